@@ -1,0 +1,43 @@
+"""Errors a user can mend: one short sentence each, naming the file, key or class at fault."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MbibError(Exception):
+    """A mistake in the input. The command line prints it without a traceback and exits with status 2."""
+
+    exit_status = 2
+
+
+class DataError(MbibError):
+    """The data do not fit: a missing folder, a broken image, a malformed list line, a class without images."""
+
+
+class CheckpointError(MbibError):
+    """A checkpoint that is truncated, foreign, or does not fit the model."""
+
+
+class NonFiniteLossError(MbibError):
+    """The training loss became infinite or not a number."""
+
+    exit_status = 1
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
+    """Build the error for an unknown name, with the nearest valid names.
+
+    Args:
+        kind: what was asked for, e.g. ``"loss"``.
+        name: the name that is not known.
+        valid: the names that are.
+    """
+    names = sorted(valid)
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    if nearest:
+        hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?"
+    elif len(names) <= 20:
+        hint = f"choose from {', '.join(names)}."
+    else:
+        hint = f"there are {len(names)} valid names, e.g. {', '.join(names[:3])}."
+    return MbibError(f"unknown {kind} {name!r}: {hint}")

@@ -1,0 +1,42 @@
+"""Named factories: a loss, data source or task is added by one decorated function and found by its name."""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from mbib_timm.errors import unknown_name
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from names to entries that answers an unknown name with the nearest valid ones.
+
+    Args:
+        kind: what the entries are, for error messages, e.g. ``"loss"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files an entry under `name`. Raises ValueError if the name is taken."""
+
+        def decorate(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered already")
+            self._entries[name] = entry
+            return entry
+
+        return decorate
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise unknown_name(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
