@@ -1,0 +1,237 @@
+"""The CIFAR ResNets of He et al. (2016, section 4.2): a 3x3 stem and three stages of 16, 32 and 64 channels.
+
+Their shortcuts have no parameters (option A): where a block halves the map and doubles the channels, the input is
+subsampled with stride 2 and padded with zero channels.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+__all__ = ["CifarResNet"]
+
+STAGE_CHANNELS = (16, 32, 64)
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+
+
+class PadShortcut(nn.Module):
+    """The option-A shortcut: stride-2 subsampling, then zero channels on both sides.
+
+    Args:
+        extra_channels: zero channels to add in all.
+    """
+
+    def __init__(self, extra_channels: int) -> None:
+        super().__init__()
+        self.before = extra_channels // 2
+        self.after = extra_channels - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32x32 images; every block is a level of `feature_info`, so every block can be tapped.
+
+    Level 0 is the stem, level i the i-th block. With n blocks a stage the stages end at levels n, 2n and 3n.
+
+    Args:
+        blocks_per_stage: residual blocks in each of the three stages; the depth is ``6 n + 2``.
+        num_classes: classes of the classifier; 0 for none.
+        in_chans: channels of the images.
+        global_pool: timm pooling type of the classifier.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        blocks_per_stage: int,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        channels = STAGE_CHANNELS[0]
+        self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=channels, reduction=1, module="act1")]
+        for stage, out_channels in enumerate(STAGE_CHANNELS, start=1):
+            blocks = []
+            for i in range(blocks_per_stage):
+                halves = out_channels != channels
+                shortcut = PadShortcut(out_channels - channels) if halves else None
+                blocks.append(BasicBlock(channels, out_channels, 2 if halves else 1, shortcut, **dd))
+                channels = out_channels
+                info = dict(num_chs=channels, reduction=2 ** (stage - 1), module=f"layer{stage}.{i}")
+                self.feature_info.append(info)
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+
+        self.num_features = channels
+        self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = channels * self.global_pool.feat_mult()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Kaiming initialisation of convolutions and of the classifier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return the parameter groups in order of depth: stem, then stages (coarse) or blocks."""
+        return dict(stem=r"^conv1|bn1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; the pooling stays as it is when `global_pool` is None."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=pool, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last map, (B, 64, H/4, W/4)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits (B, K), or the pooled vector (B, 64) with `pre_logits`."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last map and the maps of the chosen levels (all of them by default), as timm's models do."""
+        assert output_fmt == "NCHW", "Output shape must be NCHW."
+        take_indices, last = feature_take_indices(len(self.feature_info), indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in take_indices else []
+        for level, block in enumerate((*self.layer1, *self.layer2, *self.layer3), start=1):
+            if stop_early and level > last:
+                break
+            x = block(x)
+            if level in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the blocks after the last chosen level, and the classifier with them."""
+        take_indices, last = feature_take_indices(len(self.feature_info), indices)
+        stages = (self.layer1, self.layer2, self.layer3)
+        kept = last
+        for stage in stages:
+            del stage[max(0, min(kept, len(stage))) :]
+            kept -= len(stage)
+        shortened = last < len(self.feature_info) - 1
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take_indices
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return dict(
+        num_classes=100,
+        input_size=(3, 32, 32),
+        pool_size=(8, 8),
+        crop_pct=1.0,
+        interpolation="bicubic",
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+        first_conv="conv1",
+        classifier="fc",
+        license="apache-2.0",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {f"cifar_resnet{depth}": _cfg() for depth in (20, 32, 44, 56)},
+)
+
+
+def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
+    blocks = (depth - 2) // 6
+    return build_model_with_cfg(
+        partial(CifarResNet, blocks),
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(blocks, 2 * blocks, 3 * blocks), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-20 for CIFAR."""
+    return _create("cifar_resnet20", 20, pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-32 for CIFAR, the backbone of the paper's Table 1."""
+    return _create("cifar_resnet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-44 for CIFAR."""
+    return _create("cifar_resnet44", 44, pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-56 for CIFAR."""
+    return _create("cifar_resnet56", 56, pretrained, **kwargs)

@@ -1,0 +1,259 @@
+"""The registered models: `mbib_*` observes three depths of its backbone, `bib_*` the last alone.
+
+A variant is one function and its line in `BACKBONES`; `mbib` and `bib` take any backbone of timm:
+
+    timm.create_model('mbib', backbone='convnext_tiny.fb_in22k', pretrained=True, num_classes=10)
+"""
+
+import dataclasses
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._pretrained import PretrainedCfg
+
+from mbib_timm.models import cifar_resnet, classic_resnet  # noqa: F401 (the backbones below must be registered)
+from mbib_timm.models.mbib import MBIB
+from mbib_timm.models.weights import filter_state_dict
+
+__all__: list[str] = []
+
+# variant -> its plain backbone, with the tag of the ImageNet weights that fine-tuning starts from.
+BACKBONES = {
+    "resnet20": "cifar_resnet20",
+    "resnet32": "cifar_resnet32",
+    "resnet44": "cifar_resnet44",
+    "resnet56": "cifar_resnet56",
+    "resnet10": "classic_resnet10",
+    "resnet18": "resnet18.a1_in1k",
+    "resnet34": "resnet34.a1_in1k",
+    "resnet50": "resnet50.a1_in1k",
+    "resnet101": "resnet101.a1_in1k",
+    "resnet152": "resnet152.a1_in1k",
+    "resnext50": "resnext50_32x4d.a1_in1k",
+    "resnext101": "resnext101_32x8d.tv_in1k",
+}
+
+
+def _cfg(backbone: str, observations: int) -> PretrainedCfg:
+    """The cfg of the plain backbone, with its keys as they stand in an MBIB model, and its weights' location."""
+    cfg = timm.get_pretrained_cfg(backbone)
+    trained_heads = [f"training_heads.v{i}.classifier" for i in range(1, observations)]
+    return dataclasses.replace(
+        cfg,
+        url=None,
+        architecture=None,
+        tag=None,
+        classifier=(*trained_heads, "observation.classifier", "bottleneck.classifier"),
+        first_conv=f"backbone.{cfg.first_conv}" if cfg.first_conv else None,
+    )
+
+
+def _tag(backbone: str) -> str:
+    """``.backbone_a1_in1k`` for ``resnet50.a1_in1k``; empty for a backbone without weights."""
+    _, _, tag = backbone.partition(".")
+    return f".backbone_{tag}" if tag else ""
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{method}_{variant}{_tag(backbone)}": _cfg(backbone, observations)
+        for variant, backbone in BACKBONES.items()
+        for method, observations in (("mbib", 3), ("bib", 1))
+    }
+    | {"mbib": PretrainedCfg(), "bib": PretrainedCfg()}
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
+    """Build a registered variant: its name says which backbone, and how many observations."""
+    method, _, variant = name.partition("_")
+    backbone = BACKBONES[variant].partition(".")[0]
+    cifar = backbone.startswith("cifar_")
+    stage = (int(backbone.removeprefix("cifar_resnet")) - 2) // 6 if cifar else 1
+    ends = (stage, 2 * stage, 3 * stage) if cifar else (2, 3, 4)
+    # timm starts every residual branch at zero; the paper's codebase and the benchmarks' do not.
+    backbone_args = {} if cifar else {"zero_init_last": False}
+    args: dict[str, Any] = dict(
+        backbone=backbone,
+        taps=ends if method == "mbib" else ends[-1:],
+        backbone_args={**backbone_args, **kwargs.pop("backbone_args", {})},
+    )
+    return _build(name, pretrained, **{**args, **kwargs})
+
+
+def _create_on(name: str, backbone: str, pretrained: bool, **kwargs: Any) -> MBIB:
+    """Build `mbib` or `bib` on any backbone; `pretrained` loads the backbone's own weights."""
+    backbone_name = backbone.partition(".")[0]
+    taps = kwargs.setdefault("taps", (-3, -2, -1) if name == "mbib" else (-1,))
+    if kwargs.get("pretrained_cfg") is None and timm.is_model(backbone_name):
+        kwargs["pretrained_cfg"] = dataclasses.asdict(_cfg(backbone, len(taps)))
+    return _build(name, pretrained, backbone=backbone_name, **kwargs)
+
+
+def _build(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
+    taps = [tap for tap in kwargs["taps"] if tap != "input"]
+    return build_model_with_cfg(
+        MBIB,
+        name,
+        pretrained,
+        pretrained_filter_fn=filter_state_dict,
+        feature_cfg=dict(feature_cls="getter", out_indices=tuple(range(len(taps)))),
+        **kwargs,
+    )
+
+
+@register_model
+def mbib(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> MBIB:
+    """MBIB on any timm backbone; `taps` chooses the observed levels, by default the last three."""
+    return _create_on("mbib", backbone, pretrained, **kwargs)
+
+
+@register_model
+def bib(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> MBIB:
+    """BIB on any timm backbone, observed at its last level."""
+    return _create_on("bib", backbone, pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet20(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-20."""
+    return _create("mbib_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet32(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-32 (Table 1)."""
+    return _create("mbib_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet44(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-44."""
+    return _create("mbib_resnet44", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet56(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-56."""
+    return _create("mbib_resnet56", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet10(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on the classic ResNet-10 (Table 2)."""
+    return _create("mbib_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet18(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-18."""
+    return _create("mbib_resnet18", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet34(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-34."""
+    return _create("mbib_resnet34", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-50 (Table 3)."""
+    return _create("mbib_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-101."""
+    return _create("mbib_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet152(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-152."""
+    return _create("mbib_resnet152", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnext50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNeXt-50 32x4d (Table 2)."""
+    return _create("mbib_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnext101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNeXt-101 32x8d."""
+    return _create("mbib_resnext101", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet20(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-20."""
+    return _create("bib_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet32(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-32 (Table 1)."""
+    return _create("bib_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet44(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-44."""
+    return _create("bib_resnet44", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet56(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-56."""
+    return _create("bib_resnet56", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet10(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on the classic ResNet-10 (Table 2)."""
+    return _create("bib_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet18(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-18."""
+    return _create("bib_resnet18", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet34(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-34."""
+    return _create("bib_resnet34", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-50 (Table 3)."""
+    return _create("bib_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-101."""
+    return _create("bib_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet152(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-152."""
+    return _create("bib_resnet152", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnext50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNeXt-50 32x4d (Table 2)."""
+    return _create("bib_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnext101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNeXt-101 32x8d."""
+    return _create("bib_resnext101", pretrained, **kwargs)

@@ -1,0 +1,20 @@
+"""Shared fixtures: one thread a test (so that results repeat), and the folder of shared data where there is one."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with CIFAR-100, sample images and real list files; tests that need it skip without it."""
+    folder = Path(os.environ.get("MBIB_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}")
+    return folder

@@ -1,0 +1,419 @@
+"""What timm holds a registered model to, checked for every name that the package registers."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from timm.models._hub import save_for_hf
+
+import mbib_timm
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.models import count_macs, count_parameters, match_backbone_keys
+
+MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet")
+NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
+WRAPPED = [name for name in NAMES if name.startswith(("mbib", "bib"))]
+VARIANTS = ("resnet20 resnet32 resnet44 resnet56 resnet10 resnet18 resnet34 resnet50 resnet101 resnet152 "
+            "resnext50 resnext101").split()  # fmt: skip
+# A full pass through the deepest ones says nothing that the shallow ones do not.
+SMALL = [name for name in NAMES if not name.endswith(("101", "152", "44", "56"))]
+
+
+def create(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{"num_classes": 7, **kwargs})
+
+
+def images(name, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(
+        batch,
+        3,
+        *((32, 32) if "cifar" in name or name[-2:] in ("20", "32") else (64, 64)),
+        generator=generator,
+    )
+
+
+def as_tuple(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def test_every_variant_is_registered():
+    expected = {f"{method}_{variant}" for method in ("mbib", "bib") for variant in VARIANTS}
+    assert expected | {"mbib", "bib"} == set(WRAPPED)
+    assert {
+        "cifar_resnet20",
+        "cifar_resnet32",
+        "cifar_resnet44",
+        "cifar_resnet56",
+        "classic_resnet10",
+    } <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_evaluation_returns_one_tensor_and_training_returns_every_head(name):
+    model = create(name)
+    x = images(name, 4)
+    outputs = as_tuple(model(x))
+    assert all(output.shape == (4, 7) for output in outputs)
+    if name in WRAPPED:
+        assert model(x)._fields == model.head_names
+    sum(output.sum() for output in outputs).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    model.eval()
+    assert model(x).shape == (4, 7)
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10"])
+def test_prediction_is_the_mean_of_the_last_observation_and_the_bottleneck(name):
+    model = create(name).eval()
+    x = images(name)
+    heads = model.forward_heads(x)
+    torch.testing.assert_close(model(x), (heads[-2] + heads.z) / 2)
+    for parameter in model.training_heads.parameters():
+        parameter.data.fill_(float("nan"))  # evaluation must not touch the training-only heads
+    assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_and_state_dict_agree(name):
+    model = timm.create_model(name, device="meta")
+    cfg, keys = model.pretrained_cfg, model.state_dict().keys()
+    classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
+    assert all(f"{classifier}.weight" in keys for classifier in classifiers)
+    assert len(classifiers) == len(as_tuple(model.get_classifier()))
+    assert f"{cfg['first_conv']}.weight" in keys
+    assert model.num_classes == cfg["num_classes"]
+    assert model.in_chans == cfg["input_size"][0]
+    assert model.num_features == model.head_hidden_size
+    assert not any(part in ("module", "_orig_mod") for key in keys for part in key.split("."))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_device_and_dtype(name):
+    model = timm.create_model(name, device="meta", dtype=torch.float64)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(t.is_meta for t in tensors)
+    assert {t.dtype for t in tensors} <= {torch.float64, torch.int64}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_keyword_is_a_type_error(name):
+    with pytest.raises(TypeError):
+        timm.create_model(name, device="meta", not_an_argument=1)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_reset_classifier(name):
+    model = create(name).eval()
+    x = images(name)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.requires_grad_(False).double()
+    model.reset_classifier(4)
+    assert not any(p.requires_grad for p in model.parameters()) or name not in WRAPPED
+    assert model(x.double()).shape == (2, 4)
+    model.reset_classifier(0)
+    assert model(x.double()).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    assert model(x.double()).ndim == 4
+    assert create(name, num_classes=0).eval()(x).shape == (2, model.head_hidden_size)
+
+
+def test_reset_classifier_after_evaluation_mode_stays_in_evaluation_mode():
+    model = create("mbib_resnet20").eval()
+    model.reset_classifier(5)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_and_head_compose_to_the_forward_pass(name):
+    model = create(name).eval()
+    x = images(name)
+    features = model.forward_features(x)
+    assert features.ndim == 4
+    assert features.shape[1] == model.num_features
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_intermediates_over_every_level(name):
+    model = create(name).eval()
+    x = images(name)
+    last, maps = model.forward_intermediates(x)
+    info = model.feature_info.info if hasattr(model.feature_info, "info") else model.feature_info
+    assert [m.shape[1] for m in maps] == [level["num_chs"] for level in info]
+    assert [x.shape[-1] // m.shape[-1] for m in maps] == [level["reduction"] for level in info]
+    torch.testing.assert_close(last, model.forward_features(x))
+    (only,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
+    torch.testing.assert_close(only, maps[0])
+    features = timm.create_model(name, features_only=True).eval()
+    assert [f.shape[1] for f in features(x)] == features.feature_info.channels()
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "cifar_resnet20"])
+def test_pruning_keeps_the_maps_before_it(name):
+    model = create(name).eval()
+    x = images(name)
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    parameters = count_parameters(model)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    for kept, before in zip(
+        model.forward_intermediates(x, indices=[0, 1], intermediates_only=True), expected, strict=True
+    ):
+        torch.testing.assert_close(kept, before)
+    assert count_parameters(model) < parameters
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10", "cifar_resnet20"])
+def test_torchscript_and_fx(name):
+    model = create(name).eval()
+    x = images(name)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_pickle_deepcopy_and_export():
+    model = create("mbib_resnet20").eval()
+    x = images("mbib_resnet20")
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "cifar_resnet20"])
+def test_gradient_checkpointing_changes_nothing(name):
+    x = images(name, 4)
+    gradients = []
+    for enabled in (False, True):
+        model = create(name)
+        model.set_grad_checkpointing(enabled)
+        sum(output.sum() for output in as_tuple(model(x))).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("coarse", [True, False])
+def test_parameter_groups_follow_depth(name, coarse):
+    model = timm.create_model(name, device="meta")
+    group_of = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    order = [group_of[n] for n, _ in model.named_parameters()]
+    assert order == sorted(order)
+    assert order[0] == 0
+    assert max(order) >= 4
+
+
+def test_mean_in_training_serves_loops_that_expect_a_tensor():
+    model = create("mbib_resnet20", training_logits="mean")
+    assert model(images("mbib_resnet20")).shape == (2, 7)
+    model.set_training_logits("all")
+    assert len(model(images("mbib_resnet20"))) == 4
+
+
+def test_without_training_heads_the_prediction_is_the_same():
+    model = create("mbib_resnet20").eval()
+    bare = create("mbib_resnet20", training_heads=False).eval()
+    missing = bare.load_state_dict(model.state_dict(), strict=False)
+    assert missing.missing_keys == []
+    assert all(key.startswith("training_heads.") for key in missing.unexpected_keys)
+    x = images("mbib_resnet20")
+    torch.testing.assert_close(bare(x), model(x))
+    assert bare.train()(x)._fields == ("v3", "z")
+
+
+# Table 6 and its parts.
+
+
+def test_parameters_of_table_6():
+    model = timm.create_model("mbib_resnet32", num_classes=100)
+    parts = {name: count_parameters(part) for name, part in model.named_children()}
+    assert count_parameters(model) == 486_016
+    assert parts["backbone"] == 463_504
+    assert count_parameters(model.training_heads.v1.classifier) == 1_700
+    assert count_parameters(model.training_heads.v2.classifier) == 3_300
+    assert count_parameters(model.observation.classifier) == 6_500
+    assert count_parameters(model.bottleneck.fc) == 4_160
+    assert count_parameters(model.bottleneck.classifier) == 6_500
+
+
+def test_macs_of_table_6():
+    model = timm.create_model("mbib_resnet32", num_classes=100, device="meta")
+    macs = count_macs(model, (3, 640, 640))
+    assert macs["conv"] == pytest.approx(27.545e9, rel=1e-4)
+    assert macs["total"] == pytest.approx(27.93e9, rel=5e-4)
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_macs_agree_with_torch():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = timm.create_model("mbib_resnet20", num_classes=10, device="meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    macs = count_macs(model, (3, 32, 32))
+    assert counter.get_total_flops() == 2 * (macs["conv"] + macs["linear"])
+
+
+# Taps.
+
+
+def test_taps_block_by_block_and_the_input():
+    taps = ("input", "layer1.1", "layer1.2", "layer2.2", 8, "layer3.2")
+    model = create("mbib_resnet20", taps=taps)
+    outputs = model(images("mbib_resnet20"))
+    assert outputs._fields == ("x", "v1", "v2", "v3", "v4", "v5", "z")
+    assert model.training_heads.x.num_features == 3
+    assert model.eval()(images("mbib_resnet20")).shape == (2, 7)
+
+
+@pytest.mark.parametrize("observations", [2, 3, 4, 5, 6])
+def test_two_to_six_observations(observations):
+    taps = [3, 6, 9, 12, 14, 15][6 - observations :]
+    model = create("mbib_resnet32", taps=taps)
+    assert len(model(images("mbib_resnet32"))) == observations + 1
+
+
+def test_tapped_maps_are_the_backbones_own():
+    model = create("mbib_resnet32", taps=(3, "layer2.1", 15)).eval()
+    plain = create("cifar_resnet32").eval()
+    plain.load_state_dict(
+        {
+            key.removeprefix("backbone.").replace("_", ".", 1): value
+            for key, value in model.state_dict().items()
+            if key.startswith("backbone.")
+        },
+        strict=False,
+    )
+    x = images("mbib_resnet32")
+    expected = plain.forward_intermediates(x, indices=[3, 7, 15], intermediates_only=True)
+    for ours, theirs in zip(model.backbone(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("taps", "message"),
+    [
+        (("layer2.9", 15), "did you mean 'layer2"),
+        ((40,), "its levels are 0: act1"),
+        ((9, 3), "in order of depth"),
+        ((), "one or more"),
+    ],
+)
+def test_impossible_taps_are_refused(taps, message):
+    with pytest.raises(MbibError, match=message):
+        create("mbib_resnet32", taps=taps)
+
+
+@pytest.mark.parametrize("pool", ["catavgmax", "", "median"])
+def test_pooling_that_changes_the_width_is_refused(pool):
+    with pytest.raises(MbibError, match="global_pool"):
+        create("mbib_resnet20", global_pool=pool)
+
+
+def test_unknown_backbone_is_refused_with_the_nearest():
+    with pytest.raises(MbibError, match="convnext_tiny"):
+        timm.create_model("mbib", backbone="convnext_tinny")
+
+
+BACKBONES = {
+    "convnext_atto": {},
+    "efficientnet_b0": {},
+    "mobilenetv3_small_100": {},
+    "vit_tiny_patch16_224": {"img_size": 32},
+    "swin_tiny_patch4_window7_224": {"img_size": 64},
+    "regnetx_002": {},
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_wraps_timm_backbones(backbone):
+    model = create("mbib", backbone=backbone, **BACKBONES[backbone])
+    size = BACKBONES[backbone].get("img_size", 64)
+    x = torch.randn(2, 3, size, size)
+    outputs = model(x)
+    assert outputs._fields == ("v1", "v2", "v3", "z")
+    sum(output.sum() for output in outputs).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    plain = timm.create_model(backbone, **BACKBONES[backbone])
+    model.load_state_dict(match_backbone_keys(plain.state_dict(), model), strict=False)
+    expected = plain.eval().forward_intermediates(
+        x, indices=[len(plain.feature_info) - 1], intermediates_only=True
+    )
+    torch.testing.assert_close(
+        model.eval().forward_intermediates(x, indices=[2], intermediates_only=True), expected
+    )
+    group_of = group_parameters(model, model.group_matcher(), reverse=True)
+    assert len(set(group_of.values())) > 3
+
+
+# Weights.
+
+
+def plain_weights(name="resnet18", **kwargs):
+    torch.manual_seed(3)
+    return timm.create_model(name, **kwargs).state_dict()
+
+
+@pytest.mark.parametrize("num_classes", [7, 1000])
+def test_backbone_weights_load_into_any_number_of_classes(num_classes):
+    weights = plain_weights()
+    model = timm.create_model(
+        "mbib_resnet18",
+        pretrained=True,
+        num_classes=num_classes,
+        pretrained_cfg_overlay=dict(state_dict=weights, hf_hub_id=None),
+    )
+    torch.testing.assert_close(model.backbone.layer4[1].conv2.weight.data, weights["layer4.1.conv2.weight"])
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, num_classes)
+
+
+def test_backbone_weights_adapt_to_grey_images():
+    overlay = dict(state_dict=plain_weights(), hf_hub_id=None)
+    model = timm.create_model("mbib_resnet18", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay)
+    assert model.backbone.conv1.weight.shape[1] == 1
+
+
+@pytest.mark.parametrize("num_classes", [7, 1000])
+def test_renamed_layers_are_refused(num_classes):
+    weights = {key.replace("layer4.", "layer5."): value for key, value in plain_weights().items()}
+    with pytest.raises(CheckpointError, match=r"missing keys: layer4.*unexpected keys: layer5"):
+        timm.create_model(
+            "mbib_resnet18",
+            pretrained=True,
+            num_classes=num_classes,
+            pretrained_cfg_overlay=dict(state_dict=weights, hf_hub_id=None),
+        )
+
+
+@pytest.mark.parametrize("num_classes", [7, 5])
+def test_own_checkpoint_round_trip_is_strict_and_keeps_what_it_can(tmp_path, num_classes):
+    model = create("mbib_resnet20", taps=(3, 5, 9))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=num_classes)
+    for key, value in loaded.state_dict().items():
+        if num_classes == 7 or "classifier" not in key:
+            torch.testing.assert_close(value, model.state_dict()[key])
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["taps"] == [3, 5, 9]
+
+    weights = {k: v for k, v in model.state_dict().items() if k != "bottleneck.fc.weight"}
+    with pytest.raises(CheckpointError, match=r"missing keys: bottleneck\.fc\.weight"):
+        timm.create_model(
+            "mbib_resnet20",
+            taps=(3, 5, 9),
+            pretrained=True,
+            num_classes=5,
+            pretrained_cfg_overlay=dict(state_dict=weights),
+        )
+
+
+def test_timm_finds_the_models_only_after_the_import():
+    assert timm.is_model("mbib_resnet32")
+    assert mbib_timm.__version__
