@@ -42,9 +42,7 @@ def key(
         location: True for keys that say where a run happens and not what it computes. A run may be resumed
             with other values for these.
     """
-    metadata = dict(
-        help=help, minimum=minimum, above=above, maximum=maximum, choices=choices, location=location
-    )
+    metadata = dict(help=help, minimum=minimum, above=above, maximum=maximum, choices=choices, location=location)
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -62,14 +60,10 @@ class Recipe:
     dataset_download: bool = key(False, "let torchvision download the data set into data_dir", location=True)
     train_split: str = key("train", "name of the training split")
     val_split: str = key("validation", "name of the split that is evaluated during training")
-    test_split: str | None = key(
-        None, "name of a further split, evaluated once with the last epoch's weights"
-    )
+    test_split: str | None = key(None, "name of a further split, evaluated once with the last epoch's weights")
     train_list: str | None = key(None, "training list file or json (dataset: list, inat2018)", location=True)
     val_list: str | None = key(None, "validation list file or json (dataset: list, inat2018)", location=True)
-    test_list: str | None = key(
-        None, "test list file, evaluated once at the end (dataset: list)", location=True
-    )
+    test_list: str | None = key(None, "test list file, evaluated once at the end (dataset: list)", location=True)
     class_map: str | None = key(None, "file with one class name a line, in label order", location=True)
     class_counts: str | None = key(
         None, "file with the training images of each class, for sources that stream", location=True
@@ -86,9 +80,7 @@ class Recipe:
     subset_seed: int = key(0, "seed that chooses the images of the long-tailed subset", minimum=0)
 
     # Input
-    img_size: int | None = key(
-        None, "height and width of the model's input; the model's own when not given", minimum=1
-    )
+    img_size: int | None = key(None, "height and width of the model's input; the model's own when not given", minimum=1)
     train_crop_mode: str = key(
         "rrc",
         "training crop: pad (pad by 1/8 and crop), rrc (random resized crop), none",
@@ -100,9 +92,7 @@ class Recipe:
     color_jitter: float = key(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
     aa: str | None = key(None, "timm auto-augment policy, e.g. rand-m9-mstd0.5")
     interpolation: str = key("bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"))
-    crop_pct: float = key(
-        0.875, "share of the resized test image that the centre crop keeps", above=0, maximum=1
-    )
+    crop_pct: float = key(0.875, "share of the resized test image that the centre crop keeps", above=0, maximum=1)
     mean: list[float] = key([0.485, 0.456, 0.406], "channel means of the normalisation")
     std: list[float] = key([0.229, 0.224, 0.225], "channel standard deviations of the normalisation")
 
@@ -110,9 +100,7 @@ class Recipe:
     model: str = key("mbib_resnet20", "any timm model name, e.g. mbib_resnet32")
     model_kwargs: dict[str, Any] = key({}, "further keyword arguments of the model, as name=value")
     pretrained: bool = key(False, "start from the model's published weights")
-    initial_checkpoint: str | None = key(
-        None, "start from this weights file, or a run's folder", location=True
-    )
+    initial_checkpoint: str | None = key(None, "start from this weights file, or a run's folder", location=True)
 
     # Loss
     loss: str = key("mbib", "ce, focal, bsce, bib, mbib, se_mbib, all_mbib")
@@ -165,9 +153,7 @@ class Recipe:
 
     # Output
     output: str = key("runs", "folder of the runs", location=True)
-    experiment: str | None = key(
-        None, "name of this run's folder; the recipe's name when not given", location=True
-    )
+    experiment: str | None = key(None, "name of this run's folder; the recipe's name when not given", location=True)
     resume: str | None = key(None, "auto, or a run's folder or checkpoint, to continue from", location=True)
     val_interval: int = key(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
     log_interval: int = key(50, "steps between log lines and checks of the loss", minimum=1, location=True)
@@ -187,13 +173,9 @@ class Recipe:
             if len(getattr(self, name)) not in (1, 3):
                 raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {getattr(self, name)}")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
-            raise MbibError(
-                f"recipe key 'warmup_epochs': {self.warmup_epochs} leaves none of the {self.epochs} epochs"
-            )
+            raise MbibError(f"recipe key 'warmup_epochs': {self.warmup_epochs} leaves none of the {self.epochs} epochs")
         if self.sched == "multistep" and sorted(self.decay_milestones) != self.decay_milestones:
-            raise MbibError(
-                f"recipe key 'decay_milestones': expected ascending epochs, got {self.decay_milestones}"
-            )
+            raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {self.decay_milestones}")
 
     def replace(self, **changes: Any) -> "Recipe":
         """Return a copy with other values. Raises MbibError for unknown keys and impossible values."""
@@ -253,17 +235,11 @@ def _check_range(item: dataclasses.Field, value: Any) -> None:
         if value != value:
             raise MbibError(f"recipe key {item.name!r}: expected a number, got nan")
         if limits["minimum"] is not None and value < limits["minimum"]:
-            raise MbibError(
-                f"recipe key {item.name!r}: expected at least {limits['minimum']:g}, got {value:g}"
-            )
+            raise MbibError(f"recipe key {item.name!r}: expected at least {limits['minimum']:g}, got {value:g}")
         if limits["above"] is not None and value <= limits["above"]:
-            raise MbibError(
-                f"recipe key {item.name!r}: expected more than {limits['above']:g}, got {value:g}"
-            )
+            raise MbibError(f"recipe key {item.name!r}: expected more than {limits['above']:g}, got {value:g}")
         if limits["maximum"] is not None and value > limits["maximum"]:
-            raise MbibError(
-                f"recipe key {item.name!r}: expected at most {limits['maximum']:g}, got {value:g}"
-            )
+            raise MbibError(f"recipe key {item.name!r}: expected at most {limits['maximum']:g}, got {value:g}")
 
 
 def recipes_folder() -> Path:

@@ -17,8 +17,8 @@ from mbib_timm.models import count_macs, count_parameters, match_backbone_keys
 MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 WRAPPED = [name for name in NAMES if name.startswith(("mbib", "bib"))]
-VARIANTS = ("resnet20 resnet32 resnet44 resnet56 resnet10 resnet18 resnet34 resnet50 resnet101 resnet152 "
-            "resnext50 resnext101").split()  # fmt: skip
+DEPTHS = (20, 32, 44, 56, 10, 18, 34, 50, 101, 152)
+VARIANTS = [f"resnet{depth}" for depth in DEPTHS] + ["resnext50", "resnext101"]
 # A full pass through the deepest ones says nothing that the shallow ones do not.
 SMALL = [name for name in NAMES if not name.endswith(("101", "152", "44", "56"))]
 
@@ -344,12 +344,8 @@ def test_wraps_timm_backbones(backbone):
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     plain = timm.create_model(backbone, **BACKBONES[backbone])
     model.load_state_dict(match_backbone_keys(plain.state_dict(), model), strict=False)
-    expected = plain.eval().forward_intermediates(
-        x, indices=[len(plain.feature_info) - 1], intermediates_only=True
-    )
-    torch.testing.assert_close(
-        model.eval().forward_intermediates(x, indices=[2], intermediates_only=True), expected
-    )
+    expected = plain.eval().forward_intermediates(x, indices=[len(plain.feature_info) - 1], intermediates_only=True)
+    torch.testing.assert_close(model.eval().forward_intermediates(x, indices=[2], intermediates_only=True), expected)
     group_of = group_parameters(model, model.group_matcher(), reverse=True)
     assert len(set(group_of.values())) > 3
 

@@ -73,6 +73,7 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info: list[dict[str, Any]] = [dict(num_chs=channels, reduction=1, module="act1")]
+        stages = []
         for stage, out_channels in enumerate(STAGE_CHANNELS, start=1):
             blocks = []
             for i in range(blocks_per_stage):
@@ -82,7 +83,8 @@ class CifarResNet(nn.Module):
                 channels = out_channels
                 info = dict(num_chs=channels, reduction=2 ** (stage - 1), module=f"layer{stage}.{i}")
                 self.feature_info.append(info)
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
 
         self.num_features = channels
         self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool, **dd)

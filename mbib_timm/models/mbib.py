@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models._features import FeatureDictNet, FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
@@ -47,7 +46,8 @@ def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: dict[s
     Raises:
         MbibError: an unknown backbone or tap, no tap, or taps that are not in order of depth.
     """
-    modules = [info["module"] for info in skeleton(backbone, backbone_args).feature_info]
+    feature_info: Any = skeleton(backbone, backbone_args).feature_info
+    modules = [info["module"] for info in feature_info]
     levels = []
     for tap in taps:
         if isinstance(tap, str):
@@ -98,9 +98,7 @@ class Observation(nn.Module):
         drop_rate: dropout before the classifier.
     """
 
-    def __init__(
-        self, channels: int, num_classes: int, norm: bool = True, drop_rate: float = 0.0, **dd: Any
-    ) -> None:
+    def __init__(self, channels: int, num_classes: int, norm: bool = True, drop_rate: float = 0.0, **dd: Any) -> None:
         super().__init__()
         self.num_features = channels
         self.norm = nn.BatchNorm1d(channels, **dd) if norm else nn.Identity()
@@ -238,10 +236,7 @@ class MBIB(nn.Module):
         self.input_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
         self.num_features = self.head_hidden_size = channels[-1]
         self.training_heads = nn.ModuleDict(
-            {
-                name: Observation(widths[name], num_classes, observation_norm, drop_rate, **dd)
-                for name in shallow
-            }
+            {name: Observation(widths[name], num_classes, observation_norm, drop_rate, **dd) for name in shallow}
         )
         self.observation = Observation(channels[-1], num_classes, observation_norm, drop_rate, **dd)
         self.bottleneck = Bottleneck(
@@ -276,7 +271,7 @@ class MBIB(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the names of the backbone's parameters that take no weight decay."""
         inner = getattr(self.backbone, "model", self.backbone)
-        listed = getattr(inner, "no_weight_decay", set)()
+        listed: set[str] = getattr(inner, "no_weight_decay", set)()
         prefix = "backbone." if inner is self.backbone else "backbone.model."
         return {prefix + name for name in listed}
 
@@ -308,9 +303,7 @@ class MBIB(nn.Module):
         """
         if global_pool is not None:
             if global_pool == "" and num_classes > 0:
-                raise MbibError(
-                    "the classifiers need pooled observations: global_pool='' goes with num_classes=0"
-                )
+                raise MbibError("the classifiers need pooled observations: global_pool='' goes with num_classes=0")
             if global_pool not in (*POOL_TYPES, ""):
                 raise unknown_name("global_pool (of the types that keep the width)", global_pool, POOL_TYPES)
             self.global_pool = self._pool(global_pool)
@@ -351,12 +344,7 @@ class MBIB(nn.Module):
         return _logits_type(self.head_names)(*logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            self.training
-            and self.training_logits == "all"
-            and self.num_classes > 0
-            and not torch.jit.is_scripting()
-        ):
+        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
             return self.forward_heads(x)
         return self.forward_head(self.forward_features(x))
 

@@ -1,12 +1,14 @@
 """The registered models: `mbib_*` observes three depths of its backbone, `bib_*` the last alone.
 
-A variant is one function and its line in `BACKBONES`; `mbib` and `bib` take any backbone of timm:
+A variant is one function and one line of `VARIANTS`; `mbib` and `bib` take any backbone of timm:
 
     timm.create_model('mbib', backbone='convnext_tiny.fb_in22k', pretrained=True, num_classes=10)
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,20 +20,32 @@ from mbib_timm.models.weights import filter_state_dict
 
 __all__: list[str] = []
 
-# variant -> its plain backbone, with the tag of the ImageNet weights that fine-tuning starts from.
-BACKBONES = {
-    "resnet20": "cifar_resnet20",
-    "resnet32": "cifar_resnet32",
-    "resnet44": "cifar_resnet44",
-    "resnet56": "cifar_resnet56",
-    "resnet10": "classic_resnet10",
-    "resnet18": "resnet18.a1_in1k",
-    "resnet34": "resnet34.a1_in1k",
-    "resnet50": "resnet50.a1_in1k",
-    "resnet101": "resnet101.a1_in1k",
-    "resnet152": "resnet152.a1_in1k",
-    "resnext50": "resnext50_32x4d.a1_in1k",
-    "resnext101": "resnext101_32x8d.tv_in1k",
+
+class Variant(NamedTuple):
+    """A registered backbone: timm's name, with the tag of the ImageNet weights that fine-tuning starts from."""
+
+    backbone: str
+    stage_ends: tuple[int, int, int]
+    backbone_args: Mapping[str, Any] = MappingProxyType({})
+
+
+# timm starts every residual branch at zero (zero_init_last); the long-tail benchmarks do not.
+_PLAIN_START = {"zero_init_last": False}
+_IMAGENET_ENDS = (2, 3, 4)
+
+VARIANTS = {
+    "resnet20": Variant("cifar_resnet20", (3, 6, 9)),
+    "resnet32": Variant("cifar_resnet32", (5, 10, 15)),
+    "resnet44": Variant("cifar_resnet44", (7, 14, 21)),
+    "resnet56": Variant("cifar_resnet56", (9, 18, 27)),
+    "resnet10": Variant("classic_resnet10", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet18": Variant("resnet18.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet34": Variant("resnet34.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet50": Variant("resnet50.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet101": Variant("resnet101.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet152": Variant("resnet152.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnext50": Variant("resnext50_32x4d.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnext101": Variant("resnext101_32x8d.tv_in1k", _IMAGENET_ENDS, _PLAIN_START),
 }
 
 
@@ -57,8 +71,8 @@ def _tag(backbone: str) -> str:
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{method}_{variant}{_tag(backbone)}": _cfg(backbone, observations)
-        for variant, backbone in BACKBONES.items()
+        f"{method}_{name}{_tag(variant.backbone)}": _cfg(variant.backbone, observations)
+        for name, variant in VARIANTS.items()
         for method, observations in (("mbib", 3), ("bib", 1))
     }
     | {"mbib": PretrainedCfg(), "bib": PretrainedCfg()}
@@ -66,20 +80,16 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
-    """Build a registered variant: its name says which backbone, and how many observations."""
-    method, _, variant = name.partition("_")
-    backbone = BACKBONES[variant].partition(".")[0]
-    cifar = backbone.startswith("cifar_")
-    stage = (int(backbone.removeprefix("cifar_resnet")) - 2) // 6 if cifar else 1
-    ends = (stage, 2 * stage, 3 * stage) if cifar else (2, 3, 4)
-    # timm starts every residual branch at zero; the paper's codebase and the benchmarks' do not.
-    backbone_args = {} if cifar else {"zero_init_last": False}
+    """Build a registered name: its method says how many observations, its variant which backbone."""
+    method, _, variant_name = name.partition("_")
+    variant = VARIANTS[variant_name]
     args: dict[str, Any] = dict(
-        backbone=backbone,
-        taps=ends if method == "mbib" else ends[-1:],
-        backbone_args={**backbone_args, **kwargs.pop("backbone_args", {})},
+        backbone=variant.backbone.partition(".")[0],
+        taps=variant.stage_ends if method == "mbib" else variant.stage_ends[-1:],
     )
-    return _build(name, pretrained, **{**args, **kwargs})
+    args.update(kwargs)
+    args["backbone_args"] = {**variant.backbone_args, **kwargs.get("backbone_args", {})}
+    return _build(name, pretrained, **args)
 
 
 def _create_on(name: str, backbone: str, pretrained: bool, **kwargs: Any) -> MBIB:

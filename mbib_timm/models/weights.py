@@ -5,6 +5,7 @@ stay random without a word. `filter_state_dict` runs before timm's loading and r
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,8 @@ def match_backbone_keys(state_dict: Mapping[str, Tensor], model: MBIB) -> dict[s
         CheckpointError: missing or unexpected keys, by name.
     """
     plain = skeleton(model.backbone_name, model.backbone_args)
-    classifiers = plain.pretrained_cfg.get("classifier") or ()
+    cfg: Any = plain.pretrained_cfg
+    classifiers = cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     expected = [key for key in plain.state_dict() if not key.startswith(prefixes)]
     given = [key for key in state_dict if not key.startswith(prefixes)]

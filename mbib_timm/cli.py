@@ -1,0 +1,148 @@
+"""The command line: `mbib train`, `mbib validate`, `mbib recipes`.
+
+Bad input ends with one line and exit status 2, an interrupted run with status 130.
+"""
+
+import argparse
+import dataclasses
+import errno
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.recipe import (
+    DEFAULT_RECIPE,
+    TYPES,
+    Recipe,
+    find_recipe,
+    list_recipes,
+    load_recipe,
+    recipe_name,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, with the nearest valid flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MbibError(message)
+
+
+def name_value(text: str) -> tuple[str, Any]:
+    """Parse ``name=value``, the value as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
+    return name, yaml.safe_load(value)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every key of the recipe; flags that are not given leave the recipe's value."""
+    for item in dataclasses.fields(Recipe):
+        expected = TYPES[item.name]
+        if typing.get_origin(expected) is types.UnionType:
+            expected = typing.get_args(expected)[0]
+        options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": item.metadata["help"]}
+        if expected is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(expected) is list:
+            options |= {"nargs": "+", "type": typing.get_args(expected)[0], "metavar": "X"}
+        elif typing.get_origin(expected) is dict:
+            options |= {"nargs": "*", "type": name_value, "metavar": "NAME=VALUE"}
+        else:
+            options |= {"type": expected, "metavar": expected.__name__.upper()}
+        parser.add_argument(flag(item.name), **options)
+
+
+def flag(key: str) -> str:
+    """Return the flag of a recipe key: ``--data-dir`` for ``data_dir``."""
+    return f"--{key.replace('_', '-')}"
+
+
+def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the recipe keys that were given as flags."""
+    given = {name: value for name, value in vars(arguments).items() if name in TYPES}
+    return {name: dict(value) if name.endswith("_kwargs") else value for name, value in given.items()}
+
+
+def build_parser() -> Parser:
+    """Build the parser of all commands."""
+    parser = Parser(prog="mbib", description="Long-tailed image classification with timm.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    train = commands.add_parser("train", help="train a recipe", allow_abbrev=False)
+    train.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
+    add_recipe_flags(train)
+
+    validate = commands.add_parser("validate", help="evaluate a trained model", allow_abbrev=False)
+    validate.add_argument("target", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
+    validate.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
+    validate.add_argument("--split", help="split to evaluate; the one of the run's result when not given")
+    validate.add_argument("--results", type=Path, help="write the metrics to this JSON file")
+    add_recipe_flags(validate)
+
+    commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises MbibError for what it cannot read."""
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    for text in unknown:
+        if text.startswith("--"):
+            raise unknown_name("flag", text.partition("=")[0], [flag(key) for key in TYPES])
+        raise MbibError(f"unexpected argument {text!r}; see mbib {arguments.command} --help")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run a parsed command."""
+    if arguments.command == "recipes":
+        print("\n".join(list_recipes()))
+    elif arguments.command == "train":
+        path = find_recipe(arguments.recipe)
+        recipe = load_recipe(path, recipe_overrides(arguments))
+        from mbib_timm.training import train  # torch and timm take seconds; a mistyped flag should not
+
+        train(recipe, recipe_name(path))
+    elif arguments.command == "validate":
+        from mbib_timm.evaluation.validate import validate
+
+        validate(
+            arguments.target,
+            recipe=arguments.recipe,
+            overrides=recipe_overrides(arguments),
+            split=arguments.split,
+            results_file=arguments.results,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``mbib``; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(parse(argv))
+    except MbibError as error:
+        print(f"mbib: error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        again = " ".join(["mbib", *argv]) + ("" if "--resume" in argv else " --resume auto")
+        print(f"\nmbib: interrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"mbib: error: no space left on device: {error.filename or 'the output folder'}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Where a run happens: device, processes, and the record of versions and hardware that goes with every result."""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import timm
+import torch
+import torchvision
+from timm.utils import init_distributed_device_so
+
+import mbib_timm
+from mbib_timm.errors import MbibError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and this one's place among them."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes."""
+        return self.rank == 0
+
+
+def find_device(name: str | None) -> str:
+    """Return the device asked for, or the best there is: CUDA, MPS, CPU.
+
+    Raises:
+        MbibError: an unknown device, or one that this machine has not.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MbibError(f"unknown device {name!r}: expected cpu, cuda, cuda:<index> or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MbibError(f"device {name!r} asked for, but there is no CUDA device; leave --device out to find one")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MbibError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MbibError("device 'mps' asked for, but this machine has none; leave --device out to find one")
+    return name
+
+
+def join_world(device: str | None) -> World:
+    """Set up this process: its device, and its group where torchrun started several."""
+    place = init_distributed_device_so(device=find_device(device))
+    return World(torch.device(place["device"]), place["global_rank"], place["world_size"])
+
+
+def leave_world() -> None:
+    """Take this process out of its group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Return versions, hardware, command and commit, as plain values."""
+    device = world.device
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "mbib_timm": mbib_timm.__version__,
+        "commit": current_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "device": device.type,
+        "hardware": accelerator,
+        "processes": world.world_size,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.system(),
+        "command": " ".join(["mbib", *sys.argv[1:]]),
+    }
+
+
+def current_commit() -> str | None:
+    """Return the commit of the checkout that the package runs from, with ``-dirty``; None outside a checkout."""
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,47 @@
+"""What a person sees while a run goes on: one bar over the whole training, and a line an epoch."""
+
+import sys
+from typing import Any
+
+try:
+    from tqdm import tqdm
+except ImportError:  # tqdm comes with mbib-timm[train]
+    tqdm = None
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; silent in all but the main process.
+
+    Args:
+        total: steps in all.
+        done: steps done before, when a run is resumed.
+        visible: False to print nothing.
+    """
+
+    def __init__(self, total: int, done: int = 0, visible: bool = True) -> None:
+        self.visible = visible
+        self.bar: Any = None
+        if visible and tqdm is not None and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def step(self) -> None:
+        """Count one step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def status(self, text: str) -> None:
+        """Show a short text beside the bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.visible:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()

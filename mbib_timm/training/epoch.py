@@ -1,0 +1,120 @@
+"""One epoch of training: steps without waits, losses checked where a line is due."""
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mbib_timm.errors import NonFiniteLossError
+from mbib_timm.progress import Progress
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.optimization import Precision, training_step
+from mbib_timm.training.task import LongTailTask
+
+
+class TrainLoader(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
+    """Gives the batches of an epoch: images (B, C, H, W), normalised, and targets (B,), both on the device."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the epoch that starts."""
+
+
+class LossLog:
+    """Loss parts of the steps of an epoch, kept on the device until someone asks.
+
+    Args:
+        epoch: for the error message.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.names: tuple[str, ...] = ()
+        self.pending: list[Tensor] = []
+        self.sums: list[float] = []
+        self.steps = 0
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Add a step's scalars; nothing waits for the device."""
+        self.names = tuple(parts)
+        self.pending.append(torch.stack([value.float() for value in parts.values()]))
+
+    def read(self) -> dict[str, float]:
+        """Fetch what was added and return the means so far. This waits for the device.
+
+        Raises:
+            NonFiniteLossError: a loss part was infinite or not a number; names epoch, step and part.
+        """
+        if self.pending:
+            for values in torch.stack(self.pending).tolist():
+                for name, value in zip(self.names, values, strict=True):
+                    if not math.isfinite(value):
+                        raise NonFiniteLossError(
+                            f"loss part {name!r} became {value} at epoch {self.epoch}, step {self.steps}; the last "
+                            "good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
+                        )
+                self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
+                self.steps += 1
+            self.pending.clear()
+        return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
+
+
+def train_one_epoch(
+    task: LongTailTask,
+    loader: TrainLoader,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    recipe: Recipe,
+    epoch: int,
+    progress: Progress,
+    after_update: Callable[[], Any],
+) -> dict[str, float]:
+    """Train for one epoch.
+
+    Args:
+        task: gives the losses.
+        loader: gives the batches; its order for this epoch is set already.
+        optimizer: updates the weights.
+        precision: autocast and scaler.
+        recipe: accumulation, clipping and logging.
+        epoch: counted from 0.
+        progress: told about each step.
+        after_update: called after each update of the weights.
+
+    Returns:
+        The means of the loss parts over the epoch's steps.
+
+    Raises:
+        NonFiniteLossError: a loss part was infinite or not a number.
+    """
+    task.train()
+    log = LossLog(epoch)
+    steps = len(loader)
+    group = recipe.grad_accum_steps
+    for step, (images, targets) in enumerate(loader):
+        if recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        update = (step + 1) % group == 0 or step + 1 == steps
+        # The last group of an epoch may be shorter.
+        accumulate = min(group, steps - step // group * group)
+        with nullcontext() if update else task.no_sync():
+            parts = training_step(
+                task,
+                optimizer,
+                images,
+                targets,
+                precision,
+                accumulate=accumulate,
+                update=update,
+                clip_grad=recipe.clip_grad,
+                clip_mode=recipe.clip_mode,
+            )
+        log.add(parts)
+        if update:
+            after_update()
+        progress.step()
+        if (step + 1) % recipe.log_interval == 0:
+            progress.status(f"epoch {epoch} loss {log.read()['loss']:.3f}")
+    return log.read()

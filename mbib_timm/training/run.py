@@ -1,0 +1,314 @@
+"""A run from recipe to results: set up, train epoch by epoch, evaluate, save; resumable after any of these."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import unwrap_model
+from torch import nn
+
+from mbib_timm.data import Loaders, Splits, create_loaders, open_data
+from mbib_timm.environment import World, describe_environment, join_world, leave_world
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.evaluation import evaluate, results_table
+from mbib_timm.losses import create_loss
+from mbib_timm.progress import Progress
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
+from mbib_timm.training.run_folder import RunFolder
+from mbib_timm.training.seeding import seed_generators
+from mbib_timm.training.setup import build_model, input_size
+from mbib_timm.training.task import TASKS, head_names
+from mbib_timm.training.trackers import Tracker, create_trackers
+
+SHOT_METRICS = ("top1", "many", "medium", "few")
+
+
+@dataclass
+class Progressed:
+    """How far a run has come: what a checkpoint holds beside the weights."""
+
+    epoch: int = 0  # epochs done
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+def train(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Train a recipe to the end and write its results.
+
+    Args:
+        recipe: what to train.
+        name: name of the run, and of its folder unless the recipe names another.
+
+    Returns:
+        The content of ``metrics.json``, with the run's folder under ``folder``.
+
+    Raises:
+        MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
+        NonFiniteLossError: training diverged; the last good checkpoint is kept.
+    """
+    world = join_world(recipe.device)
+    try:
+        folder, state = _find_folder(recipe, name, world)
+        return Run(recipe, name, world, folder, state).execute()
+    finally:
+        leave_world()
+
+
+def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[RunFolder, dict[str, Any] | None]:
+    """Return the run's folder and the state to resume from, or None to start from the beginning."""
+    folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
+    checkpoint = None
+    if recipe.resume not in (None, "auto"):
+        path = Path(str(recipe.resume))
+        if not path.exists():
+            raise CheckpointError(f"nothing to resume at {path}; --resume auto looks in {folder.path}")
+        checkpoint = path if path.is_file() else None
+        folder = RunFolder(path.parent if path.is_file() else path)
+    if recipe.resume is None:
+        if world.is_main:
+            folder.require_free()
+        return folder, None
+    if not folder.has_checkpoint():
+        if recipe.resume != "auto":
+            raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
+        return folder, None
+    folder.require_recipe(recipe)
+    warn: Callable[[str], None] = print if world.is_main else lambda text: None
+    return folder, load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
+
+
+class Run:
+    """One training run.
+
+    Args:
+        recipe: what to train.
+        name: the run's name.
+        world: this process among the run's processes.
+        folder: where the run writes.
+        state: the checkpoint to resume from, or None.
+    """
+
+    def __init__(
+        self, recipe: Recipe, name: str, world: World, folder: RunFolder, state: dict[str, Any] | None
+    ) -> None:
+        self.recipe, self.name, self.world, self.folder = recipe, name, world, folder
+        self.splits: Splits = open_data(recipe)
+        seed_generators(recipe.seed, -1, 0)  # every process starts from the same weights
+        model = build_model(recipe, self.splits.num_classes)
+        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.model, self.input_size = model, input_size(recipe, model)
+        loss = create_loss(recipe, self.splits.class_counts, head_names(model))
+        self.task = TASKS[recipe.task](model, loss, world.device)
+        self.optimizer = create_optimizer(recipe, model)
+        self.schedule = create_schedule(recipe, self.optimizer)
+        self.precision = Precision.of(recipe, world.device)
+        if recipe.model_ema:
+            self.task.setup_ema(decay=recipe.model_ema_decay)
+        self.done = Progressed()
+        if state is not None:
+            self._restore(state)
+        self._prepare_processes()
+        self.loaders: Loaders = create_loaders(
+            self.splits, recipe, self.input_size, world.device, world.rank, world.world_size
+        )
+        self.trackers: list[Tracker] = []
+
+    def _prepare_processes(self) -> None:
+        distributed = self.world.world_size > 1
+        if distributed and self.recipe.sync_bn:
+            self.task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(self.task.trainable_module)
+        if self.recipe.torchcompile:
+            self.task.compile()
+        if distributed:
+            on_cuda = self.world.device.type == "cuda"
+            self.task.prepare_distributed(device_ids=[self.world.device.index] if on_cuda else None)
+
+    # The run
+
+    def execute(self) -> dict[str, Any]:
+        """Train what is left to train, and write the results."""
+        recipe, done = self.recipe, self.done
+        steps = len(self.loaders.train)
+        if self.world.is_main:
+            self.folder.begin(recipe, describe_environment(self.world))
+            self.trackers = create_trackers(recipe, self.folder.path, self.name)
+            if done.epoch == 0:
+                self._save()
+        self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
+        try:
+            for epoch in range(done.epoch, recipe.epochs):
+                self._train_epoch(epoch)
+        finally:
+            self.progress.close()
+            for tracker in self.trackers:
+                tracker.close()
+        return self._finish()
+
+    def _train_epoch(self, epoch: int) -> None:
+        recipe, done = self.recipe, self.done
+        start = time.perf_counter()
+        seed_generators(recipe.seed, epoch, self.world.rank)
+        self.loaders.train.set_epoch(epoch)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        losses = train_one_epoch(
+            self.task,
+            self.loaders.train,
+            self.optimizer,
+            self.precision,
+            recipe,
+            epoch,
+            self.progress,
+            after_update=self.task.update_ema,
+        )
+        row = {"epoch": epoch, "lr": learning_rate} | {f"train_{name}": value for name, value in losses.items()}
+        if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.epochs:
+            heads = self._evaluate(self.loaders.val)
+            row |= {f"val_{name}": heads["prediction"][name] for name in SHOT_METRICS}
+            self._note_best(epoch, heads)
+        self.schedule.step(epoch + 1)
+        row["seconds"] = time.perf_counter() - start
+        done.epoch, done.seconds = epoch + 1, done.seconds + row["seconds"]
+        done.history.append(row)
+        if self.world.is_main:
+            self._save()
+            self.folder.write_summary(done.history)
+            for tracker in self.trackers:
+                tracker.log(row)
+            self.progress.say(_epoch_line(row, recipe.epochs))
+
+    def _evaluate(self, loader: Any) -> dict[str, dict[str, Any]]:
+        return evaluate(
+            self._result_model(),
+            loader,
+            self.splits.class_counts,
+            device=self.world.device,
+            amp_dtype=self.precision.autocast_dtype,
+            channels_last=self.recipe.channels_last,
+        )
+
+    def _result_model(self) -> nn.Module:
+        """The model whose weights are the result: the moving average where there is one."""
+        return unwrap_model(self.task.get_trainable_module(ema=self.recipe.model_ema))
+
+    def _note_best(self, epoch: int, heads: dict[str, dict[str, Any]]) -> None:
+        done = self.done
+        done.last = {"epoch": epoch, "heads": heads}
+        if done.best is None or heads["prediction"]["top1"] > done.best["heads"]["prediction"]["top1"]:
+            done.best = done.last
+            if self.world.is_main:
+                self.folder.write_weights("best.safetensors", self._result_model().state_dict())
+
+    # Saving and restoring
+
+    def _save(self) -> None:
+        state = {
+            "model": unwrap_model(self.task.trainable_module).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": vars(self.done),
+            "class_counts": self.splits.class_counts.tolist(),
+        }
+        if self.recipe.model_ema:
+            state["model_ema"] = unwrap_model(self.task.trainable_module_ema).state_dict()
+        if self.precision.scaler is not None:
+            state["scaler"] = self.precision.scaler.state_dict()
+        save_checkpoint(self.folder.path, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["class_counts"] != self.splits.class_counts.tolist():
+            raise CheckpointError(
+                f"{self.folder.path} was trained on other data: its classes had other numbers of images"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.recipe.model_ema:
+                unwrap_model(self.task.trainable_module_ema).load_state_dict(state["model_ema"])
+            if self.precision.scaler is not None:
+                self.precision.scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
+        self.done = Progressed(**state["progress"])
+
+    # The results
+
+    def _finish(self) -> dict[str, Any]:
+        recipe, done, splits = self.recipe, self.done, self.splits
+        if done.last is None or done.best is None:
+            raise MbibError(f"{self.folder.path} has no evaluated epoch")
+        test = self._evaluate(self.loaders.test) if self.loaders.test is not None else None
+        on_split = recipe.test_split or "test" if test is not None else recipe.val_split
+        metrics: dict[str, Any] = {
+            "name": self.name,
+            "model": recipe.model,
+            "loss": recipe.loss,
+            "dataset": recipe.dataset,
+            "epochs": recipe.epochs,
+            "seed": recipe.seed,
+            "num_classes": splits.num_classes,
+            "class_counts": splits.class_counts.tolist(),
+            "result": {
+                "epoch": done.last["epoch"],
+                "weights": "model.safetensors",
+                "split": on_split,
+                "heads": test if test is not None else done.last["heads"],
+            },
+            "best": {**done.best, "weights": "best.safetensors", "selected_on": recipe.val_split},
+            "training_seconds": done.seconds,
+            "replaced_images": self.loaders.broken_images(),
+            "environment": describe_environment(self.world),
+        }
+        if self.world.is_main:
+            self.folder.write_model(
+                self._result_model(),
+                input_size=self.input_size,
+                recipe=recipe,
+                class_counts=splits.class_counts,
+                class_names=splits.class_names,
+            )
+            self.folder.write_json("metrics.json", metrics)
+            self._draw(metrics)
+            self._report(metrics)
+        return {**metrics, "folder": str(self.folder.path)}
+
+    def _draw(self, metrics: dict[str, Any]) -> None:
+        from mbib_timm.evaluation import figures
+
+        heads, splits, folder = metrics["result"]["heads"], self.splits, self.folder.path / "figures"
+        folder.mkdir(exist_ok=True)
+        try:
+            figures.training_curves(self.done.history, folder / "training_curves.png")
+            figures.class_accuracy(heads, splits.class_counts, folder / "class_accuracy.png", splits.class_names)
+            figures.shot_groups(heads, folder / "shot_groups.png")
+        except MbibError as error:
+            print(f"no figures: {error}")
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        result, best = metrics["result"], metrics["best"]
+        print()
+        print(f"Epoch {result['epoch']} (the last), on {result['split']}:")
+        print(results_table(result["heads"], self.splits.class_counts))
+        best_top1 = best["heads"]["prediction"]["top1"]
+        print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
+        if metrics["replaced_images"]:
+            print(f"{len(metrics['replaced_images'])} broken training images were replaced: see metrics.json")
+        print(f"\n{self.folder.path}")
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    line = f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  loss {row['train_loss']:.3f}"
+    if "val_top1" in row:
+        shots = (f"{name} {'-' if row[f'val_{name}'] is None else format(row[f'val_{name}'], '.1f')}"
+                 for name in SHOT_METRICS)  # fmt: skip
+        line += f"  {'  '.join(shots)}"
+    return f"{line}  {row['seconds']:.1f} s"

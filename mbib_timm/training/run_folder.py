@@ -1,0 +1,121 @@
+"""A run's folder: everything a run leaves behind, each file written whole or not at all.
+
+recipe.yaml         every key as it was used            environment.json    versions, hardware, commit
+summary.csv         a row an epoch                      metrics.json        the result, when the run is done
+model.safetensors   the last epoch's weights            config.json         loads them with timm (local-dir:)
+best.safetensors    the best epoch's weights            last.ckpt, previous.ckpt    to resume from
+figures/            training curves, accuracy by class and by shot group
+"""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save as save_tensors
+from timm.models._hub import save_for_hf
+from torch import Tensor, nn
+
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.recipe import Recipe, load_recipe, save_recipe
+from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
+
+HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "val_top1", "val_many", "val_medium", "val_few", "seconds")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made by `begin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is anything to resume from."""
+        return any((self.path / name).exists() for name in (NEXT, LAST, PREVIOUS))
+
+    def require_free(self) -> None:
+        """Raise MbibError if another run lives here."""
+        if (self.path / "recipe.yaml").exists() or self.has_checkpoint():
+            raise MbibError(
+                f"{self.path} holds a run already: continue it with --resume auto, or choose another folder with "
+                "--experiment NAME or --output DIR"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise MbibError(f"{self.path} is a file; choose another folder with --experiment or --output")
+
+    def require_recipe(self, recipe: Recipe) -> None:
+        """Raise CheckpointError if the run here computes something else than `recipe`."""
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
+        before, now = load_recipe(file).computation(), recipe.computation()
+        changed = [key for key in now if now[key] != before[key]]
+        if changed:
+            listing = ", ".join(f"{key} ({before[key]!r} there, {now[key]!r} asked for)" for key in changed[:4])
+            raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another --output")
+
+    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Make the folder and record what is about to run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MbibError(f"cannot make the output folder {self.path}: {error.strerror}") from None
+        save_recipe(recipe, self.path / "recipe.yaml")
+        self.write_json("environment.json", environment)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file; NaN and infinity are refused."""
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+    def write_summary(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``summary.csv`` anew from the history, so that a resumed run has every epoch once."""
+        extra = [key for row in history for key in row if key not in HISTORY_COLUMNS]
+        columns = [*HISTORY_COLUMNS, *dict.fromkeys(extra)]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in history)
+        write_atomically(self.path / "summary.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def write_weights(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
+        """Write weights as safetensors."""
+        content = save_tensors({key: value.detach().cpu().contiguous() for key, value in state_dict.items()})
+        write_atomically(self.path / name, lambda file: file.write(content))
+
+    def write_model(
+        self,
+        model: nn.Module,
+        *,
+        input_size: tuple[int, int, int],
+        recipe: Recipe,
+        class_counts: np.ndarray,
+        class_names: Sequence[str] | None,
+    ) -> None:
+        """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
+
+        The config carries the preprocessing, the class names and the training images of each class.
+        """
+        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts]}
+        if class_names is not None:
+            config["label_names"] = list(class_names)
+        data_config = {
+            "input_size": input_size,
+            "mean": tuple(recipe.mean),
+            "std": tuple(recipe.std),
+            "crop_pct": 1.0 if recipe.train_crop_mode == "pad" else recipe.crop_pct,
+            "interpolation": "bilinear" if recipe.interpolation == "random" else recipe.interpolation,
+        }
+        with tempfile.TemporaryDirectory(dir=self.path) as beside:
+            save_for_hf(model, beside, model_config=config, safe_serialization=True, data_config=data_config)
+            for name in ("config.json", "model.safetensors"):
+                content = (Path(beside) / name).read_bytes()
+                write_atomically(self.path / name, lambda file, content=content: file.write(content))

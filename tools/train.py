@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""`mbib train` as a script, for torchrun:
+
+torchrun --nproc-per-node 2 tools/train.py cifar100_lt_if100/mbib_resnet32 --sync-bn
+"""
+
+import sys
+
+from mbib_timm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
