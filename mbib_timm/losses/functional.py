@@ -1,0 +1,103 @@
+"""The losses as pure functions of logits and labels, each with its equation.
+
+Shapes: logits (B, K) of any floating dtype, targets (B,) of int64 class indices, everything else (K,). The
+arithmetic is float32 (float64 where the logits are), inside autocast too. Every function returns a scalar.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbib_timm.errors import MbibError
+
+
+def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """Return training images of each class as float64 (K,).
+
+    Raises:
+        MbibError: a class without training images: its logit adjustment would be log 0.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if (counts <= 0).any():
+        empty = (counts <= 0).nonzero().flatten().tolist()
+        raise MbibError(f"the loss needs training images of every class; classes without: {empty[:10]}")
+    return counts
+
+
+def class_weights(class_counts: Sequence[int] | Tensor, power: float) -> Tensor:
+    """Weights of the classes, ``w_i = K (1/n_i)^m / sum_j (1/n_j)^m`` (eq. 7): their mean is 1.
+
+    Args:
+        class_counts: training images n of each class.
+        power: the exponent m; 0 weighs all classes alike.
+    """
+    inverse = as_counts(class_counts) ** -power
+    return (len(inverse) * inverse / inverse.sum()).float()
+
+
+def class_temperatures(class_counts: Sequence[int] | Tensor, gamma: float) -> Tensor:
+    """Temperatures of the classes, ``T_i = (n_max / n_i)^gamma`` (below eq. 8).
+
+    Args:
+        class_counts: training images n of each class.
+        gamma: the exponent; 0 gives every class temperature 1.
+    """
+    counts = as_counts(class_counts)
+    return ((counts.max() / counts) ** gamma).float()
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def balanced_softmax_cross_entropy(
+    logits: Tensor, targets: Tensor, log_counts: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Balanced softmax cross-entropy: cross-entropy of ``t + log n`` (eq. 4-6), class-weighted (eq. 7).
+
+    The weighted mean divides by the sum of the weights of the batch's labels, as Figure 10 does.
+
+    Args:
+        logits: t, (B, K).
+        targets: (B,).
+        log_counts: log n, (K,); zeros give the plain cross-entropy.
+        weight: w, (K,); None weighs all classes alike.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(_full_precision(logits) + log_counts, targets, weight)
+
+
+def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """Variational self-distillation loss ``KL(softmax(t/T) || softmax(s/T))``, mean over the batch (eq. 8).
+
+    Takes the raw logits, without log n. The teacher gets no gradient.
+
+    Args:
+        teacher: t, the observation's logits, (B, K).
+        student: s, the logits that learn from it, (B, K).
+        temperatures: T, (K,), each dividing its class's logit; None for 1.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        teacher, student = _full_precision(teacher.detach()), _full_precision(student)
+        if temperatures is not None:
+            teacher, student = teacher / temperatures, student / temperatures
+        # From log-probabilities, so that a probability of 0 contributes 0 and not 0 * log 0.
+        log_p, log_q = F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def focal_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
+    """Focal loss ``-(1 - p_y)^gamma log p_y``, mean over the batch (Lin et al. 2017, eq. 4).
+
+    Args:
+        logits: (B, K).
+        targets: (B,).
+        gamma: focusing exponent; 0 gives the cross-entropy.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        negative_log = F.cross_entropy(_full_precision(logits), targets, reduction="none")
+        # 1 - p from -log p without cancellation; kept off 0, where a power below 1 has no gradient.
+        miss = (-torch.expm1(-negative_log)).clamp_min(torch.finfo(negative_log.dtype).tiny)
+        return (miss**gamma * negative_log).mean()

@@ -1,0 +1,243 @@
+"""A real run on the embedded digits: its outputs, its loss curve, and its resumption bit by bit."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from mbib_timm.cli import main
+from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
+from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.training import train
+from mbib_timm.training import run as run_module
+
+GOLDEN = Path(__file__).parent / "golden" / "digits_losses.json"
+DIGITS = find_recipe("digits/mbib_resnet20")
+SHORT = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0)
+
+
+def digits(tmp_path, **overrides):
+    return load_recipe(DIGITS, {**SHORT, "output": str(tmp_path), **overrides})
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_weights(first, second):
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted short run."""
+    metrics = train(digits(tmp_path_factory.mktemp("finished")), "whole")
+    return Path(metrics["folder"]), metrics
+
+
+def test_a_run_leaves_its_results(finished):
+    folder, metrics = finished
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "recipe.yaml", "environment.json", "summary.csv", "metrics.json", "model.safetensors", "config.json",
+        "best.safetensors", "last.ckpt", "previous.ckpt", "figures/training_curves.png",
+        "figures/class_accuracy.png", "figures/shot_groups.png",
+    }  # fmt: skip
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written == {key: value for key, value in metrics.items() if key != "folder"}
+    assert written["class_counts"] == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
+    assert set(written["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
+    assert written["result"]["epoch"] == 2
+    assert written["best"]["selected_on"] == "test"
+    assert written["environment"]["torch"] == torch.__version__
+    with (folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    best = max(float(row["val_top1"]) for row in rows)
+    assert written["best"]["heads"]["prediction"]["top1"] == pytest.approx(best)
+
+
+def test_the_saved_model_loads_with_timm_and_gives_the_result(finished):
+    folder, metrics = finished
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert model.pretrained_cfg["input_size"] == [3, 16, 16] or tuple(model.pretrained_cfg["input_size"]) == (3, 16, 16)
+    assert model.pretrained_cfg["label_names"][3] == "3"
+    assert json.loads((folder / "config.json").read_text())["class_counts"] == metrics["class_counts"]
+    assert not any(key.startswith(("module.", "_orig_mod.")) for key in weights(folder))
+
+
+def test_loss_curve_is_the_golden_one(finished, request):
+    """Guards the whole loop: data order, augmentation, model, loss, optimizer and schedule."""
+    _, metrics = finished
+    with (Path(metrics["folder"]) / "summary.csv").open() as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    if request.config.getoption("--update-golden"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps({"recipe": "digits/mbib_resnet20", "epochs": 3, "train_loss": losses}, indent=2) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    # Other processors and versions of torch add in another order.
+    assert losses == pytest.approx(golden["train_loss"], rel=2e-2)
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(finished, tmp_path):
+    folder, _ = finished
+    assert same_weights(folder, train(digits(tmp_path), "again")["folder"])
+    assert not same_weights(folder, train(digits(tmp_path, seed=1), "other")["folder"])
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_at", [0, 1])
+def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, workers):
+    recipe = digits(tmp_path, workers=workers, model_ema=True, model_kwargs={"drop_rate": 0.1}, opt="adamw", lr=1e-3)
+    whole = train(recipe, "whole")
+    original = run_module.train_one_epoch
+
+    def crash(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if args[5] == stop_at:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(run_module, "train_one_epoch", crash)
+    with pytest.raises(Stop):
+        train(recipe, "broken")
+    monkeypatch.undo()
+    resumed = train(recipe.replace(resume="auto"), "broken")
+    assert same_weights(whole["folder"], resumed["folder"])
+    assert whole["result"] == resumed["result"]
+    assert whole["best"] == resumed["best"]
+
+    def without_seconds(folder):
+        with (Path(folder) / "summary.csv").open() as file:
+            return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+    assert without_seconds(whole["folder"]) == without_seconds(resumed["folder"])
+
+
+def test_kill_9_and_resume_auto(finished, tmp_path):
+    folder, _ = finished
+    command = [sys.executable, "-m", "mbib_timm", "train", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu",
+               "--workers", "0", "--output", str(tmp_path), "--experiment", "killed"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    summary = tmp_path / "killed" / "summary.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (summary.exists() and summary.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "metrics.json").exists(), "the run ended before it was killed"
+    done = subprocess.run([*command, "--resume", "auto"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(folder, tmp_path / "killed")
+
+
+def test_a_finished_run_resumes_to_the_same_result(finished, tmp_path):
+    folder, metrics = finished
+    again = train(digits(folder.parent, resume=str(folder)), "whole")
+    assert again["result"] == metrics["result"]
+
+
+def test_an_occupied_folder_is_refused(finished):
+    folder, _ = finished
+    with pytest.raises(MbibError, match=r"holds a run already.*--resume auto"):
+        train(digits(folder.parent), "whole")
+    with pytest.raises(CheckpointError, match=r"another recipe: lr \(.* there, 0\.5 asked for\)"):
+        train(digits(folder.parent, resume="auto", lr=0.5), "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 0, step \d+"):
+        train(digits(tmp_path, lr=1e12, warmup_epochs=0), "diverged")
+    assert (tmp_path / "diverged" / "last.ckpt").exists()
+    assert not (tmp_path / "diverged" / "metrics.json").exists()
+
+
+def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "train_one_epoch", interrupt)
+    status = main(["train", "--epochs", "3", "--warmup-epochs", "1", "--output", str(tmp_path), "--device", "cpu"])
+    assert status == 130
+    assert "Continue with: mbib train --epochs 3" in capsys.readouterr().err
+    assert (tmp_path / "mbib_resnet20.digits" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(loss="bib", model="bib_resnet20"),
+        dict(loss="se_mbib"),
+        dict(loss="all_mbib"),
+        dict(loss="ce", model="cifar_resnet20"),
+        dict(loss="bsce", model="cifar_resnet20"),
+        dict(loss="focal"),
+        dict(grad_accum_steps=3, clip_grad=1.0),
+        dict(clip_grad=0.1, clip_mode="agc", layer_decay=0.8),
+        dict(amp=True, model_ema=True, model_ema_decay=0.9),
+        dict(opt="adamw", lr=1e-3, filter_bias_and_bn=True, sched="multistep", decay_milestones=[1]),
+        dict(model="mbib", model_kwargs={"backbone": "convnext_atto", "taps": [1, 2, 3]}, img_size=32, lr=0.01),
+    ],
+    ids=lambda overrides: "-".join(map(str, overrides.values()))[:40],
+)
+def test_every_way_to_train_runs_and_learns_something(tmp_path, overrides):
+    metrics = train(digits(tmp_path, epochs=2, **overrides), "run")
+    heads = metrics["result"]["heads"]
+    assert all(math.isfinite(head["nll"]) for head in heads.values())
+    assert heads["prediction"]["top1"] > 0
+
+
+def test_gradient_accumulation_equals_the_larger_batch():
+    """Two halves of a batch, accumulated, give the gradient of the whole for a loss that is a plain mean."""
+    from mbib_timm.training.optimization import Precision, training_step
+    from mbib_timm.training.task import LongTailTask
+
+    class MeanLoss(torch.nn.Module):
+        def forward(self, logits, targets):
+            return {"loss": torch.nn.functional.cross_entropy(logits["logits"], targets)}
+
+    torch.manual_seed(0)
+    images, targets = torch.randn(8, 5), torch.randint(0, 3, (8,))
+    results = []
+    for pieces in (1, 2):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(5, 3)
+        task = LongTailTask(model, MeanLoss(), torch.device("cpu"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for i, (x, y) in enumerate(zip(images.chunk(pieces), targets.chunk(pieces), strict=True)):
+            training_step(
+                task, optimizer, x, y, Precision(None, None), accumulate=pieces, update=i + 1 == pieces
+            )
+        results.append(model.weight.detach().clone())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_validate_reproduces_the_result_to_the_last_digit(finished, tmp_path, capsys):
+    folder, metrics = finished
+    assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "results.json")]) == 0
+    heads = json.loads((tmp_path / "results.json").read_text())["heads"]
+    assert heads == metrics["result"]["heads"]
+    assert "prediction" in capsys.readouterr().out
+
+
+def test_tensorboard_on_request(tmp_path):
+    pytest.importorskip("tensorboard")
+    folder = Path(train(digits(tmp_path, epochs=2, log_tensorboard=True), "run")["folder"])
+    assert list((folder / "tensorboard").glob("events.*"))
