@@ -289,7 +289,7 @@ class Run:
         try:
             figures.training_curves(self.done.history, folder / "training_curves.png")
             figures.class_accuracy(heads, splits.class_counts, folder / "class_accuracy.png", splits.class_names)
-            figures.shot_groups(heads, folder / "shot_groups.png")
+            figures.shot_groups_figure(heads, folder / "shot_groups.png")
         except MbibError as error:
             print(f"no figures: {error}")
 

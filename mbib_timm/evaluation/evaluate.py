@@ -1,0 +1,78 @@
+"""A model over a loader, to the metrics of its prediction and of every head."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mbib_timm.errors import DataError
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+
+
+def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the logits (B, K) of the prediction, and of each head where the model has several."""
+    if not hasattr(model, "forward_heads"):
+        return {"prediction": model(images)}
+    heads = model.forward_heads(images)._asdict()
+    *_, last, z = heads.values()
+    return {"prediction": (last + z) / 2, **heads}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    class_counts: np.ndarray,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model; with several processes each takes its share, and every image counts once.
+
+    Args:
+        model: gives logits (B, K) in evaluation mode; set to it, and back to its own mode afterwards.
+        loader: gives images (B, C, H, W) and targets (B,) on the device.
+        class_counts: training images of each class, (K,).
+        device: device of the model.
+        amp_dtype: precision of autocast; None for none.
+        channels_last: hand the images on in channels-last format.
+
+    Returns:
+        ``summarize`` for ``"prediction"`` and for every head, by name.
+
+    Raises:
+        DataError: no image at all.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Statistics] = {}
+    for images, targets in loader:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            logits = head_logits(model, images)
+        for name, values in logits.items():
+            counted = batch_statistics(values, targets)
+            sums[name] = sums[name] + counted if name in sums else counted
+    model.train(was_training)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sums = _sum_over_processes(sums, model, len(class_counts), device)
+    if not sums:
+        raise DataError("there is no image to evaluate")
+    return {name: summarize(statistics, class_counts) for name, statistics in sums.items()}
+
+
+def _sum_over_processes(
+    sums: dict[str, Statistics], model: nn.Module, num_classes: int, device: torch.device
+) -> dict[str, Statistics]:
+    """Add up the processes' shares; a process whose share was empty adds zeros under the same names."""
+    if not sums:
+        names = ("prediction", *getattr(model, "head_names", ()))
+        nothing = torch.zeros(0, num_classes, device=device), torch.zeros(0, dtype=torch.long, device=device)
+        sums = {name: batch_statistics(*nothing) for name in names}
+    for statistics in sums.values():
+        statistics.all_reduce()
+    return sums
