@@ -12,7 +12,7 @@ import numpy
 import timm
 import torch
 import torchvision
-from timm.utils import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so
 
 import mbib_timm
 from mbib_timm.errors import MbibError

@@ -3,10 +3,13 @@
 import sys
 from typing import Any
 
-try:
-    from tqdm import tqdm
-except ImportError:  # tqdm comes with mbib-timm[train]
-    tqdm = None
+
+def _bar(total: int, done: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:  # tqdm comes with mbib-timm[train]; plain lines will do
+        return None
+    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
 
 
 class Progress:
@@ -21,8 +24,8 @@ class Progress:
     def __init__(self, total: int, done: int = 0, visible: bool = True) -> None:
         self.visible = visible
         self.bar: Any = None
-        if visible and tqdm is not None and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
+        if visible and sys.stderr.isatty():
+            self.bar = _bar(total, done)
 
     def step(self) -> None:
         """Count one step."""

@@ -5,7 +5,9 @@ flag. Every key is also a flag of `mbib train`. What a file leaves out keeps the
 not hold is refused, with the nearest valid key.
 """
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -133,7 +135,7 @@ class Recipe:
     warmup_epochs: int = key(0, "epochs of linear warm-up", minimum=0)
     warmup_lr: float = key(1e-5, "learning rate at the start of the warm-up", minimum=0)
     min_lr: float = key(0.0, "lowest learning rate of the schedule", minimum=0)
-    decay_milestones: list[int] = key([160, 180], "epochs at which multistep decays")
+    decay_milestones: list[int] = key([161, 181], "timm's milestones: multistep decays from the epoch before each")
     decay_rate: float = key(0.1, "factor of each decay", above=0)
     model_ema: bool = key(False, "keep an exponential moving average of the weights, and evaluate it")
     model_ema_decay: float = key(0.9998, "decay of that average", minimum=0, maximum=1)
@@ -172,6 +174,14 @@ class Recipe:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, 3):
                 raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {getattr(self, name)}")
+        if min(self.std) <= 0:
+            raise MbibError(f"recipe key 'std': expected positive numbers, got {self.std}")
+        if not self.observation_weights or min(self.observation_weights) < 0:
+            raise MbibError(
+                f"recipe key 'observation_weights': expected numbers of at least 0, got {self.observation_weights}"
+            )
+        if self.experiment is not None and Path(self.experiment).name != self.experiment:
+            raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {self.experiment!r}")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise MbibError(f"recipe key 'warmup_epochs': {self.warmup_epochs} leaves none of the {self.epochs} epochs")
         if self.sched == "multistep" and sorted(self.decay_milestones) != self.decay_milestones:
@@ -209,11 +219,11 @@ def _typed(name: str, value: Any, expected: Any) -> Any:
         return dict(value)
     if expected is float and isinstance(value, str):
         # YAML reads 3e-4 (no dot) as a string.
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise MbibError(f"recipe key {name!r}: expected a finite number, got {value}")
         return float(value)
     if expected is int and isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -232,8 +242,6 @@ def _check_range(item: dataclasses.Field, value: Any) -> None:
     if limits["choices"] and value not in limits["choices"]:
         raise unknown_name(f"value of recipe key {item.name!r}", value, limits["choices"])
     if isinstance(value, int | float):
-        if value != value:
-            raise MbibError(f"recipe key {item.name!r}: expected a number, got nan")
         if limits["minimum"] is not None and value < limits["minimum"]:
             raise MbibError(f"recipe key {item.name!r}: expected at least {limits['minimum']:g}, got {value:g}")
         if limits["above"] is not None and value <= limits["above"]:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, sound or refused."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -47,10 +48,8 @@ def test_a_crash_between_any_two_system_calls_leaves_a_sound_checkpoint(tmp_path
     for name in ("replace", "fsync"):
         monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
     monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
-    try:
+    with contextlib.suppress(Killed):
         save_checkpoint(tmp_path, state(2))
-    except Killed:
-        pass
     monkeypatch.undo()
     found = load_newest(tmp_path, warn=pytest.fail)
     assert found["epoch"] in (1, 2)
@@ -103,7 +102,9 @@ def test_a_really_full_device_is_reported(monkeypatch, tmp_path):
     save_checkpoint(tmp_path, state(0))
     original = Path.open
     monkeypatch.setattr(
-        Path, "open", lambda self, *args, **kwargs: original(Path("/dev/full") if self.suffix == ".tmp" else self, *args, **kwargs)
+        Path,
+        "open",
+        lambda self, *args, **kwargs: original(Path("/dev/full") if self.suffix == ".tmp" else self, *args, **kwargs),
     )
     with pytest.raises(MbibError, match="no space left"):
         save_checkpoint(tmp_path, state(1))

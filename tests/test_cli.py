@@ -10,13 +10,16 @@ from mbib_timm.cli import flag, main, parse, recipe_overrides
 from mbib_timm.recipe import TYPES
 
 
-@pytest.fixture()
+@pytest.fixture
 def fails(tmp_path, capsys):
     """Run a command that must fail, and return its message."""
 
     def run(*arguments, status=2):
         before = sorted(tmp_path.rglob("*"))
-        command = [*arguments, *(["--output", str(tmp_path / "runs"), "--device", "cpu"] if "train" in arguments else [])]
+        command = [
+            *arguments,
+            *(["--output", str(tmp_path / "runs"), "--device", "cpu"] if "train" in arguments else []),
+        ]
         command = command if "--device" not in arguments else [*arguments, "--output", str(tmp_path / "runs")]
         assert main(command) == status
         message = capsys.readouterr().err
@@ -38,7 +41,7 @@ def fails(tmp_path, capsys):
         (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["train", "--epochs", "0"], "recipe key 'epochs': expected at least 1, got 0"),
         (["train", "--imbalance-factor", "-3"], "recipe key 'imbalance_factor': expected at least 1, got -3"),
-        (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a number, got nan"),
+        (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a finite number, got nan"),
         (["train", "--model", "mbib_resnet33"], "did you mean 'mbib_resnet3"),
         (["train", "--model-kwargs", "tap=3"], "unexpected keyword argument 'tap'"),
         (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
@@ -73,7 +76,21 @@ def test_bad_input(fails, arguments, expected):
 def test_every_recipe_key_is_a_flag():
     for key in TYPES:
         assert flag(key) == f"--{key.replace('_', '-')}"
-    arguments = parse(["train", "--lr", "0.5", "--no-amp", "--mean", "0.1", "0.2", "0.3", "--model-kwargs", "taps=[1,2]", "in_chans=1"])
+    arguments = parse(
+        [
+            "train",
+            "--lr",
+            "0.5",
+            "--no-amp",
+            "--mean",
+            "0.1",
+            "0.2",
+            "0.3",
+            "--model-kwargs",
+            "taps=[1,2]",
+            "in_chans=1",
+        ]
+    )
     assert recipe_overrides(arguments) == {
         "lr": 0.5, "amp": False, "mean": [0.1, 0.2, 0.3], "model_kwargs": {"taps": [1, 2], "in_chans": 1},
     }  # fmt: skip

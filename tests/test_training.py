@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, load_recipe
-from mbib_timm.training import train
 from mbib_timm.training import run as run_module
+from mbib_timm.training import train
 
 GOLDEN = Path(__file__).parent / "golden" / "digits_losses.json"
 DIGITS = find_recipe("digits/mbib_resnet20")
@@ -84,7 +84,9 @@ def test_loss_curve_is_the_golden_one(finished, request):
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
     if request.config.getoption("--update-golden"):
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps({"recipe": "digits/mbib_resnet20", "epochs": 3, "train_loss": losses}, indent=2) + "\n")
+        GOLDEN.write_text(
+            json.dumps({"recipe": "digits/mbib_resnet20", "epochs": 3, "train_loss": losses}, indent=2) + "\n"
+        )
     golden = json.loads(GOLDEN.read_text())
     # Other processors and versions of torch add in another order.
     assert losses == pytest.approx(golden["train_loss"], rel=2e-2)
@@ -97,7 +99,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(finished,
     assert not same_weights(folder, train(digits(tmp_path, seed=1), "other")["folder"])
 
 
-class Stop(Exception):
+class CrashError(Exception):
     """Stands for a crash."""
 
 
@@ -111,11 +113,11 @@ def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, work
     def crash(*args, **kwargs):
         result = original(*args, **kwargs)
         if args[5] == stop_at:
-            raise Stop
+            raise CrashError
         return result
 
     monkeypatch.setattr(run_module, "train_one_epoch", crash)
-    with pytest.raises(Stop):
+    with pytest.raises(CrashError):
         train(recipe, "broken")
     monkeypatch.undo()
     resumed = train(recipe.replace(resume="auto"), "broken")
@@ -222,9 +224,7 @@ def test_gradient_accumulation_equals_the_larger_batch():
         task = LongTailTask(model, MeanLoss(), torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for i, (x, y) in enumerate(zip(images.chunk(pieces), targets.chunk(pieces), strict=True)):
-            training_step(
-                task, optimizer, x, y, Precision(None, None), accumulate=pieces, update=i + 1 == pieces
-            )
+            training_step(task, optimizer, x, y, Precision(None, None), accumulate=pieces, update=i + 1 == pieces)
         results.append(model.weight.detach().clone())
     torch.testing.assert_close(results[0], results[1])
 

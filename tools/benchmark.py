@@ -148,7 +148,9 @@ def report(rows: dict[str, dict[str, dict[str, float]]], ratios: dict[str, dict[
     for phase, by_name in rows.items():
         for i, (name, speed) in enumerate(by_name.items()):
             spread = f"{speed['min']:.0f} - {speed['max']:.0f}"
-            ratio = f"{ratios[phase]['median']:.3f} ({ratios[phase]['min']:.3f} - {ratios[phase]['max']:.3f})" if i else ""
+            ratio = (
+                f"{ratios[phase]['median']:.3f} ({ratios[phase]['min']:.3f} - {ratios[phase]['max']:.3f})" if i else ""
+            )
             print(f"{phase:<10} {name:<18} {speed['median']:>9.0f}   {spread:>17}   {ratio}")
 
 

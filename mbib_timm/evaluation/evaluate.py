@@ -13,9 +13,10 @@ from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
 def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the logits (B, K) of the prediction, and of each head where the model has several."""
-    if not hasattr(model, "forward_heads"):
+    forward_heads: Any = getattr(model, "forward_heads", None)
+    if forward_heads is None:
         return {"prediction": model(images)}
-    heads = model.forward_heads(images)._asdict()
+    heads = forward_heads(images)._asdict()
     *_, last, z = heads.values()
     return {"prediction": (last + z) / 2, **heads}
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from mbib_timm.data.class_counts import shot_groups
+
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
 
 
@@ -28,15 +30,13 @@ def results_table(results: Mapping[str, Mapping[str, Any]], class_counts: np.nda
         values = [results[head][metric] for metric in COLUMNS.values()]
         rows.append([head, *("-" if value is None else f"{value:.2f}" for value in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for head, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([head.ljust(widths[0]), *aligned]))
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:3], rule, *lines[3:]])
 
 
 def _group_images(class_counts: np.ndarray) -> dict[str, int]:
-    from mbib_timm.data.class_counts import shot_groups
-
     return {name: int(class_counts[classes].sum()) for name, classes in shot_groups(class_counts).items()}

@@ -53,7 +53,13 @@ def validate(
         has_test = settings.test_split is not None or settings.test_list is not None
         split = split or (settings.test_split or "test" if has_test else settings.val_split)
         loader = build_eval_loader(
-            settings, split, input_size=size, device=world.device, rank=world.rank, world_size=world.world_size
+            settings,
+            split,
+            input_size=size,
+            num_classes=num_classes,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.world_size,
         )
         heads = evaluate(
             model.to(world.device), loader, counts, device=world.device, channels_last=settings.channels_last
@@ -88,7 +94,9 @@ def _resolve(target: str, recipe: str | None, overrides: Mapping[str, Any]) -> t
     elif ":" not in target and not timm.is_model(target.partition(".")[0]):
         raise unknown_name("model or folder", target, timm.list_models())
     if recipe is None:
-        raise MbibError(f"{target} does not say which data: give --recipe NAME (see mbib recipes), and flags to change it")
+        raise MbibError(
+            f"{target} does not say which data: give --recipe NAME (see mbib recipes), and flags to change it"
+        )
     return load_recipe(find_recipe(recipe), overrides), target
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
@@ -12,7 +13,7 @@ from mbib_timm.registry import Registry
 
 __all__ = ["LOSSES", "BottleneckLoss", "CrossEntropy", "Edge", "FocalLoss", "HeadwiseLoss", "create_loss"]
 
-ClassCounts = Sequence[int] | Tensor
+ClassCounts = Sequence[int] | np.ndarray | Tensor
 LOSSES: Registry[Callable[[Recipe, ClassCounts, Sequence[str]], nn.Module]] = Registry("loss")
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mbib_timm.losses.functional import as_counts, balanced_softmax_cross_entropy, focal_loss
@@ -16,7 +18,7 @@ class CrossEntropy(nn.Module):
 
     log_counts: Tensor | None
 
-    def __init__(self, class_counts: Sequence[int] | Tensor | None = None) -> None:
+    def __init__(self, class_counts: Sequence[int] | np.ndarray | Tensor | None = None) -> None:
         super().__init__()
         log_counts = None if class_counts is None else as_counts(class_counts).log().float()
         self.register_buffer("log_counts", log_counts, persistent=False)
@@ -57,6 +59,6 @@ class HeadwiseLoss(nn.Module):
     def forward(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return ``loss``, and with several heads the loss of each as ``loss_<head>``."""
         losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
-        total = sum(losses.values()) / len(losses)
+        total = torch.stack(list(losses.values())).mean()
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": total, **parts}

@@ -6,6 +6,7 @@ arithmetic is float32 (float64 where the logits are), inside autocast too. Every
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from mbib_timm.errors import MbibError
 
 
-def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+def as_counts(class_counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """Return training images of each class as float64 (K,).
 
     Raises:
@@ -26,7 +27,7 @@ def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     return counts
 
 
-def class_weights(class_counts: Sequence[int] | Tensor, power: float) -> Tensor:
+def class_weights(class_counts: Sequence[int] | np.ndarray | Tensor, power: float) -> Tensor:
     """Weights of the classes, ``w_i = K (1/n_i)^m / sum_j (1/n_j)^m`` (eq. 7): their mean is 1.
 
     Args:
@@ -37,7 +38,7 @@ def class_weights(class_counts: Sequence[int] | Tensor, power: float) -> Tensor:
     return (len(inverse) * inverse / inverse.sum()).float()
 
 
-def class_temperatures(class_counts: Sequence[int] | Tensor, gamma: float) -> Tensor:
+def class_temperatures(class_counts: Sequence[int] | np.ndarray | Tensor, gamma: float) -> Tensor:
     """Temperatures of the classes, ``T_i = (n_max / n_i)^gamma`` (below eq. 8).
 
     Args:

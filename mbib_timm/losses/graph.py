@@ -1,15 +1,17 @@
 """Every structure of the paper as a list of weighted edges from teacher to student, and one loss for them all.
 
-    BIB       (v3, z)                                  eq. 9, figure 1
-    MBIB      (v1, z): a   (v2, z): b   (v3, z): 1     eq. 11, figure 2
-    SE-MBIB   (v1, v2)   (v2, v3)   (v3, z)            figure 5 (a)
-    ALL-MBIB  the edges of both                        figure 5 (b)
+BIB       (v3, z)                                  eq. 9, figure 1
+MBIB      (v1, z): a   (v2, z): b   (v3, z): 1     eq. 11, figure 2
+SE-MBIB   (v1, v2)   (v2, v3)   (v3, z)            figure 5 (a)
+ALL-MBIB  the edges of both                        figure 5 (b)
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
@@ -91,7 +93,7 @@ class BottleneckLoss(nn.Module):
     def __init__(
         self,
         edges: Sequence[Edge],
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Sequence[int] | np.ndarray | Tensor,
         beta: float = 5.0,
         gamma: float = 0.0,
         class_weight_power: float = 0.1,
@@ -124,8 +126,9 @@ class BottleneckLoss(nn.Module):
             edge: self_distillation(logits[edge.teacher], logits[edge.student], self.temperatures)
             for edge in self.edges
         }
-        loss = sum(weight * bsc[head] for head, weight in self.head_weights.items())
-        loss = loss + self.beta * sum(edge.weight * value for edge, value in vsd.items())
+        terms = [weight * bsc[head] for head, weight in self.head_weights.items()]
+        terms += [self.beta * edge.weight * value for edge, value in vsd.items()]
+        loss = torch.stack(terms).sum()
         parts = {f"bsc_{head}": value.detach() for head, value in bsc.items()}
         parts |= {f"vsd_{edge.teacher}_{edge.student}": value.detach() for edge, value in vsd.items()}
         return {"loss": loss, **parts}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import save as save_tensors
-from timm.models._hub import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from mbib_timm.errors import CheckpointError, MbibError
@@ -114,8 +114,9 @@ class RunFolder:
             "crop_pct": 1.0 if recipe.train_crop_mode == "pad" else recipe.crop_pct,
             "interpolation": "bilinear" if recipe.interpolation == "random" else recipe.interpolation,
         }
-        with tempfile.TemporaryDirectory(dir=self.path) as beside:
-            save_for_hf(model, beside, model_config=config, safe_serialization=True, data_config=data_config)
-            for name in ("config.json", "model.safetensors"):
-                content = (Path(beside) / name).read_bytes()
-                write_atomically(self.path / name, lambda file, content=content: file.write(content))
+        with tempfile.TemporaryDirectory() as beside:
+            file = Path(beside) / "config.json"
+            save_config_for_hf(model, str(file), model_config=config, data_config=data_config)
+            text = file.read_bytes()
+        self.write_weights("model.safetensors", model.state_dict())
+        write_atomically(self.path / "config.json", lambda file: file.write(text))

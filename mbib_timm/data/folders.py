@@ -1,0 +1,89 @@
+"""Image folders and tars, as timm reads them: classes are folders, labels their natural order."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
+
+from mbib_timm.data.images import Split, TimmReader
+from mbib_timm.errors import DataError
+
+SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
+    ("validation", "val", "valid", "test", "eval"), ("validation", "val", "valid", "test", "eval")
+)
+
+
+def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int) -> Split:
+    """Open a split of an image folder or tar.
+
+    `data_dir` may hold a folder or tar for each split (``train``; ``validation``, ``val``, ``test``), or the class
+    folders themselves, or be a tar of them. Without splits, a share of each class is held out for evaluation.
+
+    Args:
+        data_dir: the folder or tar.
+        split: name of the split.
+        val_fraction: share of each class to hold out where there are no splits: at least one image of a class with
+            two or more; a class with one image keeps it for training.
+        seed: chooses the images held out.
+
+    Raises:
+        DataError: nothing there, no images, or no such split.
+    """
+    if data_dir is None:
+        raise DataError("recipe key 'data_dir': the folder source needs the folder or .tar of the images")
+    root = Path(data_dir)
+    if not root.exists():
+        raise DataError(f"data_dir {root} does not exist")
+    found = find_split(root, split)
+    if found is not None:
+        return _read(found)
+    if root.is_dir() and any(find_split(root, name) for name in ("train", "validation")):
+        raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
+    whole = _read(root)
+    held_out = hold_out(whole, val_fraction, seed)
+    return whole.subset(np.flatnonzero(~held_out if split in SYNONYMS["train"] else held_out))
+
+
+def find_split(root: Path, split: str) -> Path | None:
+    """Return the folder or tar of a split under its own name or a synonym; None where there is none."""
+    for name in dict.fromkeys((split, *SYNONYMS.get(split, ()))):
+        for candidate in (root / name, root / f"{name}.tar"):
+            if candidate.exists():
+                return candidate
+    return None
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
+    """Return which images to hold out for evaluation, (N,) bool: a share of each class, chosen by a seed."""
+    assert split.targets is not None
+    generator = np.random.RandomState(seed)
+    held_out = np.zeros(len(split), dtype=bool)
+    for label in np.unique(split.targets):
+        members = generator.permutation(np.flatnonzero(split.targets == label))
+        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
+        held_out[members[:count]] = True
+    return held_out
+
+
+def _read(path: Path) -> Split:
+    if path.is_dir() and not any(path.iterdir()):
+        raise DataError(f"{path} is empty")
+    try:
+        reader: Any = create_reader("", root=str(path))
+        if hasattr(reader, "targets"):
+            targets, classes = np.asarray(reader.targets), reader.class_name_to_idx
+        else:
+            targets, classes = np.array([label for _, label in reader.samples]), reader.class_to_idx
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        kinds = ", ".join(sorted(get_img_extensions()))
+        raise DataError(f"no images in class folders under {path} ({kinds}): {str(error).splitlines()[0]}") from None
+    names = sorted(classes, key=lambda name: classes[name])
+    if len(names) < 2:
+        raise DataError(f"{path} holds {len(names)} class folder ({', '.join(names)}); a classifier needs two or more")
+    return Split(TimmReader(reader), targets.astype(np.int64), class_names=tuple(map(str, names)))
+
+
+def _entries(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())[:8]

@@ -1,0 +1,126 @@
+"""Images with labels, and what becomes of a broken one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+from mbib_timm.errors import DataError
+
+
+class Reader(Protocol):
+    """Gives the images of a source by index."""
+
+    def read(self, index: int) -> Image.Image:
+        """Open an image; decoding may happen later. Raises OSError where there is none."""
+
+    def path(self, index: int) -> str:
+        """Return where the image is, for messages."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data source: which images, with which labels.
+
+    Attributes:
+        reader: gives the images; None for a stream.
+        targets: labels (N,), int64; None for a stream.
+        indices: the reader's index of each image, (N,).
+        class_names: in label order, where the source knows them.
+        stream: makes the data set of a source that cannot be indexed, from whether it is for training.
+    """
+
+    reader: Reader | None
+    targets: np.ndarray | None
+    indices: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
+    stream: Callable[[bool], IterableDataset] | None = None
+
+    def subset(self, kept: np.ndarray) -> "Split":
+        """Return the split of the images at these places."""
+        assert self.targets is not None
+        indices = kept if self.indices is None else self.indices[kept]
+        return replace(self, targets=self.targets[kept], indices=indices)
+
+    def __len__(self) -> int:
+        return 0 if self.targets is None else len(self.targets)
+
+
+class ImageDataset(Dataset):
+    """The images of a split, transformed.
+
+    Args:
+        split: an indexed split.
+        mode: PIL mode that every image is converted to: ``RGB``, or ``L`` for one channel.
+        transform: applied to each image.
+        replace_broken: give the next image for one that cannot be decoded, and remember it; else raise.
+    """
+
+    def __init__(self, split: Split, mode: str, transform: Callable[[Image.Image], Any], replace_broken: bool) -> None:
+        assert split.reader is not None
+        assert split.targets is not None
+        self.reader, self.targets = split.reader, split.targets
+        self.indices = np.arange(len(split)) if split.indices is None else split.indices
+        self.mode, self.transform, self.replace_broken = mode, transform, replace_broken
+        # In shared memory, so that the workers' finds are known to the main process.
+        self._broken = torch.zeros(len(split), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for attempt in range(len(self)):
+            place = (index + attempt) % len(self)
+            try:
+                image = self.reader.read(int(self.indices[place])).convert(self.mode)
+                return self.transform(image), int(self.targets[place])
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                # PIL reports some broken files as SyntaxError or ValueError.
+                if not self.replace_broken:
+                    path = self.reader.path(int(self.indices[place]))
+                    raise DataError(f"cannot read image {path}: {error}") from None
+                self._broken[place] = 1
+        raise DataError(f"none of the {len(self)} training images can be read")
+
+    def broken(self) -> list[str]:
+        """Return the paths of the images that were replaced so far, in any worker."""
+        return [self.reader.path(int(self.indices[i])) for i in self._broken.nonzero().flatten().tolist()]
+
+
+class ArrayReader:
+    """Images in memory.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 3), uint8.
+        name: of the source, for messages.
+    """
+
+    def __init__(self, images: np.ndarray, name: str) -> None:
+        self.images, self.name = images, name
+
+    def read(self, index: int) -> Image.Image:
+        """Return the image."""
+        return Image.fromarray(self.images[index])
+
+    def path(self, index: int) -> str:
+        """Return the source's name and the index."""
+        return f"{self.name}[{index}]"
+
+
+class TimmReader:
+    """Images behind one of timm's readers: folder, tar, Hugging Face data sets."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def read(self, index: int) -> Image.Image:
+        """Return the image."""
+        return Image.open(self.reader[index][0])
+
+    def path(self, index: int) -> str:
+        """Return the image's path."""
+        return str(self.reader.filename(index, absolute=True))

@@ -1,0 +1,94 @@
+"""Long-tailed subsets of balanced data: how many images a class keeps, and which."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mbib_timm.errors import DataError
+
+
+def exponential_profile(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:
+    """Images of each class, ``int(n_max (1/IF)^(c/(K-1)))``, falling exponentially (Cao et al. 2019).
+
+    Args:
+        num_classes: classes K, at least 2.
+        largest: images n_max of class 0.
+        imbalance_factor: IF, images of the first class over images of the last.
+
+    Raises:
+        DataError: a factor below 1, or one that leaves a class no image.
+    """
+    _check(num_classes, largest, imbalance_factor)
+    return [int(largest * (1 / imbalance_factor) ** (c / (num_classes - 1))) for c in range(num_classes)]
+
+
+def step_profile(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:
+    """Images of each class: the first half keeps n_max, the second ``int(n_max / IF)`` (Buda et al. 2018).
+
+    Args:
+        num_classes: classes K, at least 2.
+        largest: images n_max of the large classes.
+        imbalance_factor: IF.
+
+    Raises:
+        DataError: a factor below 1, or one that leaves a class no image.
+    """
+    _check(num_classes, largest, imbalance_factor)
+    half = num_classes // 2
+    return [largest] * half + [int(largest / imbalance_factor)] * (num_classes - half)
+
+
+def _check(num_classes: int, largest: int, imbalance_factor: float) -> None:
+    if num_classes < 2:
+        raise DataError(f"an imbalance needs at least 2 classes, got {num_classes}")
+    if not imbalance_factor >= 1:
+        raise DataError(f"the imbalance factor must be at least 1, got {imbalance_factor:g}")
+    if int(largest / imbalance_factor) < 1:
+        raise DataError(f"imbalance factor {imbalance_factor:g} leaves no image of the {largest} to the smallest class")
+
+
+def long_tailed_indices(targets: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
+    """Choose the images of a long-tailed subset as Cao et al. (2019) do.
+
+    One generator, and for each class in label order: shuffle its images, keep the first n_c. Global random state is
+    not touched.
+
+    Args:
+        targets: labels (N,) of all images.
+        counts: images to keep of each class, (K,).
+        seed: of the generator.
+
+    Returns:
+        Indices of the images kept, class by class, (sum of counts,), int64.
+
+    Raises:
+        DataError: a class has fewer images than it is to keep.
+    """
+    generator = np.random.RandomState(seed)
+    by_class = np.argsort(targets, kind="stable")
+    starts = np.searchsorted(targets[by_class], np.arange(len(counts) + 1))
+    kept = []
+    for label, count in enumerate(counts):
+        indices = by_class[starts[label] : starts[label + 1]].copy()
+        if len(indices) < count:
+            raise DataError(f"class {label} has {len(indices)} images, the long-tailed profile asks for {count}")
+        generator.shuffle(indices)
+        kept.append(indices[:count])
+    return np.concatenate(kept)
+
+
+PROFILES = {"exp": exponential_profile, "step": step_profile}
+
+
+def largest_class(available: np.ndarray, shape: str, imbalance_factor: float) -> int:
+    """Return the largest n_max whose profile the data can fill.
+
+    Args:
+        available: images of each class, (K,).
+        shape: name of the profile.
+        imbalance_factor: IF.
+    """
+    largest = int(available.max())
+    while largest > 1 and np.any(np.array(PROFILES[shape](len(available), largest, imbalance_factor)) > available):
+        largest -= 1
+    return largest

@@ -1,0 +1,117 @@
+"""Data sources, found by name: each opens one split of the recipe's data."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers import create_reader
+
+from mbib_timm.data.digits import open_digits
+from mbib_timm.data.folders import open_folder
+from mbib_timm.data.images import ArrayReader, Split, TimmReader
+from mbib_timm.data.lists import open_inaturalist, open_list, read_class_names
+from mbib_timm.errors import DataError
+from mbib_timm.recipe import Recipe
+from mbib_timm.registry import Registry
+
+SOURCES: Registry[Callable[[Recipe, str], Split]] = Registry("data source")
+HFDS_PREFIX, WDS_PREFIX = "hfds/", "wds"
+
+
+def open_split(recipe: Recipe, split: str) -> Split:
+    """Open one split of the recipe's data.
+
+    Args:
+        recipe: names source and place.
+        split: name of the split.
+
+    Raises:
+        MbibError: an unknown source.
+        DataError: data that are missing or malformed.
+    """
+    if recipe.dataset.startswith(HFDS_PREFIX):
+        return SOURCES["hfds/NAME"](recipe, split)
+    if recipe.dataset.startswith(WDS_PREFIX):
+        return SOURCES["wds"](recipe, split)
+    return SOURCES[recipe.dataset](recipe, split)
+
+
+@SOURCES.register("digits")
+def _digits(recipe: Recipe, split: str) -> Split:
+    return open_digits(split)
+
+
+@SOURCES.register("folder")
+def _folder(recipe: Recipe, split: str) -> Split:
+    return open_folder(recipe.data_dir, split, recipe.val_fraction, recipe.subset_seed)
+
+
+def _list_key(recipe: Recipe, split: str) -> str:
+    """Return the recipe key of a split's list file."""
+    if split == recipe.train_split:
+        return "train_list"
+    return "test_list" if split == (recipe.test_split or "test") and recipe.test_list else "val_list"
+
+
+@SOURCES.register("list")
+def _list(recipe: Recipe, split: str) -> Split:
+    key = _list_key(recipe, split)
+    return open_list(getattr(recipe, key), recipe.data_dir, key, recipe.class_map)
+
+
+@SOURCES.register("inat2018")
+def _inat2018(recipe: Recipe, split: str) -> Split:
+    key = _list_key(recipe, split)
+    return open_inaturalist(getattr(recipe, key), recipe.data_dir, key)
+
+
+def _cifar(name: str, recipe: Recipe, split: str) -> Split:
+    from torchvision import datasets
+
+    if split not in ("train", "test", "validation"):
+        raise DataError(f"{name} has the splits train and test, not {split!r}")
+    root = Path(recipe.data_dir or "data")
+    try:
+        cifar: Any = getattr(datasets, name)(str(root), train=split == "train", download=recipe.dataset_download)
+    except (RuntimeError, OSError) as error:
+        hint = "" if recipe.dataset_download else "; --dataset-download fetches it"
+        raise DataError(f"cannot open {name} under {root}: {str(error).splitlines()[0]}{hint}") from None
+    return Split(ArrayReader(cifar.data, name), np.array(cifar.targets), class_names=tuple(cifar.classes))
+
+
+SOURCES.register("torch/cifar10")(partial(_cifar, "CIFAR10"))
+SOURCES.register("torch/cifar100")(partial(_cifar, "CIFAR100"))
+
+
+@SOURCES.register("hfds/NAME")
+def _hugging_face(recipe: Recipe, split: str) -> Split:
+    try:
+        reader: Any = create_reader(recipe.dataset, root=recipe.data_dir, split=split)
+    except ImportError:
+        raise DataError("hfds/ needs Hugging Face datasets: pip install 'mbib-timm[hfds]'") from None
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"cannot open {recipe.dataset}, split {split!r}: {str(error).splitlines()[0]}") from None
+    names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    targets = np.array(list(reader.iter_targets()), dtype=np.int64)
+    return Split(TimmReader(reader), targets, class_names=tuple(map(str, names)) or None)
+
+
+@SOURCES.register("wds")
+def _webdataset(recipe: Recipe, split: str) -> Split:
+    if recipe.data_dir is None or not Path(recipe.data_dir).exists():
+        raise DataError(f"data_dir {recipe.data_dir} does not exist: the folder of the shards")
+
+    def stream(training: bool) -> Any:
+        return create_dataset(
+            recipe.dataset if "/" in recipe.dataset else "wds/",
+            root=recipe.data_dir,
+            split=split,
+            is_training=training,
+            batch_size=recipe.batch_size if training else recipe.validation_batch_size,
+            seed=recipe.seed,
+        )
+
+    return Split(None, None, class_names=read_class_names(recipe.class_map), stream=stream)

@@ -1,0 +1,60 @@
+"""Augmentation and preprocessing: from a PIL image to uint8 (C, H, W); the loader normalises on the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import create_transform
+from torchvision import transforms
+
+from mbib_timm.errors import MbibError
+from mbib_timm.recipe import Recipe
+
+
+def train_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
+    """Build the training transform of a recipe for images of height x width.
+
+    ``pad``: zero-pad by an eighth, crop at random, flip: 32-crops of the 4-padded image for CIFAR (Cao et al. 2019).
+    ``rrc``: timm's random resized crop with flip, colour jitter and auto-augment. ``none``: as in evaluation.
+
+    Raises:
+        MbibError: a key that the crop mode would ignore.
+    """
+    if recipe.train_crop_mode != "rrc":
+        for key in ("color_jitter", "aa"):
+            if getattr(recipe, key):
+                raise MbibError(f"recipe key {key!r} needs train_crop_mode: rrc, not {recipe.train_crop_mode!r}")
+    if recipe.train_crop_mode == "none":
+        return eval_transform(recipe, height, width)
+    if recipe.train_crop_mode == "pad":
+        return transforms.Compose(
+            [
+                transforms.Resize((height, width)),  # leaves images of this size alone
+                transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
+                transforms.RandomHorizontalFlip(recipe.hflip),
+                transforms.PILToTensor(),
+            ]
+        )
+    return create_transform(
+        (3, height, width),
+        is_training=True,
+        use_prefetcher=True,
+        scale=tuple(recipe.scale),
+        ratio=tuple(recipe.ratio),
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter or None,
+        auto_augment=recipe.aa,
+        interpolation=recipe.interpolation,
+    )
+
+
+def eval_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
+    """Build the evaluation transform: resize and centre crop, or with ``pad`` the image as it is."""
+    if recipe.train_crop_mode == "pad":
+        return transforms.Compose([transforms.Resize((height, width)), transforms.PILToTensor()])
+    return create_transform(
+        (3, height, width),
+        is_training=False,
+        use_prefetcher=True,
+        crop_pct=recipe.crop_pct,
+        interpolation="bilinear" if recipe.interpolation == "random" else recipe.interpolation,
+    )
