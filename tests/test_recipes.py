@@ -26,7 +26,7 @@ from mbib_timm.training.task import head_names
 
 RECIPES = list_recipes()
 # Written in every recipe, the default or not: they say what it is.
-IDENTITY = {"dataset", "model", "loss", "imbalance_factor", "epochs"}
+IDENTITY = {"dataset", "model", "loss", "imbalance_factor", "epochs", "decay_milestones"}
 
 
 def load(name, **overrides):
