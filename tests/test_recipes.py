@@ -161,7 +161,7 @@ def test_loss_is_the_papers(name):
         ("epochs: 0", r"'epochs': expected at least 1, got 0"),
         ("imbalance_factor: -10", r"'imbalance_factor': expected at least 1, got -10"),
         ("lr: 0", r"'lr': expected more than 0, got 0"),
-        ("lr: .nan", r"'lr': expected a number, got nan"),
+        ("lr: .nan", r"'lr': expected a finite number, got nan"),
         ("hflip: 1.5", r"'hflip': expected at most 1, got 1\.5"),
         ("imbalance: expo", r"'imbalance' 'expo': did you mean 'exp'"),
         ("amp_dtype: float61", r"'amp_dtype' 'float61': did you mean 'float16'.*\?"),

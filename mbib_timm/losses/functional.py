@@ -67,7 +67,8 @@ def balanced_softmax_cross_entropy(
         weight: w, (K,); None weighs all classes alike.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(_full_precision(logits) + log_counts, targets, weight)
+        adjusted = _full_precision(logits) + log_counts
+        return F.cross_entropy(adjusted, targets, None if weight is None else weight.to(adjusted.dtype))
 
 
 def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | None = None) -> Tensor:
