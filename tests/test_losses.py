@@ -112,7 +112,8 @@ def test_any_number_of_observations(observations):
     weights = [0.3] * (observations - 1) + [1.0]
     loss = create_loss(Recipe(loss="mbib", observation_weights=weights), COUNTS, heads)
     expected = sum(
-        w * naive_bib(logits[h], logits["z"], targets, COUNTS, 5.0, 0, 0.1) for h, w in zip(heads, weights, strict=False)
+        w * naive_bib(logits[h], logits["z"], targets, COUNTS, 5.0, 0, 0.1)
+        for h, w in zip(heads, weights, strict=False)
     )
     assert loss(logits, targets)["loss"].item() == pytest.approx(expected, rel=1e-6)
 

@@ -105,13 +105,18 @@ def _webdataset(recipe: Recipe, split: str) -> Split:
         raise DataError(f"data_dir {recipe.data_dir} does not exist: the folder of the shards")
 
     def stream(training: bool) -> Any:
-        return create_dataset(
-            recipe.dataset if "/" in recipe.dataset else "wds/",
-            root=recipe.data_dir,
-            split=split,
-            is_training=training,
-            batch_size=recipe.batch_size if training else recipe.validation_batch_size,
-            seed=recipe.seed,
-        )
+        try:
+            return create_dataset(
+                recipe.dataset if "/" in recipe.dataset else "wds/",
+                root=recipe.data_dir,
+                split=split,
+                is_training=training,
+                batch_size=recipe.batch_size if training else recipe.validation_batch_size,
+                seed=recipe.seed,
+            )
+        except ImportError:
+            raise DataError("wds needs webdataset: pip install 'mbib-timm[wds]'") from None
+        except (ValueError, KeyError, OSError, AssertionError, RuntimeError) as error:
+            raise DataError(f"cannot open split {split!r} of the shards in {recipe.data_dir}: {error!r}") from None
 
     return Split(None, None, class_names=read_class_names(recipe.class_map), stream=stream)
