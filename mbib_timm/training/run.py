@@ -125,6 +125,8 @@ class Run:
     def _prepare_processes(self) -> None:
         distributed = self.world.world_size > 1
         if distributed and self.recipe.sync_bn:
+            if self.world.device.type != "cuda":
+                raise MbibError(f"sync_bn needs CUDA devices; torch has no such layer for {self.world.device.type}")
             self.task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(self.task.trainable_module)
         if self.recipe.torchcompile:
             self.task.compile()
@@ -158,7 +160,8 @@ class Run:
         start = time.perf_counter()
         seed_generators(recipe.seed, epoch, self.world.rank)
         self.loaders.train.set_epoch(epoch)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        # With layer_decay the heads' rate, which is the recipe's.
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         losses = train_one_epoch(
             self.task,
             self.loaders.train,

@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Keep the results of runs in the repository, and the README's table in step with them.
+
+    python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
+    python tools/results.py table                                       # write the table into README.md
+
+A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml and the figures, under
+`results/<run>-<epochs>e-seed<seed>/`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.errors import MbibError
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results: tools/results.py table -->\n", "<!-- end of results -->"
+GROUPS = ("top1", "many", "medium", "few")
+
+
+def add(run: Path, results: Path) -> Path:
+    """Copy a finished run's results.
+
+    Args:
+        run: the run's folder.
+        results: folder of all results.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        MbibError: the run has no final metrics.
+    """
+    if not (run / "metrics.json").is_file():
+        raise MbibError(f"{run} has no metrics.json: the run is not finished")
+    metrics = json.loads((run / "metrics.json").read_text())
+    target = results / f"{metrics['name']}-{metrics['epochs']}e-seed{metrics['seed']}"
+    (target / "figures").mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "summary.csv", "recipe.yaml"):
+        shutil.copyfile(run / name, target / name)
+    for figure in (run / "figures").glob("*.png"):
+        shutil.copyfile(figure, target / "figures" / figure.name)
+    return target
+
+
+def table(results: Path) -> str:
+    """Return the Markdown table of all results, the last epoch's, with the epochs of the schedule beside them."""
+    lines = [
+        "| run | epochs | seed | overall | many | medium | few | test images |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted(results.glob("*/metrics.json")):
+        metrics = json.loads(file.read_text())
+        prediction = metrics["result"]["heads"]["prediction"]
+        numbers = ["–" if prediction[group] is None else f"{prediction[group]:.1f}" for group in GROUPS]
+        cells = [
+            f"[{metrics['name']}](results/{file.parent.name})",
+            f"{metrics['epochs']} of {nominal_epochs(metrics)}",
+            metrics["seed"],
+            *numbers,
+            prediction["images"],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def nominal_epochs(metrics: dict[str, Any]) -> int:
+    """Return the epochs of the recipe that a run is named after."""
+    stem, _, folder = metrics["name"].partition(".")
+    recipe: Recipe = load_recipe(find_recipe(f"{folder}/{stem}"))
+    return recipe.epochs
+
+
+def write_table(readme: Path, results: Path) -> None:
+    """Replace the table between the README's markers."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="copy a finished run's results")
+    adding.add_argument("run", type=Path, nargs="+")
+    commands.add_parser("table", help="write the table into README.md")
+    arguments = parser.parse_args()
+    if arguments.command == "add":
+        for run in arguments.run:
+            print(add(run, ROOT / "results"))
+    write_table(ROOT / "README.md", ROOT / "results")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MbibError as error:
+        print(f"results: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
