@@ -135,9 +135,10 @@ def _check_evaluation(name: str, split: Split, train: Split, num_classes: int) -
             f"split {name!r} has labels {split.targets.min()}..{split.targets.max()}, training has "
             f"{num_classes} classes"
         )
-    if split.class_names is not None and train.class_names is not None and split.class_names != train.class_names:
-        differing = sorted(set(split.class_names) ^ set(train.class_names))[:5]
-        raise DataError(f"split {name!r} has other classes than training: {', '.join(differing)}")
+    if split.class_names is None or train.class_names is None or split.class_names == train.class_names:
+        return
+    differing = sorted(set(split.class_names) ^ set(train.class_names))[:5]
+    raise DataError(f"split {name!r} has other classes than training: {', '.join(differing) or 'another order'}")
 
 
 def create_loaders(
@@ -191,5 +192,7 @@ def build_eval_loader(
         DataError: data that are missing, or have labels that the model has not.
     """
     opened = open_split(recipe, split)
+    if opened.class_names is not None and len(opened.class_names) != num_classes:
+        raise DataError(f"split {split!r} has {len(opened.class_names)} classes, the model has {num_classes}")
     _check_evaluation(split, opened, opened, num_classes)
     return eval_loader(opened, recipe, input_size, Place(device, rank, world_size))

@@ -1,5 +1,6 @@
 """Image folders and tars, as timm reads them: classes are folders, labels their natural order."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
-from mbib_timm.data.images import Split, TimmReader
+from mbib_timm.data.images import Split, TimmReader, first_line
 from mbib_timm.errors import DataError
 
 SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
@@ -62,8 +63,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
     held_out = np.zeros(len(split), dtype=bool)
     for label in np.unique(split.targets):
         members = generator.permutation(np.flatnonzero(split.targets == label))
-        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
-        held_out[members[:count]] = True
+        held_out[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return held_out
 
 
@@ -76,13 +76,28 @@ def _read(path: Path) -> Split:
             targets, classes = np.asarray(reader.targets), reader.class_name_to_idx
         else:
             targets, classes = np.array([label for _, label in reader.samples]), reader.class_to_idx
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"cannot read {path}: {first_line(error)}") from None
+    except (ValueError, AssertionError, RuntimeError):
         kinds = ", ".join(sorted(get_img_extensions()))
-        raise DataError(f"no images in class folders under {path} ({kinds}): {str(error).splitlines()[0]}") from None
+        raise DataError(f"no images in class folders under {path} (looked for {kinds})") from None
     names = sorted(classes, key=lambda name: classes[name])
+    if "" in names:
+        raise DataError(f"{path} holds images outside of class folders")
     if len(names) < 2:
         raise DataError(f"{path} holds {len(names)} class folder ({', '.join(names)}); a classifier needs two or more")
-    return Split(TimmReader(reader), targets.astype(np.int64), class_names=tuple(map(str, names)))
+    if path.is_dir():
+        _refuse_empty_classes(path, reader)
+    inside = None if path.is_dir() else str(path)
+    return Split(TimmReader(reader, inside), targets.astype(np.int64), class_names=tuple(map(str, names)))
+
+
+def _refuse_empty_classes(root: Path, reader: Any) -> None:
+    """timm leaves a folder without images out of the classes, which shifts the labels of those after it."""
+    used = {Path(file).relative_to(root).parts[0] for file, _ in reader.samples}
+    folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if folders - used:
+        raise DataError(f"no images of class {', '.join(sorted(folders - used)[:5])} in {root}")
 
 
 def _entries(root: Path) -> list[str]:

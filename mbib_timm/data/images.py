@@ -12,6 +12,11 @@ from torch.utils.data import Dataset, IterableDataset
 from mbib_timm.errors import DataError
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says first; libraries add paragraphs."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class Reader(Protocol):
     """Gives the images of a source by index."""
 
@@ -31,14 +36,15 @@ class Split:
         targets: labels (N,), int64; None for a stream.
         indices: the reader's index of each image, (N,).
         class_names: in label order, where the source knows them.
-        stream: makes the data set of a source that cannot be indexed, from whether it is for training.
+        stream: makes the data set of a source that cannot be indexed, given whether it is for training, and the PIL
+            mode of its images.
     """
 
     reader: Reader | None
     targets: np.ndarray | None
     indices: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
-    stream: Callable[[bool], IterableDataset] | None = None
+    stream: Callable[[bool, str], IterableDataset] | None = None
 
     def subset(self, kept: np.ndarray) -> "Split":
         """Return the split of the images at these places."""
@@ -73,18 +79,20 @@ class ImageDataset(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        unreadable = None
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
                 image = self.reader.read(int(self.indices[place])).convert(self.mode)
-                return self.transform(image), int(self.targets[place])
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                # PIL reports some broken files as SyntaxError or ValueError.
+            except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
+                path = self.reader.path(int(self.indices[place]))
+                unreadable = DataError(f"cannot read image {path}: {first_line(error)}")
                 if not self.replace_broken:
-                    path = self.reader.path(int(self.indices[place]))
-                    raise DataError(f"cannot read image {path}: {error}") from None
+                    raise unreadable from None
                 self._broken[place] = 1
-        raise DataError(f"none of the {len(self)} training images can be read")
+            else:
+                return self.transform(image), int(self.targets[place])
+        raise DataError(f"none of the {len(self)} training images can be read; the last error: {unreadable}")
 
     def broken(self) -> list[str]:
         """Return the paths of the images that were replaced so far, in any worker."""
@@ -112,10 +120,15 @@ class ArrayReader:
 
 
 class TimmReader:
-    """Images behind one of timm's readers: folder, tar, Hugging Face data sets."""
+    """Images behind one of timm's readers: folder, tar, Hugging Face data sets.
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    Args:
+        reader: timm's reader.
+        inside: the tar or data set that holds the images, for messages; None where they are files of their own.
+    """
+
+    def __init__(self, reader: Any, inside: str | None = None) -> None:
+        self.reader, self.inside = reader, inside
 
     def read(self, index: int) -> Image.Image:
         """Return the image."""
@@ -123,4 +136,7 @@ class TimmReader:
 
     def path(self, index: int) -> str:
         """Return the image's path."""
-        return str(self.reader.filename(index, absolute=True))
+        name = self.reader.filename(index, absolute=True)
+        if self.inside is None:
+            return str(name)
+        return f"{self.inside}/{name}" if name else f"{self.inside}[{index}]"

@@ -23,6 +23,7 @@ class PathReader:
         encoded = [name.encode() for name in names]
         self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         self.buffer = b"".join(encoded)
+        self.class_folders: dict[str, str] | None = None  # of flat validation images, looked up when first needed
 
     def name(self, index: int) -> str:
         """Return a relative path."""
@@ -32,13 +33,21 @@ class PathReader:
     def path(self, index: int) -> str:
         """Return a path as it is on the disk.
 
-        ImageNet's validation images lie in class folders or flat, and lists name either: what is not there is looked
-        for in the other layout.
+        ImageNet's validation images lie in class folders (``val/n01440764/X.JPEG``) or flat (``val/X.JPEG``), and
+        lists name either: what is not there is looked for in the other layout.
         """
         path = self.root / self.name(index)
-        if path.parent.parent.name == "val" and not path.exists():
-            path = path.parent.parent / path.name
+        if "val" in (path.parent.name, path.parent.parent.name) and not path.exists():
+            path = self._in_other_layout(path)
         return str(path)
+
+    def _in_other_layout(self, path: Path) -> Path:
+        if path.parent.name != "val":
+            flat = path.parent.parent / path.name
+            return flat if flat.exists() else path
+        if self.class_folders is None:
+            self.class_folders = {file.name: file.parent.name for file in path.parent.glob("*/*")}
+        return path.parent / self.class_folders.get(path.name, "") / path.name
 
     def read(self, index: int) -> Image.Image:
         """Open an image."""
@@ -60,27 +69,37 @@ def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: 
     file, root = _locate(list_file, data_dir, key)
     names: list[str] = []
     labels: list[int] = []
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            name, _, label = line.strip().rpartition(" ")
-            if not name:
-                if line.strip():
-                    raise DataError(f"{file}, line {number}: expected '<relative path> <label>', got {line.strip()!r}")
-                continue
-            if name[0] in "/\\" or ".." in name or ":" in name:
-                _check_path(name, f"{file}, line {number}")
-            try:
-                labels.append(int(label))
-            except ValueError:
-                raise DataError(f"{file}, line {number}: label {label!r} is not an integer") from None
-            names.append(name.rstrip())
-    targets = np.array(labels, dtype=np.int64)
-    if len(targets) == 0:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                name, label = _parse_line(line, f"{file}, line {number}")
+                names.append(name)
+                labels.append(label)
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not a text file of lines '<relative path> <label>'") from None
+    if not names:
         raise DataError(f"{file} lists no images")
-    if targets.min() < 0:
-        raise DataError(f"{file}, line {int(targets.argmin()) + 1}: label {targets.min()} is negative")
-    _require_first_image(reader := PathReader(root, names), file)
-    return Split(reader, targets, class_names=read_class_names(class_map))
+    _require_images(reader := PathReader(root, names), file)
+    return Split(reader, np.array(labels, dtype=np.int64), class_names=read_class_names(class_map))
+
+
+def _parse_line(line: str, where: str) -> tuple[str, int]:
+    """Return path and label of a line. Raises DataError naming the line."""
+    parts = line.rsplit(maxsplit=1)
+    if len(parts) != 2:
+        raise DataError(f"{where}: expected '<relative path> <label>', got {line.strip()!r}")
+    name, label = parts[0].lstrip(), parts[1]
+    if name[0] in "/\\" or ".." in name or ":" in name:
+        _check_path(name, where)
+    try:
+        number = int(label)
+    except ValueError:
+        raise DataError(f"{where}: label {label!r} is not an integer") from None
+    if not 0 <= number < 2**31:
+        raise DataError(f"{where}: label {label} is {'negative' if number < 0 else 'too large'}")
+    return name, number
 
 
 def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> Split:
@@ -97,19 +116,22 @@ def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> S
     file, root = _locate(json_file, data_dir, key)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        label_of = {entry["image_id"]: int(entry["category_id"]) for entry in content["annotations"]}
-        names = [entry["file_name"] for entry in content["images"]]
-        targets = np.array([label_of[entry["id"]] for entry in content["images"]], dtype=np.int64)
-        categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+        label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+        ids = [entry["id"] for entry in content["images"]]
+        names = [str(entry["file_name"]) for entry in content["images"]]
+        categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not iNaturalist's json of images, annotations and categories ({error!r})") from None
-    for name in names:
-        _check_path(name, str(file))
     if not names:
         raise DataError(f"{file} lists no images")
-    if sorted(categories) != list(range(len(categories))):
+    if set(categories) != set(range(len(categories))):
         raise DataError(f"{file}: category ids must be 0..{len(categories) - 1}")
-    _require_first_image(reader := PathReader(root, names), file)
+    for image, name in zip(ids, names, strict=True):
+        _check_path(name, str(file))
+        if label_of.get(image) not in categories:
+            raise DataError(f"{file}: image {image!r} ({name}) has no annotation with a known category")
+    _require_images(reader := PathReader(root, names), file)
+    targets = np.array([label_of[image] for image in ids], dtype=np.int64)
     return Split(reader, targets, class_names=tuple(categories[i] for i in range(len(categories))))
 
 
@@ -143,7 +165,8 @@ def _check_path(name: str, where: str) -> None:
         raise DataError(f"{where}: {name!r} must be a path below the data folder")
 
 
-def _require_first_image(reader: PathReader, file: Path) -> None:
-    """A wrong data_dir shows at once, and not after the first batch has been looked for."""
-    if not Path(reader.path(0)).is_file():
+def _require_images(reader: PathReader, file: Path) -> None:
+    """Look for a few of the images: a wrong data_dir shows at once, and a single missing file is no wrong data_dir."""
+    sample = np.linspace(0, len(reader.ends) - 1, num=5, dtype=np.int64)
+    if not any(Path(reader.path(int(i))).is_file() for i in sample):
         raise DataError(f"{file} lists {reader.name(0)}, which is not under data_dir {reader.root}")

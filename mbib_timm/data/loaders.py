@@ -35,7 +35,7 @@ class Loader:
     Args:
         loader: timm's loader.
         dataset: what it loads.
-        sampler: chooses the order; None for streams.
+        sampler: chooses the order; None for streams, which do that themselves.
     """
 
     def __init__(self, loader: Any, dataset: Any, sampler: Any) -> None:
@@ -53,13 +53,11 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
-        chooser = self.sampler if self.sampler is not None else self.dataset
-        if hasattr(chooser, "set_epoch"):
-            chooser.set_epoch(epoch)
+        (self.dataset if self.sampler is None else self.sampler).set_epoch(epoch)
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that were replaced because they could not be read."""
-        return self.dataset.broken() if isinstance(self.dataset, ImageDataset) else []
+        return self.dataset.broken()
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ def train_loader(split: Split, recipe: Recipe, input_size: tuple[int, int, int],
     channels, height, width = input_size
     transform = train_transform(recipe, height, width)
     if split.stream is not None:
-        stream: Any = split.stream(True)
-        stream.transform = transform
+        stream = split.stream(True, _mode(channels))
         return _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform)
     dataset = ImageDataset(split, _mode(channels), transform, replace_broken=True)
     sampler: DistributedSampler = DistributedSampler(
@@ -113,9 +110,8 @@ def eval_loader(split: Split, recipe: Recipe, input_size: tuple[int, int, int], 
     channels, height, width = input_size
     transform = eval_transform(recipe, height, width)
     if split.stream is not None:
-        return _through_timm(
-            split.stream(False), recipe, input_size, place, recipe.validation_batch_size, None, transform
-        )
+        stream = split.stream(False, _mode(channels))
+        return _through_timm(stream, recipe, input_size, place, recipe.validation_batch_size, None, transform)
     dataset = ImageDataset(split, _mode(channels), transform, replace_broken=False)
     sampler = ShardSampler(len(dataset), place.rank, place.world_size)
     return _through_timm(dataset, recipe, input_size, place, recipe.validation_batch_size, sampler, transform)

@@ -19,7 +19,8 @@ def exponential_profile(num_classes: int, largest: int, imbalance_factor: float)
         DataError: a factor below 1, or one that leaves a class no image.
     """
     _check(num_classes, largest, imbalance_factor)
-    return [int(largest * (1 / imbalance_factor) ** (c / (num_classes - 1))) for c in range(num_classes)]
+    # The small term keeps 49 * (1 / 49), a hair below 1 in floating point, from becoming 0.
+    return [int(largest * (1 / imbalance_factor) ** (c / (num_classes - 1)) + 1e-9) for c in range(num_classes)]
 
 
 def step_profile(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 from mbib_timm.errors import MbibError
@@ -28,7 +29,7 @@ def train_transform(recipe: Recipe, height: int, width: int) -> Callable[..., An
     if recipe.train_crop_mode == "pad":
         return transforms.Compose(
             [
-                transforms.Resize((height, width)),  # leaves images of this size alone
+                _resize(recipe, height, width),
                 transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
                 transforms.RandomHorizontalFlip(recipe.hflip),
                 transforms.PILToTensor(),
@@ -48,13 +49,22 @@ def train_transform(recipe: Recipe, height: int, width: int) -> Callable[..., An
 
 
 def eval_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
-    """Build the evaluation transform: resize and centre crop, or with ``pad`` the image as it is."""
+    """Build the evaluation transform: resize and centre crop; with ``pad`` the whole image."""
     if recipe.train_crop_mode == "pad":
-        return transforms.Compose([transforms.Resize((height, width)), transforms.PILToTensor()])
+        return transforms.Compose([_resize(recipe, height, width), transforms.PILToTensor()])
     return create_transform(
         (3, height, width),
         is_training=False,
         use_prefetcher=True,
         crop_pct=recipe.crop_pct,
-        interpolation="bilinear" if recipe.interpolation == "random" else recipe.interpolation,
+        interpolation=_fixed_interpolation(recipe),
     )
+
+
+def _fixed_interpolation(recipe: Recipe) -> str:
+    return "bilinear" if recipe.interpolation == "random" else recipe.interpolation
+
+
+def _resize(recipe: Recipe, height: int, width: int) -> transforms.Resize:
+    """Resize to exactly height x width; images of this size stay as they are."""
+    return transforms.Resize((height, width), interpolation=str_to_interp_mode(_fixed_interpolation(recipe)))
