@@ -31,6 +31,14 @@ class World:
         """True in the process that writes."""
         return self.rank == 0
 
+    def gather(self, values: list[str]) -> list[str]:
+        """Return the values of all processes, each once, in every process."""
+        if self.world_size == 1:
+            return values
+        parts: list[list[str]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(parts, values)
+        return list(dict.fromkeys(value for part in parts for value in part))
+
 
 def find_device(name: str | None) -> str:
     """Return the device asked for, or the best there is: CUDA, MPS, CPU.

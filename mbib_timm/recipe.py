@@ -66,7 +66,9 @@ class Recipe:
     train_list: str | None = key(None, "training list file or json (dataset: list, inat2018)", location=True)
     val_list: str | None = key(None, "validation list file or json (dataset: list, inat2018)", location=True)
     test_list: str | None = key(None, "test list file, evaluated once at the end (dataset: list)", location=True)
-    class_map: str | None = key(None, "file with one class name a line, in label order", location=True)
+    class_map: str | None = key(
+        None, "file with one class name a line, in label order (dataset: list, wds)", location=True
+    )
     class_counts: str | None = key(
         None, "file with the training images of each class, for sources that stream", location=True
     )

@@ -87,8 +87,9 @@ def test_split_folders_and_tars_are_found_by_synonyms(folder, tmp_path):
     data = open_data(Recipe(dataset="folder", data_dir=str(root)))
     assert data.class_counts.tolist() == [12, 5, 3, 1]
     assert np.bincount(data.val.targets).tolist() == [1, 1, 1, 1]
-    images, targets = next(iter(build_eval_loader(
-        recipe(dataset="folder", data_dir=str(root)), "test", input_size=SIZE, num_classes=4, device=CPU.device)))  # fmt: skip
+    settings = recipe(dataset="folder", data_dir=str(root))
+    loader = build_eval_loader(settings, "test", input_size=SIZE, num_classes=4, device=CPU.device)
+    images, targets = next(iter(loader))
     assert images.shape == (4, 3, 16, 16)
     assert targets.tolist() == [0, 1, 2, 3]
 
@@ -283,7 +284,7 @@ def test_torchvisions_cifar(tmp_path):
         assert len(data.val) == 20
     finally:
         patch.undo()
-    with pytest.raises(DataError, match="cannot open CIFAR100 .*--dataset-download fetches it"):
+    with pytest.raises(DataError, match=r"cannot open CIFAR100 .*--dataset-download fetches it"):
         open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path / "no")), "train")
 
 
@@ -330,7 +331,7 @@ def test_webdataset_through_timm_with_counts_from_a_file(tmp_path):
     pytest.importorskip("webdataset")
     write_shards(tmp_path / "shards")
     settings = recipe(dataset="wds/demo", data_dir=str(tmp_path / "shards"), batch_size=4, workers=1)
-    with pytest.raises(DataError, match="streams and cannot be counted: .*--class-counts FILE"):
+    with pytest.raises(DataError, match=r"streams and cannot be counted: .*--class-counts FILE"):
         open_data(settings)
     (tmp_path / "counts.txt").write_text("6\n6\n")
     settings = settings.replace(class_counts=str(tmp_path / "counts.txt"))

@@ -15,10 +15,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
-from timm.models._features import FeatureDictNet, FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.heads import Bottleneck, Observation, linear
+from mbib_timm.models.taps import resolve_taps, truncate
 
 __all__ = ["MBIB"]
 
@@ -33,118 +35,6 @@ def _logits_type(names: tuple[str, ...]) -> Any:
     if names not in _LOGITS_TYPES:
         _LOGITS_TYPES[names] = namedtuple("Logits", names)
     return _LOGITS_TYPES[names]
-
-
-def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: dict[str, Any]) -> tuple[int, ...]:
-    """Return taps as ascending indices into the backbone's ``feature_info``.
-
-    Args:
-        backbone: timm model name.
-        taps: indices, negative ones from the end, or names of the levels' modules.
-        backbone_args: keyword arguments of the backbone.
-
-    Raises:
-        MbibError: an unknown backbone or tap, no tap, or taps that are not in order of depth.
-    """
-    feature_info: Any = skeleton(backbone, backbone_args).feature_info
-    modules = [info["module"] for info in feature_info]
-    levels = []
-    for tap in taps:
-        if isinstance(tap, str):
-            if tap not in modules:
-                raise unknown_name(f"tap of {backbone}", tap, modules)
-            levels.append(modules.index(tap))
-        elif -len(modules) <= tap < len(modules):
-            levels.append(tap % len(modules))
-        else:
-            listing = ", ".join(f"{i}: {name}" for i, name in enumerate(modules))
-            raise MbibError(f"unknown tap {tap} of {backbone}: its levels are {listing}")
-    if not levels or levels != sorted(set(levels)):
-        raise MbibError(f"taps of {backbone} must be one or more levels in order of depth, got {list(taps)}")
-    return tuple(levels)
-
-
-def skeleton(backbone: str, backbone_args: dict[str, Any]) -> nn.Module:
-    """Build the plain backbone on the meta device, without memory, to read its levels and its keys.
-
-    Raises:
-        MbibError: timm does not know the backbone, or it cannot be tapped.
-    """
-    if not timm.is_model(backbone):
-        raise unknown_name("backbone", backbone, timm.list_models())
-    model = timm.create_model(backbone, device="meta", **backbone_args)
-    if not getattr(model, "feature_info", None):
-        raise MbibError(f"backbone {backbone!r} cannot be tapped: timm lists no features for it")
-    return model
-
-
-def _linear(in_features: int, out_features: int, **dd: Any) -> nn.Module:
-    """A Kaiming-initialised linear layer with zero bias; the identity for no outputs."""
-    if out_features == 0:
-        return nn.Identity()
-    layer = nn.Linear(in_features, out_features, **dd)
-    nn.init.kaiming_normal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Observation(nn.Module):
-    """An observation v of the input: a pooled, normalised map and its classifier.
-
-    Args:
-        channels: channels C of the map.
-        num_classes: classes K of the classifier; 0 for none.
-        norm: normalise the pooled vector (BatchNorm1d).
-        drop_rate: dropout before the classifier.
-    """
-
-    def __init__(self, channels: int, num_classes: int, norm: bool = True, drop_rate: float = 0.0, **dd: Any) -> None:
-        super().__init__()
-        self.num_features = channels
-        self.norm = nn.BatchNorm1d(channels, **dd) if norm else nn.Identity()
-        self.drop = nn.Dropout(drop_rate)
-        self.classifier = _linear(channels, num_classes, **dd)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Return the logits (B, K) of a pooled map (B, C)."""
-        return self.classifier(self.drop(self.norm(pooled)))
-
-
-class Bottleneck(nn.Module):
-    """The bottleneck z = [ReLU] BatchNorm1d(FC(v)) and its classifier g.
-
-    Args:
-        in_features: width of v.
-        features: width of z.
-        num_classes: classes K of the classifier; 0 for none.
-        act: apply ReLU; the paper does not say.
-        drop_rate: dropout before the classifier.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        num_classes: int,
-        act: bool = True,
-        drop_rate: float = 0.0,
-        **dd: Any,
-    ) -> None:
-        super().__init__()
-        self.num_features = features
-        self.fc = _linear(in_features, features, **dd)
-        self.norm = nn.BatchNorm1d(features, **dd)
-        self.act = nn.ReLU() if act else nn.Identity()
-        self.drop = nn.Dropout(drop_rate)
-        self.classifier = _linear(features, num_classes, **dd)
-
-    def embed(self, v: Tensor) -> Tensor:
-        """Return z (B, F) of an observation v (B, C)."""
-        return self.act(self.norm(self.fc(v)))
-
-    def forward(self, v: Tensor) -> Tensor:
-        """Return the logits g(z) (B, K)."""
-        return self.classifier(self.drop(self.embed(v)))
 
 
 class MBIB(nn.Module):
@@ -309,7 +199,7 @@ class MBIB(nn.Module):
             self.global_pool = self._pool(global_pool)
         self.num_classes = num_classes
         for head in self._heads():
-            fresh = _linear(head.num_features, num_classes, **get_device_dtype(self))
+            fresh = linear(head.num_features, num_classes, **get_device_dtype(self))
             reference = next(head.classifier.parameters(), None)
             if reference is not None:
                 fresh.requires_grad_(reference.requires_grad)
@@ -379,7 +269,7 @@ class MBIB(nn.Module):
         take_indices, last = feature_take_indices(len(self.feature_info), indices)
         shortened = last < len(self.feature_info) - 1
         if shortened:
-            _truncate(self.backbone, last)
+            truncate(self.backbone, last)
             self.feature_info = self.feature_info[: last + 1]
             channels = self.feature_info[-1]["num_chs"]
             self.num_features = self.head_hidden_size = channels
@@ -390,18 +280,3 @@ class MBIB(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take_indices
-
-
-def _truncate(net: nn.Module, last: int) -> None:
-    """Drop the modules of a timm feature net that come after its output number `last`."""
-    if isinstance(net, FeatureDictNet):
-        tapped = list(net.return_layers)[: last + 1]
-        names = list(net.keys())
-        for name in names[names.index(tapped[-1]) + 1 :]:
-            del net[name]
-        net.return_layers = {name: net.return_layers[name] for name in tapped}
-    elif isinstance(net, FeatureGetterNet):
-        net.out_indices = net.model.prune_intermediate_layers(list(net.out_indices)[: last + 1])
-    else:
-        raise MbibError(f"{type(net).__name__} cannot be pruned")
-    net.feature_info = net.feature_info.from_other(tuple(net.feature_info.out_indices)[: last + 1])

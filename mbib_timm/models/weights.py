@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from mbib_timm.errors import CheckpointError
-from mbib_timm.models.mbib import MBIB, skeleton
+from mbib_timm.models.mbib import MBIB
+from mbib_timm.models.taps import skeleton
 
 PREFIX = "backbone."
 

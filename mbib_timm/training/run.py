@@ -268,7 +268,7 @@ class Run:
             },
             "best": {**done.best, "weights": "best.safetensors", "selected_on": recipe.val_split},
             "training_seconds": done.seconds,
-            "replaced_images": self.loaders.broken_images(),
+            "replaced_images": self.world.gather(self.loaders.broken_images()),
             "environment": describe_environment(self.world),
         }
         if self.world.is_main:

@@ -1,0 +1,74 @@
+"""The heads of an MBIB network: observations of the backbone's maps, and the bottleneck."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def linear(in_features: int, out_features: int, **dd: Any) -> nn.Module:
+    """A Kaiming-initialised linear layer with zero bias; the identity for no outputs."""
+    if out_features == 0:
+        return nn.Identity()
+    layer = nn.Linear(in_features, out_features, **dd)
+    nn.init.kaiming_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Observation(nn.Module):
+    """An observation v of the input: a pooled, normalised map and its classifier.
+
+    Args:
+        channels: channels C of the map.
+        num_classes: classes K of the classifier; 0 for none.
+        norm: normalise the pooled vector (BatchNorm1d).
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(self, channels: int, num_classes: int, norm: bool = True, drop_rate: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        self.num_features = channels
+        self.norm = nn.BatchNorm1d(channels, **dd) if norm else nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.classifier = linear(channels, num_classes, **dd)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the logits (B, K) of a pooled map (B, C)."""
+        return self.classifier(self.drop(self.norm(pooled)))
+
+
+class Bottleneck(nn.Module):
+    """The bottleneck z = [ReLU] BatchNorm1d(FC(v)) and its classifier g.
+
+    Args:
+        in_features: width of v.
+        features: width of z.
+        num_classes: classes K of the classifier; 0 for none.
+        act: apply ReLU; the paper does not say.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        num_classes: int,
+        act: bool = True,
+        drop_rate: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.num_features = features
+        self.fc = linear(in_features, features, **dd)
+        self.norm = nn.BatchNorm1d(features, **dd)
+        self.act = nn.ReLU() if act else nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.classifier = linear(features, num_classes, **dd)
+
+    def embed(self, v: Tensor) -> Tensor:
+        """Return z (B, F) of an observation v (B, C)."""
+        return self.act(self.norm(self.fc(v)))
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Return the logits g(z) (B, K)."""
+        return self.classifier(self.drop(self.embed(v)))
