@@ -41,7 +41,7 @@ def test_only_finished_runs_are_added(results, tmp_path):
 
 def test_the_readmes_tree_names_every_module():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"```text\n(mbib_timm/.*?)```", readme, re.DOTALL).group(1)
+    tree = re.search(r"```text\n(mbib_timm/.*?)\nrecipes/", readme, re.DOTALL).group(1)
     named = set(re.findall(r"[\w/]+\.py", tree))
     modules = {
         path.name for path in (ROOT / "mbib_timm").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")

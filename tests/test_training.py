@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
@@ -241,3 +244,77 @@ def test_tensorboard_on_request(tmp_path):
     pytest.importorskip("tensorboard")
     folder = Path(train(digits(tmp_path, epochs=2, log_tensorboard=True), "run")["folder"])
     assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_weights_and_biases_on_request(tmp_path, monkeypatch):
+    """Against a stand-in for the package: what is logged, under which name."""
+    rows, started = [], {}
+
+    class Run:
+        def log(self, row, step):
+            rows.append((step, row))
+
+        def finish(self):
+            started["finished"] = True
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **kwargs: started.update(kwargs) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train(digits(tmp_path, epochs=2, log_wandb=True), "run")
+    assert started["name"] == "run"
+    assert started["config"]["model"] == "mbib_resnet20"
+    assert started["finished"]
+    assert [step for step, _ in rows] == [0, 1]
+    assert all("val_top1" in row and "train_loss" in row for _, row in rows)
+
+
+@pytest.mark.parametrize("key", ["log_wandb", "log_tensorboard"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch, key):
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MbibError, match=f"{key} needs .*pip install"):
+        train(digits(tmp_path, **{key: True}), "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp_path, capsys):
+    folder, metrics = finished
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (exported / name).write_bytes((folder / name).read_bytes())
+    arguments = ["--recipe", "digits/mbib_resnet20", "--device", "cpu"]
+    assert main(["validate", f"local-dir:{exported}", *arguments, "--results", str(tmp_path / "results.json")]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["heads"] == metrics["result"]["heads"]
+    assert main(["validate", str(tmp_path), *arguments]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    assert main(["validate", "mbib_resnet20", *arguments]) == 2
+    assert "No pretrained weights exist" in capsys.readouterr().err
+    (exported / "model.safetensors").write_bytes(b"nonsense")
+    assert main(["validate", str(exported), *arguments]) == 2
+    assert "cannot load" in capsys.readouterr().err
+    counts = tmp_path / "counts.txt"
+    counts.write_text("3\n2\n1\n")
+    assert main(["validate", str(folder), "--class-counts", str(counts), "--device", "cpu"]) == 2
+    assert "tells 10 classes apart" in capsys.readouterr().err
+
+
+def test_fine_tuning_starts_from_a_run_of_other_classes(finished, tmp_path):
+    """Heads are replaced, the rest is kept; the images are in class folders without splits, three in some."""
+    folder, _ = finished
+    images = tmp_path / "images"
+    rng = np.random.RandomState(0)
+    for label, count in {"ant": 9, "bee": 3, "cat": 3}.items():
+        (images / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.randint(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / label / f"{i}.png")
+    keys = dict(dataset="folder", data_dir=str(images), imbalance="none", batch_size=4, val_split="validation")
+    recipe = digits(tmp_path, **keys, initial_checkpoint=str(folder), lr=1e-12, epochs=2, warmup_epochs=0)
+    metrics = train(recipe, "tuned")
+    tuned, before = weights(metrics["folder"]), weights(folder)
+    assert metrics["class_counts"] == [7, 2, 2]
+    assert tuned["bottleneck.classifier.weight"].shape[0] == 3
+    torch.testing.assert_close(tuned["bottleneck.fc.weight"], before["bottleneck.fc.weight"])
+    torch.testing.assert_close(tuned["backbone.conv1.weight"], before["backbone.conv1.weight"])
+    assert json.loads((Path(metrics["folder"]) / "config.json").read_text())["label_names"] == ["ant", "bee", "cat"]

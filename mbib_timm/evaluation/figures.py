@@ -65,7 +65,8 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
             marker = "o" if len(points) == 1 else None
             right.plot(*zip(*points, strict=True), color=color, marker=marker, label="all" if name == "top1" else name)
     right.set(xlabel="epoch", ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
-    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    if evaluated:
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.tight_layout()
     _finish(plt, figure, path)
 

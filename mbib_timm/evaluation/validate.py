@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import timm
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from torch import nn
 
 from mbib_timm.data import build_eval_loader, open_data
@@ -105,7 +107,7 @@ def _load(name: str, recipe: Recipe) -> nn.Module:
     kwargs = {} if ":" in name else recipe.model_kwargs
     try:
         return timm.create_model(name, pretrained=True, **kwargs).eval()
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, SafetensorError) as error:
         raise MbibError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
 
 
@@ -113,11 +115,18 @@ def _class_counts(model_name: str, recipe: Recipe) -> np.ndarray:
     """Return the training images of each class: from a file, from the checkpoint, or from the training data."""
     if recipe.class_counts is not None:
         return read_class_counts(recipe.class_counts)
-    if model_name.startswith("local-dir:"):
-        config = json.loads((Path(model_name.removeprefix("local-dir:")) / "config.json").read_text())
+    source, _, place = model_name.partition(":")
+    if place:
+        file = Path(place) / "config.json" if source == "local-dir" else _download(place, "config.json")
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
         if "class_counts" in config:
             return np.asarray(config["class_counts"], dtype=np.int64)
     return open_data(recipe).class_counts
+
+
+def _download(repo: str, name: str) -> str:
+    repo, _, revision = repo.partition("@")
+    return hf_hub_download(repo, name, revision=revision or None)
 
 
 def _input_size(model: nn.Module, recipe: Recipe) -> tuple[int, int, int]:

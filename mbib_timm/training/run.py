@@ -141,8 +141,8 @@ class Run:
         recipe, done = self.recipe, self.done
         steps = len(self.loaders.train)
         if self.world.is_main:
+            self.trackers = create_trackers(recipe, self.folder.path, self.name)  # fails before anything is written
             self.folder.begin(recipe, describe_environment(self.world))
-            self.trackers = create_trackers(recipe, self.folder.path, self.name)
             if done.epoch == 0:
                 self._save()
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
