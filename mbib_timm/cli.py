@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+import mbib_timm
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
@@ -74,6 +75,7 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 def build_parser() -> Parser:
     """Build the parser of all commands."""
     parser = Parser(prog="mbib", description="Long-tailed image classification with timm.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mbib_timm {mbib_timm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     train = commands.add_parser("train", help="train a recipe", allow_abbrev=False)
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.command == "train":
         path = find_recipe(arguments.recipe)
         recipe = load_recipe(path, recipe_overrides(arguments))
-        from mbib_timm.training import train  # torch and timm take seconds; a mistyped flag should not
+        from mbib_timm.training import train  # each command loads what it needs; --help and errors stay quick
 
         train(recipe, recipe_name(path))
     elif arguments.command == "validate":

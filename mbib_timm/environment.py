@@ -91,6 +91,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "hardware": accelerator,
         "processes": world.world_size,
         "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "platform": platform.system(),
         "command": " ".join(["mbib", *sys.argv[1:]]),
     }

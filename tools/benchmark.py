@@ -78,7 +78,7 @@ def main() -> None:
         "settings": settings,
         "images_per_second": rows,
         "time_mbib_over_plain": ratios,
-        "environment": {**describe_environment(world), "threads": torch.get_num_threads()},
+        "environment": describe_environment(world),
     }
     report(rows, ratios)
     arguments.results.mkdir(parents=True, exist_ok=True)
