@@ -26,7 +26,7 @@ def drawn(path):
     return pixels
 
 
-@pytest.mark.parametrize("classes", [2, 10, 30, 100])
+@pytest.mark.parametrize("classes", [2, 10, 30, 400])
 @pytest.mark.parametrize("named", [True, False])
 def test_class_accuracy(tmp_path, classes, named):
     names = [f"class {i}" for i in range(classes)] if named else None
@@ -50,6 +50,26 @@ def test_training_curves_show_the_loss(tmp_path):
     figures.training_curves(rows, tmp_path / "with.png")
     with_accuracy, without = drawn(tmp_path / "with.png"), drawn(tmp_path / "without.png")
     assert with_accuracy.shape != without.shape or (with_accuracy != without).any()
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.05, 0.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.1, 0.001, 0.00001]])
+def test_learning_rates_of_any_schedule(tmp_path, rates):
+    rows = [{"epoch": e, "lr": lr, "train_loss": 1.0, "seconds": 1.0} for e, lr in enumerate(rates)]
+    figures.training_curves(rows, tmp_path / "figure.png")
+    drawn(tmp_path / "figure.png")
+
+
+def test_balanced_training_counts(tmp_path):
+    figures.class_accuracy({"prediction": result(10)}, np.full(10, 500), tmp_path / "figure.png")
+    drawn(tmp_path / "figure.png")
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.shot_groups_figure({"prediction": result(5)}, tmp_path / "figure.png")
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_one_epoch_can_be_drawn(tmp_path):

@@ -72,6 +72,37 @@ STRUCTURES = {
 }
 
 
+def listing_of_figure_10(labels, v_logits, z_logits, sample_per_class, beta, gamma, power):
+    """What the listing in the paper's appendix J computes, step by step and in its order, in numpy."""
+    n, rows = np.asarray(sample_per_class, dtype=float), np.arange(len(labels))
+    temperature = (1 / (n / n.max())) ** gamma
+
+    def log_softmax(x):
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p_t = np.exp(log_softmax(v_logits / temperature))
+    vsd_loss = (p_t * np.log(p_t) - p_t * log_softmax(z_logits / temperature)).sum(-1).mean()
+    weights = 1 / n**power
+    weights = weights / weights.sum() * len(n)
+    # torch's mean of a weighted cross-entropy divides by the sum of the labels' weights.
+    w = weights[labels] / weights[labels].sum()
+    loss1 = -(w * log_softmax(v_logits + np.log(n))[rows, labels]).sum()
+    loss2 = -(w * log_softmax(z_logits + np.log(n))[rows, labels]).sum()
+    return loss1 + loss2 + beta * vsd_loss
+
+
+@pytest.mark.parametrize("power", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("beta", [0.0, 5.0])
+def test_bib_is_what_figure_10_computes(beta, gamma, power):
+    logits, targets = random_logits(batch=16)
+    recipe = Recipe(loss="bib", beta=beta, gamma=gamma, class_weight_power=power)
+    loss = create_loss(recipe, COUNTS, HEADS)(logits, targets)["loss"]
+    arrays = [targets.numpy(), logits["v3"].numpy(), logits["z"].numpy()]
+    assert loss.item() == pytest.approx(listing_of_figure_10(*arrays, COUNTS, beta, gamma, power), rel=1e-6)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_every_structure_equals_the_sum_of_its_terms(name, gamma):
@@ -126,7 +157,7 @@ def test_the_teacher_learns_nothing_from_the_student():
     assert logits["z"].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_gradients_agree_with_finite_differences(name):
     logits, targets = random_logits(batch=3)
     loss = create_loss(Recipe(loss=name, gamma=0.5), COUNTS, HEADS).double()
@@ -186,7 +217,7 @@ def test_baselines_on_several_heads_are_the_mean_over_them():
     assert loss["loss_v2"].item() == pytest.approx(each[1])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_logits_stay_finite(name, dtype):
     logits, targets = random_logits(batch=4, scale=1.0, dtype=torch.float32)
@@ -198,15 +229,18 @@ def test_extreme_logits_stay_finite(name, dtype):
     assert all(values.grad is None or values.grad.isfinite().all() for values in logits.values())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_float32_inside_autocast(name):
     logits, targets = random_logits(dtype=torch.float32)
     loss = create_loss(Recipe(loss=name), COUNTS, HEADS)
     outside = loss(logits, targets)["loss"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = loss(logits, targets)["loss"]
-    assert inside.dtype == torch.float32
+        half = loss({head: values.bfloat16() for head, values in logits.items()}, targets)["loss"]
+    assert inside.dtype == half.dtype == torch.float32
     assert torch.equal(inside, outside)
+    rounded = {head: values.bfloat16().float() for head, values in logits.items()}
+    assert torch.equal(half, loss(rounded, targets)["loss"])
 
 
 def test_8142_classes():

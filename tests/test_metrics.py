@@ -8,8 +8,7 @@ import torch
 from sklearn import metrics as reference
 
 from mbib_timm.data.class_counts import shot_groups
-from mbib_timm.evaluation import batch_statistics, evaluate, results_table, summarize
-from mbib_timm.models import MBIB
+from mbib_timm.evaluation import batch_statistics, summarize
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 
@@ -100,53 +99,3 @@ def test_half_precision_logits():
     half = summarize(batch_statistics(logits.bfloat16(), targets), COUNTS)
     exact = summarize(batch_statistics(logits.bfloat16().float(), targets), COUNTS)
     assert half == exact
-
-
-class TestEvaluate:
-    def model(self):
-        torch.manual_seed(0)
-        return MBIB("cifar_resnet20", taps=(3, 6, 9), num_classes=7)
-
-    def batches(self, images=25, batch=10):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(images, 3, 16, 16, generator=generator)
-        y = torch.randint(0, 7, (images,), generator=generator)
-        return list(zip(x.split(batch), y.split(batch), strict=True)), x, y
-
-    def test_every_head_and_the_prediction(self):
-        model, (batches, x, y) = self.model(), self.batches()
-        results = evaluate(model, batches, COUNTS, device=torch.device("cpu"))
-        assert list(results) == ["prediction", "v1", "v2", "v3", "z"]
-        assert model.training
-        model.eval()
-        with torch.no_grad():
-            expected = summarize(batch_statistics(model(x), y), COUNTS)
-            assert results["prediction"]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
-            assert results["prediction"]["top1"] == expected["top1"]
-            z = summarize(batch_statistics(model.forward_heads(x).z, y), COUNTS)
-            assert results["z"]["per_class"] == z["per_class"]
-
-    def test_a_plain_model_has_a_prediction_alone(self):
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(7))
-        batches, _, _ = self.batches()
-        assert list(evaluate(model, batches, COUNTS, device=torch.device("cpu"))) == ["prediction"]
-
-    def test_no_image_is_an_error(self):
-        from mbib_timm.errors import DataError
-
-        with pytest.raises(DataError, match="no image"):
-            evaluate(self.model(), [], COUNTS, device=torch.device("cpu"))
-
-
-def test_the_table_shows_groups_counts_and_heads():
-    logits, targets = predictions()
-    result = summarize(batch_statistics(logits, targets), COUNTS)
-    empty = {**result, "few": None}
-    table = results_table({"prediction": result, "v3": result, "z": empty}, COUNTS)
-    lines = table.splitlines()
-    assert lines[0].split() == ["top-1,", "%", "overall", "many", "medium", "few"]
-    assert lines[2].split() == ["classes", "7", "2", "3", "2"]
-    assert lines[3].split() == ["training", "images", "803", "601", "180", "22"]
-    assert [line.split()[0] for line in lines[5:]] == ["v3", "z", "prediction"]
-    assert lines[6].split()[-1] == "-"
-    assert len({len(line) for line in lines}) == 1

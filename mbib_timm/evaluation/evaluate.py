@@ -1,5 +1,6 @@
 """A model over a loader, to the metrics of its prediction and of every head."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mbib_timm.errors import DataError
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
 
@@ -45,25 +46,36 @@ def evaluate(
         ``summarize`` for ``"prediction"`` and for every head, by name.
 
     Raises:
-        DataError: no image at all.
+        DataError: no image at all, or what the loader raises for a broken one.
+        MbibError: logits that are infinite or not a number.
     """
     was_training = model.training
     model.eval()
     sums: dict[str, Statistics] = {}
-    for images, targets in loader:
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            logits = head_logits(model, images)
-        for name, values in logits.items():
-            counted = batch_statistics(values, targets)
-            sums[name] = sums[name] + counted if name in sums else counted
-    model.train(was_training)
+    try:
+        for images, targets in loader:
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                logits = head_logits(model, images)
+            for name, values in logits.items():
+                counted = batch_statistics(values, targets)
+                sums[name] = sums[name] + counted if name in sums else counted
+    finally:
+        model.train(was_training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sums = _sum_over_processes(sums, model, len(class_counts), device)
     if not sums:
         raise DataError("there is no image to evaluate")
-    return {name: summarize(statistics, class_counts) for name, statistics in sums.items()}
+    results = {name: summarize(statistics, class_counts) for name, statistics in sums.items()}
+    # Only here, where the sums have come off the device; one bad logit makes its head's sum bad.
+    broken = [name for name, metrics in results.items() if not math.isfinite(metrics["nll"])]
+    if broken:
+        raise MbibError(
+            f"evaluation: logits of {', '.join(broken)} are not finite; the weights have diverged, or "
+            f"{amp_dtype or torch.float32} cannot hold them"
+        )
+    return results
 
 
 def _sum_over_processes(

@@ -1,6 +1,8 @@
 """The figures of a run: training curves, accuracy by class, accuracy by shot group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +12,49 @@ from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.errors import MbibError
 
 # Okabe and Ito's palette: told apart with any kind of colour vision.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999",
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999",
 )  # fmt: skip
 GROUP_COLORS = {"many": BLUE, "medium": GREEN, "few": VERMILION}
-HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION)
+HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+NAMED_CLASSES = 30  # as many names as can be read side by side
+BARS = 150  # as many bars as can be told apart
 
 
-def _pyplot() -> Any:
+@contextmanager
+def _drawing(path: Path, width: float, height: float, columns: int = 1) -> Iterator[Any]:
+    """Yield the axes of a figure, inches in size, and write it when they are drawn.
+
+    Neither pyplot nor its backend is touched: a notebook that trains a model keeps its own.
+    """
     try:
         import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise MbibError("figures need matplotlib: pip install 'mbib-timm[train]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
-    )
-    return plt
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+        yield figure.subplots(1, columns)
+        figure.savefig(path, dpi=150)
 
 
-def _finish(plt: Any, figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+def _second_axis(axes: Any, label: str, color: str) -> Any:
+    second = axes.twinx()
+    second.set_ylabel(label, color=color)
+    second.spines["right"].set_visible(True)
+    second.grid(False)
+    return second
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -46,29 +67,37 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         MbibError: matplotlib is not installed.
     """
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["train_loss"] for row in history], color=BLACK, label="training loss")
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None), title="Training loss and learning rate")
-    rate = left.twinx()
-    rate.plot(epochs, [row["lr"] for row in history], color=ORANGE, linestyle="--", drawstyle="steps-post")
-    rate.set_ylabel("learning rate (dashed)", color=ORANGE)
-    rate.set_yscale("log") if min(row["lr"] for row in history) > 0 else None
-    rate.spines["right"].set_visible(True)
-    rate.grid(False)
-
+    losses = [row["train_loss"] for row in history]
+    rates = [row["lr"] for row in history]
     evaluated = [row for row in history if row.get("val_top1") is not None]
-    for name, color in {"top1": BLACK, **GROUP_COLORS}.items():
-        points = [(row["epoch"], row[f"val_{name}"]) for row in evaluated if row[f"val_{name}"] is not None]
-        if points:
-            marker = "o" if len(points) == 1 else None
-            right.plot(*zip(*points, strict=True), color=color, marker=marker, label="all" if name == "top1" else name)
-    right.set(xlabel="epoch", ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
-    if evaluated:
-        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.tight_layout()
-    _finish(plt, figure, path)
+    with _drawing(path, 9.5, 3.5, columns=2) as (left, right):
+        for axes in (left, right):
+            # Half an epoch of room at each end, so that a single epoch has a width too.
+            axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+        left.plot(epochs, losses, color=BLACK, marker="o" if len(epochs) == 1 else None)
+        left.set(ylabel="training loss", ylim=(0, 1.05 * max(losses) or 1), title="Training loss and learning rate")
+        rate = _second_axis(left, "learning rate (dashed)", ORANGE)
+        # An epoch's rate holds from half an epoch before its number to half an epoch after it.
+        rate.stairs(rates, [epochs[0] - 0.5, *(e + 0.5 for e in epochs)], baseline=None, color=ORANGE, linestyle="--")
+        # Schedules span decades; one that hardly moves, or reaches 0, reads better on a linear axis.
+        if 0 < 10 * min(rates) <= max(rates):
+            rate.set_yscale("log")
+        else:
+            rate.set_ylim(0, 1.05 * max(rates) or 1)
+
+        right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
+        for name, color in {**GROUP_COLORS, "top1": BLACK}.items():
+            points = [(row["epoch"], row[f"val_{name}"]) for row in evaluated if row[f"val_{name}"] is not None]
+            if points:
+                marker, label = "o" if len(points) == 1 else None, "all" if name == "top1" else name
+                right.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
+        if evaluated:
+            right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        else:
+            right.text(0.5, 0.5, "not evaluated", ha="center", color=GREY, transform=right.transAxes)
 
 
 def class_accuracy(
@@ -79,6 +108,8 @@ def class_accuracy(
 ) -> None:
     """Draw the prediction's accuracy on each class, over the classes sorted by their training images.
 
+    Where there are too many classes to tell their bars apart, a bar is the mean of neighbours in one shot group.
+
     Args:
         results: metrics by head.
         class_counts: training images of each class, (K,).
@@ -88,33 +119,52 @@ def class_accuracy(
     Raises:
         MbibError: matplotlib is not installed.
     """
-    plt = _pyplot()
     order = np.argsort(-class_counts, kind="stable")
     accuracy = np.array([np.nan if v is None else v for v in results["prediction"]["per_class"]])[order]
-    group_of = np.empty(len(class_counts), dtype=object)
-    for name, classes in shot_groups(class_counts).items():
-        group_of[classes] = name
-    figure, axes = plt.subplots(figsize=(9, 3.6))
-    places = np.arange(len(order))
-    for name, color in GROUP_COLORS.items():
-        inside = group_of[order] == name
-        if inside.any():
-            axes.bar(places[inside], accuracy[inside], width=0.8, color=color, label=f"{name} ({inside.sum()} classes)")
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100), xlim=(-0.7, len(order) - 0.3))
-    axes.grid(axis="x", visible=False)
-    if class_names is not None and len(order) <= 30:
-        axes.set_xticks(places, [class_names[i] for i in order], rotation=45 if max(map(len, class_names)) > 3 else 0)
-        axes.set_xlabel("class, by number of training images")
-    else:
-        axes.set_xlabel("rank of the class by number of training images")
-    counts = axes.twinx()
-    counts.plot(places, class_counts[order], color=BLACK, linewidth=1.2)
-    counts.set_yscale("log")
-    counts.set_ylabel("training images (line)")
-    counts.spines["right"].set_visible(True)
-    counts.grid(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    _finish(plt, figure, path)
+    places = np.arange(1, len(order) + 1)
+    classes_a_bar = -(-len(order) // BARS)
+    with _drawing(path, 9, 3.8) as axes:
+        first = 0
+        for name, classes in shot_groups(class_counts).items():
+            # The groups follow one another in the sorted order.
+            edges = np.append(np.arange(first, first + len(classes), classes_a_bar), first + len(classes))
+            first += len(classes)
+            if not len(classes):
+                continue
+            bars = [_mean(accuracy[a:b]) for a, b in pairwise(edges)]
+            gap = 0.2 if classes_a_bar == 1 else 0.0
+            axes.bar(
+                edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge",
+                color=GROUP_COLORS[name], label=f"{name} ({len(classes)} class{'es' * (len(classes) > 1)})",
+            )  # fmt: skip
+        unseen = places[np.isnan(accuracy)]
+        if len(unseen):
+            axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)
+
+        title = "Accuracy of the prediction by class"
+        axes.set_title(title if classes_a_bar == 1 else f"{title}, mean of {classes_a_bar} neighbours")
+        axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100), xlim=(0.3, len(order) + 0.7))
+        axes.grid(axis="x", visible=False)
+        if class_names is not None and len(order) <= NAMED_CLASSES:
+            axes.set_xlabel("class, from most to fewest training images")
+            names = [_shortened(class_names[i]) for i in order]
+            axes.set_xticks(places, names)
+            if max(map(len, names)) > 3:
+                axes.tick_params(axis="x", labelrotation=45)
+                for label in axes.get_xticklabels():
+                    label.set(ha="right", rotation_mode="anchor")
+        else:
+            axes.set_xlabel("rank of the class, from most to fewest training images")
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+        counts = _second_axis(axes, "training images a class (line)", BLACK)
+        counts.plot(places, class_counts[order], color=BLACK, linewidth=1.2, marker="." if len(order) <= 30 else None)
+        if class_counts.min() < class_counts.max():
+            counts.set_yscale("log")
+            counts.yaxis.set_major_formatter("{x:g}")
+        else:
+            counts.set_ylim(0, 1.25 * class_counts.max())
+        axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def shot_groups_figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -127,24 +177,36 @@ def shot_groups_figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> 
     Raises:
         MbibError: matplotlib is not installed.
     """
-    plt = _pyplot()
     columns = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
     heads = [name for name in results if name != "prediction"] + ["prediction"]
-    figure, axes = plt.subplots(figsize=(7.5, 3.6))
-    width = 0.84 / len(heads)
-    for i, head in enumerate(heads):
-        color = BLACK if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
-        for place, metric in enumerate(columns.values()):
-            value = results[head][metric]
-            x = place + (i - (len(heads) - 1) / 2) * width
-            axes.bar(x, value or 0.0, width * 0.92, color=color, label=head if place == 0 else None)
-            axes.annotate(
-                "–" if value is None else f"{value:.0f}", (x, value or 0.0), ha="center", va="bottom", fontsize=7
-            )
-    classes = results["prediction"]["classes"]
-    labels = [f"{name}\n{classes[name]} classes" if name in classes else name for name in columns]
-    axes.set_xticks(range(len(columns)), labels)
-    axes.grid(axis="x", visible=False)
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 105))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, title="head")
-    _finish(plt, figure, path)
+    bar = 0.84 / len(heads)
+    # A number over each bar takes almost a third of an inch.
+    with _drawing(path, max(6.0, 1.5 + 1.4 * len(heads)), 3.8) as axes:
+        for i, head in enumerate(heads):
+            color = BLACK if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
+            for place, metric in enumerate(columns.values()):
+                value = results[head][metric]
+                x = place + (i - (len(heads) - 1) / 2) * bar
+                axes.bar(x, value or 0.0, bar * 0.92, color=color, label=head if place == 0 else None)
+                number = "–" if value is None else f"{value:.1f}".replace("100.0", "100")
+                axes.annotate(
+                    number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7
+                )
+        classes = results["prediction"]["classes"]
+        total = sum(classes.values())
+        labels = [f"{name}\n{(n := classes.get(name, total))} class{'es' * (n != 1)}" for name in columns]
+        axes.set_xticks(range(len(columns)), labels)
+        axes.grid(axis="x", visible=False)
+        axes.set(ylabel="top-1 accuracy, %", ylim=(0, 105), yticks=range(0, 101, 20))
+        axes.set_title("Accuracy by shot group and head" if len(heads) > 1 else "Accuracy by shot group")
+        if len(heads) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="head")
+
+
+def _mean(accuracy: np.ndarray) -> float:
+    measured = accuracy[~np.isnan(accuracy)]
+    return float(measured.mean()) if len(measured) else 0.0
+
+
+def _shortened(name: str, longest: int = 20) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"

@@ -17,13 +17,13 @@ def results_table(results: Mapping[str, Mapping[str, Any]], class_counts: np.nda
         results: metrics by head, as `evaluate` returns them.
         class_counts: training images of each class, (K,).
     """
-    classes = next(iter(results.values()))["classes"]
-    counts = {"overall": len(class_counts), **classes}
-    images = {"overall": int(class_counts.sum()), **_group_images(class_counts)}
+    groups = {"overall": np.arange(len(class_counts)), **shot_groups(class_counts)}
+    counts = [class_counts[groups[column]] for column in COLUMNS]
     rows = [
         ["top-1, %", *COLUMNS],
-        ["classes", *(str(counts[column]) for column in COLUMNS)],
-        ["training images", *(str(images[column]) for column in COLUMNS)],
+        ["classes", *(str(len(group)) for group in counts)],
+        ["training images", *(str(group.sum()) for group in counts)],
+        ["  of a class", *(f"{group.min()}-{group.max()}" if len(group) else "-" for group in counts)],
     ]
     heads = [name for name in results if name != "prediction"] + ["prediction"]
     for head in heads:
@@ -35,8 +35,4 @@ def results_table(results: Mapping[str, Mapping[str, Any]], class_counts: np.nda
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([head.ljust(widths[0]), *aligned]))
     rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:3], rule, *lines[3:]])
-
-
-def _group_images(class_counts: np.ndarray) -> dict[str, int]:
-    return {name: int(class_counts[classes].sum()) for name, classes in shot_groups(class_counts).items()}
+    return "\n".join([lines[0], rule, *lines[1:4], rule, *lines[4:]])

@@ -1,0 +1,146 @@
+"""Evaluation of models: every head, every image once, and the table of the result."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation import batch_statistics, evaluate, results_table, summarize
+from mbib_timm.evaluation.evaluate import head_logits
+from mbib_timm.models import MBIB
+
+COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MBIB("cifar_resnet20", taps=(3, 6, 9), num_classes=7)
+
+
+def batches(images=25, batch=10):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 3, 16, 16, generator=generator)
+    y = torch.randint(0, 7, (images,), generator=generator)
+    return list(zip(x.split(batch), y.split(batch), strict=True)), x, y
+
+
+def test_every_head_and_the_prediction(model):
+    loader, x, y = batches()
+    results = evaluate(model, loader, COUNTS, device=CPU)
+    assert list(results) == ["prediction", "v1", "v2", "v3", "z"]
+    model.eval()
+    with torch.no_grad():
+        heads = {"prediction": model(x), **model.forward_heads(x)._asdict()}
+    for name, logits in heads.items():
+        expected = summarize(batch_statistics(logits, y), COUNTS)
+        assert results[name]["per_class"] == expected["per_class"]
+        assert results[name]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    json.dumps(results, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
+@torch.no_grad()
+def test_the_prediction_is_what_the_model_returns(name):
+    model = timm.create_model(name, num_classes=7).eval()
+    _, x, _ = batches()
+    torch.testing.assert_close(head_logits(model, x)["prediction"], model(x))
+
+
+def test_a_plain_model_has_a_prediction_alone():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
+    loader, x, y = batches()
+    results = evaluate(model, loader, COUNTS, device=CPU)
+    assert list(results) == ["prediction"]
+    correct = (model(x).argmax(1) == y).sum().item()
+    assert results["prediction"]["top1"] == pytest.approx(100 * correct / len(y))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_evaluated_in_evaluation_mode_and_keeps_its_own(model, training):
+    model.train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader, _, _ = batches()
+    evaluate(model, loader, COUNTS, device=CPU)
+    assert model.training == training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_error_of_the_loader_leaves_the_models_mode(model):
+    def loader():
+        yield from batches()[0]
+        raise DataError("cannot read image.png")
+
+    with pytest.raises(DataError, match=r"image\.png"):
+        evaluate(model, loader(), COUNTS, device=CPU)
+    assert model.training
+
+
+def test_channels_last_and_autocast(model):
+    loader, _, _ = batches()
+    plain = evaluate(model, loader, COUNTS, device=CPU)
+    last = evaluate(model.to(memory_format=torch.channels_last), loader, COUNTS, device=CPU, channels_last=True)
+    half = evaluate(model, loader, COUNTS, device=CPU, amp_dtype=torch.bfloat16)
+    for name in plain:
+        assert last[name]["nll"] == pytest.approx(plain[name]["nll"], rel=1e-4)
+        assert half[name]["nll"] == pytest.approx(plain[name]["nll"], rel=0.05)
+    assert half["prediction"]["nll"] != plain["prediction"]["nll"]
+
+
+def test_no_image_is_an_error(model):
+    with pytest.raises(DataError, match="no image"):
+        evaluate(model, [], COUNTS, device=CPU)
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_heads(model):
+    with torch.no_grad():
+        model.bottleneck.classifier.weight[0, 0] = torch.nan
+    with pytest.raises(MbibError, match=r"logits of prediction, z are not finite"):
+        evaluate(model, batches()[0], COUNTS, device=CPU)
+
+
+def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypatch):
+    """The other process has everything; tests/test_cli.py runs two real ones."""
+    loader, _, _ = batches()
+    sent = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: sent.append(tensor.clone()))
+    alone = evaluate(model, loader, COUNTS, device=CPU)
+    assert len(sent) == 5 * 5, "five tensors a head"
+    others = iter(sent)
+
+    def receive(tensor):
+        other = next(others)
+        assert (tensor.shape, tensor.dtype, tensor.count_nonzero()) == (other.shape, other.dtype, 0)
+        tensor.add_(other)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", receive)
+    assert evaluate(model, [], COUNTS, device=CPU) == alone
+
+
+def test_the_table_shows_groups_counts_and_heads():
+    _, x, y = batches()
+    logits = x.flatten(1)[:, :7]
+    result = summarize(batch_statistics(logits, y), COUNTS)
+    empty = {**result, "few": None}
+    lines = results_table({"prediction": result, "v3": result, "z": empty}, COUNTS).splitlines()
+    assert lines[0].split() == ["top-1,", "%", "overall", "many", "medium", "few"]
+    assert lines[2].split() == ["classes", "7", "2", "3", "2"]
+    assert lines[3].split() == ["training", "images", "803", "601", "180", "22"]
+    assert lines[4].split() == ["of", "a", "class", "3-500", "101-500", "20-100", "3-19"]
+    assert [line.split()[0] for line in lines[6:]] == ["v3", "z", "prediction"]
+    assert lines[6].split()[1] == f"{result['top1']:.2f}"
+    assert lines[7].split()[-1] == "-"
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_table_of_data_without_few_shot_classes():
+    _, x, y = batches()
+    counts = np.full(7, 300)
+    lines = results_table({"prediction": summarize(batch_statistics(x.flatten(1)[:, :7], y), counts)}, counts)
+    assert [line.split()[-1] for line in lines.splitlines()[2:5]] == ["0", "0", "-"]
+    assert lines.splitlines()[-1].split()[-2:] == ["-", "-"]
