@@ -3,19 +3,24 @@
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
     python tools/results.py table                                       # write the table into README.md
+    python tools/results.py redraw                                      # draw the figures again from the numbers
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml and the figures, under
 `results/<run>-<epochs>e-seed<seed>/`.
 """
 
 import argparse
+import csv
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mbib_timm.errors import MbibError
+from mbib_timm.evaluation import figures
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -40,12 +45,24 @@ def add(run: Path, results: Path) -> Path:
         raise MbibError(f"{run} has no metrics.json: the run is not finished")
     metrics = json.loads((run / "metrics.json").read_text())
     target = results / f"{metrics['name']}-{metrics['epochs']}e-seed{metrics['seed']}"
-    (target / "figures").mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.json", "summary.csv", "recipe.yaml"):
         shutil.copyfile(run / name, target / name)
-    for figure in (run / "figures").glob("*.png"):
-        shutil.copyfile(figure, target / "figures" / figure.name)
+    draw(target)
     return target
+
+
+def draw(result: Path) -> None:
+    """Draw a result's figures from its metrics and its summary."""
+    metrics = json.loads((result / "metrics.json").read_text())
+    with (result / "summary.csv").open() as file:
+        history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+    heads, counts = metrics["result"]["heads"], np.array(metrics["class_counts"])
+    folder = result / "figures"
+    folder.mkdir(exist_ok=True)
+    figures.training_curves(history, folder / "training_curves.png")
+    figures.class_accuracy(heads, counts, folder / "class_accuracy.png", metrics.get("class_names"))
+    figures.shot_groups_figure(heads, folder / "shot_groups.png")
 
 
 def table(results: Path) -> str:
@@ -90,10 +107,14 @@ def main() -> None:
     adding = commands.add_parser("add", help="copy a finished run's results")
     adding.add_argument("run", type=Path, nargs="+")
     commands.add_parser("table", help="write the table into README.md")
+    commands.add_parser("redraw", help="draw all figures again from the numbers")
     arguments = parser.parse_args()
     if arguments.command == "add":
         for run in arguments.run:
             print(add(run, ROOT / "results"))
+    elif arguments.command == "redraw":
+        for file in (ROOT / "results").glob("*/metrics.json"):
+            draw(file.parent)
     write_table(ROOT / "README.md", ROOT / "results")
 
 

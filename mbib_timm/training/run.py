@@ -260,6 +260,7 @@ class Run:
             "seed": recipe.seed,
             "num_classes": splits.num_classes,
             "class_counts": splits.class_counts.tolist(),
+            "class_names": None if splits.class_names is None else list(splits.class_names),
             "result": {
                 "epoch": done.last["epoch"],
                 "weights": "model.safetensors",
