@@ -17,11 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation import figures
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.training.report import draw_figures
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: tools/results.py table -->\n", "<!-- end of results -->"
@@ -57,12 +55,7 @@ def draw(result: Path) -> None:
     metrics = json.loads((result / "metrics.json").read_text())
     with (result / "summary.csv").open() as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-    heads, counts = metrics["result"]["heads"], np.array(metrics["class_counts"])
-    folder = result / "figures"
-    folder.mkdir(exist_ok=True)
-    figures.training_curves(history, folder / "training_curves.png")
-    figures.class_accuracy(heads, counts, folder / "class_accuracy.png", metrics.get("class_names"))
-    figures.shot_groups_figure(heads, folder / "shot_groups.png")
+    draw_figures(result, history, metrics)
 
 
 def table(results: Path) -> str:

@@ -13,20 +13,19 @@ from torch import nn
 from mbib_timm.data import Loaders, Splits, create_loaders, open_data
 from mbib_timm.environment import World, describe_environment, join_world, leave_world
 from mbib_timm.errors import CheckpointError, MbibError
-from mbib_timm.evaluation import evaluate, results_table
+from mbib_timm.evaluation import evaluate
 from mbib_timm.losses import create_loss
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
+from mbib_timm.training.report import SHOT_METRICS, draw_figures, epoch_line, print_report
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.setup import build_model, input_size
 from mbib_timm.training.task import TASKS, head_names
 from mbib_timm.training.trackers import Tracker, create_trackers
-
-SHOT_METRICS = ("top1", "many", "medium", "few")
 
 
 @dataclass
@@ -186,7 +185,7 @@ class Run:
             self.folder.write_summary(done.history)
             for tracker in self.trackers:
                 tracker.log(row)
-            self.progress.say(_epoch_line(row, recipe.epochs))
+            self.progress.say(epoch_line(row, recipe.epochs))
 
     def _evaluate(self, loader: Any) -> dict[str, dict[str, Any]]:
         return evaluate(
@@ -281,38 +280,6 @@ class Run:
                 class_names=splits.class_names,
             )
             self.folder.write_json("metrics.json", metrics)
-            self._draw(metrics)
-            self._report(metrics)
+            draw_figures(self.folder.path, done.history, metrics)
+            print_report(self.folder.path, metrics)
         return {**metrics, "folder": str(self.folder.path)}
-
-    def _draw(self, metrics: dict[str, Any]) -> None:
-        from mbib_timm.evaluation import figures
-
-        heads, splits, folder = metrics["result"]["heads"], self.splits, self.folder.path / "figures"
-        folder.mkdir(exist_ok=True)
-        try:
-            figures.training_curves(self.done.history, folder / "training_curves.png")
-            figures.class_accuracy(heads, splits.class_counts, folder / "class_accuracy.png", splits.class_names)
-            figures.shot_groups_figure(heads, folder / "shot_groups.png")
-        except MbibError as error:
-            print(f"no figures: {error}")
-
-    def _report(self, metrics: dict[str, Any]) -> None:
-        result, best = metrics["result"], metrics["best"]
-        print()
-        print(f"Epoch {result['epoch']} (the last), on {result['split']}:")
-        print(results_table(result["heads"], self.splits.class_counts))
-        best_top1 = best["heads"]["prediction"]["top1"]
-        print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
-        if metrics["replaced_images"]:
-            print(f"{len(metrics['replaced_images'])} broken training images were replaced: see metrics.json")
-        print(f"\n{self.folder.path}")
-
-
-def _epoch_line(row: dict[str, Any], epochs: int) -> str:
-    line = f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  loss {row['train_loss']:.3f}"
-    if "val_top1" in row:
-        shots = (f"{name} {'-' if row[f'val_{name}'] is None else format(row[f'val_{name}'], '.1f')}"
-                 for name in SHOT_METRICS)  # fmt: skip
-        line += f"  {'  '.join(shots)}"
-    return f"{line}  {row['seconds']:.1f} s"

@@ -1,0 +1,62 @@
+"""What a run says of itself: a line an epoch, the table at the end, and the figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation import figures, results_table
+
+SHOT_METRICS = ("top1", "many", "medium", "few")
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """Return an epoch's numbers as one line.
+
+    Args:
+        row: of ``summary.csv``.
+        epochs: epochs of the run.
+    """
+    line = f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  loss {row['train_loss']:.3f}"
+    if "val_top1" in row:
+        values = {name: row[f"val_{name}"] for name in SHOT_METRICS}
+        line += "".join(f"  {name} {'-' if value is None else format(value, '.1f')}" for name, value in values.items())
+    return f"{line}  {row['seconds']:.1f} s"
+
+
+def draw_figures(folder: Path, history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> None:
+    """Draw a run's figures under ``figures/``; says so where matplotlib is not installed.
+
+    Args:
+        folder: the run's.
+        history: rows of ``summary.csv``.
+        metrics: content of ``metrics.json``.
+    """
+    target = folder / "figures"
+    target.mkdir(exist_ok=True)
+    heads, counts = metrics["result"]["heads"], np.array(metrics["class_counts"])
+    try:
+        figures.training_curves(history, target / "training_curves.png")
+        figures.class_accuracy(heads, counts, target / "class_accuracy.png", metrics.get("class_names"))
+        figures.shot_groups_figure(heads, target / "shot_groups.png")
+    except MbibError as error:
+        print(f"no figures: {error}")
+
+
+def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Print the result's table, the best epoch for what it is, and where everything lies.
+
+    Args:
+        folder: the run's.
+        metrics: content of ``metrics.json``.
+    """
+    result, best = metrics["result"], metrics["best"]
+    print(f"\nEpoch {result['epoch']} (the last), on {result['split']}:")
+    print(results_table(result["heads"], np.array(metrics["class_counts"])))
+    best_top1 = best["heads"]["prediction"]["top1"]
+    print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
+    if metrics["replaced_images"]:
+        print(f"{len(metrics['replaced_images'])} broken training images were replaced: see metrics.json")
+    print(f"\n{folder}")
