@@ -139,9 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmbib: interrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        # A full or closed disk is no bug; other system errors keep their traceback.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        print(f"mbib: error: no space left on device: {error.filename or 'the output folder'}", file=sys.stderr)
+        print(f"mbib: error: {error.strerror}: {error.filename or 'the output folder'}", file=sys.stderr)
         return 2
     return 0
 

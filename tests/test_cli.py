@@ -1,5 +1,6 @@
 """Bad input: one clear line, exit status 2, no traceback, nothing half-written."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def fails(tmp_path, capsys):
         (["train", "--model-kwargs", "tap=3"], "unexpected keyword argument 'tap'"),
         (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
         (["train", "--model-kwargs", "taps"], "expected name=value"),
+        (["train", "--model-kwargs", "num_classes=5"], "the number of classes is that of the data"),
         (["train", "--loss", "mbibb"], "did you mean 'mbib'"),
         (["train", "--observation-weights", "1", "2"], "observation_weights"),
         (["train", "--opt", "sdg"], "did you mean 'sgd"),
@@ -129,3 +131,12 @@ def test_torchrun_with_two_processes_trains_and_counts_every_sample_once(tmp_pat
     assert shared["environment"]["processes"] == 2
     for head, values in shared["result"]["heads"].items():
         assert values["per_class"] == alone[head]["per_class"]
+
+
+def test_a_folder_that_may_not_be_written_is_an_error(monkeypatch, capsys):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/x")
+
+    monkeypatch.setattr("mbib_timm.cli.run", denied)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err == "mbib: error: Permission denied: runs/x\n"

@@ -26,6 +26,8 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     name = recipe.model.partition(".")[0]
     if not timm.is_model(name):
         raise unknown_name("model", recipe.model, timm.list_models())
+    if "num_classes" in recipe.model_kwargs:
+        raise MbibError("recipe key 'model_kwargs': the number of classes is that of the data; see key 'num_classes'")
     kwargs: dict[str, Any] = {"num_classes": num_classes, **recipe.model_kwargs}
     cfg = timm.get_pretrained_cfg(recipe.model, allow_unregistered=True)
     if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
@@ -39,8 +41,8 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         )
     except TypeError as error:
         raise MbibError(f"recipe key 'model_kwargs': {error}") from None
-    except (RuntimeError, ValueError) as error:
-        raise MbibError(f"model {recipe.model!r}: {error}") from None
+    except (RuntimeError, ValueError, OSError) as error:  # OSError: no such repository, or no way to it
+        raise MbibError(f"model {recipe.model!r}: {str(error).splitlines()[0]}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
