@@ -197,6 +197,7 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
         dict(grad_accum_steps=3, clip_grad=1.0),
         dict(clip_grad=0.1, clip_mode="agc", layer_decay=0.8),
         dict(amp=True, model_ema=True, model_ema_decay=0.9),
+        dict(amp=True, amp_dtype="float16", clip_grad=1.0),
         dict(opt="adamw", lr=1e-3, filter_bias_and_bn=True, sched="multistep", decay_milestones=[1]),
         dict(model="mbib", model_kwargs={"backbone": "convnext_atto", "taps": [1, 2, 3]}, img_size=32, lr=0.01),
     ],
