@@ -4,12 +4,12 @@ import sys
 from typing import Any
 
 
-def _bar(total: int, done: int) -> Any:
+def _bar(total: int, done: int, unit: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:  # tqdm comes with mbib-timm[train]; plain lines will do
         return None
-    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
+    return tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
 
 class Progress:
@@ -19,18 +19,19 @@ class Progress:
         total: steps in all.
         done: steps done before, when a run is resumed.
         visible: False to print nothing.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, done: int = 0, visible: bool = True) -> None:
+    def __init__(self, total: int, done: int = 0, visible: bool = True, unit: str = "step") -> None:
         self.visible = visible
         self.bar: Any = None
         if visible and sys.stderr.isatty():
-            self.bar = _bar(total, done)
+            self.bar = _bar(total, done, unit)
 
-    def step(self) -> None:
-        """Count one step."""
+    def step(self, count: int = 1) -> None:
+        """Count one step, or several."""
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(count)
 
     def status(self, text: str) -> None:
         """Show a short text beside the bar."""

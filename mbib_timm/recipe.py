@@ -83,6 +83,16 @@ class Recipe:
     )
     subset_seed: int = key(0, "seed that chooses the images of the long-tailed subset", minimum=0)
 
+    loader: str = key(
+        "auto",
+        "resident (decoded once, kept and augmented on the device), timm (decoded in every epoch), auto (resident if "
+        "the data fit)",
+        choices=("auto", "resident", "timm"),
+    )
+    image_cache: str | None = key(
+        "auto", "folder that keeps decoded images for the next run; auto: in the user's cache; none", location=True
+    )
+
     # Input
     img_size: int | None = key(None, "height and width of the model's input; the model's own when not given", minimum=1)
     train_crop_mode: str = key(
@@ -151,7 +161,7 @@ class Recipe:
     amp: bool | None = key(None, "mixed precision; on for CUDA when not given")
     amp_dtype: str = key("bfloat16", "precision of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = key(True, "channels-last memory format")
-    torchcompile: bool = key(False, "compile the model")
+    torchcompile: bool = key(False, "compile the training step and the evaluation")
     sync_bn: bool = key(False, "synchronise batch normalisation across processes")
     seed: int = key(0, "seed of initialisation, sample order and augmentation", minimum=0)
 

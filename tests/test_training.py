@@ -212,7 +212,8 @@ def test_every_way_to_train_runs_and_learns_something(tmp_path, overrides):
 
 def test_gradient_accumulation_equals_the_larger_batch():
     """Two halves of a batch, accumulated, give the gradient of the whole for a loss that is a plain mean."""
-    from mbib_timm.training.optimization import Precision, training_step
+    from mbib_timm.training.optimization import Precision
+    from mbib_timm.training.step import training_step
     from mbib_timm.training.task import LongTailTask
 
     class MeanLoss(torch.nn.Module):

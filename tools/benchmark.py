@@ -28,7 +28,8 @@ from mbib_timm.errors import MbibError
 from mbib_timm.losses import create_loss
 from mbib_timm.models.mbib_resnet import VARIANTS
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.optimization import Precision, create_optimizer, training_step
+from mbib_timm.training.optimization import Precision, create_optimizer
+from mbib_timm.training.step import training_step
 from mbib_timm.training.task import LongTailTask, head_names
 
 

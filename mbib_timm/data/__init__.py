@@ -10,9 +10,11 @@ import torch
 
 from mbib_timm.data.class_counts import count_classes, read_class_counts, shot_groups
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import Loader, Place, eval_loader, train_loader
+from mbib_timm.data.loaders import Loader, Place
 from mbib_timm.data.long_tail import PROFILES, largest_class, long_tailed_indices
+from mbib_timm.data.resident import resident_loader
 from mbib_timm.data.sources import SOURCES, open_split
+from mbib_timm.data.timm_loader import timm_eval_loader, timm_train_loader
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
@@ -160,10 +162,17 @@ def create_loaders(
         world_size: processes that share the data.
     """
     place = Place(device, rank, world_size)
+    resident = recipe.loader == "resident"
+
+    def build(split: Split, training: bool) -> Loader:
+        if resident:
+            return resident_loader(split, recipe, input_size, place, training)
+        return (timm_train_loader if training else timm_eval_loader)(split, recipe, input_size, place)
+
     return Loaders(
-        train=train_loader(splits.train, recipe, input_size, place),
-        val=eval_loader(splits.val, recipe, input_size, place),
-        test=None if splits.test is None else eval_loader(splits.test, recipe, input_size, place),
+        train=build(splits.train, True),
+        val=build(splits.val, False),
+        test=None if splits.test is None else build(splits.test, False),
     )
 
 
@@ -195,4 +204,4 @@ def build_eval_loader(
     if opened.class_names is not None and len(opened.class_names) != num_classes:
         raise DataError(f"split {split!r} has {len(opened.class_names)} classes, the model has {num_classes}")
     _check_evaluation(split, opened, opened, num_classes)
-    return eval_loader(opened, recipe, input_size, Place(device, rank, world_size))
+    return timm_eval_loader(opened, recipe, input_size, Place(device, rank, world_size))

@@ -17,6 +17,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def from_worker(error: DataError) -> DataError:
+    """Return the error that a worker process raised: it sends its whole traceback, of which the last line is ours."""
+    return DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2])
+
+
 class Reader(Protocol):
     """Gives the images of a source by index."""
 

@@ -1,14 +1,18 @@
 """Augmentation and preprocessing: from a PIL image to uint8 (C, H, W); the loader normalises on the device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
+
+LONGEST_SIDE = 500
 
 
 def train_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
@@ -59,6 +63,26 @@ def eval_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any
         crop_pct=recipe.crop_pct,
         interpolation=_fixed_interpolation(recipe),
     )
+
+
+def resident_transform(recipe: Recipe, height: int, width: int, training: bool) -> Callable[..., Any]:
+    """Build the part of the preprocessing that is the same in every epoch, which resident images have behind them.
+
+    What random resized crops are cut from keeps its size, but for sides beyond `LONGEST_SIDE`.
+    """
+    if not training or recipe.train_crop_mode == "none":
+        return eval_transform(recipe, height, width)
+    if recipe.train_crop_mode == "pad":
+        return transforms.Compose([_resize(recipe, height, width), transforms.PILToTensor()])
+    return transforms.Compose([partial(_shrink, interpolation=_fixed_interpolation(recipe)), transforms.PILToTensor()])
+
+
+def _shrink(image: Image.Image, interpolation: str) -> Image.Image:
+    scale = LONGEST_SIDE / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    return image.resize((width, height), Image.Resampling[interpolation.upper()])
 
 
 def _fixed_interpolation(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mbib_timm.compiling import CompileOrEager
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
@@ -22,6 +23,10 @@ def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {"prediction": (last + z) / 2, **heads}
 
 
+# One for the process, as that of the training step.
+compiled_head_logits = CompileOrEager(head_logits, "the evaluation")
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -31,6 +36,7 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    compile: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model; with several processes each takes its share, and every image counts once.
 
@@ -41,6 +47,7 @@ def evaluate(
         device: device of the model.
         amp_dtype: precision of autocast; None for none.
         channels_last: hand the images on in channels-last format.
+        compile: compile the forward pass.
 
     Returns:
         ``summarize`` for ``"prediction"`` and for every head, by name.
@@ -49,6 +56,7 @@ def evaluate(
         DataError: no image at all, or what the loader raises for a broken one.
         MbibError: logits that are infinite or not a number.
     """
+    forward = compiled_head_logits if compile else head_logits
     was_training = model.training
     model.eval()
     sums: dict[str, Statistics] = {}
@@ -57,7 +65,7 @@ def evaluate(
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                logits = head_logits(model, images)
+                logits = forward(model, images)
             for name, values in logits.items():
                 counted = batch_statistics(values, targets)
                 sums[name] = sums[name] + counted if name in sums else counted

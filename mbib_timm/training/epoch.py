@@ -11,7 +11,8 @@ from torch import Tensor
 from mbib_timm.errors import NonFiniteLossError
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.optimization import Precision, training_step
+from mbib_timm.training.optimization import Precision
+from mbib_timm.training.step import compiled_loss_parts, loss_parts, training_step
 from mbib_timm.training.task import LongTailTask
 
 
@@ -93,6 +94,7 @@ def train_one_epoch(
     log = LossLog(epoch)
     steps = len(loader)
     group = recipe.grad_accum_steps
+    compute = compiled_loss_parts if recipe.torchcompile else loss_parts
     for step, (images, targets) in enumerate(loader):
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -106,6 +108,7 @@ def train_one_epoch(
                 images,
                 targets,
                 precision,
+                compute=compute,
                 accumulate=accumulate,
                 update=update,
                 clip_grad=recipe.clip_grad,

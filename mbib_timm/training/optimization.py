@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import NativeScaler, dispatch_clip_grad
-from torch import Tensor, nn
+from timm.utils import NativeScaler
+from torch import nn
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.task import LongTailTask
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 
@@ -68,52 +67,3 @@ class Precision:
         dtype = torch.bfloat16 if recipe.amp_dtype == "bfloat16" else torch.float16
         scaler = NativeScaler(device=device.type) if dtype is torch.float16 else None
         return cls(dtype, scaler)
-
-
-def training_step(
-    task: LongTailTask,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    targets: Tensor,
-    precision: Precision,
-    *,
-    accumulate: int = 1,
-    update: bool = True,
-    clip_grad: float | None = None,
-    clip_mode: str = "norm",
-) -> dict[str, Tensor]:
-    """Compute the loss of a batch, add its gradients, and update the weights.
-
-    Args:
-        task: gives the loss parts of a batch.
-        optimizer: updates the weights, and is cleared afterwards.
-        images: (B, C, H, W).
-        targets: (B,), int64.
-        precision: autocast and scaler.
-        accumulate: batches that share this update; each counts 1/accumulate.
-        update: update the weights after this batch.
-        clip_grad: clip gradients at this value.
-        clip_mode: timm's ways of clipping.
-
-    Returns:
-        The loss parts of the batch, detached scalars that are still on the device.
-    """
-    with torch.autocast(
-        images.device.type, dtype=precision.autocast_dtype, enabled=precision.autocast_dtype is not None
-    ):
-        parts = task(images, targets)
-    loss = parts["loss"] / accumulate
-    parameters = list(task.get_clip_parameters(exclude_head=clip_mode == "agc")) if clip_grad else None
-    if precision.scaler is not None:
-        precision.scaler(
-            loss, optimizer, clip_grad=clip_grad, clip_mode=clip_mode, parameters=parameters, need_update=update
-        )
-    else:
-        loss.backward()
-        if update:
-            if clip_grad is not None:
-                dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)
-            optimizer.step()
-    if update:
-        optimizer.zero_grad()
-    return {name: value.detach() for name, value in parts.items()}

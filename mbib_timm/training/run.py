@@ -127,8 +127,6 @@ class Run:
             if self.world.device.type != "cuda":
                 raise MbibError(f"sync_bn needs CUDA devices; torch has no such layer for {self.world.device.type}")
             self.task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(self.task.trainable_module)
-        if self.recipe.torchcompile:
-            self.task.compile()
         if distributed:
             on_cuda = self.world.device.type == "cuda"
             self.task.prepare_distributed(device_ids=[self.world.device.index] if on_cuda else None)
@@ -195,6 +193,7 @@ class Run:
             device=self.world.device,
             amp_dtype=self.precision.autocast_dtype,
             channels_last=self.recipe.channels_last,
+            compile=self.recipe.torchcompile,
         )
 
     def _result_model(self) -> nn.Module:

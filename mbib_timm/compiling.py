@@ -1,0 +1,41 @@
+"""Compiling a function once for every model of one structure, and going on without where that fails."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Of one function: for each structure of model and loss, and for each batch size (the last batch of an epoch is short).
+RECOMPILE_LIMIT = 64
+
+
+class CompileOrEager:
+    """A function compiled by `torch.compile` for the shapes that it meets, or as it is where it cannot be compiled.
+
+    Weights are inputs of the compiled code: another model of the same structure takes the code of the first.
+
+    Args:
+        function: of modules and tensors.
+        what: what it computes, for the warning.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str) -> None:
+        self.function, self.what = function, what
+        self.compiled: Callable[..., Any] | None = None
+        self.failed = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
+        if self.failed:
+            return self.function(*arguments)
+        if self.compiled is None:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+            self.compiled = torch.compile(self.function, dynamic=False)
+        try:
+            return self.compiled(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            self.failed = True
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {reason}", stacklevel=2)
+            return self.function(*arguments)

@@ -1,0 +1,88 @@
+"""Training augmentation of resident images: drawn on the host for a whole epoch, applied in batches on the device.
+
+What is drawn depends on a generator alone, never on the device or on how the epoch is cut into pieces.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mbib_timm.data.decode import DecodedImages
+from mbib_timm.recipe import Recipe
+
+
+class Augmentation(Protocol):
+    """What a training image goes through in every epoch."""
+
+    bytes_an_image: int
+    """Memory that it takes to augment an image."""
+
+    def draw(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw for n images of `sizes` (n, 2), on the host; every value is (n, ...)."""
+
+    def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        """Return the chosen images (n,), augmented as drawn: (n, H, W, C), uint8."""
+
+
+def create_augmentation(recipe: Recipe, height: int, width: int) -> Augmentation | None:
+    """Build what a recipe asks for, for crops of height x width; None where training sees images as evaluation does."""
+    if recipe.train_crop_mode == "pad":
+        return PadAndCrop(height, width, recipe.hflip)
+    return None
+
+
+class PadAndCrop:
+    """Random crops of images that are padded with black by an eighth, and random flips (Cao et al. 2019, for CIFAR).
+
+    Args:
+        height, width: of the images and of the crops.
+        flip: probability of a horizontal flip.
+    """
+
+    def __init__(self, height: int, width: int, flip: float) -> None:
+        self.height, self.width, self.flip = height, width, flip
+        self.bytes_an_image = 12 * height * width  # an int64 index and up to 4 bytes of colour a pixel
+
+    def draw(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the crops of n images; `sizes` (n, 2) only tells how many."""
+        n, pad_y, pad_x = len(sizes), self.height // 8, self.width // 8
+        return {
+            "tops": torch.randint(2 * pad_y + 1, (n,), generator=generator) - pad_y,
+            "lefts": torch.randint(2 * pad_x + 1, (n,), generator=generator) - pad_x,
+            "flips": torch.rand(n, generator=generator) < self.flip,
+        }
+
+    def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        """Return the crops of the chosen images (n,) as (n, H, W, C), uint8."""
+        return shifted_crops(images, chosen, self.height, self.width, **draws)
+
+
+def shifted_crops(
+    images: DecodedImages, chosen: Tensor, height: int, width: int, tops: Tensor, lefts: Tensor, flips: Tensor
+) -> Tensor:
+    """Cut windows out of images of height x width, black where they reach beyond: one gather for all of them.
+
+    Args:
+        images: all of height x width.
+        chosen: which images, (n,).
+        height: of images and windows.
+        width: of images and windows.
+        tops: first row of each window, (n,); negative above the image.
+        lefts: first column, (n,).
+        flips: mirror the window, (n,), bool.
+
+    Returns:
+        (n, H, W, C), uint8.
+    """
+    device = images.pixels.device
+    rows = tops[:, None] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    columns = lefts[:, None] + torch.where(flips[:, None], width - 1 - columns, columns)
+    # What lies outside gets an index far below 0, however it is added up; 0 is the black pixel.
+    outside = -(2**60)
+    row_starts = images.starts[chosen, None] + rows * width
+    row_starts = row_starts.masked_fill((rows < 0) | (rows >= height), outside)
+    columns = columns.masked_fill((columns < 0) | (columns >= width), outside)
+    places = (row_starts[:, :, None] + columns[:, None, :]).clamp_(min=0)
+    return images.pixels.index_select(0, places.flatten()).unflatten(0, places.shape)

@@ -1,0 +1,140 @@
+"""The resident loader: the whole split decoded once, on the device as uint8, and augmented there in batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbib_timm.data.augment import Augmentation, create_augmentation
+from mbib_timm.data.decode import DecodedImages, decode
+from mbib_timm.data.images import ImageDataset, Split
+from mbib_timm.data.loaders import Place, ShardSampler, channelwise, drops_last, pil_mode, training_sampler
+from mbib_timm.data.transforms import resident_transform
+from mbib_timm.recipe import Recipe
+
+# Pieces of an epoch that are augmented at once: all of CIFAR-100, a batch or two of 224-pixel images.
+PIECE_BYTES = 1 << 30
+
+
+class ResidentLoader:
+    """The `Loader` of data that fit into the device's memory.
+
+    Args:
+        images: on the device.
+        sampler: gives the images' indices in the order of the epoch.
+        batch_size: images of a batch.
+        drop_last: leave the last short batch out.
+        augmentation: for training; None gives the images as they are, which are then all of one size.
+        mean: of each channel, of images in 0..1.
+        std: of each channel.
+        seed: of the augmentation: seed and rank.
+        channels_last: memory format of the batches.
+    """
+
+    def __init__(
+        self,
+        images: DecodedImages,
+        sampler: ShardSampler | torch.utils.data.DistributedSampler,
+        batch_size: int,
+        *,
+        drop_last: bool,
+        augmentation: Augmentation | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: tuple[int, int],
+        channels_last: bool,
+    ) -> None:
+        self.images, self.sampler, self.batch_size = images, sampler, batch_size
+        self.drop_last, self.augmentation, self.seed = drop_last, augmentation, seed
+        self.channels_last = channels_last
+        self.device = images.pixels.device
+        self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
+        self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of an epoch: functions of the recipe's seed and this number."""
+        self.sampler.set_epoch(epoch)
+        self.epoch = epoch
+
+    def broken_images(self) -> list[str]:
+        """Return the paths of images that were replaced because they could not be read."""
+        return list(self.images.broken)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.tensor(list(self.sampler), dtype=torch.int64)
+        targets = self.images.targets[order.to(self.device)]
+        taken = 0
+        for piece in self._pieces(order):
+            for pixels in piece.split(self.batch_size):
+                if len(pixels) == 1 and self.drop_last:
+                    return
+                yield self._normalize(pixels), targets[taken : taken + len(pixels)]
+                taken += len(pixels)
+
+    def _pieces(self, order: Tensor) -> Iterator[Tensor]:
+        """Give the images in order as (n, H, W, C), uint8, n a multiple of the batch size but for the last."""
+        if self.augmentation is None:
+            stacked = self.images.stacked()
+            for indices in order.to(self.device).split(self.batch_size):
+                yield stacked.index_select(0, indices)
+            return
+        entropy = np.random.SeedSequence([*self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        draws = self.augmentation.draw(self.images.sizes[order], generator)
+        # To the device before the first step of the epoch: later it would wait for the steps before it.
+        order, draws = order.to(self.device), {name: value.to(self.device) for name, value in draws.items()}
+        batches = max(1, PIECE_BYTES // (self.augmentation.bytes_an_image * self.batch_size))
+        size = batches * self.batch_size
+        for begin in range(0, len(order), size):
+            piece = {name: value[begin : begin + size] for name, value in draws.items()}
+            yield self.augmentation(self.images, order[begin : begin + size], piece)
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        # As timm's loader does it, to the last bit.
+        images = pixels.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
+        return images if self.channels_last else images.contiguous()
+
+
+def resident_loader(
+    split: Split, recipe: Recipe, input_size: tuple[int, int, int], place: Place, training: bool
+) -> ResidentLoader:
+    """Decode a split and build its loader.
+
+    Args:
+        split: indexed images.
+        recipe: augmentation, preprocessing, batch sizes, seed.
+        input_size: (C, H, W).
+        place: device and processes.
+        training: shuffle and augment; else every image once over all processes, in order.
+
+    Raises:
+        DataError: fewer images than two for training, or, for evaluation, an image that cannot be read.
+    """
+    channels, height, width = input_size
+    sampler: Any = (
+        training_sampler(len(split), recipe, place)
+        if training
+        else ShardSampler(len(split), place.rank, place.world_size)
+    )
+    transform = resident_transform(recipe, height, width, training)
+    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=training)
+    images = decode(dataset, recipe.workers).to(place.device)
+    batch_size = recipe.batch_size if training else recipe.validation_batch_size
+    return ResidentLoader(
+        images,
+        sampler,
+        batch_size,
+        drop_last=training and drops_last(len(sampler), batch_size),
+        augmentation=create_augmentation(recipe, height, width) if training else None,
+        mean=channelwise(recipe.mean, channels),
+        std=channelwise(recipe.std, channels),
+        seed=(recipe.seed, place.rank),
+        channels_last=recipe.channels_last,
+    )
