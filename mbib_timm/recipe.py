@@ -89,7 +89,7 @@ class Recipe:
         "the data fit)",
         choices=("auto", "resident", "timm"),
     )
-    image_cache: str | None = key(
+    image_cache: str = key(
         "auto", "folder that keeps decoded images for the next run; auto: in the user's cache; none", location=True
     )
 
@@ -162,6 +162,7 @@ class Recipe:
     amp_dtype: str = key("bfloat16", "precision of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = key(True, "channels-last memory format")
     torchcompile: bool = key(False, "compile the training step and the evaluation")
+    cuda_graph: bool = key(False, "capture the training step in a CUDA graph")
     sync_bn: bool = key(False, "synchronise batch normalisation across processes")
     seed: int = key(0, "seed of initialisation, sample order and augmentation", minimum=0)
 
@@ -216,6 +217,8 @@ class Recipe:
 
 
 TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
+# The sections Data and Input: recipes that agree in these see the same images.
+DATA_KEYS = tuple(TYPES)[: list(TYPES).index("std") + 1]
 
 
 def _typed(name: str, value: Any, expected: Any) -> Any:

@@ -1,9 +1,16 @@
 """Shared fixtures: one thread a test (so that results repeat), and the folder of shared data where there is one."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Decoded images go where the tests' other files go, and not into the user's cache.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mbib_tests.")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Sources, transforms and loaders, on small data that the tests make and on the real files where they are."""
 
 import io
+import itertools
 import json
 import sys
 import tarfile
@@ -15,7 +16,9 @@ from mbib_timm.data import build_eval_loader, create_loaders, open_data, open_sp
 from mbib_timm.data.digits import open_digits
 from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.lists import open_inaturalist, open_list
-from mbib_timm.data.loaders import Place, ShardSampler, eval_loader, train_loader
+from mbib_timm.data.loaders import Place, ShardSampler
+from mbib_timm.data.resident import decode_split, resident_loader
+from mbib_timm.data.timm_loader import timm_eval_loader, timm_train_loader
 from mbib_timm.data.transforms import eval_transform, train_transform
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
@@ -253,7 +256,7 @@ def test_cifar_from_tars(shared):
     assert data.class_names[0] == "apple"
     assert data.class_names[99] == "worm"
     assert len(data.val) == 10_000
-    loader = train_loader(data.train, recipe(img_size=32, batch_size=128), (3, 32, 32), CPU)
+    loader = timm_train_loader(data.train, recipe(img_size=32, batch_size=128), (3, 32, 32), CPU)
     assert len(loader) == 85
 
 
@@ -399,7 +402,22 @@ def test_every_crop_mode_gives_uint8_of_the_size(mode):
     assert result.dtype == torch.uint8
 
 
-# Loaders
+# Loaders: every test of this section holds for both.
+
+
+@pytest.fixture(params=["timm", "resident"])
+def build(request):
+    """Build a loader for training or for evaluation."""
+
+    def resident(split, settings, size, place, training):
+        return resident_loader(
+            decode_split(split, settings, size, place.device, training), settings, size, place, training
+        )
+
+    def timm(split, settings, size, place, training):
+        return (timm_train_loader if training else timm_eval_loader)(split, settings, size, place)
+
+    return {"timm": timm, "resident": resident}[request.param]
 
 
 def order(loader, epoch):
@@ -412,45 +430,48 @@ def numbered(count):
     return Split(ArrayReader(images, "numbered"), np.arange(count))
 
 
-def test_the_order_is_a_function_of_seed_and_epoch():
-    first = train_loader(numbered(50), recipe(batch_size=8), SIZE, CPU)
-    second = train_loader(numbered(50), recipe(batch_size=8), SIZE, CPU)
+def test_the_order_is_a_function_of_seed_and_epoch(build):
+    first = build(numbered(50), recipe(batch_size=8), SIZE, CPU, training=True)
+    second = build(numbered(50), recipe(batch_size=8), SIZE, CPU, training=True)
     assert order(first, 3) == order(second, 3)
     assert order(first, 3) != order(first, 4)
     assert order(first, 3) == order(second, 3)
-    assert order(first, 3) != order(train_loader(numbered(50), recipe(batch_size=8, seed=1), SIZE, CPU), 3)
+    assert order(first, 3) != order(build(numbered(50), recipe(batch_size=8, seed=1), SIZE, CPU, training=True), 3)
     assert sorted(order(first, 0)) == list(range(50))
 
 
 @pytest.mark.parametrize(("images", "batches"), [(16, [8, 8]), (20, [8, 8, 4]), (17, [8, 8]), (18, [8, 8, 2])])
-def test_the_last_short_batch_is_kept_unless_it_is_a_single_image(images, batches):
-    loader = train_loader(numbered(images), recipe(batch_size=8), SIZE, CPU)
+def test_the_last_short_batch_is_kept_unless_it_is_a_single_image(build, images, batches):
+    loader = build(numbered(images), recipe(batch_size=8), SIZE, CPU, training=True)
     assert [len(targets) for _, targets in loader] == batches
     assert len(loader) == len(batches)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("images", [1, 10, 20, 41])
-def test_evaluation_sees_every_image_exactly_once(images, world_size):
+def test_evaluation_sees_every_image_exactly_once(build, images, world_size):
     seen = []
     for rank in range(world_size):
         seen += list(ShardSampler(images, rank, world_size))
     assert sorted(seen) == list(range(images))
     loaders = [
-        eval_loader(numbered(images), recipe(), SIZE, Place(CPU.device, r, world_size)) for r in range(world_size)
+        build(numbered(images), recipe(), SIZE, Place(CPU.device, r, world_size), training=False)
+        for r in range(world_size)
     ]
     assert sorted(y for loader in loaders for _, targets in loader for y in targets.tolist()) == list(range(images))
 
 
-def test_training_shards_cover_the_data():
-    loaders = [train_loader(numbered(40), recipe(batch_size=8), SIZE, Place(CPU.device, rank, 2)) for rank in (0, 1)]
+def test_training_shards_cover_the_data(build):
+    loaders = [
+        build(numbered(40), recipe(batch_size=8), SIZE, Place(CPU.device, rank, 2), training=True) for rank in (0, 1)
+    ]
     assert sorted(order(loaders[0], 1) + order(loaders[1], 1)) == list(range(40))
 
 
-def test_normalisation():
+def test_normalisation(build):
     split, images = arrays(4)
     settings = recipe(mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 0.2])
-    batch, _ = next(iter(eval_loader(split, settings, SIZE, CPU)))
+    batch, _ = next(iter(build(split, settings, SIZE, CPU, training=False)))
     expected = (images / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 0.2])
     np.testing.assert_allclose(batch.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
@@ -462,33 +483,34 @@ def test_other_colour_modes_become_rgb_or_grey(tmp_path, mode):
         for i in range(2):
             picture(i).convert(mode if mode != "LA" else "L").convert(mode).save(tmp_path / label / f"{i}.png")
     settings = recipe(dataset="folder", data_dir=str(tmp_path), val_fraction=0.5)
-    for channels in (3, 1):
+    for channels, loader in itertools.product((3, 1), ("timm", "resident")):
+        settings = settings.replace(loader=loader, image_cache="none")
         loaders = create_loaders(open_data(settings), settings, (channels, 16, 16), CPU.device)
         for loader in (loaders.train, loaders.val):
             assert next(iter(loader))[0].shape == (2, channels, 16, 16)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image(folder, workers):
+def test_a_broken_image(build, folder, workers):
     (folder / "bee" / "1.png").write_bytes(b"not an image")
     (folder / "ant" / "3.png").write_bytes((folder / "ant" / "3.png").read_bytes()[:200])
-    settings = recipe(dataset="folder", data_dir=str(folder), workers=workers, batch_size=4)
+    settings = recipe(dataset="folder", data_dir=str(folder), workers=workers, batch_size=4, image_cache="none")
     whole = open_split(settings.replace(val_fraction=0.01), "train")
-    loader = train_loader(whole, settings, SIZE, CPU)
+    loader = build(whole, settings, SIZE, CPU, training=True)
     assert sum(len(targets) for _, targets in loader) >= len(whole) - 1
     broken = {Path(path).relative_to(folder).as_posix() for path in loader.broken_images()}
     in_training = {Path(whole.reader.path(i)).relative_to(folder).as_posix() for i in whole.indices}
     assert broken == {"ant/3.png", "bee/1.png"} & in_training
     assert broken
     with pytest.raises(DataError, match=r"^cannot read image .*(bee/1|ant/3)\.png: .*$") as caught:
-        list(eval_loader(whole, settings, SIZE, CPU))
+        list(build(whole, settings, SIZE, CPU, training=False))
     assert "\n" not in str(caught.value)
 
 
-def test_augmentation_differs_between_workers_and_epochs():
+def test_timms_augmentation_differs_between_workers_and_epochs():
     split, _ = arrays(8)
     same = Split(split.reader, split.targets, np.zeros(8, dtype=int))
-    loader = train_loader(same, recipe(batch_size=4, workers=2), SIZE, CPU)
+    loader = timm_train_loader(same, recipe(batch_size=4, workers=2), SIZE, CPU)
     torch.manual_seed(0)
     batches = [images for epoch in range(2) for images, _ in loader]
     assert len({image.numpy().tobytes() for images in batches for image in images}) > 8

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from mbib_timm.data import create_loaders, open_data
-from mbib_timm.data.loaders import Place, eval_loader
+from mbib_timm.data.loaders import Place
+from mbib_timm.data.timm_loader import timm_eval_loader
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
@@ -73,7 +74,7 @@ def test_evaluation_sees_every_image_exactly_once(shards, monkeypatch, world_siz
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        seen += image_numbers(eval_loader(open_data(recipe).val, recipe, SIZE, Place(CPU)))
+        seen += image_numbers(timm_eval_loader(open_data(recipe).val, recipe, SIZE, Place(CPU)))
     assert sorted(seen) == list(range(9))
 
 

@@ -14,8 +14,9 @@ from mbib_timm.data.class_counts import count_classes
 from mbib_timm.data.folders import hold_out
 from mbib_timm.data.images import ArrayReader, ImageDataset, Split
 from mbib_timm.data.lists import open_inaturalist, open_list
-from mbib_timm.data.loaders import Place, eval_loader
+from mbib_timm.data.loaders import Place
 from mbib_timm.data.long_tail import exponential_profile, step_profile
+from mbib_timm.data.timm_loader import timm_eval_loader
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
@@ -76,7 +77,7 @@ def test_a_broken_image_in_a_tar_is_named_with_the_tar(tmp_path):
             tar.addfile(info, io.BytesIO(b"no image."))
     split = open_split(folder_recipe(tmp_path), "validation")
     with pytest.raises(DataError, match=r"^cannot read image .*val\.tar/ant/1\.png: "):
-        list(eval_loader(split, folder_recipe(tmp_path), (3, 16, 16), Place(CPU)))
+        list(timm_eval_loader(split, folder_recipe(tmp_path), (3, 16, 16), Place(CPU)))
 
 
 def test_a_folder_without_the_split_says_what_there_is(tmp_path):
@@ -153,7 +154,7 @@ def test_one_missing_image_is_a_broken_image_and_no_wrong_folder(tmp_path):
     (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\n")
     settings = Recipe(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt", workers=0)
     with pytest.raises(DataError, match=r"cannot read image .*a\.png"):
-        list(eval_loader(open_data(settings).val, settings, (3, 16, 16), Place(CPU)))
+        list(timm_eval_loader(open_data(settings).val, settings, (3, 16, 16), Place(CPU)))
 
 
 def test_a_split_that_no_list_is_for(tmp_path):

@@ -173,7 +173,7 @@ def test_gradients_agree_with_finite_differences(name):
             weight * balanced_softmax_cross_entropy(given[head], targets, loss.log_counts, loss.weight)
             for head, weight in loss.head_weights.items()
         )
-        return total + loss.beta * sum(
+        return total + Recipe().beta * sum(
             edge.weight * self_distillation(frozen[edge.teacher], given[edge.student], loss.temperatures)
             for edge in loss.edges
         )

@@ -80,19 +80,22 @@ def test_the_saved_model_loads_with_timm_and_gives_the_result(finished):
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in weights(folder))
 
 
-def test_loss_curve_is_the_golden_one(finished, request):
+@pytest.mark.parametrize("loader", ["resident", "timm"])
+def test_loss_curve_is_the_golden_one(finished, tmp_path, request, loader):
     """Guards the whole loop: data order, augmentation, model, loss, optimizer and schedule."""
-    _, metrics = finished
-    with (Path(metrics["folder"]) / "summary.csv").open() as file:
+    folder, metrics = finished
+    assert metrics["loader"] == "resident"
+    if loader == "timm":
+        folder = Path(train(digits(tmp_path, loader="timm"), "timm")["folder"])
+    with (folder / "summary.csv").open() as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
-    if request.config.getoption("--update-golden"):
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(
-            json.dumps({"recipe": "digits/mbib_resnet20", "epochs": 3, "train_loss": losses}, indent=2) + "\n"
-        )
     golden = json.loads(GOLDEN.read_text())
-    # Other processors and versions of torch add in another order.
-    assert losses == pytest.approx(golden["train_loss"], rel=2e-2)
+    if request.config.getoption("--update-golden"):
+        golden["train_loss"][loader] = losses
+        GOLDEN.write_text(json.dumps(golden, indent=2) + "\n")
+    # Other processors and versions of torch add in another order, and the steep first epochs amplify it: two ways of
+    # writing the same loss, equal to 1e-7 in the first step, are 1.6 % apart in the second epoch.
+    assert losses == pytest.approx(golden["train_loss"][loader], rel=3e-2)
     assert losses[-1] < losses[0]
 
 
@@ -106,16 +109,17 @@ class CrashError(Exception):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("loader", "workers"), [("resident", 0), ("timm", 0), ("timm", 2)])
 @pytest.mark.parametrize("stop_at", [0, 1])
-def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, workers):
-    recipe = digits(tmp_path, workers=workers, model_ema=True, model_kwargs={"drop_rate": 0.1}, opt="adamw", lr=1e-3)
+def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, loader, workers):
+    keys = dict(loader=loader, workers=workers)
+    recipe = digits(tmp_path, **keys, model_ema=True, model_kwargs={"drop_rate": 0.1}, opt="adamw", lr=1e-3)
     whole = train(recipe, "whole")
     original = run_module.train_one_epoch
 
     def crash(*args, **kwargs):
         result = original(*args, **kwargs)
-        if args[5] == stop_at:
+        if args[4] == stop_at:
             raise CrashError
         return result
 
@@ -157,6 +161,14 @@ def test_a_finished_run_resumes_to_the_same_result(finished, tmp_path):
     folder, metrics = finished
     again = train(digits(folder.parent, resume=str(folder)), "whole")
     assert again["result"] == metrics["result"]
+
+
+def test_a_resumed_run_keeps_the_loader_that_it_chose(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr("mbib_timm.data.create.fits", lambda needed, device: False)
+    assert train(digits(folder.parent, resume="auto"), "whole")["loader"] == "resident"
+    with pytest.raises(CheckpointError, match=r"another recipe: loader \('resident' there, 'timm' asked for\)"):
+        train(digits(folder.parent, resume="auto", loader="timm"), "whole")
 
 
 def test_an_occupied_folder_is_refused(finished):
@@ -229,7 +241,7 @@ def test_gradient_accumulation_equals_the_larger_batch():
         task = LongTailTask(model, MeanLoss(), torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for i, (x, y) in enumerate(zip(images.chunk(pieces), targets.chunk(pieces), strict=True)):
-            training_step(task, optimizer, x, y, Precision(None, None), accumulate=pieces, update=i + 1 == pieces)
+            training_step(task, optimizer, Precision(None, None), x, y, accumulate=pieces, update=i + 1 == pieces)
         results.append(model.weight.detach().clone())
     torch.testing.assert_close(results[0], results[1])
 

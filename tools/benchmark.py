@@ -111,7 +111,7 @@ class Contestant:
     def train(self) -> None:
         """One training step."""
         self.task.train()
-        training_step(self.task, self.optimizer, self.images, self.targets, self.precision)
+        training_step(self.task, self.optimizer, self.precision, self.images, self.targets)
 
     @torch.inference_mode()
     def evaluate(self) -> None:

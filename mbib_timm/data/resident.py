@@ -1,6 +1,7 @@
 """The resident loader: the whole split decoded once, on the device as uint8, and augmented there in batches."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data.augment import Augmentation, create_augmentation
-from mbib_timm.data.decode import DecodedImages, decode
+from mbib_timm.data.decode import DecodedImages
+from mbib_timm.data.image_cache import cached_decode, default_folder
 from mbib_timm.data.images import ImageDataset, Split
 from mbib_timm.data.loaders import Place, ShardSampler, channelwise, drops_last, pil_mode, training_sampler
 from mbib_timm.data.transforms import resident_transform
@@ -69,6 +71,8 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.tensor(list(self.sampler), dtype=torch.int64)
+        if len(order) == 0:  # of a process beyond the last image
+            return
         targets = self.images.targets[order.to(self.device)]
         taken = 0
         for piece in self._pieces(order):
@@ -102,30 +106,50 @@ class ResidentLoader:
         return images if self.channels_last else images.contiguous()
 
 
-def resident_loader(
-    split: Split, recipe: Recipe, input_size: tuple[int, int, int], place: Place, training: bool
-) -> ResidentLoader:
-    """Decode a split and build its loader.
+def decode_split(
+    split: Split, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device, training: bool
+) -> DecodedImages:
+    """Bring a split's images onto the device, decoded and through the fixed part of the preprocessing.
 
     Args:
         split: indexed images.
-        recipe: augmentation, preprocessing, batch sizes, seed.
+        recipe: preprocessing, cache folder, workers.
+        input_size: (C, H, W).
+        device: where they go.
+        training: they are trained on: broken ones are replaced.
+
+    Raises:
+        DataError: for evaluation, an image that cannot be read.
+    """
+    channels, height, width = input_size
+    transform = resident_transform(recipe, height, width, training)
+    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=training)
+    described = f"{training} {recipe.train_crop_mode} {height}x{width} {recipe.crop_pct} {recipe.interpolation}"
+    folder = {"auto": default_folder(), "none": None}.get(recipe.image_cache, Path(recipe.image_cache))
+    return cached_decode(dataset, described, folder, recipe.workers).to(device)
+
+
+def resident_loader(
+    images: DecodedImages, recipe: Recipe, input_size: tuple[int, int, int], place: Place, training: bool
+) -> ResidentLoader:
+    """Build a loader.
+
+    Args:
+        images: on the device.
+        recipe: augmentation, normalisation, batch sizes, seed.
         input_size: (C, H, W).
         place: device and processes.
         training: shuffle and augment; else every image once over all processes, in order.
 
     Raises:
-        DataError: fewer images than two for training, or, for evaluation, an image that cannot be read.
+        DataError: fewer images than two a process for training.
     """
     channels, height, width = input_size
     sampler: Any = (
-        training_sampler(len(split), recipe, place)
+        training_sampler(len(images), recipe, place)
         if training
-        else ShardSampler(len(split), place.rank, place.world_size)
+        else ShardSampler(len(images), place.rank, place.world_size)
     )
-    transform = resident_transform(recipe, height, width, training)
-    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=training)
-    images = decode(dataset, recipe.workers).to(place.device)
     batch_size = recipe.batch_size if training else recipe.validation_batch_size
     return ResidentLoader(
         images,

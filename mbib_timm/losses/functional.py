@@ -61,33 +61,61 @@ def balanced_softmax_cross_entropy(
     The weighted mean divides by the sum of the weights of the batch's labels, as Figure 10 does.
 
     Args:
-        logits: t, (B, K).
+        logits: t, (B, K), or those of H heads, (H, B, K).
         targets: (B,).
         log_counts: log n, (K,); zeros give the plain cross-entropy.
         weight: w, (K,); None weighs all classes alike.
+
+    Returns:
+        A scalar, or one loss a head, (H,).
     """
     with torch.autocast(logits.device.type, enabled=False):
-        adjusted = _full_precision(logits) + log_counts
-        return F.cross_entropy(adjusted, targets, None if weight is None else weight.to(adjusted.dtype))
+        log_probabilities = F.log_softmax(_full_precision(logits) + log_counts, dim=-1)
+        labels = targets.expand(logits.shape[:-1])[..., None]
+        negative_log = -log_probabilities.gather(-1, labels).squeeze(-1)
+        if weight is None:
+            return negative_log.mean(dim=-1)
+        weights = weight.to(negative_log.dtype)[targets]
+        return (negative_log * weights).sum(dim=-1) / weights.sum()
+
+
+def tempered_log_probabilities(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """Return ``log softmax(t/T)``, what self-distillation compares (eq. 8): of the raw logits, without log n.
+
+    Args:
+        logits: t, (..., K).
+        temperatures: T, (K,), each dividing its class's logit; None for 1.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _full_precision(logits)
+        return F.log_softmax(logits if temperatures is None else logits / temperatures, dim=-1)
+
+
+def distillation_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return ``KL(p || q)`` of log-probabilities, mean over the batch. The teacher gets no gradient.
+
+    Args:
+        teacher: log p, (B, K), or those of E pairs, (E, B, K).
+        student: log q, of the same shape.
+
+    Returns:
+        A scalar, or one divergence a pair, (E,).
+    """
+    teacher = teacher.detach()
+    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean(dim=-1)
 
 
 def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | None = None) -> Tensor:
     """Variational self-distillation loss ``KL(softmax(t/T) || softmax(s/T))``, mean over the batch (eq. 8).
-
-    Takes the raw logits, without log n. The teacher gets no gradient.
 
     Args:
         teacher: t, the observation's logits, (B, K).
         student: s, the logits that learn from it, (B, K).
         temperatures: T, (K,), each dividing its class's logit; None for 1.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        teacher, student = _full_precision(teacher.detach()), _full_precision(student)
-        if temperatures is not None:
-            teacher, student = teacher / temperatures, student / temperatures
-        # From log-probabilities, so that a probability of 0 contributes 0 and not 0 * log 0.
-        log_p, log_q = F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return distillation_divergence(
+        tempered_log_probabilities(teacher.detach(), temperatures), tempered_log_probabilities(student, temperatures)
+    )
 
 
 def focal_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:

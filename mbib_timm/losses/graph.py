@@ -20,7 +20,8 @@ from mbib_timm.losses.functional import (
     balanced_softmax_cross_entropy,
     class_temperatures,
     class_weights,
-    self_distillation,
+    distillation_divergence,
+    tempered_log_probabilities,
 )
 
 
@@ -86,6 +87,8 @@ class BottleneckLoss(nn.Module):
         MbibError: a class without training images.
     """
 
+    bsc_weights: Tensor
+    vsd_weights: Tensor
     log_counts: Tensor
     weight: Tensor
     temperatures: Tensor | None
@@ -100,11 +103,13 @@ class BottleneckLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.edges = tuple(edges)
-        self.beta = beta
         self.head_weights: dict[str, float] = {}
         for edge in self.edges:
             for head in edge[:2]:
                 self.head_weights[head] = self.head_weights.get(head, 0.0) + edge.weight
+        # As tensors, so that other weights and another beta need no other compiled code.
+        self.register_buffer("bsc_weights", torch.tensor([*self.head_weights.values()]), persistent=False)
+        self.register_buffer("vsd_weights", beta * torch.tensor([e.weight for e in self.edges]), persistent=False)
         self.register_buffer("log_counts", as_counts(class_counts).log().float(), persistent=False)
         self.register_buffer("weight", class_weights(class_counts, class_weight_power), persistent=False)
         self.register_buffer(
@@ -118,17 +123,18 @@ class BottleneckLoss(nn.Module):
             logits: (B, K) of every head that an edge names.
             targets: (B,), int64.
         """
-        bsc = {
-            head: balanced_softmax_cross_entropy(logits[head], targets, self.log_counts, self.weight)
-            for head in self.head_weights
+        heads = tuple(self.head_weights)
+        # One log-softmax with and one without log n for all heads together, however many edges a head has.
+        stacked = torch.stack([logits[head] for head in heads])
+        bsc = balanced_softmax_cross_entropy(stacked, targets, self.log_counts, self.weight)
+        log_probabilities = dict(zip(heads, tempered_log_probabilities(stacked, self.temperatures), strict=True))
+        vsd = distillation_divergence(
+            torch.stack([log_probabilities[edge.teacher] for edge in self.edges]),
+            torch.stack([log_probabilities[edge.student] for edge in self.edges]),
+        )
+        loss = (self.bsc_weights * bsc).sum() + (self.vsd_weights * vsd).sum()
+        parts = {f"bsc_{head}": value for head, value in zip(heads, bsc.detach(), strict=True)}
+        parts |= {
+            f"vsd_{edge.teacher}_{edge.student}": value for edge, value in zip(self.edges, vsd.detach(), strict=True)
         }
-        vsd = {
-            edge: self_distillation(logits[edge.teacher], logits[edge.student], self.temperatures)
-            for edge in self.edges
-        }
-        terms = [weight * bsc[head] for head, weight in self.head_weights.items()]
-        terms += [self.beta * edge.weight * value for edge, value in vsd.items()]
-        loss = torch.stack(terms).sum()
-        parts = {f"bsc_{head}": value.detach() for head, value in bsc.items()}
-        parts |= {f"vsd_{edge.teacher}_{edge.student}": value.detach() for edge, value in vsd.items()}
         return {"loss": loss, **parts}

@@ -11,8 +11,7 @@ from torch import Tensor
 from mbib_timm.errors import NonFiniteLossError
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.optimization import Precision
-from mbib_timm.training.step import compiled_loss_parts, loss_parts, training_step
+from mbib_timm.training.step import TrainingStep
 from mbib_timm.training.task import LongTailTask
 
 
@@ -65,8 +64,7 @@ class LossLog:
 def train_one_epoch(
     task: LongTailTask,
     loader: TrainLoader,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
+    take_step: TrainingStep,
     recipe: Recipe,
     epoch: int,
     progress: Progress,
@@ -75,11 +73,10 @@ def train_one_epoch(
     """Train for one epoch.
 
     Args:
-        task: gives the losses.
+        task: what is trained.
         loader: gives the batches; its order for this epoch is set already.
-        optimizer: updates the weights.
-        precision: autocast and scaler.
-        recipe: accumulation, clipping and logging.
+        take_step: trains on a batch.
+        recipe: accumulation and logging.
         epoch: counted from 0.
         progress: told about each step.
         after_update: called after each update of the weights.
@@ -94,7 +91,6 @@ def train_one_epoch(
     log = LossLog(epoch)
     steps = len(loader)
     group = recipe.grad_accum_steps
-    compute = compiled_loss_parts if recipe.torchcompile else loss_parts
     for step, (images, targets) in enumerate(loader):
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -102,18 +98,7 @@ def train_one_epoch(
         # The last group of an epoch may be shorter.
         accumulate = min(group, steps - step // group * group)
         with nullcontext() if update else task.no_sync():
-            parts = training_step(
-                task,
-                optimizer,
-                images,
-                targets,
-                precision,
-                compute=compute,
-                accumulate=accumulate,
-                update=update,
-                clip_grad=recipe.clip_grad,
-                clip_mode=recipe.clip_mode,
-            )
+            parts = take_step(images, targets, accumulate, update)
         log.add(parts)
         if update:
             after_update()

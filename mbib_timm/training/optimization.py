@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -15,10 +16,19 @@ from mbib_timm.recipe import Recipe
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 
 
+# Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
+FUSED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Build timm's optimizer. Raises MbibError for an unknown name or keyword."""
     if recipe.opt not in list_optimizers():
         raise unknown_name("optimizer", recipe.opt, list_optimizers())
+    kwargs = dict(recipe.opt_kwargs)
+    if next(model.parameters()).device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
+        kwargs.setdefault("fused", True)
+        if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
+            kwargs.setdefault("capturable", True)
     try:
         return create_optimizer_v2(
             model,
@@ -28,10 +38,22 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             momentum=recipe.momentum,
             filter_bias_and_bn=recipe.filter_bias_and_bn,
             layer_decay=recipe.layer_decay,
-            **recipe.opt_kwargs,
+            **kwargs,
         )
     except TypeError as error:
         raise MbibError(f"recipe key 'opt_kwargs': {error}") from None
+
+
+def takes_tensor_rates(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step of this optimizer can read its learning rates from the device."""
+    return isinstance(optimizer, FUSED_OPTIMIZERS) and bool(optimizer.defaults.get("fused"))
+
+
+def round_learning_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Round what the schedule has set to float32, which a tensor on the device holds: every kind of step computes
+    with the same numbers."""
+    for group in optimizer.param_groups:
+        group["lr"] = float(np.float32(group["lr"]))
 
 
 def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:

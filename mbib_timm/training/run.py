@@ -10,7 +10,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
-from mbib_timm.data import Loaders, Splits, create_loaders, open_data
+from mbib_timm.data import DataPool, Loaders, Splits, choose_loader, create_loaders
 from mbib_timm.environment import World, describe_environment, join_world, leave_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation import evaluate
@@ -19,11 +19,12 @@ from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
-from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
+from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, round_learning_rates
 from mbib_timm.training.report import SHOT_METRICS, draw_figures, epoch_line, print_report
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.setup import build_model, input_size
+from mbib_timm.training.step import create_step
 from mbib_timm.training.task import TASKS, head_names
 from mbib_timm.training.trackers import Tracker, create_trackers
 
@@ -39,12 +40,13 @@ class Progressed:
     seconds: float = 0.0
 
 
-def train(recipe: Recipe, name: str) -> dict[str, Any]:
+def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, Any]:
     """Train a recipe to the end and write its results.
 
     Args:
         recipe: what to train.
         name: name of the run, and of its folder unless the recipe names another.
+        pool: holds opened data and resident images for the next run of this process.
 
     Returns:
         The content of ``metrics.json``, with the run's folder under ``folder``.
@@ -55,14 +57,17 @@ def train(recipe: Recipe, name: str) -> dict[str, Any]:
     """
     world = join_world(recipe.device)
     try:
-        folder, state = _find_folder(recipe, name, world)
-        return Run(recipe, name, world, folder, state).execute()
+        recipe, folder, state = _find_folder(recipe, name, world)
+        return Run(recipe, name, world, folder, state, pool or DataPool()).execute()
     finally:
         leave_world()
 
 
-def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[RunFolder, dict[str, Any] | None]:
-    """Return the run's folder and the state to resume from, or None to start from the beginning."""
+def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
+    """Return the recipe, the run's folder and the state to resume from, or None to start from the beginning.
+
+    A run that is resumed keeps the loader that it chose when it started.
+    """
     folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
     checkpoint = None
     if recipe.resume not in (None, "auto"):
@@ -74,14 +79,16 @@ def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[RunFolder, di
     if recipe.resume is None:
         if world.is_main:
             folder.require_free()
-        return folder, None
+        return recipe, folder, None
     if not folder.has_checkpoint():
         if recipe.resume != "auto":
             raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
-        return folder, None
+        return recipe, folder, None
+    if recipe.loader == "auto":
+        recipe = recipe.replace(loader=folder.recipe().loader)
     folder.require_recipe(recipe)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
-    return folder, load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
+    return recipe, folder, load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
 
 
 class Run:
@@ -93,18 +100,28 @@ class Run:
         world: this process among the run's processes.
         folder: where the run writes.
         state: the checkpoint to resume from, or None.
+        pool: shares data with other runs.
     """
 
     def __init__(
-        self, recipe: Recipe, name: str, world: World, folder: RunFolder, state: dict[str, Any] | None
+        self,
+        recipe: Recipe,
+        name: str,
+        world: World,
+        folder: RunFolder,
+        state: dict[str, Any] | None,
+        pool: DataPool,
     ) -> None:
-        self.recipe, self.name, self.world, self.folder = recipe, name, world, folder
-        self.splits: Splits = open_data(recipe)
+        self.name, self.world, self.folder = name, world, folder
+        self.splits: Splits = pool.open(recipe)
         seed_generators(recipe.seed, -1, 0)  # every process starts from the same weights
         model = build_model(recipe, self.splits.num_classes)
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
         self.model, self.input_size = model, input_size(recipe, model)
+        # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
+        chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
+        self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
         loss = create_loss(recipe, self.splits.class_counts, head_names(model))
         self.task = TASKS[recipe.task](model, loss, world.device)
         self.optimizer = create_optimizer(recipe, model)
@@ -116,8 +133,9 @@ class Run:
         if state is not None:
             self._restore(state)
         self._prepare_processes()
+        self.step = create_step(recipe, self.task, self.optimizer, self.precision, world)
         self.loaders: Loaders = create_loaders(
-            self.splits, recipe, self.input_size, world.device, world.rank, world.world_size
+            self.splits, recipe, self.input_size, world.device, world.rank, world.world_size, pool
         )
         self.trackers: list[Tracker] = []
 
@@ -159,11 +177,11 @@ class Run:
         self.loaders.train.set_epoch(epoch)
         # With layer_decay the heads' rate, which is the recipe's.
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        round_learning_rates(self.optimizer)
         losses = train_one_epoch(
             self.task,
             self.loaders.train,
-            self.optimizer,
-            self.precision,
+            self.step,
             recipe,
             epoch,
             self.progress,
@@ -254,6 +272,7 @@ class Run:
             "model": recipe.model,
             "loss": recipe.loss,
             "dataset": recipe.dataset,
+            "loader": recipe.loader,
             "epochs": recipe.epochs,
             "seed": recipe.seed,
             "num_classes": splits.num_classes,

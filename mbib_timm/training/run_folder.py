@@ -51,12 +51,16 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise MbibError(f"{self.path} is a file; choose another folder with --experiment or --output")
 
-    def require_recipe(self, recipe: Recipe) -> None:
-        """Raise CheckpointError if the run here computes something else than `recipe`."""
+    def recipe(self) -> Recipe:
+        """Return the recipe of the run here. Raises CheckpointError where there is none."""
         file = self.path / "recipe.yaml"
         if not file.exists():
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
-        before, now = load_recipe(file).computation(), recipe.computation()
+        return load_recipe(file)
+
+    def require_recipe(self, recipe: Recipe) -> None:
+        """Raise CheckpointError if the run here computes something else than `recipe`."""
+        before, now = self.recipe().computation(), recipe.computation()
         changed = [key for key in now if now[key] != before[key]]
         if changed:
             listing = ", ".join(f"{key} ({before[key]!r} there, {now[key]!r} asked for)" for key in changed[:4])

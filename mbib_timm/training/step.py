@@ -1,14 +1,32 @@
-"""One training step as a pure function of a batch: forward, losses, backward, update. Compiling wraps it."""
+"""One training step as a pure function of a batch: forward, losses, backward, update.
+
+Compiling and capturing are wrappers around it, chosen in `create_step`, and nothing else knows which is in use.
+"""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
 from mbib_timm.compiling import CompileOrEager
-from mbib_timm.training.optimization import Precision
+from mbib_timm.environment import World
+from mbib_timm.errors import MbibError
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.cuda_graph import GraphedStep
+from mbib_timm.training.optimization import Precision, takes_tensor_rates
 from mbib_timm.training.task import LongTailTask
+
+
+class TrainingStep(Protocol):
+    """Trains on a batch: images (B, C, H, W) and targets (B,). Returns scalars on the device, ``loss`` first."""
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, accumulate: int = 1, update: bool = True
+    ) -> dict[str, Tensor]: ...
+
 
 LossParts = Callable[[LongTailTask, Tensor, Tensor, torch.dtype | None], dict[str, Tensor]]
 
@@ -32,16 +50,55 @@ def loss_parts(
 compiled_loss_parts = CompileOrEager(loss_parts, "the training step")
 
 
+def create_step(
+    recipe: Recipe, task: LongTailTask, optimizer: torch.optim.Optimizer, precision: Precision, world: World
+) -> TrainingStep:
+    """Build the training step of a run: eager, compiled, captured in a CUDA graph, or both.
+
+    Args:
+        recipe: chooses, and gives the clipping.
+        task: gives the losses.
+        optimizer: updates the weights.
+        precision: autocast and scaler.
+        world: device and processes.
+
+    Raises:
+        MbibError: a CUDA graph is asked for where a step cannot be captured.
+    """
+    step: TrainingStep = partial(
+        training_step,
+        task,
+        optimizer,
+        precision,
+        compute=compiled_loss_parts if recipe.torchcompile else loss_parts,
+        clip_grad=recipe.clip_grad,
+        clip_mode=recipe.clip_mode,
+    )
+    if not recipe.cuda_graph:
+        return step
+    obstacles = {
+        f"device {world.device.type}": world.device.type != "cuda",
+        f"{world.world_size} processes": world.world_size > 1,
+        "grad_accum_steps": recipe.grad_accum_steps > 1,
+        "amp_dtype float16, whose scaler waits for the device": precision.scaler is not None,
+        f"optimizer {recipe.opt!r}, which takes no learning rate as a tensor": not takes_tensor_rates(optimizer),
+    }
+    for obstacle, there in obstacles.items():
+        if there:
+            raise MbibError(f"recipe key 'cuda_graph': a step cannot be captured with {obstacle}")
+    return GraphedStep(step, optimizer, world.device)
+
+
 def training_step(
     task: LongTailTask,
     optimizer: torch.optim.Optimizer,
+    precision: Precision,
     images: Tensor,
     targets: Tensor,
-    precision: Precision,
-    *,
-    compute: LossParts = loss_parts,
     accumulate: int = 1,
     update: bool = True,
+    *,
+    compute: LossParts = loss_parts,
     clip_grad: float | None = None,
     clip_mode: str = "norm",
 ) -> dict[str, Tensor]:
@@ -50,12 +107,12 @@ def training_step(
     Args:
         task: gives the loss parts of a batch.
         optimizer: updates the weights, and is cleared afterwards.
+        precision: autocast and scaler.
         images: (B, C, H, W).
         targets: (B,), int64.
-        precision: autocast and scaler.
-        compute: `loss_parts`, or that function compiled.
         accumulate: batches that share this update; each counts 1/accumulate.
         update: update the weights after this batch.
+        compute: `loss_parts`, or that function compiled.
         clip_grad: clip gradients at this value.
         clip_mode: timm's ways of clipping.
 
