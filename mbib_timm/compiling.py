@@ -36,6 +36,7 @@ class CompileOrEager:
             return self.compiled(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self.failed = True
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            inner = getattr(error, "inner_exception", error)
+            reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
             warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {reason}", stacklevel=2)
             return self.function(*arguments)

@@ -81,7 +81,10 @@ def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
 
 def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, int]]:
     """Give the images (H, W, C), uint8, and labels of a data set, in order; a bar shows how far it is."""
-    loader: Any = DataLoader(dataset, DECODE_BATCH, num_workers=workers, collate_fn=_arrays)
+    # With a generator of its own, it leaves the global one as it is.
+    loader: Any = DataLoader(
+        dataset, DECODE_BATCH, num_workers=workers, collate_fn=_arrays, generator=torch.Generator()
+    )
     progress = Progress(len(dataset), unit="image")
     try:
         for batch in loader:

@@ -1,0 +1,263 @@
+"""The three kinds of training step give the same losses; compiling and capturing are wrappers that may fail."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
+
+from mbib_timm.compiling import CompileOrEager
+from mbib_timm.environment import World
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation import evaluate
+from mbib_timm.evaluation.evaluate import compiled_head_logits
+from mbib_timm.losses import create_loss
+from mbib_timm.progress import Progress
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
+from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
+from mbib_timm.training.step import compiled_loss_parts, create_step, training_step
+from mbib_timm.training.task import LongTailTask
+
+CPU = World(torch.device("cpu"))
+FULL = Precision(None, None)
+COUNTS = [50, 20, 5]
+
+
+class TwoHeads(nn.Module):
+    """A small network with the heads of a BIB model, BatchNorm and dropout."""
+
+    head_names = ("v1", "z")
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.v1, self.z, self.drop = nn.Linear(width, 3), nn.Linear(width, 3), nn.Dropout(0.1)
+
+    def forward(self, x):
+        pooled = self.stem(x).mean(dim=(2, 3))
+        return self.v1(pooled), self.z(self.drop(pooled))
+
+
+def setup(recipe, device="cpu", drop=0.0):
+    torch.manual_seed(0)
+    model = TwoHeads().to(device)
+    model.drop.p = drop
+    task = LongTailTask(model, create_loss(recipe, COUNTS, model.head_names), torch.device(device))
+    task.train()
+    return task, create_optimizer(recipe, model)
+
+
+def batches(sizes=(8, 8, 5), device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(n, 3, 6, 6, generator=generator).to(device),
+            torch.randint(3, (n,), generator=generator).to(device),
+        )
+        for n in sizes
+    ]
+
+
+def settings(**keys):
+    return Recipe(loss="bib", opt="momentum", lr=0.05, **keys)
+
+
+def losses(step, epochs=2, device="cpu"):
+    torch.manual_seed(3)
+    return [
+        {name: value.item() for name, value in step(images, targets).items()}
+        for _ in range(epochs)
+        for images, targets in batches(device=device)
+    ]
+
+
+def eager_losses(recipe, **kwargs):
+    task, optimizer = setup(recipe)
+    return losses(create_step(recipe, task, optimizer, FULL, CPU), **kwargs), task
+
+
+# Compiled
+
+
+def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once():
+    expected, _ = eager_losses(settings())
+    recipe = settings(torchcompile=True)
+    task, optimizer = setup(recipe)
+    step = create_step(recipe, task, optimizer, FULL, CPU)
+    before = counters["stats"]["unique_graphs"]
+    got = losses(step)
+    for one, other in zip(got, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] - before == 2  # the whole batch and the short last one
+    # Another run of the same structure, with other weights, counts, beta and temperatures, takes the same code.
+    again = settings(torchcompile=True, beta=1.0, class_weight_power=0.5)
+    task, optimizer = setup(again)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.mul_(0.5)
+    losses(create_step(again, task, optimizer, FULL, CPU))
+    assert counters["stats"]["unique_graphs"] - before == 2
+    assert not compiled_loss_parts.failed
+
+
+def test_without_a_compiler_a_run_goes_on_eagerly_and_says_so_once(tmp_path):
+    environment = {**os.environ, "CXX": "no_such_compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    command = [sys.executable, "-m", "mbib_timm", "train", "--epochs", "1", "--device", "cpu", "--warmup-epochs", "0"]
+    command += ["--imbalance-factor", "100", "--output", str(tmp_path), "--experiment"]
+    for flags in (["eager"], ["compiled", "--torchcompile"]):
+        done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "cannot be compiled" in line]
+    assert len(warned) == 2  # of training, of evaluation
+    assert "the training step cannot be compiled, and runs eagerly: " in warned[0]
+    assert "no_such_compiler" in warned[0]
+    eager, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager)
+
+
+def test_errors_of_the_model_are_not_taken_for_failures_of_the_compiler():
+    def broken(x):
+        raise ValueError("labels out of range")
+
+    function = CompileOrEager(broken, "it")
+    with pytest.raises(ValueError, match="labels out of range"):
+        function(torch.ones(2))
+    assert not function.failed
+
+
+def test_compiled_evaluation_counts_the_same():
+    torch.manual_seed(0)
+    model = TwoHeadsEvaluated()
+    plain = evaluate(model, batches(), np.array(COUNTS), device=CPU.device)
+    compiled = evaluate(model, batches(), np.array(COUNTS), device=CPU.device, compile=True)
+    assert not compiled_head_logits.failed
+    for head in plain:
+        assert compiled[head]["top1"] == plain[head]["top1"]
+        assert compiled[head]["nll"] == pytest.approx(plain[head]["nll"], rel=1e-5)
+
+
+class TwoHeadsEvaluated(TwoHeads):
+    """Gives one tensor, as plain models do."""
+
+    head_names = ("logits",)
+
+    def forward(self, x):
+        return super().forward(x)[1]
+
+
+# Captured. Without a CUDA device, a stand-in records the step on its buffers and repeats it, as a graph would.
+
+
+class StandIn(GraphedStep):
+    captures = 0
+
+    def _capture(self, images, targets):
+        self.captures += 1
+        held_images, held_targets, parts = images.clone(), targets.clone(), {}
+        for name in loss_names:
+            parts[name] = torch.zeros(())
+
+        def replay():
+            for name, value in self.step(held_images, held_targets).items():
+                parts[name].copy_(value)
+
+        return held_images, held_targets, parts, replay
+
+
+loss_names = ("loss", "bsc_v1", "bsc_z", "vsd_v1_z")
+
+
+def stand_in(recipe):
+    task, optimizer = setup(recipe)
+    base = create_step(recipe, task, optimizer, FULL, CPU)
+    return StandIn(base, optimizer, CPU.device), optimizer, task
+
+
+def test_a_captured_step_gives_the_eager_losses_to_the_bit():
+    recipe = settings(opt_kwargs={"fused": True})
+    epochs = WARM_UP_STEPS + 3
+    expected, reference = eager_losses(recipe, epochs=epochs)
+    step, _, task = stand_in(recipe)
+    assert losses(step, epochs=epochs) == expected
+    assert step.captures == 2  # one a batch shape, whatever the number of epochs
+    for one, other in zip(task.state_dict().values(), reference.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_captured_step_follows_the_schedule():
+    recipe = settings(opt_kwargs={"fused": True})
+    step, optimizer, task = stand_in(recipe)
+    reference, plain = setup(recipe)
+    for rate in (0.1, 0.1, 0.01, 0.3, 0.003, 0.0):
+        for group in (*optimizer.param_groups, *plain.param_groups):
+            group["lr"] = rate  # as timm's schedules do
+        round_learning_rates(optimizer)
+        round_learning_rates(plain)
+        for images, targets in batches():
+            step(images, targets)
+            training_step(reference, plain, FULL, images, targets)
+    for one, other in zip(task.state_dict().values(), reference.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_a_step_returned_is_not_overwritten_by_the_next():
+    step, _, _ = stand_in(settings(opt_kwargs={"fused": True}))
+    returned = [step(images, targets)["loss"] for _ in range(6) for images, targets in batches()]
+    assert len({value.item() for value in returned}) == len(returned)
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "named"),
+    [
+        ({}, CPU, "device cpu"),
+        ({}, World(torch.device("cuda"), 0, 2), "2 processes"),
+        ({"grad_accum_steps": 2}, World(torch.device("cuda")), "grad_accum_steps"),
+        ({"opt": "lamb"}, World(torch.device("cuda")), "optimizer 'lamb'"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(keys, world, named):
+    recipe = Recipe(**{"loss": "bib", "opt": "momentum", "cuda_graph": True, **keys})
+    task, optimizer = setup(recipe)
+    with pytest.raises(MbibError, match=f"recipe key 'cuda_graph': a step cannot be captured with {named}"):
+        create_step(recipe, task, optimizer, FULL, world)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+def test_a_cuda_graph_gives_the_eager_losses_to_the_bit(drop):
+    world = World(torch.device("cuda", 0))
+    results = []
+    for graph in (False, True):
+        recipe = settings(cuda_graph=graph, amp=False)
+        task, optimizer = setup(recipe, "cuda", drop)
+        round_learning_rates(optimizer)
+        results.append(losses(create_step(recipe, task, optimizer, FULL, world), epochs=6, device="cuda"))
+    assert results[0] == results[1]
+
+
+# Waiting
+
+
+def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
+    recipe = settings(log_interval=2, clip_grad=1.0)
+    task, optimizer = setup(recipe)
+    step = create_step(recipe, task, optimizer, FULL, CPU)
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original, name=name, **kwargs):
+            reads.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    loader = batches((8, 8, 8, 8, 5))
+    train_one_epoch(task, loader, step, recipe, 0, Progress(5, visible=False), after_update=lambda: None)
+    assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end
