@@ -110,7 +110,7 @@ def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypa
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: sent.append(tensor.clone()))
     alone = evaluate(model, loader, COUNTS, device=CPU)
-    assert len(sent) == 5 * 5, "five tensors a head"
+    assert [len(tensor) for tensor in sent] == [5] * 5, "each tensor holds all heads"
     others = iter(sent)
 
     def receive(tensor):
@@ -120,6 +120,9 @@ def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypa
 
     monkeypatch.setattr("torch.distributed.all_reduce", receive)
     assert evaluate(model, [], COUNTS, device=CPU) == alone
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+    with pytest.raises(DataError, match="no image to evaluate"):
+        evaluate(model, [], COUNTS, device=CPU)
 
 
 def test_the_table_shows_groups_counts_and_heads():

@@ -99,3 +99,11 @@ def test_half_precision_logits():
     half = summarize(batch_statistics(logits.bfloat16(), targets), COUNTS)
     exact = summarize(batch_statistics(logits.bfloat16().float(), targets), COUNTS)
     assert half == exact
+
+
+def test_heads_counted_together_are_counted_as_alone():
+    targets = predictions()[1]
+    heads = torch.stack([predictions(seed=seed)[0] for seed in range(3)])
+    together = batch_statistics(heads, targets)
+    for head in range(3):
+        assert summarize(together[head], COUNTS) == summarize(batch_statistics(heads[head], targets), COUNTS)

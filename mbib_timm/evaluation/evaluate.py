@@ -59,23 +59,28 @@ def evaluate(
     forward = compiled_head_logits if compile else head_logits
     was_training = model.training
     model.eval()
-    sums: dict[str, Statistics] = {}
+    names: tuple[str, ...] = ()
+    sums: Statistics | None = None
     try:
         for images, targets in loader:
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 logits = forward(model, images)
-            for name, values in logits.items():
-                counted = batch_statistics(values, targets)
-                sums[name] = sums[name] + counted if name in sums else counted
+            names = tuple(logits)
+            counted = batch_statistics(torch.stack([*logits.values()]), targets)
+            sums = counted if sums is None else sums + counted
     finally:
         model.train(was_training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sums = _sum_over_processes(sums, model, len(class_counts), device)
-    if not sums:
+        if sums is None:  # this process had no share; it adds nothing, under the same names
+            names = ("prediction", *getattr(model, "head_names", ()))
+            nothing = torch.zeros(len(names), 0, len(class_counts), device=device)
+            sums = batch_statistics(nothing, torch.zeros(0, dtype=torch.long, device=device))
+        sums.all_reduce()
+    if sums is None or not sums.total.any():
         raise DataError("there is no image to evaluate")
-    results = {name: summarize(statistics, class_counts) for name, statistics in sums.items()}
+    results = {name: summarize(sums[i], class_counts) for i, name in enumerate(names)}
     # Only here, where the sums have come off the device; one bad logit makes its head's sum bad.
     broken = [name for name, metrics in results.items() if not math.isfinite(metrics["nll"])]
     if broken:
@@ -84,16 +89,3 @@ def evaluate(
             f"{amp_dtype or torch.float32} cannot hold them"
         )
     return results
-
-
-def _sum_over_processes(
-    sums: dict[str, Statistics], model: nn.Module, num_classes: int, device: torch.device
-) -> dict[str, Statistics]:
-    """Add up the processes' shares; a process whose share was empty adds zeros under the same names."""
-    if not sums:
-        names = ("prediction", *getattr(model, "head_names", ()))
-        nothing = torch.zeros(0, num_classes, device=device), torch.zeros(0, dtype=torch.long, device=device)
-        sums = {name: batch_statistics(*nothing) for name in names}
-    for statistics in sums.values():
-        statistics.all_reduce()
-    return sums

@@ -18,14 +18,14 @@ ECE_BINS = 15
 
 @dataclass
 class Statistics:
-    """What a set of evaluated images amounts to. Adds up over batches and over processes.
+    """What a set of evaluated images amounts to, for one head or for several. Adds up over batches and over processes.
 
     Attributes:
-        total: images of each class, (K,).
-        correct: of these, classified correctly, (K,).
-        correct_top5: of these, with the label among the five largest logits, (K,).
-        negative_log_likelihood: sum over the images, in nats, ().
-        bins: for each confidence bin the number of images, their confidences' sum, and those correct, (15, 3).
+        total: images of each class, (..., K).
+        correct: of these, classified correctly, (..., K).
+        correct_top5: of these, with the label among the five largest logits, (..., K).
+        negative_log_likelihood: sum over the images, in nats, (...).
+        bins: for each confidence bin the number of images, their confidences' sum, and those correct, (..., 15, 3).
     """
 
     total: Tensor
@@ -37,6 +37,9 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         return Statistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __getitem__(self, head: int) -> "Statistics":
+        return Statistics(*(getattr(self, f.name)[head] for f in fields(self)))
+
     def all_reduce(self) -> None:
         """Sum over the processes of the group, in place."""
         for item in fields(self):
@@ -44,34 +47,37 @@ class Statistics:
 
 
 def batch_statistics(logits: Tensor, targets: Tensor) -> Statistics:
-    """Count a batch. Everything stays on the logits' device.
+    """Count a batch, for one head or for several at once. Everything stays on the logits' device.
 
     Args:
-        logits: (B, K).
+        logits: (..., B, K).
         targets: (B,), int64.
     """
     logits = logits.float()
-    num_classes = logits.shape[1]
+    heads, num_classes = logits.shape[:-2], logits.shape[-1]
+    labels = targets[:, None].expand(*heads, -1, 1)
 
     def by_class(values: Tensor) -> Tensor:
         # bincount would wait for the device to learn its size.
-        return torch.zeros(num_classes, dtype=torch.long, device=logits.device).index_add_(0, targets, values.long())
+        zeros = torch.zeros(*heads, num_classes, dtype=torch.long, device=logits.device)
+        return zeros.index_add_(-1, targets, values.long())
 
-    ranked = logits.topk(min(5, num_classes), dim=1).indices == targets[:, None]
-    correct, correct_top5 = ranked[:, 0], ranked.any(dim=1)
-    log_probabilities = logits.log_softmax(dim=1)
+    ranked = logits.topk(min(5, num_classes), dim=-1).indices == labels
+    correct, correct_top5 = ranked[..., 0], ranked.any(dim=-1)
+    log_probabilities = logits.log_softmax(dim=-1)
     # MPS has no float64; sums over a batch are exact enough in float32 and are added up in it there alone.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    confidence = log_probabilities.amax(dim=1).exp().to(wide)
+    confidence = log_probabilities.amax(dim=-1).exp().to(wide)
     # Bins are open below and closed above, ((b-1)/15, b/15], as Guo et al. (2017) have them.
     bin_index = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
-    bins = torch.zeros(ECE_BINS, 3, dtype=wide, device=logits.device)
-    bins.index_add_(0, bin_index, torch.stack([torch.ones_like(confidence), confidence, correct.to(wide)], dim=1))
+    counted = torch.stack([torch.ones_like(confidence), confidence, correct.to(wide)], dim=-1)
+    bins = torch.zeros(*heads, ECE_BINS, 3, dtype=wide, device=logits.device)
+    bins.scatter_add_(-2, bin_index[..., None].expand(counted.shape), counted)
     return Statistics(
-        total=by_class(torch.ones_like(targets)),
+        total=by_class(torch.ones_like(correct)),
         correct=by_class(correct),
         correct_top5=by_class(correct_top5),
-        negative_log_likelihood=-log_probabilities.gather(1, targets[:, None]).to(wide).sum(),
+        negative_log_likelihood=-log_probabilities.gather(-1, labels).to(wide).sum(dim=(-2, -1)),
         bins=bins,
     )
 
@@ -89,7 +95,7 @@ def summarize(statistics: Statistics, class_counts: np.ndarray) -> dict[str, Any
     """Return the metrics, as plain Python numbers; None where there is nothing to measure.
 
     Args:
-        statistics: of at least one image.
+        statistics: of one head and at least one image.
         class_counts: training images of each class, (K,), which decide the shot groups.
 
     Returns:
