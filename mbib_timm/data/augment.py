@@ -8,7 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mbib_timm.data.color import color_jitter, draw_color_jitter
 from mbib_timm.data.decode import DecodedImages
+from mbib_timm.data.loaders import send
+from mbib_timm.data.resampling import draw_resized_crops, resized_crops
+from mbib_timm.data.transforms import LONGEST_SIDE
 from mbib_timm.recipe import Recipe
 
 
@@ -22,13 +26,18 @@ class Augmentation(Protocol):
         """Draw for n images of `sizes` (n, 2), on the host; every value is (n, ...)."""
 
     def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """Return the chosen images (n,), augmented as drawn: (n, H, W, C), uint8."""
+        """Return the chosen images (n,), augmented as drawn: (n, H, W, C), uint8.
+
+        `chosen` and `draws` are in host memory, the images and what is returned on the device.
+        """
 
 
 def create_augmentation(recipe: Recipe, height: int, width: int) -> Augmentation | None:
     """Build what a recipe asks for, for crops of height x width; None where training sees images as evaluation does."""
     if recipe.train_crop_mode == "pad":
         return PadAndCrop(height, width, recipe.hflip)
+    if recipe.train_crop_mode == "rrc":
+        return ResizedCrop(height, width, recipe)
     return None
 
 
@@ -55,7 +64,52 @@ class PadAndCrop:
 
     def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """Return the crops of the chosen images (n,) as (n, H, W, C), uint8."""
-        return shifted_crops(images, chosen, self.height, self.width, **draws)
+        device = images.pixels.device
+        sent = {name: send(values, device) for name, values in draws.items()}
+        return shifted_crops(images, send(chosen, device), self.height, self.width, **sent)
+
+
+class ResizedCrop:
+    """Random resized crops, random flips, colour jitter: timm's training transform without auto-augment.
+
+    Args:
+        height, width: of the crops.
+        recipe: ranges of area and aspect ratio, probability of a flip, strength of the jitter, interpolation.
+    """
+
+    def __init__(self, height: int, width: int, recipe: Recipe) -> None:
+        self.height, self.width, self.recipe = height, width, recipe
+        self.bytes_an_image = 24 * LONGEST_SIDE**2  # what `resized_crops` takes for the largest box
+
+    def draw(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw for n images of height and width `sizes` (n, 2)."""
+        recipe, n = self.recipe, len(sizes)
+        scale, ratio = (recipe.scale[0], recipe.scale[1]), (recipe.ratio[0], recipe.ratio[1])
+        draws = {
+            "boxes": draw_resized_crops(sizes, scale, ratio, generator),
+            "flips": torch.rand(n, generator=generator) < recipe.hflip,
+            "bicubic": torch.rand(n, generator=generator) < {"bilinear": 0, "random": 0.5}.get(recipe.interpolation, 1),
+        }
+        if recipe.color_jitter:
+            draws["factors"], draws["orders"] = draw_color_jitter(n, recipe.color_jitter, generator)
+        return draws
+
+    def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        """Return the chosen images (n,), cropped, resized and jittered, as (n, H, W, C), uint8."""
+        device = images.pixels.device
+        crops = resized_crops(
+            images.pixels,
+            images.starts[send(chosen, device)],
+            images.sizes[chosen],
+            draws["boxes"],
+            draws["flips"],
+            self.height,
+            self.width,
+            draws["bicubic"],
+        )
+        if "factors" not in draws:
+            return crops
+        return color_jitter(crops, send(draws["factors"], device), send(draws["orders"], device))
 
 
 def shifted_crops(

@@ -92,3 +92,10 @@ def pil_mode(channels: int) -> str:
 def channelwise(values: list[float], channels: int) -> tuple[float, ...]:
     """Return one value a channel; grey images take the mean of the three."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a device; a copy from memory that is not pinned would wait for the device's earlier work."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ from mbib_timm.data.augment import Augmentation, create_augmentation
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.image_cache import cached_decode, default_folder
 from mbib_timm.data.images import ImageDataset, Split
-from mbib_timm.data.loaders import Place, ShardSampler, channelwise, drops_last, pil_mode, training_sampler
+from mbib_timm.data.loaders import Place, ShardSampler, channelwise, drops_last, pil_mode, send, training_sampler
 from mbib_timm.data.transforms import resident_transform
 from mbib_timm.recipe import Recipe
 
@@ -73,7 +73,7 @@ class ResidentLoader:
         order = torch.tensor(list(self.sampler), dtype=torch.int64)
         if len(order) == 0:  # of a process beyond the last image
             return
-        targets = self.images.targets[order.to(self.device)]
+        targets = self.images.targets[send(order, self.device)]
         taken = 0
         for piece in self._pieces(order):
             for pixels in piece.split(self.batch_size):
@@ -86,14 +86,12 @@ class ResidentLoader:
         """Give the images in order as (n, H, W, C), uint8, n a multiple of the batch size but for the last."""
         if self.augmentation is None:
             stacked = self.images.stacked()
-            for indices in order.to(self.device).split(self.batch_size):
+            for indices in send(order, self.device).split(self.batch_size):
                 yield stacked.index_select(0, indices)
             return
         entropy = np.random.SeedSequence([*self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         draws = self.augmentation.draw(self.images.sizes[order], generator)
-        # To the device before the first step of the epoch: later it would wait for the steps before it.
-        order, draws = order.to(self.device), {name: value.to(self.device) for name, value in draws.items()}
         batches = max(1, PIECE_BYTES // (self.augmentation.bytes_an_image * self.batch_size))
         size = batches * self.batch_size
         for begin in range(0, len(order), size):
