@@ -43,8 +43,6 @@ def color_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
     Returns:
         (n, H, W, C), uint8.
     """
-    if len(images) == 0:
-        return images
     factors, orders = factors[..., None, None, None], orders[..., None, None, None]
     block_bytes = CPU_BLOCK_BYTES if images.device.type == "cpu" else BLOCK_BYTES
     block = max(1, block_bytes // (4 * images[0].numel()))

@@ -1,6 +1,5 @@
-"""Image folders and tars, as timm reads them: classes are folders, labels their natural order."""
+"""Image folders and archives, as timm reads them: classes are folders, labels their natural order."""
 
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
+from mbib_timm.data.archives import SUFFIXES, ImageArchive, is_archive, open_archive
 from mbib_timm.data.images import Split, TimmReader, first_line
 from mbib_timm.errors import DataError
 
@@ -17,13 +17,13 @@ SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
 
 
 def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int) -> Split:
-    """Open a split of an image folder or tar.
+    """Open a split of an image folder or archive.
 
-    `data_dir` may hold a folder or tar for each split (``train``; ``validation``, ``val``, ``test``), or the class
-    folders themselves, or be a tar of them. Without splits, a share of each class is held out for evaluation.
+    `data_dir` may hold a folder or archive for each split (``train``; ``validation``, ``val``, ``test``), or the class
+    folders themselves; or be an archive of either. Without splits, a share of each class is held out for evaluation.
 
     Args:
-        data_dir: the folder or tar.
+        data_dir: the folder, or a ``.tar``, ``.tar.gz`` or ``.tgz``.
         split: name of the split.
         val_fraction: share of each class to hold out where there are no splits: at least one image of a class with
             two or more; a class with one image keeps it for training.
@@ -33,27 +33,28 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
         DataError: nothing there, no images, or no such split.
     """
     if data_dir is None:
-        raise DataError("recipe key 'data_dir': the folder source needs the folder or .tar of the images")
-    root = Path(data_dir)
-    if not root.exists():
-        raise DataError(f"data_dir {root} does not exist")
+        raise DataError("recipe key 'data_dir': the folder source needs the folder or archive of the images")
+    path = Path(data_dir)
+    if not path.exists():
+        raise DataError(f"data_dir {path} does not exist")
+    root = open_archive(path) if is_archive(path) else path
     found = find_split(root, split)
     if found is not None:
         return _read(found)
-    if root.is_dir() and any(find_split(root, name) for name in ("train", "validation")):
+    if any(find_split(root, name) for name in ("train", "validation")):
         raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
     whole = _read(root)
     held_out = hold_out(whole, val_fraction, seed)
     return whole.subset(np.flatnonzero(~held_out if split in SYNONYMS["train"] else held_out))
 
 
-def find_split(root: Path, split: str) -> Path | None:
-    """Return the folder or tar of a split under its own name or a synonym; None where there is none."""
-    for name in dict.fromkeys((split, *SYNONYMS.get(split, ()))):
-        for candidate in (root / name, root / f"{name}.tar"):
-            if candidate.exists():
-                return candidate
-    return None
+def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | None:
+    """Return the folder or archive of a split under its own name or a synonym; None where there is none."""
+    names = dict.fromkeys((split, *SYNONYMS.get(split, ())))
+    if isinstance(root, ImageArchive):
+        return next((root.folder(name) for name in names if name in root.folders()), None)
+    candidates = (root / f"{name}{suffix}" for name in names for suffix in ("", *SUFFIXES))
+    return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
@@ -67,29 +68,32 @@ def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
     return held_out
 
 
-def _read(path: Path) -> Split:
+def _read(place: Path | ImageArchive) -> Split:
+    if isinstance(place, Path) and is_archive(place):
+        place = open_archive(place)
+    split = place.read() if isinstance(place, ImageArchive) else _read_folder(place)
+    names = split.class_names or ()
+    if "" in names:
+        raise DataError(f"{place} holds images outside of class folders")
+    if len(names) < 2:
+        raise DataError(f"{place} holds {len(names)} class folder ({', '.join(names)}); a classifier needs two or more")
+    return split
+
+
+def _read_folder(path: Path) -> Split:
     if path.is_dir() and not any(path.iterdir()):
         raise DataError(f"{path} is empty")
     try:
         reader: Any = create_reader("", root=str(path))
-        if hasattr(reader, "targets"):
-            targets, classes = np.asarray(reader.targets), reader.class_name_to_idx
-        else:
-            targets, classes = np.array([label for _, label in reader.samples]), reader.class_to_idx
-    except (tarfile.TarError, OSError) as error:
+    except OSError as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
     except (ValueError, AssertionError, RuntimeError):
         kinds = ", ".join(sorted(get_img_extensions()))
         raise DataError(f"no images in class folders under {path} (looked for {kinds})") from None
-    names = sorted(classes, key=lambda name: classes[name])
-    if "" in names:
-        raise DataError(f"{path} holds images outside of class folders")
-    if len(names) < 2:
-        raise DataError(f"{path} holds {len(names)} class folder ({', '.join(names)}); a classifier needs two or more")
-    if path.is_dir():
-        _refuse_empty_classes(path, reader)
-    inside = None if path.is_dir() else str(path)
-    return Split(TimmReader(reader, inside), targets.astype(np.int64), class_names=tuple(map(str, names)))
+    _refuse_empty_classes(path, reader)
+    targets = np.array([label for _, label in reader.samples], dtype=np.int64)
+    names = sorted(reader.class_to_idx, key=lambda name: reader.class_to_idx[name])
+    return Split(TimmReader(reader), targets, class_names=tuple(names))
 
 
 def _refuse_empty_classes(root: Path, reader: Any) -> None:
@@ -100,5 +104,5 @@ def _refuse_empty_classes(root: Path, reader: Any) -> None:
         raise DataError(f"no images of class {', '.join(sorted(folders - used)[:5])} in {root}")
 
 
-def _entries(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())[:8]
+def _entries(root: Path | ImageArchive) -> list[str]:
+    return sorted(root.folders() if isinstance(root, ImageArchive) else [path.name for path in root.iterdir()])[:8]
