@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         again = " ".join(["mbib", *argv]) + ("" if "--resume" in argv else " --resume auto")
-        print(f"\nmbib: interrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
+        print(f"\nmbib: interrupted. Continue from the last checkpoint with: {again}", file=sys.stderr)
         return 130
     except OSError as error:
         # A full or closed disk is no bug; other system errors keep their traceback.

@@ -170,6 +170,9 @@ class Recipe:
     output: str = key("runs", "folder of the runs", location=True)
     experiment: str | None = key(None, "name of this run's folder; the recipe's name when not given", location=True)
     resume: str | None = key(None, "auto, or a run's folder or checkpoint, to continue from", location=True)
+    checkpoint_seconds: float = key(
+        5.0, "least time between checkpoints, which are written at the end of an epoch", minimum=0, location=True
+    )
     val_interval: int = key(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
     log_interval: int = key(50, "steps between log lines and checks of the loss", minimum=1, location=True)
     log_tensorboard: bool = key(False, "write TensorBoard logs", location=True)

@@ -26,7 +26,7 @@ from mbib_timm.training import train
 
 GOLDEN = Path(__file__).parent / "golden" / "digits_losses.json"
 DIGITS = find_recipe("digits/mbib_resnet20")
-SHORT = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0)
+SHORT = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0, checkpoint_seconds=0)
 
 
 def digits(tmp_path, **overrides):
@@ -139,10 +139,30 @@ def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, load
     assert without_seconds(whole["folder"]) == without_seconds(resumed["folder"])
 
 
+def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
+    """With epochs shorter than that, only the start and the end are saved; what is resumed is the same."""
+    saved = []
+    original = run_module.save_checkpoint
+    monkeypatch.setattr(
+        run_module,
+        "save_checkpoint",
+        lambda path, state: (saved.append(state["progress"]["epoch"]), original(path, state)),
+    )
+    rare = train(digits(tmp_path, checkpoint_seconds=1e6), "rare")
+    assert saved == [0, 3]
+    saved.clear()
+    often = train(digits(tmp_path), "often")
+    assert saved == [0, 1, 2, 3]
+    assert same_weights(rare["folder"], often["folder"])
+    best = [load_file(Path(metrics["folder"]) / "best.safetensors") for metrics in (rare, often)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
 def test_kill_9_and_resume_auto(finished, tmp_path):
     folder, _ = finished
     command = [sys.executable, "-m", "mbib_timm", "train", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu",
-               "--workers", "0", "--output", str(tmp_path), "--experiment", "killed"]  # fmt: skip
+               "--workers", "0", "--output", str(tmp_path), "--experiment", "killed",
+               "--checkpoint-seconds", "0"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     summary = tmp_path / "killed" / "summary.csv"
@@ -193,7 +213,7 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "train_one_epoch", interrupt)
     status = main(["train", "--epochs", "3", "--warmup-epochs", "1", "--output", str(tmp_path), "--device", "cpu"])
     assert status == 130
-    assert "Continue with: mbib train --epochs 3" in capsys.readouterr().err
+    assert "Continue from the last checkpoint with: mbib train --epochs 3" in capsys.readouterr().err
     assert (tmp_path / "mbib_resnet20.digits" / "last.ckpt").exists()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Splits, choose_loader, create_loaders
 from mbib_timm.environment import World, describe_environment, join_world, leave_world
@@ -138,6 +138,8 @@ class Run:
             self.splits, recipe, self.input_size, world.device, world.rank, world.world_size, pool
         )
         self.trackers: list[Tracker] = []
+        self.saved_at = time.monotonic()
+        self.best_weights: dict[str, Tensor] | None = None  # of the best epoch, where not yet written
 
     def _prepare_processes(self) -> None:
         distributed = self.world.world_size > 1
@@ -197,8 +199,8 @@ class Run:
         done.epoch, done.seconds = epoch + 1, done.seconds + row["seconds"]
         done.history.append(row)
         if self.world.is_main:
-            self._save()
-            self.folder.write_summary(done.history)
+            if done.epoch == recipe.epochs or time.monotonic() - self.saved_at >= recipe.checkpoint_seconds:
+                self._save()
             for tracker in self.trackers:
                 tracker.log(row)
             self.progress.say(epoch_line(row, recipe.epochs))
@@ -223,12 +225,18 @@ class Run:
         done.last = {"epoch": epoch, "heads": heads}
         if done.best is None or heads["prediction"]["top1"] > done.best["heads"]["prediction"]["top1"]:
             done.best = done.last
-            if self.world.is_main:
-                self.folder.write_weights("best.safetensors", self._result_model().state_dict())
+            weights = self._result_model().state_dict()
+            self.best_weights = {name: value.clone() for name, value in weights.items()}
 
     # Saving and restoring
 
     def _save(self) -> None:
+        """Write what the run has come to; the checkpoint last, since it stands for all of it."""
+        if self.best_weights is not None:
+            self.folder.write_weights("best.safetensors", self.best_weights)
+            self.best_weights = None
+        if self.done.history:
+            self.folder.write_summary(self.done.history)
         state = {
             "model": unwrap_model(self.task.trainable_module).state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -241,6 +249,7 @@ class Run:
         if self.precision.scaler is not None:
             state["scaler"] = self.precision.scaler.state_dict()
         save_checkpoint(self.folder.path, state)
+        self.saved_at = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["class_counts"] != self.splits.class_counts.tolist():
