@@ -11,6 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -82,8 +83,9 @@ class ImageArchive:
     def __str__(self) -> str:
         return f"{self.path}/{self.prefix}".rstrip("/")
 
+    @cached_property
     def folders(self) -> dict[str, str]:
-        """Return the paths, by name, of the folders that hold class folders: at the top, or in the only one there.
+        """Paths, by name, of the folders that hold class folders: at the top, or in the only one there.
 
         A folder of images alone is none of them: CIFAR-100 has a class ``train``.
         """
@@ -95,7 +97,7 @@ class ImageArchive:
 
     def folder(self, name: str) -> "ImageArchive":
         """Return the images of one of the `folders`."""
-        prefix = self.folders()[name]
+        prefix = self.folders[name]
         inside = {name: place for name, place in self.members.items() if name.startswith(prefix)}
         return replace(self, members=inside, prefix=prefix)
 
@@ -148,7 +150,8 @@ def open_archive(path: Path) -> ImageArchive:
                     tar = compressed.read()
             file.seek(0)
             # Of members with the same name the last counts, as when a tar is unpacked.
-            members = {name: place for name, *place in _images(file if tar is None else io.BytesIO(tar))}
+            found = _images(file if tar is None else io.BytesIO(tar))
+            members = {name: (start, size) for name, start, size in found}
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
     return ImageArchive(path, members, tar)

@@ -52,7 +52,7 @@ def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | N
     """Return the folder or archive of a split under its own name or a synonym; None where there is none."""
     names = dict.fromkeys((split, *SYNONYMS.get(split, ())))
     if isinstance(root, ImageArchive):
-        return next((root.folder(name) for name in names if name in root.folders()), None)
+        return next((root.folder(name) for name in names if name in root.folders), None)
     candidates = (root / f"{name}{suffix}" for name in names for suffix in ("", *SUFFIXES))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
@@ -105,4 +105,4 @@ def _refuse_empty_classes(root: Path, reader: Any) -> None:
 
 
 def _entries(root: Path | ImageArchive) -> list[str]:
-    return sorted(root.folders() if isinstance(root, ImageArchive) else [path.name for path in root.iterdir()])[:8]
+    return sorted(root.folders if isinstance(root, ImageArchive) else [path.name for path in root.iterdir()])[:8]
