@@ -1,158 +1,149 @@
 #!/usr/bin/env python
-"""Measure training and evaluation speed: MBIB beside its plain backbone, on whatever device is there.
+"""Measure the speed targets side by side, on whatever device is there.
 
-    python tools/benchmark.py                       # ResNet32 at 32 px, batch 128
-    python tools/benchmark.py --variant resnext50 --img-size 224 --batch-size 64
+    python tools/benchmark.py                                      # everything that this device can measure
+    python tools/benchmark.py --only step-resnet32 start           # some of it; the file's other rows stay
+    python tools/benchmark.py --only --profile                     # only where the time of a step goes
 
-Batches are random and already on the device, so that the step alone is timed: forward, loss, backward, SGD update.
-The two models take turns, and the ratio is the median over the pairs. Prints a table and writes
-`results/benchmark-<device>.json`.
+Contestants take turns within a repeat, ratios are taken within a repeat, and the first repeats warm up: compiling and
+capturing are not measured. Images are noise made in memory, 10,847 of 32x32 in the class counts of CIFAR-100-LT IF100
+for ResNet32. Prints a table and writes `results/benchmark-<device>.json`: every figure, medians, versions, hardware,
+commit, threads; with `--profile` also `results/profile-<device>.md`.
+
+- pipeline: whole passes over the data, from the start of the loader's iteration. "timm" is the plain backbone trained
+  as timm's train.py does it: PIL pad-crop and flip in two workers, eager step, `loss.item()` after each. Against it the
+  same backbone, batch and precision here: resident, compiled, on CUDA captured. Decoding, once a run, is not included.
+- step-*: the training step alone, on one batch on the device.
+- memory-*: peak memory of three eager training steps and the model, beyond what was taken before the model was built:
+  on CUDA the allocator's, on the CPU the resident memory of a fresh process for each figure.
+- evaluate-*: evaluation from resident images, all heads counted, and the plain forward pass alone on one batch.
+- throughput-resnext50, epochs-200: on CUDA.
+- start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure.
 """
 
 import argparse
 import json
-import statistics
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
-import torch
+from benchmarking.measurements import MEASURE
+from benchmarking.table import (
+    MEASUREMENTS,
+    ROWS,
+    merge,
+    plain_text,
+    read_results,
+    require_same_machine,
+    summarize,
+)
+from benchmarking.turns import Settings
 
 from mbib_timm.cli import Parser
-from mbib_timm.environment import describe_environment, find_device, join_world
+from mbib_timm.environment import World, describe_environment, find_device, join_world
 from mbib_timm.errors import MbibError
-from mbib_timm.losses import create_loss
-from mbib_timm.models.mbib_resnet import VARIANTS
-from mbib_timm.recipe import Recipe
-from mbib_timm.training.optimization import Precision, create_optimizer
-from mbib_timm.training.step import training_step
-from mbib_timm.training.task import LongTailTask, head_names
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="resnet32", choices=list(VARIANTS), help="backbone, as in mbib_<variant>")
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--num-classes", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=20, help="steps of one repeat")
-    parser.add_argument("--repeats", type=int, default=5)
+def build_parser() -> Parser:
+    """Build the parser."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--device", help="found when not given")
-    parser.add_argument("--torchcompile", action="store_true", help="compile both models")
+    parser.add_argument("--repeats", type=int, default=5, help="that count, after those that warm up")
+    parser.add_argument("--steps", type=int, help="steps of a repeat; each measurement's own when not given")
+    parser.add_argument("--pass-images", type=int, help="images of a pass over the data at most")
+    parser.add_argument(
+        "--torchcompile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile what the table says is compiled; without, those rows stay as they are",
+    )
+    parser.add_argument(
+        "--torchcompile-large", action="store_true", help="compile ResNeXt50 on the CPU too, which takes minutes"
+    )
+    parser.add_argument("--profile", action="store_true", help="write where the time of a training step goes")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results file")
-    arguments = parser.parse_args()
+    return parser
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark. Raises MbibError for what the command line or an earlier file do not allow."""
+    arguments = build_parser().parse_args(argv)
+    for name in ("repeats", "steps", "pass_images"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise MbibError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     world = join_world(find_device(arguments.device))
-    plain = VARIANTS[arguments.variant].backbone.partition(".")[0]
-    contestants = {
-        plain: Contestant(Recipe(model=plain, loss="ce"), arguments, world.device),
-        f"mbib_{arguments.variant}": Contestant(
-            Recipe(model=f"mbib_{arguments.variant}", loss="mbib"), arguments, world.device
-        ),
-    }
-    seconds: dict[str, dict[str, list[float]]] = {
-        phase: {name: [] for name in contestants} for phase in ("train", "evaluate")
-    }
-    for phase in seconds:
-        for repeat in range(-1, arguments.repeats):
-            for name, contestant in contestants.items():
-                taken = contestant.time(getattr(contestant, phase))
-                if repeat >= 0:  # the first repeat warms up
-                    seconds[phase][name].append(taken)
-
-    images = arguments.steps * arguments.batch_size
-    rows = {
-        phase: {name: summarize([images / s for s in taken]) for name, taken in by_name.items()}
-        for phase, by_name in seconds.items()
-    }
-    ratios = {
-        phase: summarize([mbib / base for base, mbib in zip(*by_name.values(), strict=True)])
-        for phase, by_name in seconds.items()
-    }
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("results", "device")}
-    results = {
-        "settings": settings,
-        "images_per_second": rows,
-        "time_mbib_over_plain": ratios,
-        "environment": describe_environment(world),
-    }
-    report(rows, ratios)
+    settings = Settings(
+        world,
+        arguments.repeats,
+        arguments.steps,
+        arguments.pass_images,
+        arguments.torchcompile,
+        arguments.torchcompile_large,
+    )
+    environment = describe_environment(world) | {"command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]])}
+    name = device_name(world, environment)
+    file = arguments.results / f"benchmark-{name}.json"
+    results = read_results(file) if file.is_file() else None
+    if results is not None:
+        require_same_machine(results, environment, file)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    compiled = "-compiled" if arguments.torchcompile else ""
-    file = arguments.results / f"benchmark-{world.device.type}-{arguments.variant}{compiled}.json"
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{file}")
+    for measurement in chosen(arguments.only, world):
+        begun = time.perf_counter()
+        results = merge(results, {"environment": environment, **measure(measurement, settings)})
+        # After each, so that what comes later cannot lose it.
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"{measurement}: measured in {time.perf_counter() - begun:.0f} s", flush=True)
+    if results is not None:
+        print(f"\n{plain_text(results)}\n\n{file}")
+    if arguments.profile:
+        from benchmarking.profiling import write_profile
+
+        text = write_profile(
+            settings,
+            ", ".join(f"{key} {environment[key]}" for key in ("hardware", "threads", "torch", "timm", "commit")),
+        )
+        (arguments.results / f"profile-{name}.md").write_text(text, encoding="utf-8")
+        print(f"{arguments.results / f'profile-{name}.md'}")
 
 
-class Contestant:
-    """A model with its loss and optimizer, and a random batch on the device."""
+def chosen(only: Sequence[str] | None, world: World) -> list[str]:
+    """Return what to measure: all that the device can, or what was asked for.
 
-    def __init__(self, recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.steps, self.device = arguments.steps, device
-        model = timm.create_model(recipe.model, num_classes=arguments.num_classes)
-        self.model = model.to(device, memory_format=torch.channels_last)
-        counts = np.arange(1, arguments.num_classes + 1)
-        loss = create_loss(recipe, counts, head_names(model))
-        self.task = LongTailTask(self.model, loss, device)
-        self.optimizer = create_optimizer(recipe, self.model)
-        self.precision = Precision.of(recipe, device)
-        if arguments.torchcompile:
-            self.task.compile()
-        size = (arguments.batch_size, 3, arguments.img_size, arguments.img_size)
-        self.images = torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
-        self.targets = torch.randint(0, arguments.num_classes, size[:1], device=device)
-
-    def train(self) -> None:
-        """One training step."""
-        self.task.train()
-        training_step(self.task, self.optimizer, self.precision, self.images, self.targets)
-
-    @torch.inference_mode()
-    def evaluate(self) -> None:
-        """One forward pass in evaluation mode."""
-        self.task.eval()
-        dtype = self.precision.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            self.task.trainable_module(self.images)
-
-    def time(self, step: Callable[[], Any]) -> float:
-        """Return the seconds that `steps` steps take, the device's queue included."""
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(self.steps):
-            step()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+    Raises:
+        MbibError: asked for what the device cannot measure.
+    """
+    device = world.device.type
+    impossible = {row.measurement for row in ROWS.values() if row.cuda_only and device != "cuda"}
+    if device != "cuda" and not (device == "cpu" and sys.platform == "linux"):
+        impossible |= {name for name in MEASUREMENTS if name.startswith("memory-")}
+    if only is None:
+        return [name for name in MEASUREMENTS if name not in impossible]
+    for name in only:
+        if name in impossible:
+            raise MbibError(f"{name} cannot be measured on {device}")
+    return [name for name in MEASUREMENTS if name in only]
 
 
-def summarize(values: list[float]) -> dict[str, float]:
-    """Return median, minimum and maximum."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+def measure(name: str, settings: Settings) -> dict[str, Any]:
+    """Return the records and the values of the rows that a measurement gives."""
+    records: dict[str, Any] = {}
+    rows: dict[str, list[float]] = {}
+    for record in MEASURE[name](settings):
+        contestants = {who: {"repeats": values, **summarize(values)} for who, values in record.figures.items()}
+        records[record.name] = {"settings": record.settings, "unit": record.unit, "contestants": contestants}
+        rows |= record.rows
+    return {"records": records, "measured": rows}
 
 
-def report(rows: dict[str, dict[str, dict[str, float]]], ratios: dict[str, dict[str, float]]) -> None:
-    """Print the table."""
-    print(f"{'':<10} {'model':<18} {'images/s':>9}   {'min - max':>17}   time over plain")
-    for phase, by_name in rows.items():
-        for i, (name, speed) in enumerate(by_name.items()):
-            spread = f"{speed['min']:.0f} - {speed['max']:.0f}"
-            ratio = (
-                f"{ratios[phase]['median']:.3f} ({ratios[phase]['min']:.3f} - {ratios[phase]['max']:.3f})" if i else ""
-            )
-            print(f"{phase:<10} {name:<18} {speed['median']:>9.0f}   {spread:>17}   {ratio}")
+def device_name(world: World, environment: dict[str, Any]) -> str:
+    """Return ``cpu``, ``mps``, or the name of the CUDA device: ``nvidia-h200``."""
+    if world.device.type != "cuda":
+        return world.device.type
+    return re.sub(r"[^a-z0-9]+", "-", environment["hardware"].lower()).strip("-")
 
 
 if __name__ == "__main__":

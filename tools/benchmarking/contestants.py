@@ -1,0 +1,201 @@
+"""Who competes: a model trained as this package does it, and one trained as timm's train.py does it."""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_loader
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarking.noise import normalized_noise
+from benchmarking.turns import wait
+from mbib_timm.data import Splits
+from mbib_timm.data.images import ImageDataset
+from mbib_timm.data.transforms import train_transform
+from mbib_timm.environment import World
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation import evaluate
+from mbib_timm.evaluation.evaluate import compiled_head_logits, head_logits
+from mbib_timm.losses import create_loss
+from mbib_timm.progress import Progress
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.optimization import Precision, create_optimizer
+from mbib_timm.training.setup import build_model
+from mbib_timm.training.step import compiled_loss_parts, create_step
+from mbib_timm.training.task import LongTailTask, head_names
+
+# The recipe of MBIB, and the name of its plain backbone.
+SUBJECTS = {
+    "resnet32": ("cifar100_lt_if100/mbib_resnet32", "cifar_resnet32"),
+    "resnext50": ("imagenet_lt/mbib_resnext50", "resnext50_32x4d"),
+}
+MODELS = ("plain", "mbib")
+
+
+def subject_recipe(subject: str, model: str, world: World, compiled: bool) -> Recipe:
+    """Return the recipe of a contestant.
+
+    Args:
+        subject: of `SUBJECTS`.
+        model: ``mbib``, or ``plain`` for the backbone with its own classifier and cross-entropy.
+        world: device; on CUDA a compiled step is captured in a graph as well.
+        compiled: compile training and evaluation.
+    """
+    name, backbone = SUBJECTS[subject]
+    recipe = load_recipe(find_recipe(name)).replace(
+        # A rate at which the loss on noise stays finite without a warm-up.
+        lr=0.01,
+        workers=2,
+        loader="resident",
+        image_cache="none",
+        device=str(world.device),
+        torchcompile=compiled,
+        cuda_graph=compiled and world.device.type == "cuda",
+    )
+    return recipe if model == "mbib" else recipe.replace(model=backbone, loss="ce")
+
+
+class Trainer:
+    """A model with its loss, optimizer, training step and evaluation: those of `mbib train`.
+
+    Args:
+        recipe: of the model.
+        counts: training images of each class, (K,).
+        world: device.
+    """
+
+    def __init__(self, recipe: Recipe, counts: np.ndarray, world: World) -> None:
+        torch.manual_seed(0)
+        self.recipe, self.counts, self.device = recipe, counts, world.device
+        self.model = build_model(recipe, len(counts))
+        self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.task = LongTailTask(self.model, create_loss(recipe, counts, head_names(self.model)), world.device)
+        self.optimizer = create_optimizer(recipe, self.model)
+        self.precision = Precision.of(recipe, world.device)
+        self.step = create_step(recipe, self.task, self.optimizer, self.precision, world)
+        self.epochs = 0
+
+    def take_steps(self, images: Tensor, targets: Tensor, steps: int) -> None:
+        """Train on one batch, again and again."""
+        self.task.train()
+        for _ in range(steps):
+            self.step(images, targets)
+
+    def train_epoch(self, loader: Any) -> None:
+        """Train on every image of a loader."""
+        loader.set_epoch(self.epochs)
+        nothing = Progress(0, visible=False)
+        train_one_epoch(self.task, loader, self.step, self.recipe, self.epochs, nothing, self.task.update_ema)
+        self.epochs += 1
+
+    def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Evaluate every image of a loader, with every head."""
+        dtype, compiled = self.precision.autocast_dtype, self.recipe.torchcompile
+        evaluate(
+            self.model,
+            loader,
+            self.counts,
+            device=self.device,
+            amp_dtype=dtype,
+            channels_last=self.recipe.channels_last,
+            compile=compiled,
+        )
+
+    @torch.no_grad()
+    def forward_only(self, images: Tensor, batches: int) -> None:
+        """Run the model in evaluation mode on one batch, again and again; count nothing."""
+        self.model.eval()
+        forward = compiled_head_logits if self.recipe.torchcompile else head_logits
+        dtype = self.precision.autocast_dtype
+        for _ in range(batches):
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                forward(self.model, images)
+
+
+class TimmLoop:
+    """Training as timm's train.py does it: images decoded and augmented one by one with PIL in two worker processes
+    that live from epoch to epoch, an eager step, a loss that is fetched after each step.
+
+    Args:
+        recipe: of a plain model, trained by cross-entropy.
+        splits: images in memory.
+        world: device.
+    """
+
+    def __init__(self, recipe: Recipe, splits: Splits, world: World) -> None:
+        torch.manual_seed(0)
+        self.device = world.device
+        self.precision = Precision.of(recipe, world.device)
+        self.model: nn.Module = build_model(recipe, splits.num_classes)
+        self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = create_optimizer_v2(
+            self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+        )
+        transform = train_transform(recipe, 32, 32)
+        dataset = ImageDataset(splits.train, "RGB", transform, replace_broken=False)
+        self.loader = create_loader(
+            dataset,
+            (3, 32, 32),
+            recipe.batch_size,
+            is_training=True,
+            no_aug=True,
+            mean=tuple(recipe.mean),
+            std=tuple(recipe.std),
+            num_workers=recipe.workers,
+            pin_memory=world.device.type == "cuda",
+            device=world.device,
+        )
+        dataset.transform = transform  # create_loader has put its own
+        self.images = len(self.loader) * recipe.batch_size  # it leaves the last short batch out
+
+    def train_epoch(self) -> None:
+        """Train on every batch of the loader."""
+        self.model.train()
+        dtype = self.precision.autocast_dtype
+        total = 0.0
+        for images, targets in self.loader:
+            images = images.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                loss = F.cross_entropy(self.model(images), targets)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            total += loss.item() * len(images)
+
+
+def require_compiled() -> None:
+    """Raise MbibError where compiling has failed, and what was measured as compiled ran eagerly."""
+    if compiled_loss_parts.failed or compiled_head_logits.failed:
+        raise MbibError("this machine cannot compile (see the warning above); measure with --no-torchcompile")
+
+
+def peak_memory(recipe: Recipe, counts: np.ndarray, batch_size: int, size: int, steps: int, world: World) -> int:
+    """Return the bytes that a model and a few of its training steps take at most, beyond what was taken before.
+
+    On CUDA those of the allocator. On the CPU the resident memory of the process, which must be a fresh one: what an
+    earlier model left behind would be used again.
+    """
+    on_cuda = world.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports, is forgotten
+    before = torch.cuda.memory_allocated(world.device) if on_cuda else _process_memory("VmRSS")
+    Trainer(recipe, counts, world).take_steps(*normalized_noise(batch_size, size, len(counts), world.device), steps)
+    wait(world.device)
+    peak = torch.cuda.max_memory_allocated(world.device) if on_cuda else _process_memory("VmHWM")
+    return peak - before
+
+
+def _process_memory(field: str) -> int:
+    """Return VmRSS or VmHWM, the highest VmRSS so far, in bytes. (ru_maxrss would inherit the parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

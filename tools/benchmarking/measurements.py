@@ -1,0 +1,234 @@
+"""The measurements: contestants take turns within a repeat, and ratios are taken within a repeat."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+from benchmarking.contestants import (
+    MODELS,
+    SUBJECTS,
+    TimmLoop,
+    Trainer,
+    peak_memory,
+    require_compiled,
+    subject_recipe,
+)
+from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise
+from benchmarking.table import ratios
+from benchmarking.turns import Record, Settings, take_turns, timed
+from mbib_timm.data import DataPool, create_loaders
+from mbib_timm.data.create import data_key
+from mbib_timm.data.loaders import Place
+from mbib_timm.data.resident import resident_loader
+from mbib_timm.errors import MbibError
+from mbib_timm.training.cuda_graph import WARM_UP_STEPS
+
+MEMORY_STEPS = 3
+
+
+def pipeline(settings: Settings) -> Iterator[Record]:
+    """Measure whole passes over CIFAR-100-LT IF100's shape: loader, augmentation, transfer, steps."""
+    world, device = settings.world, settings.world.device
+    splits = cifar_like(settings.pass_images)
+    recipes = {model: subject_recipe("resnet32", model, world, settings.torchcompile) for model in MODELS}
+    if len(splits.train) < recipes["plain"].batch_size:
+        raise MbibError(f"--pass-images: expected a whole batch of {recipes['plain'].batch_size} at least")
+    timm_loop = TimmLoop(subject_recipe("resnet32", "plain", world, compiled=False), splits, world)
+    contestants = {"timm": timed(timm_loop.train_epoch, device, timm_loop.images)}
+    pool = DataPool()
+    for model, recipe in recipes.items():
+        loader = create_loaders(splits, recipe, (3, 32, 32), device, pool=pool).train
+        epoch = partial(Trainer(recipe, splits.class_counts, world).train_epoch, loader)
+        contestants[model] = timed(epoch, device, len(splits.train))
+    figures = take_turns(contestants, settings.repeats, settings.pass_warm_ups)
+    require_compiled()
+    rows = {
+        "pipeline": ratios(figures["plain"], figures["timm"]),
+        "pipeline-mbib": ratios(figures["mbib"], figures["timm"]),
+    }
+    described = describe(recipes["plain"], images=len(splits.train), timm_images=timm_loop.images)
+    yield Record("pipeline", "images/s", figures, rows, described)
+
+
+def step(subject: str, settings: Settings) -> Iterator[Record]:
+    """Measure the training step alone, on one batch that is on the device."""
+    world, device = settings.world, settings.world.device
+    batch_size, size, steps = batch_of(subject, settings)
+    steps = settings.steps or steps
+    counts = class_counts(subject)
+    compiled = settings.torchcompile and (subject == "resnet32" or settings.on_cuda or settings.torchcompile_large)
+    for kind in ("eager", "compiled") if compiled else ("eager",):
+        recipes = {model: subject_recipe(subject, model, world, kind == "compiled") for model in MODELS}
+        batch = normalized_noise(batch_size, size, len(counts), device)
+        trainers = {model: Trainer(recipe, counts, world) for model, recipe in recipes.items()}
+        for trainer in trainers.values():
+            trainer.take_steps(*batch, WARM_UP_STEPS + 1 if settings.on_cuda else 1)
+        contestants = {
+            model: timed(partial(trainer.take_steps, *batch, steps), device) for model, trainer in trainers.items()
+        }
+        figures = take_turns(contestants, settings.repeats)
+        require_compiled()
+        row = f"step-{subject}" if kind == "compiled" else f"step-{subject}-eager"
+        described = describe(recipes["plain"], batch_size=batch_size, size=size, steps=steps)
+        yield Record(
+            row, f"seconds for {steps} steps", figures, {row: ratios(figures["mbib"], figures["plain"])}, described
+        )
+
+
+def memory(subject: str, settings: Settings) -> Iterator[Record]:
+    """Measure the peak memory of eager training steps: see `peak_memory`; on the CPU in a process each."""
+    batch_size, size, _ = batch_of(subject, settings)
+    recipes = {model: subject_recipe(subject, model, settings.world, compiled=False) for model in MODELS}
+
+    def measure(model: str) -> float:
+        arguments = (recipes[model], class_counts(subject), batch_size, size, MEMORY_STEPS, settings.world)
+        if settings.on_cuda:
+            return peak_memory(*arguments)
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            return fresh.submit(peak_memory, *arguments).result()
+
+    figures = take_turns({model: partial(measure, model) for model in MODELS}, settings.repeats, warm_ups=0)
+    row = f"memory-{subject}"
+    described = describe(recipes["plain"], batch_size=batch_size, size=size, steps=MEMORY_STEPS)
+    yield Record(row, "bytes", figures, {row: ratios(figures["mbib"], figures["plain"])}, described)
+
+
+def evaluation(subject: str, settings: Settings) -> Iterator[Record]:
+    """Measure evaluation from resident images, all heads counted, beside the plain forward pass on one batch."""
+    world, device = settings.world, settings.world.device
+    _, size, _ = batch_of(subject, settings)
+    counts = class_counts(subject)
+    images = settings.pass_images or (10_240 if settings.on_cuda else 2_560)
+    recipes = {model: subject_recipe(subject, model, world, settings.torchcompile) for model in MODELS}
+    decoded = decoded_noise(images, size, size, len(counts), device)
+    loader = resident_loader(decoded, recipes["plain"], (3, size, size), Place(device), training=False)
+    trainers = {model: Trainer(recipe, counts, world) for model, recipe in recipes.items()}
+    batch, _ = normalized_noise(min(images, recipes["plain"].validation_batch_size), size, len(counts), device)
+    actions = {model: partial(trainer.evaluate, loader) for model, trainer in trainers.items()}
+    actions["plain forward"] = partial(trainers["plain"].forward_only, batch, len(loader))
+    contestants = {who: timed(action, device) for who, action in actions.items()}
+    figures = take_turns(contestants, settings.repeats)
+    require_compiled()
+    row = f"evaluate-{subject}"
+    rows = {
+        row: ratios(figures["mbib"], figures["plain"]),
+        f"{row}-forward": ratios(figures["mbib"], figures["plain forward"]),
+    }
+    described = describe(recipes["plain"], images=images, size=size, batch_size=len(batch))
+    yield Record(row, "seconds a pass", figures, rows, described)
+
+
+def throughput(settings: Settings) -> Iterator[Record]:
+    """Measure training on resident images of 375x500 pixels: random resized crops, jitter, MBIB-ResNeXt50's steps."""
+    world, device = settings.world, settings.world.device
+    recipe = subject_recipe("resnext50", "mbib", world, settings.torchcompile)
+    images = settings.pass_images or 6_400
+    counts = class_counts("resnext50")
+    decoded = decoded_noise(images, 375, 500, len(counts), device)
+    loader = resident_loader(decoded, recipe, (3, 224, 224), Place(device), training=True)
+    epoch = partial(Trainer(recipe, counts, world).train_epoch, loader)
+    speeds = take_turns({"mbib": timed(epoch, device, images)}, settings.repeats, settings.pass_warm_ups)
+    require_compiled()
+    rows = {"throughput-resnext50": speeds["mbib"]}
+    yield Record("throughput-resnext50", "images/s", speeds, rows, describe(recipe, images=images, size=224))
+
+
+def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
+    """Measure whole runs of `mbib train`, without compiling: a short run has done that."""
+    from mbib_timm.training import train
+
+    recipe = subject_recipe("resnet32", "mbib", settings.world, settings.torchcompile)
+    pool = DataPool(opened={data_key(recipe): cifar_like(settings.pass_images)})
+    inside: list[float] = []
+
+    def run(count: int) -> None:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            metrics = train(recipe.replace(epochs=count, output=folder), "benchmark", pool)
+        inside.append(metrics["training_seconds"])
+
+    run(recipe.warmup_epochs + 1)
+    whole = take_turns({"mbib": timed(partial(run, number), settings.world.device)}, settings.repeats, warm_ups=0)
+    require_compiled()
+    figures = {"training and evaluation": inside[1:], "whole run": whole["mbib"]}
+    rows = {"epochs-200": figures["training and evaluation"], "epochs-200-whole": figures["whole run"]}
+    yield Record("epochs-200", "seconds", figures, rows, describe(recipe, epochs=number))
+
+
+# Runs `mbib train` with a first step that tells the time, done or not, and ends the process.
+START = """
+import os, sys, time
+import timm, torch
+started = time.perf_counter()
+from mbib_timm import cli
+from mbib_timm.training import run
+
+create_step = run.create_step
+
+def until_the_first(*arguments):
+    step = create_step(*arguments)
+    def first(*batch):
+        begun = time.perf_counter()
+        step(*batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        print("\\nseconds", begun - started, time.perf_counter() - started, flush=True)
+        os._exit(0)
+    return first
+
+run.create_step = until_the_first
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def start(settings: Settings) -> Iterator[Record]:
+    """Measure `mbib train` on digits, eager, from the end of `import torch, timm` to its first step."""
+    begun: list[float] = []
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
+            command = [sys.executable, "-c", START, *flags]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        lines = [line.split() for line in done.stdout.splitlines() if line.startswith("seconds ")]
+        if not lines:
+            raise MbibError(f"mbib train did not come to its first step: {done.stderr.strip()[-300:]}")
+        begun.append(float(lines[-1][1]))
+        return float(lines[-1][2])
+
+    done = take_turns({"mbib train": run}, settings.repeats)["mbib train"]
+    figures = {"first step begins": begun[1:], "first step done": done}
+    yield Record(
+        "start", "seconds", figures, {"start": begun[1:], "start-step": done}, {"recipe": "digits/mbib_resnet20"}
+    )
+
+
+def batch_of(subject: str, settings: Settings) -> tuple[int, int, int]:
+    """Return batch size, image size and steps of a repeat."""
+    if subject == "resnet32":
+        return 128, 32, 200 if settings.on_cuda else 20
+    return (64, 224, 50) if settings.on_cuda else (8, 224, 2)
+
+
+def describe(recipe: Any, **settings: Any) -> dict[str, Any]:
+    """Return the settings of a measurement, for the results file."""
+    names = ("batch_size", "torchcompile", "cuda_graph", "amp", "amp_dtype", "channels_last", "workers")
+    return {name: getattr(recipe, name) for name in names} | settings
+
+
+MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
+    "pipeline": pipeline,
+    **{f"step-{subject}": partial(step, subject) for subject in SUBJECTS},
+    **{f"memory-{subject}": partial(memory, subject) for subject in SUBJECTS},
+    **{f"evaluate-{subject}": partial(evaluation, subject) for subject in SUBJECTS},
+    "epochs-200": epochs,
+    "throughput-resnext50": throughput,
+    "start": start,
+}

@@ -1,0 +1,100 @@
+"""How a measurement goes: what was chosen, contestants that take turns, and the record of their figures."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mbib_timm.environment import World
+from mbib_timm.training.cuda_graph import WARM_UP_STEPS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chooses.
+
+    Attributes:
+        world: device.
+        repeats: of every contestant.
+        steps: of a repeat; each measurement's own when None.
+        pass_images: images of a pass over the data at most; all of them when None.
+        torchcompile: compile what is compiled in the table.
+        torchcompile_large: compile ResNeXt50 on the CPU as well, which takes minutes.
+    """
+
+    world: World
+    repeats: int = 5
+    steps: int | None = None
+    pass_images: int | None = None
+    torchcompile: bool = True
+    torchcompile_large: bool = False
+
+    @property
+    def on_cuda(self) -> bool:
+        """True on a CUDA device."""
+        return self.world.device.type == "cuda"
+
+    @property
+    def pass_warm_ups(self) -> int:
+        """Passes after which every batch shape, also the short last one's, has been compiled and captured."""
+        return WARM_UP_STEPS + 2 if self.on_cuda else 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What contestants were measured at.
+
+    Attributes:
+        name: of the record.
+        unit: of the figures.
+        figures: one a repeat, by contestant.
+        rows: values of rows of the table, one a repeat.
+        settings: what was measured, exactly.
+    """
+
+    name: str
+    unit: str
+    figures: dict[str, list[float]]
+    rows: dict[str, list[float]]
+    settings: dict[str, Any]
+
+
+def wait(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """Return how long an action takes, the device's queue included."""
+    wait(device)
+    start = time.perf_counter()
+    action()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def take_turns(contestants: dict[str, Callable[[], float]], repeats: int, warm_ups: int = 1) -> dict[str, list[float]]:
+    """Return each contestant's figures, one a repeat; every other repeat runs in the opposite order.
+
+    Args:
+        contestants: give a figure each time.
+        repeats: that count.
+        warm_ups: repeats before them that do not.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(-warm_ups, repeats):
+        for name in list(contestants)[:: -1 if repeat % 2 else 1]:
+            figure = contestants[name]()
+            if repeat >= 0:
+                figures[name].append(figure)
+    return figures
+
+
+def timed(action: Callable[[], Any], device: torch.device, images: int | None = None) -> Callable[[], float]:
+    """Return a contestant: the seconds that an action takes, or the images that it gets through in a second."""
+    return (lambda: seconds(action, device)) if images is None else (lambda: images / seconds(action, device))
