@@ -1,4 +1,4 @@
-"""The command line: `mbib train`, `mbib validate`, `mbib recipes`.
+"""The command line: `mbib train`, `mbib sweep`, `mbib validate`, `mbib recipes`.
 
 Bad input ends with one line and exit status 2, an interrupted run with status 130.
 """
@@ -82,6 +82,14 @@ def build_parser() -> Parser:
     train.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
     add_recipe_flags(train)
 
+    sweep = commands.add_parser("sweep", help="train many recipes in one process", allow_abbrev=False)
+    sweep.add_argument("recipes", nargs="+", help="names of recipes, or the name of a sweep, or their files")
+    sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of every recipe; 0 when not given")
+    sweep.add_argument("--name", help="name of the sweep's folder")
+    sweep.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains this")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs, and which are done, and stop")
+    add_recipe_flags(sweep)
+
     validate = commands.add_parser("validate", help="evaluate a trained model", allow_abbrev=False)
     validate.add_argument("target", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
     validate.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
@@ -104,8 +112,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run a parsed command."""
+def run(arguments: argparse.Namespace) -> int:
+    """Run a parsed command; returns the exit status."""
     if arguments.command == "recipes":
         print("\n".join(list_recipes()))
     elif arguments.command == "train":
@@ -114,6 +122,14 @@ def run(arguments: argparse.Namespace) -> None:
         from mbib_timm.training import train  # each command loads what it needs; --help and errors stay quick
 
         train(recipe, recipe_name(path))
+    elif arguments.command == "sweep":
+        from mbib_timm.training.sweep import find_sweep, run_sweep
+
+        sweep = find_sweep(arguments.recipes)
+        given = {"name": arguments.name, "seeds": arguments.seeds}
+        sweep = dataclasses.replace(sweep, **{key: value for key, value in given.items() if value is not None})
+        complete = run_sweep(sweep, recipe_overrides(arguments), arguments.only, arguments.dry_run)
+        return 0 if complete else 1
     elif arguments.command == "validate":
         from mbib_timm.evaluation.validate import validate
 
@@ -124,18 +140,19 @@ def run(arguments: argparse.Namespace) -> None:
             split=arguments.split,
             results_file=arguments.results,
         )
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``mbib``; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        run(parse(argv))
+        return run(parse(argv))
     except MbibError as error:
         print(f"mbib: error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        again = " ".join(["mbib", *argv]) + ("" if "--resume" in argv else " --resume auto")
+        again = " ".join(["mbib", *argv]) + ("" if "--resume" in argv or "sweep" in argv[:1] else " --resume auto")
         print(f"\nmbib: interrupted. Continue from the last checkpoint with: {again}", file=sys.stderr)
         return 130
     except OSError as error:
@@ -144,7 +161,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mbib: error: {error.strerror}: {error.filename or 'the output folder'}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

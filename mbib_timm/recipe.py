@@ -277,7 +277,8 @@ def recipes_folder() -> Path:
 def list_recipes() -> list[str]:
     """Return the names of the recipes that come with the package, e.g. ``cifar100_lt_if100/mbib_resnet32``."""
     root = recipes_folder()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob("**/*.yaml"))
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.glob("**/*.yaml"))
+    return sorted(name for name in names if not name.startswith("sweeps/"))
 
 
 def find_recipe(name: str) -> Path:

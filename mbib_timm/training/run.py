@@ -84,9 +84,7 @@ def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[Recipe, RunFo
         if recipe.resume != "auto":
             raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
         return recipe, folder, None
-    if recipe.loader == "auto":
-        recipe = recipe.replace(loader=folder.recipe().loader)
-    folder.require_recipe(recipe)
+    recipe = folder.agree(recipe)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
     return recipe, folder, load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
 

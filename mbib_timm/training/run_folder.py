@@ -58,13 +58,21 @@ class RunFolder:
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
         return load_recipe(file)
 
-    def require_recipe(self, recipe: Recipe) -> None:
-        """Raise CheckpointError if the run here computes something else than `recipe`."""
-        before, now = self.recipe().computation(), recipe.computation()
+    def agree(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the loader that the run here has chosen, where it leaves that open.
+
+        Raises:
+            CheckpointError: the run here computes something else.
+        """
+        there = self.recipe()
+        if recipe.loader == "auto":
+            recipe = recipe.replace(loader=there.loader)
+        before, now = there.computation(), recipe.computation()
         changed = [key for key in now if now[key] != before[key]]
         if changed:
             listing = ", ".join(f"{key} ({before[key]!r} there, {now[key]!r} asked for)" for key in changed[:4])
             raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another --output")
+        return recipe
 
     def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Make the folder and record what is about to run."""
