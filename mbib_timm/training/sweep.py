@@ -169,10 +169,11 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
 
 
 def _in_proportion(own: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    share = settings.get("epochs", own.epochs) / own.epochs
-    if share == 1:
+    epochs = settings.get("epochs", own.epochs)
+    if epochs == own.epochs or not isinstance(epochs, int) or epochs < 1:  # the recipe refuses what is no number
         return {}
-    warmup = max(1, round(share * own.warmup_epochs)) if own.warmup_epochs else 0
+    share = epochs / own.epochs
+    warmup = min(max(1, round(share * own.warmup_epochs)), epochs - 1) if own.warmup_epochs else 0
     return {"warmup_epochs": warmup, "decay_milestones": [max(1, round(share * m)) for m in own.decay_milestones]}
 
 
