@@ -1,5 +1,6 @@
 """Where a run happens: device, processes, and the record of versions and hardware that goes with every result."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -78,7 +79,7 @@ def leave_world() -> None:
 def describe_environment(world: World) -> dict[str, Any]:
     """Return versions, hardware, command and commit, as plain values."""
     device = world.device
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "mbib_timm": mbib_timm.__version__,
         "commit": current_commit(),
@@ -95,6 +96,15 @@ def describe_environment(world: World) -> dict[str, Any]:
         "platform": platform.system(),
         "command": " ".join(["mbib", *sys.argv[1:]]),
     }
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself, or its architecture where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip() or platform.machine()
+    return platform.machine()
 
 
 def current_commit() -> str | None:

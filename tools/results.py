@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Keep the results of runs in the repository, and the README's table in step with them.
+"""Keep the results of runs in the repository, and the README's tables in step with them.
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
-    python tools/results.py table                                       # write the table into README.md
+    python tools/results.py table                                       # write the tables into README.md
     python tools/results.py redraw                                      # draw the figures again from the numbers
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml and the figures, under
-`results/<run>-<epochs>e-seed<seed>/`.
+`results/<run>-<epochs>e-seed<seed>/`. The second table is that of the `results/benchmark-<device>.json` that
+`tools/benchmark.py` has written.
 """
 
 import argparse
@@ -17,12 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarking.table import markdown, read_results
+
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.report import draw_figures
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- results: tools/results.py table -->\n", "<!-- end of results -->"
+RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
+SPEED = ("<!-- benchmark: tools/results.py table -->\n", "<!-- end of benchmark -->")
 GROUPS = ("top1", "many", "medium", "few")
 
 
@@ -86,11 +90,19 @@ def nominal_epochs(metrics: dict[str, Any]) -> int:
     return recipe.epochs
 
 
-def write_table(readme: Path, results: Path) -> None:
-    """Replace the table between the README's markers."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+def speed_table(results: Path) -> str:
+    """Return the Markdown table of the benchmark, on every device that it has been run on."""
+    return markdown({f"results/{file.name}": read_results(file) for file in sorted(results.glob("benchmark-*.json"))})
+
+
+def write_tables(readme: Path, results: Path) -> None:
+    """Replace the tables between the README's markers."""
+    text = readme.read_text(encoding="utf-8")
+    for (begin, end), content in ((RUNS, table(results)), (SPEED, speed_table(results))):
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    readme.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -99,7 +111,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="copy a finished run's results")
     adding.add_argument("run", type=Path, nargs="+")
-    commands.add_parser("table", help="write the table into README.md")
+    commands.add_parser("table", help="write the tables into README.md")
     commands.add_parser("redraw", help="draw all figures again from the numbers")
     arguments = parser.parse_args()
     if arguments.command == "add":
@@ -108,7 +120,7 @@ def main() -> None:
     elif arguments.command == "redraw":
         for file in (ROOT / "results").glob("*/metrics.json"):
             draw(file.parent)
-    write_table(ROOT / "README.md", ROOT / "results")
+    write_tables(ROOT / "README.md", ROOT / "results")
 
 
 if __name__ == "__main__":

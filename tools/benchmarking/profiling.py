@@ -17,12 +17,12 @@ STEPS = 20
 # What a line of text says of an operation, by parts of its name.
 KINDS = {
     "waiting for images": ("dataloader",),
+    "fused operations": ("cpp_fused", "triton", "compiledfxgraph"),
     "convolutions": ("conv", "cudnn", "xmma", "cutlass", "implicit"),
     "batch normalisation": ("batch_norm", "bn_fw", "bn_bw"),
     "waiting for the device": ("item", "_local_scalar", "synchronize"),
     "copies and layout": ("copy", "contiguous", "memcpy", "index_select", "gather"),
     "the optimizer": ("optimizer", "sgd", "foreach", "multi_tensor"),
-    "fused operations": ("cpp_fused", "triton", "compiledfxgraph"),
 }
 
 

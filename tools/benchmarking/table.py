@@ -9,6 +9,7 @@ from typing import Any
 
 from mbib_timm.errors import MbibError
 
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 # A row keeps its figures only beside others that were measured under the same of these.
 SAME = ("hardware", "cpu_count", "threads", "torch", "timm")
 
@@ -171,14 +172,17 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, An
         new: ``environment``, ``records`` by name, and under ``measured`` the values of each row.
     """
     commit, device = new["environment"]["commit"], new["environment"]["device"]
-    kept_rows = {row["row"]: row for row in (old or {}).get("rows", ()) if "values" in row}
     measured = {name: {"values": values, "commit": commit} for name, values in new["measured"].items()}
     records = {name: {"commit": commit, **record} for name, record in new["records"].items()}
     return {
         "environment": dict(new["environment"]),
         "records": {**(old or {}).get("records", {}), **records},
-        "rows": build_rows({**kept_rows, **measured}, device),
+        "rows": build_rows({**_measured(old), **measured}, device),
     }
+
+
+def _measured(results: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    return {row["row"]: row for row in (results or {}).get("rows", ()) if "values" in row}
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -203,21 +207,42 @@ def plain_text(results: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(results: Mapping[str, Any], link: str) -> str:
-    """Return the table for the README, under a line that says where it comes from.
+def markdown(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one table of all devices for the README, above a line on where each one's figures come from.
 
     Args:
-        results: content of a results file.
-        link: where the file is.
+        files: contents of the results files, by their links. Without one of a CPU or of a CUDA device, its targets
+            stand there as not measured.
     """
+    columns: list[tuple[str, Mapping[str, Any] | None]] = [
+        (results["environment"]["device"], results) for results in files.values()
+    ]
+    columns += [(device, None) for device in ("cpu", "cuda") if device not in dict(columns)]
+    head = " | ".join(f"{DEVICES.get(device, device)} target | measured" for device, _ in columns)
+    lines = [f"| what | `--only` | {head} |", f"|---|---|{'---|---|' * len(columns)}"]
+    tables = [build_rows(_measured(results), device) for device, results in columns]
+    for name, *entries in zip(ROWS, *tables, strict=True):
+        shown: list[str] = []
+        for (device, _), entry in zip(columns, entries, strict=True):
+            elsewhere = ROWS[name].cuda_only and device != "cuda"
+            shown += ["–", "–"] if elsewhere else [cells(entry)[2], _measured_cell(entry)]
+        lines.append(f"| {ROWS[name].what} | {ROWS[name].measurement} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", *(_origin(results, link) for link, results in files.items())]) + "\n"
+
+
+def _measured_cell(entry: Mapping[str, Any]) -> str:
+    if "median" not in entry:
+        return "not measured"
+    return cells(entry)[1] + ("" if entry["target"] is None else f": {entry['verdict']}")
+
+
+def _origin(results: Mapping[str, Any], link: str) -> str:
     environment = results["environment"]
     commits = sorted({row["commit"] or "none" for row in results["rows"] if "commit" in row})
     repeats = sorted({row["n"] for row in results["rows"] if "n" in row})
-    origin = (
-        f"{environment['hardware']}, {environment['threads']} of {environment['cpu_count']} CPU cores, torch "
-        f"{environment['torch']}, timm {environment['timm']}; repeats: {', '.join(map(str, repeats))}; "
-        f"commit: {', '.join(commits)}"
+    return (
+        f"[{DEVICES.get(environment['device'], environment['device'])}]({link}): {environment['hardware']}, "
+        f"{environment['threads']} of {environment['cpu_count']} CPU cores, torch {environment['torch']}, timm "
+        f"{environment['timm']}; median (min–max) of {', '.join(map(str, repeats))} repeats; "
+        f"commit {', '.join(commits)}."
     )
-    lines = ["| what | median (min–max) | target | verdict |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in results["rows"]]
-    return f"**[{environment['device']}]({link})**: {origin}\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,202 @@
+"""The benchmark: that contestants are who they claim to be, that ratios and verdicts are right, and what is kept."""
+
+import json
+
+import benchmark
+import numpy as np
+import pytest
+import torch
+from benchmarking import contestants, noise, table, turns
+from benchmarking.profiling import summary
+from torch.nn import functional as F
+
+from mbib_timm.environment import World, join_world
+from mbib_timm.errors import MbibError
+from mbib_timm.recipe import find_recipe, load_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return join_world("cpu")
+
+
+# Contestants
+
+
+def test_mbib_is_the_recipes_own_and_plain_differs_in_model_and_loss_alone(world):
+    mbib, plain = (
+        contestants.subject_recipe("resnet32", model, world, compiled=True) for model in contestants.MODELS[::-1]
+    )
+    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
+    assert (mbib.model, mbib.loss, mbib.batch_size, mbib.beta) == (own.model, own.loss, own.batch_size, own.beta)
+    assert plain.replace(model=mbib.model, loss=mbib.loss) == mbib
+
+
+def test_noise_has_the_class_counts_of_the_real_subset(world):
+    splits = noise.cifar_like(None)
+    assert len(splits.train) == 10_847
+    assert len(splits.val) == 10_000
+    np.testing.assert_array_equal(np.bincount(splits.train.targets), splits.class_counts)
+
+
+def test_timms_loop_trains_as_a_plain_loop_does(world):
+    recipe = contestants.subject_recipe("resnet32", "plain", world, compiled=False).replace(batch_size=32, workers=0)
+    loop = contestants.TimmLoop(recipe, noise.cifar_like(64), world)
+    batches = [(images.clone(), targets) for images, targets in loop.loader]
+    assert [images.shape for images, _ in batches] == [(32, 3, 32, 32)] * 2
+    other = contestants.TimmLoop(recipe, noise.cifar_like(64), world)
+    optimizer = torch.optim.SGD(
+        other.model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    other.model.train()
+    for images, targets in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(other.model(images), targets).backward()
+        optimizer.step()
+    loop.loader = batches
+    loop.train_epoch()
+    for mine, theirs in zip(loop.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_action_that_runs_longer_has_the_larger_figure():
+    work = torch.ones(300, 300)
+    short, long = (turns.timed(lambda n=n: [work @ work for _ in range(n)], CPU) for n in (1, 100))
+    figures = turns.take_turns({"short": short, "long": long}, repeats=3)
+    assert all(ratio > 1 for ratio in table.ratios(figures["long"], figures["short"]))
+
+
+def test_contestants_take_turns_in_changing_order():
+    order = []
+    contenders = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    figures = turns.take_turns(contenders, repeats=3, warm_ups=1)
+    assert "".join(order) == "ba" + "ab" + "ba" + "ab"
+    assert figures == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
+
+
+def test_peak_memory_grows_with_the_batch(world):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    recipe = contestants.subject_recipe("resnet32", "plain", world, compiled=False)
+    peaks = []
+    for batch_size in (8, 64):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            arguments = (recipe, noise.class_counts("resnet32"), batch_size, 32, 1, world)
+            peaks.append(fresh.submit(contestants.peak_memory, *arguments).result())
+    # 31 convolutions' inputs and outputs: an image takes more than a megabyte.
+    assert peaks[1] - peaks[0] > 56 * 2**20
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("name", "median", "expected"),
+    [
+        ("pipeline", 1.7, "met"),
+        ("pipeline", 1.2, "missed by 25.0 %"),
+        ("step-resnet32", 1.05, "met"),
+        ("step-resnet32", 1.155, "missed by 10.0 %"),
+        ("pipeline-mbib", 0.1, "for information"),
+        ("start", None, "not measured: `python tools/benchmark.py --device cpu --only start`"),
+        ("epochs-200", None, "not measured: `python tools/benchmark.py --device cuda --only epochs-200`"),
+    ],
+)
+def test_verdicts(name, median, expected):
+    assert table.verdict(table.ROWS[name], median, "cpu") == expected
+
+
+def test_targets_are_the_projects():
+    """As the issue that set them has them: on two CPU cores, and on one H200."""
+    expected = {
+        "pipeline": (1.6, 10),
+        "step-resnet32": (1.05, 1.15),
+        "step-resnext50": (1.03, 1.03),
+        "memory-resnet32": (1.05, 1.05),
+        "memory-resnext50": (1.05, 1.05),
+        "evaluate-resnet32": (1.02, 1.02),
+        "epochs-200": (18, 18),
+        "throughput-resnext50": (4400, 4400),
+        "start": (1, 2),
+    }
+    assert {name: tuple(table.ROWS[name].target(device) for device in ("cpu", "cuda")) for name in expected} == expected
+
+
+def environment(**changed):
+    own = dict(device="cpu", hardware="some", cpu_count=2, threads=2, torch="2", timm="1", commit="aaa")
+    return own | changed
+
+
+def test_a_partial_run_keeps_the_other_rows_with_their_commit():
+    first = {"environment": environment(), "records": {"start": {}}, "measured": {"start": [0.4, 0.5, 0.6]}}
+    second = {"environment": environment(commit="bbb"), "records": {"pipeline": {}}, "measured": {"pipeline": [1.7]}}
+    rows = {row["row"]: row for row in table.merge(table.merge(None, first), second)["rows"]}
+    assert (rows["start"]["median"], rows["start"]["commit"], rows["start"]["verdict"]) == (0.5, "aaa", "met")
+    assert (rows["pipeline"]["median"], rows["pipeline"]["commit"]) == (1.7, "bbb")
+    assert rows["step-resnet32"]["verdict"].startswith("not measured")
+    assert list(rows) == list(table.ROWS)
+
+
+def test_the_readmes_table_has_every_row_and_both_kinds_of_device():
+    results = table.merge(None, {"environment": environment(), "records": {}, "measured": {"start": [0.4, 0.5, 1.6]}})
+    lines = table.markdown({"results/benchmark-cpu.json": results}).splitlines()
+    assert lines[0] == "| what | `--only` | CPU target | measured | CUDA target | measured |"
+    shown = [line for line in lines if line.startswith("| ")][1:]
+    assert len(shown) == len(table.ROWS)
+    assert "| start | ≤ 1 | 0.500 (0.400–1.600): met | ≤ 2 | not measured |" in "\n".join(lines)
+    assert "| epochs-200 | – | – | ≤ 18 | not measured |" in "\n".join(lines)
+    assert lines[-1].startswith("[CPU](results/benchmark-cpu.json): some, 2 of 2 CPU cores, torch 2, timm 1; median")
+
+
+def test_the_profile_says_what_the_time_goes_to():
+    operations = [("aten::convolution_backward", 0.5, 31), ("cpp_fused_batch_norm", 0.3, 5), ("aten::else", 0.1, 2)]
+    line = summary(operations, taken=1.0, steps=10)
+    assert line == ("100.0 ms a step under the profiler: 50 % convolutions, 30 % fused operations; 20 % other or idle.")
+
+
+# The command
+
+
+def run(folder, *flags):
+    benchmark.main(["--device", "cpu", "--repeats", "2", "--steps", "1", "--results", str(folder), *flags])
+    return json.loads((folder / "benchmark-cpu.json").read_text())
+
+
+def test_every_figure_is_in_the_file(tmp_path, capsys):
+    flags = ["--pass-images", "160", "--no-torchcompile", "--only"]
+    results = run(tmp_path, *flags, "evaluate-resnet32")
+    results = run(tmp_path, *flags, "step-resnet32")
+    record = results["records"]["evaluate-resnet32"]
+    figures = {who: values["repeats"] for who, values in record["contestants"].items()}
+    assert {who: len(values) for who, values in figures.items()} == {"plain": 2, "mbib": 2, "plain forward": 2}
+    rows = {row["row"]: row for row in results["rows"]}
+    ratios = [a / b for a, b in zip(figures["mbib"], figures["plain"], strict=True)]
+    assert rows["evaluate-resnet32"]["values"] == ratios
+    assert rows["evaluate-resnet32"]["median"] == sum(ratios) / 2
+    assert rows["step-resnet32-eager"]["n"] == 2
+    assert "median" not in rows["step-resnet32"]  # nothing has been compiled
+    assert {"torch", "timm", "hardware", "commit", "threads", "command"} <= results["environment"].keys()
+    assert "MBIB evaluation / plain evaluation, ResNet32" in capsys.readouterr().out
+
+
+def test_figures_of_another_machine_are_not_mixed_in(tmp_path):
+    results = table.merge(None, {"environment": environment(), "records": {}, "measured": {}})
+    (tmp_path / "benchmark-cpu.json").write_text(json.dumps(results))
+    with pytest.raises(MbibError, match=r"was measured with hardware some, this is .* measure into another --results"):
+        run(tmp_path, "--only", "start")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (["--only", "epochs-200"], "epochs-200 cannot be measured on cpu"),
+        (["--only", "pipeline", "--pass-images", "100"], "expected a whole batch of 128 at least"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags, message, tmp_path):
+    with pytest.raises(MbibError, match=message):
+        benchmark.main(["--device", "cpu", "--results", str(tmp_path), *flags])
