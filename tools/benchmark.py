@@ -18,7 +18,8 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
   on CUDA the allocator's, on the CPU the resident memory of a fresh process for each figure.
 - evaluate-*: evaluation from resident images, all heads counted, and the plain forward pass alone on one batch.
 - throughput-resnext50, epochs-200: on CUDA.
-- start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure.
+- start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure;
+  start-large: the same with lists as long as iNaturalist 2018's.
 """
 
 import argparse

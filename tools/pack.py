@@ -5,14 +5,13 @@
     python tools/pack.py finetune/mbib_resnet50 --data-dir my_images -o my_images.tar.gz --format webp
     mbib train cifar100_lt_if100/mbib_resnet32 --dataset folder --data-dir cifar100_lt_if100.tar
 
-Of the training split it writes the recipe's long-tailed subset alone, which the recipe then keeps as a whole; beside it
-the splits that are evaluated: `<split>/<class>/<number>.png`. Images are encoded anew without loss, as the grey values
+Of the training split it writes the recipe's long-tailed subset alone, which the recipe then keeps as a whole, and in the
+same order; beside it the splits that are evaluated: `<split>/<class>/<number>.png`. Images are encoded anew without loss, as the grey values
 or RGB that training sees, so those that come as JPEG grow several times. The same images give the same bytes, as long
 as the versions of Pillow and zlib are the same.
 """
 
 import argparse
-import contextlib
 import gzip
 import io
 import itertools
@@ -32,6 +31,7 @@ from mbib_timm.cli import Parser, add_recipe_flags, recipe_overrides
 from mbib_timm.data import Split, Splits, open_data
 from mbib_timm.data.archives import SUFFIXES
 from mbib_timm.data.images import first_line
+from mbib_timm.data.long_tail import long_tailed_indices
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
@@ -76,7 +76,7 @@ def pack(recipe: Recipe, file: Path, image_format: str) -> int:
         The number of images.
 
     Raises:
-        MbibError: another name, no such folder, or no space left.
+        MbibError: another name, no such folder, or a file that cannot be written.
         DataError: data that stream or do not fit the recipe, an image that cannot be read, or a split without images
             of a class.
     """
@@ -88,13 +88,17 @@ def pack(recipe: Recipe, file: Path, image_format: str) -> int:
     progress = Progress(len(members), unit="image")
 
     def write(out: BinaryIO) -> None:
+        if file.name.lower().endswith(".tar"):
+            write_tar(out, members, image_format, progress)
+            return
         # gzip would write down the file's name and the time.
-        packed = gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0)
-        with contextlib.nullcontext(out) if file.name.lower().endswith(".tar") else packed as sink:
-            write_tar(sink, members, image_format, progress)
+        with gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as packed:
+            write_tar(packed, members, image_format, progress)
 
     try:
         write_atomically(file, write)
+    except OSError as error:
+        raise MbibError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
         progress.close()
     return len(members)
@@ -120,9 +124,13 @@ def plan(recipe: Recipe, data: Splits, image_format: str) -> Iterator[Member]:
             # Class folders are all that an archive says about classes.
             empty = ", ".join(classes[label] for label in np.flatnonzero(counts == 0)[:5])
             raise DataError(f"split {name!r} has no images of class {empty}; packed, it would have fewer classes")
+        order = np.arange(len(split))
+        if split is data.train and recipe.imbalance != "none":
+            # The recipe shuffles each class once more, which shall give the order, and so the batches, of these data.
+            order = np.argsort(long_tailed_indices(split.targets, counts.tolist(), recipe.subset_seed))
         width = len(str(counts.max() - 1))
         for label, folder in enumerate(classes):
-            for number, place in enumerate(np.flatnonzero(split.targets == label)):
+            for number, place in enumerate(order[split.targets[order] == label]):
                 yield Member(f"{name}/{folder}/{number:0{width}}.{image_format}", split, int(place))
 
 
@@ -152,16 +160,15 @@ def write_tar(sink: Any, members: Sequence[Member], image_format: str, progress:
 
 
 def encode(split: Split, place: int, image_format: str) -> bytes:
-    """Encode an image's pixels without loss, and nothing else of it. Raises DataError if it cannot be read."""
+    """Encode an image's pixels without loss, and nothing else of it. Raises DataError if it cannot."""
     assert split.reader is not None
-    index = place if split.indices is None else int(split.indices[place])
+    index, content = place if split.indices is None else int(split.indices[place]), io.BytesIO()
     try:
         image = split.reader.read(index)
         pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except Exception as error:  # PIL's decoders raise many kinds
-        raise DataError(f"cannot read image {split.reader.path(index)}: {first_line(error)}") from None
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, image_format, **ENCODINGS[image_format])
+        Image.fromarray(pixels).save(content, image_format, **ENCODINGS[image_format])
+    except Exception as error:  # PIL's decoders raise many kinds, and WebP ends at 16,383 pixels
+        raise DataError(f"cannot pack image {split.reader.path(index)}: {first_line(error)}") from None
     return content.getvalue()
 
 

@@ -1,7 +1,7 @@
 """Images in tars, compressed or not: a whole data set in one file.
 
-An archive holds class folders, or split folders of them (``train/cat/1.png``), below one common folder or not; or a tar
-for each class. Members are read by offset, and their names never lead to the disk.
+An archive holds class folders, or split folders of them (``train/cat/1.png``), below one common folder or not; a tar
+stands for the folder of its name. Members are read by offset, and their names never lead to the disk.
 """
 
 import gzip
@@ -111,7 +111,7 @@ class ImageArchive:
             DataError: there are no images.
         """
         if not self.members:
-            raise DataError(f"no images in class folders under {self} (looked for {', '.join(sorted(_kinds()))})")
+            raise DataError(f"no images in class folders under {self} (looked for {', '.join(image_kinds())})")
         names = sorted(self.members, key=natural_key)
         folders = [name.removeprefix(self.prefix).rpartition("/")[0].rpartition("/")[2] for name in names]
         # Names that differ in case alone have one natural key; their order must not be that of a set.
@@ -123,6 +123,11 @@ class ImageArchive:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
         return Split(ArchiveReader(self.path, names, places, contents), targets, class_names=tuple(classes))
+
+
+def image_kinds() -> list[str]:
+    """Return the suffixes of images: timm's, and WebP's."""
+    return sorted({*get_img_extensions(), ".webp"})
 
 
 def is_archive(path: Path) -> bool:
@@ -148,39 +153,42 @@ def open_archive(path: Path) -> ImageArchive:
             if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC:
                 with gzip.open(path) as compressed:
                     tar = compressed.read()
-            file.seek(0)
+            contents = file if tar is None else io.BytesIO(tar)
+            end = contents.seek(0, os.SEEK_END)
+            contents.seek(0)
             # Of members with the same name the last counts, as when a tar is unpacked.
-            found = _images(file if tar is None else io.BytesIO(tar))
-            members = {name: (start, size) for name, start, size in found}
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            members = {name: (start, size) for name, start, size in _images(contents, end)}
+    # tarfile lets ValueError and OverflowError of the numbers in a damaged header pass.
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
     return ImageArchive(path, members, tar)
 
 
-def _images(file: BinaryIO, folder: str = "") -> Iterator[tuple[str, int, int]]:
+def _images(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, int, int]]:
     """Give name, first byte and size of each image in the tar that begins at the file's position.
 
     Args:
         file: can be sought.
+        end: of the tar in the file.
         folder: goes before the names, for the tar of a class in a tar.
     """
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
         members = tar.getmembers()
         file.seek(tar.offset)
     # tarfile takes a damaged header, and a file that ends between two members, for the end.
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"truncated or damaged after {len(members)} members")
+    if tar.offset >= end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        where = f" of {folder}.tar" if folder else ""
+        raise tarfile.ReadError(f"truncated or damaged after {len(members)} members{where}")
+    kinds = image_kinds()
     for member in members:
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
         if not member.isreg() or any(part.startswith(".") for part in parts):  # hidden, or macOS's ._ files, or ..
             continue
         name = PurePosixPath(folder, *parts)
-        if name.suffix.lower() in _kinds():
+        if name.suffix.lower() in kinds:
+            if member.issparse():  # its bytes are not those of the image
+                raise tarfile.ReadError(f"{name} is a sparse member; pack it without tar's option --sparse")
             yield str(name), member.offset_data, member.size
         elif name.suffix.lower() == ".tar" and not folder:
             file.seek(member.offset_data)
-            yield from _images(file, name.stem)
-
-
-def _kinds() -> set[str]:
-    return {*get_img_extensions(), ".webp"}
+            yield from _images(file, member.offset_data + member.size, str(name.with_suffix("")))

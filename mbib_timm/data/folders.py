@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 from timm.data.readers import create_reader
-from timm.data.readers.img_extensions import get_img_extensions
 
-from mbib_timm.data.archives import SUFFIXES, ImageArchive, is_archive, open_archive
+from mbib_timm.data.archives import SUFFIXES, ImageArchive, image_kinds, is_archive, open_archive
 from mbib_timm.data.images import Split, TimmReader, first_line
 from mbib_timm.errors import DataError
 
@@ -49,12 +48,15 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
 
 
 def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | None:
-    """Return the folder or archive of a split under its own name or a synonym; None where there is none."""
+    """Return the folder or archive of a split under its own name or a synonym; None where there is none.
+
+    A folder of images alone is none of them: CIFAR-100 has a class ``train``.
+    """
     names = dict.fromkeys((split, *SYNONYMS.get(split, ())))
     if isinstance(root, ImageArchive):
         return next((root.folder(name) for name in names if name in root.folders), None)
     candidates = (root / f"{name}{suffix}" for name in names for suffix in ("", *SUFFIXES))
-    return next((candidate for candidate in candidates if candidate.exists()), None)
+    return next((candidate for candidate in candidates if candidate.is_file() or _holds_folders(candidate)), None)
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
@@ -66,6 +68,10 @@ def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
         members = generator.permutation(np.flatnonzero(split.targets == label))
         held_out[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return held_out
+
+
+def _holds_folders(path: Path) -> bool:
+    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir() if not entry.name.startswith("."))
 
 
 def _read(place: Path | ImageArchive) -> Split:
@@ -84,12 +90,12 @@ def _read_folder(path: Path) -> Split:
     if path.is_dir() and not any(path.iterdir()):
         raise DataError(f"{path} is empty")
     try:
-        reader: Any = create_reader("", root=str(path))
+        reader: Any = create_reader("", root=str(path), input_key=";".join(image_kinds()))
     except OSError as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
     except (ValueError, AssertionError, RuntimeError):
-        kinds = ", ".join(sorted(get_img_extensions()))
-        raise DataError(f"no images in class folders under {path} (looked for {kinds})") from None
+        kinds = f"looked for {', '.join(image_kinds())}" if path.is_dir() else f"archives are {', '.join(SUFFIXES)}"
+        raise DataError(f"no images in class folders under {path} ({kinds})") from None
     _refuse_empty_classes(path, reader)
     targets = np.array([label for _, label in reader.samples], dtype=np.int64)
     names = sorted(reader.class_to_idx, key=lambda name: reader.class_to_idx[name])

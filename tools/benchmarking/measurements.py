@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from benchmarking.contestants import (
     MODELS,
@@ -162,7 +166,8 @@ def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
     yield Record("epochs-200", "seconds", figures, rows, describe(recipe, epochs=number))
 
 
-# Runs `mbib train` with a first step that tells the time, done or not, and ends the process.
+# Runs `mbib train` with a first step that tells the time as it begins and as it is done, and ends the process. The step
+# is left out unless the first argument is "whole".
 START = """
 import os, sys, time
 import timm, torch
@@ -176,7 +181,8 @@ def until_the_first(*arguments):
     step = create_step(*arguments)
     def first(*batch):
         begun = time.perf_counter()
-        step(*batch)
+        if sys.argv[1] == "whole":
+            step(*batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         print("\\nseconds", begun - started, time.perf_counter() - started, flush=True)
@@ -184,8 +190,26 @@ def until_the_first(*arguments):
     return first
 
 run.create_step = until_the_first
-sys.exit(cli.main(["train", *sys.argv[1:]]))
+sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
+
+
+def seconds_to_first_step(settings: Settings, *flags: str, whole: bool) -> tuple[float, float]:
+    """Return seconds from the end of `import torch, timm` until `mbib train` begins its first step, and until it ends.
+
+    Args:
+        settings: device.
+        flags: of `mbib train`.
+        whole: run the step; else the two are the same.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
+        command = [sys.executable, "-c", START, "whole" if whole else "begin", *flags, *own]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("seconds ")]
+    if not lines:
+        raise MbibError(f"mbib train did not come to its first step: {done.stderr.strip()[-300:]}")
+    return float(lines[-1][1]), float(lines[-1][2])
 
 
 def start(settings: Settings) -> Iterator[Record]:
@@ -193,20 +217,39 @@ def start(settings: Settings) -> Iterator[Record]:
     begun: list[float] = []
 
     def run() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
-            command = [sys.executable, "-c", START, *flags]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        lines = [line.split() for line in done.stdout.splitlines() if line.startswith("seconds ")]
-        if not lines:
-            raise MbibError(f"mbib train did not come to its first step: {done.stderr.strip()[-300:]}")
-        begun.append(float(lines[-1][1]))
-        return float(lines[-1][2])
+        begins, ends = seconds_to_first_step(settings, whole=True)
+        begun.append(begins)
+        return ends
 
     done = take_turns({"mbib train": run}, settings.repeats)["mbib train"]
     figures = {"first step begins": begun[1:], "first step done": done}
     yield Record(
         "start", "seconds", figures, {"start": begun[1:], "start-step": done}, {"recipe": "digits/mbib_resnet20"}
+    )
+
+
+def start_large(settings: Settings) -> Iterator[Record]:
+    """Measure the same with lists as long as iNaturalist 2018's, which name 1,000 JPEG files again and again."""
+    recipe, classes = "inat2018_90e/mbib_resnet50", 8_142
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generator = np.random.default_rng(0)
+        for image in range(1_000):
+            pixels = generator.integers(0, 256, (375, 500, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{image}.jpg")
+        for split, images in (("train", 437_513), ("val", 24_426)):
+            lines = (f"{image % 1_000}.jpg {image % classes}\n" for image in range(images))
+            (folder / f"{split}.txt").write_text("".join(lines))
+        flags = ["--data-dir", name, "--train-list", f"{name}/train.txt", "--val-list", f"{name}/val.txt"]
+        flags += ["--workers", "2", "--image-cache", "none"]
+        run = partial(seconds_to_first_step, settings, recipe, *flags, whole=False)
+        figures = take_turns({"first step begins": lambda: run()[0]}, settings.repeats)
+    yield Record(
+        "start-large",
+        "seconds",
+        figures,
+        {"start-large": figures["first step begins"]},
+        {"recipe": recipe, "workers": 2},
     )
 
 
@@ -231,4 +274,5 @@ MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "epochs-200": epochs,
     "throughput-resnext50": throughput,
     "start": start,
+    "start-large": start_large,
 }
