@@ -96,6 +96,12 @@ def test_bad_arguments_end_with_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_sweep_over_several_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sweep", DIGITS, *FLAGS]) == 2
+    assert "a sweep is one process: start one for each device" in capsys.readouterr().err
+
+
 # What is run
 
 

@@ -5,10 +5,10 @@
     python tools/pack.py finetune/mbib_resnet50 --data-dir my_images -o my_images.tar.gz --format webp
     mbib train cifar100_lt_if100/mbib_resnet32 --dataset folder --data-dir cifar100_lt_if100.tar
 
-Of the training split it writes the recipe's long-tailed subset alone, which the recipe then keeps as a whole, and in the
-same order; beside it the splits that are evaluated: `<split>/<class>/<number>.png`. Images are encoded anew without loss, as the grey values
-or RGB that training sees, so those that come as JPEG grow several times. The same images give the same bytes, as long
-as the versions of Pillow and zlib are the same.
+Of the training split it writes the recipe's long-tailed subset alone, which the recipe then keeps as a whole and in the
+same order; beside it the splits that are evaluated: `<split>/<class>/<number>.png`. Images are encoded anew without
+loss, as the grey values or RGB that training sees, so those that come as JPEG grow several times. The same images give
+the same bytes, as long as the versions of Pillow and zlib are the same.
 """
 
 import argparse

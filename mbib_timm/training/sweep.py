@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +199,8 @@ def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], only: str = "", dry_ru
     Raises:
         MbibError: the sweep cannot be; nothing has been run.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MbibError("a sweep is one process: start one for each device, with --device and --only, not torchrun")
     runs = [run for run in plan(sweep, overrides) if only in run.label]
     if not runs:
         raise MbibError(f"sweep {sweep.name} has no run whose name contains {only!r}")

@@ -1,0 +1,586 @@
+"""Archives against the same images in folders, and what `tools/pack.py` writes against the data it came from."""
+
+import csv
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pack
+import pytest
+from PIL import Image
+from timm.data.readers import create_reader
+from torch.utils.data import DataLoader
+
+from mbib_timm.cli import main
+from mbib_timm.data import Split, Splits, open_data
+from mbib_timm.data.archives import open_archive
+from mbib_timm.data.folders import open_folder
+from mbib_timm.data.images import ArrayReader, ImageDataset
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.recipe import Recipe
+
+
+def png(seed, size=9):
+    content = io.BytesIO()
+    pixels = np.random.RandomState(seed).randint(0, 256, (size, size + 1, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "png")
+    return content.getvalue()
+
+
+# Names whose natural order is not that of their characters.
+CLASSES = {f"{folder}/{name}.png": png(i * 10 + j)
+           for i, folder in enumerate(("c10", "c2", "Bee", "ant", "c2_b"))
+           for j, name in enumerate(("10", "9", "b", "A1"))}  # fmt: skip
+SPLITS = {f"{split}/{name}": content for split in ("train", "val") for name, content in CLASSES.items()}
+
+
+def tar_bytes(entries, **options):
+    """A tar of (name, content) pairs or dict items; a content may be a TarInfo for what is no file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", **options) as tar:
+        for name, content in entries.items() if isinstance(entries, dict) else entries:
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                tar.addfile(content)
+                continue
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return out.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def shuffled(entries):
+    return random.Random(0).sample(sorted(entries.items()), len(entries))
+
+
+def unpacked(folder, entries):
+    for name, content in entries.items():
+        write(folder / name, content)
+    return folder
+
+
+def pixels(reader, mode="RGB"):
+    """Every image of a reader, as bytes with its size."""
+    return [(image.size, image.convert(mode).tobytes()) for image in reader]
+
+
+def contents(split):
+    indices = range(len(split)) if split.indices is None else split.indices.tolist()
+    return pixels(split.reader.read(i) for i in indices)
+
+
+def assert_same(split, expected):
+    assert split.class_names == expected.class_names
+    assert split.targets.tolist() == expected.targets.tolist()
+    assert contents(split) == contents(expected)
+
+
+def opened(place, split="train"):
+    return open_folder(str(place), split, 0.25, 0)
+
+
+# The same images in an archive and in folders
+
+
+@pytest.mark.parametrize(
+    ("name", "compress"), [("x.tar", 0), ("x.tar.gz", 1), ("X.TGZ", 1), ("x.tar", 1), ("x.tgz", 0)]
+)
+@pytest.mark.parametrize("prefix", ["", "./", "data/", "./data/", "/data/"])
+def test_splits_read_as_timm_reads_the_folder(tmp_path, name, compress, prefix):
+    content = tar_bytes([(prefix + path, image) for path, image in shuffled(SPLITS)])
+    archive = write(tmp_path / name, gzip.compress(content, 1) if compress else content)
+    reader = create_reader("", root=str(unpacked(tmp_path / "folder", CLASSES)))
+    for asked in ("train", "validation"):
+        split = opened(archive, asked)
+        assert split.class_names == ("ant", "Bee", "c2", "c2_b", "c10") == tuple(reader.class_to_idx)
+        assert split.targets.tolist() == [label for _, label in reader.samples]
+        assert contents(split) == pixels(Image.open(file) for file, _ in reader.samples)
+        inside = f"{prefix.removeprefix('.').strip('/')}/{'train' if asked == 'train' else 'val'}/ant/9.png"
+        assert split.reader.path(0) == f"{archive}/{inside.strip('/')}"
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_class_folders_alone_are_split_as_in_a_folder(tmp_path, tar_format):
+    # The two younger formats write names that are long or not ASCII in headers of their own.
+    entries = {f"{'long' * 22}/{name}.é.png" if tar_format else name: image for name, image in CLASSES.items()}
+    archive = write(tmp_path / "x.tar", tar_bytes(shuffled(entries), format=tar_format))
+    for asked in ("train", "validation"):
+        expected = opened(unpacked(tmp_path / "folder", CLASSES), asked)
+        split = opened(archive, asked)
+        assert len(split) == (15 if asked == "train" else 5)
+        assert split.indices.tolist() == expected.indices.tolist()
+        assert_same(split, expected)
+
+
+@pytest.mark.parametrize("training", ["train", "training"])
+@pytest.mark.parametrize("validation", ["validation", "val", "valid", "test", "eval"])
+def test_split_folders_have_synonyms(tmp_path, training, validation):
+    entries = {f"{training}/{name}": image for name, image in CLASSES.items()}
+    entries |= {f"{validation}/{name}": png(len(name)) for name in CLASSES}
+    archive = write(tmp_path / "x.tar", tar_bytes(entries))
+    folder = unpacked(tmp_path / "folder", entries)
+    for asked in ("train", "validation", "val", "test"):
+        assert_same(opened(archive, asked), opened(folder, asked))
+    with pytest.raises(DataError, match=rf"x\.tar holds no split 'extra': there is {min(training, validation)}, "):
+        opened(archive, "extra")
+
+
+def test_a_split_of_its_own_name_comes_before_its_synonyms(tmp_path):
+    entries = SPLITS | {f"test/{name}": png(1) for name in CLASSES}
+    archive = write(tmp_path / "x.tar", tar_bytes(entries))
+    assert "/test/" in opened(archive, "test").reader.path(0)
+    assert "/val/" in opened(archive, "validation").reader.path(0)
+
+
+@pytest.mark.parametrize("prefix", ["", "data/", "train/", "data/train/"])
+def test_a_class_may_be_called_train(tmp_path, prefix):
+    entries = {f"{prefix}{label}/{i}.png": png(i) for label in ("train", "bus", "val") for i in range(4)}
+    archive = write(tmp_path / "x.tar", tar_bytes(entries))
+    folder = unpacked(tmp_path / "folder", entries) / prefix.removesuffix("train/")
+    split = opened(archive)
+    assert split.class_names == ("bus", "train", "val")
+    assert_same(split, opened(folder))
+
+
+@pytest.mark.parametrize("inner", ["", "./", "folder of the class"])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("prefix", ["", "data/"])
+def test_a_tar_for_each_class(tmp_path, inner, compress, prefix):
+    tars = []
+    for split in ("train", "val"):
+        for label in ("c10", "c2", "ant"):
+            images = {name: png(len(label + split)) for name in ("10.png", "9.png")}
+            folder = f"{label}/" if inner.startswith("folder") else inner
+            inside = tar_bytes({folder + name: image for name, image in images.items()})
+            tars.append((f"{prefix}{split}/{label}.tar", inside))
+            unpacked(tmp_path / "folder" / split / label, images)
+    content = tar_bytes(tars)
+    archive = write(tmp_path / "x.tar", gzip.compress(content) if compress else content)
+    for asked in ("train", "validation"):
+        assert_same(opened(archive, asked), opened(tmp_path / "folder", asked))
+    alone = write(tmp_path / "alone.tar", tar_bytes({name.rpartition("/")[2]: image for name, image in tars[:3]}))
+    assert open_archive(alone).read().class_names == ("ant", "c2", "c10")
+
+
+def test_archives_of_splits_in_a_folder_or_in_an_archive(tmp_path):
+    packed = {"train.tar": tar_bytes(CLASSES), "val.tar": tar_bytes(CLASSES)}
+    folder = unpacked(tmp_path / "tars", packed)
+    (folder / "val.tar").unlink()
+    write(folder / "val.tar.gz", gzip.compress(packed["val.tar"]))
+    archive = write(tmp_path / "x.tar", tar_bytes(packed))
+    expected = opened(unpacked(tmp_path / "folder", SPLITS))
+    for asked in ("train", "validation"):
+        assert_same(opened(folder, asked), expected)
+        assert_same(opened(archive, asked), expected)
+
+
+def test_webp_is_read_in_archives_and_folders(tmp_path):
+    entries = {}
+    for name in ("ant/1.webp", "ant/2.png", "bee/3.WebP"):
+        content = io.BytesIO()
+        Image.open(io.BytesIO(png(len(entries)))).save(content, name.rpartition(".")[2], lossless=True)
+        entries[name] = content.getvalue()
+    split = open_archive(write(tmp_path / "x.tar", tar_bytes(entries))).read()
+    assert split.targets.tolist() == [0, 0, 1]
+    assert_same(opened(tmp_path / "x.tar"), opened(unpacked(tmp_path / "folder", entries)))
+
+
+# What is no image
+
+
+def entry_of_type(kind, link=""):
+    header = tarfile.TarInfo()
+    header.type, header.linkname = kind, link
+    return header
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train/ant/._A1.png", b"macOS"),
+        ("._train", b"macOS"),
+        ("train/.hidden/1.png", png(1)),
+        (".git/ant/1.png", png(1)),
+        ("../train/ant/1.png", png(1)),
+        ("train/ant/../../../1.png", png(1)),
+        ("train/ant/../eel/1.png", png(1)),
+        ("train/ant/0.png", entry_of_type(tarfile.SYMTYPE, "/etc/passwd")),
+        ("train/ant/0.png", entry_of_type(tarfile.LNKTYPE, "train/ant/A1.png")),
+        ("train/ant/0.png", entry_of_type(tarfile.FIFOTYPE)),
+        ("train/ant/0.png", entry_of_type(tarfile.DIRTYPE)),
+        ("train/ant/notes.txt", b"no image"),
+        ("train/ant/png", b"no image"),
+    ],
+)
+def test_what_is_no_image_of_the_data_is_passed_over(tmp_path, name, content):
+    entries = [(name, content), *SPLITS.items()]
+    for path, packed in (("x.tar", tar_bytes(entries)), ("x.tgz", gzip.compress(tar_bytes(entries)))):
+        split = opened(write(tmp_path / path, packed))
+        assert_same(split, opened(unpacked(tmp_path / "folder", SPLITS)))
+
+
+def test_names_never_lead_to_the_disk(tmp_path):
+    outside = unpacked(tmp_path / "outside", CLASSES)
+    archive = write(tmp_path / "x.tar", tar_bytes({f"{outside}/{name}": png(7) for name in CLASSES}))
+    assert set(contents(open_archive(archive).read())) == set(pixels([Image.open(io.BytesIO(png(7)))]))
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path):
+    entries = [("ant/1.png", png(1)), ("bee/1.png", png(2)), ("./ant/1.png", png(3, 20)), ("ant//1.png", png(4, 5))]
+    split = open_archive(write(tmp_path / "x.tar", tar_bytes(entries))).read()
+    assert split.targets.tolist() == [0, 1]
+    assert contents(split) == pixels(Image.open(io.BytesIO(image)) for image in (png(4, 5), png(2)))
+
+
+# What cannot be read
+
+SOUND = tar_bytes(SPLITS)
+HEADER = SOUND.index(b"train/c2/9.png")
+END = len(SOUND.rstrip(b"\0")) // 512 * 512 + 512
+CLASS_TARS = {f"train/{label}.tar": tar_bytes({"1.png": png(1), "2.png": png(2)}) for label in ("ant", "bee")}
+
+
+def changed(content, place, value):
+    """A tar with a header's bytes changed, and its checksum right."""
+    damaged = bytearray(content)
+    damaged[place : place + len(value)] = value
+    begin = place // 512 * 512
+    total = sum(damaged[begin : begin + 148]) + 8 * ord(" ") + sum(damaged[begin + 156 : begin + 512])
+    damaged[begin + 148 : begin + 156] = b"%06o\0 " % total
+    return bytes(damaged)
+
+
+def sparse():
+    header = tarfile.TarInfo("ant/1.png")
+    header.size, header.pax_headers = 512, {"GNU.sparse.map": "0,512", "GNU.sparse.size": "1024"}
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(header, io.BytesIO(bytes(512)))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"no tar" * 1000, None),
+        (SOUND[:300], "truncated"),
+        (SOUND[:HEADER], "truncated or damaged after 5 members"),
+        (SOUND[: HEADER + 100], "truncated or damaged after 5 members"),
+        (SOUND[: HEADER + 600], "unexpected end of data"),
+        (SOUND[:END], "truncated or damaged after 40 members"),
+        (SOUND[:HEADER] + b"?" + SOUND[HEADER + 1 :], "truncated or damaged after 5 members"),
+        (SOUND[:HEADER] + bytes(100) + SOUND[HEADER + 100 :], "truncated or damaged after 5 members"),
+        (changed(SOUND, HEADER + 124, b"\x80" + b"\xff" * 11), None),
+        (changed(SOUND, HEADER + 124, b"77777777777\0"), "unexpected end of data"),
+        (sparse(), r"ant/1\.png is a sparse member"),
+        (sparse().replace(b"=0,512", b"=0,5x2"), None),
+        (gzip.compress(SOUND)[:-9], None),
+        (gzip.compress(SOUND)[:-4], None),
+        (gzip.compress(SOUND)[:1000], None),
+        (gzip.compress(SOUND) + b"more", "Not a gzipped file"),
+        (gzip.compress(SOUND[:HEADER]), "truncated or damaged after 5 members"),
+        (changed(gzip.compress(SOUND), 1024, b"??????"), None),
+        (tar_bytes(CLASS_TARS | {"train/bee.tar": b""}), "of train/bee.tar"),
+        (tar_bytes(CLASS_TARS | {"train/bee.tar": b"?" * 512}), "damaged after 0 members of train/bee.tar"),
+        (tar_bytes(CLASS_TARS | {"train/bee.tar": CLASS_TARS["train/bee.tar"][:700]}), "1 members of train/bee.tar"),
+        (tar_bytes({"ant/notes.txt": b"no image"}), r"looked for \.jpeg, \.jpg, \.png, \.webp"),
+        (tar_bytes({}), r"no images in class folders under \S+x\.tar "),
+        (tar_bytes({"ant/1.png": png(1)}), r"holds 1 class folder \(ant\)"),
+        (tar_bytes(CLASSES | {"1.png": png(1)}), "holds images outside of class folders"),
+        (tar_bytes({f"train/{name}": image for name, image in CLASSES.items()}), "no split 'validation': there is tr"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, capsys, content, message):
+    archive = write(tmp_path / "x.tar", content)
+    with pytest.raises(DataError, match=message) as raised:
+        open_data(Recipe(dataset="folder", data_dir=str(archive)))
+    assert str(archive) in str(raised.value)
+    flags = [
+        "--val-split",
+        "validation",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(archive),
+        "--output",
+        str(tmp_path / "runs"),
+    ]
+    assert main(["train", "digits/mbib_resnet20", *flags]) == 2
+    assert capsys.readouterr().err == f"mbib: error: {raised.value}\n"
+
+
+@pytest.mark.parametrize("cut", range(100, END, 2311))
+def test_no_truncated_tar_passes_for_a_whole_one(tmp_path, cut):
+    for name, content in (("x.tar", SOUND[:cut]), ("x.tgz", gzip.compress(SOUND[:cut], 1))):
+        with pytest.raises(DataError, match=r"^cannot read "):
+            open_archive(write(tmp_path / name, content))
+
+
+# Workers
+
+
+def read_all(split):
+    return contents(split)
+
+
+@pytest.fixture(params=["x.tar", "x.tgz"])
+def large(request, tmp_path):
+    """The split of an archive, of which this process has read already."""
+    content = tar_bytes({f"{i % 3}/{i}.png": png(i, 40) for i in range(60)})
+    archive = write(tmp_path / request.param, content if request.param == "x.tar" else gzip.compress(content, 1))
+    split = open_archive(archive).read()
+    split.reader.read(59)
+    return split
+
+
+def test_forked_workers_and_their_parent_read_at_once(large):
+    expected = contents(large)
+    dataset = ImageDataset(large, "RGB", lambda image: (image.size, image.tobytes()), replace_broken=False)
+    loader = DataLoader(dataset, 3, num_workers=2, multiprocessing_context="fork", collate_fn=list)
+    seen = []
+    for batch in loader:
+        seen += [image for image, _ in batch]
+        assert pixels([large.reader.read(31)]) == expected[31:32]
+    assert seen == expected
+
+
+def test_a_pickled_reader_opens_the_file_anew(large):
+    copy = pickle.loads(pickle.dumps(large))
+    assert copy.reader._opened is None
+    assert_same(copy, large)
+
+
+def test_spawned_workers_read(tmp_path):
+    splits = []
+    for name, content in (("x.tar", SOUND), ("x.tgz", gzip.compress(SOUND))):
+        splits.append(opened(write(tmp_path / name, content)))
+        splits[-1].reader.read(3)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(read_all, splits) == [contents(split) for split in splits]
+
+
+# Packing
+
+
+def packing_recipe(folder, **keys):
+    return Recipe(dataset="folder", data_dir=str(folder), **keys)
+
+
+def splits(names, val=None):
+    """Data of which each image is a colour of its own, in mixed order."""
+    targets = np.random.RandomState(0).permutation(np.repeat(np.arange(len(names)), 3))
+    images = np.stack([np.full((4, 4, 3), (i // 256, i % 256, 9), np.uint8) for i in range(len(targets))])
+    split = Split(ArrayReader(images, "arrays"), targets, class_names=tuple(names))
+    return Splits(split, split if val is None else val, None, np.bincount(targets), tuple(names))
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """Pack given data instead of a recipe's."""
+
+    def run(data, name="x.tar", **keys):
+        monkeypatch.setattr(pack, "open_data", lambda recipe: data)
+        pack.pack(Recipe(**keys), tmp_path / name, "png")
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+def test_the_same_images_give_the_same_bytes(tmp_path, monkeypatch, suffix, image_format):
+    recipe = packing_recipe(unpacked(tmp_path / "folder", SPLITS))
+    first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
+    assert pack.pack(recipe, first, image_format) == 40
+    for file in (tmp_path / "folder").rglob("*.png"):
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    pack.pack(recipe, second, image_format)
+    assert first.read_bytes() == second.read_bytes()
+    for asked in ("train", "validation"):
+        assert_same(opened(first, asked), opened(tmp_path / "folder", asked))
+    with tarfile.open(first, "r:" if suffix == ".tar" else "r:gz") as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members] == sorted(member.name for member in members)
+    assert members[0].name == f"train/Bee/0.{image_format}"
+    assert {(member.uid, member.gid, member.mtime, member.uname) for member in members} == {(0, 0, 0, "")}
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_pixels_are_those_that_training_sees(tmp_path, image_format):
+    rgb = Image.open(io.BytesIO(png(0, 24)))
+    clear = rgb.copy()
+    clear.putalpha(Image.fromarray(np.random.RandomState(1).randint(0, 2, (24, 25), dtype=np.uint8) * 255))
+    wide = Image.fromarray(np.random.RandomState(2).randint(0, 1 << 16, (24, 25)).astype(np.uint16))
+    sources = [rgb, clear, rgb.quantize(16), rgb.convert("L"), clear.convert("LA"), rgb.convert("1"), wide]
+    folder = tmp_path / "folder"
+    for split in ("train", "val"):
+        for label in ("ant", "bee"):
+            (folder / split / label).mkdir(parents=True)
+            for i, image in enumerate(sources):
+                image.save(folder / split / label / f"{i}.png", **({"transparency": 3} if image.mode == "P" else {}))
+            rgb.convert("CMYK").save(folder / split / label / "7.jpg", exif=Image.Exif())
+    pack.pack(packing_recipe(folder), tmp_path / "x.tar", image_format)
+    original, copy = opened(folder), opened(tmp_path / "x.tar")
+    for mode in ("RGB", "L"):
+        got, expected = ([split.reader.read(i).convert(mode) for i in range(16)] for split in (copy, original))
+        assert pixels(got, mode) == pixels(expected, mode)
+    modes = {copy.reader.read(i).mode for i in range(16)}
+    assert modes == ({"RGB", "L"} if image_format == "png" else {"RGB"})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ant", "bee", "cat"),
+        ("cat", "bee", "ant"),
+        ("10", "9", "8"),
+        ("c2", "c10", "c9"),
+        ("a b", "a_b", "a/b"),
+        ("Cat", "cat", "CAT"),
+        ("..", ".hidden", "../../etc"),
+        ("", ".", "x\n"),
+        ("train", "val", "test"),
+        ("é", "e\N{COMBINING ACUTE ACCENT}", "ｅ"),
+        ("m²", "m2", "\N{CIRCLED DIGIT TWO}"),
+        tuple(f"n{i * 7 % 120:08d}, a\\name" for i in range(120)),
+        None,
+    ],
+)
+def test_labels_keep_their_order(packed, names):
+    data = splits(names or range(12))
+    if names is None:
+        data = Splits(Split(data.train.reader, data.train.targets), data.val, None, data.class_counts, None)
+    archive = packed(data)
+    split = opened(archive)
+    assert split.targets.tolist() == sorted(data.train.targets)
+    assert contents(split) == pixels(map(data.train.reader.read, np.argsort(data.train.targets, kind="stable")))
+    with tarfile.open(archive) as tar:
+        assert all(len(name.split("/")) == 3 and "/." not in name for name in tar.getnames())
+
+
+@pytest.mark.parametrize("imbalance", ["exp", "step"])
+def test_a_long_tailed_subset_is_kept_whole_and_in_order(tmp_path, imbalance):
+    keys = dict(imbalance=imbalance, imbalance_factor=4, subset_seed=3, img_size=16)
+    original = open_data(Recipe(dataset="digits", imbalance_max=12, **keys))
+    pack.pack(Recipe(dataset="digits", imbalance_max=12, **keys), tmp_path / "x.tar", "png")
+    for largest in (12, None):
+        copy = open_data(packing_recipe(tmp_path / "x.tar", imbalance_max=largest, **keys))
+        assert copy.class_counts.tolist() == original.class_counts.tolist()
+        assert_same(copy.train, original.train)
+
+
+@pytest.mark.parametrize(
+    ("keys", "val", "message"),
+    [
+        ({}, Split(None, None, stream=lambda training, mode: None), "data source 'digits' streams: packing needs"),
+        (
+            {},
+            Split(ArrayReader(np.zeros((2, 4, 4), np.uint8), "x"), np.array([0, 2])),
+            "'validation' has .* class bee;",
+        ),
+        ({"val_split": "train"}, None, "split 'train' needs a name of its own"),
+        ({"train_split": "train[:80%]"}, None, "can be a folder's"),
+    ],
+)
+def test_data_that_an_archive_cannot_hold_are_refused(packed, tmp_path, keys, val, message):
+    with pytest.raises(DataError, match=message):
+        packed(splits(("ant", "bee", "cat"), val=val), **keys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_is_refused(tmp_path):
+    pytest.importorskip("webdataset")
+    counts = write(tmp_path / "counts.txt", b"3\n2\n")
+    recipe = Recipe(dataset="wds", data_dir=str(tmp_path), class_counts=str(counts))
+    with pytest.raises(DataError, match="'wds' streams: packing needs images by index"):
+        pack.pack(recipe, tmp_path / "x.tar", "png")
+
+
+def test_further_splits_are_packed_once(tmp_path):
+    entries = SPLITS | {f"test/{name}": png(5) for name in CLASSES}
+    folder = unpacked(tmp_path / "folder", entries)
+    assert pack.pack(packing_recipe(folder, test_split="test"), tmp_path / "x.tar", "png") == 60
+    assert pack.pack(packing_recipe(folder, val_split="test", test_split="test"), tmp_path / "y.tar", "png") == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.zip", r"x\.zip: expected a name that ends in \.tar, \.tar\.gz, \.tgz"),
+        ("no/x.tar", r"there is no folder \S+no$"),
+    ],
+)
+def test_names_that_cannot_be_written(tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(sys, "argv", ["pack.py", "digits/mbib_resnet20", "-o", str(tmp_path / name)])
+    with pytest.raises(MbibError, match=message):
+        pack.main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+@pytest.mark.parametrize("before", [None, b"what was there before"])
+@pytest.mark.parametrize(
+    ("failure", "expected", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(28, "No space left on device"), MbibError, "no space left to write"),
+        (OSError(5, "Input/output error"), MbibError, r"cannot write \S+: Input/output error"),
+        (None, DataError, r"cannot pack image \S+/train/c2/9\.png: cannot identify"),
+    ],
+)
+def test_a_pack_that_fails_leaves_what_was_there(tmp_path, monkeypatch, name, before, failure, expected, message):
+    folder = unpacked(tmp_path / "folder", SPLITS if failure else SPLITS | {"train/c2/9.png": b"no image"})
+    if before:
+        write(tmp_path / name, before)
+    encode, done = pack.encode, []
+
+    def failing(*image):
+        done.append(image)
+        if failure is not None and len(done) == 20:
+            raise failure
+        return encode(*image)
+
+    monkeypatch.setattr(pack, "encode", failing)
+    with pytest.raises(expected, match=message):
+        pack.pack(packing_recipe(folder), tmp_path / name, "png")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", *([name] if before else [])}
+    assert not before or (tmp_path / name).read_bytes() == before
+
+
+def test_training_on_the_packed_file_is_training_on_the_data(tmp_path, monkeypatch, capsys):
+    """From the command line: the same batches, so the same losses to the last bit."""
+    shared = ["digits/mbib_resnet20", "--imbalance-max", "48", "--img-size", "16"]
+    shared += ["--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--loader", "resident"]
+    archive = tmp_path / "digits.tar.gz"
+    monkeypatch.setattr(sys, "argv", ["pack.py", *shared, "-o", str(archive)])
+    pack.main()
+    assert capsys.readouterr().out.startswith(f"{archive}: ")
+    runs = []
+    for name, flags in (("data", []), ("file", ["--dataset", "folder", "--data-dir", str(archive)])):
+        assert main(["train", *shared, *flags, "--output", str(tmp_path), "--experiment", name]) == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        with (tmp_path / name / "summary.csv").open() as file:
+            runs.append((metrics, list(csv.DictReader(file))))
+    (data, rows), (file, rows_of_file) = runs
+    assert file["loader"] == data["loader"] == "resident"
+    assert file["class_counts"] == data["class_counts"]
+    assert file["result"] == data["result"]
+    assert [row["train_loss"] for row in rows_of_file] == [row["train_loss"] for row in rows]
+    weights = [Path(tmp_path / name / "model.safetensors").read_bytes() for name in ("data", "file")]
+    assert weights[0] == weights[1]
