@@ -1,0 +1,75 @@
+"""The same small images as bytes of files, of tars and in folders, for the tests of archives and of packing."""
+
+import io
+import random
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from mbib_timm.data.folders import open_folder
+
+
+def png(seed, size=9):
+    content = io.BytesIO()
+    pixels = np.random.RandomState(seed).randint(0, 256, (size, size + 1, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "png")
+    return content.getvalue()
+
+
+# Names whose natural order is not that of their characters.
+CLASSES = {f"{folder}/{name}.png": png(i * 10 + j)
+           for i, folder in enumerate(("c10", "c2", "Bee", "ant", "c2_b"))
+           for j, name in enumerate(("10", "9", "b", "A1"))}  # fmt: skip
+SPLITS = {f"{split}/{name}": content for split in ("train", "val") for name, content in CLASSES.items()}
+
+
+def tar_bytes(entries, **options):
+    """A tar of (name, content) pairs or dict items; a content may be a TarInfo for what is no file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", **options) as tar:
+        for name, content in entries.items() if isinstance(entries, dict) else entries:
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                tar.addfile(content)
+                continue
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return out.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def shuffled(entries):
+    return random.Random(0).sample(sorted(entries.items()), len(entries))
+
+
+def unpacked(folder, entries):
+    for name, content in entries.items():
+        write(folder / name, content)
+    return folder
+
+
+def pixels(reader, mode="RGB"):
+    """Every image of a reader, as bytes with its size."""
+    return [(image.size, image.convert(mode).tobytes()) for image in reader]
+
+
+def contents(split):
+    indices = range(len(split)) if split.indices is None else split.indices.tolist()
+    return pixels(split.reader.read(i) for i in indices)
+
+
+def assert_same(split, expected):
+    assert split.class_names == expected.class_names
+    assert split.targets.tolist() == expected.targets.tolist()
+    assert contents(split) == contents(expected)
+
+
+def opened(place, split="train"):
+    return open_folder(str(place), split, 0.25, 0)
