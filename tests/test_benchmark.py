@@ -8,11 +8,13 @@ import pytest
 import torch
 from benchmarking import contestants, noise, table, turns
 from benchmarking.profiling import summary
+from torch import nn
 from torch.nn import functional as F
 
 from mbib_timm.environment import World, join_world
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.training.optimization import Precision
 
 CPU = torch.device("cpu")
 
@@ -59,6 +61,22 @@ def test_timms_loop_trains_as_a_plain_loop_does(world):
     loop.train_epoch()
     for mine, theirs in zip(loop.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_convolutions_are_all_of_the_networks_and_get_the_gradients_of_training(world):
+    recipe = contestants.subject_recipe("resnet32", "plain", world, compiled=False).replace(batch_size=4, workers=0)
+    model = contestants.TimmLoop(recipe, noise.cifar_like(8), world).model
+    images, _ = noise.normalized_noise(4, 32, 100, CPU)
+    work = contestants.Convolutions(model, images, Precision.of(recipe, CPU))
+    assert [conv for conv, *_ in work.work] == [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert [inputs.requires_grad for _, inputs, _ in work.work] == [False, *[True] * 30]
+    gradients = []
+    conv, inputs, gradient = work.work[5]
+    conv.weight.register_hook(gradients.append)
+    work.take_steps(2)
+    expected = nn.grad.conv2d_weight(inputs.detach(), conv.weight.shape, gradient, conv.stride, conv.padding)
+    assert len(gradients) == 2
+    torch.testing.assert_close(gradients[1], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_an_action_that_runs_longer_has_the_larger_figure():

@@ -169,6 +169,44 @@ class TimmLoop:
             total += loss.item() * len(images)
 
 
+class Convolutions:
+    """Forward and backward pass of a network's convolutions and nothing else: what no training of it can beat.
+
+    Args:
+        model: the network.
+        images: a batch, (B, 3, H, W), which decides the sizes.
+        precision: of the training.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, precision: Precision) -> None:
+        self.device, self.dtype = images.device, precision.autocast_dtype
+        self.work: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
+        hooks = [
+            module.register_forward_hook(self._remember) for module in model.modules() if isinstance(module, nn.Conv2d)
+        ]
+        with torch.no_grad(), self._autocast():
+            model(images)
+        for hook in hooks:
+            hook.remove()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def _remember(self, convolution: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        # The images themselves need no gradient, as in training.
+        needs_gradient = bool(self.work)
+        self.work.append((convolution, inputs[0].clone().requires_grad_(needs_gradient), torch.randn_like(output)))
+
+    def take_steps(self, steps: int) -> None:
+        """Run them all, again and again."""
+        for _ in range(steps):
+            for convolution, inputs, gradient in self.work:
+                with self._autocast():
+                    output = convolution(inputs)
+                output.backward(gradient)
+                convolution.weight.grad = inputs.grad = None
+
+
 def require_compiled() -> None:
     """Raise MbibError where compiling has failed, and what was measured as compiled ran eagerly."""
     if compiled_loss_parts.failed or compiled_head_logits.failed:

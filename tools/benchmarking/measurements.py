@@ -19,6 +19,7 @@ from PIL import Image
 from benchmarking.contestants import (
     MODELS,
     SUBJECTS,
+    Convolutions,
     TimmLoop,
     Trainer,
     peak_memory,
@@ -35,7 +36,8 @@ from mbib_timm.data.resident import resident_loader
 from mbib_timm.errors import MbibError
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 
-MEMORY_STEPS = 3
+# In the second, the optimizer has its buffers.
+MEMORY_STEPS = 2
 
 
 def pipeline(settings: Settings) -> Iterator[Record]:
@@ -48,15 +50,20 @@ def pipeline(settings: Settings) -> Iterator[Record]:
     timm_loop = TimmLoop(subject_recipe("resnet32", "plain", world, compiled=False), splits, world)
     contestants = {"timm": timed(timm_loop.train_epoch, device, timm_loop.images)}
     pool = DataPool()
+    trainers = {model: Trainer(recipe, splits.class_counts, world) for model, recipe in recipes.items()}
     for model, recipe in recipes.items():
         loader = create_loaders(splits, recipe, (3, 32, 32), device, pool=pool).train
-        epoch = partial(Trainer(recipe, splits.class_counts, world).train_epoch, loader)
-        contestants[model] = timed(epoch, device, len(splits.train))
+        contestants[model] = timed(partial(trainers[model].train_epoch, loader), device, len(splits.train))
+    batch, _ = normalized_noise(recipes["plain"].batch_size, 32, splits.num_classes, device)
+    convolutions = Convolutions(timm_loop.model, batch, trainers["plain"].precision)
+    steps = max(1, len(splits.train) // len(batch) // 2)
+    contestants["convolutions"] = timed(partial(convolutions.take_steps, steps), device, steps * len(batch))
     figures = take_turns(contestants, settings.repeats, settings.pass_warm_ups)
     require_compiled()
     rows = {
         "pipeline": ratios(figures["plain"], figures["timm"]),
         "pipeline-mbib": ratios(figures["mbib"], figures["timm"]),
+        "pipeline-convolutions": ratios(figures["convolutions"], figures["timm"]),
     }
     described = describe(recipes["plain"], images=len(splits.train), timm_images=timm_loop.images)
     yield Record("pipeline", "images/s", figures, rows, described)
@@ -257,7 +264,7 @@ def batch_of(subject: str, settings: Settings) -> tuple[int, int, int]:
     """Return batch size, image size and steps of a repeat."""
     if subject == "resnet32":
         return 128, 32, 200 if settings.on_cuda else 20
-    return (64, 224, 50) if settings.on_cuda else (8, 224, 2)
+    return 64, 224, 50 if settings.on_cuda else 1
 
 
 def describe(recipe: Any, **settings: Any) -> dict[str, Any]:

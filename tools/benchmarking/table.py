@@ -58,6 +58,7 @@ ROWS = {
         at_least=True,
     ),
     "pipeline-mbib": Row("pipeline", "MBIB-ResNet32's training images/s over the same", {}),
+    "pipeline-convolutions": Row("pipeline", "ResNet32's convolutions alone over the same: the ceiling", {}),
     "step-resnet32": Row("step-resnet32", "MBIB step / plain step, ResNet32, compiled", both(1.05, 1.15)),
     "step-resnet32-eager": Row("step-resnet32", "the same, eager", {}),
     "step-resnext50": Row(
