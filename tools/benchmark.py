@@ -11,9 +11,10 @@ for ResNet32. Prints a table and writes `results/benchmark-<device>.json`: every
 commit, threads; with `--profile` also `results/profile-<device>.md`.
 
 - pipeline: whole passes over the data, from the start of the loader's iteration. "timm" is the plain backbone trained
-  as timm's train.py does it: PIL pad-crop and flip in two workers, eager step, `loss.item()` after each. Against it the
-  same backbone, batch and precision here: resident, compiled, on CUDA captured. Decoding, once a run, is not included.
-  Its convolutions alone, forward and backward, say what the machine allows.
+  as timm's train.py does it: PIL pad-crop and flip in two workers, eager step, `loss.item()` after each, all in a
+  process of its own, which nothing that is set here can speed up. Against it the same backbone, batch and precision
+  here: resident, compiled, on CUDA captured. Decoding, once a run, is not included. The convolutions alone, forward and
+  backward, say what the machine allows.
 - step-*: the training step alone, on one batch on the device.
 - memory-*: peak memory of two eager training steps and the model, beyond what was taken before the model was built:
   on CUDA the allocator's, on the CPU the resident memory of a fresh process for each figure.

@@ -1,7 +1,7 @@
 """Who competes: a model trained as this package does it, and one trained as timm's train.py does it."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarking.noise import normalized_noise
-from benchmarking.turns import wait
+from benchmarking.noise import cifar_like, normalized_noise
+from benchmarking.turns import timed, wait
 from mbib_timm.data import Splits
 from mbib_timm.data.images import ImageDataset
 from mbib_timm.data.transforms import train_transform
-from mbib_timm.environment import World
+from mbib_timm.environment import World, keep_freed_memory
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits, head_logits
@@ -169,6 +169,12 @@ class TimmLoop:
             total += loss.item() * len(images)
 
 
+def timm_contestant(recipe: Recipe, pass_images: int | None, world: World) -> Callable[[], float]:
+    """Return images/s of timm's loop, a pass over the data at a time; other arguments as `TimmLoop`'s."""
+    loop = TimmLoop(recipe, cifar_like(pass_images), world)
+    return timed(loop.train_epoch, world.device, loop.images)
+
+
 class Convolutions:
     """Forward and backward pass of a network's convolutions and nothing else: what no training of it can beat.
 
@@ -224,6 +230,7 @@ def peak_memory(recipe: Recipe, counts: np.ndarray, batch_size: int, size: int, 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
     else:
+        keep_freed_memory()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports, is forgotten
     before = torch.cuda.memory_allocated(world.device) if on_cuda else _process_memory("VmRSS")

@@ -20,15 +20,15 @@ from benchmarking.contestants import (
     MODELS,
     SUBJECTS,
     Convolutions,
-    TimmLoop,
     Trainer,
     peak_memory,
     require_compiled,
     subject_recipe,
+    timm_contestant,
 )
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise
 from benchmarking.table import ratios
-from benchmarking.turns import Record, Settings, take_turns, timed
+from benchmarking.turns import OwnProcess, Record, Settings, take_turns, timed
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.create import data_key
 from mbib_timm.data.loaders import Place
@@ -47,25 +47,30 @@ def pipeline(settings: Settings) -> Iterator[Record]:
     recipes = {model: subject_recipe("resnet32", model, world, settings.torchcompile) for model in MODELS}
     if len(splits.train) < recipes["plain"].batch_size:
         raise MbibError(f"--pass-images: expected a whole batch of {recipes['plain'].batch_size} at least")
-    timm_loop = TimmLoop(subject_recipe("resnet32", "plain", world, compiled=False), splits, world)
-    contestants = {"timm": timed(timm_loop.train_epoch, device, timm_loop.images)}
+    timm = OwnProcess(
+        timm_contestant, subject_recipe("resnet32", "plain", world, compiled=False), settings.pass_images, world
+    )
+    contestants: dict[str, Callable[[], float]] = {"timm": timm}
     pool = DataPool()
     trainers = {model: Trainer(recipe, splits.class_counts, world) for model, recipe in recipes.items()}
     for model, recipe in recipes.items():
         loader = create_loaders(splits, recipe, (3, 32, 32), device, pool=pool).train
         contestants[model] = timed(partial(trainers[model].train_epoch, loader), device, len(splits.train))
     batch, _ = normalized_noise(recipes["plain"].batch_size, 32, splits.num_classes, device)
-    convolutions = Convolutions(timm_loop.model, batch, trainers["plain"].precision)
+    convolutions = Convolutions(trainers["plain"].model, batch, trainers["plain"].precision)
     steps = max(1, len(splits.train) // len(batch) // 2)
     contestants["convolutions"] = timed(partial(convolutions.take_steps, steps), device, steps * len(batch))
     figures = take_turns(contestants, settings.repeats, settings.pass_warm_ups)
+    timm.end()
     require_compiled()
     rows = {
         "pipeline": ratios(figures["plain"], figures["timm"]),
         "pipeline-mbib": ratios(figures["mbib"], figures["timm"]),
         "pipeline-convolutions": ratios(figures["convolutions"], figures["timm"]),
     }
-    described = describe(recipes["plain"], images=len(splits.train), timm_images=timm_loop.images)
+    # timm's loader leaves the last short batch out.
+    timm_images = len(splits.train) // len(batch) * len(batch)
+    described = describe(recipes["plain"], images=len(splits.train), timm_images=timm_images)
     yield Record("pipeline", "images/s", figures, rows, described)
 
 

@@ -1,0 +1,38 @@
+"""What a run sets in its process, and what it records of the machine."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource
+import torch
+from mbib_timm.environment import join_world
+{call}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(8)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+@pytest.mark.parametrize(
+    ("call", "limits", "kept"),
+    [
+        ("", {}, False),
+        ("join_world('cpu')", {}, True),
+        ("join_world('cpu')", {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}, False),
+    ],
+)
+def test_on_the_cpu_freed_memory_is_used_again_unless_the_user_has_set_limits(call, limits, kept):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | limits
+    command = [sys.executable, "-c", FAULTS.format(call=call)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    pages = 4 * 2**24 / os.sysconf("SC_PAGE_SIZE")
+    # With huge pages there are fewer faults than small pages; there are none when the memory is still there.
+    assert (int(done.stdout) < pages / 1000) == kept
