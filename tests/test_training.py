@@ -55,7 +55,7 @@ def test_a_run_leaves_its_results(finished):
     assert files == {
         "recipe.yaml", "environment.json", "summary.csv", "metrics.json", "model.safetensors", "config.json",
         "best.safetensors", "last.ckpt", "previous.ckpt", "figures/training_curves.png",
-        "figures/class_accuracy.png", "figures/shot_groups.png",
+        "figures/class_accuracy.png", "figures/shot_groups.png", ".lock",
     }  # fmt: skip
     written = json.loads((folder / "metrics.json").read_text())
     assert written == {key: value for key, value in metrics.items() if key != "folder"}
@@ -197,6 +197,18 @@ def test_an_occupied_folder_is_refused(finished):
         train(digits(folder.parent), "whole")
     with pytest.raises(CheckpointError, match=r"another recipe: lr \(.* there, 0\.5 asked for\)"):
         train(digits(folder.parent, resume="auto", lr=0.5), "whole")
+
+
+def test_a_second_process_is_kept_out_of_a_folder(finished):
+    folder, metrics = finished
+    command = [sys.executable, "-c", "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+               "print('held', flush=True); sys.stdin.read()", str(folder / ".lock")]  # fmt: skip
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(MbibError, match="another process trains in"):
+            train(digits(folder.parent, resume="auto"), "whole")
+        other.kill()
+    assert train(digits(folder.parent, resume="auto"), "whole")["result"] == metrics["result"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):

@@ -58,7 +58,10 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, 
     world = join_world(recipe.device)
     try:
         recipe, folder, state = _find_folder(recipe, name, world)
-        return Run(recipe, name, world, folder, state, pool or DataPool()).execute()
+        try:
+            return Run(recipe, name, world, folder, state, pool or DataPool()).execute()
+        finally:
+            folder.end()
     finally:
         leave_world()
 

@@ -5,6 +5,7 @@ summary.csv         a row an epoch                      metrics.json        the 
 model.safetensors   the last epoch's weights            config.json         loads them with timm (local-dir:)
 best.safetensors    the best epoch's weights            last.ckpt, previous.ckpt    to resume from
 figures/            training curves, accuracy by class and by shot group
+.lock               held while a process trains here
 """
 
 import csv
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors.torch import save as save_tensors
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
 
     def has_checkpoint(self) -> bool:
         """Return whether there is anything to resume from."""
@@ -75,13 +78,24 @@ class RunFolder:
         return recipe
 
     def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
-        """Make the folder and record what is about to run."""
+        """Make the folder, keep other processes out until `end`, and record what is about to run.
+
+        Raises:
+            MbibError: the folder cannot be written, or another process trains in it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise MbibError(f"another process trains in {self.path}; wait for it, or choose another folder") from None
         except OSError as error:
-            raise MbibError(f"cannot make the output folder {self.path}: {error.strerror}") from None
+            raise MbibError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
         save_recipe(recipe, self.path / "recipe.yaml")
         self.write_json("environment.json", environment)
+
+    def end(self) -> None:
+        """Let other processes in."""
+        self._lock.release()
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; NaN and infinity are refused."""
