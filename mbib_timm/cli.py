@@ -1,4 +1,4 @@
-"""The command line: `mbib train`, `mbib sweep`, `mbib validate`, `mbib recipes`.
+"""The command line: train, sweep, validate, predict, export, models, recipes.
 
 Bad input ends with one line and exit status 2, an interrupted run with status 130.
 """
@@ -6,6 +6,7 @@ Bad input ends with one line and exit status 2, an interrupted run with status 1
 import argparse
 import dataclasses
 import errno
+import os
 import sys
 import types
 import typing
@@ -41,6 +42,13 @@ def name_value(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
     return name, yaml.safe_load(value)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +105,30 @@ def build_parser() -> Parser:
     validate.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     add_recipe_flags(validate)
 
+    predict = commands.add_parser("predict", help="classify images with a trained model", allow_abbrev=False)
+    predict.add_argument("model", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
+    predict.add_argument("images", nargs="+", help="image files, folders and tars")
+    predict.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes of each image (5)")
+    predict.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="of what is written")
+    predict.add_argument("--output", type=Path, metavar="FILE", help="write to this file")
+    predict.add_argument(
+        "--head", choices=("mean", "v", "z"), default="mean", help="the prediction, or one of its parts"
+    )
+    predict.add_argument(
+        "--prior",
+        metavar="PRIOR",
+        help="class frequencies that the probabilities are for: train, uniform, or a file of counts; those that the "
+        "model was trained for when not given",
+    )
+    predict.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (64)")
+    predict.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (2)")
+    predict.add_argument("--device", help="cpu, cuda, cuda:1, mps; found when not given")
+
+    export = commands.add_parser("export", help="write a trained model in another format", allow_abbrev=False)
+    export.add_argument("model", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
+    export.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="of the file")
+    export.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
+
     commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
     return parser
 
@@ -130,6 +162,30 @@ def run(arguments: argparse.Namespace) -> int:
         sweep = dataclasses.replace(sweep, **{key: value for key, value in given.items() if value is not None})
         complete = run_sweep(sweep, recipe_overrides(arguments), arguments.only, arguments.dry_run)
         return 0 if complete else 1
+    elif arguments.command == "predict":
+        from mbib_timm.inference.predict import predict
+
+        broken = predict(
+            arguments.model,
+            arguments.images,
+            top_k=arguments.top_k,
+            format=arguments.format,
+            output=arguments.output,
+            head=arguments.head,
+            prior=arguments.prior,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            device=arguments.device,
+        )
+        if broken:
+            print(f"could not read {len(broken)} of the images:", file=sys.stderr)
+            for image in broken:
+                print(f"  {image.image}: {image.reason}", file=sys.stderr)
+            return 1
+    elif arguments.command == "export":
+        from mbib_timm.inference.export import export
+
+        export(arguments.model, arguments.format, arguments.output)
     elif arguments.command == "validate":
         from mbib_timm.evaluation.validate import validate
 
@@ -155,6 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = " ".join(["mbib", *argv]) + ("" if "--resume" in argv or "sweep" in argv[:1] else " --resume auto")
         print(f"\nmbib: interrupted. Continue from the last checkpoint with: {again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has had enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         # A full or closed disk is no bug; other system errors keep their traceback.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):

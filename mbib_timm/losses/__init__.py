@@ -1,4 +1,8 @@
-"""Losses, found by name. A loss maps {head: logits (B, K)} and targets (B,) to named scalars, ``loss`` first."""
+"""Losses, found by name. A loss maps {head: logits (B, K)} and targets (B,) to named scalars, ``loss`` first.
+
+Its `logit_prior` says which class frequencies the logits are for that it leads to: ``train`` for a plain loss,
+``uniform`` for one that adds log n to the logits in training.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -23,6 +23,11 @@ class CrossEntropy(nn.Module):
         log_counts = None if class_counts is None else as_counts(class_counts).log().float()
         self.register_buffer("log_counts", log_counts, persistent=False)
 
+    @property
+    def logit_prior(self) -> str:
+        """The class frequencies that trained logits are for; see `LOSSES`."""
+        return "train" if self.log_counts is None else "uniform"
+
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits (B, K) for targets (B,)."""
         log_counts = logits.new_zeros(()) if self.log_counts is None else self.log_counts
@@ -35,6 +40,8 @@ class FocalLoss(nn.Module):
     Args:
         gamma: focusing exponent.
     """
+
+    logit_prior = "train"
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
@@ -55,6 +62,11 @@ class HeadwiseLoss(nn.Module):
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.head_loss = loss
+
+    @property
+    def logit_prior(self) -> str | None:
+        """That of the heads' loss; see `LOSSES`."""
+        return getattr(self.head_loss, "logit_prior", None)
 
     def forward(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return ``loss``, and with several heads the loss of each as ``loss_<head>``."""

@@ -87,6 +87,7 @@ class BottleneckLoss(nn.Module):
         MbibError: a class without training images.
     """
 
+    logit_prior = "uniform"
     bsc_weights: Tensor
     vsd_weights: Tensor
     log_counts: Tensor

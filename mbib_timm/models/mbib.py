@@ -151,6 +151,12 @@ class MBIB(nn.Module):
         self.training_logits = mode
 
     @torch.jit.ignore
+    def remove_training_heads(self) -> None:
+        """Remove the classifiers that serve training only; the prediction stays the same."""
+        self.training_heads = nn.ModuleDict()
+        self.head_names = self.head_names[-2:]
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass, where the backbone can."""
         if not hasattr(self.backbone, "set_grad_checkpointing"):

@@ -12,21 +12,32 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
+from mbib_timm.errors import CheckpointError
 from mbib_timm.models import cifar_resnet, classic_resnet  # noqa: F401 (the backbones below must be registered)
 from mbib_timm.models.mbib import MBIB
 from mbib_timm.models.weights import filter_state_dict
+from mbib_timm.models.zoo import DATASETS, ZooModel
 
 __all__: list[str] = []
 
 
 class Variant(NamedTuple):
-    """A registered backbone: timm's name, with the tag of the ImageNet weights that fine-tuning starts from."""
+    """A registered backbone.
+
+    Attributes:
+        backbone: timm's name, with the tag of the ImageNet weights that fine-tuning starts from.
+        stage_ends: the observed levels.
+        backbone_args: keyword arguments of the backbone.
+        data: tags of the `DATASETS` that the paper trains it on, its default first.
+    """
 
     backbone: str
     stage_ends: tuple[int, int, int]
     backbone_args: Mapping[str, Any] = MappingProxyType({})
+    data: tuple[str, ...] = ()
 
 
 # timm starts every residual branch at zero (zero_init_last); the long-tail benchmarks do not.
@@ -35,16 +46,16 @@ _IMAGENET_ENDS = (2, 3, 4)
 
 VARIANTS = {
     "resnet20": Variant("cifar_resnet20", (3, 6, 9)),
-    "resnet32": Variant("cifar_resnet32", (5, 10, 15)),
+    "resnet32": Variant("cifar_resnet32", (5, 10, 15), data=("cifar100_lt_if100", "cifar100_lt_if50", "cifar100_lt_if10")),
     "resnet44": Variant("cifar_resnet44", (7, 14, 21)),
     "resnet56": Variant("cifar_resnet56", (9, 18, 27)),
-    "resnet10": Variant("classic_resnet10", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet10": Variant("classic_resnet10", _IMAGENET_ENDS, _PLAIN_START, ("imagenet_lt",)),
     "resnet18": Variant("resnet18.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnet34": Variant("resnet34.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
-    "resnet50": Variant("resnet50.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnet50": Variant("resnet50.a1_in1k", _IMAGENET_ENDS, _PLAIN_START, ("inat2018_200e", "inat2018_90e")),
     "resnet101": Variant("resnet101.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnet152": Variant("resnet152.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
-    "resnext50": Variant("resnext50_32x4d.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "resnext50": Variant("resnext50_32x4d.a1_in1k", _IMAGENET_ENDS, _PLAIN_START, ("imagenet_lt",)),
     "resnext101": Variant("resnext101_32x8d.tv_in1k", _IMAGENET_ENDS, _PLAIN_START),
 }
 
@@ -63,24 +74,44 @@ def _cfg(backbone: str, observations: int) -> PretrainedCfg:
     )
 
 
-def _tag(backbone: str) -> str:
-    """``.backbone_a1_in1k`` for ``resnet50.a1_in1k``; empty for a backbone without weights."""
-    _, _, tag = backbone.partition(".")
-    return f".backbone_{tag}" if tag else ""
+_NOT_THE_BACKBONES = dict(hf_hub_id=None, paper_ids=None, paper_name=None, origin_url=None)
+
+
+def _tags(method: str, name: str, variant: Variant, observations: int) -> dict[str, PretrainedCfg]:
+    """The cfgs of a registered name by `arch.tag`: its backbone's weights, and the trained models, the default last."""
+    backbone = _cfg(variant.backbone, observations)
+    _, _, tag = variant.backbone.partition(".")
+    if not variant.data:
+        return {f"{method}_{name}.backbone_{tag}" if tag else f"{method}_{name}": backbone}
+    cfgs = {f"{method}_{name}.backbone_{tag}": backbone} if tag else {}
+    for data in reversed(variant.data):
+        model = ZooModel(f"{method}_{name}.{data}")
+        entries = {**_NOT_THE_BACKBONES, "num_classes": model.dataset.num_classes, **model.dataset.preprocessing}
+        # timm takes the first tag with weights for the default, unless a star says which it is.
+        star = "*" if data == variant.data[0] else ""
+        cfgs[model.name + star] = dataclasses.replace(backbone, **{**entries, **model.source()})
+    return cfgs
 
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{method}_{name}{_tag(variant.backbone)}": _cfg(variant.backbone, observations)
-        for name, variant in VARIANTS.items()
+        name: cfg
+        for variant_name, variant in VARIANTS.items()
         for method, observations in (("mbib", 3), ("bib", 1))
+        for name, cfg in _tags(method, variant_name, variant, observations).items()
     }
     | {"mbib": PretrainedCfg(), "bib": PretrainedCfg()}
 )
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
-    """Build a registered name: its method says how many observations, its variant which backbone."""
+    """Build a registered name: its method says how many observations, its variant which backbone.
+
+    Raises:
+        CheckpointError: `pretrained`, where nobody has trained the weights yet.
+    """
+    if pretrained:
+        _require_weights(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     method, _, variant_name = name.partition("_")
     variant = VARIANTS[variant_name]
     args: dict[str, Any] = dict(
@@ -90,6 +121,18 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
     args.update(kwargs)
     args["backbone_args"] = {**variant.backbone_args, **kwargs.get("backbone_args", {})}
     return _build(name, pretrained, **args)
+
+
+def _require_weights(name: str, pretrained_cfg: Any, overlay: Mapping[str, Any] | None) -> None:
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    if cfg.has_weights or cfg.state_dict is not None:
+        return
+    others = [other for other in timm.list_pretrained(f"{name}.*") if other != name]
+    instead = f"; there are weights for {', '.join(others)}" if others else ""
+    model = ZooModel(f"{name}.{cfg.tag}")
+    if cfg.tag not in DATASETS:
+        raise CheckpointError(f"{name} has no weights of its own{instead}")
+    raise CheckpointError(f"nobody has trained {model.name} yet: mbib train {model.recipe} does{instead}")
 
 
 def _create_on(name: str, backbone: str, pretrained: bool, **kwargs: Any) -> MBIB:

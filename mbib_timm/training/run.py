@@ -306,6 +306,8 @@ class Run:
                 recipe=recipe,
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
+                logit_prior=getattr(self.task.criterion, "logit_prior", None),
+                tag=self.name.partition(".")[2],
             )
             self.folder.write_json("metrics.json", metrics)
             draw_figures(self.folder.path, done.history, metrics)

@@ -125,12 +125,17 @@ class RunFolder:
         recipe: Recipe,
         class_counts: np.ndarray,
         class_names: Sequence[str] | None,
+        logit_prior: str | None,
+        tag: str,
     ) -> None:
         """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
 
-        The config carries the preprocessing, the class names and the training images of each class.
+        The config carries the preprocessing, the class names, the training images of each class, and the class
+        frequencies that the logits are for. The tag is that of the run: the model's own would name other weights.
         """
-        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts]}
+        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": {"tag": tag}}
+        if logit_prior is not None:
+            config["logit_prior"] = logit_prior
         if class_names is not None:
             config["label_names"] = list(class_names)
         data_config = {

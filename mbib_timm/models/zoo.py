@@ -1,0 +1,109 @@
+"""The zoo: which models are published, on which data, and where their weights are.
+
+A published model's name is `arch.tag`, and so is the name of its recipe, its run's folder, its card and its Hub
+repository. Once it is trained, `mbib_timm/zoo/<arch.tag>/` holds what the repository holds: config.json, recipe.yaml
+and metrics.json, and small weights as well.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+# The Hub organisation of all repositories.
+ORGANIZATION = "mbib-timm"
+
+
+class Dataset(NamedTuple):
+    """What a published model is trained on.
+
+    Attributes:
+        title: as people call it.
+        num_classes: classes K.
+        preprocessing: entries of a timm cfg, where they are not those of the backbone.
+    """
+
+    title: str
+    num_classes: int
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
+
+
+_CENTER_224 = dict(crop_pct=0.875, interpolation="bilinear", test_input_size=None, test_crop_pct=None)
+_INAT = dict(_CENTER_224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
+
+# By tag, which is the recipe's folder.
+DATASETS = {
+    "cifar100_lt_if100": Dataset("CIFAR-100-LT, imbalance factor 100", 100),
+    "cifar100_lt_if50": Dataset("CIFAR-100-LT, imbalance factor 50", 100),
+    "cifar100_lt_if10": Dataset("CIFAR-100-LT, imbalance factor 10", 100),
+    "imagenet_lt": Dataset("ImageNet-LT", 1000, _CENTER_224),
+    "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, _INAT),
+    "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, _INAT),
+}
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A published name, whether or not its weights exist yet.
+
+    Attributes:
+        name: ``arch.tag``.
+    """
+
+    name: str
+
+    @property
+    def architecture(self) -> str:
+        """The registered name that builds it."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        """The data set and the schedule."""
+        return self.name.partition(".")[2]
+
+    @property
+    def dataset(self) -> Dataset:
+        """What it is trained on."""
+        return DATASETS[self.tag]
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe that trains it."""
+        return f"{self.tag}/{self.architecture}"
+
+    @property
+    def repository(self) -> str:
+        """Its Hub repository."""
+        return f"{ORGANIZATION}/{self.name}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the package keeps what is known of it."""
+        return Path(__file__).parents[1] / "zoo" / self.name
+
+    @property
+    def is_trained(self) -> bool:
+        """True if its weights exist, here or on the Hub."""
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def weights(self) -> Path | None:
+        """The weights' file in the package; None where they are on the Hub, or nowhere."""
+        file = self.folder / "model.safetensors"
+        return file if self.is_trained and file.is_file() else None
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """The ``metrics.json`` of the run that the weights come from."""
+        content: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return content
+
+    def source(self) -> dict[str, Any]:
+        """Return the entries of a timm cfg that say where the weights are; none of them where nobody has trained it."""
+        if self.weights is not None:
+            return {"file": str(self.weights)}
+        return {"hf_hub_id": self.repository} if self.is_trained else {}
