@@ -129,6 +129,24 @@ def build_parser() -> Parser:
     export.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="of the file")
     export.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
 
+    publish = commands.add_parser("publish", help="put a finished run on the Hub", allow_abbrev=False)
+    publish.add_argument("run", type=Path, help="the run's folder")
+    publish.add_argument("--repo-id", metavar="ORG/NAME", help="repository; the run's name in the zoo's organisation")
+    publish.add_argument(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs of other seeds: the card gives the spread",
+    )
+    publish.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    publish.add_argument("--revision", metavar="TAG", help="tag of this release; the next of v1, v2, v3 by default")
+    publish.add_argument(
+        "--inference-only", action="store_true", help="leave out the classifiers that serve training only"
+    )
+    publish.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
+
     commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
     return parser
 
@@ -186,6 +204,18 @@ def run(arguments: argparse.Namespace) -> int:
         from mbib_timm.inference.export import export
 
         export(arguments.model, arguments.format, arguments.output)
+    elif arguments.command == "publish":
+        from mbib_timm.publishing.publish import publish
+
+        publish(
+            arguments.run,
+            repository=arguments.repo_id,
+            others=arguments.seeds,
+            private=arguments.private,
+            revision=arguments.revision,
+            inference_only=arguments.inference_only,
+            dry_run=arguments.dry_run,
+        )
     elif arguments.command == "validate":
         from mbib_timm.evaluation.validate import validate
 

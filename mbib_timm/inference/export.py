@@ -1,4 +1,4 @@
-"""`mbib export`: a trained model as ONNX, as a `torch.export` program or as TorchScript, checked against the original."""
+"""`mbib export`: a trained model as ONNX, `torch.export` program or TorchScript, checked against the original."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def description(model: LoadedModel) -> dict[str, Any]:
     """Return what a program needs to know beside the exported model, as plain values."""
     return {
         "model": model.source.name,
-        "input": {key: value for key, value in model.preprocessing.items()},
+        "input": dict(model.preprocessing),
         "class_names": None if model.class_names is None else list(model.class_names),
         "class_counts": None if model.class_counts is None else model.class_counts.tolist(),
         "logit_prior": model.prior,

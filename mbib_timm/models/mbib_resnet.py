@@ -43,10 +43,11 @@ class Variant(NamedTuple):
 # timm starts every residual branch at zero (zero_init_last); the long-tail benchmarks do not.
 _PLAIN_START = {"zero_init_last": False}
 _IMAGENET_ENDS = (2, 3, 4)
+_CIFAR100_LT = ("cifar100_lt_if100", "cifar100_lt_if50", "cifar100_lt_if10")
 
 VARIANTS = {
     "resnet20": Variant("cifar_resnet20", (3, 6, 9)),
-    "resnet32": Variant("cifar_resnet32", (5, 10, 15), data=("cifar100_lt_if100", "cifar100_lt_if50", "cifar100_lt_if10")),
+    "resnet32": Variant("cifar_resnet32", (5, 10, 15), data=_CIFAR100_LT),
     "resnet44": Variant("cifar_resnet44", (7, 14, 21)),
     "resnet56": Variant("cifar_resnet56", (9, 18, 27)),
     "resnet10": Variant("classic_resnet10", _IMAGENET_ENDS, _PLAIN_START, ("imagenet_lt",)),

@@ -23,25 +23,30 @@ class Dataset(NamedTuple):
     Attributes:
         title: as people call it.
         num_classes: classes K.
+        licence: of the images, in a sentence.
         preprocessing: entries of a timm cfg, where they are not those of the backbone.
     """
 
     title: str
     num_classes: int
+    licence: str
     preprocessing: Mapping[str, Any] = MappingProxyType({})
 
 
+_CIFAR_TERMS = "CIFAR-100 (Krizhevsky 2009) is a subset of the 80 million tiny images, and came without a licence."
+_IMAGENET_TERMS = "ImageNet's images are for non-commercial research and education, by its terms of access."
+_INAT_TERMS = "The iNaturalist 2018 images are under their photographers' licences, for non-commercial use."
 _CENTER_224 = dict(crop_pct=0.875, interpolation="bilinear", test_input_size=None, test_crop_pct=None)
 _INAT = dict(_CENTER_224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
 
 # By tag, which is the recipe's folder.
 DATASETS = {
-    "cifar100_lt_if100": Dataset("CIFAR-100-LT, imbalance factor 100", 100),
-    "cifar100_lt_if50": Dataset("CIFAR-100-LT, imbalance factor 50", 100),
-    "cifar100_lt_if10": Dataset("CIFAR-100-LT, imbalance factor 10", 100),
-    "imagenet_lt": Dataset("ImageNet-LT", 1000, _CENTER_224),
-    "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, _INAT),
-    "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, _INAT),
+    "cifar100_lt_if100": Dataset("CIFAR-100-LT, imbalance factor 100", 100, _CIFAR_TERMS),
+    "cifar100_lt_if50": Dataset("CIFAR-100-LT, imbalance factor 50", 100, _CIFAR_TERMS),
+    "cifar100_lt_if10": Dataset("CIFAR-100-LT, imbalance factor 10", 100, _CIFAR_TERMS),
+    "imagenet_lt": Dataset("ImageNet-LT", 1000, _IMAGENET_TERMS, _CENTER_224),
+    "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, _INAT_TERMS, _INAT),
+    "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, _INAT_TERMS, _INAT),
 }
 
 

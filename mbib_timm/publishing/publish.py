@@ -1,0 +1,198 @@
+"""`mbib publish`: a finished run to the Hub, in one commit and a tag.
+
+Either everything of a release is on the Hub or nothing is: files are uploaded first and appear with the commit, which
+names its parent and so never overwrites what somebody else has pushed meanwhile.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # that of the HTTP client that the Hub's uses
+
+from mbib_timm.errors import MbibError
+from mbib_timm.models.zoo import ORGANIZATION
+from mbib_timm.publishing.card import read_record
+from mbib_timm.publishing.release import Release, git_oid, make_release
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 1.0
+
+
+class PublishError(MbibError):
+    """The Hub refuses, cannot be reached, or holds something else than expected. Nothing is half-published."""
+
+    exit_status = 1
+
+
+def publish(
+    run: Path,
+    *,
+    repository: str | None = None,
+    others: Sequence[Path] = (),
+    private: bool = False,
+    revision: str | None = None,
+    inference_only: bool = False,
+    dry_run: bool = False,
+) -> str | None:
+    """Publish a finished run, or show what would be published.
+
+    Args:
+        run: the run's folder.
+        repository: ``organisation/name``; by default the run's name in the organisation of the zoo.
+        others: folders of runs that differ in the seed alone, for the card.
+        private: make the repository private, if it is new.
+        revision: the tag; by default the next of v1, v2, v3.
+        inference_only: leave out the classifiers that serve training only.
+        dry_run: print every file with its size, and the card; the Hub is not asked.
+
+    Returns:
+        The commit's address; None after a dry run.
+
+    Raises:
+        MbibError: the run is not finished.
+        PublishError: the Hub refuses, or cannot be reached.
+    """
+    repository = repository or f"{ORGANIZATION}/{read_record(run).name}"
+    release = make_release(run, repository, others, inference_only)
+    if dry_run:
+        print(f"{release.repository} would get:\n\n{release.listing()}\n\nREADME.md:\n")
+        print(release.files["README.md"].decode())
+        return None
+    return Publisher(HfApi(library_name="mbib_timm"), release).publish(private, revision)
+
+
+class Publisher:
+    """Brings a release onto the Hub.
+
+    Args:
+        api: client of the Hub; it finds the token.
+        release: what to publish.
+        wait: sleeps for a number of seconds.
+    """
+
+    def __init__(self, api: HfApi, release: Release, wait: Callable[[float], Any] = time.sleep) -> None:
+        self.api, self.release, self.wait = api, release, wait
+        self.repository = release.repository
+
+    def publish(self, private: bool, revision: str | None) -> str:
+        """Commit what has changed, and tag it. Returns the address of the tag."""
+        self._persist(
+            "create the repository", lambda: self.api.create_repo(self.repository, private=private, exist_ok=True)
+        )
+        head, files = self._remote()
+        tags = self._tags()
+        changes = self._changes(files)
+        tag = revision or self._next_tag(tags, head if not changes else None)
+        if tag in tags and (changes or tags[tag] != head):
+            raise PublishError(f"{self.repository} has a revision {tag} already, of another content; choose another")
+        if changes:
+            head = self._commit(changes, head)
+        if tag not in tags:
+            target = head
+            self._persist(
+                "tag the commit",
+                lambda: self.api.create_tag(self.repository, tag=tag, revision=target, exist_ok=True),
+            )
+        state = "published" if changes else "unchanged"
+        print(f"{state}: hf-hub:{self.repository}@{tag} ({len(changes)} of {len(self.release.files)} files new)")
+        return f"{self.api.endpoint}/{self.repository}/tree/{tag}"
+
+    def _remote(self) -> tuple[str, dict[str, str]]:
+        """Return the head of the main branch, and the digest of each of its files."""
+        info = self._persist("read the repository", lambda: self.api.model_info(self.repository))
+        head = str(info.sha)
+        entries = self._persist(
+            "list the repository",
+            lambda: list(self.api.list_repo_tree(self.repository, revision=head, recursive=True)),
+        )
+        digests = {}
+        for entry in entries:
+            if lfs := getattr(entry, "lfs", None):
+                digests[entry.path] = lfs.sha256
+            elif blob := getattr(entry, "blob_id", None):  # folders have none
+                digests[entry.path] = blob
+        return head, digests
+
+    def _tags(self) -> dict[str, str]:
+        refs = self._persist("list the revisions", lambda: self.api.list_repo_refs(self.repository))
+        return {tag.name: tag.target_commit for tag in refs.tags}
+
+    def _next_tag(self, tags: dict[str, str], head: str | None) -> str:
+        """Return the tag that the head has, or the next number."""
+        versions = {int(match[1]): tag for tag in tags if (match := re.fullmatch(r"v(\d+)", tag))}
+        for number in sorted(versions, reverse=True):
+            if tags[versions[number]] == head:
+                return versions[number]
+        return f"v{max(versions, default=0) + 1}"
+
+    def _changes(self, remote: dict[str, str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """Return what brings the repository's files to the release's; figures that are no more go."""
+        changes: list[CommitOperationAdd | CommitOperationDelete] = []
+        for path, content in self.release.files.items():
+            if remote.get(path) not in (git_oid(content), hashlib.sha256(content).hexdigest()):
+                changes.append(CommitOperationAdd(path, content))
+        gone = [path for path in remote if path.startswith("figures/") and path not in self.release.files]
+        return changes + [CommitOperationDelete(path) for path in gone]
+
+    def _commit(self, changes: list[CommitOperationAdd | CommitOperationDelete], parent: str) -> str:
+        """Make the commit; one whose answer was lost is found again by what it leaves."""
+
+        def commit() -> str:
+            head, remote = self._remote()
+            if head != parent:
+                if not self._changes(remote):  # it had arrived
+                    return head
+                raise PublishError(
+                    f"somebody else has changed {self.repository} meanwhile; nothing was published. Look at it, and "
+                    "publish again"
+                )
+            message = f"Publish {self.release.name}"
+            operations = self._changes(remote)
+            done = self.api.create_commit(self.repository, operations, commit_message=message, parent_commit=parent)
+            return str(done.oid)
+
+        return self._persist("commit", commit)
+
+    def _persist(self, what: str, call: Callable[[], Result]) -> Result:
+        """Call the Hub; try again, with growing waits, where it is busy or cannot be reached.
+
+        Raises:
+            PublishError: it refuses, or stays away.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call()
+            except LocalTokenNotFoundError:
+                raise PublishError("there is no token: log in with hf auth login, or set HF_TOKEN") from None
+            except (HTTPError, OSError, RuntimeError) as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if status == 412:
+                    raise PublishError(
+                        f"somebody else has changed {self.repository} meanwhile; nothing was published. Look at it, "
+                        "and publish again"
+                    ) from None
+                if status in (401, 403):
+                    raise PublishError(
+                        f"cannot {what} of {self.repository}: the Hub does not accept the token, or it may not write "
+                        "there (hf auth whoami tells whose it is)"
+                    ) from None
+                if status is not None and status < 500 and status != 429:
+                    raise PublishError(f"cannot {what}: {_one_line(error)}") from None
+                if attempt == ATTEMPTS:
+                    raise PublishError(
+                        f"cannot {what}, after {ATTEMPTS} attempts: {_one_line(error)}; nothing is half-published, "
+                        "publish again later"
+                    ) from None
+                self.wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+        raise AssertionError
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,119 @@
+"""The files of a published model, made of a run's folder: what the repository holds, and nothing of the machine."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load, save
+
+from mbib_timm.errors import MbibError
+from mbib_timm.publishing.card import read_record, render_card
+from mbib_timm.recipe import Recipe, load_recipe
+
+TRAINING_HEADS = "training_heads"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A model to be published.
+
+    Attributes:
+        name: ``arch.tag``.
+        repository: on the Hub, ``organisation/name``.
+        files: contents by path in the repository.
+    """
+
+    name: str
+    repository: str
+    files: dict[str, bytes]
+
+    def listing(self) -> str:
+        """Return every file with its size in bytes."""
+        width = max(map(len, self.files))
+        return "\n".join(f"{path.ljust(width)}  {len(content):>12,}" for path, content in self.files.items())
+
+
+def git_oid(content: bytes) -> str:
+    """Return the name by which git knows a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def make_release(run: Path, repository: str, others: Sequence[Path] = (), inference_only: bool = False) -> Release:
+    """Collect the files of a finished run.
+
+    Args:
+        run: the run's folder.
+        repository: on the Hub; the card says how to load from it.
+        others: folders of runs that differ in the seed alone; the card gives the spread.
+        inference_only: leave out the classifiers that serve training only.
+
+    Raises:
+        MbibError: a run that is not finished.
+    """
+    record = read_record(run, others)
+    for name in ("model.safetensors", "config.json"):
+        if not (run / name).is_file():
+            raise MbibError(f"{run} has no {name}: the run is not finished")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    weights = (run / "model.safetensors").read_bytes()
+    if inference_only:
+        config, weights = without_training_heads(config, weights)
+    files = {
+        "README.md": render_card(record, repository, inference_only=inference_only).encode(),
+        "config.json": _json(config),
+        "model.safetensors": weights,
+        "recipe.yaml": public_recipe(run / "recipe.yaml"),
+        "metrics.json": _json(public_metrics(dict(record.metrics))),
+    }
+    files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in record.figures}
+    return Release(record.name, repository, files)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def without_training_heads(config: dict[str, Any], weights: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return config.json and model.safetensors of the model without the heads that serve training only."""
+    cfg = config["pretrained_cfg"]
+    names = cfg["classifier"] if isinstance(cfg["classifier"], list) else []
+    kept = [name for name in names if not name.startswith(TRAINING_HEADS)]
+    if len(kept) == len(names):
+        raise MbibError(f"{config['architecture']} has no heads that serve training only; leave --inference-only out")
+    config = {
+        **config,
+        "model_args": {**config.get("model_args", {}), "training_heads": False},
+        "pretrained_cfg": {**cfg, "classifier": kept},
+    }
+    tensors = {name: value for name, value in load(weights).items() if not name.startswith(TRAINING_HEADS)}
+    return config, save(tensors)
+
+
+def public_recipe(file: Path) -> bytes:
+    """Return a run's recipe without the keys that say where it ran: folders, devices, workers."""
+    return yaml.safe_dump(load_recipe(file).computation(), sort_keys=False, allow_unicode=True).encode()
+
+
+def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's metrics without paths of the machine that it ran on."""
+    environment = {**metrics["environment"], "command": public_command(metrics["environment"]["command"])}
+    replaced = [Path(path).name for path in metrics["replaced_images"]]
+    return {**metrics, "environment": environment, "replaced_images": replaced}
+
+
+def public_command(command: str) -> str:
+    """Return a command line without the flags, and their values, that say where a run reads and writes."""
+    places = {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(Recipe) if item.metadata["location"]}
+    kept: list[str] = []
+    skipping = False
+    for word in command.split(" "):
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] in places
+        if not skipping:
+            kept.append(word)
+    return " ".join(kept)
