@@ -147,6 +147,7 @@ def build_parser() -> Parser:
     )
     publish.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
 
+    commands.add_parser("models", help="list the zoo: what is trained, how well, how large", allow_abbrev=False)
     commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
     return parser
 
@@ -166,6 +167,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; returns the exit status."""
     if arguments.command == "recipes":
         print("\n".join(list_recipes()))
+    elif arguments.command == "models":
+        from mbib_timm.inference.catalogue import catalogue, text_table
+
+        print(text_table(catalogue()))
     elif arguments.command == "train":
         path = find_recipe(arguments.recipe)
         recipe = load_recipe(path, recipe_overrides(arguments))

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from torch import nn
 
 from mbib_timm.data import build_eval_loader, open_data
 from mbib_timm.data.class_counts import read_class_counts
 from mbib_timm.environment import describe_environment, join_world, leave_world
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import evaluate
 from mbib_timm.evaluation.table import results_table
+from mbib_timm.models.load import Source, create_trained, find_source
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 
 
@@ -32,7 +30,7 @@ def validate(
 
     Args:
         target: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
-        recipe: name of the recipe that says which data; a run's folder has its own.
+        recipe: name of the recipe that says which data; a run's folder and a published model have their own.
         overrides: recipe keys to replace.
         split: split to evaluate; by default the one that the run's result is on.
         results_file: where to write the metrics as JSON.
@@ -43,11 +41,12 @@ def validate(
     Raises:
         MbibError: nothing there to evaluate, or data that do not fit the model.
     """
-    settings, model_name = _resolve(target, recipe, overrides or {})
+    settings, source = _resolve(target, recipe, overrides or {})
     world = join_world(settings.device)
     try:
-        model = _load(model_name, settings)
-        counts = _class_counts(model_name, settings)
+        # A run's folder and a published name know their own arguments; a bare timm name takes the recipe's.
+        model = create_trained(source, **({} if source.has_files else settings.model_kwargs))
+        counts = _class_counts(source, settings)
         num_classes = int(getattr(model, "num_classes", len(counts)))
         if len(counts) != num_classes:
             raise MbibError(f"{target} tells {num_classes} classes apart, but the data have {len(counts)}")
@@ -83,50 +82,25 @@ def validate(
         leave_world()
 
 
-def _resolve(target: str, recipe: str | None, overrides: Mapping[str, Any]) -> tuple[Recipe, str]:
-    """Return the recipe that names the data, and the name by which timm creates the model."""
-    folder = Path(target.removeprefix("local-dir:"))
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise MbibError(f"{folder} holds no config.json: the run is not finished, or this is no run's folder")
-        own = folder / "recipe.yaml"
-        if recipe is None and own.is_file():
-            return load_recipe(own, overrides), f"local-dir:{folder}"
-        target = f"local-dir:{folder}"
-    elif ":" not in target and not timm.is_model(target.partition(".")[0]):
-        raise unknown_name("model or folder", target, timm.list_models())
-    if recipe is None:
+def _resolve(target: str, recipe: str | None, overrides: Mapping[str, Any]) -> tuple[Recipe, Source]:
+    """Return the recipe that names the data, and where the model is."""
+    source = find_source(target)
+    if recipe is not None:
+        return load_recipe(find_recipe(recipe), overrides), source
+    file = source.file("recipe.yaml")
+    if file is None:
         raise MbibError(
             f"{target} does not say which data: give --recipe NAME (see mbib recipes), and flags to change it"
         )
-    return load_recipe(find_recipe(recipe), overrides), target
+    return load_recipe(file, overrides), source
 
 
-def _load(name: str, recipe: Recipe) -> nn.Module:
-    # A run's folder and a published name know their own arguments; a bare timm name takes the recipe's.
-    kwargs = {} if ":" in name else recipe.model_kwargs
-    try:
-        return timm.create_model(name, pretrained=True, **kwargs).eval()
-    except (RuntimeError, OSError, ValueError, TypeError, SafetensorError) as error:
-        raise MbibError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
-
-
-def _class_counts(model_name: str, recipe: Recipe) -> np.ndarray:
+def _class_counts(source: Source, recipe: Recipe) -> np.ndarray:
     """Return the training images of each class: from a file, from the checkpoint, or from the training data."""
     if recipe.class_counts is not None:
         return read_class_counts(recipe.class_counts)
-    source, _, place = model_name.partition(":")
-    if place:
-        file = Path(place) / "config.json" if source == "local-dir" else _download(place, "config.json")
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-        if "class_counts" in config:
-            return np.asarray(config["class_counts"], dtype=np.int64)
-    return open_data(recipe).class_counts
-
-
-def _download(repo: str, name: str) -> str:
-    repo, _, revision = repo.partition("@")
-    return hf_hub_download(repo, name, revision=revision or None)
+    counts = source.config().get("class_counts")
+    return open_data(recipe).class_counts if counts is None else np.asarray(counts, dtype=np.int64)
 
 
 def _input_size(model: nn.Module, recipe: Recipe) -> tuple[int, int, int]:

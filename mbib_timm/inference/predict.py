@@ -23,7 +23,7 @@ from mbib_timm.data.images import Reader, first_line
 from mbib_timm.data.loaders import pil_mode
 from mbib_timm.environment import join_world, leave_world
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.inference.load import LoadedModel, load_model
+from mbib_timm.models.load import LoadedModel, load_model
 
 HEADS = ("mean", "v", "z")
 

@@ -75,6 +75,14 @@ def _cfg(backbone: str, observations: int) -> PretrainedCfg:
     )
 
 
+# Every published name, whether or not its weights exist yet.
+ZOO = [
+    ZooModel(f"{method}_{name}.{data}")
+    for name, variant in VARIANTS.items()
+    for method in ("mbib", "bib")
+    for data in variant.data
+]
+
 _NOT_THE_BACKBONES = dict(hf_hub_id=None, paper_ids=None, paper_name=None, origin_url=None)
 
 

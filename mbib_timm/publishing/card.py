@@ -287,9 +287,9 @@ def _training(record: Record) -> str:
     machine = f"{environment['hardware']} ({environment['device']}, processes: {environment['processes']})"
     versions = ", ".join(f"{name} {environment[name]}" for name in ("mbib_timm", "torch", "timm"))
     return (
-        f"## Training\n\n{record.metrics['epochs']} epochs of batches of {recipe.batch_size} with {recipe.opt}, learning "
-        f"rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, schedule `{recipe.sched}`; every setting is in "
-        f"`recipe.yaml`. It took {cost} on {machine}, evaluation included, with {versions}, at commit "
+        f"## Training\n\n{record.metrics['epochs']} epochs of batches of {recipe.batch_size} with {recipe.opt}, "
+        f"learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, schedule `{recipe.sched}`; every "
+        f"setting is in `recipe.yaml`. It took {cost} on {machine}, evaluation included, with {versions}, at commit "
         f"{environment['commit'] or 'unknown'}."
     )
 

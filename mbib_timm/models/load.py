@@ -16,7 +16,6 @@ from torch import nn
 
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
 from mbib_timm.models.zoo import ZooModel
-from mbib_timm.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class Source:
     name: str
     folder: Path | None = None
     repository: str | None = None
+
+    @property
+    def has_files(self) -> bool:
+        """True for a model that carries its own arguments: no bare name of timm's."""
+        return self.folder is not None or self.repository is not None
 
     def file(self, name: str) -> Path | None:
         """Return one of its files, from the Hub if need be; None where there is none.
@@ -59,11 +63,6 @@ class Source:
         file = self.file("config.json")
         content: dict[str, Any] = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
         return content
-
-    def recipe(self, overrides: Mapping[str, Any] | None = None) -> Recipe | None:
-        """Return the recipe that it was trained with; None where it is not known."""
-        file = self.file("recipe.yaml")
-        return None if file is None else load_recipe(file, overrides)
 
 
 def hub_error(repository: str, error: Exception) -> MbibError:
@@ -137,7 +136,7 @@ class LoadedModel:
         return int(getattr(self.module, "num_classes", 0) or 0)
 
 
-def create(source: Source, **kwargs: Any) -> nn.Module:
+def create_trained(source: Source, **kwargs: Any) -> nn.Module:
     """Create a trained model, in evaluation mode.
 
     Raises:
@@ -158,7 +157,7 @@ def load_model(target: str) -> LoadedModel:
         MbibError: there is no such model, or it cannot be loaded.
     """
     source = find_source(target)
-    module = create(source)
+    module = create_trained(source)
     config = source.config()
     names, counts = config.get("label_names"), config.get("class_counts")
     return LoadedModel(
