@@ -129,6 +129,11 @@ def build_parser() -> Parser:
     export.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="of the file")
     export.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
 
+    demo = commands.add_parser("demo", help="try a trained model in the browser", allow_abbrev=False)
+    demo.add_argument("model", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
+    demo.add_argument("--port", type=positive, metavar="N", help="of the page; a free one when not given")
+    demo.add_argument("--device", help="cpu, cuda, cuda:1, mps; found when not given")
+
     publish = commands.add_parser("publish", help="put a finished run on the Hub", allow_abbrev=False)
     publish.add_argument("run", type=Path, help="the run's folder")
     publish.add_argument("--repo-id", metavar="ORG/NAME", help="repository; the run's name in the zoo's organisation")
@@ -209,6 +214,10 @@ def run(arguments: argparse.Namespace) -> int:
         from mbib_timm.inference.export import export
 
         export(arguments.model, arguments.format, arguments.output)
+    elif arguments.command == "demo":
+        from mbib_timm.inference.demo import demo
+
+        demo(arguments.model, arguments.port, arguments.device)
     elif arguments.command == "publish":
         from mbib_timm.publishing.publish import publish
 

@@ -27,5 +27,15 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a short run on the digits, complete with weights, metrics and figures."""
+    from mbib_timm.recipe import find_recipe, load_recipe
+    from mbib_timm.training import train
+
+    settings = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0, output=str(tmp_path_factory.mktemp("runs")))
+    return Path(train(load_recipe(find_recipe("digits/mbib_resnet20"), settings), "mbib_resnet20.digits")["folder"])
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden loss curve from this run")

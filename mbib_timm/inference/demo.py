@@ -1,0 +1,95 @@
+"""`mbib demo`: a page in the browser that shows what a model sees in an image, head by head (Gradio)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mbib_timm.environment import find_device
+from mbib_timm.errors import MbibError
+from mbib_timm.inference.predict import HEADS, Predictor
+from mbib_timm.models.load import LoadedModel, load_model
+
+TOP = 5
+TITLES = {"mean": "Prediction (mean of v and z)", "v": "v, the last observation", "z": "z, the bottleneck"}
+
+
+def class_labels(model: LoadedModel) -> list[str]:
+    """Return what the page calls each class: its name and its training images."""
+    names = model.class_names or [f"class {label}" for label in range(model.num_classes)]
+    if model.class_counts is None:
+        return list(names)
+    return [f"{name} ({count:,} training images)" for name, count in zip(names, model.class_counts, strict=True)]
+
+
+def heads_of(model: LoadedModel) -> Sequence[str]:
+    """Return the heads that the page shows."""
+    return HEADS if hasattr(model.module, "forward_heads") else HEADS[:1]
+
+
+def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Image.Image) -> list[dict[str, float]]:
+    """Return the probabilities of the most probable classes by label, for each predictor.
+
+    Args:
+        predictors: one a head, of the same model.
+        labels: of the classes.
+        image: any mode, any size.
+    """
+    batch = predictors[0].transform()(image.convert("RGB"))[None]
+    found = []
+    for predictor in predictors:
+        values, indices = predictor.probabilities(batch)[0].topk(min(TOP, len(labels)))
+        found.append({labels[i]: p for i, p in zip(indices.tolist(), values.tolist(), strict=True)})
+    return found
+
+
+def build_page(target: str, device: str | None = None) -> Any:
+    """Build the page of a model.
+
+    Args:
+        target: a trained model by any name, see `find_source`.
+        device: where it runs; found when None.
+
+    Raises:
+        MbibError: no such model, or Gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise MbibError("the demo needs Gradio: pip install 'mbib-timm[demo]'") from None
+    model = load_model(target)
+    heads, labels = heads_of(model), class_labels(model)
+    predictors = [Predictor(model, head, device=torch.device(find_device(device))) for head in heads]
+
+    def show(image: Image.Image | None) -> Any:
+        found = [{}] * len(predictors) if image is None else classify(predictors, labels, image)
+        return found[0] if len(found) == 1 else found
+
+    with gradio.Blocks(title=f"mbib_timm: {model.source.name}", analytics_enabled=False) as page:
+        gradio.Markdown(
+            f"# {model.source.name}\n\nDrop an image; {model.num_classes:,} classes, and no others, are known."
+        )
+        image = gradio.Image(type="pil", label="Image", height=320)
+        with gradio.Row():
+            outputs = [gradio.Label(label=TITLES[head], num_top_classes=TOP) for head in heads]
+        image.change(show, image, outputs)
+    return page
+
+
+def demo(target: str, port: int | None = None, device: str | None = None) -> None:
+    """Serve the page on this machine alone, until interrupted.
+
+    Args:
+        target: a trained model by any name.
+        port: of the page; a free one when None.
+        device: where the model runs; found when None.
+
+    Raises:
+        MbibError: no such model, a port that is taken, or Gradio is not installed.
+    """
+    page = build_page(target, device)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=port, share=False, inbrowser=False)
+    except OSError as error:
+        raise MbibError(f"cannot serve the page: {error}") from None

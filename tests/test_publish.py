@@ -1,0 +1,316 @@
+"""Publishing, over LFS and Xet, to a Hub on loopback: what arrives, what is refused, what survives a bad connection."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import HfApi
+
+from loopback_hub import TestHub
+from mbib_timm.cli import main
+from mbib_timm.errors import MbibError
+from mbib_timm.publishing import publish as publish_module
+from mbib_timm.publishing.card import read_record, render_card
+from mbib_timm.publishing.publish import Publisher, PublishError
+from mbib_timm.publishing.release import git_oid, make_release, public_command
+
+REPOSITORY = "tester/mbib_resnet20.digits"
+FILES = {
+    "README.md", "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "figures/class_accuracy.png",
+    "figures/shot_groups.png", "figures/training_curves.png",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub = TestHub(tmp_path / "hub").start()
+    yield hub
+    hub.stop()
+
+
+def environment(hub, home, **further):
+    return {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": hub.token, "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", **further,
+    }  # fmt: skip
+
+
+def command(hub, home, *arguments, **further):
+    call = [sys.executable, "-m", "mbib_timm", *map(str, arguments)]
+    return subprocess.run(call, env=environment(hub, home, **further), capture_output=True, text=True, timeout=120)
+
+
+def publisher(hub, release, waits=None):
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    return Publisher(api, release, wait=(waits if waits is not None else []).append)
+
+
+def state(hub):
+    return hub.load(REPOSITORY)
+
+
+LOAD = """
+import sys
+import mbib_timm, timm, torch
+model = timm.create_model(sys.argv[1], pretrained=True).eval()
+images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    torch.save(model(images), sys.argv[2])
+"""
+
+
+def load_elsewhere(hub, home, name, file, **further):
+    """Load in a fresh process, by `import mbib_timm` and timm alone."""
+    call = [sys.executable, "-c", LOAD, name, str(file)]
+    return subprocess.run(call, env=environment(hub, home, **further), capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def expected(finished_run):
+    model = timm.create_model(f"local-dir:{finished_run}", pretrained=True).eval()
+    with torch.no_grad():
+        return model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+def test_round_trip(hub, finished_run, expected, tmp_path, xet):
+    switch = {} if xet else {"HF_HUB_DISABLE_XET": "1"}
+    done = command(hub, tmp_path / "home", "publish", finished_run, "--repo-id", REPOSITORY, **switch)
+    assert done.returncode == 0, done.stderr
+    assert f"published: hf-hub:{REPOSITORY}@v1 (8 of 8 files new)" in done.stdout
+    repo = state(hub)
+    tree = repo["commits"][repo["refs"]["main"]]["tree"]
+    assert set(tree) == FILES | {".gitattributes"}
+    assert ("xet" in tree["model.safetensors"]) == xet
+    assert repo["tags"] == {"v1": repo["refs"]["main"]}
+    assert len(repo["commits"]) == 2, "the initial commit, and one for everything"
+
+    for name in (f"hf-hub:{REPOSITORY}", f"hf-hub:{REPOSITORY}@v1"):
+        done = load_elsewhere(hub, tmp_path / "other home", name, tmp_path / "logits.pt", **switch)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    assert hub.token not in done.stdout + done.stderr
+    offline = {"HF_HUB_OFFLINE": "1", **switch}
+    done = load_elsewhere(hub, tmp_path / "other home", f"hf-hub:{REPOSITORY}", tmp_path / "cached.pt", **offline)
+    assert done.returncode == 0, "what is in the cache needs no network"
+    assert torch.equal(torch.load(tmp_path / "cached.pt"), expected)
+
+
+def test_a_second_time_nothing_is_committed(hub, finished_run):
+    release = make_release(finished_run, REPOSITORY)
+    publisher(hub, release).publish(private=False, revision=None)
+    before = state(hub)
+    publisher(hub, release).publish(private=False, revision=None)
+    assert state(hub) == before
+    publisher(hub, release).publish(private=False, revision="paper")
+    assert state(hub)["commits"] == before["commits"]
+    assert state(hub)["tags"] == {"v1": before["refs"]["main"], "paper": before["refs"]["main"]}
+
+
+def test_other_content_is_a_new_release(hub, finished_run):
+    publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=False, revision=None)
+    smaller = make_release(finished_run, REPOSITORY, inference_only=True)
+    with pytest.raises(PublishError, match="has a revision v1 already"):
+        publisher(hub, smaller).publish(private=False, revision="v1")
+    publisher(hub, smaller).publish(private=False, revision=None)
+    repo = state(hub)
+    assert repo["tags"]["v2"] == repo["refs"]["main"] != repo["tags"]["v1"]
+
+
+def test_figures_that_are_no_more_go_and_other_files_stay(hub, finished_run):
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    api.create_repo(REPOSITORY)
+    for path in ("figures/old.png", "notes.txt"):
+        api.upload_file(path_or_fileobj=b"by hand", path_in_repo=path, repo_id=REPOSITORY)
+    publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=False, revision=None)
+    tree = state(hub)["commits"][state(hub)["refs"]["main"]]["tree"]
+    assert set(tree) == FILES | {".gitattributes", "notes.txt"}
+
+
+def test_inference_only_loads_and_predicts_the_same(hub, finished_run, expected, tmp_path):
+    publisher(hub, make_release(finished_run, REPOSITORY, inference_only=True)).publish(False, None)
+    done = load_elsewhere(hub, tmp_path / "home", f"hf-hub:{REPOSITORY}", tmp_path / "logits.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+@pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/commit/", "/tag/", "/tree/", "/api/models/"])
+def test_a_busy_hub_is_asked_again(hub, finished_run, path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail.append([".*", path, 503, 2])
+    waits = []
+    publisher(hub, make_release(finished_run, REPOSITORY), waits).publish(private=False, revision=None)
+    repo = state(hub)
+    assert repo["tags"] == {"v1": repo["refs"]["main"]}
+    assert len(repo["commits"]) == 2
+
+
+def test_a_hub_that_stays_away_leaves_nothing_half_published(hub, finished_run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail.append(["POST", "/commit/", 503, 1000])
+    waits = []
+    with pytest.raises(PublishError, match="nothing is half-published"):
+        publisher(hub, make_release(finished_run, REPOSITORY), waits).publish(private=False, revision=None)
+    assert waits == [1, 2, 4, 8]
+    repo = state(hub)
+    assert set(repo["commits"][repo["refs"]["main"]]["tree"]) == {".gitattributes"}
+    assert repo["tags"] == {}
+    hub.fail.clear()
+    publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=False, revision=None)
+    assert len(state(hub)["commits"]) == 2
+
+
+def test_a_commit_whose_answer_is_lost_is_found_again(hub, finished_run, monkeypatch):
+    publishing = publisher(hub, make_release(finished_run, REPOSITORY))
+    arrived = publishing.api.create_commit
+
+    def drop_the_answer(*arguments, **options):
+        arrived(*arguments, **options)
+        raise ConnectionError("connection reset by peer")
+
+    monkeypatch.setattr(publishing.api, "create_commit", drop_the_answer)
+    publishing.publish(private=False, revision=None)
+    repo = state(hub)
+    assert len(repo["commits"]) == 2
+    assert repo["tags"] == {"v1": repo["refs"]["main"]}
+
+
+def test_what_somebody_else_pushes_meanwhile_is_not_overwritten(hub, finished_run, monkeypatch):
+    publishing = publisher(hub, make_release(finished_run, REPOSITORY))
+    ours = publishing.api.create_commit
+    other = HfApi(endpoint=hub.url, token=hub.token)
+
+    def late(*arguments, **options):
+        other.upload_file(path_or_fileobj=b"theirs", path_in_repo="README.md", repo_id=REPOSITORY)
+        return ours(*arguments, **options)
+
+    monkeypatch.setattr(publishing.api, "create_commit", late)
+    with pytest.raises(PublishError, match="somebody else has changed"):
+        publishing.publish(private=False, revision=None)
+    repo = state(hub)
+    assert set(repo["commits"][repo["refs"]["main"]]["tree"]) == {".gitattributes", "README.md"}
+    assert repo["tags"] == {}
+
+
+def test_tokens(hub, finished_run, tmp_path):
+    done = command(hub, tmp_path, "publish", finished_run, "--repo-id", REPOSITORY, HF_TOKEN="hf_secret_but_wrong")
+    assert done.returncode == 1
+    assert "does not accept the token" in done.stderr
+    assert "hf_secret_but_wrong" not in done.stdout + done.stderr
+    nobody = environment(hub, tmp_path)
+    del nobody["HF_TOKEN"]
+    call = [sys.executable, "-m", "mbib_timm", "publish", str(finished_run), "--repo-id", REPOSITORY]
+    done = subprocess.run(call, env=nobody, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert state(hub) is None
+
+
+def test_a_private_repository(hub, finished_run, expected, tmp_path):
+    publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=True, revision=None)
+    assert state(hub)["private"]
+    done = load_elsewhere(hub, tmp_path, f"hf-hub:{REPOSITORY}", tmp_path / "logits.pt")
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    done = command(hub, tmp_path / "new", "predict", f"hf-hub:{REPOSITORY}", __file__, HF_TOKEN="wrong")
+    assert done.returncode == 2
+    assert "is private and needs a token" in done.stderr
+
+
+def test_missing_repositories_and_no_network(hub, tmp_path):
+    done = command(hub, tmp_path, "predict", "hf-hub:tester/nothing", __file__)
+    assert done.returncode == 2
+    assert "there is no such repository" in done.stderr
+    done = command(hub, tmp_path, "predict", "hf-hub:tester/nothing", __file__, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert "cannot be reached, and there is no copy in the cache" in done.stderr
+
+
+def test_a_dry_run_asks_no_hub(finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(publish_module, "HfApi", None)
+    assert main(["publish", str(finished_run), "--repo-id", REPOSITORY, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for path, content in make_release(finished_run, REPOSITORY).files.items():
+        assert f"{path}  " in out or f"{path} " in out
+        assert f"{len(content):,}" in out
+    assert "library_name: timm" in out
+    assert main(["publish", str(finished_run), "--dry-run"]) == 0
+    assert "mbib-timm/mbib_resnet20.digits would get:" in capsys.readouterr().out
+
+
+def test_unfinished_runs_are_refused(tmp_path, finished_run, capsys):
+    (tmp_path / "recipe.yaml").write_bytes((finished_run / "recipe.yaml").read_bytes())
+    assert main(["publish", str(tmp_path), "--dry-run"]) == 2
+    assert "has no metrics.json: the run is not finished" in capsys.readouterr().err
+
+
+def test_nothing_of_the_machine_is_published(finished_run):
+    release = make_release(finished_run, REPOSITORY)
+    assert str(finished_run.parent).encode() not in b"".join(release.files.values())
+    recipe = yaml.safe_load(release.files["recipe.yaml"])
+    assert "lr" in recipe
+    assert not {"data_dir", "output", "device", "workers"} & set(recipe)
+    assert not [path for path in release.files if path.endswith((".ckpt", ".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_commands_lose_their_paths():
+    command = "mbib train r.yaml --data-dir /home/me/my images --lr 0.1 --output=/data/x --sync-bn --workers 8 --seed 1"
+    assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
+
+
+def test_git_names_contents_as_git_does(tmp_path):
+    (tmp_path / "file").write_bytes(b"content\n")
+    done = subprocess.run(["git", "hash-object", str(tmp_path / "file")], capture_output=True, text=True)
+    assert git_oid(b"content\n") == done.stdout.strip()
+
+
+def seeded(run, folder, seed, top1):
+    """Write a run of another seed, as far as cards need one."""
+    folder.mkdir()
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seed": seed}))
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["seed"] = seed
+    metrics["result"]["heads"]["prediction"]["top1"] = top1
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
+    own = json.loads((finished_run / "metrics.json").read_text())["result"]["heads"]["prediction"]["top1"]
+    others = [seeded(finished_run, tmp_path / "one", 1, own + 1), seeded(finished_run, tmp_path / "two", 2, own + 2)]
+    card = render_card(read_record(finished_run, others), REPOSITORY)
+    assert f"| {own + 1:.2f} ± 1.00 |" in card
+    assert "n = 3 runs (seeds 0, 1, 2)" in card
+    assert "One run" not in card
+    alone = render_card(read_record(finished_run), REPOSITORY)
+    assert "One run: the spread between seeds has not been measured." in alone
+    with pytest.raises(MbibError, match="same seed"):
+        read_record(finished_run, [finished_run])
+    other = tmp_path / "one" / "recipe.yaml"
+    other.write_text(other.read_text().replace("lr: 0.05", "lr: 0.06"))
+    with pytest.raises(MbibError, match="more than the seed differs"):
+        read_record(finished_run, others)
+
+
+def test_the_card_says_what_the_metrics_say(finished_run):
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    card = render_card(read_record(finished_run), REPOSITORY)
+    _, metadata, body = card.split("---\n", 2)
+    content = yaml.safe_load(metadata)
+    (result,) = content["model-index"][0]["results"]
+    values = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    prediction = metrics["result"]["heads"]["prediction"]
+    assert values["Top-1 accuracy, %"] == round(prediction["top1"], 2)
+    assert values["Top-1 accuracy on few-shot classes, %"] == round(prediction["few"], 2)
+    assert content["library_name"] == "timm"
+    for head, numbers in metrics["result"]["heads"].items():
+        row = " | ".join(f"{numbers[metric]:.2f}" for metric in ("top1", "many", "medium", "few"))
+        assert row in body, head
+    assert "import mbib_timm" in body
+    assert f"hf-hub:{REPOSITORY}" in body
+    assert "467 training images in 10 classes" in body

@@ -1,0 +1,156 @@
+"""The zoo: its names against the recipes, its weights against their runs, its tables against its files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import zoo as zoo_tool
+from mbib_timm.cli import main
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.evaluation.validate import validate
+from mbib_timm.inference.catalogue import catalogue, markdown_table, text_table
+from mbib_timm.models import count_parameters
+from mbib_timm.models.load import load_model
+from mbib_timm.models.mbib_resnet import ZOO
+from mbib_timm.models.zoo import DATASETS, ZooModel
+from mbib_timm.recipe import find_recipe, list_recipes, load_recipe
+
+ROOT = Path(__file__).parents[1]
+TRAINED = [model for model in ZOO if model.is_trained]
+PACKAGED = [model for model in TRAINED if model.weights is not None]
+
+
+def test_every_recipe_of_the_papers_models_has_a_name_and_every_name_a_recipe():
+    recipes = {name for name in list_recipes() if name.partition("/")[0] in DATASETS and "bib_" in name}
+    assert {model.recipe for model in ZOO} == recipes
+
+
+@pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
+def test_cfgs_agree_with_recipes(model):
+    cfg, recipe = timm.get_pretrained_cfg(model.name), load_recipe(find_recipe(model.recipe))
+    assert cfg.num_classes == recipe.num_classes == model.dataset.num_classes
+    assert (list(cfg.mean), list(cfg.std)) == (recipe.mean, recipe.std)
+    if recipe.train_crop_mode == "pad":
+        assert cfg.crop_pct == 1.0
+    else:
+        assert (cfg.crop_pct, cfg.interpolation) == (recipe.crop_pct, recipe.interpolation)
+    assert recipe.model == model.architecture
+
+
+@pytest.mark.parametrize("model", [model for model in ZOO if not model.is_trained], ids=lambda model: model.name)
+def test_what_nobody_has_trained_says_so_and_which_recipe_does(model):
+    with pytest.raises(CheckpointError, match=f"nobody has trained {model.name} yet: mbib train {model.recipe} does"):
+        timm.create_model(model.name, pretrained=True)
+    assert not timm.is_model_pretrained(model.name)
+
+
+def test_the_default_is_a_long_tail_model_where_there_is_one():
+    assert timm.get_pretrained_cfg("mbib_resnext50").tag == "imagenet_lt"
+    assert timm.get_pretrained_cfg("mbib_resnet50").tag == "inat2018_200e"
+    assert timm.get_pretrained_cfg("bib_resnet32").tag == "cifar100_lt_if100"
+    with pytest.raises(CheckpointError, match=r"there are weights for mbib_resnext50\.backbone_a1_in1k"):
+        timm.create_model("mbib_resnext50", pretrained=True)
+
+
+def test_weights_of_ones_own_load_whether_or_not_the_zoo_has_any():
+    model = timm.create_model("mbib_resnet10", num_classes=7)
+    overlay = {"state_dict": model.state_dict(), "num_classes": 7}
+    again = timm.create_model("mbib_resnet10", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_there_are_packaged_weights():
+    assert "mbib_resnet32.cifar100_lt_if100" in {model.name for model in PACKAGED}
+
+
+@pytest.mark.parametrize("model", PACKAGED, ids=lambda model: model.name)
+def test_packaged_weights_load_without_network(model, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = (
+        "import sys, timm, mbib_timm\n"
+        "from safetensors.torch import load_file\n"
+        "state, file = timm.create_model(sys.argv[1], pretrained=True).state_dict(), load_file(sys.argv[2])\n"
+        "assert state.keys() == file.keys() and all((state[key] == file[key]).all() for key in file)\n"
+    )
+    call = [sys.executable, "-c", code, model.name, str(model.weights)]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("model", PACKAGED, ids=lambda model: model.name)
+def test_other_classes_keep_backbone_and_bottleneck(model):
+    file = load_file(model.weights)
+    tuned = timm.create_model(model.name, pretrained=True, num_classes=3).state_dict()
+    classifiers = [key for key in file if ".classifier." in key]
+    assert len(classifiers) == 8
+    assert all(len(tuned[key]) == 3 for key in classifiers)
+    assert all(torch.equal(tuned[key], file[key]) for key in file if key not in classifiers)
+
+
+@pytest.mark.parametrize("model", PACKAGED, ids=lambda model: model.name)
+def test_what_the_package_knows_of_its_models(model):
+    loaded = load_model(model.name)
+    assert len(loaded.class_names) == loaded.num_classes == len(loaded.class_counts) == model.dataset.num_classes
+    assert loaded.prior == "uniform"
+    assert loaded.class_counts.tolist() == model.metrics["class_counts"]
+    assert model.metrics["name"] == model.name
+    assert model.weights.stat().st_size < 8 << 20
+
+
+@pytest.mark.parametrize("model", [m for m in PACKAGED if "cifar100" in m.name], ids=lambda model: model.name)
+def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys):
+    """On all 10,000 test images, where they are at hand: to the last digit."""
+    data = {"dataset": "folder", "data_dir": str(shared / "data" / "cifar100"), "device": "cpu", "workers": 0}
+    heads = validate(model.name, overrides=data)["heads"]
+    for head, metrics in model.metrics["result"]["heads"].items():
+        for name in ("top1", "many", "medium", "few"):
+            assert heads[head][name] == metrics[name], (head, name)
+
+
+@pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.name)
+def test_cards_are_rendered_from_results(model):
+    assert (ROOT / "model_cards" / f"{model.name}.md").read_text(encoding="utf-8") == zoo_tool.render(model)
+
+
+def test_there_is_no_card_of_anything_else():
+    assert {file.stem for file in (ROOT / "model_cards").glob("*.md")} == {model.name for model in TRAINED}
+
+
+def test_a_card_without_results_cannot_be_rendered(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo_tool, "ROOT", tmp_path)
+    with pytest.raises(MbibError, match="is missing: python tools/results.py add"):
+        zoo_tool.render(TRAINED[0])
+
+
+def test_only_finished_runs_of_the_zoos_recipes_enter_the_package(finished_run, tmp_path):
+    with pytest.raises(MbibError, match="unknown model of the zoo 'mbib_resnet20.digits'"):
+        zoo_tool.add(finished_run)
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "recipe.yaml").write_bytes((finished_run / "recipe.yaml").read_bytes())
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    metrics["name"] = "bib_resnet32.cifar100_lt_if10"
+    (short / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(MbibError, match="has 3 epochs; the recipe asks for 200"):
+        zoo_tool.add(short)
+    assert not ZooModel("bib_resnet32.cifar100_lt_if10").is_trained
+
+
+def test_the_readmes_zoo_is_the_zoo(capsys):
+    entries = catalogue()
+    assert markdown_table(entries) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == text_table(entries) + "\n"
+    for entry in entries:
+        assert entry.model.name in printed
+        model = timm.create_model(entry.model.name)
+        assert entry.parameters == count_parameters(model)
+        del model
