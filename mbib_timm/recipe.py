@@ -296,7 +296,12 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_name(path: Path) -> str:
-    """Return a run's name, ``<file stem>.<folder>``: ``mbib_resnet32.cifar100_lt_if100`` is a model's arch.tag."""
+    """Return a run's name, ``<file stem>.<folder>``: ``mbib_resnet32.cifar100_lt_if100`` is a model's arch.tag.
+
+    The recipe.yaml that a run leaves in its folder has the name of that run.
+    """
+    if path.name == "recipe.yaml":
+        return path.resolve().parent.name
     return f"{path.stem}.{path.resolve().parent.name}"
 
 

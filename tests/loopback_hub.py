@@ -1,19 +1,33 @@
-#!/usr/bin/env python3
-"""A small Hugging Face Hub for tests: enough of the HTTP API for huggingface_hub 2.x to create a repo, commit (regular,
-LFS and Xet files), read info and download. Python standard library only, loopback only, state in one directory.
+"""A small Hugging Face Hub for tests: enough of the HTTP API to create a repository, commit, tag, list and download.
 
-    python hf_test_hub.py --root DIR [--port 0] [--token hf_test] [--lfs-threshold 1000] [--log FILE]
-prints "http://127.0.0.1:PORT" once it listens. Client side (set before huggingface_hub is imported):
-    HF_ENDPOINT=http://127.0.0.1:PORT HF_TOKEN=hf_test HF_HUB_DISABLE_TELEMETRY=1 HF_HOME=<temp dir>
-Large files go through Xet when the client has hf_xet (its 'local://' store, a directory under --root, so client and
-server must share a machine), through LFS when it has not or with HF_HUB_DISABLE_XET=1.
-In a test: hub = TestHub(root).start(); hub.url; hub.requests; hub.fail.append([method_re, path_re, status, times])
+It listens on loopback alone and keeps its state in one folder. Large files go through Xet where the client has hf_xet
+(its 'local://' store, a folder under the root: client and server must share a machine), through LFS where it has not or
+with HF_HUB_DISABLE_XET=1. The client reads its settings when huggingface_hub is imported:
+
+    HF_ENDPOINT=http://127.0.0.1:PORT HF_TOKEN=hf_test HF_HOME=<temporary folder>
+
+In a test: `hub = TestHub(root).start()`, then `hub.url`, `hub.requests`, and for faults
+`hub.fail.append([method regex, path regex, status, times])`. By hand:
+
+    python tests/loopback_hub.py --root DIR [--port 0] [--token hf_test] [--lfs-threshold 1000] [--log FILE]
+
+prints its address once it listens.
 """
 
-import argparse, base64, hashlib, json, os, re, struct, threading, time
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import struct
+import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 
 class TestHub:
@@ -76,7 +90,7 @@ class TestHub:
         48-byte record per file: hash, flags, entry count; its entries, verification entries and sha256 follow)."""
 
         def hexs(r):
-            return "".join("%016x" % w for w in struct.unpack("<4Q", r))
+            return "".join(f"{word:016x}" for word in struct.unpack("<4Q", r))
 
         out = {}
         for shard in (self.root / "cas" / "xet" / "xorbs" / "shards").glob("*.mdb"):
@@ -154,7 +168,8 @@ class Handler(BaseHTTPRequestHandler):
                 return getattr(self, name)(**m.groupdict())
         self.error(404, "", f"no route {self.command} {path}")
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+    # The names that the base class calls.
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
 
     def authed(self):
         return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
@@ -217,16 +232,14 @@ class Handler(BaseHTTPRequestHandler):
                 200, dict(errors=[], warnings=[dict(message="empty or missing yaml metadata in repo card")])
             )
         try:
-            import yaml
-
-            meta = yaml.safe_load(m[1]) or {}
-            for item in meta.get("model-index") or []:
-                assert item.get("name") and isinstance(item.get("results"), list), "model-index needs name and results"
-                for r in item["results"]:
-                    assert r["task"]["type"] and r["dataset"]["type"] and r["dataset"]["name"] and r["metrics"]
-        except ImportError:
-            pass
-        except Exception as e:
+            for item in (yaml.safe_load(m[1]) or {}).get("model-index") or []:
+                if not item.get("name") or not isinstance(item.get("results"), list):
+                    raise ValueError("model-index needs name and results")
+                for result in item["results"]:
+                    fields = (result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"])
+                    if not all(fields) or not result["metrics"]:
+                        raise ValueError("a result needs a task, a dataset and metrics")
+        except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
             return self.send(400, dict(error="Invalid metadata", errors=[dict(message=str(e))], warnings=[]))
         self.send(200, dict(errors=[], warnings=[]))
 

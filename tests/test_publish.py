@@ -10,8 +10,8 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi
-
 from loopback_hub import TestHub
+
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module

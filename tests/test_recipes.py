@@ -222,6 +222,7 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path):
     assert find_recipe(str(own)) == own
     assert recipe_name(packaged) == "mbib_resnet32.cifar100_lt_if100"
     assert recipe_name(own) == "mbib_resnet50.birds"
+    assert recipe_name(tmp_path / "runs" / "mbib_resnet50.birds" / "recipe.yaml") == "mbib_resnet50.birds"
 
 
 def test_only_what_is_computed_decides_whether_a_run_may_resume():

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.mbib_resnet import ZOO
-from mbib_timm.models.zoo import ZooModel
+from mbib_timm.models.zoo import ZOO, ZooModel
 from mbib_timm.publishing.card import read_record, render_card
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import find_recipe, load_recipe

@@ -7,8 +7,7 @@ from typing import Any
 import timm
 
 from mbib_timm.models import count_macs, count_parameters
-from mbib_timm.models.mbib_resnet import ZOO
-from mbib_timm.models.zoo import ZooModel
+from mbib_timm.models.zoo import ZOO, ZooModel
 
 GROUPS = ("top1", "many", "medium", "few")
 HEADER = ("model", "params, M", "MACs, G", "input", "data", "overall", "many", "medium", "few", "weights")

@@ -183,7 +183,8 @@ class CifarResNet(nn.Module):
         return take_indices
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return the entries of a CIFAR ResNet's cfg."""
     return dict(
         num_classes=100,
         input_size=(3, 32, 32),
@@ -200,11 +201,12 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"cifar_resnet{depth}": _cfg() for depth in (20, 32, 44, 56)},
+    {f"cifar_resnet{depth}": cifar_cfg() for depth in (20, 32, 44, 56)},
 )
 
 
-def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
+def create_cifar_resnet(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
+    """Build a CIFAR ResNet of 6 n + 2 layers under a registered name."""
     blocks = (depth - 2) // 6
     return build_model_with_cfg(
         partial(CifarResNet, blocks),
@@ -218,22 +220,22 @@ def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> CifarR
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for CIFAR."""
-    return _create("cifar_resnet20", 20, pretrained, **kwargs)
+    return create_cifar_resnet("cifar_resnet20", 20, pretrained, **kwargs)
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-32 for CIFAR, the backbone of the paper's Table 1."""
-    return _create("cifar_resnet32", 32, pretrained, **kwargs)
+    return create_cifar_resnet("cifar_resnet32", 32, pretrained, **kwargs)
 
 
 @register_model
 def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-44 for CIFAR."""
-    return _create("cifar_resnet44", 44, pretrained, **kwargs)
+    return create_cifar_resnet("cifar_resnet44", 44, pretrained, **kwargs)
 
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56 for CIFAR."""
-    return _create("cifar_resnet56", 56, pretrained, **kwargs)
+    return create_cifar_resnet("cifar_resnet56", 56, pretrained, **kwargs)

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
-from mbib_timm.errors import CheckpointError
 from mbib_timm.models import cifar_resnet, classic_resnet  # noqa: F401 (the backbones below must be registered)
 from mbib_timm.models.mbib import MBIB
 from mbib_timm.models.weights import filter_state_dict
-from mbib_timm.models.zoo import DATASETS, ZooModel
+from mbib_timm.models.zoo import published_cfgs, require_weights
 
 __all__: list[str] = []
 
@@ -31,32 +29,29 @@ class Variant(NamedTuple):
         backbone: timm's name, with the tag of the ImageNet weights that fine-tuning starts from.
         stage_ends: the observed levels.
         backbone_args: keyword arguments of the backbone.
-        data: tags of the `DATASETS` that the paper trains it on, its default first.
     """
 
     backbone: str
     stage_ends: tuple[int, int, int]
     backbone_args: Mapping[str, Any] = MappingProxyType({})
-    data: tuple[str, ...] = ()
 
 
 # timm starts every residual branch at zero (zero_init_last); the long-tail benchmarks do not.
 _PLAIN_START = {"zero_init_last": False}
 _IMAGENET_ENDS = (2, 3, 4)
-_CIFAR100_LT = ("cifar100_lt_if100", "cifar100_lt_if50", "cifar100_lt_if10")
 
 VARIANTS = {
     "resnet20": Variant("cifar_resnet20", (3, 6, 9)),
-    "resnet32": Variant("cifar_resnet32", (5, 10, 15), data=_CIFAR100_LT),
+    "resnet32": Variant("cifar_resnet32", (5, 10, 15)),
     "resnet44": Variant("cifar_resnet44", (7, 14, 21)),
     "resnet56": Variant("cifar_resnet56", (9, 18, 27)),
-    "resnet10": Variant("classic_resnet10", _IMAGENET_ENDS, _PLAIN_START, ("imagenet_lt",)),
+    "resnet10": Variant("classic_resnet10", _IMAGENET_ENDS, _PLAIN_START),
     "resnet18": Variant("resnet18.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnet34": Variant("resnet34.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
-    "resnet50": Variant("resnet50.a1_in1k", _IMAGENET_ENDS, _PLAIN_START, ("inat2018_200e", "inat2018_90e")),
+    "resnet50": Variant("resnet50.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnet101": Variant("resnet101.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnet152": Variant("resnet152.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
-    "resnext50": Variant("resnext50_32x4d.a1_in1k", _IMAGENET_ENDS, _PLAIN_START, ("imagenet_lt",)),
+    "resnext50": Variant("resnext50_32x4d.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnext101": Variant("resnext101_32x8d.tv_in1k", _IMAGENET_ENDS, _PLAIN_START),
 }
 
@@ -75,31 +70,12 @@ def _cfg(backbone: str, observations: int) -> PretrainedCfg:
     )
 
 
-# Every published name, whether or not its weights exist yet.
-ZOO = [
-    ZooModel(f"{method}_{name}.{data}")
-    for name, variant in VARIANTS.items()
-    for method in ("mbib", "bib")
-    for data in variant.data
-]
-
-_NOT_THE_BACKBONES = dict(hf_hub_id=None, paper_ids=None, paper_name=None, origin_url=None)
-
-
 def _tags(method: str, name: str, variant: Variant, observations: int) -> dict[str, PretrainedCfg]:
-    """The cfgs of a registered name by `arch.tag`: its backbone's weights, and the trained models, the default last."""
-    backbone = _cfg(variant.backbone, observations)
+    """The cfgs of a registered name by `arch.tag`: its backbone's weights, and the published models."""
+    architecture, cfg = f"{method}_{name}", _cfg(variant.backbone, observations)
     _, _, tag = variant.backbone.partition(".")
-    if not variant.data:
-        return {f"{method}_{name}.backbone_{tag}" if tag else f"{method}_{name}": backbone}
-    cfgs = {f"{method}_{name}.backbone_{tag}": backbone} if tag else {}
-    for data in reversed(variant.data):
-        model = ZooModel(f"{method}_{name}.{data}")
-        entries = {**_NOT_THE_BACKBONES, "num_classes": model.dataset.num_classes, **model.dataset.preprocessing}
-        # timm takes the first tag with weights for the default, unless a star says which it is.
-        star = "*" if data == variant.data[0] else ""
-        cfgs[model.name + star] = dataclasses.replace(backbone, **{**entries, **model.source()})
-    return cfgs
+    backbone = {f"{architecture}.backbone_{tag}": cfg} if tag else {}
+    return backbone | published_cfgs(architecture, cfg) or {architecture: cfg}
 
 
 default_cfgs = generate_default_cfgs(
@@ -120,7 +96,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
         CheckpointError: `pretrained`, where nobody has trained the weights yet.
     """
     if pretrained:
-        _require_weights(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        require_weights(name, **kwargs)
     method, _, variant_name = name.partition("_")
     variant = VARIANTS[variant_name]
     args: dict[str, Any] = dict(
@@ -130,18 +106,6 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
     args.update(kwargs)
     args["backbone_args"] = {**variant.backbone_args, **kwargs.get("backbone_args", {})}
     return _build(name, pretrained, **args)
-
-
-def _require_weights(name: str, pretrained_cfg: Any, overlay: Mapping[str, Any] | None) -> None:
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
-    if cfg.has_weights or cfg.state_dict is not None:
-        return
-    others = [other for other in timm.list_pretrained(f"{name}.*") if other != name]
-    instead = f"; there are weights for {', '.join(others)}" if others else ""
-    model = ZooModel(f"{name}.{cfg.tag}")
-    if cfg.tag not in DATASETS:
-        raise CheckpointError(f"{name} has no weights of its own{instead}")
-    raise CheckpointError(f"nobody has trained {model.name} yet: mbib train {model.recipe} does{instead}")
 
 
 def _create_on(name: str, backbone: str, pretrained: bool, **kwargs: Any) -> MBIB:

@@ -5,6 +5,7 @@ repository. Once it is trained, `mbib_timm/zoo/<arch.tag>/` holds what the repos
 and metrics.json, and small weights as well.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import timm
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._pretrained import PretrainedCfg
+
+from mbib_timm.errors import CheckpointError
 
 # The Hub organisation of all repositories.
 ORGANIZATION = "mbib-timm"
@@ -36,8 +43,12 @@ class Dataset(NamedTuple):
 _CIFAR_TERMS = "CIFAR-100 (Krizhevsky 2009) is a subset of the 80 million tiny images, and came without a licence."
 _IMAGENET_TERMS = "ImageNet's images are for non-commercial research and education, by its terms of access."
 _INAT_TERMS = "The iNaturalist 2018 images are under their photographers' licences, for non-commercial use."
+_NO_SOURCE = dict(hf_hub_id=None, url=None, paper_ids=None, paper_name=None, origin_url=None)
 _CENTER_224 = dict(crop_pct=0.875, interpolation="bilinear", test_input_size=None, test_crop_pct=None)
 _INAT = dict(_CENTER_224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
+
+_CIFAR100_LT = ("cifar100_lt_if100", "cifar100_lt_if50", "cifar100_lt_if10")
+_INAT2018 = ("inat2018_200e", "inat2018_90e")
 
 # By tag, which is the recipe's folder.
 DATASETS = {
@@ -47,6 +58,20 @@ DATASETS = {
     "imagenet_lt": Dataset("ImageNet-LT", 1000, _IMAGENET_TERMS, _CENTER_224),
     "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, _INAT_TERMS, _INAT),
     "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, _INAT_TERMS, _INAT),
+}
+
+# What each registered model is published for, one tag a recipe of the paper's; the first is its default.
+PUBLISHED = {
+    "mbib_resnet32": _CIFAR100_LT,
+    "bib_resnet32": _CIFAR100_LT,
+    "bsce_resnet32": _CIFAR100_LT,
+    "ce_resnet32": _CIFAR100_LT,
+    "mbib_resnet10": ("imagenet_lt",),
+    "bib_resnet10": ("imagenet_lt",),
+    "mbib_resnext50": ("imagenet_lt",),
+    "bib_resnext50": ("imagenet_lt",),
+    "mbib_resnet50": _INAT2018,
+    "bib_resnet50": _INAT2018,
 }
 
 
@@ -112,3 +137,42 @@ class ZooModel:
         if self.weights is not None:
             return {"file": str(self.weights)}
         return {"hf_hub_id": self.repository} if self.is_trained else {}
+
+
+# Every published name, whether or not its weights exist yet.
+ZOO = [ZooModel(f"{architecture}.{tag}") for architecture, tags in PUBLISHED.items() for tag in tags]
+
+
+def published_cfgs(architecture: str, cfg: PretrainedCfg) -> dict[str, PretrainedCfg]:
+    """Return the cfgs of a registered model's published weights, by `arch.tag`; its default is starred, and last.
+
+    Args:
+        architecture: the registered name.
+        cfg: of the model on ImageNet's classes or CIFAR's, with its keys.
+    """
+    cfgs = {}
+    for tag in reversed(PUBLISHED.get(architecture, ())):
+        model = ZooModel(f"{architecture}.{tag}")
+        entries = {**_NO_SOURCE, "num_classes": model.dataset.num_classes, **model.dataset.preprocessing}
+        # timm takes the first tag with weights for the default, unless a star says which it is.
+        star = "*" if tag == PUBLISHED[architecture][0] else ""
+        cfgs[model.name + star] = dataclasses.replace(cfg, **{**entries, **model.source()})
+    return cfgs
+
+
+def require_weights(architecture: str, **kwargs: Any) -> None:
+    """Raise CheckpointError for ``pretrained=True`` where there are no weights.
+
+    Args:
+        architecture: the registered name.
+        kwargs: what timm gave the entry point, with ``pretrained_cfg`` and ``pretrained_cfg_overlay``.
+    """
+    cfg = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if cfg.has_weights or cfg.state_dict is not None:
+        return
+    others = [other for other in timm.list_pretrained(f"{architecture}.*") if other != architecture]
+    instead = f"; there are weights for {', '.join(others)}" if others else ""
+    if cfg.tag not in PUBLISHED.get(architecture, ()):
+        raise CheckpointError(f"{architecture} has no weights of its own{instead}")
+    model = ZooModel(f"{architecture}.{cfg.tag}")
+    raise CheckpointError(f"nobody has trained {model.name} yet: mbib train {model.recipe} does{instead}")
