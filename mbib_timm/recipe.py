@@ -305,6 +305,18 @@ def recipe_name(path: Path) -> str:
     return f"{path.stem}.{path.resolve().parent.name}"
 
 
+def recipe_claims(path: Path) -> dict[str, str]:
+    """Return what a recipe's first comment says: Yields, Hardware, Time, Command, Paper."""
+    claims: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+        key, text = line[2:12].strip(), line[12:].strip()
+        if key[:1].isupper():
+            claims[key] = text
+        elif not key and claims:  # goes on on the next line
+            claims[list(claims)[-1]] += f" {text}"
+    return claims
+
+
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file and apply overrides.
 

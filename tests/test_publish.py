@@ -16,8 +16,9 @@ from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import read_record, render_card
+from mbib_timm.publishing.public import public_command
 from mbib_timm.publishing.publish import Publisher, PublishError
-from mbib_timm.publishing.release import git_oid, make_release, public_command
+from mbib_timm.publishing.release import git_oid, make_release
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {
@@ -260,6 +261,7 @@ def test_nothing_of_the_machine_is_published(finished_run):
 def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir /home/me/my images --lr 0.1 --output=/data/x --sync-bn --workers 8 --seed 1"
     assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
+    assert public_command("mbib train /home/me/r.yaml --seed 1") == "mbib train r.yaml --seed 1"
 
 
 def test_git_names_contents_as_git_does(tmp_path):

@@ -17,6 +17,7 @@ from mbib_timm.recipe import (
     find_recipe,
     list_recipes,
     load_recipe,
+    recipe_claims,
     recipe_name,
     recipes_folder,
     save_recipe,
@@ -49,7 +50,7 @@ def test_every_recipe_loads_and_says_what_it_yields(name):
     text = path.read_text(encoding="utf-8")
     head = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in head)
-    claims = {line[2:12].strip(): line[12:] for line in head if line[2:12].strip()[:1].isupper()}
+    claims = recipe_claims(path)
     assert {"Yields", "Hardware", "Time", "Command", "Paper"} <= claims.keys()
     assert claims["Command"].startswith(f"mbib train {name}")
     default = Recipe().to_dict()

@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.errors import MbibError
-from mbib_timm.models.zoo import DATASETS
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
+from mbib_timm.publishing.public import public_metrics
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe, recipe_claims
 
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
 METRICS = {
@@ -85,8 +86,7 @@ def _metrics(run: Path) -> dict[str, Any]:
     file = run / "metrics.json"
     if not file.is_file():
         raise MbibError(f"{run} has no metrics.json: the run is not finished, and has no result")
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+    return public_metrics(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _recipe(run: Path) -> Recipe:
@@ -232,6 +232,9 @@ def _results(record: Record) -> str:
         f"The best of the evaluated epochs on `{best['selected_on']}` was epoch {best['epoch'] + 1} with "
         f"{best['heads']['prediction']['top1']:.2f} %; the last epoch is the result.",
     ]
+    if record.name in {model.name for model in ZOO}:
+        claims = recipe_claims(find_recipe(ZooModel(record.name).recipe))
+        lines += ["", f"The paper reports {claims['Paper']}."]
     return "\n".join(lines)
 
 
@@ -290,7 +293,7 @@ def _training(record: Record) -> str:
         f"## Training\n\n{record.metrics['epochs']} epochs of batches of {recipe.batch_size} with {recipe.opt}, "
         f"learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, schedule `{recipe.sched}`; every "
         f"setting is in `recipe.yaml`. It took {cost} on {machine}, evaluation included, with {versions}, at commit "
-        f"{environment['commit'] or 'unknown'}."
+        f"{environment['commit'] or 'unknown'}:\n\n```sh\n{environment['command']}\n```"
     )
 
 

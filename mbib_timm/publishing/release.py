@@ -1,6 +1,5 @@
 """The files of a published model, made of a run's folder: what the repository holds, and nothing of the machine."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -8,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing.card import read_record, render_card
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.publishing.public import public_recipe
 
 TRAINING_HEADS = "training_heads"
 
@@ -68,7 +66,7 @@ def make_release(run: Path, repository: str, others: Sequence[Path] = (), infere
         "config.json": _json(config),
         "model.safetensors": weights,
         "recipe.yaml": public_recipe(run / "recipe.yaml"),
-        "metrics.json": _json(public_metrics(dict(record.metrics))),
+        "metrics.json": _json(record.metrics),
     }
     files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in record.figures}
     return Release(record.name, repository, files)
@@ -92,28 +90,3 @@ def without_training_heads(config: dict[str, Any], weights: bytes) -> tuple[dict
     }
     tensors = {name: value for name, value in load(weights).items() if not name.startswith(TRAINING_HEADS)}
     return config, save(tensors)
-
-
-def public_recipe(file: Path) -> bytes:
-    """Return a run's recipe without the keys that say where it ran: folders, devices, workers."""
-    return yaml.safe_dump(load_recipe(file).computation(), sort_keys=False, allow_unicode=True).encode()
-
-
-def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's metrics without paths of the machine that it ran on."""
-    environment = {**metrics["environment"], "command": public_command(metrics["environment"]["command"])}
-    replaced = [Path(path).name for path in metrics["replaced_images"]]
-    return {**metrics, "environment": environment, "replaced_images": replaced}
-
-
-def public_command(command: str) -> str:
-    """Return a command line without the flags, and their values, that say where a run reads and writes."""
-    places = {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(Recipe) if item.metadata["location"]}
-    kept: list[str] = []
-    skipping = False
-    for word in command.split(" "):
-        if word.startswith("--"):
-            skipping = word.partition("=")[0] in places
-        if not skipping:
-            kept.append(word)
-    return " ".join(kept)

@@ -1,0 +1,37 @@
+"""What a run wrote, without what it says of the machine: its folders, devices, workers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mbib_timm.recipe import Recipe, load_recipe
+
+
+def public_recipe(file: Path) -> bytes:
+    """Return a run's recipe without the keys that say where it ran: folders, devices, workers."""
+    return yaml.safe_dump(load_recipe(file).computation(), sort_keys=False, allow_unicode=True).encode()
+
+
+def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's metrics without paths of the machine that it ran on."""
+    environment = {**metrics["environment"], "command": public_command(metrics["environment"]["command"])}
+    replaced = [Path(path).name for path in metrics["replaced_images"]]
+    return {**metrics, "environment": environment, "replaced_images": replaced}
+
+
+def public_command(command: str) -> str:
+    """Return a command line without the flags, and their values, that say where a run reads and writes.
+
+    Of a recipe's absolute path the last part is left.
+    """
+    places = {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(Recipe) if item.metadata["location"]}
+    kept: list[str] = []
+    skipping = False
+    for word in command.split(" "):
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] in places
+        if not skipping:
+            kept.append(Path(word).name if Path(word).is_absolute() else word)
+    return " ".join(kept)
