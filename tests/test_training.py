@@ -335,7 +335,7 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
     assert main(["validate", str(tmp_path), *arguments]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert main(["validate", "mbib_resnet20", *arguments]) == 2
-    assert "No pretrained weights exist" in capsys.readouterr().err
+    assert "mbib_resnet20 has no weights of its own" in capsys.readouterr().err
     (exported / "model.safetensors").write_bytes(b"nonsense")
     assert main(["validate", str(exported), *arguments]) == 2
     assert "cannot load" in capsys.readouterr().err

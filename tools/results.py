@@ -6,8 +6,8 @@
     python tools/results.py redraw                                      # draw the figures again from the numbers
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml and the figures, under
-`results/<run>-<epochs>e-seed<seed>/`. The second table is that of the `results/benchmark-<device>.json` that
-`tools/benchmark.py` has written.
+`results/<run>-<epochs>e-seed<seed>/`. The other tables are the zoo's, as `mbib models` prints it, and that of the
+`results/benchmark-<device>.json` that `tools/benchmark.py` has written.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from typing import Any
 from benchmarking.table import markdown, read_results
 
 from mbib_timm.errors import MbibError
+from mbib_timm.inference.catalogue import catalogue, markdown_table
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.report import draw_figures
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
+MODELS = ("<!-- zoo: tools/results.py table -->\n", "<!-- end of zoo -->")
 SPEED = ("<!-- benchmark: tools/results.py table -->\n", "<!-- end of benchmark -->")
 GROUPS = ("top1", "many", "medium", "few")
 
@@ -98,7 +100,8 @@ def speed_table(results: Path) -> str:
 def write_tables(readme: Path, results: Path) -> None:
     """Replace the tables between the README's markers."""
     text = readme.read_text(encoding="utf-8")
-    for (begin, end), content in ((RUNS, table(results)), (SPEED, speed_table(results))):
+    tables = ((MODELS, markdown_table(catalogue())), (RUNS, table(results)), (SPEED, speed_table(results)))
+    for (begin, end), content in tables:
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
         text = f"{before}{begin}\n{content}\n{end}{after}"

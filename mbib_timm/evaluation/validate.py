@@ -15,6 +15,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import evaluate
 from mbib_timm.evaluation.table import results_table
 from mbib_timm.models.load import Source, create_trained, find_source
+from mbib_timm.models.zoo import ZOO
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 
 
@@ -85,6 +86,8 @@ def validate(
 def _resolve(target: str, recipe: str | None, overrides: Mapping[str, Any]) -> tuple[Recipe, Source]:
     """Return the recipe that names the data, and where the model is."""
     source = find_source(target)
+    published = {model.name: model.recipe for model in ZOO}
+    recipe = recipe or published.get(source.name)  # the package's recipe knows where to download the data
     if recipe is not None:
         return load_recipe(find_recipe(recipe), overrides), source
     file = source.file("recipe.yaml")
