@@ -252,8 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mbib: error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        again = " ".join(["mbib", *argv]) + ("" if "--resume" in argv or "sweep" in argv[:1] else " --resume auto")
-        print(f"\nmbib: interrupted. Continue from the last checkpoint with: {again}", file=sys.stderr)
+        goes_on = {"train": "" if "--resume" in argv else " --resume auto", "sweep": ""}
+        again = " ".join(["mbib", *argv]) + goes_on.get(argv[0], "")
+        advice = f" Continue from the last checkpoint with: {again}" if argv[0] in goes_on else ""
+        print(f"\nmbib: interrupted.{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -67,7 +67,7 @@ def fails(tmp_path, capsys):
         (["train", "extra", "words"], "words"),
         (["trian"], "invalid choice: 'trian'"),
         (["validate", "no_such_model"], "unknown model or folder 'no_such_model'"),
-        (["validate", "mbib_resnet32"], "does not say which data"),
+        (["validate", "mbib_resnet20"], "does not say which data"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )

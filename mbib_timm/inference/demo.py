@@ -1,26 +1,31 @@
 """`mbib demo`: a page in the browser that shows what a model sees in an image, head by head (Gradio)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
+from mbib_timm.data.loaders import pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.predict import HEADS, Predictor
 from mbib_timm.models.load import LoadedModel, load_model
 
+LOOPBACK = "127.0.0.1"
 TOP = 5
 TITLES = {"mean": "Prediction (mean of v and z)", "v": "v, the last observation", "z": "z, the bottleneck"}
 
 
 def class_labels(model: LoadedModel) -> list[str]:
-    """Return what the page calls each class: its name and its training images."""
+    """Return what the page calls each class: its name, its number where two share a name, its training images."""
     names = model.class_names or [f"class {label}" for label in range(model.num_classes)]
+    of_a_name = Counter(names)
+    labels = [name if of_a_name[name] == 1 else f"{name} [{label}]" for label, name in enumerate(names)]
     if model.class_counts is None:
-        return list(names)
-    return [f"{name} ({count:,} training images)" for name, count in zip(names, model.class_counts, strict=True)]
+        return labels
+    return [f"{label} (n = {count:,})" for label, count in zip(labels, model.class_counts, strict=True)]
 
 
 def heads_of(model: LoadedModel) -> Sequence[str]:
@@ -36,7 +41,8 @@ def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Imag
         labels: of the classes.
         image: any mode, any size.
     """
-    batch = predictors[0].transform()(image.convert("RGB"))[None]
+    first = predictors[0]
+    batch = first.transform()(image.convert(pil_mode(first.model.preprocessing["input_size"][0])))[None]
     found = []
     for predictor in predictors:
         values, indices = predictor.probabilities(batch)[0].topk(min(TOP, len(labels)))
@@ -67,12 +73,14 @@ def build_page(target: str, device: str | None = None) -> Any:
         return found[0] if len(found) == 1 else found
 
     with gradio.Blocks(title=f"mbib_timm: {model.source.name}", analytics_enabled=False) as page:
+        counted = "" if model.class_counts is None else " n is the number of a class's training images."
         gradio.Markdown(
-            f"# {model.source.name}\n\nDrop an image; {model.num_classes:,} classes, and no others, are known."
+            f"# {model.source.name}\n\nDrop an image. The model knows {model.num_classes:,} classes, and gives one of "
+            f"them whatever it sees.{counted}"
         )
         image = gradio.Image(type="pil", label="Image", height=320)
         with gradio.Row():
-            outputs = [gradio.Label(label=TITLES[head], num_top_classes=TOP) for head in heads]
+            outputs = [gradio.Label(label=TITLES[head], num_top_classes=TOP, show_heading=False) for head in heads]
         image.change(show, image, outputs)
     return page
 
@@ -90,6 +98,8 @@ def demo(target: str, port: int | None = None, device: str | None = None) -> Non
     """
     page = build_page(target, device)
     try:
-        page.launch(server_name="127.0.0.1", server_port=port, share=False, inbrowser=False)
-    except OSError as error:
-        raise MbibError(f"cannot serve the page: {error}") from None
+        page.launch(server_name=LOOPBACK, server_port=port, share=False, quiet=True, prevent_thread_lock=True)
+    except OSError:
+        raise MbibError(f"port {port} is taken; leave --port out to have a free one") from None
+    print(f"{target} on {page.local_url} until Ctrl-C", flush=True)
+    page.block_thread()

@@ -1,0 +1,90 @@
+"""The demo page: what it shows of an image is what the model says, and it is served on this machine alone."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mbib_timm.errors import MbibError
+from mbib_timm.inference import demo as demo_module
+from mbib_timm.inference.demo import build_page, class_labels, classify, heads_of
+from mbib_timm.inference.predict import Predictor
+from mbib_timm.models.load import LoadedModel, load_model
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+
+
+def test_every_head_is_shown_with_the_training_images_of_its_classes(finished_run, picture):
+    model = load_model(str(finished_run))
+    labels = class_labels(model)
+    assert labels[3] == f"3 (n = {model.class_counts[3]})"
+    assert heads_of(model) == ("mean", "v", "z")
+    shown = classify([Predictor(model, head) for head in heads_of(model)], labels, picture)
+    images = Predictor(model).transform()(picture)[None]
+    with torch.inference_mode():
+        *_, v, z = model.module.forward_heads(images)
+        expected = [torch.softmax(logits, 1)[0] for logits in ((v + z) / 2, v, z)]
+    for head, probabilities in zip(shown, expected, strict=True):
+        best = probabilities.argsort(descending=True)[:5].tolist()
+        assert list(head) == [labels[label] for label in best]
+        assert list(head.values()) == pytest.approx(probabilities[best].tolist(), rel=1e-5)
+
+
+def test_classes_of_one_name_are_told_apart(finished_run):
+    model = load_model(str(finished_run))
+    names = ("crane", "crane", *model.class_names[2:])
+    twins = LoadedModel(model.source, model.module, model.preprocessing, names, None, None)
+    assert class_labels(twins)[:3] == ["crane [0]", "crane [1]", "2"]
+
+
+def test_any_mode_of_image_is_taken(finished_run, picture):
+    model = load_model(str(finished_run))
+    for mode in ("L", "RGBA", "P", "CMYK", "1"):
+        (shown,) = classify([Predictor(model)], class_labels(model), picture.convert(mode))
+        assert len(shown) == 5
+
+
+def test_without_gradio_it_says_what_to_install(finished_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[demo\]'"):
+        build_page(str(finished_run))
+
+
+def test_it_is_served_on_this_machine_alone(finished_run, tmp_path):
+    pytest.importorskip("gradio", reason="the demo's extra is not installed")
+    assert demo_module.LOOPBACK == "127.0.0.1"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        call = [sys.executable, "-m", "mbib_timm", "demo", str(finished_run), "--device", "cpu"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(tmp_path)}
+        done = subprocess.run([*call, "--port", port], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert f"port {port} is taken" in done.stderr
+    server = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = server.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+        with urllib.request.urlopen(f"{url}/config", timeout=30) as answer:
+            page = json.load(answer)
+        labels = [part["props"].get("label") for part in page["components"]]
+        assert {"Image", *demo_module.TITLES.values()} <= set(labels)
+        addresses = {address for address in socket.gethostbyname_ex(socket.gethostname())[2] if address != "127.0.0.1"}
+        for address in addresses:
+            with pytest.raises(OSError):  # noqa: PT011 (refused or unreachable, as the system puts it)
+                socket.create_connection((address, int(url.rpartition(":")[2])), timeout=5).close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert "Traceback" not in errors

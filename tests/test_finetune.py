@@ -1,0 +1,88 @@
+"""Fine-tuning the packaged weights on a folder of one's own, as a user would: by the commands, on photographs."""
+
+import json
+import tarfile
+from pathlib import PurePosixPath
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from mbib_timm.cli import main
+from mbib_timm.models.zoo import ZooModel
+
+# Photographs of CIFAR-100's test set under coarser names: classes that the weights do not know, the last with three.
+GROUPS = {
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+}
+TRAINING_IMAGES = {"people": 120, "trees": 40, "fish": 10, "flowers": 3}
+TEST_IMAGES = 100
+PACKAGED = ZooModel("mbib_resnet32.cifar100_lt_if100")
+
+
+@pytest.fixture(scope="module")
+def my_images(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "my_images"
+    with tarfile.open(shared / "data" / "cifar100" / "test.tar") as tar:
+        images: dict[str, list[tarfile.TarInfo]] = {}
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            images.setdefault(PurePosixPath(member.name).parent.name, []).append(member)
+        for group, classes in GROUPS.items():
+            mixed = [member for members in zip(*(images[name] for name in classes), strict=True) for member in members]
+            parts = {"train": mixed[: TRAINING_IMAGES[group]], "val": mixed[-TEST_IMAGES:]}
+            for part, members in parts.items():
+                (folder / part / group).mkdir(parents=True)
+                for i, member in enumerate(members):
+                    (folder / part / group / f"{i}.png").write_bytes(tar.extractfile(member).read())
+    return folder
+
+
+def train(my_images, folder, *flags):
+    arguments = ["--data-dir", str(my_images), "--output", str(folder), "--device", "cpu", "--workers", "0"]
+    assert main(["train", "finetune/mbib_resnet32", *arguments, "--epochs", "8", *flags]) == 0
+    return folder / "mbib_resnet32.finetune"
+
+
+@pytest.fixture(scope="module")
+def tuned(my_images, tmp_path_factory):
+    return train(my_images, tmp_path_factory.mktemp("tuned"))
+
+
+def test_it_learns_what_it_could_not_from_scratch(my_images, tuned, tmp_path):
+    scratch = train(my_images, tmp_path, "--no-pretrained")
+    results = [json.loads((run / "metrics.json").read_text())["result"]["heads"] for run in (tuned, scratch)]
+    ours, theirs = (heads["prediction"] for heads in results)
+    assert ours["top1"] > theirs["top1"] + 10
+    assert ours["few"] > theirs["few"] + 10
+
+
+def test_classes_and_counts_are_the_folders_and_are_saved_with_the_model(tuned, my_images):
+    config = json.loads((tuned / "config.json").read_text())
+    assert config["label_names"] == sorted(GROUPS)
+    assert config["class_counts"] == [TRAINING_IMAGES[name] for name in sorted(GROUPS)]
+    model = timm.create_model(f"local-dir:{tuned}", pretrained=True)
+    assert model.num_classes == len(GROUPS)
+    assert model.pretrained_cfg["label_names"] == sorted(GROUPS)
+
+
+def test_it_starts_from_the_packaged_backbone_and_bottleneck(my_images, tmp_path):
+    """At a learning rate of next to nothing all stays as it was, but the classifiers and the running statistics."""
+    run = train(my_images, tmp_path, "--lr", "1e-12", "--epochs", "1", "--warmup-epochs", "0")
+    before, after = load_file(PACKAGED.weights), load_file(run / "model.safetensors")
+    learnt = [key for key in before if ".classifier." not in key and "running_" not in key and "num_batches" not in key]
+    assert len(learnt) > 100
+    for key in learnt:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8, msg=key)
+
+
+def test_predictions_have_the_classes_names(tuned, my_images, capsys):
+    assert main(["predict", str(tuned), str(my_images / "val" / "people"), "--top-k", "1", "--format", "jsonl"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == TEST_IMAGES
+    named = [line["classes"][0]["name"] for line in lines]
+    accuracy = json.loads((tuned / "metrics.json").read_text())["result"]["heads"]["prediction"]["per_class"]
+    assert 100 * named.count("people") / TEST_IMAGES == pytest.approx(accuracy[sorted(GROUPS).index("people")])
