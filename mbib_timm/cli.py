@@ -136,7 +136,7 @@ def build_parser() -> Parser:
 
     publish = commands.add_parser("publish", help="put a finished run on the Hub", allow_abbrev=False)
     publish.add_argument("run", type=Path, help="the run's folder")
-    publish.add_argument("--repo-id", metavar="ORG/NAME", help="repository; the run's name in the zoo's organisation")
+    publish.add_argument("--repo-id", metavar="ORG/NAME", help="repository; a model of the zoo has its own")
     publish.add_argument(
         "--seeds",
         type=Path,

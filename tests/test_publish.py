@@ -239,8 +239,6 @@ def test_a_dry_run_asks_no_hub(finished_run, capsys, monkeypatch):
         assert f"{path}  " in out or f"{path} " in out
         assert f"{len(content):,}" in out
     assert "library_name: timm" in out
-    assert main(["publish", str(finished_run), "--dry-run"]) == 0
-    assert "mbib-timm/mbib_resnet20.digits would get:" in capsys.readouterr().out
 
 
 def test_unfinished_runs_are_refused(tmp_path, finished_run, capsys):
@@ -256,6 +254,15 @@ def test_nothing_of_the_machine_is_published(finished_run):
     assert "lr" in recipe
     assert not {"data_dir", "output", "device", "workers"} & set(recipe)
     assert not [path for path in release.files if path.endswith((".ckpt", ".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(finished_run, capsys):
+    assert main(["publish", str(finished_run), "--dry-run"]) == 2
+    assert "say where to, --repo-id YOU/mbib_resnet20.digits" in capsys.readouterr().err
+    card = render_card(read_record(finished_run), REPOSITORY)
+    assert "license" not in card
+    assert "Apache" not in card
+    assert "The paper reports" not in card
 
 
 def test_commands_lose_their_paths():

@@ -54,6 +54,11 @@ class Record:
     figures: tuple[str, ...] = ()
 
     @property
+    def in_zoo(self) -> bool:
+        """True for a model of a published name; False for somebody's own."""
+        return self.name in {model.name for model in ZOO}
+
+    @property
     def runs(self) -> tuple[Mapping[str, Any], ...]:
         """Metrics of all runs, by seed."""
         return tuple(sorted((self.metrics, *self.others), key=lambda metrics: metrics["seed"]))
@@ -133,7 +138,7 @@ def card_metadata(record: Record) -> ModelCardData:
             task_type="image-classification",
             task_name="Long-tailed image classification",
             dataset_type=_tag(record),
-            dataset_name=dataset_title(record),
+            dataset_name=dataset_title(record).strip("`"),
             dataset_split=record.metrics["result"]["split"],
             metric_type="accuracy",
             metric_name=name,
@@ -145,7 +150,7 @@ def card_metadata(record: Record) -> ModelCardData:
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        license="apache-2.0",
+        license="apache-2.0" if record.in_zoo else None,
         tags=["image-classification", "timm", "mbib-timm", "long-tailed-recognition", "class-imbalance"],
         metrics=["accuracy"],
         model_name=record.name,
@@ -154,9 +159,9 @@ def card_metadata(record: Record) -> ModelCardData:
 
 
 def dataset_title(record: Record) -> str:
-    """Return what people call the data set of a record."""
+    """Return what people call the data set of a record; images of one's own have no name but the recipe's."""
     tag = _tag(record)
-    return DATASETS[tag].title if tag in DATASETS else tag
+    return DATASETS[tag].title if tag in DATASETS else f"`{tag}`"
 
 
 def _tag(record: Record) -> str:
@@ -167,7 +172,11 @@ def _what(record: Record, inference_only: bool) -> str:
     observed = [head for head in record.metrics["result"]["heads"] if head not in ("prediction", "z")]
     epochs = record.metrics["epochs"]
     recipe = record.recipe
-    text = f"`{recipe.model}` trained on {dataset_title(record)} for {epochs} epochs with the loss `{recipe.loss}`"
+    architecture, _, tag = recipe.model.partition(".")
+    start = f", started from the weights `{tag or 'of its default tag'}`," if recipe.pretrained else ""
+    text = (
+        f"`{architecture}`{start} trained on {dataset_title(record)} for {epochs} epochs with the loss `{recipe.loss}`"
+    )
     if observed:
         text += (
             f", by `mbib_timm`: an implementation, independent of the authors', of "
@@ -232,7 +241,7 @@ def _results(record: Record) -> str:
         f"The best of the evaluated epochs on `{best['selected_on']}` was epoch {best['epoch'] + 1} with "
         f"{best['heads']['prediction']['top1']:.2f} %; the last epoch is the result.",
     ]
-    if record.name in {model.name for model in ZOO}:
+    if record.in_zoo:
         claims = recipe_claims(find_recipe(ZooModel(record.name).recipe))
         lines += ["", f"The paper reports {claims['Paper']}."]
     return "\n".join(lines)
@@ -313,9 +322,9 @@ def _use(record: Record) -> str:
 
 
 def _licence(record: Record) -> str:
-    tag = _tag(record)
-    terms = DATASETS[tag].licence if tag in DATASETS else "The terms of the training images are not stated here."
-    return f"## Licence\n\nThe weights are under Apache-2.0. {terms}"
+    if not record.in_zoo:
+        return "## Licence\n\nNeither the terms of these weights nor those of the training images are stated here."
+    return f"## Licence\n\nThe weights are under Apache-2.0. {DATASETS[_tag(record)].licence}"
 
 
 def _citation() -> str:

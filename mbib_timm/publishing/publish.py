@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # that of the HTTP client that the Hub's uses
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.zoo import ORGANIZATION
+from mbib_timm.models.zoo import ZooModel
 from mbib_timm.publishing.card import read_record
 from mbib_timm.publishing.release import Release, git_oid, make_release
 
@@ -45,7 +45,7 @@ def publish(
 
     Args:
         run: the run's folder.
-        repository: ``organisation/name``; by default the run's name in the organisation of the zoo.
+        repository: ``organisation/name``; a model of the zoo has its own.
         others: folders of runs that differ in the seed alone, for the card.
         private: make the repository private, if it is new.
         revision: the tag; by default the next of v1, v2, v3.
@@ -56,10 +56,14 @@ def publish(
         The commit's address; None after a dry run.
 
     Raises:
-        MbibError: the run is not finished.
+        MbibError: the run is not finished, or is none of the zoo's and no repository is given.
         PublishError: the Hub refuses, or cannot be reached.
     """
-    repository = repository or f"{ORGANIZATION}/{read_record(run).name}"
+    if repository is None:
+        record = read_record(run)
+        if not record.in_zoo:
+            raise MbibError(f"{record.name} is no model of the zoo: say where to, --repo-id YOU/{record.name}")
+        repository = ZooModel(record.name).repository
     release = make_release(run, repository, others, inference_only)
     if dry_run:
         print(f"{release.repository} would get:\n\n{release.listing()}\n\nREADME.md:\n")
