@@ -111,7 +111,7 @@ class Recipe:
     std: list[float] = key([0.229, 0.224, 0.225], "channel standard deviations of the normalisation")
 
     # Model
-    model: str = key("mbib_resnet20", "any timm model name, e.g. mbib_resnet32")
+    model: str = key("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
     model_kwargs: dict[str, Any] = key({}, "further keyword arguments of the model, as name=value")
     pretrained: bool = key(False, "start from the model's published weights")
     initial_checkpoint: str | None = key(None, "start from this weights file, or a run's folder", location=True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from mbib_timm.cli import main
 from mbib_timm.models.zoo import ZooModel
+from mbib_timm.publishing.release import make_release
 
 # Photographs of CIFAR-100's test set under coarser names: classes that the weights do not know, the last with three.
 GROUPS = {
@@ -43,7 +44,8 @@ def my_images(shared, tmp_path_factory):
 
 def train(my_images, folder, *flags):
     arguments = ["--data-dir", str(my_images), "--output", str(folder), "--device", "cpu", "--workers", "0"]
-    assert main(["train", "finetune/mbib_resnet32", *arguments, "--epochs", "8", *flags]) == 0
+    schedule = ["--epochs", "8"] if "--epochs" not in flags else ["--warmup-epochs", "0"]
+    assert main(["train", "finetune/mbib_resnet32", *arguments, *schedule, *flags]) == 0
     return folder / "mbib_resnet32.finetune"
 
 
@@ -71,7 +73,7 @@ def test_classes_and_counts_are_the_folders_and_are_saved_with_the_model(tuned, 
 
 def test_it_starts_from_the_packaged_backbone_and_bottleneck(my_images, tmp_path):
     """At a learning rate of next to nothing all stays as it was, but the classifiers and the running statistics."""
-    run = train(my_images, tmp_path, "--lr", "1e-12", "--epochs", "1", "--warmup-epochs", "0")
+    run = train(my_images, tmp_path, "--lr", "1e-12", "--epochs", "1")
     before, after = load_file(PACKAGED.weights), load_file(run / "model.safetensors")
     learnt = [key for key in before if ".classifier." not in key and "running_" not in key and "num_batches" not in key]
     assert len(learnt) > 100
@@ -86,3 +88,27 @@ def test_predictions_have_the_classes_names(tuned, my_images, capsys):
     named = [line["classes"][0]["name"] for line in lines]
     accuracy = json.loads((tuned / "metrics.json").read_text())["result"]["heads"]["prediction"]["per_class"]
     assert 100 * named.count("people") / TEST_IMAGES == pytest.approx(accuracy[sorted(GROUPS).index("people")])
+
+
+@pytest.mark.parametrize("slim", [False, True], ids=["complete", "inference-only"])
+def test_it_goes_on_from_a_model_of_ones_own(tuned, my_images, tmp_path, slim):
+    """Of the same classes; what was published for inference gets new heads for training, and keeps the others."""
+    start = tmp_path / "start"
+    for path, content in make_release(tuned, "me/images", inference_only=slim).files.items():
+        (start / path).parent.mkdir(parents=True, exist_ok=True)
+        (start / path).write_bytes(content)
+    run = train(my_images, tmp_path, "--model", f"local-dir:{start}", "--lr", "1e-12", "--epochs", "1")
+    before, after = load_file(start / "model.safetensors"), load_file(run / "model.safetensors")
+    assert any(key.startswith("training_heads.") for key in before) != slim
+    assert any(key.startswith("training_heads.") for key in after)
+    for key in (key for key in before if "running_" not in key and "num_batches" not in key):
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8, msg=key)
+
+
+def test_where_it_starts_from_is_asked_of_the_model_alone(my_images, tuned, tmp_path, capsys):
+    flags = ["--data-dir", str(my_images), "--output", str(tmp_path), "--device", "cpu"]
+    both = ["--model", f"local-dir:{tuned}", "--initial-checkpoint", str(tuned)]
+    assert main(["train", "finetune/mbib_resnet32", *flags, *both]) == 2
+    assert "has weights of its own" in capsys.readouterr().err
+    assert main(["train", "finetune/mbib_resnet32", *flags, "--model", f"local-dir:{tmp_path / 'nowhere'}"]) == 2
+    assert "holds no config.json" in capsys.readouterr().err

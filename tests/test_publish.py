@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -269,6 +270,19 @@ def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir /home/me/my images --lr 0.1 --output=/data/x --sync-bn --workers 8 --seed 1"
     assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
     assert public_command("mbib train /home/me/r.yaml --seed 1") == "mbib train r.yaml --seed 1"
+
+
+def test_of_a_folder_that_training_started_from_the_name_is_left(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for file, quote in (("recipe.yaml", ""), ("metrics.json", '"')):
+        before = (run / file).read_text()
+        after = before.replace(f"{quote}mbib_resnet20{quote}", f"{quote}local-dir:/home/me/start{quote}")
+        (run / file).write_text(after)
+    assert "local-dir:/home" in (run / "recipe.yaml").read_text()
+    published = b"".join(make_release(run, REPOSITORY).files.values())
+    assert b"local-dir:start" in published
+    assert b"/home/me" not in published
 
 
 def test_git_names_contents_as_git_does(tmp_path):

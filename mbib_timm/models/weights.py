@@ -14,19 +14,24 @@ from mbib_timm.models.mbib import MBIB
 from mbib_timm.models.taps import skeleton
 
 PREFIX = "backbone."
+TRAINING_HEADS = "training_heads."
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], model: MBIB) -> dict[str, Tensor]:
     """Return a checkpoint under the model's own keys; timm calls this as ``pretrained_filter_fn``.
 
     Accepts a checkpoint of the same MBIB model, of any number of classes, or one of the plain backbone, in timm's
-    keys. With the latter the heads keep their fresh initialisation.
+    keys. With the latter the heads keep their fresh initialisation, and so do the heads that serve training only where
+    the checkpoint was published without them.
 
     Raises:
         CheckpointError: missing or unexpected keys, by name.
     """
     own = model.state_dict()
     if any(key.startswith(PREFIX) for key in state_dict):
+        if not any(key.startswith(TRAINING_HEADS) for key in state_dict):
+            fresh = {key: value for key, value in own.items() if key.startswith(TRAINING_HEADS)}
+            state_dict = {**fresh, **state_dict}
         _require_same_keys(state_dict, own, "checkpoint")
         return dict(state_dict)
     backbone = match_backbone_keys(state_dict, model)

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.errors import MbibError
 from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
-from mbib_timm.publishing.public import public_metrics
+from mbib_timm.publishing.public import public_metrics, public_model
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe, recipe_claims
 
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
@@ -172,8 +172,8 @@ def _what(record: Record, inference_only: bool) -> str:
     observed = [head for head in record.metrics["result"]["heads"] if head not in ("prediction", "z")]
     epochs = record.metrics["epochs"]
     recipe = record.recipe
-    architecture, _, tag = recipe.model.partition(".")
-    start = f", started from the weights `{tag or 'of its default tag'}`," if recipe.pretrained else ""
+    architecture = record.name.partition(".")[0]
+    start = f", started from the weights of `{public_model(recipe.model)}`," if recipe.pretrained else ""
     text = (
         f"`{architecture}`{start} trained on {dataset_title(record)} for {epochs} epochs with the loss `{recipe.loss}`"
     )

@@ -11,14 +11,16 @@ from mbib_timm.recipe import Recipe, load_recipe
 
 def public_recipe(file: Path) -> bytes:
     """Return a run's recipe without the keys that say where it ran: folders, devices, workers."""
-    return yaml.safe_dump(load_recipe(file).computation(), sort_keys=False, allow_unicode=True).encode()
+    computation = load_recipe(file).computation()
+    computation["model"] = public_model(computation["model"])
+    return yaml.safe_dump(computation, sort_keys=False, allow_unicode=True).encode()
 
 
 def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return a run's metrics without paths of the machine that it ran on."""
     environment = {**metrics["environment"], "command": public_command(metrics["environment"]["command"])}
     replaced = [Path(path).name for path in metrics["replaced_images"]]
-    return {**metrics, "environment": environment, "replaced_images": replaced}
+    return {**metrics, "model": public_model(metrics["model"]), "environment": environment, "replaced_images": replaced}
 
 
 def public_command(command: str) -> str:
@@ -35,3 +37,9 @@ def public_command(command: str) -> str:
         if not skipping:
             kept.append(Path(word).name if Path(word).is_absolute() else word)
     return " ".join(kept)
+
+
+def public_model(name: str) -> str:
+    """Return a model's name, of a folder on this machine the last part alone."""
+    scheme, colon, place = name.partition(":")
+    return f"{scheme}:{Path(place).name}" if colon and scheme == "local-dir" else name

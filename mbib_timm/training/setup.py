@@ -9,6 +9,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
+from mbib_timm.models.load import find_source
 from mbib_timm.recipe import Recipe
 
 
@@ -23,15 +24,22 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         MbibError: an unknown model or keyword, or weights that do not exist.
         CheckpointError: weights that do not fit.
     """
-    name = recipe.model.partition(".")[0]
-    if not timm.is_model(name):
-        raise unknown_name("model", recipe.model, timm.list_models())
     if "num_classes" in recipe.model_kwargs:
         raise MbibError("recipe key 'model_kwargs': the number of classes is that of the data; see key 'num_classes'")
     kwargs: dict[str, Any] = {"num_classes": num_classes, **recipe.model_kwargs}
-    cfg = timm.get_pretrained_cfg(recipe.model, allow_unregistered=True)
-    if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
-        kwargs.setdefault("img_size", recipe.img_size)
+    if ":" in recipe.model:
+        if recipe.initial_checkpoint is not None:
+            raise MbibError(
+                f"recipe key 'initial_checkpoint': {recipe.model} has weights of its own; see key 'pretrained'"
+            )
+        if find_source(recipe.model).config().get("model_args", {}).get("training_heads") is False:
+            kwargs.setdefault("training_heads", True)  # it was published for inference; training needs them
+    elif not timm.is_model(recipe.model.partition(".")[0]):
+        raise unknown_name("model", recipe.model, timm.list_models())
+    else:
+        cfg = timm.get_pretrained_cfg(recipe.model, allow_unregistered=True)
+        if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
+            kwargs.setdefault("img_size", recipe.img_size)
     if recipe.initial_checkpoint is not None:
         weights = read_weights(Path(recipe.initial_checkpoint))
         kwargs["pretrained_cfg_overlay"] = weights_overlay(weights, recipe.model)
