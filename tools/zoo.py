@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.zoo import ZOO, ZooModel
-from mbib_timm.publishing.card import read_record, render_card
+from mbib_timm.publishing.card import render_card
+from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import find_recipe, load_recipe
 

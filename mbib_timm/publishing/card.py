@@ -1,20 +1,17 @@
 """The card of a trained model, rendered from what its runs wrote: recipe.yaml and metrics.json, and nothing else."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from mbib_timm.data.class_counts import shot_groups
-from mbib_timm.errors import MbibError
-from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
-from mbib_timm.publishing.public import public_metrics, public_model
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe, recipe_claims
+from mbib_timm.models.zoo import DATASETS, ZooModel
+from mbib_timm.publishing.public import public_model
+from mbib_timm.publishing.record import FIGURES, Record
+from mbib_timm.recipe import find_recipe, recipe_claims
 
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
 METRICS = {
@@ -23,85 +20,11 @@ METRICS = {
     "medium": "Top-1 accuracy on medium-shot classes, %",
     "few": "Top-1 accuracy on few-shot classes, %",
 }
-FIGURES = {
-    "class_accuracy.png": "Accuracy of each class, in the order of its training images.",
-    "shot_groups.png": "Accuracy by head and shot group.",
-    "training_curves.png": "Training loss, learning rate, and accuracy after each evaluated epoch.",
-}
 HEADS = {
     "prediction": "prediction: mean of the logits of the last observation and of z",
     "z": "z, the bottleneck",
 }
 PAPER = "https://openreview.net/forum?id=9eiALSuZGA"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is known of a trained model.
-
-    Attributes:
-        name: ``arch.tag``.
-        recipe: of the run whose weights these are.
-        metrics: of that run.
-        others: metrics of further runs, which differ in the seed alone.
-        figures: names of the figures that there are.
-    """
-
-    name: str
-    recipe: Recipe
-    metrics: Mapping[str, Any]
-    others: tuple[Mapping[str, Any], ...] = ()
-    figures: tuple[str, ...] = ()
-
-    @property
-    def in_zoo(self) -> bool:
-        """True for a model of a published name; False for somebody's own."""
-        return self.name in {model.name for model in ZOO}
-
-    @property
-    def runs(self) -> tuple[Mapping[str, Any], ...]:
-        """Metrics of all runs, by seed."""
-        return tuple(sorted((self.metrics, *self.others), key=lambda metrics: metrics["seed"]))
-
-
-def read_record(run: Path, others: Sequence[Path] = ()) -> Record:
-    """Read what a run's folder, or a folder of results, says.
-
-    Args:
-        run: the folder.
-        others: folders of runs that differ in the seed alone.
-
-    Raises:
-        MbibError: a run that is not finished, or another recipe's among the others.
-    """
-    recipe, metrics = _recipe(run), _metrics(run)
-    further = []
-    for other in others:
-        if _computation(_recipe(other)) != _computation(recipe):
-            raise MbibError(f"{other} is a run of another recipe than {run}: more than the seed differs")
-        further.append(_metrics(other))
-    seeds = [m["seed"] for m in (metrics, *further)]
-    if len(set(seeds)) < len(seeds):
-        raise MbibError(f"two of the runs have the same seed: {', '.join(map(str, seeds))}")
-    figures = tuple(name for name in FIGURES if (run / "figures" / name).is_file())
-    return Record(metrics["name"], recipe, metrics, tuple(further), figures)
-
-
-def _metrics(run: Path) -> dict[str, Any]:
-    file = run / "metrics.json"
-    if not file.is_file():
-        raise MbibError(f"{run} has no metrics.json: the run is not finished, and has no result")
-    return public_metrics(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _recipe(run: Path) -> Recipe:
-    if not (run / "recipe.yaml").is_file():
-        raise MbibError(f"{run} has no recipe.yaml: it is no run's folder")
-    return load_recipe(run / "recipe.yaml")
-
-
-def _computation(recipe: Recipe) -> dict[str, Any]:
-    return recipe.replace(seed=0).computation()
 
 
 def render_card(record: Record, repository: str, figures: str = "figures", inference_only: bool = False) -> str:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # that of
 
 from mbib_timm.errors import MbibError
 from mbib_timm.models.zoo import ZooModel
-from mbib_timm.publishing.card import read_record
+from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import Release, git_oid, make_release
 
 Result = TypeVar("Result")

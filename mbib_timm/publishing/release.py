@@ -10,8 +10,9 @@ from typing import Any
 from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
-from mbib_timm.publishing.card import read_record, render_card
+from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.public import public_recipe
+from mbib_timm.publishing.record import read_record
 
 TRAINING_HEADS = "training_heads"
 
