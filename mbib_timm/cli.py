@@ -91,10 +91,14 @@ def build_parser() -> Parser:
     add_recipe_flags(train)
 
     sweep = commands.add_parser("sweep", help="train many recipes in one process", allow_abbrev=False)
-    sweep.add_argument("recipes", nargs="+", help="names of recipes, or the name of a sweep, or their files")
-    sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of every recipe; 0 when not given")
-    sweep.add_argument("--name", help="name of the sweep's folder")
+    sweep.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
+    sweep.add_argument("--recipe", help="another base recipe than the sweep's, such as digits/mbib_resnet32")
+    sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds, in the place of the sweep's own")
+    sweep.add_argument("--name", help="name of the sweep's folders")
     sweep.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains this")
+    sweep.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
+    )
     sweep.add_argument("--dry-run", action="store_true", help="list the runs, and which are done, and stop")
     add_recipe_flags(sweep)
 
@@ -183,12 +187,16 @@ def run(arguments: argparse.Namespace) -> int:
 
         train(recipe, recipe_name(path))
     elif arguments.command == "sweep":
-        from mbib_timm.training.sweep import find_sweep, run_sweep
+        from mbib_timm.sweeps.definition import find_sweep
+        from mbib_timm.sweeps.plan import on_recipe
+        from mbib_timm.sweeps.run import run_sweep
 
-        sweep = find_sweep(arguments.recipes)
+        sweep = find_sweep(arguments.sweep)
+        if arguments.recipe is not None:
+            sweep = on_recipe(sweep, arguments.recipe)
         given = {"name": arguments.name, "seeds": arguments.seeds}
         sweep = dataclasses.replace(sweep, **{key: value for key, value in given.items() if value is not None})
-        complete = run_sweep(sweep, recipe_overrides(arguments), arguments.only, arguments.dry_run)
+        complete = run_sweep(sweep, recipe_overrides(arguments), arguments.results, arguments.only, arguments.dry_run)
         return 0 if complete else 1
     elif arguments.command == "predict":
         from mbib_timm.inference.predict import predict

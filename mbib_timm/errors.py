@@ -18,6 +18,10 @@ class CheckpointError(MbibError):
     """A checkpoint that is truncated, foreign, or does not fit the model."""
 
 
+class BusyFolderError(MbibError):
+    """Another process trains in the run's folder."""
+
+
 class NonFiniteLossError(MbibError):
     """The training loss became infinite or not a number."""
 

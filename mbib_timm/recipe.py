@@ -121,6 +121,10 @@ class Recipe:
     beta: float = key(5.0, "weight of the self-distillation loss (eq. 9)", minimum=0)
     gamma: float = key(0.0, "exponent of the class temperatures (eq. 8)", minimum=0)
     class_weight_power: float = key(0.1, "exponent m of the class weights (eq. 7)", minimum=0)
+    normalize_class_weights: bool = key(
+        True, "divide a batch's class-weighted loss by the sum of the weights, and not by the number of images"
+    )
+    logit_adjustment: bool = key(True, "add log n to the logits in the losses bib to all_mbib (eq. 4)")
     observation_weights: list[float] = key(
         [0.1, 0.3, 1.0], "weights a, b, ..., 1 of the observations' BIB terms (eq. 11)"
     )

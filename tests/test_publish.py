@@ -17,10 +17,10 @@ from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import render_card
-from mbib_timm.publishing.public import public_command
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import git_oid, make_release
+from mbib_timm.training.public import public_command
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mbib_timm.training.sweep import Sweep, find_sweep, list_sweeps, load_sweep, plan, run_sweep
+from mbib_timm.training.sweep_summary import mean_and_deviation
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import list_recipes
 from mbib_timm.training import run as run_module
 from mbib_timm.training import sweep as sweep_module
-from mbib_timm.training.sweep import Sweep, find_sweep, list_sweeps, load_sweep, plan, run_sweep
-from mbib_timm.training.sweep_summary import mean_and_deviation
 
 DIGITS = "digits/mbib_resnet20"
 FLAGS = ["--epochs", "1", "--device", "cpu", "--workers", "0", "--batch-size", "64"]

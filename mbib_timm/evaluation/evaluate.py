@@ -15,12 +15,12 @@ from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
 def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the logits (B, K) of the prediction, and of each head where the model has several."""
-    forward_heads: Any = getattr(model, "forward_heads", None)
-    if forward_heads is None:
+    head_names: tuple[str, ...] = getattr(model, "head_names", ())
+    if len(head_names) < 2:
         return {"prediction": model(images)}
-    heads = forward_heads(images)._asdict()
-    *_, last, z = heads.values()
-    return {"prediction": (last + z) / 2, **heads}
+    heads = model.forward_heads(images)._asdict()  # type: ignore[operator]
+    predicting = [heads[name] for name in model.prediction_heads]  # type: ignore[union-attr]
+    return {"prediction": sum(predicting[1:], predicting[0]) / len(predicting), **heads}
 
 
 # One for the process, as that of the training step.
@@ -74,7 +74,8 @@ def evaluate(
         model.train(was_training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if sums is None:  # this process had no share; it adds nothing, under the same names
-            names = ("prediction", *getattr(model, "head_names", ()))
+            heads = getattr(model, "head_names", ())
+            names = ("prediction", *(heads if len(heads) > 1 else ()))
             nothing = torch.zeros(len(names), 0, len(class_counts), device=device)
             sums = batch_statistics(nothing, torch.zeros(0, dtype=torch.long, device=device))
         sums.all_reduce()

@@ -1,52 +1,29 @@
 """The figures of a run: training curves, accuracy by class, accuracy by shot group."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mbib_timm.data.class_counts import shot_groups
-from mbib_timm.errors import MbibError
+from mbib_timm.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    GROUP_COLORS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    canvas,
+    ink,
+)
 
-# Okabe and Ito's palette: told apart with any kind of colour vision.
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999",
-)  # fmt: skip
-GROUP_COLORS = {"many": BLUE, "medium": GREEN, "few": VERMILION}
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 NAMED_CLASSES = 30  # as many names as can be read side by side
 BARS = 150  # as many bars as can be told apart
-
-
-@contextmanager
-def _drawing(path: Path, width: float, height: float, columns: int = 1) -> Iterator[Any]:
-    """Yield the axes of a figure, inches in size, and write it when they are drawn.
-
-    Neither pyplot nor its backend is touched: a notebook that trains a model keeps its own.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise MbibError("figures need matplotlib: pip install 'mbib-timm[train]'") from None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-        yield figure.subplots(1, columns)
-        figure.savefig(path, dpi=150)
 
 
 def _second_axis(axes: Any, label: str, color: str) -> Any:
@@ -57,55 +34,51 @@ def _second_axis(axes: Any, label: str, color: str) -> Any:
     return second
 
 
-def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def training_curves(history: Sequence[Mapping[str, Any]]) -> Any:
     """Draw loss, learning rate and accuracy over the epochs.
 
     Args:
         history: rows of ``summary.csv``: ``epoch``, ``lr``, ``train_loss``, and where evaluated ``val_*``.
-        path: PNG file to write.
-
-    Raises:
-        MbibError: matplotlib is not installed.
     """
     epochs = [row["epoch"] for row in history]
     losses = [row["train_loss"] for row in history]
     rates = [row["lr"] for row in history]
     evaluated = [row for row in history if row.get("val_top1") is not None]
-    with _drawing(path, 9.5, 3.5, columns=2) as (left, right):
-        for axes in (left, right):
-            # Half an epoch of room at each end, so that a single epoch has a width too.
-            axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure, (left, right) = canvas(9.5, 3.5, columns=2)
+    for axes in (left, right):
+        # Half an epoch of room at each end, so that a single epoch has a width too.
+        axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
-        left.plot(epochs, losses, color=BLACK, marker="o" if len(epochs) == 1 else None)
-        left.set(ylabel="training loss", ylim=(0, 1.05 * max(losses) or 1), title="Training loss and learning rate")
-        rate = _second_axis(left, "learning rate (dashed)", ORANGE)
-        # An epoch's rate holds from half an epoch before its number to half an epoch after it.
-        rate.stairs(rates, [epochs[0] - 0.5, *(e + 0.5 for e in epochs)], baseline=None, color=ORANGE, linestyle="--")
-        # Schedules span decades; one that hardly moves, or reaches 0, reads better on a linear axis.
-        if 0 < 10 * min(rates) <= max(rates):
-            rate.set_yscale("log")
-        else:
-            rate.set_ylim(0, 1.05 * max(rates) or 1)
+    left.plot(epochs, losses, color=ink(), marker="o" if len(epochs) == 1 else None)
+    left.set(ylabel="training loss", ylim=(0, 1.05 * max(losses) or 1), title="Training loss and learning rate")
+    rate = _second_axis(left, "learning rate (dashed)", ORANGE)
+    # An epoch's rate holds from half an epoch before its number to half an epoch after it.
+    rate.stairs(rates, [epochs[0] - 0.5, *(e + 0.5 for e in epochs)], baseline=None, color=ORANGE, linestyle="--")
+    # Schedules span decades; one that hardly moves, or reaches 0, reads better on a linear axis.
+    if 0 < 10 * min(rates) <= max(rates):
+        rate.set_yscale("log")
+    else:
+        rate.set_ylim(0, 1.05 * max(rates) or 1)
 
-        right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
-        for name, color in {**GROUP_COLORS, "top1": BLACK}.items():
-            points = [(row["epoch"], row[f"val_{name}"]) for row in evaluated if row[f"val_{name}"] is not None]
-            if points:
-                marker, label = "o" if len(points) == 1 else None, "all" if name == "top1" else name
-                right.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
-        if evaluated:
-            right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        else:
-            right.text(0.5, 0.5, "not evaluated", ha="center", color=GREY, transform=right.transAxes)
+    right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
+    for name, color in {**GROUP_COLORS, "top1": ink()}.items():
+        points = [(row["epoch"], row[f"val_{name}"]) for row in evaluated if row[f"val_{name}"] is not None]
+        if points:
+            marker, label = "o" if len(points) == 1 else None, "all" if name == "top1" else name
+            right.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
+    if evaluated:
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        right.text(0.5, 0.5, "not evaluated", ha="center", color=GREY, transform=right.transAxes)
+    return figure
 
 
 def class_accuracy(
     results: Mapping[str, Mapping[str, Any]],
     class_counts: np.ndarray,
-    path: Path,
     class_names: Sequence[str] | None = None,
-) -> None:
+) -> Any:
     """Draw the prediction's accuracy on each class, over the classes sorted by their training images.
 
     Where there are too many classes to tell their bars apart, a bar is the mean of neighbours in one shot group.
@@ -113,94 +86,88 @@ def class_accuracy(
     Args:
         results: metrics by head.
         class_counts: training images of each class, (K,).
-        path: PNG file to write.
         class_names: labels of the classes, shown where they fit.
-
-    Raises:
-        MbibError: matplotlib is not installed.
     """
     order = np.argsort(-class_counts, kind="stable")
     accuracy = np.array([np.nan if v is None else v for v in results["prediction"]["per_class"]])[order]
     places = np.arange(1, len(order) + 1)
     classes_a_bar = -(-len(order) // BARS)
-    with _drawing(path, 9, 3.8) as axes:
-        first = 0
-        for name, classes in shot_groups(class_counts).items():
-            # The groups follow one another in the sorted order.
-            edges = np.append(np.arange(first, first + len(classes), classes_a_bar), first + len(classes))
-            first += len(classes)
-            if not len(classes):
-                continue
-            bars = [_mean(accuracy[a:b]) for a, b in pairwise(edges)]
-            gap = 0.2 if classes_a_bar == 1 else 0.0
-            axes.bar(
-                edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge",
-                color=GROUP_COLORS[name], label=f"{name} ({len(classes)} class{'es' * (len(classes) > 1)})",
-            )  # fmt: skip
-        unseen = places[np.isnan(accuracy)]
-        if len(unseen):
-            axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)
+    figure, axes = canvas(9, 3.8)
+    first = 0
+    for name, classes in shot_groups(class_counts).items():
+        # The groups follow one another in the sorted order.
+        edges = np.append(np.arange(first, first + len(classes), classes_a_bar), first + len(classes))
+        first += len(classes)
+        if not len(classes):
+            continue
+        bars = [_mean(accuracy[a:b]) for a, b in pairwise(edges)]
+        gap = 0.2 if classes_a_bar == 1 else 0.0
+        axes.bar(
+            edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge",
+            color=GROUP_COLORS[name], label=f"{name} ({len(classes)} class{'es' * (len(classes) > 1)})",
+        )  # fmt: skip
+    unseen = places[np.isnan(accuracy)]
+    if len(unseen):
+        axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)
 
-        title = "Accuracy of the prediction by class"
-        axes.set_title(title if classes_a_bar == 1 else f"{title}, mean of {classes_a_bar} neighbours")
-        axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100), xlim=(0.3, len(order) + 0.7))
-        axes.grid(axis="x", visible=False)
-        if class_names is not None and len(order) <= NAMED_CLASSES:
-            axes.set_xlabel("class, from most to fewest training images")
-            names = [_shortened(class_names[i]) for i in order]
-            axes.set_xticks(places, names)
-            if max(map(len, names)) > 3:
-                axes.tick_params(axis="x", labelrotation=45)
-                for label in axes.get_xticklabels():
-                    label.set(ha="right", rotation_mode="anchor")
-        else:
-            axes.set_xlabel("rank of the class, from most to fewest training images")
-            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    title = "Accuracy of the prediction by class"
+    axes.set_title(title if classes_a_bar == 1 else f"{title}, mean of {classes_a_bar} neighbours")
+    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100), xlim=(0.3, len(order) + 0.7))
+    axes.grid(axis="x", visible=False)
+    if class_names is not None and len(order) <= NAMED_CLASSES:
+        axes.set_xlabel("class, from most to fewest training images")
+        names = [_shortened(class_names[i]) for i in order]
+        axes.set_xticks(places, names)
+        if max(map(len, names)) > 3:
+            axes.tick_params(axis="x", labelrotation=45)
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
+    else:
+        axes.set_xlabel("rank of the class, from most to fewest training images")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
-        counts = _second_axis(axes, "training images a class (line)", BLACK)
-        counts.plot(places, class_counts[order], color=BLACK, linewidth=1.2, marker="." if len(order) <= 30 else None)
-        if class_counts.min() < class_counts.max():
-            counts.set_yscale("log")
-            counts.yaxis.set_major_formatter("{x:g}")
-        else:
-            counts.set_ylim(0, 1.25 * class_counts.max())
-        axes.figure.legend(loc="outside lower center", ncols=4)
+    counts = _second_axis(axes, "training images a class (line)", ink())
+    counts.plot(places, class_counts[order], color=ink(), linewidth=1.2, marker="." if len(order) <= 30 else None)
+    if class_counts.min() < class_counts.max():
+        counts.set_yscale("log")
+        counts.yaxis.set_major_formatter("{x:g}")
+    else:
+        counts.set_ylim(0, 1.25 * class_counts.max())
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
 
 
-def shot_groups_figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def shot_groups_figure(results: Mapping[str, Mapping[str, Any]]) -> Any:
     """Draw the accuracy of every head on all classes and on each shot group.
 
     Args:
         results: metrics by head.
-        path: PNG file to write.
-
-    Raises:
-        MbibError: matplotlib is not installed.
     """
     columns = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
     heads = [name for name in results if name != "prediction"] + ["prediction"]
     bar = 0.84 / len(heads)
     # A number over each bar takes almost a third of an inch.
-    with _drawing(path, max(6.0, 1.5 + 1.4 * len(heads)), 3.8) as axes:
-        for i, head in enumerate(heads):
-            color = BLACK if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
-            for place, metric in enumerate(columns.values()):
-                value = results[head][metric]
-                x = place + (i - (len(heads) - 1) / 2) * bar
-                axes.bar(x, value or 0.0, bar * 0.92, color=color, label=head if place == 0 else None)
-                number = "–" if value is None else f"{value:.1f}".replace("100.0", "100")
-                axes.annotate(
-                    number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7
-                )
-        classes = results["prediction"]["classes"]
-        total = sum(classes.values())
-        labels = [f"{name}\n{(n := classes.get(name, total))} class{'es' * (n != 1)}" for name in columns]
-        axes.set_xticks(range(len(columns)), labels)
-        axes.grid(axis="x", visible=False)
-        axes.set(ylabel="top-1 accuracy, %", ylim=(0, 105), yticks=range(0, 101, 20))
-        axes.set_title("Accuracy by shot group and head" if len(heads) > 1 else "Accuracy by shot group")
-        if len(heads) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="head")
+    figure, axes = canvas(max(6.0, 1.5 + 1.4 * len(heads)), 3.8)
+    for i, head in enumerate(heads):
+        color = ink() if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
+        for place, metric in enumerate(columns.values()):
+            value = results[head][metric]
+            x = place + (i - (len(heads) - 1) / 2) * bar
+            axes.bar(x, value or 0.0, bar * 0.92, color=color, label=head if place == 0 else None)
+            number = "–" if value is None else f"{value:.1f}".replace("100.0", "100")
+            axes.annotate(
+                number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7
+            )
+    classes = results["prediction"]["classes"]
+    total = sum(classes.values())
+    labels = [f"{name}\n{(n := classes.get(name, total))} class{'es' * (n != 1)}" for name in columns]
+    axes.set_xticks(range(len(columns)), labels)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 105), yticks=range(0, 101, 20))
+    axes.set_title("Accuracy by shot group and head" if len(heads) > 1 else "Accuracy by shot group")
+    if len(heads) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="head")
+    return figure
 
 
 def _mean(accuracy: np.ndarray) -> float:

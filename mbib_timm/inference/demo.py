@@ -30,7 +30,7 @@ def class_labels(model: LoadedModel) -> list[str]:
 
 def heads_of(model: LoadedModel) -> Sequence[str]:
     """Return the heads that the page shows."""
-    return HEADS if hasattr(model.module, "forward_heads") else HEADS[:1]
+    return HEADS if len(getattr(model.module, "prediction_heads", ())) > 1 else HEADS[:1]
 
 
 def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Image.Image) -> list[dict[str, float]]:

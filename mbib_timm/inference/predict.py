@@ -142,7 +142,7 @@ class Predictor:
         self, model: LoadedModel, head: str = "mean", prior: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.model, self.head, self.device = model, head, torch.device(device)
-        if head != "mean" and not hasattr(model.module, "forward_heads"):
+        if head != "mean" and len(getattr(model.module, "prediction_heads", ())) < 2:
             raise MbibError(f"{model.source.name} has one head; --head {head} is for MBIB and BIB models")
         self.module: nn.Module = model.module.to(self.device)
         self.shift = None if prior is None else log_prior_shift(model, prior).to(self.device)

@@ -51,7 +51,15 @@ def _focal(recipe: Recipe, class_counts: ClassCounts, head_names: Sequence[str])
 
 
 def _bottleneck(recipe: Recipe, class_counts: ClassCounts, edges: Sequence[Edge]) -> BottleneckLoss:
-    return BottleneckLoss(edges, class_counts, recipe.beta, recipe.gamma, recipe.class_weight_power)
+    return BottleneckLoss(
+        edges,
+        class_counts,
+        recipe.beta,
+        recipe.gamma,
+        recipe.class_weight_power,
+        recipe.normalize_class_weights,
+        recipe.logit_adjustment,
+    )
 
 
 def _require_bottleneck(recipe: Recipe, head_names: Sequence[str]) -> None:

@@ -54,17 +54,16 @@ def _full_precision(logits: Tensor) -> Tensor:
 
 
 def balanced_softmax_cross_entropy(
-    logits: Tensor, targets: Tensor, log_counts: Tensor, weight: Tensor | None = None
+    logits: Tensor, targets: Tensor, log_counts: Tensor, weight: Tensor | None = None, normalize: bool = True
 ) -> Tensor:
     """Balanced softmax cross-entropy: cross-entropy of ``t + log n`` (eq. 4-6), class-weighted (eq. 7).
-
-    The weighted mean divides by the sum of the weights of the batch's labels, as Figure 10 does.
 
     Args:
         logits: t, (B, K), or those of H heads, (H, B, K).
         targets: (B,).
         log_counts: log n, (K,); zeros give the plain cross-entropy.
         weight: w, (K,); None weighs all classes alike.
+        normalize: divide by the sum of the weights of the batch's labels, as Figure 10 does; else by their number B.
 
     Returns:
         A scalar, or one loss a head, (H,).
@@ -76,7 +75,8 @@ def balanced_softmax_cross_entropy(
         if weight is None:
             return negative_log.mean(dim=-1)
         weights = weight.to(negative_log.dtype)[targets]
-        return (negative_log * weights).sum(dim=-1) / weights.sum()
+        weighted = negative_log * weights
+        return weighted.sum(dim=-1) / weights.sum() if normalize else weighted.mean(dim=-1)
 
 
 def tempered_log_probabilities(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:

@@ -82,12 +82,13 @@ class BottleneckLoss(nn.Module):
         beta: weight of the self-distillation.
         gamma: exponent of the class temperatures.
         class_weight_power: exponent m of the class weights.
+        normalize_class_weights: divide by the sum of the weights of the batch's labels, not by their number.
+        logit_adjustment: add log n to the logits; without it the terms are plain cross-entropies (Table 9).
 
     Raises:
         MbibError: a class without training images.
     """
 
-    logit_prior = "uniform"
     bsc_weights: Tensor
     vsd_weights: Tensor
     log_counts: Tensor
@@ -101,6 +102,8 @@ class BottleneckLoss(nn.Module):
         beta: float = 5.0,
         gamma: float = 0.0,
         class_weight_power: float = 0.1,
+        normalize_class_weights: bool = True,
+        logit_adjustment: bool = True,
     ) -> None:
         super().__init__()
         self.edges = tuple(edges)
@@ -111,7 +114,11 @@ class BottleneckLoss(nn.Module):
         # As tensors, so that other weights and another beta need no other compiled code.
         self.register_buffer("bsc_weights", torch.tensor([*self.head_weights.values()]), persistent=False)
         self.register_buffer("vsd_weights", beta * torch.tensor([e.weight for e in self.edges]), persistent=False)
-        self.register_buffer("log_counts", as_counts(class_counts).log().float(), persistent=False)
+        # The class frequencies that trained logits are for; see `LOSSES`.
+        self.logit_prior = "uniform" if logit_adjustment else "train"
+        self.normalize_class_weights = normalize_class_weights
+        log_counts = as_counts(class_counts).log().float()
+        self.register_buffer("log_counts", log_counts if logit_adjustment else 0 * log_counts, persistent=False)
         self.register_buffer("weight", class_weights(class_counts, class_weight_power), persistent=False)
         self.register_buffer(
             "temperatures", class_temperatures(class_counts, gamma) if gamma else None, persistent=False
@@ -127,7 +134,9 @@ class BottleneckLoss(nn.Module):
         heads = tuple(self.head_weights)
         # One log-softmax with and one without log n for all heads together, however many edges a head has.
         stacked = torch.stack([logits[head] for head in heads])
-        bsc = balanced_softmax_cross_entropy(stacked, targets, self.log_counts, self.weight)
+        bsc = balanced_softmax_cross_entropy(
+            stacked, targets, self.log_counts, self.weight, self.normalize_class_weights
+        )
         log_probabilities = dict(zip(heads, tempered_log_probabilities(stacked, self.temperatures), strict=True))
         vsd = distillation_divergence(
             torch.stack([log_probabilities[edge.teacher] for edge in self.edges]),

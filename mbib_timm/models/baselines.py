@@ -13,7 +13,7 @@ __all__: list[str] = []
 default_cfgs = generate_default_cfgs(
     {
         name: cfg
-        for architecture in ("ce_resnet32", "bsce_resnet32")
+        for architecture in ("ce_resnet32", "focal_resnet32", "bsce_resnet32")
         for name, cfg in published_cfgs(architecture, PretrainedCfg(**cifar_cfg())).items()
     }
 )
@@ -29,6 +29,12 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
 def ce_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """CIFAR ResNet-32 trained by cross-entropy (Table 1)."""
     return _create("ce_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def focal_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """CIFAR ResNet-32 trained by focal loss (Table 1)."""
+    return _create("focal_resnet32", pretrained, **kwargs)
 
 
 @register_model

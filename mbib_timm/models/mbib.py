@@ -24,6 +24,7 @@ from mbib_timm.models.taps import resolve_taps, truncate
 
 __all__ = ["MBIB"]
 
+PREDICTIONS = ("mean", "v", "z")
 POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
 
 # A training forward pass returns its logits under the heads' names. The types are kept here and not in the model,
@@ -53,6 +54,9 @@ class MBIB(nn.Module):
         bottleneck_features: width of z; that of the last observation when None.
         bottleneck_act: ReLU after z's normalisation.
         observation_norm: normalise the pooled observations.
+        prediction: what predicts: the ``"mean"`` of the last observation's and z's logits; or ``"v"`` or ``"z"``, a
+            network whose last observation, or whose z, is the only one of the two to have a classifier. With balanced
+            softmax cross-entropy and one tap these are BSCE and BSCE_MLP of Tables 5 and 7.
         training_heads: build the classifiers that serve training only.
         training_logits: ``"all"``, or ``"mean"`` to return the mean in training too, for training loops that
             expect one tensor, such as timm's train.py; see `set_training_logits`.
@@ -62,7 +66,7 @@ class MBIB(nn.Module):
         backbone_args: further keyword arguments of the backbone.
 
     Raises:
-        MbibError: unknown taps or pooling, with the valid ones.
+        MbibError: unknown taps, pooling or prediction, with the valid ones.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class MBIB(nn.Module):
         bottleneck_features: int | None = None,
         bottleneck_act: bool = True,
         observation_norm: bool = True,
+        prediction: str = "mean",
         training_heads: bool = True,
         training_logits: str = "all",
         drop_rate: float = 0.0,
@@ -88,6 +93,8 @@ class MBIB(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if global_pool not in POOL_TYPES:
             raise unknown_name("global_pool (of the types that keep the width)", str(global_pool), POOL_TYPES)
+        if prediction not in PREDICTIONS:
+            raise unknown_name("prediction", str(prediction), PREDICTIONS)
         self.backbone_name = backbone
         self.backbone_args = dict(backbone_args or {})
         if img_size is not None:
@@ -118,7 +125,9 @@ class MBIB(nn.Module):
         names = [*["x"] * self.observes_input, *(f"v{i}" for i in range(1, len(levels) + 1))]
         widths = dict(zip(names, [in_chans] * self.observes_input + channels, strict=True))
         shallow = names[:-1] if training_heads else []
-        self.head_names = (*shallow, names[-1], "z")
+        self.predicts_from_v, self.predicts_from_z = prediction != "z", prediction != "v"
+        self.prediction_heads = (names[-1],) * self.predicts_from_v + ("z",) * self.predicts_from_z
+        self.head_names = (*shallow, *self.prediction_heads)
         self.training_logits = "all"
         self.set_training_logits(training_logits)
 
@@ -128,10 +137,14 @@ class MBIB(nn.Module):
         self.training_heads = nn.ModuleDict(
             {name: Observation(widths[name], num_classes, observation_norm, drop_rate, **dd) for name in shallow}
         )
-        self.observation = Observation(channels[-1], num_classes, observation_norm, drop_rate, **dd)
-        self.bottleneck = Bottleneck(
-            channels[-1], bottleneck_features or channels[-1], num_classes, bottleneck_act, drop_rate, **dd
-        )
+        # Without a classifier of its own the last observation is what z is made of.
+        observed_classes = num_classes if self.predicts_from_v else 0
+        self.observation = Observation(channels[-1], observed_classes, observation_norm, drop_rate, **dd)
+        self.bottleneck: nn.Module = nn.Identity()
+        if self.predicts_from_z:
+            self.bottleneck = Bottleneck(
+                channels[-1], bottleneck_features or channels[-1], num_classes, bottleneck_act, drop_rate, **dd
+            )
 
     def _pool(self, pool_type: str) -> SelectAdaptivePool2d:
         return SelectAdaptivePool2d(
@@ -154,7 +167,7 @@ class MBIB(nn.Module):
     def remove_training_heads(self) -> None:
         """Remove the classifiers that serve training only; the prediction stays the same."""
         self.training_heads = nn.ModuleDict()
-        self.head_names = self.head_names[-2:]
+        self.head_names = self.prediction_heads
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -188,7 +201,8 @@ class MBIB(nn.Module):
         return tuple(head.classifier for head in self._heads())
 
     def _heads(self) -> list[Any]:
-        return [*self.training_heads.values(), self.observation, self.bottleneck]
+        predicting = [self.observation] * self.predicts_from_v + [self.bottleneck] * self.predicts_from_z
+        return [*self.training_heads.values(), *predicting]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace every classifier.
@@ -223,8 +237,11 @@ class MBIB(nn.Module):
         v = self.observation.norm(x)
         if pre_logits or self.num_classes == 0:
             return v
-        observed = self.observation.classifier(self.observation.drop(v))
-        return (observed + self.bottleneck(v)) / 2
+        if not self.predicts_from_z:
+            return self.observation.classifier(self.observation.drop(v))
+        if not self.predicts_from_v:
+            return self.bottleneck(v)
+        return (self.observation.classifier(self.observation.drop(v)) + self.bottleneck(v)) / 2
 
     @torch.jit.ignore
     def forward_heads(self, x: Tensor) -> Any:
@@ -236,7 +253,10 @@ class MBIB(nn.Module):
             pooled += [self.global_pool(m) for m in maps[:-1]]
             logits = [head(p) for head, p in zip(self.training_heads.values(), pooled, strict=True)]
         v = self.observation.norm(self.global_pool(maps[-1]))
-        logits += [self.observation.classifier(self.observation.drop(v)), self.bottleneck(v)]
+        if self.predicts_from_v:
+            logits.append(self.observation.classifier(self.observation.drop(v)))
+        if self.predicts_from_z:
+            logits.append(self.bottleneck(v))
         return _logits_type(self.head_names)(*logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -282,7 +302,8 @@ class MBIB(nn.Module):
             dd = get_device_dtype(self)
             self.training_heads = nn.ModuleDict()
             self.observation = Observation(channels, 0, **dd)
-            self.bottleneck = Bottleneck(channels, channels, 0, **dd)
+            if self.predicts_from_z:
+                self.bottleneck = Bottleneck(channels, channels, 0, **dd)
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take_indices

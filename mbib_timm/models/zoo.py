@@ -65,6 +65,7 @@ PUBLISHED = {
     "mbib_resnet32": _CIFAR100_LT,
     "bib_resnet32": _CIFAR100_LT,
     "bsce_resnet32": _CIFAR100_LT,
+    "focal_resnet32": _CIFAR100_LT,
     "ce_resnet32": _CIFAR100_LT,
     "mbib_resnet10": ("imagenet_lt",),
     "bib_resnet10": ("imagenet_lt",),

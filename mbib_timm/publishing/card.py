@@ -9,9 +9,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.models.zoo import DATASETS, ZooModel
-from mbib_timm.publishing.public import public_model
 from mbib_timm.publishing.record import FIGURES, Record
 from mbib_timm.recipe import find_recipe, recipe_claims
+from mbib_timm.training.public import public_model
 
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
 METRICS = {

@@ -8,8 +8,8 @@ from typing import Any
 
 from mbib_timm.errors import MbibError
 from mbib_timm.models.zoo import ZOO
-from mbib_timm.publishing.public import public_metrics
 from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.training.public import public_metrics
 
 FIGURES = {
     "class_accuracy.png": "Accuracy of each class, in the order of its training images.",

@@ -11,8 +11,8 @@ from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing.card import render_card
-from mbib_timm.publishing.public import public_recipe
 from mbib_timm.publishing.record import read_record
+from mbib_timm.training.public import public_recipe
 
 TRAINING_HEADS = "training_heads"
 

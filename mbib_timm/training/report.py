@@ -1,11 +1,12 @@
 """What a run says of itself: a line an epoch, the table at the end, and the figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbib_timm.drawing import render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import figures, results_table
 
@@ -36,13 +37,26 @@ def draw_figures(folder: Path, history: Sequence[Mapping[str, Any]], metrics: Ma
     """
     target = folder / "figures"
     target.mkdir(exist_ok=True)
-    heads, counts = metrics["result"]["heads"], np.array(metrics["class_counts"])
     try:
-        figures.training_curves(history, target / "training_curves.png")
-        figures.class_accuracy(heads, counts, target / "class_accuracy.png", metrics.get("class_names"))
-        figures.shot_groups_figure(heads, target / "shot_groups.png")
+        for name, draw in run_figures(history, metrics).items():
+            (target / f"{name}.png").write_bytes(render(draw)["png"])
     except MbibError as error:
         print(f"no figures: {error}")
+
+
+def run_figures(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Return what draws each figure of a run, by the figure's name.
+
+    Args:
+        history: rows of ``summary.csv``.
+        metrics: content of ``metrics.json``.
+    """
+    heads, counts = metrics["result"]["heads"], np.array(metrics["class_counts"])
+    return {
+        "training_curves": lambda: figures.training_curves(history),
+        "class_accuracy": lambda: figures.class_accuracy(heads, counts, metrics.get("class_names")),
+        "shot_groups": lambda: figures.shot_groups_figure(heads),
+    }
 
 
 def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:

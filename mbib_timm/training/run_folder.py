@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.recipe import Recipe, load_recipe, save_recipe
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
 
@@ -87,7 +87,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            raise MbibError(f"another process trains in {self.path}; wait for it, or choose another folder") from None
+            text = f"another process trains in {self.path}; wait for it, or choose another folder"
+            raise BusyFolderError(text) from None
         except OSError as error:
             raise MbibError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
         save_recipe(recipe, self.path / "recipe.yaml")

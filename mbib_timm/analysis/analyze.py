@@ -1,0 +1,171 @@
+"""`mbib analyze`: everything the analyses say of trained models, as JSON and as a short text."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
+from mbib_timm.analysis.outputs import collect_outputs
+from mbib_timm.analysis.results import all_analyses, rounded, write_analysis
+from mbib_timm.analysis.summary import comparison_text, summary_text
+from mbib_timm.data import build_eval_loader
+from mbib_timm.environment import describe_environment, join_world, leave_world
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.validate import _class_counts, _input_size, _resolve
+from mbib_timm.models.load import Source, create_trained
+
+
+def analyze(
+    targets: Sequence[str],
+    *,
+    recipe: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    output: Path | None = None,
+    classes: Sequence[int] | None = None,
+    images_per_class: int = IMAGES_PER_CLASS,
+) -> list[dict[str, Any]]:
+    """Analyze trained models, print a summary of each, and compare each further one with the first.
+
+    Args:
+        targets: runs' folders, ``local-dir:FOLDER``, ``hf-hub:REPO``, or timm model names.
+        recipe: name of the recipe that says which data, for targets that do not say it.
+        overrides: recipe keys to replace.
+        split: split to analyze; by default the one that the run's result is on.
+        output: folder for the results; of several targets, each gets a folder of its own in it. By default
+            ``analysis`` in each run's folder.
+        classes: labels of the classes to embed; by default ten from the head to the tail.
+        images_per_class: images of each to embed.
+
+    Returns:
+        What `analyze_run` returns, for each target.
+
+    Raises:
+        MbibError: what `analyze_run` raises, and runs with different numbers of classes.
+    """
+    resolved = {target: _resolve(target, recipe, overrides or {}) for target in targets}
+    sizes = {target: len(_class_counts(source, settings)) for target, (settings, source) in resolved.items()}
+    for target in targets[1:]:
+        if sizes[target] != sizes[targets[0]]:
+            raise MbibError(
+                f"runs of different data cannot be compared: {targets[0]} has {sizes[targets[0]]} classes, "
+                f"{target} has {sizes[target]}"
+            )
+    results: list[dict[str, Any]] = []
+    for target, folder in zip(targets, _folders(targets, output), strict=True):
+        result = analyze_run(
+            target,
+            recipe=recipe,
+            overrides=overrides,
+            split=split,
+            output=folder,
+            classes=classes,
+            images_per_class=images_per_class,
+        )
+        results.append(result)
+        print(summary_text(result))
+    for other in results[1:]:
+        print(comparison_text(results[0], other))
+    return results
+
+
+def _folders(targets: Sequence[str], output: Path | None) -> Sequence[Path | None]:
+    """Return where each target's results go; of several, into folders named after them, which may be alike."""
+    if output is None or len(targets) == 1:
+        return [output] * len(targets)
+    names = [target.removeprefix("local-dir:").rstrip("/").replace(":", "/").rpartition("/")[2] for target in targets]
+    unique = [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, start=1)]
+    return [output / name for name in unique]
+
+
+def analyze_run(
+    target: str,
+    *,
+    recipe: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    output: Path | None = None,
+    classes: Sequence[int] | None = None,
+    images_per_class: int = IMAGES_PER_CLASS,
+) -> dict[str, Any]:
+    """Analyze a trained model over a split, and write the results as ``analysis.json``.
+
+    Args:
+        target: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
+        recipe: name of the recipe that says which data; a run's folder and a published model have their own.
+        overrides: recipe keys to replace.
+        split: split to analyze; by default the one that the run's result is on.
+        output: folder of the file; by default ``analysis`` in the run's folder.
+        classes: labels of the classes to embed; by default ten from the head to the tail.
+        images_per_class: images of each to embed.
+
+    Returns:
+        The file's content: numbers with six digits, and None for what cannot be measured.
+
+    Raises:
+        MbibError: nothing there to analyze, no place for the results, data that do not fit the model, several
+            processes, or no scikit-learn.
+    """
+    require_scikit_learn()
+    settings, source = _resolve(target, recipe, overrides or {})
+    folder = output or _own_folder(target, source)
+    world = join_world(settings.device)
+    try:
+        if world.world_size > 1:
+            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: leave torchrun out")
+        model = create_trained(source, **({} if source.has_files else settings.model_kwargs))
+        counts = _class_counts(source, settings)
+        num_classes = int(getattr(model, "num_classes", len(counts)))
+        if len(counts) != num_classes:
+            raise MbibError(f"{target} tells {num_classes} classes apart, but the data have {len(counts)}")
+        _check_classes(classes, num_classes)
+        size = _input_size(model, settings)
+        has_test = settings.test_split is not None or settings.test_list is not None
+        split = split or (settings.test_split or "test" if has_test else settings.val_split)
+        loader = build_eval_loader(settings, split, input_size=size, num_classes=num_classes, device=world.device)
+        outputs = collect_outputs(
+            model.to(world.device), loader, counts, device=world.device, channels_last=settings.channels_last
+        )
+        result = {
+            **_description(source),
+            "split": split,
+            "images": len(outputs.labels),
+            "class_counts": counts.tolist(),
+            **all_analyses(model, outputs, counts, size, classes, images_per_class),
+            "environment": describe_environment(world),
+        }
+    finally:
+        leave_world()
+    content: dict[str, Any] = rounded(result)
+    write_analysis(folder, content)
+    return content
+
+
+def _own_folder(target: str, source: Source) -> Path:
+    # Not the folder of a published model, which is the package's.
+    if source.folder is None or not source.name.startswith("local-dir:"):
+        raise MbibError(f"{target} is no run's folder: say with --output DIR where the analysis goes")
+    return source.folder / "analysis"
+
+
+def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
+    for label in classes or ():
+        if not 0 <= label < num_classes:
+            raise MbibError(f"there is no class {label} to embed: labels lie in 0..{num_classes - 1}")
+
+
+def _description(source: Source) -> dict[str, Any]:
+    """Return what is known of the run: its name, model, class names, epochs and seed; None for what is not."""
+    config, file = source.config(), source.file("metrics.json")
+    metrics = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    architecture = config.get("architecture") or metrics.get("model") or source.name.partition(".")[0]
+    tag = config.get("pretrained_cfg", {}).get("tag")
+    names = config.get("label_names") or metrics.get("class_names")
+    return {
+        "name": metrics.get("name") or (f"{architecture}.{tag}" if tag else source.name),
+        "model": architecture,
+        "epochs": metrics.get("epochs"),
+        "seed": metrics.get("seed"),
+        "class_names": None if names is None else list(names),
+    }

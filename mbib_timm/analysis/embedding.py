@@ -1,0 +1,99 @@
+"""Features of some classes in the plane, by t-SNE (van der Maaten & Hinton 2008; appendix E and figure 8)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mbib_timm.errors import MbibError
+
+CLASSES = 10  # as figure 8 has them
+IMAGES_PER_CLASS = 100
+PERPLEXITY = 30.0
+
+
+def require_scikit_learn() -> None:
+    """Raise MbibError where scikit-learn is not installed: before a pass over the data, and not after it."""
+    try:
+        import sklearn.manifold  # noqa: F401
+    except ImportError:
+        raise MbibError("t-SNE needs scikit-learn: pip install 'mbib-timm[analyze]'") from None
+
+
+def spread_classes(labels: np.ndarray, class_counts: np.ndarray, number: int = CLASSES) -> list[int]:
+    """Return classes spread evenly over the order by training images, the largest and the smallest among them.
+
+    Args:
+        labels: true classes of the images at hand, (N,); only these classes are chosen from.
+        class_counts: training images of each class, (K,).
+        number: how many; all of them where there are fewer.
+    """
+    present = np.unique(labels)
+    ordered = present[np.argsort(-class_counts[present], kind="stable")]
+    places = np.linspace(0, len(ordered) - 1, min(number, len(ordered))).round().astype(int)
+    return [int(label) for label in ordered[places]]
+
+
+def choose_images(labels: np.ndarray, classes: Sequence[int], per_class: int, seed: int) -> np.ndarray:
+    """Return places of at most `per_class` images of each class, the same for the same seed.
+
+    Args:
+        labels: true classes, (N,).
+        classes: from which to choose.
+        per_class: images of each.
+        seed: chooses among a class's images.
+
+    Returns:
+        Places in `labels`, class by class, ascending in each.
+
+    Raises:
+        MbibError: a class without images.
+    """
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for label in classes:
+        places = np.flatnonzero(labels == label)
+        if not len(places):
+            raise MbibError(f"class {label} has no image to show; classes with images: {_some(np.unique(labels))}")
+        chosen.append(np.sort(generator.permutation(places)[:per_class]))
+    return np.concatenate(chosen)
+
+
+def _some(labels: np.ndarray) -> str:
+    return ", ".join(map(str, labels[:20])) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+
+
+def perplexity_for(images: int) -> float:
+    """Return t-SNE's perplexity: 30, or less for few points, which need about three neighbours for each unit of it.
+
+    Raises:
+        MbibError: fewer than four images.
+    """
+    if images < 4:
+        raise MbibError(f"t-SNE needs at least 4 images, got {images}; choose more classes or more images of each")
+    return min(PERPLEXITY, (images - 1) / 3)
+
+
+def tsne(features: np.ndarray, seed: int) -> np.ndarray:
+    """Return a place in the plane for each image, the same for the same seed.
+
+    Args:
+        features: (N, C).
+        seed: of the initialisation.
+
+    Returns:
+        (N, 2), float32.
+
+    Raises:
+        MbibError: fewer than four images, or no scikit-learn.
+    """
+    require_scikit_learn()
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn depends on it
+
+    # Two principal components are where it starts from; features that vary along one axis, or not at all, have not two.
+    start = "pca" if (features.std(axis=0) > 0).sum() >= 2 else "random"
+    perplexity = perplexity_for(len(features))
+    with threadpool_limits(1):  # several threads sum up in an order of their own
+        method = TSNE(init=start, perplexity=perplexity, random_state=seed)
+        points: np.ndarray = method.fit_transform(np.asarray(features, dtype=np.float32))
+    return points

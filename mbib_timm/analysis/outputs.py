@@ -1,0 +1,158 @@
+"""A model over a loader, once: what the analyses need of every image, small enough for any data set.
+
+The logits of all images are never kept: iNaturalist's 24,426 images of 8,142 classes would take 0.8 GB a head.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation.evaluate import head_logits
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.models.heads import Bottleneck
+from mbib_timm.models.mbib import MBIB
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What a head, or the prediction, says of every image.
+
+    Attributes:
+        predicted: class with the largest logit, (N,), int64.
+        confidence: its softmax probability, (N,), float32.
+        positive_posterior: softmax probability q(y|x) of the true class, (N,), float32.
+    """
+
+    predicted: Tensor
+    confidence: Tensor
+    positive_posterior: Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs over N images, in the loader's order, on the CPU.
+
+    Attributes:
+        labels: true classes, (N,), int64.
+        features: ``"v"``, the last observation after its normalisation, (N, C), float32; and where the model has a
+            bottleneck ``"z"``, its embedding after the activation, (N, F), float32.
+        heads: of ``"prediction"`` and of every head, by name.
+        metrics: what `evaluate` returns.
+    """
+
+    labels: Tensor
+    features: dict[str, Tensor]
+    heads: dict[str, HeadOutputs]
+    metrics: dict[str, dict[str, Any]]
+
+
+@torch.no_grad()
+def collect_outputs(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    class_counts: np.ndarray,
+    *,
+    device: torch.device,
+    channels_last: bool = False,
+) -> Outputs:
+    """Collect a model's outputs; one forward pass a batch gives features and logits.
+
+    Args:
+        model: set to evaluation mode, and back to its own mode afterwards.
+        loader: gives images (B, C, H, W) and targets (B,).
+        class_counts: training images of each class, (K,).
+        device: device of the model.
+        channels_last: hand the images on in channels-last format.
+
+    Raises:
+        DataError: no image at all, or what the loader raises for a broken one.
+        MbibError: logits that are not finite, or a model that does not give its features.
+    """
+    was_training = model.training
+    model.eval()
+    sums: Statistics | None = None
+    labels: list[Tensor] = []
+    features: dict[str, list[Tensor]] = {}
+    heads: dict[str, list[HeadOutputs]] = {}
+    try:
+        for images, targets in loader:
+            images, targets = images.to(device), targets.to(device)
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            logits, embedded = _forward(model, images)
+            counted = batch_statistics(torch.stack([*logits.values()]), targets)
+            sums = counted if sums is None else sums + counted
+            # Off the device at once: the features of a whole split may not fit there.
+            labels.append(targets.cpu())
+            for name, values in embedded.items():
+                features.setdefault(name, []).append(values.float().cpu())
+            for name, values in logits.items():
+                heads.setdefault(name, []).append(_of_head(values, targets))
+    finally:
+        model.train(was_training)
+    if sums is None or not labels:
+        raise DataError("there is no image to analyze")
+    metrics = {name: summarize(sums[i], class_counts) for i, name in enumerate(heads)}
+    broken = [name for name, values in metrics.items() if not math.isfinite(values["nll"])]
+    if broken:
+        raise MbibError(f"analysis: logits of {', '.join(broken)} are not finite; the weights have diverged")
+    return Outputs(
+        torch.cat(labels),
+        {name: torch.cat(features.pop(name)) for name in list(features)},  # one by one, so that the parts go early
+        {name: _concatenate(parts) for name, parts in heads.items()},
+        metrics,
+    )
+
+
+def _forward(model: Any, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the logits (B, K) by head and the features (B, C) of a batch."""
+    if isinstance(model, MBIB):
+        # A network may lack the classifier on v, or z altogether; whatever it has passes through these modules.
+        embedding = {"z": model.bottleneck.act} if isinstance(model.bottleneck, Bottleneck) else {}
+        with _outputs_of({"v": model.observation.norm, **embedding}) as features:
+            logits = head_logits(model, images)
+        return logits, features
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+        raise MbibError(
+            f"{type(model).__name__} does not give its features: expected timm's forward_features and forward_head"
+        )
+    maps = model.forward_features(images)
+    return {"prediction": model.forward_head(maps)}, {"v": model.forward_head(maps, pre_logits=True)}
+
+
+@contextmanager
+def _outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that every forward pass fills with what the modules give."""
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+        for name, module in modules.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_head(logits: Tensor, targets: Tensor) -> HeadOutputs:
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    # As batch_statistics ranks: between equal logits, topk may choose another class than argmax.
+    predicted = logits.float().topk(min(5, logits.shape[-1]), dim=-1).indices[:, 0]
+    positive = log_probabilities.gather(-1, targets[:, None])[:, 0]
+    return HeadOutputs(predicted.cpu(), log_probabilities.amax(dim=-1).exp().cpu(), positive.exp().cpu())
+
+
+def _concatenate(parts: list[HeadOutputs]) -> HeadOutputs:
+    return HeadOutputs(
+        torch.cat([part.predicted for part in parts]),
+        torch.cat([part.confidence for part in parts]),
+        torch.cat([part.positive_posterior for part in parts]),
+    )

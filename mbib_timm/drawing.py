@@ -1,0 +1,118 @@
+"""How every figure looks: colours that anyone can tell apart, light and dark, and the formats that it is written in."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mbib_timm.errors import MbibError
+
+# Okabe and Ito's palette: told apart with any kind of colour vision. Its black is the ink of the theme.
+ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999",
+)  # fmt: skip
+GROUP_COLORS = {"many": BLUE, "medium": GREEN, "few": VERMILION}
+# The same method has the same colour in every figure, by its title.
+METHOD_COLORS = {
+    "CE": GREY,
+    "Focal": YELLOW,
+    "BSCE": SKY,
+    "BSCE_MLP": PURPLE,
+    "BIB": ORANGE,
+    "MBIB": BLUE,
+    "SE-MBIB": VERMILION,
+    "ALL-MBIB": GREEN,
+}
+CYCLE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY, YELLOW)
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of paper and ink.
+
+    Attributes:
+        ink: of text, axes, and whatever the figure is about.
+        paper: behind it.
+    """
+
+    ink: str
+    paper: str
+
+
+LIGHT = Theme(ink="#000000", paper="#ffffff")
+DARK = Theme(ink="#e6e6e6", paper="#16191d")
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    # The same numbers give the same bytes.
+    "svg.hashsalt": "mbib_timm",
+}
+
+
+def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Theme = LIGHT) -> dict[str, bytes]:
+    """Draw a figure and return its files.
+
+    Neither pyplot nor its backend is touched: a notebook that trains a model keeps its own.
+
+    Args:
+        draw: gives the figure, in the style that is set while it runs.
+        formats: ``png``, ``pdf`` or ``svg``; the last has no paper of its own.
+        theme: colours of paper and ink.
+
+    Returns:
+        The content of a file in each format.
+
+    Raises:
+        MbibError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MbibError("figures need matplotlib: pip install 'mbib-timm[train]'") from None
+    with matplotlib.rc_context({**STYLE, **_colors(theme)}):
+        figure = draw()
+        return {form: _encode(figure, form) for form in formats}
+
+
+def _colors(theme: Theme) -> dict[str, str]:
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    papered = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    return dict.fromkeys(inked, theme.ink) | dict.fromkeys(papered, theme.paper)
+
+
+def _encode(figure: Any, form: str) -> bytes:
+    # Without dates: a figure that is drawn again is the same file.
+    metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[form]
+    content = io.BytesIO()
+    figure.savefig(content, format=form, dpi=150, metadata=metadata, transparent=form == "svg")
+    return content.getvalue()
+
+
+def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """Return a figure of a size in inches, and its axes."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    return figure, figure.subplots(rows, columns)
+
+
+def ink() -> str:
+    """Return the colour of ink in the theme that is being drawn in."""
+    import matplotlib
+
+    return str(matplotlib.rcParams["text.color"])
+
+
+def paper() -> str:
+    """Return the colour of paper in the theme that is being drawn in."""
+    import matplotlib
+
+    return str(matplotlib.rcParams["figure.facecolor"])

@@ -1,0 +1,208 @@
+"""A sweep as its file has it: a base recipe, axes, seeds; how its result is shown, and the paper's numbers.
+
+```yaml
+title: the impact of beta                               # of the table and the figure
+recipe: cifar100_lt_if{imbalance_factor}/{method}_resnet32   # an axis in braces is a part of the recipe's name
+axes:
+  method: [bib, mbib]
+  imbalance_factor: [100, 50, 10]
+  beta: [0, 1, 2, 3, 4, 5]                              # any other axis is a recipe key ...
+  observation_weights.0: [0.1, 0.3]                     # ... or an element of one ...
+  structure: {wide: {model_kwargs.bottleneck_features: 128}, narrow: {}}    # ... or names for keys and their values
+seeds: [0, 1, 2]
+set: {val_interval: 10}                                 # recipe keys of all runs
+figure: {kind: lines, x: beta, color: imbalance_factor, style: method}
+paper: {source: Table 1, numbers: [{method: bib, imbalance_factor: 100, beta: 5, overall: 44.9}]}
+```
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.recipe import TYPES, recipes_folder
+
+# Recipe keys that a sweep sets by itself.
+PER_RUN = ("seed", "experiment", "resume")
+FIGURE_ROLES = {"bars": ("x", "color"), "lines": ("x", "color", "style"), "heatmap": ("x", "y")}
+# Axes of a table and a figure that no run has: its heads, and the shot groups of its classes.
+HEAD, GROUP = "head", "group"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper has where a sweep is its table or its figure.
+
+    Attributes:
+        source: of the numbers, such as ``Table 4``.
+        recipe: that the paper used, where it is not the sweep's base recipe.
+        numbers: each a mapping from axes to values, and from ``overall``, ``many``, ``medium`` and ``few`` to top-1
+            accuracies in percent. It holds for every run that agrees in the axes that it names.
+    """
+
+    source: str
+    recipe: str | None = None
+    numbers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to run: the base recipe with every combination of the axes' values and every seed.
+
+    Attributes:
+        name: of the sweep's folder.
+        recipe: name or file of the base recipe; axes in braces stand for parts of it.
+        axes: by name, a list of values, or a mapping from a value's name to recipe keys and their values.
+        seeds: a run each.
+        set: recipe keys of all runs.
+        title: what the sweep shows.
+        labels: how axes are called in tables and figures, where not by their names.
+        heads: rows of the table for the heads of a run, with their titles; the prediction alone when empty.
+        figure: its kind, ``bars``, ``lines`` or ``heatmap``, and which axis plays which role in it.
+        paper: the paper's numbers.
+    """
+
+    name: str
+    recipe: str
+    axes: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    set: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    figure: dict[str, str] = field(default_factory=lambda: {"kind": "bars"})
+    paper: Paper | None = None
+
+    def __post_init__(self) -> None:
+        for place in self.placeholders():
+            if place not in self.axes:
+                raise unknown_name(f"axis in the recipe of sweep {self.name}", place, self.axes)
+        for name, values in self.axes.items():
+            self._check_axis(name, values)
+        for name in self.set:
+            self._check_key("key in set", name)
+        for name in self.labels:
+            if name not in self.axes:
+                raise unknown_name(f"axis in the labels of sweep {self.name}", name, self.axes)
+        if not self.recipe or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise MbibError(f"sweep {self.name} needs a recipe, and a seed or more, each once")
+        self._check_figure()
+        for number in self.paper.numbers if self.paper else ():
+            for name in number:
+                if name not in (*self.axes, *COLUMNS, HEAD):
+                    raise unknown_name(f"axis in the paper's numbers of sweep {self.name}", name, self.axes)
+
+    def placeholders(self) -> list[str]:
+        """Return the axes that are parts of the recipe's name."""
+        return re.findall(r"{(.*?)}", self.recipe)
+
+    def values(self, axis: str) -> list[tuple[str, dict[str, Any]]]:
+        """Return an axis's values by name, each with the recipe keys that it sets."""
+        values = self.axes[axis]
+        if isinstance(values, Mapping):
+            return [(str(name), dict(keys or {})) for name, keys in values.items()]
+        is_place = axis in self.placeholders()
+        return [(plain(value), {} if is_place else {axis: value}) for value in values]
+
+    def label(self, axis: str) -> str:
+        """Return how an axis is called in tables and figures."""
+        return self.labels.get(axis, axis)
+
+    def _check_axis(self, name: str, values: Any) -> None:
+        if isinstance(values, Mapping):
+            for keys in values.values():
+                for key in keys or {}:
+                    self._check_key(f"key in axis {name}", key)
+        elif name not in self.placeholders():
+            self._check_key("axis", name)
+        if not isinstance(values, list | Mapping) or not values:
+            raise MbibError(f"sweep {self.name}: axis {name!r} needs a list of values, got {values!r}")
+
+    def _check_key(self, kind: str, name: str) -> None:
+        key = str(name).partition(".")[0]
+        if key not in TYPES:
+            raise unknown_name(f"{kind} of sweep {self.name}", str(name), TYPES)
+        if key in PER_RUN:
+            raise MbibError(f"sweep {self.name}: recipe key {name!r} is the sweep's own to set; see --seeds")
+
+    def _check_figure(self) -> None:
+        kind = self.figure.get("kind", "")
+        if kind not in FIGURE_ROLES:
+            raise unknown_name(f"kind of figure in sweep {self.name}", kind, FIGURE_ROLES)
+        for role, axis in self.figure.items():
+            if role == "kind":
+                continue
+            if role not in FIGURE_ROLES[kind]:
+                raise unknown_name(f"role in the figure of sweep {self.name}", role, FIGURE_ROLES[kind])
+            if axis not in (*self.axes, HEAD, GROUP):
+                raise unknown_name(f"axis in the figure of sweep {self.name}", axis, self.axes)
+
+
+def plain(value: Any) -> str:
+    """Return a value as a table, and a folder's name, has it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def list_sweeps() -> list[str]:
+    """Return the names of the sweeps that come with the package."""
+    return sorted(path.stem for path in (recipes_folder() / "sweeps").glob("*.yaml"))
+
+
+def find_sweep(names: Sequence[str]) -> Sweep:
+    """Return the sweep of a packaged name or a sweep file, or one over the recipes named.
+
+    Raises:
+        MbibError: a sweep file that is none.
+    """
+    packaged = recipes_folder() / "sweeps" / f"{names[0]}.yaml"
+    for path in (Path(names[0]), packaged):
+        if len(names) == 1 and path.is_file() and (path == packaged or _is_sweep(path)):
+            return load_sweep(path)
+    # Braces in a file's name are no axes of ours.
+    return Sweep("sweep", "{recipe}", {"recipe": list(names)})
+
+
+def _is_sweep(path: Path) -> bool:
+    content = _read(path)
+    return isinstance(content, dict) and {"recipe", "axes"} & content.keys() != set()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MbibError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep file; its keys are the fields of `Sweep`.
+
+    Raises:
+        MbibError: an unknown key, or a value of another kind.
+    """
+    kinds = dict(
+        title=str, recipe=str, axes=dict, seeds=list, set=dict, labels=dict, heads=dict, figure=dict, paper=dict
+    )
+    content = _checked(_read(path), kinds, str(path))
+    if "recipe" not in content:
+        raise MbibError(f"{path}: a sweep needs the key 'recipe'")
+    if "paper" in content:
+        content["paper"] = Paper(**_checked(content["paper"], dict(source=str, recipe=str, numbers=list), str(path)))
+    return Sweep(path.stem, **content)
+
+
+def _checked(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise MbibError(f"{where}: expected 'key: value' lines, got a {type(content).__name__}")
+    for key, value in content.items():
+        if key not in kinds:
+            raise unknown_name(f"key in {Path(where).name}", str(key), kinds)
+        if not isinstance(value, kinds[key]):
+            raise MbibError(f"{where}: key {key!r}: expected a {kinds[key].__name__}, got {value!r}")
+    return content

@@ -1,0 +1,74 @@
+"""Many runs in one process, one after another: they share opened data, resident images and the compiled step."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.data import DataPool
+from mbib_timm.errors import BusyFolderError, MbibError
+from mbib_timm.sweeps.definition import Sweep
+from mbib_timm.sweeps.plan import plan
+from mbib_timm.sweeps.results import collect
+from mbib_timm.sweeps.table import write_results
+from mbib_timm.training.run import train
+
+
+def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: str = "", dry_run: bool = False) -> bool:
+    """Run what is missing of a sweep; write its results after every run, and print its table.
+
+    Several processes may work on one sweep, each on a device of its own: a run that another process trains is left
+    to it.
+
+    Args:
+        sweep: what to run.
+        overrides: recipe keys of all runs.
+        results: folder of all results; the sweep's own is in it.
+        only: run only those whose label contains this.
+        dry_run: list the runs, and stop.
+
+    Returns:
+        True if every run came to its end.
+
+    Raises:
+        MbibError: the sweep cannot be; nothing has been run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MbibError("a sweep is one process: start one for each device, with --device, not torchrun")
+    whole = plan(sweep, overrides)
+    runs = [run for run in whole if only in run.label]
+    if not runs:
+        raise MbibError(f"sweep {sweep.name} has no run whose name contains {only!r}")
+    states = [run.status() for run in whole]
+    done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
+    if dry_run:
+        for run, state in zip(whole, states, strict=True):
+            if run in runs:
+                print(f"{state:<8} {run.label}")
+        return True
+    folder = Path(whole[0].recipe.output).name
+    pool, failed, busy, text = DataPool(), {}, [], ""
+    for number, run in enumerate(runs, start=1):
+        print(f"run {number} of {len(runs)}: {run.label}" + (" (done)" if run.label in done else ""), flush=True)
+        try:
+            if run.label not in done and run.status() != "done":  # another process may have done it meanwhile
+                train(run.recipe, run.name, pool)
+        except BusyFolderError:
+            busy.append(run.label)
+            print("another process trains it", flush=True)
+            continue
+        except MbibError as error:
+            failed[run.label] = str(error)
+            print(f"failed: {error}", flush=True)
+            continue
+        # What is done by now, here or by another process: the table is always that of the whole sweep.
+        done |= {other.label for other in whole if (other.folder().path / "metrics.json").is_file()}
+        finished = [other for other in whole if other.label in done]
+        text = write_results(results / folder, collect(sweep, finished, len(whole), failed))
+    if text:
+        print(f"\n{text}\n{results / folder}")
+    for label in busy:
+        print(f"left to another process: {label}")
+    for label, reason in failed.items():
+        print(f"failed: {label}: {reason}")
+    return not failed and not busy

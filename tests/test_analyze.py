@@ -1,0 +1,156 @@
+"""`mbib analyze` on a finished run: its file, its text, and what it refuses."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mbib_timm.analysis import analyze, analyze_run
+from mbib_timm.environment import World
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.validate import validate
+from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.training import train
+
+MODULE = sys.modules[analyze.__module__]  # the package gives the function under the module's name
+HEADS = ["prediction", "v1", "v2", "v3", "z"]
+
+
+@pytest.fixture(scope="module")
+def run(finished_run, tmp_path_factory):
+    """A copy: the fixture's folder is that of other tests too."""
+    return shutil.copytree(finished_run, tmp_path_factory.mktemp("copy") / finished_run.name)
+
+
+@pytest.fixture(scope="module")
+def result(run):
+    return analyze_run(str(run), overrides={"device": "cpu"}, images_per_class=8)
+
+
+def refuse(constant):
+    raise ValueError(constant)
+
+
+def test_the_file_holds_what_is_returned(run, result):
+    text = (run / "analysis" / "analysis.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == result
+    assert [path.name for path in (run / "analysis").iterdir()] == ["analysis.json"]
+    assert list(result) == [
+        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "heads",
+        "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
+        "environment",
+    ]  # fmt: skip
+    assert (result["name"], result["model"]) == ("mbib_resnet20.digits", "mbib_resnet20")
+    assert (result["epochs"], result["seed"], result["split"], result["images"]) == (3, 0, "test", 340)
+    assert result["class_names"] == json.loads((run / "metrics.json").read_text())["class_names"]
+
+
+def test_accuracies_are_those_of_validate(run, result, capsys):
+    validated = validate(str(run), overrides={"device": "cpu"})
+    assert list(result["heads"]) == HEADS
+    for head, values in validated["heads"].items():
+        for metric in ("top1", "macro", "many", "medium", "few", "nll", "ece"):
+            assert result["heads"][head][metric] == pytest.approx(values[metric], rel=1e-5)
+        assert result["heads"][head]["per_class"] == pytest.approx(values["per_class"], rel=1e-5)
+        assert result["reliability"][head]["ece"] == pytest.approx(values["ece"], rel=1e-4)
+    assert result["class_counts"] == validated["class_counts"]
+
+
+def test_the_parts_agree_with_one_another(result):
+    prediction = result["heads"]["prediction"]
+    for group, share in result["confusion"]["shares"].items():
+        assert share["correct"] == pytest.approx(prediction[group], rel=1e-5)  # every class has 34 images
+    slope = np.polyfit(np.log10(result["class_counts"]), prediction["per_class"], 1)[0]
+    assert result["trend"]["slope"] == pytest.approx(slope, rel=1e-4)
+    for head in HEADS:
+        assert len(result["positive_posterior"][head]) == 10
+        assert all(0 < value < 1 for value in result["positive_posterior"][head])
+        # By Jensen's inequality log mean q >= mean log q; all classes have as many images.
+        mean = sum(result["positive_posterior"][head]) / 10
+        assert math.log(mean) >= -result["heads"][head]["nll"]
+    assert list(result["distances"]) == ["v", "z"]
+    for groups in result["distances"].values():
+        for values in groups.values():
+            assert values["rho"] == pytest.approx(values["intra"] / values["inter"], rel=1e-5)
+    embedding = result["embedding"]
+    assert sorted(embedding["classes"]) == list(range(10))
+    assert embedding["labels"] == [label for label in embedding["classes"] for _ in range(8)]
+    assert embedding["perplexity"] == pytest.approx(79 / 3, rel=1e-5)
+    for points in embedding["points"].values():
+        assert np.array(points).shape == (80, 2)
+        assert points == np.round(points, 2).tolist()
+    assert result["efficiency"]["input_size"] == [3, 640, 640]
+
+
+def test_two_runs_are_compared(run, result, tmp_path, capsys):
+    recipe = load_recipe(
+        find_recipe("digits/ce_resnet20"),
+        dict(epochs=1, warmup_epochs=0, device="cpu", output=str(tmp_path / "runs"), seed=5),
+    )
+    plain = train(recipe, "ce_resnet20.digits")["folder"]
+    capsys.readouterr()
+    output = tmp_path / "analyses"
+    options = dict(overrides={"device": "cpu"}, output=output, classes=[2, 9], images_per_class=6)
+    results = analyze([str(run), plain, plain], **options)
+    written = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.json"))
+    assert written == [
+        "ce_resnet20.digits-2/analysis.json",
+        "ce_resnet20.digits-3/analysis.json",
+        "mbib_resnet20.digits/analysis.json",
+    ]
+    assert list(results[1]["heads"]) == ["prediction"]
+    assert list(results[1]["distances"]) == list(results[1]["embedding"]["points"]) == ["v"]
+    assert results[0]["embedding"]["classes"] == [2, 9]
+    # But for the embedding, where it goes changes nothing.
+    for part in ("heads", "positive_posterior", "distances", "confusion", "reliability"):
+        assert results[0][part] == result[part]
+
+    text = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in text.splitlines()}
+    for name in ("v", "z"):
+        rhos = [result["distances"][name][group]["rho"] for group in ("all", "many", "medium", "few")]
+        assert any(line.split() == ["rho", "of", name, *(f"{x:.3f}" for x in rhos)] for line in text.splitlines())
+    assert text.count("mean positive posterior, ce_resnet20.digits (seed 5) minus mbib_resnet20.digits (seed 0)") == 2
+    few = [i for i, n in enumerate(result["class_counts"]) if n < 20]
+    first, other = (r["positive_posterior"]["prediction"] for r in results[:2])
+    assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"
+    assert f"accuracy: {result['trend']['slope']:+.1f} points for ten times the training images" in text
+
+
+def test_runs_with_different_numbers_of_classes_are_refused(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    shutil.rmtree(other / "analysis")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "class_counts": [50] * 7}))
+    with pytest.raises(MbibError, match=rf"{run} has 10 classes, {other} has 7"):
+        analyze([str(run), str(other)], overrides={"device": "cpu"})
+    assert not (other / "analysis").exists()
+
+
+def test_what_is_refused(run, tmp_path, monkeypatch):
+    cpu = {"device": "cpu"}
+    with pytest.raises(MbibError, match=r"no class 10 to embed: labels lie in 0\.\.9"):
+        analyze_run(str(run), overrides=cpu, output=tmp_path / "new", classes=[3, 10])
+    with pytest.raises(MbibError, match=r"holds no config\.json"):
+        analyze_run(str(tmp_path), overrides=cpu)
+    with pytest.raises(MbibError, match=r"is no run's folder: say with --output DIR"):
+        analyze_run("mbib_resnet32.cifar100_lt_if100", overrides=cpu)
+    counts = tmp_path / "counts.txt"
+    counts.write_text("50\n" * 7)
+    with pytest.raises(MbibError, match="tells 10 classes apart, but the data have 7"):
+        analyze_run(str(run), overrides={**cpu, "class_counts": str(counts)}, output=tmp_path / "new")
+    monkeypatch.setattr(MODULE, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
+    with pytest.raises(MbibError, match="one process, not in 2"):
+        analyze_run(str(run), overrides=cpu, output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    monkeypatch.setattr(MODULE, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))
+    with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
+        analyze_run(str(run), overrides={"device": "cpu"})
