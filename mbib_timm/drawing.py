@@ -1,8 +1,9 @@
 """How every figure looks: colours that anyone can tell apart, light and dark, and the formats that it is written in."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
@@ -116,3 +117,33 @@ def paper() -> str:
     import matplotlib
 
     return str(matplotlib.rcParams["figure.facecolor"])
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A figure that can be drawn, and what its reader has to know.
+
+    Attributes:
+        name: of its files, without the ending.
+        title: above it.
+        reading: how to read it, in a sentence.
+        draw: gives the figure; called inside `render`.
+    """
+
+    name: str
+    title: str
+    reading: str
+    draw: Callable[[], Any]
+
+
+def write_illustrations(folder: Path, illustrations: Iterable[Illustration]) -> None:
+    """Write figures as PNG and PDF into a folder.
+
+    Raises:
+        MbibError: matplotlib is not installed.
+    """
+    for illustration in illustrations:
+        files = render(illustration.draw, ("png", "pdf"))
+        folder.mkdir(parents=True, exist_ok=True)
+        for form, content in files.items():
+            (folder / f"{illustration.name}.{form}").write_bytes(content)
