@@ -1,4 +1,4 @@
-"""The command line: train, sweep, validate, predict, export, models, recipes.
+"""The command line: train, sweep, validate, analyze, report, predict, export, demo, publish, models, recipes.
 
 Bad input ends with one line and exit status 2, an interrupted run with status 130.
 """
@@ -109,6 +109,29 @@ def build_parser() -> Parser:
     validate.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     add_recipe_flags(validate)
 
+    analyze = commands.add_parser("analyze", help="look into trained models", allow_abbrev=False)
+    analyze.add_argument(
+        "runs",
+        nargs="+",
+        help="runs' folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is compared",
+    )
+    analyze.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
+    analyze.add_argument("--split", help="split to analyze; the one of the run's result when not given")
+    analyze.add_argument("--classes", nargs="+", type=int, metavar="LABEL", help="classes to embed; ten when not given")
+    analyze.add_argument(
+        "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
+    )
+    add_recipe_flags(analyze)
+
+    report = commands.add_parser("report", help="put runs and sweeps into one HTML file", allow_abbrev=False)
+    report.add_argument(
+        "results",
+        nargs="+",
+        help="folders of runs, of kept results and of sweeps' results; or names of published models",
+    )
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+    report.add_argument("--title", help="of the page")
+
     predict = commands.add_parser("predict", help="classify images with a trained model", allow_abbrev=False)
     predict.add_argument("model", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
     predict.add_argument("images", nargs="+", help="image files, folders and tars")
@@ -198,6 +221,24 @@ def run(arguments: argparse.Namespace) -> int:
         sweep = dataclasses.replace(sweep, **{key: value for key, value in given.items() if value is not None})
         complete = run_sweep(sweep, recipe_overrides(arguments), arguments.results, arguments.only, arguments.dry_run)
         return 0 if complete else 1
+    elif arguments.command == "analyze":
+        from mbib_timm.analysis import analyze
+
+        overrides = recipe_overrides(arguments)
+        output = overrides.pop("output", None)  # of the analysis, and not of a run
+        analyze(
+            arguments.runs,
+            recipe=arguments.recipe,
+            overrides=overrides,
+            split=arguments.split,
+            output=None if output is None else Path(output),
+            classes=arguments.classes,
+            images_per_class=arguments.images_per_class,
+        )
+    elif arguments.command == "report":
+        from mbib_timm.reporting.report import report
+
+        report(arguments.results, arguments.output, arguments.title)
     elif arguments.command == "predict":
         from mbib_timm.inference.predict import predict
 

@@ -1,13 +1,19 @@
-"""The figures can be drawn from every shape that results take. How they look is for a person to judge."""
+"""The figures of runs can be drawn from every shape that results take. How they look is for a person to judge."""
 
+import io
+import re
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import figures
+from mbib_timm.training.report import draw_figures, run_figures
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def result(classes, few=None):
@@ -19,74 +25,117 @@ def result(classes, few=None):
     }  # fmt: skip
 
 
-def drawn(path):
-    """Return the figure's pixels; it must hold more than paper."""
-    pixels = np.asarray(Image.open(path).convert("L"))
-    assert (pixels < 128).mean() > 0.002
+def drawn(draw, theme=LIGHT):
+    """Return the figure's pixels; it must hold more than paper, which is that of the theme."""
+    image = Image.open(io.BytesIO(render(draw, ("png",), theme)["png"])).convert("RGB")
+    paper = np.array([int(theme.paper[i : i + 2], 16) for i in (1, 3, 5)])
+    pixels = np.asarray(image).astype(int)
+    assert (pixels[0, 0] == paper).all()
+    assert (np.abs(pixels - paper).max(axis=-1) > 100).mean() > 0.002
     return pixels
 
 
 @pytest.mark.parametrize("classes", [2, 10, 30, 400])
 @pytest.mark.parametrize("named", [True, False])
-def test_class_accuracy(tmp_path, classes, named):
+def test_class_accuracy(classes, named):
     names = [f"class {i}" for i in range(classes)] if named else None
     counts = np.linspace(500, 1, classes).astype(int)
-    figures.class_accuracy({"prediction": result(classes)}, counts, tmp_path / "figure.png", names)
-    drawn(tmp_path / "figure.png")
+    drawn(lambda: figures.class_accuracy({"prediction": result(classes)}, counts, names))
+
+
+def test_bars_of_classes_follow_their_training_images():
+    accuracies = [None, 20.0, 30.0, 40.0]
+    results = {"prediction": result(4) | {"per_class": accuracies}}
+    figure = figures.class_accuracy(results, np.array([5, 500, 50, 200]))
+    heights = [bar.get_height() for container in figure.axes[0].containers for bar in container]
+    assert heights == [20.0, 40.0, 30.0, 0.0]
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [500, 200, 50, 5]
 
 
 @pytest.mark.parametrize("heads", [[], ["v3", "z"], ["x", "v1", "v2", "v3", "v4", "v5", "v6", "z"]])
-def test_shot_groups(tmp_path, heads):
+def test_shot_groups(heads):
     results = {"prediction": result(5)} | {head: result(5, few=10.0) for head in heads}
-    figures.shot_groups_figure(results, tmp_path / "figure.png")
-    drawn(tmp_path / "figure.png")
+    drawn(lambda: figures.shot_groups_figure(results))
 
 
-def test_training_curves_show_the_loss(tmp_path):
+def test_training_curves_show_the_loss_and_the_accuracy():
     rows = [{"epoch": e, "lr": 0.1, "train_loss": 5.0 - e, "seconds": 1.0} for e in range(4)]
-    figures.training_curves(rows, tmp_path / "without.png")
+    assert "not evaluated" in [text.get_text() for text in figures.training_curves(rows).axes[1].texts]
     for row in rows[1::2]:
         row.update(val_top1=20.0 * row["epoch"], val_many=30.0, val_medium=None, val_few=5.0)
-    figures.training_curves(rows, tmp_path / "with.png")
-    with_accuracy, without = drawn(tmp_path / "with.png"), drawn(tmp_path / "without.png")
-    assert with_accuracy.shape != without.shape or (with_accuracy != without).any()
+    left, right, _ = figures.training_curves(rows).axes
+    assert left.lines[0].get_ydata().tolist() == [5.0, 4.0, 3.0, 2.0]
+    lines = {line.get_label(): line for line in right.lines}
+    assert lines.keys() == {"all", "many", "few"}
+    assert (lines["all"].get_xdata().tolist(), lines["all"].get_ydata().tolist()) == ([1, 3], [20.0, 60.0])
+    drawn(lambda: figures.training_curves(rows))
 
 
 @pytest.mark.parametrize("rates", [[0.1, 0.05, 0.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.1, 0.001, 0.00001]])
-def test_learning_rates_of_any_schedule(tmp_path, rates):
+def test_learning_rates_of_any_schedule(rates):
     rows = [{"epoch": e, "lr": lr, "train_loss": 1.0, "seconds": 1.0} for e, lr in enumerate(rates)]
-    figures.training_curves(rows, tmp_path / "figure.png")
-    drawn(tmp_path / "figure.png")
+    drawn(lambda: figures.training_curves(rows))
 
 
-def test_balanced_training_counts(tmp_path):
-    figures.class_accuracy({"prediction": result(10)}, np.full(10, 500), tmp_path / "figure.png")
-    drawn(tmp_path / "figure.png")
+def test_balanced_training_counts():
+    drawn(lambda: figures.class_accuracy({"prediction": result(10)}, np.full(10, 500)))
 
 
-def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):
+EPOCH = {"epoch": 0, "lr": 0.1, "train_loss": 5.0, "val_top1": 1.0, "val_many": 1.0, "val_medium": 0.0, "val_few": None}
+
+
+def test_one_epoch_can_be_drawn():
+    drawn(lambda: figures.training_curves([EPOCH]))
+
+
+METRICS = {"result": {"heads": {"prediction": result(10)}}, "class_counts": [500] * 10}
+
+
+ILLUSTRATIONS = run_figures([EPOCH], METRICS)
+
+
+@pytest.mark.parametrize("illustration", ILLUSTRATIONS, ids=lambda illustration: illustration.name)
+def test_every_figure_of_a_run_in_every_format_and_theme(illustration):
+    draw = illustration.draw
+    light, again, dark = (render(draw, ("png", "pdf", "svg"), theme) for theme in (LIGHT, LIGHT, DARK))
+    assert light == again, "the same numbers give the same bytes"
+    for form, start in {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}.items():
+        assert light[form].startswith(start)
+        assert light[form] != dark[form]
+    drawn(draw, DARK)
+    # An SVG takes the paper of the page that it stands in, and has ink that is legible there.
+    for files, theme in ((light, LIGHT), (dark, DARK)):
+        assert theme.paper not in re.findall(r"fill: (#\w{6})", files["svg"].decode())
+    assert DARK.ink in dark["svg"].decode()
+
+
+def test_drawing_leaves_matplotlibs_settings_alone():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    figures.shot_groups_figure({"prediction": result(5)}, tmp_path / "figure.png")
+    render(lambda: figures.shot_groups_figure({"prediction": result(5)}), ("png", "svg"), DARK)
+    assert dict(matplotlib.rcParams) == before
+    with pytest.raises(ZeroDivisionError):
+        render(lambda: 1 / 0, ("png",), DARK)
     assert dict(matplotlib.rcParams) == before
 
 
-def test_one_epoch_can_be_drawn(tmp_path):
-    row = {
-        "epoch": 0,
-        "lr": 0.1,
-        "train_loss": 5.0,
-        "val_top1": 1.0,
-        "val_many": 1.0,
-        "val_medium": 0.0,
-        "val_few": None,
-    }
-    figures.training_curves([row], tmp_path / "figure.png")
-    drawn(tmp_path / "figure.png")
+def test_a_runs_figures_are_written(tmp_path):
+    draw_figures(tmp_path, [EPOCH], METRICS)
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert names == {"training_curves.png", "class_accuracy.png", "shot_groups.png"}
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_illustrations_are_written_as_png_and_pdf(tmp_path):
+    draw = ILLUSTRATIONS[-1].draw
+    write_illustrations(tmp_path / "new", [Illustration("groups", "Shot groups", "Higher is better.", draw)])
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"groups.png", "groups.pdf"}
+    assert (tmp_path / "new" / "groups.png").read_bytes() == render(draw)["png"]
+
+
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[train\]'"):
-        figures.shot_groups_figure({"prediction": result(5)}, tmp_path / "figure.png")
+        render(lambda: figures.shot_groups_figure({"prediction": result(5)}))
+    draw_figures(tmp_path, [EPOCH], METRICS)
+    assert "no figures: figures need matplotlib" in capsys.readouterr().out

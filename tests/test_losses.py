@@ -301,3 +301,50 @@ def test_an_own_graph_of_edges():
     loss = BottleneckLoss([Edge("v1", "v3", 0.5)], COUNTS, beta=2.0)
     expected = 0.5 * naive_bib(logits["v1"], logits["v3"], targets, COUNTS, 2.0, 0, 0.1)
     assert loss(logits, targets)["loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def naive_plain(logits, targets, weights, divisor):
+    """Class-weighted cross-entropy of the raw logits, sample by sample."""
+    total = 0.0
+    for row, y in zip(logits.tolist(), targets.tolist(), strict=True):
+        total += -weights[y] * (row[y] - math.log(sum(math.exp(t) for t in row)))
+    return total / divisor
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_without_logit_adjustment_the_terms_are_plain_cross_entropies(name):
+    logits, targets = random_logits()
+    weights = naive_weights(COUNTS, 0.1)
+    divisor = sum(weights[y] for y in targets.tolist())
+    terms = {head: naive_plain(values, targets, weights, divisor) for head, values in logits.items()}
+    expected = sum(
+        w * (terms[t] + terms[s] + 5.0 * naive_vsd(logits[t], logits[s], COUNTS, 0.5))
+        for (t, s), w in STRUCTURES[name].items()
+    )
+    loss = create_loss(Recipe(loss=name, gamma=0.5, logit_adjustment=False), COUNTS, HEADS)
+    assert loss(logits, targets)["loss"].item() == pytest.approx(expected, rel=1e-6)
+    # Plain logits are for the frequencies of the training images; adjusted ones for uniform frequencies.
+    assert loss.logit_prior == "train"
+    assert create_loss(Recipe(loss=name), COUNTS, HEADS).logit_prior == "uniform"
+
+
+def test_plain_losses_without_class_weights_or_distillation_are_cross_entropies():
+    logits, targets = random_logits()
+    recipe = Recipe(loss="bib", logit_adjustment=False, class_weight_power=0.0, beta=0.0)
+    expected = sum(torch.nn.functional.cross_entropy(logits[head], targets) for head in ("v3", "z"))
+    torch.testing.assert_close(create_loss(recipe, COUNTS, HEADS)(logits, targets)["loss"], expected)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_class_weights_that_are_not_normalised_divide_by_the_number_of_images(power, adjusted):
+    logits, targets = random_logits(batch=7)
+    recipe = Recipe(loss="bib", beta=0.0, class_weight_power=power, logit_adjustment=adjusted)
+    weights = naive_weights(COUNTS, power)
+    shifted = {h: values + torch.tensor(COUNTS).log() if adjusted else values for h, values in logits.items()}
+    expected = sum(naive_plain(shifted[head], targets, weights, len(targets)) for head in ("v3", "z"))
+    out = create_loss(recipe.replace(normalize_class_weights=False), COUNTS, HEADS)(logits, targets)["loss"].item()
+    assert out == pytest.approx(expected, rel=1e-6)
+    inside = create_loss(recipe, COUNTS, HEADS)(logits, targets)["loss"].item()
+    # Without class weights the sum of the weights is the number of images.
+    assert (inside == pytest.approx(out, rel=1e-9)) == (power == 0)

@@ -7,12 +7,17 @@ import pickle
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from timm.models import group_parameters
 from timm.models._hub import save_for_hf
 
 import mbib_timm
+from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import count_macs, count_parameters, match_backbone_keys
+from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.training import train
 
 MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
@@ -348,6 +353,111 @@ def test_wraps_timm_backbones(backbone):
     torch.testing.assert_close(model.eval().forward_intermediates(x, indices=[2], intermediates_only=True), expected)
     group_of = group_parameters(model, model.group_matcher(), reverse=True)
     assert len(set(group_of.values())) > 3
+
+
+# One head: BSCE and BSCE_MLP of Tables 5 and 7.
+
+
+def by_hand(model, x, head):
+    """The logits of v, or of z, out of the parts: pooled map, BatchNorm, and for z a layer more."""
+    v = model.observation.norm(model.backbone(x)[-1].mean(dim=(2, 3)))
+    if head == "v":
+        return torch.nn.functional.linear(v, *model.observation.classifier.parameters())
+    z = torch.nn.functional.linear(v, *model.bottleneck.fc.parameters())
+    z = model.bottleneck.norm(z).clamp(min=0)
+    return torch.nn.functional.linear(z, *model.bottleneck.classifier.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "heads"),
+    [
+        ("bib_resnet20", "v", ("v1",)),
+        ("bib_resnet20", "z", ("z",)),
+        ("mbib_resnet20", "v", ("v1", "v2", "v3")),
+        ("mbib_resnet20", "z", ("v1", "v2", "z")),
+    ],
+)
+def test_a_network_that_predicts_by_one_head(name, prediction, heads):
+    model = create(name, prediction=prediction)
+    x = images(name, 4)
+    outputs = model(x)
+    assert model.head_names == heads
+    assert outputs._fields == heads
+    assert len(model.get_classifier()) == len(heads)
+    sum(output.sum() for output in outputs).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    model.eval()
+    torch.testing.assert_close(model(x), by_hand(model, x, prediction))
+    torch.testing.assert_close(model(x), model.forward_heads(x)[-1])
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x))
+    both = create(name).eval()
+    both.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(both.forward_heads(x)[-2 if prediction == "v" else -1], model(x))
+    model.remove_training_heads()
+    torch.testing.assert_close(model(x), by_hand(model, x, prediction))
+
+
+@pytest.mark.parametrize("prediction", ["v", "z"])
+def test_one_head_can_be_replaced(prediction):
+    model = create("bib_resnet20", prediction=prediction).eval()
+    x = images("bib_resnet20")
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    torch.testing.assert_close(model(x), by_hand(model, x, prediction))
+    assert len(model.train()(x)) == 1
+    model.eval().reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    assert model.prune_intermediate_layers([0]) == [0]
+
+
+# FACTS, section 1: ResNet-32's backbone has 463,504 parameters, BatchNorms 2 a channel, all layers with bias.
+@pytest.mark.parametrize(
+    ("prediction", "parameters"),
+    [
+        ("v", 463_504 + 2 * 64 + 65 * 100),
+        ("z", 463_504 + 2 * 64 + 65 * 64 + 2 * 64 + 65 * 100),
+        ("mean", 463_504 + 2 * 64 + 65 * 64 + 2 * 64 + 2 * 65 * 100),
+    ],
+)
+def test_parameters_of_one_head(prediction, parameters):
+    model = timm.create_model("bib_resnet32", num_classes=100, device="meta", prediction=prediction)
+    assert count_parameters(model) == parameters
+
+
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(MbibError, match="unknown prediction 'zz': did you mean 'z'"):
+        create("bib_resnet20", prediction="zz")
+
+
+@pytest.mark.parametrize("prediction", ["v", "z"])
+def test_a_run_of_one_head_is_loaded_evaluated_and_predicts(tmp_path, capsys, prediction):
+    settings = dict(
+        epochs=1, warmup_epochs=0, device="cpu", workers=0, batch_size=64, output=str(tmp_path),
+        model="bib_resnet20", model_kwargs={"prediction": prediction}, loss="bsce",
+    )  # fmt: skip
+    recipe = load_recipe(find_recipe("digits/mbib_resnet20"), settings)
+    metrics = train(recipe, "one_head")
+    assert set(metrics["result"]["heads"]) == {"prediction"}
+    folder = tmp_path / "one_head"
+    for num_classes in (10, 4):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes).eval()
+        assert model.head_names == ("v1" if prediction == "v" else "z",)
+        weights = load_file(folder / "model.safetensors")
+        assert model.state_dict().keys() == weights.keys()
+        same = {key for key, value in model.state_dict().items() if torch.equal(value, weights[key])}
+        fresh = {key for key in weights if "classifier" in key} if num_classes != 10 else set()
+        assert weights.keys() - same <= fresh
+    Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
+    arguments = ["predict", str(folder), str(tmp_path / "image.png"), "--device", "cpu", "--workers", "0"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    for head in ("v", "z"):
+        assert main([*arguments, "--head", head]) == 2
+        error = capsys.readouterr().err
+        assert f"has one head; --head {head} is for" in error
+        assert error.count("\n") == 1
 
 
 # Weights.

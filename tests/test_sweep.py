@@ -1,83 +1,201 @@
-"""Sweeps: what is planned, what is shared, what is resumed, and what the summary says."""
+"""Sweeps: what a file may say, what is planned, what is shared, what is resumed."""
 
 import csv
 import json
 import re
 import statistics
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from mbib_timm.training.sweep import Sweep, find_sweep, list_sweeps, load_sweep, plan, run_sweep
-from mbib_timm.training.sweep_summary import mean_and_deviation
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
-from mbib_timm.recipe import list_recipes
+from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.sweeps import run as sweep_module
+from mbib_timm.sweeps.definition import Paper, Sweep, find_sweep, load_sweep
+from mbib_timm.sweeps.plan import on_recipe, plan
+from mbib_timm.sweeps.run import run_sweep
 from mbib_timm.training import run as run_module
-from mbib_timm.training import sweep as sweep_module
 
 DIGITS = "digits/mbib_resnet20"
 FLAGS = ["--epochs", "1", "--device", "cpu", "--workers", "0", "--batch-size", "64"]
 KEYS = dict(epochs=1, device="cpu", workers=0, batch_size=64)
+CIFAR = "cifar100_lt_if{imbalance_factor}/{method}_resnet32"
 
 
 def small(tmp_path, **keys):
-    return {**KEYS, "output": str(tmp_path), **keys}
+    return {**KEYS, "output": str(tmp_path / "runs"), **keys}
 
 
-# What is planned
+def of_recipe(recipe, **fields):
+    """Return a sweep over one axis, which tells nothing."""
+    return Sweep("s", recipe, **{"axes": {"lr": [0.05]}, **fields})
 
 
-def test_every_recipe_with_every_value_and_seed(tmp_path):
-    sweep = Sweep("both", [DIGITS, "digits/ce_resnet20"], {"beta": [0.0, 5.0], "lr": [0.1]}, [0, 3], {"momentum": 0.5})
-    runs = plan(sweep, small(tmp_path))
-    assert [run.label for run in runs][:4] == [
-        "mbib_resnet20.digits-beta=0.0-lr=0.1-seed0",
-        "mbib_resnet20.digits-beta=0.0-lr=0.1-seed3",
-        "mbib_resnet20.digits-beta=5.0-lr=0.1-seed0",
-        "mbib_resnet20.digits-beta=5.0-lr=0.1-seed3",
-    ]
-    assert len(runs) == 8
-    recipe = runs[3].recipe
-    assert (recipe.beta, recipe.lr, recipe.momentum, recipe.seed, recipe.batch_size) == (5.0, 0.1, 0.5, 3, 64)
-    assert Path(recipe.output) == tmp_path / "both"
-
-
-def test_other_epochs_move_warm_up_and_milestones_in_proportion(tmp_path):
-    sweep = Sweep("short", ["cifar100_lt_if100/mbib_resnet32"])
-    own, short, given = (
-        plan(sweep, {"output": str(tmp_path), **keys})[0].recipe
-        for keys in ({}, {"epochs": 20}, {"epochs": 20, "decay_milestones": [10, 15]})
-    )
-    assert (own.epochs, own.warmup_epochs, own.decay_milestones) == (200, 4, [161, 181])
-    assert (short.epochs, short.warmup_epochs, short.decay_milestones) == (20, 1, [16, 18])
-    assert given.decay_milestones == [10, 15]
-
-
-@pytest.mark.parametrize("name", list_sweeps())
-def test_packaged_sweeps_can_be_planned_and_are_no_recipes(name):
-    runs = plan(find_sweep([name]), {})
-    assert len(runs) > 1
-    assert f"sweeps/{name}" not in list_recipes()
+# What a file may say
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("recipes: [a]\nseed: [1]", "unknown key in x.yaml 'seed': did you mean 'seeds'"),
-        ("recipes: [a]\naxes: {bta: [1]}", "unknown axis of sweep x 'bta': did you mean 'beta'"),
-        ("recipes: [a]\naxes: {beta: 1}", "axis 'beta' needs a list of values"),
-        ("recipes: [a]\nset: {seed: 1}", "recipe key 'seed' is the sweep's own to set; see --seeds"),
-        ("recipes: digits", "key 'recipes': expected a list, got 'digits'"),
-        ("recipes: []", "sweep x needs a recipe or more"),
-        ("recipes: [a]\nseeds: [1, 1]", "a seed or more, each once"),
+        ("recipe: a\nseed: [1]", "unknown key in x.yaml 'seed': did you mean 'seeds'"),
+        ("recipe: a\naxes: {bta: [1]}", "unknown axis of sweep x 'bta': did you mean 'beta'"),
+        ("recipe: a\naxes: {model_kwrgs.taps: [1]}", "unknown axis of sweep x 'model_kwrgs.taps'"),
+        ("recipe: a\naxes: {beta: 1}", "axis 'beta' needs a list of values"),
+        ("recipe: a\naxes: {beta: []}", "axis 'beta' needs a list of values"),
+        ("recipe: a\naxes: {m: {x: {bta: 1}}}", "unknown key in axis m of sweep x 'bta': did you mean 'beta'"),
+        ("recipe: a\naxes: {m: {x: 3}}", "axis 'm': 'x' needs recipe keys and their values, got 3"),
+        ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is the sweep's own to set; see --seeds"),
+        ("recipe: a\naxes: {m: {x: {seed: 1}}}", "recipe key 'seed' is the sweep's own to set"),
+        ("recipe: a\nset: {experiment: b}", "recipe key 'experiment' is the sweep's own to set"),
+        ("recipe: if{factor}/a\naxes: {beta: [1]}", "unknown axis in the recipe of sweep x 'factor'"),
+        ("recipe: [a]", "key 'recipe': expected a str, got ['a']"),
+        ("axes: {beta: [1]}", "a sweep needs the key 'recipe'"),
+        ("recipe: a\nseeds: []", "a seed or more"),
+        ("recipe: a\nseeds: [1, 1]", "a seed or more, each once"),
+        ("recipe: a\nlabels: {bta: b}", "unknown axis in the labels of sweep x 'bta'"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: pie}", "unknown kind of figure in sweep x 'pie'"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, y: beta}", "unknown role in the figure of sweep x 'y'"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, x: gamma}", "unknown axis in the figure of sweep x"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: lines}", "a figure of kind 'lines' needs the role 'x'"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: heatmap, x: beta}", "kind 'heatmap' needs the role 'y'"),
+        ("recipe: a\naxes: {loss: [ce]}\nfigure: {kind: lines, x: loss}", "lines need numbers along x, got 'ce'"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: lines, x: group}", "unknown axis in the figure of sweep x"),
+        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, x: head}", "unknown axis in the figure of sweep x 'head'"),
+        ("recipe: a\npaper: {source: T, numbers: [{bta: 1}]}", "unknown axis in the paper's numbers of sweep x 'bta'"),
+        ("recipe: a\npaper: {sorce: T}", "unknown key in x.yaml 'sorce': did you mean 'source'"),
+        ("- 1", "expected 'key: value' lines, got a list"),
+        ("recipe: [", "not a YAML file"),
     ],
 )
 def test_a_sweep_file_that_cannot_be_is_refused(tmp_path, content, message):
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(MbibError, match=re.escape(message)):
         load_sweep(tmp_path / "x.yaml")
+
+
+def test_sweeps_are_found_by_name_by_file_and_as_a_list_of_recipes(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("recipe: digits/ce_resnet20\naxes: {lr: [0.1, 0.2]}\nseeds: [4]\n")
+    assert (find_sweep([str(own)]).name, len(plan(find_sweep([str(own)]), {}))) == ("mine", 2)
+    assert find_sweep(["figure9_structures"]).recipe == "cifar100_lt_if100/mbib_resnet32"
+    of_recipes = plan(find_sweep([DIGITS, "digits/ce_resnet20"]), {})
+    assert [run.label for run in of_recipes] == ["mbib_resnet20.digits-seed0", "ce_resnet20.digits-seed0"]
+    file = str(find_recipe("digits/ce_resnet20"))
+    assert [run.label for run in plan(find_sweep([file]), {})] == ["ce_resnet20.digits-seed0"]
+
+
+# What is planned
+
+
+def test_every_combination_and_the_seeds_outermost(tmp_path):
+    axes = {"beta": [0.0, 5.0], "lr": [0.1, 0.2]}
+    runs = plan(Sweep("both", DIGITS, axes, [0, 3], {"momentum": 0.5}), small(tmp_path, epochs=60))
+    assert [run.label for run in runs] == [
+        f"mbib_resnet20.digits-beta={beta}-lr={lr}-seed{seed}"
+        for seed in (0, 3)
+        for beta in (0.0, 5.0)
+        for lr in (0.1, 0.2)
+    ]
+    recipe = runs[-1].recipe
+    assert (recipe.beta, recipe.lr, recipe.momentum, recipe.seed, recipe.batch_size) == (5.0, 0.2, 0.5, 3, 64)
+    assert runs[-1].coordinates == {"beta": "5.0", "lr": "0.2"}
+    assert {run.recipe.output for run in runs} == {str(tmp_path / "runs" / "both")}
+    assert {run.recipe.experiment for run in runs} == {run.label for run in runs}
+
+
+def test_axes_in_braces_are_parts_of_the_recipes_name():
+    runs = plan(Sweep("s", CIFAR, {"method": ["ce", "mbib"], "beta": [2.0], "imbalance_factor": [50, 10]}), {})
+    assert [(run.label, run.recipe.loss, run.recipe.imbalance_factor, run.recipe.beta) for run in runs] == [
+        ("ce_resnet32.cifar100_lt_if50-beta=2.0-seed0", "ce", 50, 2.0),
+        ("ce_resnet32.cifar100_lt_if10-beta=2.0-seed0", "ce", 10, 2.0),
+        ("mbib_resnet32.cifar100_lt_if50-beta=2.0-seed0", "mbib", 50, 2.0),
+        ("mbib_resnet32.cifar100_lt_if10-beta=2.0-seed0", "mbib", 10, 2.0),
+    ]
+    assert [run.recipe.model for run in runs][::2] == ["ce_resnet32", "mbib_resnet32"]
+    with pytest.raises(MbibError, match="unknown recipe 'cifar100_lt_if20/ce_resnet32'"):
+        plan(Sweep("s", CIFAR, {"method": ["ce"], "imbalance_factor": [20]}), {})
+
+
+def test_elements_of_keys_leave_the_others_and_combine():
+    axes = {
+        "observation_weights.1": [0.7],
+        "observation_weights.0": [0.0, 0.5],
+        "model_kwargs.bottleneck_features": [32],
+        "model_kwargs.taps": [[3, 6, 9]],
+    }
+    runs = plan(Sweep("s", "cifar100_lt_if100/mbib_resnet32", axes), {})
+    assert [run.recipe.observation_weights for run in runs] == [[0.0, 0.7, 1.0], [0.5, 0.7, 1.0]]
+    assert runs[0].recipe.model_kwargs == {"bottleneck_features": 32, "taps": [3, 6, 9]}
+    assert runs[0].configuration.endswith(
+        "-observation_weights.1=0.7-observation_weights.0=0.0-model_kwargs.bottleneck_features=32"
+        "-model_kwargs.taps=3,6,9"
+    )
+    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
+    assert (own.observation_weights, own.model_kwargs) == ([0.1, 0.3, 1.0], {})
+
+
+@pytest.mark.parametrize("axis", ["observation_weights.3", "observation_weights.a", "beta.0"])
+def test_elements_that_a_key_has_not_are_refused(axis):
+    with pytest.raises(MbibError, match=rf"recipe key '{axis[:-2]}' has no element '{axis[-1]}'"):
+        plan(Sweep("s", DIGITS, {axis: [1.0]}), {})
+
+
+def test_named_settings_set_several_keys_and_meet_flags():
+    axes = {"size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None}, "beta": [1, 2]}
+    sweep = Sweep("s", DIGITS, axes)
+    runs = plan(sweep, {"model_kwargs": {"drop_rate": 0.1}, "lr": 0.3})
+    assert [run.configuration for run in runs] == [
+        f"mbib_resnet20.digits-size={size}-beta={beta}" for size in ("wide_one", "plain") for beta in (1, 2)
+    ]
+    assert runs[0].coordinates == {"size": "wide one", "beta": "1"}
+    assert runs[0].recipe.model_kwargs == {"drop_rate": 0.1, "bottleneck_features": 128}
+    assert runs[2].recipe.model_kwargs == {"drop_rate": 0.1}
+    assert [run.recipe.lr for run in runs] == [0.2, 0.2, 0.3, 0.3], "an axis is what the sweep is about"
+
+
+def test_a_fraction_of_the_epochs_moves_warm_up_and_milestones_and_names_the_folder(tmp_path):
+    sweep = Sweep("short", "cifar100_lt_if100/mbib_resnet32")
+    full, short, given, minute = (
+        plan(sweep, {"output": str(tmp_path), **keys})[0]
+        for keys in ({}, {"epochs": 20}, {"epochs": 20, "decay_milestones": [10, 15]}, {"epochs": 1})
+    )
+    assert (full.recipe.epochs, full.recipe.warmup_epochs, full.recipe.decay_milestones) == (200, 4, [161, 181])
+    # A tenth of each, to the nearest epoch; a warm-up stays one.
+    assert (short.recipe.epochs, short.recipe.warmup_epochs, short.recipe.decay_milestones) == (20, 1, [16, 18])
+    assert short.recipe_epochs == 200
+    assert given.recipe.decay_milestones == [10, 15]
+    assert minute.recipe.warmup_epochs == 0
+    assert [Path(run.recipe.output).name for run in (full, short, minute)] == ["short", "short-20e", "short-1e"]
+    assert Path(plan(sweep, {"epochs": 200})[0].recipe.output).name == "short"
+    hundred = plan(sweep, {"epochs": 100})[0].recipe
+    assert (hundred.warmup_epochs, hundred.decay_milestones) == (2, [80, 90])
+
+
+def test_another_recipe_gives_another_name_and_drops_the_papers_numbers():
+    table = find_sweep(["table1_cifar100_lt"])
+    moved = on_recipe(table, "digits/{method}_resnet32")
+    assert (moved.name, moved.paper) == ("table1_cifar100_lt-digits", None)
+    runs = plan(replace(moved, seeds=[0]), {})
+    assert len(runs) == 15, "the imbalance factor is a recipe key now"
+    assert [run.recipe.imbalance_factor for run in runs[:3]] == [100.0, 50.0, 10.0]
+    assert {run.recipe.dataset for run in runs} == {"digits"}
+    assert runs[1].label == "ce_resnet32.digits-imbalance_factor=50-seed0"
+    with pytest.raises(MbibError, match=r"unknown axis of sweep table1_cifar100_lt-digits 'method'"):
+        on_recipe(table, "digits/mbib_resnet32")
+
+
+def test_the_papers_numbers_stay_on_the_papers_recipe():
+    table = find_sweep(["table7_heads"])
+    assert table.recipe != table.paper.recipe == "imagenet_lt/bib_resnet10"
+    assert on_recipe(table, "imagenet_lt/bib_resnet10").paper == table.paper
+    assert on_recipe(table, "imagenet_lt/bib_resnext50").paper is None
+    assert on_recipe(table, table.recipe) is table
+    numbers = Paper("Table 0", numbers=[{"overall": 1.0}])
+    assert on_recipe(of_recipe(DIGITS, paper=numbers), "digits/ce_resnet20").paper is None
 
 
 @pytest.mark.parametrize(
@@ -89,6 +207,7 @@ def test_a_sweep_file_that_cannot_be_is_refused(tmp_path, content, message):
         ([DIGITS, DIGITS], "sweep sweep has two runs of the name mbib_resnet20.digits-seed0"),
         ([DIGITS, "--lr", "-1"], "recipe key 'lr': expected more than 0"),
         ([DIGITS, "--epochs", "0"], "recipe key 'epochs': expected"),
+        (["silences", "--recipe", "digits/nothing"], "unknown recipe 'digits/nothing'"),
     ],
 )
 def test_bad_arguments_end_with_one_line(arguments, message, capsys):
@@ -107,56 +226,71 @@ def test_a_sweep_over_several_processes_is_refused(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two methods with two seeds each."""
+    """Two methods with two seeds each: the folder of the runs, that of the results, the command."""
     root = tmp_path_factory.mktemp("sweep")
-    arguments = ["sweep", DIGITS, "digits/ce_resnet20", "--seeds", "0", "1", "--output", str(root), *FLAGS]
+    places = ["--output", str(root / "runs"), "--results", str(root / "results")]
+    arguments = ["sweep", DIGITS, "digits/ce_resnet20", "--seeds", "0", "1", *places, *FLAGS]
     assert main(arguments) == 0
-    return root / "sweep", arguments
+    return root / "runs" / "sweep-1e", root / "results" / "sweep-1e", arguments
 
 
-def test_the_summary_is_that_of_the_runs(finished):
-    folder, _ = finished
-    with (folder / "runs.csv").open() as file:
+def result(folder, label):
+    return json.loads((folder / label / "metrics.json").read_text())["result"]
+
+
+def test_the_results_are_those_of_the_runs(finished):
+    folder, results, _ = finished
+    assert {file.name for file in results.iterdir()} == {
+        "sweep.json", "runs.csv", "table.md", "figure.png", "figure.pdf"
+    }  # fmt: skip
+    assert (results / "figure.pdf").read_bytes().startswith(b"%PDF")
+    labels = [f"{method}_resnet20.digits-seed{seed}" for seed in (0, 1) for method in ("mbib", "ce")]
+    with (results / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    expected = [f"{method}_resnet20.digits-seed{seed}" for method in ("mbib", "ce") for seed in (0, 1)]
-    assert [row["folder"] for row in rows] == expected
-    text = (folder / "summary.md").read_text()
-    assert text.startswith("# sweep: 1 epochs (the recipes ask for 60; warm-up and milestones moved in proportion)")
-    for configuration in ("mbib_resnet20.digits", "ce_resnet20.digits"):
-        runs = [json.loads((folder / f"{configuration}-seed{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
-        predictions = [metrics["result"]["heads"]["prediction"] for metrics in runs]
-        cells = []
-        for metric in ("top1", "many", "medium", "few"):
-            values = [prediction[metric] for prediction in predictions]
-            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
-        assert f"| {configuration} | 2 | {' | '.join(cells)} |" in text
-        of_this = [row for row in rows if row["configuration"] == configuration]
-        assert [float(row["overall"]) for row in of_this] == [prediction["top1"] for prediction in predictions]
-    assert {"head_v1", "head_z", "training_seconds"} <= rows[0].keys()
+    assert [row["run"] for row in rows] == labels
+    table = (results / "table.md").read_text()
+    assert table.startswith("# sweep-1e: 1 epoch of 60, n = 2\n")
+    assert "4 of 4 runs" in table
+    assert "on 340 test images" in table
+    for label, row in zip(labels, rows, strict=True):
+        heads = result(folder, label)["heads"]
+        for column, metric in {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}.items():
+            assert float(row[column]) == heads["prediction"][metric]
+        assert [row[f"head_{head}"] for head in ("v1", "v2", "v3", "z")] == [
+            str(heads[head]["top1"]) if head in heads else "" for head in ("v1", "v2", "v3", "z")
+        ]
+    for name, first in (("digits/mbib_resnet20", 0), ("digits/ce_resnet20", 1)):
+        found = [float(row["overall"]) for row in rows[first::2]]
+        assert f"| {name} | 2 | {statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} |" in table
+
+
+def test_what_a_sweep_keeps_says_nothing_of_the_machines_folders(finished):
+    _, results, _ = finished
+    assert str(results.parents[1]) not in "".join(
+        (results / name).read_text() for name in ("sweep.json", "runs.csv", "table.md")
+    )
 
 
 def test_a_sweep_run_is_the_run_that_train_makes(finished, tmp_path):
-    folder, _ = finished
+    folder, _, _ = finished
     assert main(["train", DIGITS, "--seed", "1", "--output", str(tmp_path), "--warmup-epochs", "0", *FLAGS]) == 0
-    alone = json.loads((tmp_path / "mbib_resnet20.digits" / "metrics.json").read_text())
-    swept = json.loads((folder / "mbib_resnet20.digits-seed1" / "metrics.json").read_text())
     # The sweep has moved the recipe's warm-up in proportion; everything else is the same.
-    assert swept["result"] == alone["result"]
+    assert result(folder, "mbib_resnet20.digits-seed1") == result(tmp_path, "mbib_resnet20.digits")
 
 
 def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
-    folder, arguments = finished
-    before = (folder / "summary.md").read_text()
+    _, results, arguments = finished
+    before = {file.name: file.read_bytes() for file in results.iterdir()}
     monkeypatch.setattr(sweep_module, "train", None)
     assert main(arguments) == 0
-    assert (folder / "summary.md").read_text() == before
+    assert {file.name: file.read_bytes() for file in results.iterdir()} == before
     assert capsys.readouterr().out.count("(done)") == 4
     assert main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out.split()[::2] == ["done"] * 4
 
 
 def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finished, monkeypatch, capsys):
-    _, arguments = finished
+    *_, arguments = finished
     monkeypatch.setattr(sweep_module, "train", None)
     assert main([*arguments, "--beta", "1"]) == 2
     assert "holds a run of another recipe: beta (5.0 there, 1.0 asked for)" in capsys.readouterr().err
@@ -167,8 +301,8 @@ class CrashError(Exception):
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
-    whole, _ = finished
-    sweep, keys = Sweep("sweep", [DIGITS], seeds=[0, 1]), small(tmp_path, checkpoint_seconds=0)
+    whole, _, _ = finished
+    sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path, checkpoint_seconds=0)
     original = run_module.train_one_epoch
     calls = []
 
@@ -180,42 +314,77 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monke
 
     monkeypatch.setattr(run_module, "train_one_epoch", crash)
     with pytest.raises(CrashError):
-        run_sweep(sweep, keys)
+        run_sweep(sweep, keys, tmp_path)
     monkeypatch.undo()
     assert [run.status() for run in plan(sweep, keys)] == ["done", "partial"]
-    assert run_sweep(sweep, keys)
+    assert "1 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text(), "what was found is written at once"
+    assert run_sweep(sweep, keys, tmp_path)
+    assert "2 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text()
     for seed in (0, 1):
-        mine, theirs = (
-            json.loads((folder / f"mbib_resnet20.digits-seed{seed}" / "metrics.json").read_text())["result"]
-            for folder in (tmp_path / "sweep", whole)
-        )
-        assert mine == theirs
+        label = f"mbib_resnet20.digits-seed{seed}"
+        assert result(tmp_path / "runs" / "sweep-1e", label) == result(whole, label)
+    with pytest.raises(CheckpointError, match="another recipe: lr"):
+        run_sweep(sweep, {**keys, "lr": 0.01}, tmp_path)
 
 
 def test_runs_share_data_and_images(tmp_path, monkeypatch):
-    opened, decoded = [], []
     from mbib_timm.data import create as create_module
 
+    opened, decoded = [], []
     open_data, decode_split = create_module.open_data, create_module.decode_split
     monkeypatch.setattr(create_module, "open_data", lambda recipe: (opened.append(1), open_data(recipe))[1])
     monkeypatch.setattr(create_module, "decode_split", lambda *args: (decoded.append(1), decode_split(*args))[1])
-    assert run_sweep(Sweep("s", [DIGITS, "digits/ce_resnet20"], seeds=[0, 1]), small(tmp_path))
-    assert (len(opened), len(decoded)) == (1, 2)  # training and evaluation images, once for four runs
+    assert run_sweep(find_sweep([DIGITS, "digits/ce_resnet20"]), small(tmp_path), tmp_path / "results")
+    assert (len(opened), len(decoded)) == (1, 2)  # training and evaluation images, once for both runs
 
 
 def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
     original = sweep_module.train
 
     def diverging(recipe, name, pool):
-        if recipe.seed == 0:
+        if recipe.seed == 1:
             raise NonFiniteLossError("loss part 'loss' became nan")
         return original(recipe, name, pool)
 
     monkeypatch.setattr(sweep_module, "train", diverging)
-    assert main(["sweep", DIGITS, "--seeds", "0", "1", "--output", str(tmp_path), "--name", "mine", *FLAGS]) == 1
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert main(["sweep", DIGITS, "--seeds", "0", "1", "--name", "mine", *places, *FLAGS]) == 1
     out = capsys.readouterr().out
-    assert out.rstrip().splitlines()[-1] == "failed: mbib_resnet20.digits-seed0: loss part 'loss' became nan"
-    assert "| mbib_resnet20.digits | 1 |" in (tmp_path / "mine" / "summary.md").read_text()
+    assert out.rstrip().splitlines()[-1] == "failed: mbib_resnet20.digits-seed1: loss part 'loss' became nan"
+    table = (tmp_path / "mine-1e" / "table.md").read_text()
+    assert "1 of 2 runs" in table
+    assert "Failed: mbib_resnet20.digits-seed1: loss part 'loss' became nan" in table
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from filelock import FileLock
+lock = Path(sys.argv[1]) / ".lock"
+lock.parent.mkdir(parents=True)
+with FileLock(lock):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys):
+    sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
+    theirs = plan(sweep, keys)[0]
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, theirs.folder().path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert not run_sweep(sweep, keys, tmp_path), "the sweep is not complete"
+    finally:
+        other.communicate()
+    out = capsys.readouterr().out
+    assert f"left to another process: {theirs.label}" in out
+    assert "failed" not in out.lower()
+    assert [run.status() for run in plan(sweep, keys)] == ["missing", "done"]
+    assert run_sweep(sweep, keys, tmp_path), "it is run once the other process has gone"
+    assert "2 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text()
 
 
 def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
@@ -227,15 +396,16 @@ def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     assert f"with: mbib sweep {DIGITS} --output {tmp_path} --epochs 1" in capsys.readouterr().err
 
 
-def test_means_and_deviations():
-    assert mean_and_deviation([40.0, 42.0]) == "41.0 ± 1.4"
-    assert mean_and_deviation([40.0]) == "40.0"
-    assert mean_and_deviation([None, None]) == "–"
-    assert mean_and_deviation([40.0, 42.0, 44.0]) == f"42.0 ± {torch.tensor([40.0, 42.0, 44.0]).std():.1f}"
-
-
-def test_a_partial_run_of_another_recipe_is_refused(tmp_path):
-    sweep = Sweep("s", [DIGITS])
-    assert run_sweep(sweep, small(tmp_path))
-    with pytest.raises(CheckpointError, match="another recipe: lr"):
-        run_sweep(sweep, small(tmp_path, lr=0.01))
+def test_only_and_seeds_choose_runs(finished, tmp_path, capsys):
+    *_, arguments = finished
+    # Seed 2 of one method is new; what is done of the others stays in the table.
+    arguments = [*arguments, "--seeds", "0", "2", "--dry-run"]
+    assert main([*arguments, "--only", "mbib_resnet20"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "done",
+        "mbib_resnet20.digits-seed0",
+        "missing",
+        "mbib_resnet20.digits-seed2",
+    ]
+    assert main([*arguments, "--only", "seed2"]) == 0
+    assert capsys.readouterr().out.split()[1::2] == ["mbib_resnet20.digits-seed2", "ce_resnet20.digits-seed2"]

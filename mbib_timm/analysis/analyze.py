@@ -9,11 +9,10 @@ from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.analysis.results import all_analyses, rounded, write_analysis
 from mbib_timm.analysis.summary import comparison_text, summary_text
-from mbib_timm.data import build_eval_loader
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.validate import _class_counts, _input_size, _resolve
-from mbib_timm.models.load import Source, create_trained
+from mbib_timm.evaluation.target import Target, find_target, open_target
+from mbib_timm.models.load import Source
 
 
 def analyze(
@@ -44,8 +43,7 @@ def analyze(
     Raises:
         MbibError: what `analyze_run` raises, and runs with different numbers of classes.
     """
-    resolved = {target: _resolve(target, recipe, overrides or {}) for target in targets}
-    sizes = {target: len(_class_counts(source, settings)) for target, (settings, source) in resolved.items()}
+    sizes = {target: len(find_target(target, recipe, overrides).class_counts()) for target in targets}
     for target in targets[1:]:
         if sizes[target] != sizes[targets[0]]:
             raise MbibError(
@@ -108,31 +106,23 @@ def analyze_run(
             processes, or no scikit-learn.
     """
     require_scikit_learn()
-    settings, source = _resolve(target, recipe, overrides or {})
-    folder = output or _own_folder(target, source)
-    world = join_world(settings.device)
+    found = find_target(target, recipe, overrides)
+    folder = output or _own_folder(found)
+    world = join_world(found.recipe.device)
     try:
         if world.world_size > 1:
             raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: leave torchrun out")
-        model = create_trained(source, **({} if source.has_files else settings.model_kwargs))
-        counts = _class_counts(source, settings)
-        num_classes = int(getattr(model, "num_classes", len(counts)))
-        if len(counts) != num_classes:
-            raise MbibError(f"{target} tells {num_classes} classes apart, but the data have {len(counts)}")
-        _check_classes(classes, num_classes)
-        size = _input_size(model, settings)
-        has_test = settings.test_split is not None or settings.test_list is not None
-        split = split or (settings.test_split or "test" if has_test else settings.val_split)
-        loader = build_eval_loader(settings, split, input_size=size, num_classes=num_classes, device=world.device)
-        outputs = collect_outputs(
-            model.to(world.device), loader, counts, device=world.device, channels_last=settings.channels_last
-        )
+        opened = open_target(found, world, split)
+        model, counts = opened.model, opened.class_counts
+        _check_classes(classes, len(counts))
+        channels_last = found.recipe.channels_last
+        outputs = collect_outputs(model, opened.loader, counts, device=world.device, channels_last=channels_last)
         result = {
-            **_description(source),
-            "split": split,
+            **_description(found.source),
+            "split": opened.split,
             "images": len(outputs.labels),
             "class_counts": counts.tolist(),
-            **all_analyses(model, outputs, counts, size, classes, images_per_class),
+            **all_analyses(model, outputs, counts, opened.input_size, classes, images_per_class),
             "environment": describe_environment(world),
         }
     finally:
@@ -142,10 +132,11 @@ def analyze_run(
     return content
 
 
-def _own_folder(target: str, source: Source) -> Path:
+def _own_folder(target: Target) -> Path:
     # Not the folder of a published model, which is the package's.
+    source = target.source
     if source.folder is None or not source.name.startswith("local-dir:"):
-        raise MbibError(f"{target} is no run's folder: say with --output DIR where the analysis goes")
+        raise MbibError(f"{target.name} is no run's folder: say with --output DIR where the analysis goes")
     return source.folder / "analysis"
 
 

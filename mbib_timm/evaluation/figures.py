@@ -88,43 +88,13 @@ def class_accuracy(
         class_counts: training images of each class, (K,).
         class_names: labels of the classes, shown where they fit.
     """
-    order = np.argsort(-class_counts, kind="stable")
-    accuracy = np.array([np.nan if v is None else v for v in results["prediction"]["per_class"]])[order]
-    places = np.arange(1, len(order) + 1)
-    classes_a_bar = -(-len(order) // BARS)
+    accuracy = np.array([np.nan if v is None else v for v in results["prediction"]["per_class"]])
     figure, axes = canvas(9, 3.8)
-    first = 0
-    for name, classes in shot_groups(class_counts).items():
-        # The groups follow one another in the sorted order.
-        edges = np.append(np.arange(first, first + len(classes), classes_a_bar), first + len(classes))
-        first += len(classes)
-        if not len(classes):
-            continue
-        bars = [_mean(accuracy[a:b]) for a, b in pairwise(edges)]
-        gap = 0.2 if classes_a_bar == 1 else 0.0
-        axes.bar(
-            edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge",
-            color=GROUP_COLORS[name], label=f"{name} ({len(classes)} class{'es' * (len(classes) > 1)})",
-        )  # fmt: skip
-    unseen = places[np.isnan(accuracy)]
-    if len(unseen):
-        axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)
-
-    title = "Accuracy of the prediction by class"
-    axes.set_title(title if classes_a_bar == 1 else f"{title}, mean of {classes_a_bar} neighbours")
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100), xlim=(0.3, len(order) + 0.7))
-    axes.grid(axis="x", visible=False)
-    if class_names is not None and len(order) <= NAMED_CLASSES:
-        axes.set_xlabel("class, from most to fewest training images")
-        names = [_shortened(class_names[i]) for i in order]
-        axes.set_xticks(places, names)
-        if max(map(len, names)) > 3:
-            axes.tick_params(axis="x", labelrotation=45)
-            for label in axes.get_xticklabels():
-                label.set(ha="right", rotation_mode="anchor")
-    else:
-        axes.set_xlabel("rank of the class, from most to fewest training images")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    classes_a_bar = class_bars(axes, accuracy, class_counts)
+    axes.set(title=class_bars_title("Accuracy of the prediction by class", classes_a_bar))
+    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100))
+    order = name_classes(axes, class_counts, class_names)
+    places = np.arange(1, len(order) + 1)
 
     counts = _second_axis(axes, "training images a class (line)", ink())
     counts.plot(places, class_counts[order], color=ink(), linewidth=1.2, marker="." if len(order) <= 30 else None)
@@ -135,6 +105,90 @@ def class_accuracy(
         counts.set_ylim(0, 1.25 * class_counts.max())
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: Mapping[str, str] | None = None) -> int:
+    """Draw a quantity of classes as bars, sorted by their training images and coloured by shot group.
+
+    Where there are too many classes to tell their bars apart, a bar is the mean of neighbours in one shot group.
+
+    Args:
+        axes: where to draw.
+        values: (K,); nan for classes without images, which get a cross instead.
+        class_counts: training images of each class, (K,).
+        labels: what the legend says of each shot group; by default its name and number of classes.
+
+    Returns:
+        How many classes a bar stands for.
+    """
+    sorted_values = values[np.argsort(-class_counts, kind="stable")]
+    classes_a_bar, edges_of = neighbours(class_counts)
+    for name, edges in edges_of.items():
+        number = edges[-1] - edges[0]
+        bars = [_mean(sorted_values[a:b]) for a, b in pairwise(edges)]
+        gap = 0.2 if classes_a_bar == 1 else 0.0
+        label = labels[name] if labels else f"{name} ({number} class{'es' * (number > 1)})"
+        axes.bar(
+            edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge", color=GROUP_COLORS[name], label=label
+        )
+    unseen = np.flatnonzero(np.isnan(sorted_values)) + 1
+    if len(unseen):
+        axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)
+    return classes_a_bar
+
+
+def neighbours(class_counts: np.ndarray) -> tuple[int, dict[str, np.ndarray]]:
+    """Divide the classes, sorted by their training images, into as many bars as can be told apart.
+
+    Args:
+        class_counts: training images of each class, (K,).
+
+    Returns:
+        How many neighbours a bar holds, and of each shot group that has classes the edges of its bars in 0..K.
+    """
+    classes_a_bar = -(-len(class_counts) // BARS)
+    edges_of: dict[str, np.ndarray] = {}
+    first = 0
+    for name, classes in shot_groups(class_counts).items():
+        # The groups follow one another in the sorted order.
+        last = first + len(classes)
+        if len(classes):
+            edges_of[name] = np.append(np.arange(first, last, classes_a_bar), last)
+        first = last
+    return classes_a_bar, edges_of
+
+
+def class_bars_title(title: str, classes_a_bar: int) -> str:
+    """Return a title that says what a bar of `class_bars` is the mean of."""
+    return title if classes_a_bar == 1 else f"{title}, mean of {classes_a_bar} neighbours"
+
+
+def name_classes(axes: Any, class_counts: np.ndarray, class_names: Sequence[str] | None) -> np.ndarray:
+    """Name the classes below the bars of `class_bars` where they fit, and number them where they do not.
+
+    Args:
+        axes: with a bar at 1..K.
+        class_counts: training images of each class, (K,).
+        class_names: labels of the classes; None for numbers.
+
+    Returns:
+        The classes in the order of the bars, (K,).
+    """
+    order = np.argsort(-class_counts, kind="stable")
+    axes.set_xlim(0.3, len(order) + 0.7)
+    axes.grid(axis="x", visible=False)
+    if class_names is not None and len(order) <= NAMED_CLASSES:
+        axes.set_xlabel("class, from most to fewest training images")
+        names = [shortened(class_names[i]) for i in order]
+        axes.set_xticks(range(1, len(order) + 1), names)
+        if max(map(len, names)) > 3:
+            axes.tick_params(axis="x", labelrotation=45)
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
+    else:
+        axes.set_xlabel("rank of the class, from most to fewest training images")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return order
 
 
 def shot_groups_figure(results: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -175,5 +229,6 @@ def _mean(accuracy: np.ndarray) -> float:
     return float(measured.mean()) if len(measured) else 0.0
 
 
-def _shortened(name: str, longest: int = 20) -> str:
+def shortened(name: str, longest: int = 20) -> str:
+    """Return a name that is cut where it is too long to stand in a figure."""
     return name if len(name) <= longest else f"{name[: longest - 1]}…"

@@ -16,6 +16,7 @@ paper: {source: Table 1, numbers: [{method: bib, imbalance_factor: 100, beta: 5,
 ```
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from mbib_timm.recipe import TYPES, recipes_folder
 # Recipe keys that a sweep sets by itself.
 PER_RUN = ("seed", "experiment", "resume")
 FIGURE_ROLES = {"bars": ("x", "color"), "lines": ("x", "color", "style"), "heatmap": ("x", "y")}
+FIGURE_NEEDS = {"bars": (), "lines": ("x",), "heatmap": ("x", "y")}
 # Axes of a table and a figure that no run has: its heads, and the shot groups of its classes.
 HEAD, GROUP = "head", "group"
 
@@ -116,7 +118,11 @@ class Sweep:
 
     def _check_axis(self, name: str, values: Any) -> None:
         if isinstance(values, Mapping):
-            for keys in values.values():
+            for value, keys in values.items():
+                if not isinstance(keys or {}, Mapping):
+                    raise MbibError(
+                        f"sweep {self.name}: axis {name!r}: {value!r} needs recipe keys and their values, got {keys!r}"
+                    )
                 for key in keys or {}:
                     self._check_key(f"key in axis {name}", key)
         elif name not in self.placeholders():
@@ -135,13 +141,29 @@ class Sweep:
         kind = self.figure.get("kind", "")
         if kind not in FIGURE_ROLES:
             raise unknown_name(f"kind of figure in sweep {self.name}", kind, FIGURE_ROLES)
+        for role in FIGURE_NEEDS[kind]:
+            if role not in self.figure:
+                raise MbibError(f"sweep {self.name}: a figure of kind {kind!r} needs the role {role!r}")
+        # Groups and heads are drawn as bars alone; heads, where there are any.
+        extra = [] if kind != "bars" else [GROUP, *([HEAD] if self.heads else [])]
         for role, axis in self.figure.items():
             if role == "kind":
                 continue
             if role not in FIGURE_ROLES[kind]:
                 raise unknown_name(f"role in the figure of sweep {self.name}", role, FIGURE_ROLES[kind])
-            if axis not in (*self.axes, HEAD, GROUP):
-                raise unknown_name(f"axis in the figure of sweep {self.name}", axis, self.axes)
+            if axis not in (*self.axes, *extra):
+                raise unknown_name(f"axis in the figure of sweep {self.name}", str(axis), [*self.axes, *extra])
+        if kind == "lines":
+            for value, _ in self.values(self.figure["x"]):
+                if not _is_number(value):
+                    raise MbibError(f"sweep {self.name}: lines need numbers along x, got {value!r}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def plain(value: Any) -> str:

@@ -1,6 +1,7 @@
 """A sweep's figure in the paper's form: bars, lines over a parameter, or a heat map of two."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from mbib_timm.sweeps.results import Cell, SweepResults, cells, short_headline
 
 ACCURACY = "top-1 accuracy, %"
 LINE_STYLES = ("-", "--", ":", "-.")
+HATCHES = ("", "///", "...", "xxx")
+PAPER = "the paper"
 
 
 def sweep_figure(results: SweepResults) -> Any:
@@ -22,7 +25,7 @@ def sweep_figure(results: SweepResults) -> Any:
     """
     draw = {"bars": _bars, "lines": _lines, "heatmap": _heatmap}[results.figure["kind"]]
     figure, axes = draw(results, cells(results))
-    axes.set_title(short_headline(results))
+    axes.set_title(_wrapped(short_headline(results), int(10 * figure.get_figwidth())))
     return figure
 
 
@@ -32,18 +35,24 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     by = results.figure.get("color")
     bars: dict[tuple[str, str], tuple[Sequence[float | None], float | None]] = {}
     for row in rows:
-        axes_left = [axis for axis in row.coordinates if axis not in (x, by)]
-        name = _joined(row, [by] if by else axes_left)
+        colored = [by] if by else []
+        others = [axis for axis in row.coordinates if axis not in (x, by)]
+        # Where x is not said, the axes that have no colour are along it.
+        name = _joined(row, colored if by and not x else [*colored, *others])
         if x == GROUP:
             for column in COLUMNS:
                 bars["all" if column == "overall" else column, name] = row.values[column], row.paper.get(column)
         else:
-            place = _joined(row, [x] if x else axes_left if by else [])
+            place = _joined(row, [x] if x else others if by else [])
             bars[place, name] = row.values["overall"], row.paper.get("overall")
     places, names = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
-    colors = _colors(names)
+    colors, hatches = _colors(names), _hatches(names)
+    longest = max(len(place) for place in places)
+    # A number over each bar takes half an inch, a label of several words an inch.
+    figure, axes = canvas(min(14.0, max(6.0, 2.5 + 0.5 * len(bars), 2.5 + min(longest / 10, 1.0) * len(places))), 4.0)
     share = 0.84 / len(names)
-    figure, axes = canvas(min(14.0, max(6.0, 2.5 + 0.5 * len(bars))), 4.0)
+    legend: dict[str, Any] = {}
+    mark = dict(marker="D", linestyle="", color=ink(), markerfacecolor=paper(), markersize=4.5)
     for (place, name), (values, number) in bars.items():
         measured = [value for value in values if value is not None]
         if not measured:
@@ -51,23 +60,25 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         at = places.index(place) + (names.index(name) - (len(names) - 1) / 2) * share
         mean = statistics.mean(measured)
         deviation = statistics.stdev(measured) if len(measured) > 1 else None
-        axes.bar(at, mean, share * 0.9, color=colors[name], yerr=deviation, ecolor=ink(), capsize=2)
-        top = mean + (deviation or 0.0)
-        axes.annotate(
-            f"{mean:.1f}", (at, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7
-        )
-        if number is not None and results.is_papers:
-            axes.plot(at, number, "D", color=ink(), markerfacecolor=paper(), markersize=4.5)
-    for name in names:
-        axes.bar(0, 0, color=colors[name], label=name)
-    if results.is_papers:
-        axes.plot([], [], "D", color=ink(), markerfacecolor=paper(), markersize=4.5, label="the paper")
-    axes.set_xticks(range(len(places)), places)
+        legend[name] = axes.bar(
+            at, mean, share * 0.9, color=colors[name], hatch=hatches[name], edgecolor=paper(), linewidth=0,
+            yerr=deviation, ecolor=ink(), capsize=2,
+        )  # fmt: skip
+        marked = number if results.is_papers else None
+        if marked is not None:
+            (legend[PAPER],) = axes.plot(at, marked, **mark)
+        _write_number(axes, at, mean, deviation or 0.0, marked, colors[name])
+    characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
+    axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places])
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=ACCURACY, xlabel=_label(results, x) if x else "")
     axes.margins(y=0.12)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=_label(results, by) if by else None)
+    # The paper's mark comes last; a single kind of bars without a name needs no legend.
+    shown = {name: legend[name] for name in (*names, PAPER) if name and name in legend}
+    if shown:
+        title = _label(results, by) if by else None
+        axes.legend(shown.values(), shown.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title)
     return figure, axes
 
 
@@ -133,6 +144,29 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
+    """Write a bar's mean over it; into it where the paper's mark is in the way."""
+    text = dict(textcoords="offset points", ha="center", fontsize=7)
+    if marked is None or not -2 < marked - mean - deviation < 6:
+        axes.annotate(f"{mean:.1f}", (at, mean + deviation), (0, 2), va="bottom", **text)
+        return
+    below = (at, min(mean - deviation, marked))
+    box = dict(facecolor=color, linewidth=0, pad=0.5)
+    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=_legible(color), bbox=box, **text)
+
+
+def _legible(background: str) -> str:
+    """Return black or white, whichever has the higher contrast (WCAG 2, relative luminance)."""
+    from matplotlib.colors import to_rgb
+
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background)]
+    return "black" if sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) > 0.179 else "white"
+
+
+def _wrapped(text: str, characters: int) -> str:
+    return textwrap.fill(text, max(characters, 1), break_long_words=False, break_on_hyphens=False)
+
+
 def _label(results: SweepResults, axis: str) -> str:
     return {HEAD: "head", GROUP: "classes"}.get(axis) or results.labels[axis].replace("_", " ")
 
@@ -141,11 +175,28 @@ def _joined(row: Cell, axes: Sequence[str]) -> str:
     return " ".join(filter(None, (method_title(row.coordinates.get(axis, "")) for axis in axes)))
 
 
+def _method(name: str) -> str | None:
+    """Return the method whose bar it is: ``BIB`` of ``BIB v``; None for anything else."""
+    first = name.partition(" ")[0]
+    return first if first in METHOD_COLORS else None
+
+
 def _colors(names: Sequence[str]) -> dict[str, str]:
     """Return a colour for each name: a method's own, the next of the cycle for anything else."""
-    free = [color for color in CYCLE if color not in {METHOD_COLORS.get(name) for name in names}] or list(CYCLE)
-    others = [name for name in names if name not in METHOD_COLORS]
+    methods = {name: method for name in names if (method := _method(name))}
+    free = [color for color in CYCLE if color not in {METHOD_COLORS[method] for method in methods.values()}]
+    others = [name for name in names if name not in methods]
+    cycled = free or list(CYCLE)
     return {
-        **{name: METHOD_COLORS[name] for name in names if name in METHOD_COLORS},
-        **{name: free[i % len(free)] for i, name in enumerate(others)},
+        **{name: METHOD_COLORS[method] for name, method in methods.items()},
+        **{name: cycled[i % len(cycled)] for i, name in enumerate(others)},
     }
+
+
+def _hatches(names: Sequence[str]) -> dict[str, str]:
+    """Return what tells bars of one method apart: nothing for the last of them, which is its prediction."""
+    hatches = {}
+    for name in names:
+        siblings = [other for other in names if _method(other) and _method(other) == _method(name)] or [name]
+        hatches[name] = HATCHES[(len(siblings) - 1 - siblings.index(name)) % len(HATCHES)]
+    return hatches

@@ -37,14 +37,17 @@ class PlannedRun:
         """Return the run's folder."""
         return RunFolder(Path(self.recipe.output) / self.label)
 
+    def is_done(self) -> bool:
+        """Return whether the run has come to its end."""
+        return (self.folder().path / "metrics.json").is_file()
+
     def status(self) -> str:
         """Return ``done``, ``partial`` or ``missing``. Raises CheckpointError for another recipe's run."""
         folder = self.folder()
-        done = (folder.path / "metrics.json").is_file()
-        if not done and not folder.has_checkpoint():
+        if not self.is_done() and not folder.has_checkpoint():
             return "missing"
         folder.agree(self.recipe)
-        return "done" if done else "partial"
+        return "done" if self.is_done() else "partial"
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:

@@ -8,7 +8,7 @@ from typing import Any
 from mbib_timm.data import DataPool
 from mbib_timm.errors import BusyFolderError, MbibError
 from mbib_timm.sweeps.definition import Sweep
-from mbib_timm.sweeps.plan import plan
+from mbib_timm.sweeps.plan import PlannedRun, plan
 from mbib_timm.sweeps.results import collect
 from mbib_timm.sweeps.table import write_results
 from mbib_timm.training.run import train
@@ -46,29 +46,38 @@ def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: s
             if run in runs:
                 print(f"{state:<8} {run.label}")
         return True
-    folder = Path(whole[0].recipe.output).name
-    pool, failed, busy, text = DataPool(), {}, [], ""
+    folder = results / Path(whole[0].recipe.output).name
+    pool, text = DataPool(), ""
+    failed: dict[str, str] = {}
+    busy: list[PlannedRun] = []
+
+    def write() -> str:
+        # What is done by now, here or by another process: the table is always that of the whole sweep.
+        finished = [run for run in whole if run.label in done or run.is_done()]
+        return write_results(folder, collect(sweep, finished, len(whole), failed)) if finished else ""
+
     for number, run in enumerate(runs, start=1):
         print(f"run {number} of {len(runs)}: {run.label}" + (" (done)" if run.label in done else ""), flush=True)
+        if run.label in done:
+            continue
         try:
-            if run.label not in done and run.status() != "done":  # another process may have done it meanwhile
+            if run.status() != "done":  # another process may have done it meanwhile
                 train(run.recipe, run.name, pool)
         except BusyFolderError:
-            busy.append(run.label)
+            busy.append(run)
             print("another process trains it", flush=True)
             continue
         except MbibError as error:
             failed[run.label] = str(error)
             print(f"failed: {error}", flush=True)
-            continue
-        # What is done by now, here or by another process: the table is always that of the whole sweep.
-        done |= {other.label for other in whole if (other.folder().path / "metrics.json").is_file()}
-        finished = [other for other in whole if other.label in done]
-        text = write_results(results / folder, collect(sweep, finished, len(whole), failed))
+        text = write()
+    if busy or not text:
+        text = write()
     if text:
-        print(f"\n{text}\n{results / folder}")
-    for label in busy:
+        print(f"\n{text}\n{folder}")
+    left = [run.label for run in busy if not run.is_done()]
+    for label in left:
         print(f"left to another process: {label}")
     for label, reason in failed.items():
         print(f"failed: {label}: {reason}")
-    return not failed and not busy
+    return not failed and not left

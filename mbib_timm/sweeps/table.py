@@ -125,7 +125,7 @@ def table_row(results: SweepResults, cell: Cell) -> list[str]:
         row.append("–" if number is None else f"{number:.1f}")
         if results.is_papers:
             mean = mean_of(cell.values[column])
-            row.append("–" if number is None or mean is None else f"{mean - number:+.1f}")
+            row.append("–" if number is None or mean is None else signed(mean - number))
     return row
 
 
@@ -155,6 +155,11 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
         return "–"
     mean = f"{statistics.mean(measured):.1f}"
     return f"{mean} ± {statistics.stdev(measured):.1f}" if len(measured) > 1 else mean
+
+
+def signed(difference: float) -> str:
+    """Return a difference in points, with its sign."""
+    return f"{difference:+.1f}".replace("-", "−")
 
 
 def _paper_columns(results: SweepResults) -> list[str]:

@@ -1,12 +1,12 @@
 """What a run says of itself: a line an epoch, the table at the end, and the figures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mbib_timm.drawing import render
+from mbib_timm.drawing import Illustration, render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import figures, results_table
 
@@ -38,25 +38,44 @@ def draw_figures(folder: Path, history: Sequence[Mapping[str, Any]], metrics: Ma
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     try:
-        for name, draw in run_figures(history, metrics).items():
-            (target / f"{name}.png").write_bytes(render(draw)["png"])
+        for illustration in run_figures(history, metrics):
+            (target / f"{illustration.name}.png").write_bytes(render(illustration.draw)["png"])
     except MbibError as error:
         print(f"no figures: {error}")
 
 
-def run_figures(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Return what draws each figure of a run, by the figure's name.
+def run_figures(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[Illustration]:
+    """Return the figures of a run; the curves where there is a history.
 
     Args:
         history: rows of ``summary.csv``.
         metrics: content of ``metrics.json``.
     """
     heads, counts = metrics["result"]["heads"], np.array(metrics["class_counts"])
-    return {
-        "training_curves": lambda: figures.training_curves(history),
-        "class_accuracy": lambda: figures.class_accuracy(heads, counts, metrics.get("class_names")),
-        "shot_groups": lambda: figures.shot_groups_figure(heads),
-    }
+    curves = Illustration(
+        "training_curves",
+        "Training",
+        "On the left the loss falls as the learning rate does; on the right the accuracy of each shot group is that on "
+        "the evaluated split, and the last epoch is the result.",
+        lambda: figures.training_curves(history),
+    )
+    return [
+        *([curves] if history else []),
+        Illustration(
+            "class_accuracy",
+            "Accuracy by class",
+            "Each bar is a class, from the most to the fewest training images (the line): the less the bars fall from "
+            "left to right, the better the tail is learnt.",
+            lambda: figures.class_accuracy(heads, counts, metrics.get("class_names")),
+        ),
+        Illustration(
+            "shot_groups",
+            "Accuracy by head and shot group",
+            "Each colour is a head of the network, and the prediction, in ink, is what the model answers; a balanced "
+            "model has groups of one height.",
+            lambda: figures.shot_groups_figure(heads),
+        ),
+    ]
 
 
 def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:

@@ -1,0 +1,293 @@
+"""The figures of an analysis: tables 5 and 6 and figures 7 and 8 of the paper, and where errors and confidence lie."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mbib_timm.analysis.class_figures import (
+    accuracy_trend,
+    embedding,
+    positive_posterior,
+    outline,
+    posterior_change,
+    run_title,
+)
+from mbib_timm.drawing import (
+    BLUE,
+    GREY,
+    GROUP_COLORS,
+    ORANGE,
+    SKY,
+    Illustration,
+    canvas,
+    ink,
+    paper,
+)
+from mbib_timm.evaluation.figures import shot_groups_figure
+
+GROUPS = ("all", "many", "medium", "few")
+OBSERVATION, BOTTLENECK = SKY, ORANGE  # v and z
+SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
+# Table 5, CIFAR-100-LT with imbalance factor 100. Our copy lacks MBIB_z's "all", and has two numbers for BIB_v's "few".
+TABLE_5 = {
+    "bib_resnet32.cifar100_lt_if100": {
+        "v": {"many": 0.94, "medium": 1.06, "all": 1.06},
+        "z": {"many": 0.80, "medium": 0.91, "few": 1.15, "all": 0.91},
+    },
+    "mbib_resnet32.cifar100_lt_if100": {
+        "v": {"many": 1.01, "medium": 1.04, "few": 1.31, "all": 1.09},
+        "z": {"many": 0.78, "medium": 0.86, "few": 1.02},
+    },
+}
+
+
+def analysis_figures(analysis: Mapping[str, Any]) -> list[Illustration]:
+    """Return all figures of an analysis.
+
+    Args:
+        analysis: what `analyze_run` returns.
+    """
+    figures = (
+        (
+            "accuracy_by_head", "Accuracy by shot group and head",
+            "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
+            lambda run: shot_groups_figure(run["heads"]),
+        ),
+        (
+            "trend", "Accuracy of a class by its training images",
+            "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
+            accuracy_trend,
+        ),
+        (
+            "confusion", "Where errors go",
+            "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
+            "evenly over all other classes, marks a shot group that draws errors to itself.",
+            confusion,
+        ),
+        (
+            "positive_posterior", "Mean positive posterior by class",
+            "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
+            positive_posterior,
+        ),
+        (
+            "reliability", "Reliability",
+            "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
+            "cautious, and of the expected calibration error (ECE) less is better.",
+            reliability,
+        ),
+        (
+            "distances", "Intra-class over inter-class distance",
+            "Lower is better: images of one class lie close together, and the centres of classes far apart.",
+            distances,
+        ),
+        (
+            "embedding", "Features of some classes in the plane",
+            "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
+            "of islands and the distances between them have no meaning.",
+            embedding,
+        ),
+        (
+            "costs", "Costs of one image",
+            "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6.",
+            costs,
+        ),
+    )  # fmt: skip
+    return [Illustration(name, title, reading, partial(draw, analysis)) for name, title, reading, draw in figures]
+
+
+def comparison_figures(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[Illustration]:
+    """Return the figures that compare a run with the first one.
+
+    Args:
+        first: what `analyze_run` returns; its training counts sort the classes.
+        other: that of another run with as many classes.
+    """
+    return [
+        Illustration(
+            "positive_posterior_difference",
+            f"Mean positive posterior, {run_title(other)} minus {run_title(first)}",
+            f"Above zero, {run_title(other)} gives the true class of an image more probability than "
+            f"{run_title(first)} does, which is better.",
+            partial(posterior_change, first, other),
+        )
+    ]
+
+
+def distances(analysis: Mapping[str, Any]) -> Any:
+    """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5).
+
+    Args:
+        analysis: what `analyze_run` returns.
+    """
+    features = analysis["distances"]
+    published = TABLE_5.get(analysis["name"], {})
+    share = 0.8 / max(2, len(features))
+    figure, axes = canvas(6.0, 3.6)
+    highest = 0.0
+    for i, (name, groups) in enumerate(features.items()):
+        for place, group in enumerate(GROUPS):
+            at = place + (i - (len(features) - 1) / 2) * share
+            rho, number = groups[group]["rho"], published.get(name, {}).get(group)
+            axes.bar(at, rho or 0.0, share * 0.92, color=_feature_color(name), label=name if place == 0 else None)
+            # The paper's diamond stands to the right of the number, so that neither covers the other.
+            shift = -0.12 * share if published else 0.0
+            text = "–" if rho is None else f"{rho:.2f}"
+            axes.annotate(
+                text, (at + shift, rho or 0.0), (0, 2), textcoords="offset points", ha="center", path_effects=outline()
+            )
+            if number is not None:
+                axes.plot(at + 0.37 * share, number, "D", color=ink(), markerfacecolor=paper(), markersize=5)
+            highest = max(highest, rho or 0.0, number or 0.0)
+    axes.set_xticks(range(len(GROUPS)), GROUPS)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel=r"$\rho$ = $D_{intra}$ / $D_{inter}$", ylim=(0, 1.12 * highest or 1))
+    axes.set_title("Distances within classes over distances between them")
+    if published:
+        axes.plot([], [], "D", color=ink(), markerfacecolor=paper(), markersize=5, label="paper (Table 5)")
+    handles, labels = axes.get_legend_handles_labels()
+    bars_first = sorted(zip(handles, labels, strict=True), key=lambda entry: not hasattr(entry[0], "patches"))
+    figure.legend(*zip(*bars_first, strict=True), loc="outside lower center", ncols=3)
+    return figure
+
+
+def reliability(analysis: Mapping[str, Any]) -> Any:
+    """Draw accuracy against confidence in bins (Guo et al. 2017), and how many images lie in each bin.
+
+    Args:
+        analysis: what `analyze_run` returns.
+    """
+    heads = analysis["reliability"]
+    observations = [name for name in heads if name.startswith("v")]
+    shown = ["prediction", *observations[-1:], *(["z"] if "z" in heads else [])]
+    figure, (curve, images) = canvas(5.2, 6.2, rows=2)
+    curve.get_gridspec().set_height_ratios([3, 1])
+    points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
+    curve.plot([], [], "o", color=GREY, markerfacecolor=paper(), label=f"fewer than {SURE_IMAGES} images")
+    curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
+    for name in reversed(shown):  # the prediction on top
+        bins = heads[name]
+        color = ink() if name == "prediction" else _feature_color(name)
+        points = zip(bins["confidence"], bins["accuracy"], bins["images"], strict=True)
+        confidence, accuracy, number = np.array([point for point in points if point[2]]).T
+        curve.plot(
+            confidence, accuracy, color=color, marker="o", label=f"{name}: ECE {bins['ece']:.1f} %", **points_on_top
+        )
+        few = number < SURE_IMAGES
+        if few.any():
+            curve.plot(confidence[few], accuracy[few], "o", color=color, markerfacecolor=paper(), **points_on_top)
+        share = 100.0 * np.array(bins["images"]) / sum(bins["images"])
+        edges = np.linspace(0, 100, len(share) + 1)
+        if name == "prediction":
+            images.stairs(share, edges, color=color, fill=True, alpha=0.25, zorder=1.5)
+        images.stairs(share, edges, color=color, linewidth=1.5, zorder=2)
+    for axes in (curve, images):
+        axes.set(xlim=(0, 100), xticks=range(0, 101, 20))
+    curve.tick_params(labelbottom=False)
+    curve.set(ylim=(0, 100), yticks=range(0, 101, 20), ylabel="accuracy, %", title="Accuracy by confidence")
+    images.set(ylabel="images, %", xlabel="confidence of the predicted class, %")
+    handles, labels = curve.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
+    return figure
+
+
+def confusion(analysis: Mapping[str, Any]) -> Any:
+    """Draw which shot groups each shot group's images are taken for, beside the same errors spread evenly.
+
+    Args:
+        analysis: what `analyze_run` returns.
+    """
+    content = analysis["confusion"]
+    colors = {"correct": GREY, **{f"wrong_to_{group}": color for group, color in GROUP_COLORS.items()}}
+    faded = {name: _faded(color) for name, color in colors.items()}
+    figure, axes = canvas(6.5, 3.9)
+    places, texts = [], []
+    for row, group in enumerate(content["shares"]):
+        shares, even, images = (content[key][group] for key in ("shares", "even", "images"))
+        number = sum(images.values())
+        places += [row, row + 0.43]
+        texts += [f"{group}\n{number:,} image{'s' * (number != 1)}", "" if shares is None else "errors spread evenly"]
+        if shares is None:
+            axes.text(1, row, "no images", color=GREY, va="center")
+            continue
+        _stacked(axes, row, 0.5, shares, colors)
+        _stacked(axes, row + 0.43, 0.22, even, faded)
+    axes.set_yticks(places, texts)
+    for label in axes.get_yticklabels()[1::2]:
+        label.set(fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0, 100), ylim=(len(content["shares"]) - 0.25, -0.42), xlabel="share of the group's images, %")
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("Where the prediction's errors go")
+    bars = [axes.barh(0, 0, color=color) for color in colors.values()]
+    names = ["correct", "wrong: to many", "to medium", "to few"]
+    figure.legend(bars, names, loc="outside lower center", ncols=4, columnspacing=1.5)
+    return figure
+
+
+def _stacked(axes: Any, place: float, height: float, shares: Mapping[str, float], colors: Mapping[str, str]) -> None:
+    wide = height > 0.3
+    start = 0.0
+    for name, share in shares.items():
+        axes.barh(place, share, height, left=start, color=colors[name], edgecolor=paper(), linewidth=0.8)
+        # Shorter bars have no room for their number; the correct ones are those of the wide bar.
+        if share >= 5 and (wide or name != "correct"):
+            axes.text(
+                start + share / 2, place, f"{share:.1f}", ha="center", va="center_baseline",
+                color=text_on(colors[name]), fontsize=9 if wide else 7,
+            )  # fmt: skip
+        start += share
+
+
+def _faded(color: str) -> str:
+    """Return a colour half way to paper: not transparent, which would show the grid behind it."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    return str(to_hex((np.array(to_rgb(color)) + to_rgb(paper())) / 2))
+
+
+def text_on(color: str) -> str:
+    """Return black or white, whichever stands out more from a colour behind it (contrast of WCAG 2)."""
+    from matplotlib.colors import to_rgb
+
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+
+
+def costs(analysis: Mapping[str, Any]) -> Any:
+    """Draw parameters, operations and memory of one image's forward pass beside the paper's (Table 6).
+
+    Args:
+        analysis: what `analyze_run` returns.
+    """
+    content = analysis["efficiency"]
+    size = "×".join(map(str, content["input_size"]))
+    ours = {"this model, inference": content["inference"], "this model, all heads": content["all_heads"]}
+    if content["inference"] == content["all_heads"]:
+        ours = {"this model": content["inference"]}
+    papers = {f"{name}, paper": values for name, values in content["table_6"].items()}
+    rows = {**ours, **papers}
+    figure, panels = canvas(6.0, 1.9 + 0.22 * (2 * len(rows) + len(ours)), rows=3)
+    panels[0].get_gridspec().set_height_ratios([len(rows), len(rows), len(ours)])
+    quantities = (("parameters", 1e3, "parameters, thousands"), ("macs", 1e9, "multiply-accumulates (MACs), billions"))
+    for axes, (key, unit, label) in zip(panels, (*quantities, ("peak_memory", 2**20, "peak memory, MiB")), strict=True):
+        bars = {name: values[key] / unit for name, values in rows.items() if key in values}
+        for place, (name, value) in enumerate(bars.items()):
+            color = GREY if name in papers else (BLUE, SKY)[place]
+            axes.barh(place, value, 0.75, color=color)
+            axes.annotate(
+                f"{value:,.2f}", (value, place), (3, 0), textcoords="offset points", va="center", path_effects=outline()
+            )
+        axes.set_yticks(range(len(bars)), bars)
+        axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, 1.18 * max(bars.values())), xlabel=label)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+    panels[0].set_title(f"Costs of one image of {size}")
+    return figure
+
+
+def _feature_color(name: str) -> str:
+    return BOTTLENECK if name == "z" else OBSERVATION

@@ -1,0 +1,54 @@
+"""The paper's results for whole runs, by the run's name: top-1 accuracies in percent (Tables 1, 2, 3, 4 and 9).
+
+Numbers of ablations stand in the sweeps' files, beside the axes that they belong to.
+"""
+
+from typing import NamedTuple
+
+
+class PaperResult(NamedTuple):
+    """A result that the paper reports.
+
+    Attributes:
+        source: the table.
+        accuracies: of ``overall``, ``many``, ``medium`` and ``few``, what the table has.
+        setting: where it differs from the recipe's.
+    """
+
+    source: str
+    accuracies: dict[str, float]
+    setting: str = ""
+
+
+def _all_groups(source: str, many: float, medium: float, few: float, overall: float) -> PaperResult:
+    return PaperResult(source, {"overall": overall, "many": many, "medium": medium, "few": few})
+
+
+# Table 1, by method: imbalance factors 100, 50 and 10.
+_TABLE_1 = {
+    "ce": (38.3, 43.9, 55.7),
+    "focal": (38.4, 44.3, 55.8),
+    "bsce": (42.7, 47.2, 58.5),
+    "bib": (44.9, 49.8, 60.4),
+    "mbib": (47.5, 51.2, 60.9),
+}
+
+RESULTS: dict[str, tuple[PaperResult, ...]] = {
+    **{
+        f"{method}_resnet32.cifar100_lt_if{factor}": (PaperResult("Table 1", {"overall": overall}),)
+        for method, accuracies in _TABLE_1.items()
+        for factor, overall in zip((100, 50, 10), accuracies, strict=True)
+    },
+    "bib_resnet10.imagenet_lt": (_all_groups("Table 2", 54.7, 40.0, 21.7, 43.2),),
+    "mbib_resnet10.imagenet_lt": (_all_groups("Table 2", 56.4, 41.8, 23.2, 44.9),),
+    "bib_resnext50.imagenet_lt": (_all_groups("Table 2", 64.7, 51.2, 32.7, 53.9),),
+    "mbib_resnext50.imagenet_lt": (_all_groups("Table 2", 67.0, 52.8, 33.5, 55.7),),
+    "bib_resnet50.inat2018_90e": (_all_groups("Table 3", 70.9, 69.9, 69.6, 69.9),),
+    "mbib_resnet50.inat2018_90e": (_all_groups("Table 3", 70.7, 70.6, 70.2, 70.4),),
+    "bib_resnet50.inat2018_200e": (_all_groups("Table 3", 73.9, 72.9, 72.1, 72.7),),
+    "mbib_resnet50.inat2018_200e": (_all_groups("Table 3", 72.6, 73.6, 73.1, 73.3),),
+}
+RESULTS["mbib_resnet32.cifar100_lt_if100"] += (
+    _all_groups("Table 9", 64.1, 47.7, 26.1, 47.0),
+    PaperResult("Table 4", {"overall": 46.6}, "a = 0.3 instead of 0.1"),
+)

@@ -1,0 +1,97 @@
+"""Figures of several runs side by side: accuracy by shot group, and accuracy over the epochs."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mbib_timm.drawing import CYCLE, METHOD_COLORS, canvas, ink, paper
+from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.methods import method_title
+from mbib_timm.reporting.inputs import RunGroup
+from mbib_timm.sweeps.results import SweepResults
+
+CURVES = 12  # as many lines as can be told apart
+
+
+def group_colors(groups: Sequence[RunGroup]) -> list[str]:
+    """Return a colour for each group of runs: its method's, where no two share one."""
+    methods = [method_title(group.first.metrics["loss"]) for group in groups]
+    if len(set(methods)) == len(methods) and set(methods) <= METHOD_COLORS.keys():
+        return [METHOD_COLORS[method] for method in methods]
+    return [CYCLE[place % len(CYCLE)] for place in range(len(groups))]
+
+
+def comparison_bars(groups: Sequence[RunGroup]) -> Any:
+    """Draw the mean accuracy of each group of runs by shot group; the paper's numbers as diamonds."""
+    figure, axes = canvas(6.5, 3.6 + 0.22 * len(groups))
+    share = 0.84 / len(groups)
+    shown = False
+    for place, (group, color) in enumerate(zip(groups, group_colors(groups), strict=True)):
+        for column_place, column in enumerate(COLUMNS):
+            at = column_place + (place - (len(groups) - 1) / 2) * share
+            measured = [value for value in group.values(column) if value is not None]
+            if not measured:
+                continue
+            deviation = statistics.stdev(measured) if len(measured) > 1 else None
+            mean = statistics.mean(measured)
+            axes.bar(at, mean, share * 0.9, color=color, yerr=deviation, ecolor=ink(), capsize=2)
+            offset, top = (0, 2), mean + (deviation or 0.0)
+            axes.annotate(
+                f"{mean:.1f}", (at, top), offset, textcoords="offset points", ha="center", va="bottom", fontsize=7
+            )
+            for result in group.paper[:1] if not group.is_short else ():
+                if column in result.accuracies:
+                    axes.plot(at, result.accuracies[column], "D", color=ink(), markerfacecolor=paper(), markersize=5)
+                    shown = True
+        axes.bar(0, 0, color=color, label=f"{group.title} (n = {len(group.runs)})")
+    if shown:
+        axes.plot([], [], "D", color=ink(), markerfacecolor=paper(), markersize=5, label="the paper", linestyle="")
+    axes.set_xticks(range(len(COLUMNS)), ["all", *list(COLUMNS)[1:]])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel="classes", ylabel="top-1 accuracy, %")
+    axes.margins(y=0.12)
+    figure.legend(loc="outside lower center", ncols=1)
+    return figure
+
+
+def comparison_curves(groups: Sequence[RunGroup]) -> Any:
+    """Draw the accuracy after each evaluated epoch, of the first run of each group."""
+    curves = {}
+    for group in groups:
+        rows = [(row["epoch"] + 1, row["val_top1"]) for row in group.first.history if row.get("val_top1") is not None]
+        if rows:
+            curves[group.title] = rows
+    return _curves(curves, dict(zip((group.title for group in groups), group_colors(groups), strict=True)))
+
+
+def sweep_curves(results: SweepResults) -> Any:
+    """Draw the accuracy after each evaluated epoch of every configuration of a sweep, the mean over its seeds."""
+    collected: dict[str, dict[int, list[float]]] = {}
+    for run in results.runs:
+        title = ", ".join(method_title(value) for value in run["coordinates"].values())
+        points = collected.setdefault(title, {})
+        for epoch, value in zip(run["curve"]["epoch"], run["curve"]["val_top1"], strict=True):
+            if value is not None:
+                points.setdefault(epoch + 1, []).append(value)
+    curves = {
+        title: [(epoch, statistics.mean(values)) for epoch, values in sorted(points.items())]
+        for title, points in collected.items()
+    }
+    free = [color for color in CYCLE if color not in {METHOD_COLORS.get(title) for title in curves}] or list(CYCLE)
+    colors = {title: METHOD_COLORS.get(title, free[i % len(free)]) for i, title in enumerate(curves)}
+    return _curves(curves, colors)
+
+
+def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], colors: dict[str, str]) -> Any:
+    figure, axes = canvas(6.5, 3.6 + 0.2 * len(curves))
+    styles = ("-", "--", ":", "-.")
+    for place, (title, points) in enumerate(curves.items()):
+        axes.plot(
+            *zip(*points, strict=True), color=colors[title], linestyle=styles[place // len(CYCLE) % len(styles)],
+            marker="o" if len(points) < 30 else None, markersize=3.5, label=title,
+        )  # fmt: skip
+    axes.set(xlabel="epochs done", ylabel="top-1 accuracy, %", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.legend(loc="outside lower center", ncols=1 if len(curves) < 6 else 2)
+    return figure

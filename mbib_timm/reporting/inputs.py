@@ -1,0 +1,178 @@
+"""What a report is made of: finished runs with their history and their analysis, and sweeps' results."""
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.models.zoo import ZOO
+from mbib_timm.paper import RESULTS, PaperResult
+from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe, recipe_name
+from mbib_timm.sweeps.results import FILE, SweepResults, read_results
+from mbib_timm.training.public import public_metrics
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A finished run.
+
+    Attributes:
+        metrics: content of ``metrics.json``, without paths of the machine.
+        recipe: as it was run.
+        history: rows of ``summary.csv``; empty where it was not kept.
+        analysis: content of ``analysis.json``; None where it was not analyzed.
+        notes: paragraphs of ``notes.md``, by whoever ran it.
+    """
+
+    metrics: Mapping[str, Any]
+    recipe: Recipe
+    history: Sequence[Mapping[str, Any]]
+    analysis: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``arch.tag``."""
+        return str(self.metrics["name"])
+
+    @property
+    def heads(self) -> Mapping[str, Any]:
+        """The result's metrics by head."""
+        heads: Mapping[str, Any] = self.metrics["result"]["heads"]
+        return heads
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in the seed alone.
+
+    Attributes:
+        title: the run's name, with what sets it apart from others of the name.
+        runs: by seed.
+        recipe_epochs: epochs that the packaged recipe of the name asks for; None where there is no such recipe.
+    """
+
+    title: str
+    runs: tuple[ReportedRun, ...]
+    recipe_epochs: int | None
+
+    @property
+    def first(self) -> ReportedRun:
+        """The run whose figures are shown."""
+        return self.runs[0]
+
+    @property
+    def is_short(self) -> bool:
+        """True if the runs had other epochs than their recipe asks for."""
+        return self.recipe_epochs is not None and self.first.metrics["epochs"] != self.recipe_epochs
+
+    def values(self, column: str, head: str = "prediction") -> list[float | None]:
+        """Return a head's accuracy in percent of each run: ``overall``, ``many``, ``medium`` or ``few``."""
+        return [run.heads[head][COLUMNS[column]] for run in self.runs]
+
+    def mean(self, column: str) -> float | None:
+        """Return the prediction's mean accuracy in percent; None for a group without classes."""
+        measured = [value for value in self.values(column) if value is not None]
+        return statistics.mean(measured) if measured else None
+
+    @property
+    def paper(self) -> tuple[PaperResult, ...]:
+        """What the paper reports of such a run."""
+        return RESULTS.get(self.first.name, ())
+
+
+def read_inputs(names: Sequence[str]) -> tuple[list[RunGroup], list[SweepResults]]:
+    """Read runs and sweeps by their folders or names.
+
+    Args:
+        names: folders of runs, or of kept results; folders of sweeps' results, or the sweep's name where they lie in
+            ``results``; names of published models.
+
+    Raises:
+        MbibError: something that is none of these, or a run that is not finished.
+    """
+    runs: list[ReportedRun] = []
+    sweeps: list[SweepResults] = []
+    for name in names:
+        folder = _folder(name)
+        if (folder / FILE).is_file():
+            sweeps.append(read_results(folder))
+        else:
+            runs.append(read_run(folder))
+    return group_runs(runs), sweeps
+
+
+def _folder(name: str) -> Path:
+    published = [model.folder for model in ZOO if model.name == name and model.is_trained]
+    for folder in (Path(name), Path("results") / name, *published):
+        if (folder / FILE).is_file() or (folder / "metrics.json").is_file():
+            return folder
+    if Path(name).is_dir():
+        raise MbibError(f"{name} holds neither metrics.json nor {FILE}: no finished run, and no sweep's results")
+    raise MbibError(
+        f"there is no {name}: expected the folder of a run, of kept results or of a sweep's results, or a published "
+        "name"
+    )
+
+
+def read_run(folder: Path) -> ReportedRun:
+    """Read a finished run, or what was kept of it.
+
+    Raises:
+        MbibError: files that are missing or broken.
+    """
+    try:
+        metrics = public_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        history: list[dict[str, Any]] = []
+        if (folder / "summary.csv").is_file():
+            with (folder / "summary.csv").open(encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            history = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        places = [
+            place for place in (folder / "analysis" / "analysis.json", folder / "analysis.json") if place.is_file()
+        ]
+        analysis = json.loads(places[0].read_text(encoding="utf-8")) if places else None
+        notes = (folder / "notes.md").read_text(encoding="utf-8") if (folder / "notes.md").is_file() else ""
+    except OSError as error:
+        raise MbibError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (ValueError, KeyError) as error:
+        raise MbibError(f"{folder} holds no run's results: {error}") from None
+    paragraphs = tuple(" ".join(text.split()) for text in notes.split("\n\n") if text.strip())
+    return ReportedRun(metrics, load_recipe(folder / "recipe.yaml"), history, analysis, paragraphs)
+
+
+def group_runs(runs: Sequence[ReportedRun]) -> list[RunGroup]:
+    """Put runs together that differ in the seed alone, in the order in which they were given."""
+    grouped: dict[str, list[ReportedRun]] = {}
+    for run in runs:
+        computed = run.recipe.replace(seed=0).computation()
+        grouped.setdefault(json.dumps([run.name, computed], sort_keys=True), []).append(run)
+    asked_for = {recipe_name(find_recipe(name)): name for name in list_recipes()}
+    groups = []
+    for members in grouped.values():
+        seeds = [run.metrics["seed"] for run in members]
+        if len(set(seeds)) < len(seeds):
+            raise MbibError(f"two of the runs of {members[0].name} have the same seed: {seeds}")
+        name = members[0].name
+        epochs = load_recipe(find_recipe(asked_for[name])).epochs if name in asked_for else None
+        ordered = tuple(sorted(members, key=lambda run: run.metrics["seed"]))
+        groups.append(RunGroup(_title(members[0], runs), ordered, epochs))
+    return groups
+
+
+def _title(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
+    """Return the run's name, and the settings that differ among the runs of this name."""
+    others = [other.recipe for other in runs if other.name == run.name]
+    own = run.recipe.replace(seed=0).computation()
+    differing = [
+        key
+        for key in own
+        if any(other.replace(seed=0).computation()[key] != own[key] for other in others) and key != "experiment"
+    ]
+    settings = ", ".join(f"{key} {own[key]}" for key in differing)
+    return f"{run.name} ({settings})" if settings else run.name

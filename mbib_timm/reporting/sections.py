@@ -1,0 +1,194 @@
+"""From runs and sweeps to the sections of a report."""
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mbib_timm.analysis.figures import analysis_figures, comparison_figures
+from mbib_timm.drawing import Illustration
+from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.reporting.differences import differences
+from mbib_timm.reporting.figures import CURVES, comparison_bars, comparison_curves, sweep_curves
+from mbib_timm.reporting.inputs import RunGroup
+from mbib_timm.reporting.page import Section
+from mbib_timm.sweeps.figure import sweep_figure
+from mbib_timm.sweeps.results import SweepResults, cells, headline
+from mbib_timm.sweeps.table import closest_to_the_paper, header, mean_and_deviation, signed, table_row, what_was_run
+from mbib_timm.training.report import run_figures
+
+
+def run_section(group: RunGroup) -> Section:
+    """Return what is to be said of runs of one recipe: what they were, results, distance from the paper, figures."""
+    section = Section(group.title)
+    run = group.first
+    section.facts(_facts(group))
+    section.command(run.metrics["environment"]["command"])
+
+    section.heading("Result")
+    result = run.metrics["result"]
+    epoch, best = result["epoch"] + 1, run.metrics["best"]
+    spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+    images = run.heads["prediction"]["images"]
+    section.paragraphs(
+        [
+            f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}` after the last epoch, "
+            f"{epoch}{spread}."
+        ]
+    )
+    heads = ["prediction", *(head for head in run.heads if head != "prediction")]
+    rows = [[head, *(mean_and_deviation(group.values(column, head)) for column in COLUMNS)] for head in heads]
+    section.table(["head", *COLUMNS], rows)
+    best_top1 = best["heads"]["prediction"]["top1"]
+    section.paragraphs(
+        [
+            f"The best of the evaluated epochs was {best['epoch'] + 1} with {best_top1:.1f} %; it was chosen on the "
+            f"split `{best['selected_on']}`, and is not the result."
+        ]
+    )
+    if group.paper:
+        section.heading("Beside the paper")
+        section.table(["", *COLUMNS], *_beside_the_paper(group))
+        section.paragraphs(differences(group))
+    section.paragraphs(run.notes)
+    illustrations = run_figures(run.history, run.metrics)
+    if run.analysis is not None:
+        # The analysis has the same figure, of the same numbers.
+        illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
+        illustrations += analysis_figures(run.analysis)
+    for illustration in illustrations:
+        section.figure(illustration)
+    return section
+
+
+def _facts(group: RunGroup) -> list[tuple[str, str]]:
+    run = group.first
+    counts = np.array(run.metrics["class_counts"])
+    environment = run.metrics["environment"]
+    seeds = ", ".join(str(member.metrics["seed"]) for member in group.runs)
+    hours = statistics.mean(member.metrics["training_seconds"] for member in group.runs) / 3600
+    epochs = str(run.metrics["epochs"])
+    if group.is_short:
+        epochs += f" of the {group.recipe_epochs} that the recipe asks for: compares with no other schedule"
+    return [
+        ("model, loss", f"`{run.metrics['model']}`, `{run.metrics['loss']}`"),
+        (
+            "training data",
+            f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} a class",
+        ),
+        ("epochs", epochs),
+        ("seeds", f"{seeds} (n = {len(group.runs)})"),
+        ("time", f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"),
+        ("hardware", f"{environment['hardware']} ({environment['device']})"),
+        (
+            "software",
+            ", ".join(f"{name} {environment[name]}" for name in ("mbib_timm", "torch", "timm"))
+            + f", commit {environment['commit'] or 'unknown'}",
+        ),
+    ]
+
+
+def _beside_the_paper(group: RunGroup) -> tuple[list[list[str]], list[str]]:
+    """Return the rows of the table, and the kind of each."""
+    rows = [[f"this run (n = {len(group.runs)})", *(mean_and_deviation(group.values(column)) for column in COLUMNS)]]
+    kinds = [""]
+    for result in group.paper:
+        setting = f", {result.setting}" if result.setting else ""
+        numbers = [result.accuracies.get(column) for column in COLUMNS]
+        means = [group.mean(column) for column in COLUMNS]
+        rows.append([f"{result.source}{setting}", *("–" if n is None else f"{n:.1f}" for n in numbers)])
+        pairs = zip(means, numbers, strict=True)
+        rows.append(["difference", *("–" if n is None or m is None else signed(m - n) for m, n in pairs)])
+        kinds += ["paper", "difference"]
+    return rows, kinds
+
+
+def comparison_section(groups: Sequence[RunGroup]) -> Section:
+    """Return runs of several recipes side by side."""
+    section = Section("Side by side")
+    rows = []
+    for group in groups:
+        number = group.paper[0] if group.paper and not group.is_short else None
+        paper = "–" if number is None else f"{number.accuracies['overall']:.1f} ({number.source})"
+        mean = group.mean("overall")
+        difference = "–" if number is None or mean is None else signed(mean - number.accuracies["overall"])
+        epochs = f"{group.first.metrics['epochs']}" + (f" of {group.recipe_epochs}" if group.is_short else "")
+        accuracies = [mean_and_deviation(group.values(column)) for column in COLUMNS]
+        rows.append([group.title, epochs, str(len(group.runs)), *accuracies, paper, difference])
+    section.table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows)
+    section.figure(
+        Illustration(
+            "accuracy",
+            "Accuracy by shot group",
+            "Each colour is a run, and bars are means over its seeds with their standard deviation; diamonds are the "
+            "paper's numbers, where the schedule is the paper's.",
+            partial(comparison_bars, groups),
+        )
+    )
+    if any(row.get("val_top1") is not None for group in groups for row in group.first.history):
+        section.figure(
+            Illustration(
+                "curves",
+                "Accuracy over the epochs",
+                "Each line is the first run of a colour; where lines cross, an earlier stop would have told another "
+                "story.",
+                partial(comparison_curves, groups),
+            )
+        )
+    analyses = [group.first.analysis for group in groups if group.first.analysis is not None]
+    for first, other in pairwise(analyses):
+        if len(first["class_counts"]) == len(other["class_counts"]):
+            for illustration in comparison_figures(first, other):
+                section.figure(illustration)
+    return section
+
+
+def sweep_section(results: SweepResults) -> Section:
+    """Return what a sweep has found: its figure, its table, its curves, and by which commands."""
+    section = Section(headline(results))
+    section.paragraphs(text.replace("**", "") for text in what_was_run(results))
+    section.figure(
+        Illustration(
+            "figure",
+            results.title or results.name,
+            _how_to_read(results),
+            partial(sweep_figure, results),
+        )
+    )
+    rows = cells(results)
+    section.table(header(results), [table_row(results, row) for row in rows])
+    section.paragraphs(filter(None, [closest_to_the_paper(results, rows)]))
+    section.paragraphs(f"Failed: {label}: {reason}" for label, reason in results.failed.items())
+    configurations = {run["configuration"] for run in results.runs}
+    if len(configurations) <= CURVES:
+        section.figure(
+            Illustration(
+                "curves",
+                "Accuracy over the epochs",
+                "Each line is a configuration, the mean over its seeds after each evaluated epoch; the last point is "
+                "the result.",
+                partial(sweep_curves, results),
+            )
+        )
+    section.heading("Commands")
+    for command in dict.fromkeys(_command(run["environment"]) for run in results.runs):
+        section.command(command)
+    return section
+
+
+def _command(environment: dict[str, Any]) -> str:
+    return f"{environment['command']}  # commit {environment['commit'] or 'unknown'}, torch {environment['torch']}"
+
+
+def _how_to_read(results: SweepResults) -> str:
+    seeds = "means over the seeds with their standard deviation" if len(results.seeds) > 1 else "of one seed"
+    kind = results.figure["kind"]
+    if kind == "heatmap":
+        return f"Each cell is the accuracy of a pair of values, {seeds}; the brighter the better."
+    if kind == "lines":
+        return f"Points are {seeds}; a line that rises and falls has its best value inside the range."
+    diamonds = " and diamonds are the paper's numbers" if results.is_papers else ""
+    return f"Bars are {seeds},{diamonds or ' and none of them compares with the paper'}; higher is better."

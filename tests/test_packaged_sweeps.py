@@ -1,0 +1,273 @@
+"""The packaged sweeps against the issue's list, the paper's text and its tables."""
+
+import json
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import mbib_timm  # noqa: F401 (registers the models)
+from mbib_timm.losses import create_loss
+from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipe_claims, recipes_folder
+from mbib_timm.sweeps.definition import find_sweep, list_sweeps
+from mbib_timm.sweeps.plan import plan
+from mbib_timm.training.task import LongTailTask, head_names
+
+SWEEPS = list_sweeps()
+CLASSES = 100
+# What may differ between runs that compute the same.
+PLACES = {"seed", "experiment", "output", "resume"}
+
+
+def runs_of(name):
+    """The runs of the first seed, by their coordinates."""
+    runs = [run for run in plan(find_sweep([name]), {}) if run.recipe.seed == 0]
+    return {tuple(run.coordinates.values()): run.recipe for run in runs}
+
+
+@cache
+def on_meta(model, arguments):
+    return timm.create_model(model, num_classes=CLASSES, device="meta", **json.loads(arguments))
+
+
+def heads_of(recipe):
+    return head_names(on_meta(recipe.model, json.dumps(recipe.model_kwargs)))
+
+
+def test_the_issues_sweeps_are_there():
+    assert {
+        "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
+        "table7_heads", "figure9_structures", "table9_rebalancing", "silences",
+    } == set(SWEEPS)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_plans_and_says_what_it_yields(name):
+    sweep = find_sweep([name])
+    runs = plan(sweep, {})
+    assert sweep.title
+    assert len(runs) == 3 * len(runs_of(name)), "three seeds"
+    assert {run.recipe.epochs for run in runs} == {200}
+    assert f"sweeps/{name}" not in list_recipes()
+    path = recipes_folder() / "sweeps" / f"{name}.yaml"
+    assert all(line.startswith("#") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
+    claims = recipe_claims(path)
+    assert {"Yields", "Hardware", "Time", "Command"} <= claims.keys()
+    assert claims["Command"].startswith(f"mbib sweep {name}")
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_model_and_loss_of_every_run_fit_together(name):
+    for recipe in runs_of(name).values():
+        create_loss(recipe, np.arange(CLASSES, 0, -1), heads_of(recipe))
+
+
+def distinct():
+    """One recipe for each model, arguments and loss that a sweep trains."""
+    recipes = [recipe for name in SWEEPS for recipe in runs_of(name).values()]
+    keys = ["model", "model_kwargs", "loss", "logit_adjustment", "normalize_class_weights"]
+    return list({json.dumps([getattr(recipe, key) for key in keys]): recipe for recipe in recipes}.items())
+
+
+@pytest.mark.parametrize(("key", "recipe"), distinct(), ids=[key for key, _ in distinct()])
+def test_every_network_and_loss_trains(key, recipe):
+    torch.manual_seed(0)
+    model = timm.create_model(recipe.model, num_classes=CLASSES, **recipe.model_kwargs)
+    loss = create_loss(recipe, np.arange(CLASSES, 0, -1), head_names(model))
+    parts = LongTailTask(model, loss, torch.device("cpu"))(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 50, 99]))
+    parts["loss"].backward()
+    assert all(part.isfinite() for part in parts.values())
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert not unused
+
+
+# What the paper says of each
+
+
+def test_table_4_has_two_to_six_observations():
+    runs = runs_of("table4_observations")
+    observations = {name: heads_of(recipe)[:-1] for (name,), recipe in runs.items()}
+    assert {name: len(heads) for name, heads in observations.items()} == {
+        "2-MBIB": 2, "3-MBIB": 3, "4-MBIB(x)": 4, "4-MBIB": 4, "5-MBIB": 5, "6-MBIB": 6,
+    }  # fmt: skip
+    assert [name for name, heads in observations.items() if "x" in heads] == ["4-MBIB(x)"]
+    for (name,), recipe in runs.items():
+        assert recipe.loss == "mbib"
+        assert recipe.observation_weights == [0.3] * (len(observations[name]) - 1) + [1.0]
+    # a = 0 in 2-MBIB: the observation that is left out is the first. The others keep the stages' ends.
+    own = on_meta("mbib_resnet32", "{}").feature_info
+    (taps,) = [recipe.model_kwargs["taps"] for (name,), recipe in runs.items() if name == "2-MBIB"]
+    assert [info["module"] for info in on_meta("mbib_resnet32", json.dumps({"taps": taps})).feature_info] == [
+        info["module"] for info in own[1:]
+    ]
+    for (name,), recipe in runs.items():
+        if name != "2-MBIB":
+            modules = [
+                info["module"] for info in on_meta("mbib_resnet32", json.dumps(recipe.model_kwargs)).feature_info
+            ]
+            assert {info["module"] for info in own} <= set(modules)
+
+
+def test_figure_3_varies_beta_at_the_papers_a_and_b():
+    runs = runs_of("figure3_beta")
+    assert set(runs) == {(m, str(f), str(b)) for m in ("mbib", "bib") for f in (100, 50, 10) for b in range(6)}
+    for (method, factor, beta), recipe in runs.items():
+        assert (recipe.loss, recipe.imbalance_factor, recipe.beta) == (method, float(factor), float(beta))
+        assert recipe.observation_weights == [0.1, 0.3, 1.0]
+    # Solid lines for MBIB, dashed ones for BIB: the first and the second style.
+    assert find_sweep(["figure3_beta"]).axes["method"] == ["mbib", "bib"]
+
+
+def test_figure_4_varies_a_and_b_at_beta_5():
+    runs = runs_of("figure4_weights")
+    assert len({a for a, _ in runs}) == len({b for _, b in runs}) == len(runs) ** 0.5
+    assert ("0.1", "0.3") in runs
+    for (a, b), recipe in runs.items():
+        assert recipe.observation_weights == [float(a), float(b), 1.0]
+        assert (recipe.beta, recipe.loss, recipe.imbalance_factor) == (5.0, "mbib", 100.0)
+
+
+def test_figure_6_crosses_plain_losses_with_no_self_distillation():
+    own = load_recipe(find_recipe("cifar100_lt_if100/bib_resnet32"))
+    for (losses, beta), recipe in runs_of("figure6_components").items():
+        balanced = {"plain": False, "balanced": True}[losses]
+        # Cross-entropy for Loss1 and Loss2: neither log n nor class weights.
+        assert recipe.logit_adjustment is balanced
+        assert recipe.class_weight_power == (own.class_weight_power if balanced else 0)
+        assert (recipe.beta, recipe.loss) == (float(beta), "bib")
+    assert set(runs_of("figure6_components")) == {(a, b) for a in ("plain", "balanced") for b in ("0", "5")}
+
+
+def test_table_7_has_networks_of_one_head_beside_bibs():
+    runs = {name: (recipe.loss, heads_of(recipe)) for (name,), recipe in runs_of("table7_heads").items()}
+    assert runs == {"BSCE": ("bsce", ("v1",)), "BSCE_MLP": ("bsce", ("z",)), "BIB": ("bib", ("v1", "z"))}
+
+
+def test_figure_9_changes_the_structure_alone():
+    recipes = list(runs_of("figure9_structures").values())
+    assert [recipe.loss for recipe in recipes] == ["mbib", "se_mbib", "all_mbib"]
+    assert all(differing(recipe, recipes[0]) <= {"loss"} for recipe in recipes)
+
+
+def test_table_9_takes_each_rebalancing_away():
+    found = {
+        name: (recipe.logit_adjustment, recipe.class_weight_power)
+        for (name,), recipe in runs_of("table9_rebalancing").items()
+    }
+    assert found == {
+        "none": (False, 0),
+        "logit adjustment": (True, 0),
+        "class weights": (False, 0.1),
+        "both": (True, 0.1),
+    }
+
+
+def differing(recipe, other):
+    mine, theirs = recipe.to_dict(), other.to_dict()
+    return {key for key in mine if key not in PLACES and mine[key] != theirs[key]}
+
+
+def test_silences_depart_from_the_defaults_in_one_thing_at_a_time():
+    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
+    departures = {name: differing(recipe, own) for (name,), recipe in runs_of("silences").items()}
+    assert departures.pop("none") == set()
+    assert all(len(keys) == 1 for keys in departures.values()), departures
+    recipes = [recipe for (name,), recipe in runs_of("silences").items() if name != "none"]
+    assert all(len(recipe.model_kwargs) <= 1 for recipe in recipes)
+    # The issue's list: ReLU, width of z, BatchNorm on the observations, the normalising sum, the subset.
+    arguments = {key for recipe in recipes for key in recipe.model_kwargs}
+    assert arguments == {"bottleneck_act", "bottleneck_features", "observation_norm"}
+    assert {key for keys in departures.values() for key in keys} == {
+        "model_kwargs", "normalize_class_weights", "subset_seed"
+    }  # fmt: skip
+
+
+# The paper's numbers, out of its text
+
+
+def rows_beside(text, caption, step):
+    """Return the cells of the table that ends above a caption (step -1) or begins below it (step 1)."""
+    lines = text.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith(caption)]
+    at += step
+    while not lines[at].strip():
+        at += step
+    rows = []
+    while "\t" in lines[at] or (step < 0 and lines[at].strip()):
+        cells = [re.sub(r"<[^>]*>|[$\\{}]", "", cell).strip() for cell in lines[at].split("\t")]
+        rows.append(cells)
+        at += step
+    return rows[::step]
+
+
+@pytest.fixture(scope="module")
+def paper(shared):
+    files = sorted((shared / "paper").glob("*.txt"))
+    if not files:
+        pytest.skip(f"no text of the paper at {shared / 'paper'}")
+    return files[0].read_text(encoding="utf-8")
+
+
+def numbers(name, *axes):
+    """The sweep's numbers of the paper, by the values of axes."""
+    found = {}
+    for number in find_sweep([name]).paper.numbers:
+        values = {key: value for key, value in number.items() if key in ("overall", "many", "medium", "few")}
+        assert set(number) <= {*axes, *values}
+        found[tuple(str(number.get(axis, "")) for axis in axes)] = values
+    return found
+
+
+def test_numbers_of_table_1(paper):
+    names = {"CE": "ce", "Focal Loss": "focal", "BSCE": "bsce", "BIB(Ours)": "bib", "MBIB(Ours)": "mbib"}
+    rows = rows_beside(paper, "Table 1:", -1)
+    assert ["Method", "100", "50", "10"] in rows
+    expected = {
+        (names[row[0]], factor): {"overall": float(cell)}
+        for row in rows
+        if row[0] in names
+        for factor, cell in zip(("100", "50", "10"), row[1:], strict=True)
+    }
+    assert len(expected) == 15
+    assert numbers("table1_cifar100_lt", "method", "imbalance_factor") == expected
+    assert numbers("silences") == {(): expected["mbib", "100"]}
+
+
+def test_numbers_of_table_4(paper):
+    header, accuracies = rows_beside(paper, "Table 4:", 1)
+    expected = {(name,): {"overall": float(cell)} for name, cell in zip(header[1:], accuracies[1:], strict=True)}
+    assert len(expected) == 6
+    assert numbers("table4_observations", "observations") == expected
+
+
+def by_group(header, row):
+    columns = {"All": "overall", "Many": "many", "Medium": "medium", "Few": "few"}
+    return {columns[title]: float(cell) for title, cell in zip(header[1:], row[1:], strict=True)}
+
+
+def test_numbers_of_table_7(paper):
+    names = {
+        "BSCE": ("BSCE", ""), "BSCE_MLP": ("BSCE_MLP", ""),
+        "BIB_v": ("BIB", "v"), "BIB_z": ("BIB", "z"), "BIB_ensemble": ("BIB", "ensemble"),
+    }  # fmt: skip
+    header, *rows = rows_beside(paper, "Table 7:", -1)
+    expected = {names[row[0]]: by_group(header, row) for row in rows}
+    assert len(expected) == 5
+    assert numbers("table7_heads", "method", "head") == expected
+    assert find_sweep(["table7_heads"]).paper.recipe == "imagenet_lt/bib_resnet10"
+
+
+def test_numbers_of_table_9(paper):
+    names = {
+        "MBIB w/o re-balancing": "none",
+        "MBIB w/o class re-balancing": "logit adjustment",
+        "MBIB w/o logits adjustment": "class weights",
+        "MBIB": "both",
+    }
+    header, *rows = rows_beside(paper, "Table 9:", -1)
+    expected = {(names[row[0]],): by_group(header, row) for row in rows}
+    assert len(expected) == 4
+    assert numbers("table9_rebalancing", "rebalancing") == expected
