@@ -24,7 +24,8 @@ window.addEventListener('load', () => {
   parent.postMessage(JSON.stringify({
     images, errors: window.mbibErrors, scripts: document.scripts.length - 1,
     width: document.documentElement.scrollWidth, window: window.innerWidth,
-    requests: performance.getEntriesByType('resource').map(entry => entry.name).filter(name => !name.startsWith('data:')),
+    requests: performance.getEntriesByType('resource').map(entry => entry.name)
+      .filter(name => !name.startsWith('data:')),
     background: getComputedStyle(document.body).backgroundColor, color: getComputedStyle(document.body).color,
     titles: [...document.querySelectorAll('h2')].map(title => title.textContent),
     dangling: [...document.querySelectorAll('nav a')].filter(a => !document.getElementById(a.hash.slice(1))).length,
@@ -74,7 +75,7 @@ def open_page(page: Path, folder: Path, width: int = 1100, height: int = 1200, d
     )
     picture = f"--screenshot={folder / 'screenshot.png'}"
     subprocess.run([*command, picture, page.resolve().as_uri()], capture_output=True, timeout=120, check=True)
-    found = re.search(r'<pre id="probe">(.*?)</pre>', dumped.stdout, re.DOTALL)
-    assert found and found.group(1), dumped.stderr[-2000:]
+    found = re.search(r'<pre id="probe">(.+?)</pre>', dumped.stdout, re.DOTALL)
+    assert found is not None, dumped.stderr[-2000:]
     console = [line for line in dumped.stderr.splitlines() if ":CONSOLE" in line]
     return {**json.loads(unescape(found.group(1))), "console": console}

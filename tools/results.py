@@ -5,14 +5,16 @@
     python tools/results.py table                                       # write the tables into README.md
     python tools/results.py redraw                                      # draw the figures again from the numbers
 
-A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml and the figures, under
-`results/<run>-<epochs>e-seed<seed>/`. The other tables are the zoo's, as `mbib models` prints it, and that of the
-`results/benchmark-<device>.json` that `tools/benchmark.py` has written.
+A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
+was analyzed, under `results/<run>-<epochs>e-seed<seed>/`. Sweeps write theirs there by themselves. The other tables are
+the zoo's, as `mbib models` prints it, and that of the `results/benchmark-<device>.json` that `tools/benchmark.py` has
+written. The README's marker of a sweep names the one whose table stands there.
 """
 
 import argparse
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,12 +25,18 @@ from benchmarking.table import markdown, read_results
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.catalogue import catalogue, markdown_table
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.sweeps.results import epochs_run, listed
+from mbib_timm.sweeps.results import read_results as read_sweep
+from mbib_timm.sweeps.table import markdown as sweep_markdown
+from mbib_timm.sweeps.table import write_results
 from mbib_timm.training.report import draw_figures
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
 MODELS = ("<!-- zoo: tools/results.py table -->\n", "<!-- end of zoo -->")
 SPEED = ("<!-- benchmark: tools/results.py table -->\n", "<!-- end of benchmark -->")
+SWEEPS = ("<!-- sweeps: tools/results.py table -->\n", "<!-- end of sweeps -->")
+SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- end of sweep -->)", re.DOTALL)
 GROUPS = ("top1", "many", "medium", "few")
 
 
@@ -52,6 +60,8 @@ def add(run: Path, results: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.json", "summary.csv", "recipe.yaml"):
         shutil.copyfile(run / name, target / name)
+    if (run / "analysis" / "analysis.json").is_file():
+        shutil.copyfile(run / "analysis" / "analysis.json", target / "analysis.json")
     draw(target)
     return target
 
@@ -97,14 +107,37 @@ def speed_table(results: Path) -> str:
     return markdown({f"results/{file.name}": read_results(file) for file in sorted(results.glob("benchmark-*.json"))})
 
 
+def sweeps_table(results: Path) -> str:
+    """Return the Markdown table of all sweeps that were run: what, how long, how often."""
+    lines = ["| sweep | what | epochs | seeds | runs | hardware |", "|---|---|---|---|---|---|"]
+    for file in sorted(results.glob("*/sweep.json")):
+        sweep = read_sweep(file)
+        hardware = sorted({f"{run['environment']['hardware']} ({run['environment']['device']})" for run in sweep.runs})
+        runs = f"{len(sweep.runs)} of {sweep.planned}"
+        cells = [f"[{sweep.name}](results/{file.parent.name}/table.md)", sweep.title, epochs_run(sweep)]
+        lines.append(f"| {' | '.join([*cells, listed(sweep.seeds), runs, listed(hardware)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def sweep_table(folder: Path) -> str:
+    """Return the table of a sweep, without its title."""
+    return sweep_markdown(read_sweep(folder)).partition("\n\n")[2]
+
+
 def write_tables(readme: Path, results: Path) -> None:
     """Replace the tables between the README's markers."""
     text = readme.read_text(encoding="utf-8")
-    tables = ((MODELS, markdown_table(catalogue())), (RUNS, table(results)), (SPEED, speed_table(results)))
+    tables = (
+        (MODELS, markdown_table(catalogue())),
+        (RUNS, table(results)),
+        (SWEEPS, sweeps_table(results)),
+        (SPEED, speed_table(results)),
+    )
     for (begin, end), content in tables:
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
         text = f"{before}{begin}\n{content}\n{end}{after}"
+    text = SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(results / found[2])}\n{found[3]}", text)
     readme.write_text(text, encoding="utf-8")
 
 
@@ -123,6 +156,8 @@ def main() -> None:
     elif arguments.command == "redraw":
         for file in (ROOT / "results").glob("*/metrics.json"):
             draw(file.parent)
+        for file in (ROOT / "results").glob("*/sweep.json"):
+            write_results(file.parent, read_sweep(file))
     write_tables(ROOT / "README.md", ROOT / "results")
 
 

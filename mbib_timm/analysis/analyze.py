@@ -1,4 +1,4 @@
-"""`mbib analyze`: everything the analyses say of trained models, as JSON and as a short text."""
+"""`mbib analyze`: everything the analyses say of trained models, as JSON, as a short text and as figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
+from mbib_timm.analysis.figures import analysis_figures, comparison_figures
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.analysis.results import all_analyses, rounded, write_analysis
 from mbib_timm.analysis.summary import comparison_text, summary_text
+from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import Target, find_target, open_target
@@ -33,7 +35,8 @@ def analyze(
         overrides: recipe keys to replace.
         split: split to analyze; by default the one that the run's result is on.
         output: folder for the results; of several targets, each gets a folder of its own in it. By default
-            ``analysis`` in each run's folder.
+            ``analysis`` in each run's folder. Figures go into ``figures`` in the folder, and those that compare a run
+            with the first into the further run's.
         classes: labels of the classes to embed; by default ten from the head to the tail.
         images_per_class: images of each to embed.
 
@@ -51,7 +54,8 @@ def analyze(
                 f"{target} has {sizes[target]}"
             )
     results: list[dict[str, Any]] = []
-    for target, folder in zip(targets, _folders(targets, output), strict=True):
+    folders = _folders(targets, output)
+    for target, folder in zip(targets, folders, strict=True):
         result = analyze_run(
             target,
             recipe=recipe,
@@ -63,9 +67,18 @@ def analyze(
         )
         results.append(result)
         print(summary_text(result))
-    for other in results[1:]:
+    for target, folder, other in zip(targets[1:], folders[1:], results[1:], strict=True):
         print(comparison_text(results[0], other))
+        place = folder or _own_folder(find_target(target, recipe, overrides))
+        _draw(place, comparison_figures(results[0], other))
     return results
+
+
+def _draw(folder: Path, illustrations: Sequence[Illustration]) -> None:
+    try:
+        write_illustrations(folder / "figures", illustrations)
+    except MbibError as error:
+        print(f"no figures: {error}")
 
 
 def _folders(targets: Sequence[str], output: Path | None) -> Sequence[Path | None]:
@@ -87,7 +100,7 @@ def analyze_run(
     classes: Sequence[int] | None = None,
     images_per_class: int = IMAGES_PER_CLASS,
 ) -> dict[str, Any]:
-    """Analyze a trained model over a split, and write the results as ``analysis.json``.
+    """Analyze a trained model over a split, write the results as ``analysis.json``, and draw them.
 
     Args:
         target: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
@@ -129,6 +142,7 @@ def analyze_run(
         leave_world()
     content: dict[str, Any] = rounded(result)
     write_analysis(folder, content)
+    _draw(folder, analysis_figures(content))
     return content
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from mbib_timm.analysis.class_figures import (
     accuracy_trend,
     embedding,
-    positive_posterior,
     outline,
+    positive_posterior,
     posterior_change,
     run_title,
 )
+from mbib_timm.analysis.efficiency import TABLE_6_SIZE
 from mbib_timm.drawing import (
     BLUE,
     GREY,
@@ -268,12 +269,19 @@ def costs(analysis: Mapping[str, Any]) -> Any:
     ours = {"this model, inference": content["inference"], "this model, all heads": content["all_heads"]}
     if content["inference"] == content["all_heads"]:
         ours = {"this model": content["inference"]}
-    papers = {f"{name}, paper": values for name, values in content["table_6"].items()}
+    # Operations grow with the image: another size than Table 6's cannot be compared.
+    comparable = ("parameters", "macs") if tuple(content["input_size"][1:]) == TABLE_6_SIZE else ("parameters",)
+    papers = {f"{name}, paper": {key: values[key] for key in comparable} for name, values in content["table_6"].items()}
     rows = {**ours, **papers}
-    figure, panels = canvas(6.0, 1.9 + 0.22 * (2 * len(rows) + len(ours)), rows=3)
-    panels[0].get_gridspec().set_height_ratios([len(rows), len(rows), len(ours)])
-    quantities = (("parameters", 1e3, "parameters, thousands"), ("macs", 1e9, "multiply-accumulates (MACs), billions"))
-    for axes, (key, unit, label) in zip(panels, (*quantities, ("peak_memory", 2**20, "peak memory, MiB")), strict=True):
+    quantities = {
+        "parameters": (1e3, "parameters, thousands"),
+        "macs": (1e9, "multiply-accumulates (MACs), billions"),
+        "peak_memory": (2**20, "peak memory, MiB"),
+    }
+    heights = [sum(key in values for values in rows.values()) for key in quantities]
+    figure, panels = canvas(6.0, 1.9 + 0.22 * sum(heights), rows=3)
+    panels[0].get_gridspec().set_height_ratios(heights)
+    for axes, (key, (unit, label)) in zip(panels, quantities.items(), strict=True):
         bars = {name: values[key] / unit for name, values in rows.items() if key in values}
         for place, (name, value) in enumerate(bars.items()):
             color = GREY if name in papers else (BLUE, SKY)[place]

@@ -124,7 +124,7 @@ def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: 
     sorted_values = values[np.argsort(-class_counts, kind="stable")]
     classes_a_bar, edges_of = neighbours(class_counts)
     for name, edges in edges_of.items():
-        number = edges[-1] - edges[0]
+        number = int(edges[-1] - edges[0])
         bars = [_mean(sorted_values[a:b]) for a, b in pairwise(edges)]
         gap = 0.2 if classes_a_bar == 1 else 0.0
         label = labels[name] if labels else f"{name} ({number} class{'es' * (number > 1)})"

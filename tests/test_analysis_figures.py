@@ -1,0 +1,285 @@
+"""Figures of an analysis hold its numbers, and can be drawn from every shape it takes; a person judges how they look."""
+
+import copy
+import re
+import warnings
+
+import numpy as np
+import pytest
+
+from mbib_timm.analysis import analyze_run
+from mbib_timm.analysis.calibration import reliability
+from mbib_timm.analysis.class_figures import TITLE
+from mbib_timm.analysis.confusion import group_confusion
+from mbib_timm.analysis.efficiency import TABLE_6
+from mbib_timm.analysis.figures import TABLE_5, analysis_figures, comparison_figures, text_on
+from mbib_timm.analysis.posterior import mean_by_shot_group, mean_positive_posterior
+from mbib_timm.analysis.results import rounded
+from mbib_timm.analysis.trend import accuracy_trend
+from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render
+from mbib_timm.errors import MbibError
+
+GROUPS = ["all", "many", "medium", "few"]
+FIGURES = [
+    "accuracy_by_head", "trend", "confusion", "positive_posterior", "reliability", "distances", "embedding", "costs",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def real(finished_run, tmp_path_factory):
+    """The digits: four shot groups' columns, five heads, v and z."""
+    return analyze_run(
+        str(finished_run), overrides={"device": "cpu"}, output=tmp_path_factory.mktemp("analysis"), images_per_class=8
+    )
+
+
+def made_up(counts, tested, heads=("prediction",), named=False):
+    """An analysis of a model that was never trained; with one head it has no z, and classes not `tested` no images."""
+    rng = np.random.default_rng(0)
+    counts, classes = np.array(counts), len(counts)
+    labels = np.repeat(tested, 2)
+    predicted = np.where(rng.random(len(labels)) < 0.6, labels, rng.integers(0, classes, len(labels)))
+    confidence = rng.uniform(1 / classes, 1, len(labels))
+    correct = np.bincount(labels, labels == predicted, classes)
+    images = np.bincount(labels, minlength=classes)
+    per_class = [100 * float(c / n) if n else None for c, n in zip(correct, images, strict=True)]
+    accuracy = mean_by_shot_group(np.array(per_class, dtype=float), counts)
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    metrics = {
+        **accuracy, "top1": accuracy["all"], "per_class": per_class,
+        "classes": {name: int(chosen.sum()) for name, chosen in groups.items()},
+    }  # fmt: skip
+    posterior = mean_positive_posterior(confidence, labels, classes).tolist()
+    features = ["v", "z"] if len(heads) > 1 else ["v"]
+    embedded = tested[:: max(1, len(tested) // 10)][:20]
+    rho = {group: {"intra": 1.0, "inter": 2.0, "rho": None if a is None else 0.5} for group, a in accuracy.items()}
+    cost = {"parameters": 1000, "macs": 10**9, "peak_memory": 2**20}
+    return rounded(
+        {
+            "name": "made_up", "seed": None, "class_counts": counts.tolist(),
+            "class_names": [f"a class with a long name {i}" for i in range(classes)] if named else None,
+            "heads": {head: metrics for head in heads},
+            "positive_posterior": {head: posterior for head in heads},
+            "distances": {name: rho for name in features},
+            "embedding": {
+                "classes": embedded, "labels": np.repeat(embedded, 2).tolist(),
+                "points": {name: rng.normal(size=(2 * len(embedded), 2)).tolist() for name in features},
+            },
+            "reliability": {head: reliability(confidence, labels == predicted) for head in heads},
+            "confusion": group_confusion(labels, predicted, counts),
+            "trend": accuracy_trend(per_class, counts),
+            "efficiency": {
+                "input_size": [3, 8, 8], "inference": cost, "all_heads": cost, "table_6": TABLE_6,
+            },
+        }
+    )  # fmt: skip
+
+
+MBIB_HEADS = ("prediction", "x", "v1", "v2", "z")
+EXTREMES = {
+    "two classes, one without images": made_up([500, 5], [0, 0, 0]),
+    "two balanced classes": made_up([100, 100], [0, 1], named=True),
+    "a class in each group": made_up([101, 100, 19], [0, 1, 2], MBIB_HEADS, named=True),
+    "few only": made_up([3, 2, 1], [0, 1, 2], MBIB_HEADS),
+    "iNaturalist": made_up(
+        np.maximum(2, 1000 / np.arange(1, 8143) ** 0.62).astype(int), list(range(0, 8142, 2)), MBIB_HEADS
+    ),
+}
+
+
+def figure_of(analysis, name, other=None):
+    """The figure, as it stands before it is written."""
+    illustrations = analysis_figures(analysis) if other is None else comparison_figures(analysis, other)
+    kept = []
+    draw = next(illustration.draw for illustration in illustrations if illustration.name == name)
+    render(lambda: kept.append(draw()) or kept[0], formats=())
+    return kept[0]
+
+
+def bars(axes):
+    """Heights of the bars of each call of `Axes.bar`."""
+    return [[patch.get_height() for patch in container] for container in axes.containers]
+
+
+def texts(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("which", ["real", *EXTREMES])
+def test_every_figure_can_be_drawn(which, theme, request):
+    analysis = request.getfixturevalue("real") if which == "real" else EXTREMES[which]
+    illustrations = [*analysis_figures(analysis), *comparison_figures(analysis, analysis)]
+    assert [illustration.name for illustration in illustrations] == [*FIGURES, "positive_posterior_difference"]
+    for illustration in illustrations:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            content = render(illustration.draw, theme=theme)["png"]
+        assert content.startswith(b"\x89PNG")
+
+
+def test_a_reading_is_one_sentence(real):
+    for illustration in [*analysis_figures(real), *comparison_figures(real, real)]:
+        reading = re.sub(re.escape(f"{real['name']} (seed 0)"), "a run", illustration.reading)
+        assert re.fullmatch(r"[A-Z][^.!?]*(\d\.\d[^.!?]*)*\.", reading), reading
+        assert len(illustration.title) > 5
+
+
+def test_posterior_bars_follow_the_order_of_training_images(real):
+    shuffled = copy.deepcopy(real)
+    order = np.random.default_rng(0).permutation(10)
+    values = real["positive_posterior"]["prediction"]
+    shuffled["class_counts"] = [real["class_counts"][i] for i in order]
+    shuffled["positive_posterior"]["prediction"] = [values[i] for i in order]
+    shuffled["class_names"] = [real["class_names"][i] for i in order]
+    for analysis in (real, shuffled):
+        figure = figure_of(analysis, "positive_posterior")
+        axes = figure.axes[0]
+        assert sum(bars(axes), []) == pytest.approx(values)  # the digits are sorted
+        assert [label.get_text() for label in axes.get_xticklabels()] == [str(i) for i in range(10)]
+        means = mean_by_shot_group(np.array(values), np.array(real["class_counts"]))
+        lines = [line for line in axes.lines if len(line.get_ydata()) == 2]
+        assert [line.get_ydata()[0] for line in lines] == pytest.approx([means[name] for name in GROUPS[1:]])
+        assert [tuple(line.get_xdata()) for line in lines] == [(0.5, 2.5), (2.5, 6.5), (6.5, 10.5)]
+        assert texts(figure) == [
+            f"many (2 classes): {means['many']:.2f}", f"medium (4 classes): {means['medium']:.2f}",
+            f"few (4 classes): {means['few']:.2f}", "mean of the shot group",
+        ]  # fmt: skip
+
+
+def test_8142_classes_become_means_of_neighbours():
+    analysis = EXTREMES["iNaturalist"]
+    values = np.array(analysis["positive_posterior"]["prediction"], dtype=float)
+    figure = figure_of(analysis, "positive_posterior")
+    axes = figure.axes[0]
+    assert "mean of 55 neighbours" in axes.get_title()
+    assert 148 <= sum(map(len, bars(axes))) <= 150
+    order = np.argsort(-np.array(analysis["class_counts"]), kind="stable")
+    many = order[: min(55, analysis["heads"]["prediction"]["classes"]["many"])]
+    assert bars(axes)[0][0] == pytest.approx(np.nanmean(values[many]))
+
+
+def test_difference_is_other_minus_first(real):
+    other = copy.deepcopy(real)
+    values = np.array(real["positive_posterior"]["prediction"])
+    changed = np.clip(values + np.linspace(-0.2, 0.3, 10), 0, 1)
+    other["positive_posterior"]["prediction"] = changed.tolist()
+    other["class_counts"] = real["class_counts"][::-1]  # the first's training images decide the order
+    other.update(name="other", seed=None)
+    figure = figure_of(real, "positive_posterior_difference", other)
+    assert sum(bars(figure.axes[0]), []) == pytest.approx(changed - values)
+    assert figure.axes[0].get_title() == "other\nminus mbib_resnet20.digits (seed 0)"
+    assert f"many (2 classes): −{abs((changed - values)[:2].mean()):.3f}" in texts(figure)
+    other["name"] = "x" * 200
+    title = figure_of(real, "positive_posterior_difference", other).axes[0].get_title()
+    assert len(title.splitlines()[0]) == TITLE
+    with pytest.raises(MbibError, match="10 and of 2 classes|2 and of 10 classes"):
+        figure_of(real, "positive_posterior_difference", EXTREMES["two balanced classes"])
+
+
+def test_distances_are_rho_with_the_papers_beside_it(real):
+    figure = figure_of(real, "distances")
+    heights = sum(bars(figure.axes[0]), [])
+    rhos = [real["distances"][name][group]["rho"] for name in ("v", "z") for group in GROUPS]
+    assert heights == pytest.approx(rhos)
+    assert [text.get_text() for text in figure.axes[0].texts] == [f"{rho:.2f}" for rho in rhos]
+    assert (texts(figure), len(figure.axes[0].lines)) == (["v", "z"], 0)
+    for name, table in TABLE_5.items():
+        figure = figure_of({**real, "name": name}, "distances")
+        markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
+        assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
+        assert len(markers) == 7
+        assert texts(figure) == ["v", "z", "paper (Table 5)"]
+
+
+def test_embedding_has_a_panel_for_v_and_z(real):
+    figure = figure_of(real, "embedding")
+    assert [axes.get_title() for axes in figure.axes] == ["v", "z"]
+    shown = real["embedding"]
+    for axes, points in zip(figure.axes, shown["points"].values(), strict=True):
+        assert sum(len(line.get_xdata()) for line in axes.lines) == len(points) == 80
+        assert not len(axes.get_xticks())
+        for label, line in zip(range(10), axes.lines, strict=True):  # the digits are sorted
+            mine = [point for point, of in zip(points, shown["labels"], strict=True) if of == label]
+            assert np.column_stack(line.get_data()).tolist() == mine
+    looks = [[(line.get_color(), line.get_marker()) for line in axes.lines] for axes in figure.axes]
+    assert looks[0] == looks[1]
+    assert len(set(looks[0])) == 10
+    counts = real["class_counts"]
+    assert texts(figure) == [f"{i} ({counts[i]})" for i in range(10)]
+    assert [axes.get_title() for axes in figure_of(EXTREMES["two balanced classes"], "embedding").axes] == ["v"]
+
+
+def test_reliability_shows_the_prediction_and_the_heads_it_is_made_of(real):
+    figure = figure_of(real, "reliability")
+    shown = ["prediction", "v3", "z"]
+    eces = [f"{name}: ECE {real['reliability'][name]['ece']:.1f} %" for name in shown]
+    assert texts(figure)[:4] == [*eces, "as often right as claimed"]
+    curves = {line.get_label(): line for line in figure.axes[0].lines}
+    for name, label in zip(shown, eces, strict=True):
+        bins = real["reliability"][name]
+        drawn = np.column_stack(curves[label].get_data()).tolist()
+        pairs = zip(bins["confidence"], bins["accuracy"], strict=True)
+        assert drawn == [list(pair) for pair in pairs if None not in pair]
+    shares = [patch.get_data().values for patch in figure.axes[1].patches if hasattr(patch, "get_data")]
+    assert [share.sum() for share in shares] == pytest.approx([100] * 4)  # the prediction's is filled too
+    single = figure_of(EXTREMES["two balanced classes"], "reliability")
+    assert [text.partition(":")[0] for text in texts(single)][0] == "prediction"
+    assert not any(text.startswith(("v", "z")) for text in texts(single))
+
+
+def test_confusion_stacks_every_group(real):
+    axes = figure_of(real, "confusion").axes[0]
+    widths = [patch.get_width() for patch in axes.patches][:24]
+    content = real["confusion"]
+    expected = [value for group in GROUPS[1:] for kind in ("shares", "even") for value in content[kind][group].values()]
+    assert widths == pytest.approx(expected)
+    assert axes.get_yticklabels()[0].get_text() == "many\n68 images"
+    for place, group in enumerate(GROUPS[1:]):
+        assert sum(widths[8 * place : 8 * place + 4]) == pytest.approx(100), group
+    empty = figure_of(EXTREMES["two balanced classes"], "confusion").axes[0]
+    assert [text.get_text() for text in empty.texts].count("no images") == 2
+
+
+def test_numbers_stand_out_from_their_bars():
+    assert [text_on(color) for color in ("#000000", "#0072B2", "#D55E00", "#F0E442", "#ffffff")] == [
+        "#ffffff", "#ffffff", "#000000", "#000000", "#000000",
+    ]  # fmt: skip
+
+
+def test_trend_has_a_point_for_each_class_and_the_line(real):
+    figure = figure_of(real, "trend")
+    axes = figure.axes[0]
+    *groups, line = axes.lines
+    points = np.concatenate([np.column_stack(group.get_data()) for group in groups])
+    expected = np.column_stack([real["class_counts"], real["heads"]["prediction"]["per_class"]])
+    np.testing.assert_allclose(points, expected)
+    assert [group.get_color() for group in groups] == list(GROUP_COLORS.values())
+    trend = real["trend"]
+    x, y = line.get_data()
+    assert y == pytest.approx(trend["intercept"] + trend["slope"] * np.log10(x))
+    assert texts(figure)[-1].startswith(f"{trend['slope']:+.1f} points".replace("-", "−"))
+    assert axes.get_xscale() == "log"
+    # Classes without images have no point, balanced ones no line, and many classes are means of neighbours.
+    assert len(figure_of(EXTREMES["two classes, one without images"], "trend").axes[0].lines) == 1
+    many = figure_of(EXTREMES["iNaturalist"], "trend")
+    assert 148 <= sum(len(line.get_xdata()) for line in many.axes[0].lines[:-1]) <= 150
+
+
+def test_costs_are_ours_beside_table_6(real):
+    panels = figure_of(real, "costs").axes
+    ours = [real["efficiency"][name] for name in ("inference", "all_heads")]
+    for axes, key, unit in zip(panels, ("parameters", "macs", "peak_memory"), (1e3, 1e9, 2**20), strict=True):
+        rows = [*ours, *(TABLE_6.values() if key != "peak_memory" else ())]
+        assert [patch.get_width() for patch in axes.patches] == pytest.approx([row[key] / unit for row in rows])
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert names[0] == "this model, inference"
+    assert "SADE, paper" in names
+    # One head, and another size of image, whose operations Table 6 has not.
+    panels = figure_of(EXTREMES["two balanced classes"], "costs").axes
+    assert [len(axes.patches) for axes in panels] == [4, 1, 1]
+
+
+def test_accuracy_by_head_has_every_head(real):
+    legend = figure_of(real, "accuracy_by_head").axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["v1", "v2", "v3", "z", "prediction"]
