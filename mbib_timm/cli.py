@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
         complete = run_sweep(sweep, recipe_overrides(arguments), arguments.results, arguments.only, arguments.dry_run)
         return 0 if complete else 1
     elif arguments.command == "analyze":
-        from mbib_timm.analysis import analyze
+        from mbib_timm.analysis.analyze import analyze
 
         overrides = recipe_overrides(arguments)
         output = overrides.pop("output", None)  # of the analysis, and not of a run

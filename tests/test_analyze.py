@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mbib_timm.analysis import analyze, analyze_run
+from mbib_timm.analysis import analyze as analyze_module
+from mbib_timm.analysis.analyze import analyze, analyze_run
+from mbib_timm.analysis.figures import analysis_figures
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import train
 
-MODULE = sys.modules[analyze.__module__]  # the package gives the function under the module's name
 HEADS = ["prediction", "v1", "v2", "v3", "z"]
 
 
@@ -38,7 +39,9 @@ def refuse(constant):
 def test_the_file_holds_what_is_returned(run, result):
     text = (run / "analysis" / "analysis.json").read_text()
     assert json.loads(text, parse_constant=refuse) == result
-    assert [path.name for path in (run / "analysis").iterdir()] == ["analysis.json"]
+    assert sorted(path.name for path in (run / "analysis").iterdir()) == ["analysis.json", "figures"]
+    drawn = {f"{figure.name}.{form}" for figure in analysis_figures(result) for form in ("png", "pdf")}
+    assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
     assert list(result) == [
         "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "heads",
         "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
@@ -102,6 +105,8 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
         "ce_resnet20.digits-3/analysis.json",
         "mbib_resnet20.digits/analysis.json",
     ]
+    compared = sorted(path.relative_to(output).as_posix() for path in output.rglob("*difference.png"))
+    assert compared == [f"ce_resnet20.digits-{i}/figures/positive_posterior_difference.png" for i in (2, 3)]
     assert list(results[1]["heads"]) == ["prediction"]
     assert list(results[1]["distances"]) == list(results[1]["embedding"]["points"]) == ["v"]
     assert results[0]["embedding"]["classes"] == [2, 9]
@@ -143,7 +148,7 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
     counts.write_text("50\n" * 7)
     with pytest.raises(MbibError, match="tells 10 classes apart, but the data have 7"):
         analyze_run(str(run), overrides={**cpu, "class_counts": str(counts)}, output=tmp_path / "new")
-    monkeypatch.setattr(MODULE, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
+    monkeypatch.setattr(analyze_module, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
     with pytest.raises(MbibError, match="one process, not in 2"):
         analyze_run(str(run), overrides=cpu, output=tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -151,6 +156,6 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
 
 def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    monkeypatch.setattr(MODULE, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))
+    monkeypatch.setattr(analyze_module, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
         analyze_run(str(run), overrides={"device": "cpu"})

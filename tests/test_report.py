@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from browser import open_page
 
-from mbib_timm.analysis import analyze_run
+from mbib_timm.analysis.analyze import analyze_run
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.paper import RESULTS

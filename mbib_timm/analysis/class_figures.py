@@ -38,7 +38,7 @@ def positive_posterior(analysis: Mapping[str, Any]) -> Any:
     values = _array(analysis["positive_posterior"]["prediction"])
     figure, axes, classes_a_bar = _posterior_bars(analysis, values, "{:.2f}")
     axes.set_title(class_bars_title("Mean positive posterior of the prediction", classes_a_bar))
-    axes.set(ylabel="mean probability of the true class", ylim=(0, 1))
+    axes.set(ylabel="mean probability\nof the true class", ylim=(0, 1))
     return figure
 
 
@@ -55,7 +55,9 @@ def posterior_change(first: Mapping[str, Any], other: Mapping[str, Any]) -> Any:
     posteriors = [_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
     figure, axes, classes_a_bar = _posterior_bars(first, posterior_difference(*posteriors), "{:+.3f}")
     axes.axhline(0, color=ink(), linewidth=0.8)
-    axes.margins(y=0.08)
+    heights = [1.08 * patch.get_height() for patch in axes.patches]
+    # Runs that agree have a flat line, and not an axis of rounding errors.
+    axes.set_ylim(min(-0.005, *heights), max(0.005, *heights))
     title = [shortened(run_title(other), TITLE), f"minus {shortened(run_title(first), TITLE)}"]
     axes.set_title("\n".join([*title, f"mean of {classes_a_bar} neighbours"][: 2 + (classes_a_bar > 1)]))
     axes.set_ylabel("difference of the mean\nprobability of the true class")

@@ -11,13 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mbib_timm.models.complexity import count_macs, count_parameters
+from mbib_timm.paper import TABLE_6
 
 TABLE_6_SIZE = (640, 640)
-TABLE_6 = {
-    "MBIB": {"parameters": 486_020, "macs": 27_930_000_000},
-    "SADE": {"parameters": 783_860, "macs": 40_690_000_000},
-    "RIDE with 4 experts": {"parameters": 1_018_000, "macs": 50_980_000_000},
-}
 COUNTS_TENSORS = "bytes of all live tensors: parameters, buffers, image and activations; no kernel workspace"
 COUNTS_CUDA = "CUDA allocator's peak: parameters, buffers, image, activations and kernel workspace"
 

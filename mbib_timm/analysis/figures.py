@@ -27,21 +27,11 @@ from mbib_timm.drawing import (
     paper,
 )
 from mbib_timm.evaluation.figures import shot_groups_figure
+from mbib_timm.paper import TABLE_5
 
 GROUPS = ("all", "many", "medium", "few")
 OBSERVATION, BOTTLENECK = SKY, ORANGE  # v and z
 SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
-# Table 5, CIFAR-100-LT with imbalance factor 100. Our copy lacks MBIB_z's "all", and has two numbers for BIB_v's "few".
-TABLE_5 = {
-    "bib_resnet32.cifar100_lt_if100": {
-        "v": {"many": 0.94, "medium": 1.06, "all": 1.06},
-        "z": {"many": 0.80, "medium": 0.91, "few": 1.15, "all": 0.91},
-    },
-    "mbib_resnet32.cifar100_lt_if100": {
-        "v": {"many": 1.01, "medium": 1.04, "few": 1.31, "all": 1.09},
-        "z": {"many": 0.78, "medium": 0.86, "few": 1.02},
-    },
-}
 
 
 def analysis_figures(analysis: Mapping[str, Any]) -> list[Illustration]:
@@ -165,7 +155,8 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
     figure, (curve, images) = canvas(5.2, 6.2, rows=2)
     curve.get_gridspec().set_height_ratios([3, 1])
     points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
-    curve.plot([], [], "o", color=GREY, markerfacecolor=paper(), label=f"fewer than {SURE_IMAGES} images")
+    if any(0 < number < SURE_IMAGES for name in shown for number in heads[name]["images"]):
+        curve.plot([], [], "o", color=GREY, markerfacecolor=paper(), label=f"fewer than {SURE_IMAGES} images")
     curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]

@@ -74,10 +74,11 @@ class Section:
         self.figures[illustration.name] = {form: drawn[form] for form in ("png", "pdf")}
         alternative = escape(f"{illustration.title}: {illustration.reading}", quote=True)
         self.blocks.append(
-            f"<figure><h3>{inline(illustration.title)}</h3><picture>"
+            "<figure><picture>"
             f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
             f'<img src="{_data(drawn["svg"])}" alt="{alternative}"></picture>'
-            f"<figcaption>{inline(illustration.reading)}</figcaption></figure>"
+            f"<figcaption><strong>{inline(illustration.title)}.</strong> {inline(illustration.reading)}</figcaption>"
+            "</figure>"
         )
 
 
