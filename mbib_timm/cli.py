@@ -180,7 +180,7 @@ def build_parser() -> Parser:
     publish.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
 
     commands.add_parser("models", help="list the zoo: what is trained, how well, how large", allow_abbrev=False)
-    commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
+    commands.add_parser("recipes", help="list the packaged recipes and sweeps", allow_abbrev=False)
     return parser
 
 
@@ -198,7 +198,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; returns the exit status."""
     if arguments.command == "recipes":
-        print("\n".join(list_recipes()))
+        from mbib_timm.sweeps.definition import list_sweeps
+
+        print("\n".join([*list_recipes(), "", "for mbib sweep:", *list_sweeps()]))
     elif arguments.command == "models":
         from mbib_timm.inference.catalogue import catalogue, text_table
 

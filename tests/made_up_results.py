@@ -58,6 +58,7 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
             seed=run.recipe.seed,
             epochs=run.recipe.epochs,
             recipe_epochs=run.recipe_epochs,
+            settings=run.settings,
             dataset=run.recipe.dataset,
             test_images=10_000,
             heads=heads,

@@ -169,7 +169,7 @@ def reported(tmp_path_factory, finished_run):
     flags = ["--epochs", "2", "--device", "cpu", "--output", str(root / "runs"), "--results", str(root / "results")]
     sweep = ["sweep", "figure9_structures", "--recipe", "digits/mbib_resnet20", "--seeds", "0", "1", *flags]
     assert main(sweep) == 0
-    inputs = [run, *DIGITS, MBIB, root / "results" / "figure9_structures-digits-2e"]
+    inputs = [run, *DIGITS, MBIB, root / "results" / "figure9_structures-mbib_resnet20.digits-2e"]
     page = root / "out" / "report.html"
     assert main(["report", *map(str, inputs), "-o", str(page), "--title", "A <report>"]) == 0
     return page, inputs

@@ -178,13 +178,13 @@ def test_a_fraction_of_the_epochs_moves_warm_up_and_milestones_and_names_the_fol
 def test_another_recipe_gives_another_name_and_drops_the_papers_numbers():
     table = find_sweep(["table1_cifar100_lt"])
     moved = on_recipe(table, "digits/{method}_resnet32")
-    assert (moved.name, moved.paper) == ("table1_cifar100_lt-digits", None)
+    assert (moved.name, moved.paper) == ("table1_cifar100_lt-resnet32.digits", None)
     runs = plan(replace(moved, seeds=[0]), {})
     assert len(runs) == 15, "the imbalance factor is a recipe key now"
     assert [run.recipe.imbalance_factor for run in runs[:3]] == [100.0, 50.0, 10.0]
     assert {run.recipe.dataset for run in runs} == {"digits"}
     assert runs[1].label == "ce_resnet32.digits-imbalance_factor=50-seed0"
-    with pytest.raises(MbibError, match=r"unknown axis of sweep table1_cifar100_lt-digits 'method'"):
+    with pytest.raises(MbibError, match=r"unknown axis of sweep table1_cifar100_lt-mbib_resnet32.digits 'method'"):
         on_recipe(table, "digits/mbib_resnet32")
 
 
@@ -201,7 +201,7 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digits/mbib_resnet2"], "unknown recipe 'digits/mbib_resnet2': did you mean"),
+        (["digits/mbib_resnet2"], "unknown sweep or recipe 'digits/mbib_resnet2': did you mean"),
         ([DIGITS, "--seed", "1"], "recipe key 'seed' is the sweep's own to set; see --seeds"),
         ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
         ([DIGITS, DIGITS], "sweep sweep has two runs of the name mbib_resnet20.digits-seed0"),

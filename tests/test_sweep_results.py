@@ -84,8 +84,8 @@ def test_the_title_says_the_epochs_run_of_those_asked_for():
     assert title_of(made_up(SMALL)) == "# small: A trial (200 epochs, n = 3)"
     short = made_up(replace(SMALL, seeds=[0]), epochs=20)
     assert title_of(short) == "# small-20e: A trial (20 epochs of 200, n = 1)"
-    assert "shortened schedule" in markdown(short)
-    assert "shortened schedule" not in markdown(made_up(SMALL))
+    assert "Not the recipe's schedule" in markdown(short)
+    assert "Not the recipe's schedule" not in markdown(made_up(SMALL))
 
 
 def test_a_group_without_classes_is_a_dash():
@@ -374,3 +374,23 @@ def test_the_same_numbers_give_the_same_bytes_and_leave_no_trace(name):
     first, second = (render(lambda: sweep_figure(results), ("png", "pdf", "svg"), DARK) for _ in range(2))
     assert first == second
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "comparable"),
+    [
+        ({}, True),
+        ({"val_interval": 20, "torchcompile": False}, True),
+        ({"dataset": "folder", "data_dir": "elsewhere"}, True),
+        ({"dataset": "digits"}, False),
+        ({"lr": 0.01}, False),
+        ({"val_interval": 20, "batch_size": 64}, False),
+    ],
+)
+def test_what_was_set_from_outside_is_told_and_decides_whether_the_paper_compares(settings, comparable):
+    results = made_up(find_sweep(["table9_rebalancing"]), **settings)
+    text = markdown(results)
+    assert ("difference" in text) == results.is_papers == comparable
+    for key, value in settings.items():
+        assert (f"`{key}` {value}" in text) == (key != "data_dir"), "where data lie decides nothing, and is private"
+    assert ("Set otherwise" in text) == bool(settings)

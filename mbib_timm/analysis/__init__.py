@@ -1,1 +1,1 @@
-"""Analyses of trained models: pure functions of features, predictions, labels and training counts, and their command."""
+"""Analyses of trained models: pure functions of features, predictions, labels and counts, and their command."""

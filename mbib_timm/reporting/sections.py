@@ -61,6 +61,8 @@ def run_section(group: RunGroup) -> Section:
         illustrations += analysis_figures(run.analysis)
     for illustration in illustrations:
         section.figure(illustration)
+    if run.analysis is None:
+        section.paragraphs(["`mbib analyze` of the run adds posteriors, distances, t-SNE, calibration and costs."])
     return section
 
 

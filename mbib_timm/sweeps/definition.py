@@ -27,7 +27,7 @@ import yaml
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.evaluation.table import COLUMNS
-from mbib_timm.recipe import TYPES, recipes_folder
+from mbib_timm.recipe import TYPES, find_recipe, list_recipes, recipes_folder
 
 # Recipe keys that a sweep sets by itself.
 PER_RUN = ("seed", "experiment", "resume")
@@ -180,13 +180,17 @@ def find_sweep(names: Sequence[str]) -> Sweep:
     """Return the sweep of a packaged name or a sweep file, or one over the recipes named.
 
     Raises:
-        MbibError: a sweep file that is none.
+        MbibError: a sweep file that is none, or a name of neither a sweep nor a recipe.
     """
     packaged = recipes_folder() / "sweeps" / f"{names[0]}.yaml"
     for path in (Path(names[0]), packaged):
         if len(names) == 1 and path.is_file() and (path == packaged or _is_sweep(path)):
             return load_sweep(path)
-    # Braces in a file's name are no axes of ours.
+    for name in names:
+        try:
+            find_recipe(name)
+        except MbibError:
+            raise unknown_name("sweep or recipe", name, [*list_sweeps(), *list_recipes()]) from None
     return Sweep("sweep", "{recipe}", {"recipe": list(names)})
 
 

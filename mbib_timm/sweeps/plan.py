@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ class PlannedRun:
         name: of the recipe, as `recipe_name` has it.
         recipe: resolved, with the folder that it writes to.
         recipe_epochs: epochs that the recipe asks for by itself.
+        settings: recipe keys that were set from outside, with values that compute something else; without the epochs.
     """
 
     label: str
@@ -32,6 +34,7 @@ class PlannedRun:
     name: str
     recipe: Recipe
     recipe_epochs: int
+    settings: dict[str, Any]
 
     def folder(self) -> RunFolder:
         """Return the run's folder."""
@@ -51,15 +54,17 @@ class PlannedRun:
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:
-    """Return a sweep on another base recipe, under a name that says so: ``table4_observations-digits``.
+    """Return a sweep on another base recipe, under a name that says so: ``figure4_weights-mbib_resnet20.digits``.
 
     An axis that was a part of the old recipe's name and is none of the new one's has to be a recipe key. The paper's
     numbers stay where they are for this recipe.
     """
+    recipe = recipe.removesuffix(".yaml") if not Path(recipe).is_file() else recipe
     if recipe == sweep.recipe:
         return sweep
     paper = sweep.paper if sweep.paper is not None and sweep.paper.recipe == recipe else None
-    name = f"{sweep.name}-{Path(recipe).parent.name or Path(recipe).stem}"
+    parts = re.sub(r"{.*?}_?", "", Path(recipe).stem), Path(recipe).parent.name
+    name = f"{sweep.name}-{'.'.join(filter(None, parts))}"
     return replace(sweep, recipe=recipe, name=name, paper=paper)
 
 
@@ -110,7 +115,9 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
             configuration = "-".join([name, *values])
             label = f"{configuration}-seed{seed}"
             placed = recipe.replace(seed=seed, experiment=label, resume="auto")
-            yield PlannedRun(label, configuration, coordinates, name, placed, own.epochs)
+            before, now = own.computation(), recipe.computation()
+            changed = {key: now[key] for key in overrides if key in now and now[key] != before[key] and key != "epochs"}
+            yield PlannedRun(label, configuration, coordinates, name, placed, own.epochs, changed)
 
 
 def _put(settings: dict[str, Any], own: Recipe, key: str, value: Any) -> None:

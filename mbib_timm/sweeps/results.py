@@ -17,6 +17,9 @@ FILE = "sweep.json"
 # Of a run's environment: what has to be the same for two runs to compare, beside the recipe.
 ENVIRONMENT = ("mbib_timm", "commit", "torch", "timm", "device", "hardware", "processes", "command")
 
+# Recipe keys that say how a result is reached and reported, and leave it as it is.
+SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "cuda_graph", "channels_last"}
+
 
 @dataclass(frozen=True)
 class SweepResults:
@@ -59,9 +62,19 @@ class SweepResults:
         return any(run["epochs"] != run["recipe_epochs"] for run in self.runs)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Recipe keys that were set from outside in any of the runs."""
+        return {key: value for run in self.runs for key, value in run["settings"].items()}
+
+    @property
     def is_papers(self) -> bool:
-        """True if the sweep is the paper's: its recipe, run in full, so that a difference from its numbers counts."""
-        return self.paper is not None and self.recipe == self.paper["recipe"] and not self.is_short
+        """True if the sweep is the paper's: its recipe as it stands, in full. Then a difference from it counts."""
+        if self.paper is None or self.recipe != self.paper["recipe"] or self.is_short:
+            return False
+        # The same images in files of their own are the benchmark still, and so is any other way to the same numbers.
+        return self.settings.keys() <= SAME_RESULT or (
+            self.settings.keys() <= {*SAME_RESULT, "dataset"} and self.settings["dataset"] == "folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ def run_record(run: PlannedRun) -> dict[str, Any]:
         "seed": metrics["seed"],
         "epochs": metrics["epochs"],
         "recipe_epochs": run.recipe_epochs,
+        "settings": run.settings,
         "dataset": metrics["dataset"],
         "test_images": metrics["result"]["heads"]["prediction"]["images"],
         "heads": {

@@ -92,10 +92,13 @@ def what_was_run(results: SweepResults) -> list[str]:
         f"deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
         f"`{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
     ]
+    if results.settings:
+        listing = listed([f"`{key}` {value}" for key, value in results.settings.items()])
+        said.append(f"Set otherwise than in the recipe: {listing}.")
     if results.is_short:
         said.append(
-            "**A shortened schedule**: warm-up and milestones were moved in proportion. The rows compare with one "
-            "another, and with nothing else."
+            "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. The rows "
+            "compare with one another, and with nothing else."
         )
     if results.paper is not None and results.paper["recipe"] != results.recipe:
         said.append(f"The paper's numbers are for another setting, `{results.paper['recipe']}`.")
