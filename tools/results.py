@@ -22,6 +22,8 @@ from typing import Any
 
 from benchmarking.table import markdown, read_results
 
+from mbib_timm.analysis.figures import analysis_figures
+from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.catalogue import catalogue, markdown_table
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
@@ -72,6 +74,8 @@ def draw(result: Path) -> None:
     with (result / "summary.csv").open() as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     draw_figures(result, history, metrics)
+    if (result / "analysis.json").is_file():
+        write_illustrations(result / "figures", analysis_figures(json.loads((result / "analysis.json").read_text())))
 
 
 def table(results: Path) -> str:
