@@ -121,6 +121,15 @@ def paper() -> str:
     return str(matplotlib.rcParams["figure.facecolor"])
 
 
+def text_on(color: str) -> str:
+    """Return black or white, whichever stands out more from a colour behind it (contrast of WCAG 2)."""
+    from matplotlib.colors import to_rgb
+
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+
+
 @dataclass(frozen=True)
 class Illustration:
     """A figure that can be drawn, and what its reader has to know.

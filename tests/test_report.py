@@ -16,7 +16,7 @@ from mbib_timm.paper import RESULTS
 from mbib_timm.recipe import find_recipe, list_recipes, recipe_claims, recipe_name
 from mbib_timm.reporting.differences import differences, sampling_error
 from mbib_timm.reporting.inputs import group_runs, read_inputs, read_run
-from mbib_timm.reporting.page import Section, inline, render_page
+from mbib_timm.reporting.page import Section, inline, render_page, unique_anchors
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
@@ -120,6 +120,55 @@ def test_a_shortened_schedule_is_named_and_seeds_give_a_deviation(tmp_path):
     assert "one seed" not in differences(group)[-1]
 
 
+def test_seeds_see_the_same_test_images_and_leave_their_error(tmp_path):
+    folders = [changed(MBIB, tmp_path, f"seed{seed}", seed=seed) for seed in range(4)]
+    (group,) = group_runs([read_run(folder) for folder in folders])
+    assert "standard error of 0.4 points" in differences(group)[0]
+
+
+def test_classes_that_are_all_wrong_leave_no_sampling_error(tmp_path):
+    run = read_run(changed(MBIB, tmp_path, "wrong", top1=0.0, many=0.0, medium=0.0, few=0.0, per_class=[0.0] * 100))
+    assert "a standard error of 0.0 points on ours." in differences(group_runs([run])[0])[0]
+
+
+def test_paragraphs_are_sentences(tmp_path):
+    run = read_run(changed(MBIB, tmp_path, "worse", top1=40.0))
+    text = " ".join(differences(group_runs([run])[0]))
+    assert "the paper's Table 4, with a = 0.3 instead of 0.1. The" in text
+    assert ",." not in text
+
+
+def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path):
+    folder = changed(MBIB, tmp_path, "changed")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("beta: 5.0", "beta: 1.0"))
+    (own,), (other,) = group_runs([read_run(MBIB)]), group_runs([read_run(folder)])
+    assert (own.settings, own.is_papers) == ({}, True)
+    assert (other.settings, other.is_papers) == ({"beta": 1.0}, False)
+    assert "the recipe was changed in `beta`" in differences(other)[-1]
+    assert "the recipe was changed" not in differences(own)[-1]
+    page = tmp_path / "r.html"
+    assert main(["report", str(MBIB), str(folder), "-o", str(page)]) == 0
+    assert "<dt>set otherwise than in the recipe</dt><dd><code>beta</code> 1.0</dd>" in page.read_text()
+
+
+def test_baselines_are_not_said_to_have_a_z():
+    (group,) = group_runs([read_run(ROOT / "results" / "ce_resnet32.cifar100_lt_if100-10e-seed0")])
+    assert "z is rectified" not in differences(group)[-1]
+
+
+def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_their_own(tmp_path):
+    runs = [changed(MBIB, tmp_path, f"run{beta}") for beta in (1, 2, 3)]
+    for beta, run in enumerate(runs):
+        recipe = run / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("beta: 5.0", f"beta: {beta}.0"))
+    page = tmp_path / "r.html"
+    assert main(["report", *map(str, runs), "-o", str(page)]) == 0
+    assert len(list((tmp_path / "r_figures").glob("*.png"))) == page.read_text().count("<figure>")
+    section = Section("Alike")
+    assert unique_anchors([section, section, Section("Other")]) == ["Alike-1", "Alike-2", "Other"]
+
+
 def test_the_sampling_error_is_that_of_drawn_test_sets():
     run = read_run(MBIB)
     chances = np.array(run.heads["prediction"]["per_class"]) / 100
@@ -133,6 +182,7 @@ def test_the_sampling_error_is_that_of_drawn_test_sets():
     ("make", "message"),
     [
         (lambda folder: None, "there is no .*nowhere: expected the folder of a run"),
+        (lambda folder: folder.write_text(""), "nowhere is a file: expected the folder"),
         (lambda folder: folder.mkdir(), "holds neither metrics.json nor sweep.json"),
         (lambda folder: (folder.mkdir(), (folder / "metrics.json").write_text("{")), "holds no run's results"),
         (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{}")), "holds no sweep's results"),

@@ -63,6 +63,14 @@ def of_recipe(recipe, **fields):
         ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: lines}", "a figure of kind 'lines' needs the role 'x'"),
         ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: heatmap, x: beta}", "kind 'heatmap' needs the role 'y'"),
         ("recipe: a\naxes: {loss: [ce]}\nfigure: {kind: lines, x: loss}", "lines need numbers along x, got 'ce'"),
+        (
+            "recipe: a\naxes: {beta: [1], gamma: [0.0, 0.5]}\nfigure: {kind: lines, x: beta}",
+            "a figure of kind 'lines' does not show gamma",
+        ),
+        (
+            "recipe: a\naxes: {beta: [1]}\nheads: {z: z}\nfigure: {kind: lines, x: beta}",
+            "a figure of kind 'lines' does not show heads",
+        ),
         ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: lines, x: group}", "unknown axis in the figure of sweep x"),
         ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, x: head}", "unknown axis in the figure of sweep x 'head'"),
         ("recipe: a\npaper: {source: T, numbers: [{bta: 1}]}", "unknown axis in the paper's numbers of sweep x 'bta'"),

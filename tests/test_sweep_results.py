@@ -69,7 +69,7 @@ def test_one_seed_has_no_deviation_and_unequal_numbers_of_seeds_are_told():
     results = made_up(SMALL, scattered)
     fewer = replace(results, runs=[run for run in results.runs if run["label"] != results.runs[0]["label"]])
     assert [row["n"] for row in table_of(fewer)] == ["2", "3", "3", "3"]
-    assert title_of(fewer) == "# small: A trial (200 epochs, n = 2, 3)"
+    assert title_of(fewer) == "# small: A trial (200 epochs, n = 2, 3, 11 of 12 runs)"
     assert "11 of 12 runs" in markdown(fewer)
 
 

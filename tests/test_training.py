@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
-from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
+from mbib_timm.training.checkpoint import save_checkpoint
+from mbib_timm.training.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden" / "digits_losses.json"
 DIGITS = find_recipe("digits/mbib_resnet20")
@@ -209,6 +211,19 @@ def test_a_second_process_is_kept_out_of_a_folder(finished):
             train(digits(folder.parent, resume="auto"), "whole")
         other.kill()
     assert train(digits(folder.parent, resume="auto"), "whole")["result"] == metrics["result"]
+
+
+def test_a_run_that_another_process_has_trained_meanwhile_is_not_trained_again(tmp_path):
+    recipe = digits(tmp_path, resume="auto")
+    looked_at, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    other.begin(recipe, {})
+    save_checkpoint(other.path, {})
+    other.end()
+    with pytest.raises(BusyFolderError, match="another process has trained in"):
+        looked_at.begin(recipe, {})
+    again = RunFolder(tmp_path / "run")  # and leaves the lock free
+    again.begin(recipe, {})
+    again.end()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):

@@ -38,7 +38,7 @@ def group_confusion(labels: np.ndarray, predicted: np.ndarray, class_counts: np.
         result["correct"][name] = correct
         # Other classes that an error can go to: in its own group there is one fewer.
         others = np.array([len(classes) for classes in groups.values()]) - (np.arange(len(names)) == place)
-        evenly = (images - correct) * others / others.sum()
+        evenly = (images - correct) * others / max(1, others.sum())
         result["shares"][name] = _percent(names, correct, wrong[place], images)
         result["even"][name] = _percent(names, correct, evenly, images)
     return result

@@ -25,6 +25,7 @@ from mbib_timm.drawing import (
     canvas,
     ink,
     paper,
+    text_on,
 )
 from mbib_timm.evaluation.figures import shot_groups_figure
 from mbib_timm.paper import TABLE_5
@@ -238,15 +239,6 @@ def _faded(color: str) -> str:
     from matplotlib.colors import to_hex, to_rgb
 
     return str(to_hex((np.array(to_rgb(color)) + to_rgb(paper())) / 2))
-
-
-def text_on(color: str) -> str:
-    """Return black or white, whichever stands out more from a colour behind it (contrast of WCAG 2)."""
-    from matplotlib.colors import to_rgb
-
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def costs(analysis: Mapping[str, Any]) -> Any:

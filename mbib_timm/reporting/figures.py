@@ -39,7 +39,7 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
             axes.annotate(
                 f"{mean:.1f}", (at, top), offset, textcoords="offset points", ha="center", va="bottom", fontsize=7
             )
-            for result in group.paper[:1] if not group.is_short else ():
+            for result in group.paper[:1] if group.is_papers else ():
                 if column in result.accuracies:
                     axes.plot(at, result.accuracies[column], "D", color=ink(), markerfacecolor=paper(), markersize=5)
                     shown = True

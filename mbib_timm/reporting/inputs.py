@@ -13,7 +13,7 @@ from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.paper import RESULTS, PaperResult
 from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe, recipe_name
-from mbib_timm.sweeps.results import FILE, SweepResults, read_results
+from mbib_timm.sweeps.results import FILE, SAME_RESULT, SweepResults, read_results
 from mbib_timm.training.public import public_metrics
 
 
@@ -55,11 +55,13 @@ class RunGroup:
         title: the run's name, with what sets it apart from others of the name.
         runs: by seed.
         recipe_epochs: epochs that the packaged recipe of the name asks for; None where there is no such recipe.
+        settings: recipe keys with other values than in that recipe that compute something else, beside the epochs.
     """
 
     title: str
     runs: tuple[ReportedRun, ...]
     recipe_epochs: int | None
+    settings: Mapping[str, Any]
 
     @property
     def first(self) -> ReportedRun:
@@ -70,6 +72,11 @@ class RunGroup:
     def is_short(self) -> bool:
         """True if the runs had other epochs than their recipe asks for."""
         return self.recipe_epochs is not None and self.first.metrics["epochs"] != self.recipe_epochs
+
+    @property
+    def is_papers(self) -> bool:
+        """True if the runs are the paper's: its recipe as it stands, in full. Then a difference from it counts."""
+        return bool(self.paper) and not self.is_short and not self.settings
 
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
         """Return a head's accuracy in percent of each run: ``overall``, ``many``, ``medium`` or ``few``."""
@@ -114,6 +121,8 @@ def _folder(name: str) -> Path:
             return folder
     if Path(name).is_dir():
         raise MbibError(f"{name} holds neither metrics.json nor {FILE}: no finished run, and no sweep's results")
+    if Path(name).exists():
+        raise MbibError(f"{name} is a file: expected the folder of a run, of kept results or of a sweep's results")
     raise MbibError(
         f"there is no {name}: expected the folder of a run, of kept results or of a sweep's results, or a published "
         "name"
@@ -159,10 +168,22 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[RunGroup]:
         if len(set(seeds)) < len(seeds):
             raise MbibError(f"two of the runs of {members[0].name} have the same seed: {seeds}")
         name = members[0].name
-        epochs = load_recipe(find_recipe(asked_for[name])).epochs if name in asked_for else None
+        own = load_recipe(find_recipe(asked_for[name])) if name in asked_for else None
         ordered = tuple(sorted(members, key=lambda run: run.metrics["seed"]))
-        groups.append(RunGroup(_title(members[0], runs), ordered, epochs))
+        settings = {} if own is None else _settings(members[0].recipe, own)
+        groups.append(RunGroup(_title(members[0], runs), ordered, None if own is None else own.epochs, settings))
     return groups
+
+
+def _settings(recipe: Recipe, own: Recipe) -> dict[str, Any]:
+    """Return the keys with other values than the packaged recipe's; the same images in files are the same data."""
+    elsewhere = {"dataset"} if recipe.dataset == "folder" and own.imbalance == recipe.imbalance == "exp" else set()
+    expected = own.computation()
+    return {
+        key: value
+        for key, value in recipe.computation().items()
+        if value != expected[key] and key not in {"seed", "epochs", *SAME_RESULT, *elsewhere}
+    }
 
 
 def _title(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:

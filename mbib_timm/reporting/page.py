@@ -105,7 +105,7 @@ def render_page(title: str, lead: Sequence[str], sections: Sequence[Section]) ->
         sections: its parts, which the table of contents lists.
     """
     style = (files("mbib_timm.reporting") / "page.css").read_text(encoding="utf-8")
-    anchors = _unique([section.anchor for section in sections])
+    anchors = unique_anchors(sections)
     contents = "".join(
         f'<li><a href="#{anchor}">{_title(section.title)}</a></li>'
         for anchor, section in zip(anchors, sections, strict=True)
@@ -139,5 +139,7 @@ def render_page(title: str, lead: Sequence[str], sections: Sequence[Section]) ->
 """
 
 
-def _unique(names: Sequence[str]) -> list[str]:
+def unique_anchors(sections: Sequence[Section]) -> list[str]:
+    """Return the sections' anchors; those that are alike end in the section's place."""
+    names = [section.anchor for section in sections]
     return [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, start=1)]

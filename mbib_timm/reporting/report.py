@@ -6,7 +6,7 @@ from pathlib import Path
 import mbib_timm
 from mbib_timm.errors import MbibError
 from mbib_timm.reporting.inputs import read_inputs
-from mbib_timm.reporting.page import Section, render_page
+from mbib_timm.reporting.page import Section, render_page, unique_anchors
 from mbib_timm.reporting.sections import comparison_section, run_section, sweep_section
 from mbib_timm.training.checkpoint import write_atomically
 
@@ -55,8 +55,8 @@ def _lead() -> list[str]:
 
 
 def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
-    for section in sections:
+    for anchor, section in zip(unique_anchors(sections), sections, strict=True):
         for name, files in section.figures.items():
             folder.mkdir(parents=True, exist_ok=True)
             for form, content in files.items():
-                (folder / f"{section.anchor}-{name}.{form}").write_bytes(content)
+                (folder / f"{anchor}-{name}.{form}").write_bytes(content)

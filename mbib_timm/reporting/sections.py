@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -75,6 +76,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     epochs = str(run.metrics["epochs"])
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: compares with no other schedule"
+    settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
     return [
         ("model, loss", f"`{run.metrics['model']}`, `{run.metrics['loss']}`"),
         (
@@ -82,6 +84,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} a class",
         ),
         ("epochs", epochs),
+        *([("set otherwise than in the recipe", settings)] if settings else []),
         ("seeds", f"{seeds} (n = {len(group.runs)})"),
         ("time", f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"),
         ("hardware", f"{environment['hardware']} ({environment['device']})"),
@@ -113,7 +116,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
     section = Section("Side by side")
     rows = []
     for group in groups:
-        number = group.paper[0] if group.paper and not group.is_short else None
+        number = group.paper[0] if group.is_papers else None
         paper = "–" if number is None else f"{number.accuracies['overall']:.1f} ({number.source})"
         mean = group.mean("overall")
         difference = "–" if number is None or mean is None else signed(mean - number.accuracies["overall"])
@@ -126,7 +129,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
             "accuracy",
             "Accuracy by shot group",
             "Each colour is a run, and bars are means over its seeds with their standard deviation; diamonds are the "
-            "paper's numbers, where the schedule is the paper's.",
+            "paper's numbers, where recipe and schedule are the paper's.",
             partial(comparison_bars, groups),
         )
     )
@@ -141,10 +144,10 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
             )
         )
     analyses = [group.first.analysis for group in groups if group.first.analysis is not None]
-    for first, other in pairwise(analyses):
+    for place, (first, other) in enumerate(pairwise(analyses), start=1):
         if len(first["class_counts"]) == len(other["class_counts"]):
             for illustration in comparison_figures(first, other):
-                section.figure(illustration)
+                section.figure(replace(illustration, name=f"{illustration.name}-{place}"))
     return section
 
 

@@ -153,6 +153,11 @@ class Sweep:
                 raise unknown_name(f"role in the figure of sweep {self.name}", role, FIGURE_ROLES[kind])
             if axis not in (*self.axes, *extra):
                 raise unknown_name(f"axis in the figure of sweep {self.name}", str(axis), [*self.axes, *extra])
+        # Bars are named after the axes that have no role; lines and maps have no place for them.
+        shown = self.figure.values()
+        hidden = [axis for axis in self.axes if axis not in shown and len(self.axes[axis]) > 1]
+        if kind != "bars" and (hidden or self.heads):
+            raise MbibError(f"sweep {self.name}: a figure of kind {kind!r} does not show {', '.join(hidden) or 'heads'}")
         if kind == "lines":
             for value, _ in self.values(self.figure["x"]):
                 if not _is_number(value):

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from mbib_timm.drawing import CYCLE, METHOD_COLORS, canvas, ink, paper
+from mbib_timm.drawing import CYCLE, METHOD_COLORS, canvas, ink, paper, text_on
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.methods import method_title
 from mbib_timm.sweeps.definition import GROUP, HEAD
@@ -152,15 +152,7 @@ def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: f
         return
     below = (at, min(mean - deviation, marked))
     box = dict(facecolor=color, linewidth=0, pad=0.5)
-    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=_legible(color), bbox=box, **text)
-
-
-def _legible(background: str) -> str:
-    """Return black or white, whichever has the higher contrast (WCAG 2, relative luminance)."""
-    from matplotlib.colors import to_rgb
-
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background)]
-    return "black" if sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) > 0.179 else "white"
+    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=text_on(color), bbox=box, **text)
 
 
 def _wrapped(text: str, characters: int) -> str:

@@ -11,7 +11,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.sweeps.definition import HEAD, Sweep
 from mbib_timm.sweeps.plan import PlannedRun
-from mbib_timm.training.public import public_command
+from mbib_timm.training.public import public_command, public_text
 
 FILE = "sweep.json"
 # Of a run's environment: what has to be the same for two runs to compare, beside the recipe.
@@ -108,11 +108,11 @@ def collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Mapp
     """
     paper = None
     if sweep.paper is not None:
-        paper = {**asdict(sweep.paper), "recipe": sweep.paper.recipe or sweep.recipe}
+        paper = {**asdict(sweep.paper), "recipe": public_text(sweep.paper.recipe or sweep.recipe)}
     return SweepResults(
         name=Path(runs[0].recipe.output).name,
         title=sweep.title,
-        recipe=sweep.recipe,
+        recipe=public_text(sweep.recipe),
         axes={axis: [value for value, _ in sweep.values(axis)] for axis in sweep.axes},
         labels={axis: sweep.label(axis) for axis in sweep.axes},
         heads=sweep.heads,
@@ -120,7 +120,7 @@ def collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Mapp
         paper=paper,
         planned=planned,
         runs=[run_record(run) for run in runs],
-        failed=dict(failed),
+        failed={label: public_text(reason) for label, reason in failed.items()},
     )
 
 
@@ -191,7 +191,9 @@ def headline(results: SweepResults) -> str:
 def short_headline(results: SweepResults) -> str:
     """Return what a sweep shows, and what was run: ``the impact of beta (20 epochs of 200, n = 1)``."""
     numbers = sorted({row.n for row in cells(results)})
-    said = f"{epochs_run(results)}, n = {listed(numbers)}"
+    done = len(results.runs)
+    some = f", {done} of {results.planned} runs" if done < results.planned else ""
+    said = f"{epochs_run(results)}, n = {listed(numbers)}{some}"
     return f"{results.title} ({said})" if results.title else said
 
 

@@ -52,9 +52,13 @@ def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: s
     busy: list[PlannedRun] = []
 
     def write() -> str:
-        # What is done by now, here or by another process: the table is always that of the whole sweep.
-        finished = [run for run in whole if run.label in done or run.is_done()]
-        return write_results(folder, collect(sweep, finished, len(whole), failed)) if finished else ""
+        # What is done by now, here or by another process: the table is always that of the whole sweep. Again where
+        # another process has finished a run while this one drew: its table would be replaced by one without that run.
+        content, written = "", 0
+        while len(finished := [run for run in whole if run.label in done or run.is_done()]) > written:
+            content = write_results(folder, collect(sweep, finished, len(whole), failed))
+            written = len(finished)
+        return content
 
     for number, run in enumerate(runs, start=1):
         print(f"run {number} of {len(runs)}: {run.label}" + (" (done)" if run.label in done else ""), flush=True)

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,14 +35,18 @@ def write_results(folder: Path, results: SweepResults) -> str:
         "runs.csv": runs_csv(results).encode(),
         "table.md": text.encode(),
     }
+    _write(folder, files)  # before anything is drawn: no figure is worth the numbers
     try:
-        for form, content in render(lambda: sweep_figure(results), ("png", "pdf")).items():
-            files[f"figure.{form}"] = content
+        drawn = render(lambda: sweep_figure(results), ("png", "pdf"))
+        _write(folder, {f"figure.{form}": content for form, content in drawn.items()})
     except MbibError as error:
         print(f"no figure: {error}")
+    return text
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         write_atomically(folder / name, lambda out, content=content: out.write(content))  # type: ignore[misc]
-    return text
 
 
 def runs_csv(results: SweepResults) -> str:

@@ -1,6 +1,7 @@
 """What a run wrote, without what it says of the machine: its folders, devices, workers."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def public_command(command: str) -> str:
         if not skipping:
             kept.append(Path(word).name if Path(word).is_absolute() else word)
     return " ".join(kept)
+
+
+def public_text(text: str) -> str:
+    """Return a message, or a file's name, with the last part alone of every absolute path in it."""
+    return re.sub(r"(?<![\w./:])/(?:[^\s/'\":]+/)+", "", text)
 
 
 def public_model(name: str) -> str:

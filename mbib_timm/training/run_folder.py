@@ -39,6 +39,12 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
+        self._seen = self._checkpoints()
+
+    def _checkpoints(self) -> list[tuple[str, int]]:
+        """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
+        files = [self.path / name for name in (NEXT, LAST, PREVIOUS)]
+        return [(file.name, file.stat().st_mtime_ns) for file in files if file.exists()]
 
     def has_checkpoint(self) -> bool:
         """Return whether there is anything to resume from."""
@@ -81,7 +87,8 @@ class RunFolder:
         """Make the folder, keep other processes out until `end`, and record what is about to run.
 
         Raises:
-            MbibError: the folder cannot be written, or another process trains in it.
+            BusyFolderError: another process trains in the folder, or has trained since this object was made.
+            MbibError: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -91,6 +98,9 @@ class RunFolder:
             raise BusyFolderError(text) from None
         except OSError as error:
             raise MbibError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
+        if self._checkpoints() != self._seen:
+            self._lock.release()
+            raise BusyFolderError(f"another process has trained in {self.path} meanwhile; run the command again")
         save_recipe(recipe, self.path / "recipe.yaml")
         self.write_json("environment.json", environment)
 
