@@ -20,7 +20,7 @@ from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import git_oid, make_release
-from mbib_timm.training.public import public_command
+from mbib_timm.training.public import public_command, public_text
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {
@@ -271,6 +271,24 @@ def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir /home/me/my images --lr 0.1 --output=/data/x --sync-bn --workers 8 --seed 1"
     assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
     assert public_command("mbib train /home/me/r.yaml --seed 1") == "mbib train r.yaml --seed 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/data has no train folder", "data has no train folder"),
+        (
+            "no such file: '/home/me/a/b.yaml'; did you mean /srv/x/c.yaml?",
+            "no such file: 'b.yaml'; did you mean c.yaml?",
+        ),
+        (
+            "images/s and/or data/cifar100 at https://example.org/a/b",
+            "images/s and/or data/cifar100 at https://example.org/a/b",
+        ),
+    ],
+)
+def test_messages_keep_the_last_part_of_a_path(text, expected):
+    assert public_text(text) == expected
 
 
 def test_of_a_folder_that_training_started_from_the_name_is_left(finished_run, tmp_path):

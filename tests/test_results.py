@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def test_every_result_says_where_it_comes_from():
 def test_only_finished_runs_are_added(tmp_path):
     with pytest.raises(MbibError, match="is not finished"):
         results.add(tmp_path, tmp_path / "results")
+
+
+def test_what_is_kept_says_nothing_of_the_machines_folders(tmp_path):
+    run = tmp_path / "secret"
+    shutil.copytree(ROOT / "results" / "ce_resnet20.digits-60e-seed0", run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["environment"]["command"] += f" --data-dir {tmp_path}/secret/data"
+    metrics["replaced_images"] = [f"{tmp_path}/secret/data/a.png"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("data_dir: null", f"data_dir: {tmp_path}/secret/data"))
+    kept = results.add(run, tmp_path / "results")
+    assert "secret" not in "".join((kept / name).read_text() for name in ("metrics.json", "recipe.yaml"))
+    assert json.loads((kept / "metrics.json").read_text())["result"] == metrics["result"]
 
 
 def test_the_readmes_tree_names_every_module():

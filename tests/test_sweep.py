@@ -15,8 +15,10 @@ from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.sweeps import run as sweep_module
+from mbib_timm.sweeps import table as table_module
 from mbib_timm.sweeps.definition import Paper, Sweep, find_sweep, load_sweep
 from mbib_timm.sweeps.plan import on_recipe, plan
+from mbib_timm.sweeps.results import read_results
 from mbib_timm.sweeps.run import run_sweep
 from mbib_timm.training import run as run_module
 
@@ -209,6 +211,8 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["silences", "figure3_beta"], "silences is a sweep, and one runs at a time: mbib sweep silences"),
+        (["digits/nothing.yaml"], "there is no file digits/nothing.yaml: expected a sweep's or a recipe's"),
         (["digits/mbib_resnet2"], "unknown sweep or recipe 'digits/mbib_resnet2': did you mean"),
         ([DIGITS, "--seed", "1"], "recipe key 'seed' is the sweep's own to set; see --seeds"),
         ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
@@ -362,6 +366,31 @@ def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, 
     table = (tmp_path / "mine-1e" / "table.md").read_text()
     assert "1 of 2 runs" in table
     assert "Failed: mbib_resnet20.digits-seed1: loss part 'loss' became nan" in table
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monkeypatch):
+    results = read_results(finished[1])
+    monkeypatch.setattr(table_module, "sweep_figure", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        table_module.write_results(tmp_path, results)
+    assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "runs.csv", "table.md"}
+
+
+def test_a_run_that_another_process_ends_while_this_one_draws_is_in_the_table(tmp_path, monkeypatch):
+    sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
+    theirs = plan(sweep, keys)[1]
+    original = sweep_module.write_results
+    written = []
+
+    def write(folder, results):
+        if not written:
+            sweep_module.train(theirs.recipe, theirs.name)
+        written.append(len(results.runs))
+        return original(folder, results)
+
+    monkeypatch.setattr(sweep_module, "write_results", write)
+    assert run_sweep(sweep, keys, tmp_path, only="seed0")
+    assert written == [1, 2]
 
 
 HOLD = """

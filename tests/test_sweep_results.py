@@ -351,7 +351,7 @@ def test_nothing_overlaps_and_nothing_is_clipped(name):
 def test_a_sweep_that_has_just_begun_can_be_drawn(name):
     results = made_up(find_sweep([name]))
     figure = draw(replace(results, runs=results.runs[:1]))
-    assert re.search(r"\(200 epochs, n = 1\)$", figure.axes[0].get_title())
+    assert re.search(r"\(200 epochs, n = 1, 1 of \d+ runs\)$", " ".join(figure.axes[0].get_title().split()))
 
 
 @pytest.mark.filterwarnings("error")

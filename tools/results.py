@@ -31,6 +31,7 @@ from mbib_timm.sweeps.results import epochs_run, listed
 from mbib_timm.sweeps.results import read_results as read_sweep
 from mbib_timm.sweeps.table import markdown as sweep_markdown
 from mbib_timm.sweeps.table import write_results
+from mbib_timm.training.public import public_metrics, public_recipe
 from mbib_timm.training.report import draw_figures
 
 ROOT = Path(__file__).parents[1]
@@ -60,8 +61,10 @@ def add(run: Path, results: Path) -> Path:
     metrics = json.loads((run / "metrics.json").read_text())
     target = results / f"{metrics['name']}-{metrics['epochs']}e-seed{metrics['seed']}"
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "summary.csv", "recipe.yaml"):
-        shutil.copyfile(run / name, target / name)
+    # The repository is public: nothing in it says where on a machine things were.
+    (target / "metrics.json").write_text(json.dumps(public_metrics(metrics), indent=2) + "\n")
+    (target / "recipe.yaml").write_bytes(public_recipe(run / "recipe.yaml"))
+    shutil.copyfile(run / "summary.csv", target / "summary.csv")
     if (run / "analysis" / "analysis.json").is_file():
         shutil.copyfile(run / "analysis" / "analysis.json", target / "analysis.json")
     draw(target)

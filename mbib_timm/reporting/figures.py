@@ -8,6 +8,7 @@ from mbib_timm.drawing import CYCLE, METHOD_COLORS, canvas, ink, paper
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.methods import method_title
 from mbib_timm.reporting.inputs import RunGroup
+from mbib_timm.sweeps.figure import write_number
 from mbib_timm.sweeps.results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
@@ -35,14 +36,11 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
             deviation = statistics.stdev(measured) if len(measured) > 1 else None
             mean = statistics.mean(measured)
             axes.bar(at, mean, share * 0.9, color=color, yerr=deviation, ecolor=ink(), capsize=2)
-            offset, top = (0, 2), mean + (deviation or 0.0)
-            axes.annotate(
-                f"{mean:.1f}", (at, top), offset, textcoords="offset points", ha="center", va="bottom", fontsize=7
-            )
-            for result in group.paper[:1] if group.is_papers else ():
-                if column in result.accuracies:
-                    axes.plot(at, result.accuracies[column], "D", color=ink(), markerfacecolor=paper(), markersize=5)
-                    shown = True
+            marked = group.paper[0].accuracies.get(column) if group.is_papers else None
+            write_number(axes, at, mean, deviation or 0.0, marked, color)
+            if marked is not None:
+                axes.plot(at, marked, "D", color=ink(), markerfacecolor=paper(), markersize=5)
+                shown = True
         axes.bar(0, 0, color=color, label=f"{group.title} (n = {len(group.runs)})")
     if shown:
         axes.plot([], [], "D", color=ink(), markerfacecolor=paper(), markersize=5, label="the paper", linestyle="")

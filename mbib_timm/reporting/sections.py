@@ -195,5 +195,9 @@ def _how_to_read(results: SweepResults) -> str:
         return f"Each cell is the accuracy of a pair of values, {seeds}; the brighter the better."
     if kind == "lines":
         return f"Points are {seeds}; a line that rises and falls has its best value inside the range."
-    diamonds = " and diamonds are the paper's numbers" if results.is_papers else ""
-    return f"Bars are {seeds},{diamonds or ' and none of them compares with the paper'}; higher is better."
+    beside = ""
+    if results.is_papers:
+        beside = ", and diamonds are the paper's numbers"
+    elif results.is_short or results.settings or results.paper is not None:
+        beside = ", and none of them compares with the paper"
+    return f"Bars are {seeds}{beside}; higher is better."

@@ -157,7 +157,9 @@ class Sweep:
         shown = self.figure.values()
         hidden = [axis for axis in self.axes if axis not in shown and len(self.axes[axis]) > 1]
         if kind != "bars" and (hidden or self.heads):
-            raise MbibError(f"sweep {self.name}: a figure of kind {kind!r} does not show {', '.join(hidden) or 'heads'}")
+            raise MbibError(
+                f"sweep {self.name}: a figure of kind {kind!r} does not show {', '.join(hidden) or 'heads'}"
+            )
         if kind == "lines":
             for value, _ in self.values(self.figure["x"]):
                 if not _is_number(value):
@@ -192,6 +194,11 @@ def find_sweep(names: Sequence[str]) -> Sweep:
         if len(names) == 1 and path.is_file() and (path == packaged or _is_sweep(path)):
             return load_sweep(path)
     for name in names:
+        if len(names) > 1 and name in list_sweeps():
+            raise MbibError(f"{name} is a sweep, and one runs at a time: mbib sweep {name}")
+        path = Path(name)
+        if path.suffix in (".yaml", ".yml") and not path.is_file() and str(path.with_suffix("")) not in list_recipes():
+            raise MbibError(f"there is no file {name}: expected a sweep's or a recipe's, or the name of one")
         try:
             find_recipe(name)
         except MbibError:

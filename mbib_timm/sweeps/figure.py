@@ -67,7 +67,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         marked = number if results.is_papers else None
         if marked is not None:
             (legend[PAPER],) = axes.plot(at, marked, **mark)
-        _write_number(axes, at, mean, deviation or 0.0, marked, colors[name])
+        write_number(axes, at, mean, deviation or 0.0, marked, colors[name])
     characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
     axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places])
     axes.tick_params(axis="x", length=0)
@@ -144,8 +144,17 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
-    """Write a bar's mean over it; into it where the paper's mark is in the way."""
+def write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
+    """Write a bar's mean over it; into it where the paper's mark is in the way.
+
+    Args:
+        axes: with the bar.
+        at: the bar's place.
+        mean: its height, in percent.
+        deviation: half the length of its error bar.
+        marked: height of the paper's mark; None for none.
+        color: of the bar.
+    """
     text = dict(textcoords="offset points", ha="center", fontsize=7)
     if marked is None or not -2 < marked - mean - deviation < 6:
         axes.annotate(f"{mean:.1f}", (at, mean + deviation), (0, 2), va="bottom", **text)

@@ -56,7 +56,9 @@ def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: s
         # another process has finished a run while this one drew: its table would be replaced by one without that run.
         content, written = "", 0
         while len(finished := [run for run in whole if run.label in done or run.is_done()]) > written:
-            content = write_results(folder, collect(sweep, finished, len(whole), failed))
+            labels = {run.label for run in finished}  # what failed here may have come to its end elsewhere
+            left = {label: reason for label, reason in failed.items() if label not in labels}
+            content = write_results(folder, collect(sweep, finished, len(whole), left))
             written = len(finished)
         return content
 
