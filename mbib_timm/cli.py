@@ -219,9 +219,16 @@ def run(arguments: argparse.Namespace) -> int:
         sweep = find_sweep(arguments.sweep)
         if arguments.recipe is not None:
             sweep = on_recipe(sweep, arguments.recipe)
-        given = {"name": arguments.name, "seeds": arguments.seeds}
-        sweep = dataclasses.replace(sweep, **{key: value for key, value in given.items() if value is not None})
-        complete = run_sweep(sweep, recipe_overrides(arguments), arguments.results, arguments.only, arguments.dry_run)
+        if arguments.name is not None:
+            sweep = dataclasses.replace(sweep, name=arguments.name)
+        complete = run_sweep(
+            sweep,
+            recipe_overrides(arguments),
+            arguments.results,
+            seeds=arguments.seeds,
+            only=arguments.only,
+            dry_run=arguments.dry_run,
+        )
         return 0 if complete else 1
     elif arguments.command == "analyze":
         from mbib_timm.analysis.analyze import analyze

@@ -24,7 +24,11 @@ METHOD_COLORS = {
     "SE-MBIB": VERMILION,
     "ALL-MBIB": GREEN,
 }
-CYCLE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY, YELLOW)
+# For anything else; the colours of the best-known methods come last.
+CYCLE = (GREEN, PURPLE, VERMILION, SKY, GREY, YELLOW, ORANGE, BLUE)
+# Tell apart what has the same colour.
+HATCHES = ("", "///", "...", "xxx")
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def ink() -> str:
     return str(matplotlib.rcParams["text.color"])
 
 
-def paper() -> str:
+def background() -> str:
     """Return the colour of paper in the theme that is being drawn in."""
     import matplotlib
 

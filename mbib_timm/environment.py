@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.system(),
-        "command": " ".join(["mbib", *sys.argv[1:]]),
+        "command": shlex.join(["mbib", *sys.argv[1:]]),
     }
 
 

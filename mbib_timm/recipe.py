@@ -344,6 +344,6 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     return Recipe(**{**content, **(overrides or {})})
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def dump_recipe(recipe: Recipe) -> bytes:
+    """Return the resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True).encode()

@@ -14,13 +14,13 @@ from mbib_timm.losses import create_loss
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
     Recipe,
+    dump_recipe,
     find_recipe,
     list_recipes,
     load_recipe,
     recipe_claims,
     recipe_name,
     recipes_folder,
-    save_recipe,
 )
 from mbib_timm.training.optimization import create_optimizer, create_schedule
 from mbib_timm.training.task import head_names
@@ -208,7 +208,7 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_saved_recipe_is_read_back_the_same(tmp_path, name):
     recipe = load(name)
-    save_recipe(recipe, tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 

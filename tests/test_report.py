@@ -17,6 +17,7 @@ from mbib_timm.recipe import find_recipe, list_recipes, recipe_claims, recipe_na
 from mbib_timm.reporting.differences import differences, sampling_error
 from mbib_timm.reporting.inputs import group_runs, read_inputs, read_run
 from mbib_timm.reporting.page import Section, inline, render_page, unique_anchors
+from mbib_timm.reporting.sections import run_section
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
@@ -111,11 +112,21 @@ def test_a_run_as_good_as_the_papers_needs_no_paragraph(tmp_path):
     assert differences(group_runs([run])[0]) == []
 
 
-def test_a_shortened_schedule_is_named_and_seeds_give_a_deviation(tmp_path):
-    folders = [changed(MBIB, tmp_path, f"short{seed}", seed=seed, epochs=20, top1=30.0 + seed) for seed in range(3)]
+def test_of_a_shortened_schedule_no_difference_is_taken(tmp_path):
+    group = group_runs([read_run(changed(MBIB, tmp_path, "short", epochs=20, top1=30.0))])[0]
+    assert differences(group) == [
+        "With 20 of 200 epochs the schedule is not the paper's: no difference is taken from its numbers."
+    ]
+    text = "".join(run_section(group).blocks)
+    assert "Table 1" in text
+    assert '<tr class="difference">' not in text
+    assert '<tr class="difference">' in "".join(run_section(group_runs([read_run(MBIB)])[0]).blocks)
+
+
+def test_seeds_give_a_deviation(tmp_path):
+    folders = [changed(MBIB, tmp_path, f"seed{seed}", seed=seed, top1=30.0 + seed) for seed in range(3)]
     (group,) = group_runs([read_run(folder) for folder in folders])
     text = differences(group)[0]
-    assert "cut to 20 of 200 epochs" in text
     assert "Over 3 seeds our accuracy has a standard deviation of 1.0 points" in text
     assert "one seed" not in differences(group)[-1]
 

@@ -194,7 +194,7 @@ def test_another_recipe_gives_another_name_and_drops_the_papers_numbers():
     assert [run.recipe.imbalance_factor for run in runs[:3]] == [100.0, 50.0, 10.0]
     assert {run.recipe.dataset for run in runs} == {"digits"}
     assert runs[1].label == "ce_resnet32.digits-imbalance_factor=50-seed0"
-    with pytest.raises(MbibError, match=r"unknown axis of sweep table1_cifar100_lt-mbib_resnet32.digits 'method'"):
+    with pytest.raises(MbibError, match=r"varies the method by the recipe's name: .* as in 'cifar100_lt_if"):
         on_recipe(table, "digits/mbib_resnet32")
 
 
@@ -337,6 +337,17 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monke
         assert result(tmp_path / "runs" / "sweep-1e", label) == result(whole, label)
     with pytest.raises(CheckpointError, match="another recipe: lr"):
         run_sweep(sweep, {**keys, "lr": 0.01}, tmp_path)
+
+
+def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
+    sweep = Sweep("s", DIGITS, seeds=[0, 1, 2])
+    for seed in (2, 0):
+        assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[seed])
+    results = read_results(tmp_path / "results" / "s-1e")
+    assert (results.seeds, results.planned) == ([0, 2], 3)
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[7])
+    results = read_results(tmp_path / "results" / "s-1e")
+    assert (results.seeds, results.planned) == ([0, 2, 7], 4)
 
 
 def test_runs_share_data_and_images(tmp_path, monkeypatch):

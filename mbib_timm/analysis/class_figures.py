@@ -16,9 +16,9 @@ from mbib_timm.drawing import (
     PURPLE,
     SKY,
     VERMILION,
+    background,
     canvas,
     ink,
-    paper,
 )
 from mbib_timm.evaluation.figures import class_bars, class_bars_title, name_classes, neighbours, shortened
 
@@ -78,7 +78,7 @@ def outline(width: float = 2.5) -> list[Any]:
     """
     from matplotlib.patheffects import withStroke
 
-    return [withStroke(linewidth=width, foreground=paper())]
+    return [withStroke(linewidth=width, foreground=background())]
 
 
 def _posterior_bars(analysis: Mapping[str, Any], values: np.ndarray, form: str) -> tuple[Any, Any, int]:
@@ -179,7 +179,7 @@ def embedding(analysis: Mapping[str, Any]) -> Any:
             x, y = plane[labels == label].T
             name = str(label) if names is None else shortened(names[label])
             marker, color = CLASS_MARKERS[i % len(CLASS_MARKERS)], colors[i % len(colors)]
-            face, edge = (color, paper()) if i < len(colors) else (paper(), color)
+            face, edge = (color, background()) if i < len(colors) else (background(), color)
             panel.plot(
                 x, y, marker, color=face, markersize=5.4 if marker in "PX" else 4.2,
                 markeredgecolor=edge, markeredgewidth=0.35 if i < len(colors) else 1.0,

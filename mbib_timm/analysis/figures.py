@@ -22,13 +22,13 @@ from mbib_timm.drawing import (
     ORANGE,
     SKY,
     Illustration,
+    background,
     canvas,
     ink,
-    paper,
     text_on,
 )
 from mbib_timm.evaluation.figures import shot_groups_figure
-from mbib_timm.paper import TABLE_5
+from mbib_timm.paper import TABLE_5, TABLE_5_EPOCHS
 
 GROUPS = ("all", "many", "medium", "few")
 OBSERVATION, BOTTLENECK = SKY, ORANGE  # v and z
@@ -114,7 +114,8 @@ def distances(analysis: Mapping[str, Any]) -> Any:
         analysis: what `analyze_run` returns.
     """
     features = analysis["distances"]
-    published = TABLE_5.get(analysis["name"], {})
+    # The paper's numbers are for the whole schedule.
+    published = TABLE_5.get(analysis["name"], {}) if analysis["epochs"] == TABLE_5_EPOCHS else {}
     share = 0.8 / max(2, len(features))
     figure, axes = canvas(6.0, 3.6)
     highest = 0.0
@@ -130,14 +131,14 @@ def distances(analysis: Mapping[str, Any]) -> Any:
                 text, (at + shift, rho or 0.0), (0, 2), textcoords="offset points", ha="center", path_effects=outline()
             )
             if number is not None:
-                axes.plot(at + 0.37 * share, number, "D", color=ink(), markerfacecolor=paper(), markersize=5)
+                axes.plot(at + 0.37 * share, number, "D", color=ink(), markerfacecolor=background(), markersize=5)
             highest = max(highest, rho or 0.0, number or 0.0)
     axes.set_xticks(range(len(GROUPS)), GROUPS)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=r"$\rho$ = $D_{intra}$ / $D_{inter}$", ylim=(0, 1.12 * highest or 1))
     axes.set_title("Distances within classes over distances between them")
     if published:
-        axes.plot([], [], "D", color=ink(), markerfacecolor=paper(), markersize=5, label="paper (Table 5)")
+        axes.plot([], [], "D", color=ink(), markerfacecolor=background(), markersize=5, label="paper (Table 5)")
     handles, labels = axes.get_legend_handles_labels()
     bars_first = sorted(zip(handles, labels, strict=True), key=lambda entry: not hasattr(entry[0], "patches"))
     figure.legend(*zip(*bars_first, strict=True), loc="outside lower center", ncols=3)
@@ -157,7 +158,7 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
     curve.get_gridspec().set_height_ratios([3, 1])
     points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
     if any(0 < number < SURE_IMAGES for name in shown for number in heads[name]["images"]):
-        curve.plot([], [], "o", color=GREY, markerfacecolor=paper(), label=f"fewer than {SURE_IMAGES} images")
+        curve.plot([], [], "o", color=GREY, markerfacecolor=background(), label=f"fewer than {SURE_IMAGES} images")
     curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]
@@ -169,7 +170,7 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
         )
         few = number < SURE_IMAGES
         if few.any():
-            curve.plot(confidence[few], accuracy[few], "o", color=color, markerfacecolor=paper(), **points_on_top)
+            curve.plot(confidence[few], accuracy[few], "o", color=color, markerfacecolor=background(), **points_on_top)
         share = 100.0 * np.array(bins["images"]) / sum(bins["images"])
         edges = np.linspace(0, 100, len(share) + 1)
         if name == "prediction":
@@ -224,7 +225,7 @@ def _stacked(axes: Any, place: float, height: float, shares: Mapping[str, float]
     wide = height > 0.3
     start = 0.0
     for name, share in shares.items():
-        axes.barh(place, share, height, left=start, color=colors[name], edgecolor=paper(), linewidth=0.8)
+        axes.barh(place, share, height, left=start, color=colors[name], edgecolor=background(), linewidth=0.8)
         # Shorter bars have no room for their number; the correct ones are those of the wide bar.
         if share >= 5 and (wide or name != "correct"):
             axes.text(
@@ -238,7 +239,7 @@ def _faded(color: str) -> str:
     """Return a colour half way to paper: not transparent, which would show the grid behind it."""
     from matplotlib.colors import to_hex, to_rgb
 
-    return str(to_hex((np.array(to_rgb(color)) + to_rgb(paper())) / 2))
+    return str(to_hex((np.array(to_rgb(color)) + to_rgb(background())) / 2))
 
 
 def costs(analysis: Mapping[str, Any]) -> Any:

@@ -21,6 +21,9 @@ def differences(group: RunGroup) -> list[str]:
     Args:
         group: runs of a recipe that the paper reports on.
     """
+    if group.is_short:
+        epochs = f"{group.first.metrics['epochs']} of {group.recipe_epochs}"
+        return [f"With {epochs} epochs the schedule is not the paper's: no difference is taken from its numbers."]
     paragraphs = []
     for result in group.paper:
         for column, number in result.accuracies.items():
@@ -42,8 +45,6 @@ def _paragraph(group: RunGroup, column: str, mean: float, number: float, result:
         f"On {where} the top-1 accuracy is {mean:.1f} %, {abs(difference):.1f} points "
         f"{'above' if difference > 0 else 'below'} the {number:.1f} % of the paper's {result.source}{setting}. "
     )
-    if group.is_short:
-        text += f"The schedule was cut to {group.first.metrics['epochs']} of {group.recipe_epochs} epochs. "
     images = _images(group.first, column)
     text += f"The {images:,} test images alone leave a standard error of {error:.1f} points on ours"
     # Where every class is all right or all wrong there is none to compare with.

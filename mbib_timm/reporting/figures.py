@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbib_timm.drawing import CYCLE, METHOD_COLORS, canvas, ink, paper
+from mbib_timm.drawing import CYCLE, GREY, HATCHES, LINE_STYLES, METHOD_COLORS, background, canvas, ink
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.methods import method_title
 from mbib_timm.reporting.inputs import RunGroup
@@ -14,12 +14,10 @@ from mbib_timm.sweeps.results import SweepResults
 CURVES = 12  # as many lines as can be told apart
 
 
-def group_colors(groups: Sequence[RunGroup]) -> list[str]:
-    """Return a colour for each group of runs: its method's, where no two share one."""
+def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
+    """Return a colour for each group of runs, its method's, and which group of the method it is, from 0."""
     methods = [method_title(group.first.metrics["loss"]) for group in groups]
-    if len(set(methods)) == len(methods) and set(methods) <= METHOD_COLORS.keys():
-        return [METHOD_COLORS[method] for method in methods]
-    return [CYCLE[place % len(CYCLE)] for place in range(len(groups))]
+    return [(METHOD_COLORS.get(method, GREY), methods[:place].count(method)) for place, method in enumerate(methods)]
 
 
 def comparison_bars(groups: Sequence[RunGroup]) -> Any:
@@ -27,7 +25,8 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
     figure, axes = canvas(6.5, 3.6 + 0.22 * len(groups))
     share = 0.84 / len(groups)
     shown = False
-    for place, (group, color) in enumerate(zip(groups, group_colors(groups), strict=True)):
+    for place, (group, (color, sibling)) in enumerate(zip(groups, group_colors(groups), strict=True)):
+        look = dict(color=color, hatch=HATCHES[sibling % len(HATCHES)], edgecolor=background(), linewidth=0)
         for column_place, column in enumerate(COLUMNS):
             at = column_place + (place - (len(groups) - 1) / 2) * share
             measured = [value for value in group.values(column) if value is not None]
@@ -35,15 +34,15 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
                 continue
             deviation = statistics.stdev(measured) if len(measured) > 1 else None
             mean = statistics.mean(measured)
-            axes.bar(at, mean, share * 0.9, color=color, yerr=deviation, ecolor=ink(), capsize=2)
+            axes.bar(at, mean, share * 0.9, yerr=deviation, ecolor=ink(), capsize=2, **look)
             marked = group.paper[0].accuracies.get(column) if group.is_papers else None
             write_number(axes, at, mean, deviation or 0.0, marked, color)
             if marked is not None:
-                axes.plot(at, marked, "D", color=ink(), markerfacecolor=paper(), markersize=5)
+                axes.plot(at, marked, "D", color=ink(), markerfacecolor=background(), markersize=5)
                 shown = True
-        axes.bar(0, 0, color=color, label=f"{group.title} (n = {len(group.runs)})")
+        axes.bar(0, 0, **look, label=f"{group.title} (n = {len(group.runs)})")
     if shown:
-        axes.plot([], [], "D", color=ink(), markerfacecolor=paper(), markersize=5, label="the paper", linestyle="")
+        axes.plot([], [], "D", color=ink(), markerfacecolor=background(), markersize=5, label="the paper", linestyle="")
     axes.set_xticks(range(len(COLUMNS)), ["all", *list(COLUMNS)[1:]])
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
@@ -60,7 +59,11 @@ def comparison_curves(groups: Sequence[RunGroup]) -> Any:
         rows = [(row["epoch"] + 1, row["val_top1"]) for row in group.first.history if row.get("val_top1") is not None]
         if rows:
             curves[group.title] = rows
-    return _curves(curves, dict(zip((group.title for group in groups), group_colors(groups), strict=True)))
+    looks = {
+        group.title: (color, LINE_STYLES[sibling % len(LINE_STYLES)])
+        for group, (color, sibling) in zip(groups, group_colors(groups), strict=True)
+    }
+    return _curves(curves, looks)
 
 
 def sweep_curves(results: SweepResults) -> Any:
@@ -77,16 +80,19 @@ def sweep_curves(results: SweepResults) -> Any:
         for title, points in collected.items()
     }
     free = [color for color in CYCLE if color not in {METHOD_COLORS.get(title) for title in curves}] or list(CYCLE)
-    colors = {title: METHOD_COLORS.get(title, free[i % len(free)]) for i, title in enumerate(curves)}
-    return _curves(curves, colors)
+    looks = {
+        title: (METHOD_COLORS.get(title, free[i % len(free)]), LINE_STYLES[i // len(free) % len(LINE_STYLES)])
+        for i, title in enumerate(curves)
+    }
+    return _curves(curves, looks)
 
 
-def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], colors: dict[str, str]) -> Any:
+def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], looks: Mapping[str, tuple[str, str]]) -> Any:
     figure, axes = canvas(6.5, 3.6 + 0.2 * len(curves))
-    styles = ("-", "--", ":", "-.")
-    for place, (title, points) in enumerate(curves.items()):
+    for title, points in curves.items():
+        color, style = looks[title]
         axes.plot(
-            *zip(*points, strict=True), color=colors[title], linestyle=styles[place // len(CYCLE) % len(styles)],
+            *zip(*points, strict=True), color=color, linestyle=style,
             marker="o" if len(points) < 30 else None, markersize=3.5, label=title,
         )  # fmt: skip
     axes.set(xlabel="epochs done", ylabel="top-1 accuracy, %", ylim=(0, None))

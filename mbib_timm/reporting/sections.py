@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -105,9 +104,11 @@ def _beside_the_paper(group: RunGroup) -> tuple[list[list[str]], list[str]]:
         numbers = [result.accuracies.get(column) for column in COLUMNS]
         means = [group.mean(column) for column in COLUMNS]
         rows.append([f"{result.source}{setting}", *("–" if n is None else f"{n:.1f}" for n in numbers)])
-        pairs = zip(means, numbers, strict=True)
-        rows.append(["difference", *("–" if n is None or m is None else signed(m - n) for m, n in pairs)])
-        kinds += ["paper", "difference"]
+        kinds.append("paper")
+        if not group.is_short:
+            pairs = zip(means, numbers, strict=True)
+            rows.append(["difference", *("–" if n is None or m is None else signed(m - n) for m, n in pairs)])
+            kinds.append("difference")
     return rows, kinds
 
 
@@ -144,9 +145,9 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
             )
         )
     analyses = [group.first.analysis for group in groups if group.first.analysis is not None]
-    for place, (first, other) in enumerate(pairwise(analyses), start=1):
-        if len(first["class_counts"]) == len(other["class_counts"]):
-            for illustration in comparison_figures(first, other):
+    for place, other in enumerate(analyses[1:], start=1):
+        if analyses[0]["class_counts"] == other["class_counts"]:
+            for illustration in comparison_figures(analyses[0], other):
                 section.figure(replace(illustration, name=f"{illustration.name}-{place}"))
     return section
 

@@ -65,7 +65,8 @@ class Sweep:
         set: recipe keys of all runs.
         title: what the sweep shows.
         labels: how axes are called in tables and figures, where not by their names.
-        heads: rows of the table for the heads of a run, with their titles; the prediction alone when empty.
+        heads: rows of the table for the heads of a run, with their titles: ``prediction``, ``z``, ``v`` for the last
+            observation, or the name of any; the prediction alone when empty.
         figure: its kind, ``bars``, ``lines`` or ``heatmap``, and which axis plays which role in it.
         paper: the paper's numbers.
     """

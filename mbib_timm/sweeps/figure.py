@@ -5,15 +5,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from mbib_timm.drawing import CYCLE, METHOD_COLORS, canvas, ink, paper, text_on
+from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, background, canvas, ink, text_on
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.methods import method_title
 from mbib_timm.sweeps.definition import GROUP, HEAD
 from mbib_timm.sweeps.results import Cell, SweepResults, cells, short_headline
 
 ACCURACY = "top-1 accuracy, %"
-LINE_STYLES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "xxx")
 PAPER = "the paper"
 
 
@@ -47,12 +45,15 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
             bars[place, name] = row.values["overall"], row.paper.get("overall")
     places, names = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
     colors, hatches = _colors(names), _hatches(names)
+    if names == [""]:  # all of one kind: variants of the base recipe's method
+        method = method_title(results.recipe.rpartition("/")[2].partition("_")[0])
+        colors[""] = METHOD_COLORS.get(method, colors[""])
     longest = max(len(place) for place in places)
     # A number over each bar takes half an inch, a label of several words an inch.
     figure, axes = canvas(min(14.0, max(6.0, 2.5 + 0.5 * len(bars), 2.5 + min(longest / 10, 1.0) * len(places))), 4.0)
     share = 0.84 / len(names)
     legend: dict[str, Any] = {}
-    mark = dict(marker="D", linestyle="", color=ink(), markerfacecolor=paper(), markersize=4.5)
+    mark = dict(marker="D", linestyle="", color=ink(), markerfacecolor=background(), markersize=4.5)
     for (place, name), (values, number) in bars.items():
         measured = [value for value in values if value is not None]
         if not measured:
@@ -61,7 +62,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         mean = statistics.mean(measured)
         deviation = statistics.stdev(measured) if len(measured) > 1 else None
         legend[name] = axes.bar(
-            at, mean, share * 0.9, color=colors[name], hatch=hatches[name], edgecolor=paper(), linewidth=0,
+            at, mean, share * 0.9, color=colors[name], hatch=hatches[name], edgecolor=background(), linewidth=0,
             yerr=deviation, ecolor=ink(), capsize=2,
         )  # fmt: skip
         marked = number if results.is_papers else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe, recipe_name
+from mbib_timm.recipe import TYPES, Recipe, find_recipe, load_recipe, recipe_name
 from mbib_timm.sweeps.definition import PER_RUN, Sweep
 from mbib_timm.training.run_folder import RunFolder
 
@@ -62,6 +62,12 @@ def on_recipe(sweep: Sweep, recipe: str) -> Sweep:
     recipe = recipe.removesuffix(".yaml") if not Path(recipe).is_file() else recipe
     if recipe == sweep.recipe:
         return sweep
+    for axis in sweep.placeholders():
+        if f"{{{axis}}}" not in recipe and axis not in TYPES:
+            raise MbibError(
+                f"sweep {sweep.name} varies the {axis} by the recipe's name: --recipe {recipe!r} needs a place for "
+                f"it, as in {sweep.recipe!r}"
+            )
     paper = sweep.paper if sweep.paper is not None and sweep.paper.recipe == recipe else None
     parts = re.sub(r"{.*?}_?", "", Path(recipe).stem), Path(recipe).parent.name
     name = f"{sweep.name}-{'.'.join(filter(None, parts))}"

@@ -166,12 +166,15 @@ def cells(results: SweepResults) -> list[Cell]:
     rows = []
     for runs in grouped.values():
         available = runs[0]["heads"]
-        heads = [head for head in results.heads if head in available] if len(available) > 1 else []
+        # The last observation is v3 in one network and v1 in another.
+        observations = [head for head in available if head not in ("prediction", "z")]
+        by_part = {**{head: head for head in available}, "v": observations[-1]} if observations else {}
+        heads = [head for head in results.heads if head in by_part]
         for head in heads or ["prediction"]:
             coordinates = dict(runs[0]["coordinates"])
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
-            values = {column: [run["heads"][head][column] for run in runs] for column in COLUMNS}
+            values = {column: [run["heads"][by_part.get(head, head)][column] for run in runs] for column in COLUMNS}
             rows.append(Cell(coordinates, values, _paper_numbers(results, coordinates)))
     return rows
 

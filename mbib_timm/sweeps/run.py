@@ -1,7 +1,8 @@
 """Many runs in one process, one after another: they share opened data, resident images and the compiled step."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from mbib_timm.sweeps.table import write_results
 from mbib_timm.training.run import train
 
 
-def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: str = "", dry_run: bool = False) -> bool:
+def run_sweep(
+    sweep: Sweep,
+    overrides: Mapping[str, Any],
+    results: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    only: str = "",
+    dry_run: bool = False,
+) -> bool:
     """Run what is missing of a sweep; write its results after every run, and print its table.
 
     Several processes may work on one sweep, each on a device of its own: a run that another process trains is left
@@ -23,7 +32,8 @@ def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: s
     Args:
         sweep: what to run.
         overrides: recipe keys of all runs.
-        results: folder of all results; the sweep's own is in it.
+        results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are.
+        seeds: run these in the place of the sweep's own.
         only: run only those whose label contains this.
         dry_run: list the runs, and stop.
 
@@ -35,8 +45,9 @@ def run_sweep(sweep: Sweep, overrides: Mapping[str, Any], results: Path, only: s
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MbibError("a sweep is one process: start one for each device, with --device, not torchrun")
-    whole = plan(sweep, overrides)
-    runs = [run for run in whole if only in run.label]
+    chosen = sweep.seeds if seeds is None else seeds
+    whole = plan(replace(sweep, seeds=list(dict.fromkeys([*sweep.seeds, *chosen]))), overrides)
+    runs = [run for run in whole if only in run.label and run.recipe.seed in chosen]
     if not runs:
         raise MbibError(f"sweep {sweep.name} has no run whose name contains {only!r}")
     states = [run.status() for run in whole]

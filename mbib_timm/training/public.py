@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,28 @@ def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 def public_command(command: str) -> str:
     """Return a command line without the flags, and their values, that say where a run reads and writes.
 
-    Of a recipe's absolute path the last part is left.
+    Of any absolute path the last part is left.
     """
-    places = {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(Recipe) if item.metadata["location"]}
+    places = {
+        f"--{item.name.replace('_', '-')}": item.type
+        for item in dataclasses.fields(Recipe)
+        if item.metadata["location"]
+    }
     kept: list[str] = []
-    skipping = False
-    for word in command.split(" "):
-        if word.startswith("--"):
-            skipping = word.partition("=")[0] in places
-        if not skipping:
-            kept.append(Path(word).name if Path(word).is_absolute() else word)
-    return " ".join(kept)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # recorded before words with spaces were quoted
+        words = command.split(" ")
+    skip = False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif flag.replace("--no-", "--") in places:
+            skip = not equals and places[flag.replace("--no-", "--")] not in (bool, bool | None)
+        else:
+            kept.append(public_text(word))
+    return shlex.join(kept)
 
 
 def public_text(text: str) -> str:

@@ -8,6 +8,7 @@ figures/            training curves, accuracy by class and by shot group
 .lock               held while a process trains here
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -23,7 +24,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
-from mbib_timm.recipe import Recipe, load_recipe, save_recipe
+from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
 
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "val_top1", "val_many", "val_medium", "val_few", "seconds")
@@ -43,8 +44,11 @@ class RunFolder:
 
     def _checkpoints(self) -> list[tuple[str, int]]:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
-        files = [self.path / name for name in (NEXT, LAST, PREVIOUS)]
-        return [(file.name, file.stat().st_mtime_ns) for file in files if file.exists()]
+        found = []
+        for name in (NEXT, LAST, PREVIOUS):
+            with contextlib.suppress(FileNotFoundError):  # another process renames them as it writes
+                found.append((name, (self.path / name).stat().st_mtime_ns))
+        return found
 
     def has_checkpoint(self) -> bool:
         """Return whether there is anything to resume from."""
@@ -101,7 +105,8 @@ class RunFolder:
         if self._checkpoints() != self._seen:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} meanwhile; run the command again")
-        save_recipe(recipe, self.path / "recipe.yaml")
+        content = dump_recipe(recipe)
+        write_atomically(self.path / "recipe.yaml", lambda file: file.write(content))
         self.write_json("environment.json", environment)
 
     def end(self) -> None:
