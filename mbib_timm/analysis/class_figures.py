@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.analysis.posterior import mean_by_shot_group, posterior_difference
+from mbib_timm.analysis.summary import as_array, run_title
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.drawing import (
     BLUE,
@@ -35,7 +36,7 @@ def positive_posterior(analysis: Mapping[str, Any]) -> Any:
     Args:
         analysis: what `analyze_run` returns.
     """
-    values = _array(analysis["positive_posterior"]["prediction"])
+    values = as_array(analysis["positive_posterior"]["prediction"])
     figure, axes, classes_a_bar = _posterior_bars(analysis, values, "{:.2f}")
     axes.set_title(class_bars_title("Mean positive posterior of the prediction", classes_a_bar))
     axes.set(ylabel="mean probability\nof the true class", ylim=(0, 1))
@@ -52,7 +53,7 @@ def posterior_change(first: Mapping[str, Any], other: Mapping[str, Any]) -> Any:
     Raises:
         MbibError: different numbers of classes.
     """
-    posteriors = [_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
+    posteriors = [as_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
     figure, axes, classes_a_bar = _posterior_bars(first, posterior_difference(*posteriors), "{:+.3f}")
     axes.axhline(0, color=ink(), linewidth=0.8)
     heights = [1.08 * patch.get_height() for patch in axes.patches]
@@ -62,12 +63,6 @@ def posterior_change(first: Mapping[str, Any], other: Mapping[str, Any]) -> Any:
     axes.set_title("\n".join([*title, f"mean of {classes_a_bar} neighbours"][: 2 + (classes_a_bar > 1)]))
     axes.set_ylabel("difference of the mean\nprobability of the true class")
     return figure
-
-
-def run_title(analysis: Mapping[str, Any]) -> str:
-    """Return the name of an analyzed run, with its seed where that is known."""
-    seed = "" if analysis["seed"] is None else f" (seed {analysis['seed']})"
-    return f"{analysis['name']}{seed}"
 
 
 def outline(width: float = 2.5) -> list[Any]:
@@ -119,7 +114,7 @@ def accuracy_trend(analysis: Mapping[str, Any]) -> Any:
         analysis: what `analyze_run` returns.
     """
     counts = np.array(analysis["class_counts"])
-    accuracy = _array(analysis["heads"]["prediction"]["per_class"])
+    accuracy = as_array(analysis["heads"]["prediction"]["per_class"])
     order = np.argsort(-counts, kind="stable")
     classes_a_point, edges_of = neighbours(counts)
     if len(counts) <= SEPARATE_POINTS:
@@ -195,10 +190,6 @@ def embedding(analysis: Mapping[str, Any]) -> Any:
     for handle in legend.legend_handles:
         handle.set_markersize(6)
     return figure
-
-
-def _array(values: list[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values])
 
 
 def _classes(number: int) -> str:

@@ -12,9 +12,9 @@ from mbib_timm.analysis.class_figures import (
     outline,
     positive_posterior,
     posterior_change,
-    run_title,
 )
 from mbib_timm.analysis.efficiency import TABLE_6_SIZE
+from mbib_timm.analysis.summary import GROUPS, run_title
 from mbib_timm.drawing import (
     BLUE,
     GREY,
@@ -30,7 +30,6 @@ from mbib_timm.drawing import (
 from mbib_timm.evaluation.figures import shot_groups_figure
 from mbib_timm.paper import TABLE_5, TABLE_5_EPOCHS
 
-GROUPS = ("all", "many", "medium", "few")
 OBSERVATION, BOTTLENECK = SKY, ORANGE  # v and z
 SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 

@@ -1,6 +1,6 @@
 """What an analysis says, as a few lines of text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ def summary_text(analysis: Mapping[str, Any]) -> str:
     rows = [["", *GROUPS], ["top-1, %", *_cells(_top1(analysis), "{:.2f}")]]
     for name, groups in analysis["distances"].items():
         rows.append([f"rho of {name}", *_cells({group: groups[group]["rho"] for group in GROUPS}, "{:.3f}")])
-    posterior = _array(analysis["positive_posterior"]["prediction"])
+    posterior = as_array(analysis["positive_posterior"]["prediction"])
     rows.append(["mean positive posterior", *_cells(mean_by_shot_group(posterior, counts), "{:.3f}")])
     lines = [f"{analysis['name']} on {analysis['split']}: {analysis['images']} images", *_table(rows)]
 
@@ -57,13 +57,14 @@ def comparison_text(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         first: what `analyze_run` returns; its training counts decide the shot groups.
         other: that of another run with as many classes.
     """
-    posteriors = [_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
+    posteriors = [as_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
     difference = mean_by_shot_group(posterior_difference(*posteriors), np.array(first["class_counts"]))
-    title = f"mean positive posterior, {_run(other)} minus {_run(first)}"
+    title = f"mean positive posterior, {run_title(other)} minus {run_title(first)}"
     return "\n".join([title, *_table([["", *GROUPS], ["difference", *_cells(difference, "{:+.3f}")]])]) + "\n"
 
 
-def _run(analysis: Mapping[str, Any]) -> str:
+def run_title(analysis: Mapping[str, Any]) -> str:
+    """Return the name of an analyzed run, with its seed where that is known."""
     seed = "" if analysis["seed"] is None else f" (seed {analysis['seed']})"
     return f"{analysis['name']}{seed}"
 
@@ -73,7 +74,8 @@ def _top1(analysis: Mapping[str, Any]) -> dict[str, float | None]:
     return {"all": metrics["top1"], **{group: metrics[group] for group in GROUPS[1:]}}
 
 
-def _array(values: list[float | None]) -> np.ndarray:
+def as_array(values: Sequence[float | None]) -> np.ndarray:
+    """Return numbers as a JSON file has them, with nan for what could not be measured."""
     return np.array([np.nan if value is None else value for value in values])
 
 
