@@ -56,7 +56,7 @@ def made_up(counts, tested, heads=("prediction",), named=False):
     cost = {"parameters": 1000, "macs": 10**9, "peak_memory": 2**20}
     return rounded(
         {
-            "name": "made_up", "seed": None, "class_counts": counts.tolist(),
+            "name": "made_up", "epochs": None, "seed": None, "class_counts": counts.tolist(),
             "class_names": [f"a class with a long name {i}" for i in range(classes)] if named else None,
             "heads": dict.fromkeys(heads, metrics),
             "positive_posterior": dict.fromkeys(heads, posterior),
@@ -188,7 +188,9 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
     assert [text.get_text() for text in figure.axes[0].texts] == [f"{rho:.2f}" for rho in rhos]
     assert (texts(figure), len(figure.axes[0].lines)) == (["v", "z"], 0)
     for name, table in TABLE_5.items():
-        figure = figure_of({**real, "name": name}, "distances")
+        short = figure_of({**real, "name": name}, "distances")
+        assert not short.axes[0].lines, "the paper's numbers are not for three epochs"
+        figure = figure_of({**real, "name": name, "epochs": 200}, "distances")
         markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
         assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
         assert len(markers) == 7
