@@ -65,11 +65,11 @@ def test_rows_have_the_mean_the_sample_deviation_and_n():
 def test_one_seed_has_no_deviation_and_unequal_numbers_of_seeds_are_told():
     alone = made_up(replace(SMALL, seeds=[1]), scattered)
     assert table_of(alone)[0]["overall"] == f"{scattered(0, 1, 'overall'):.1f}"
-    assert title_of(alone) == "# small: A trial (200 epochs, n = 1)"
+    assert title_of(alone) == "# small: A trial (cifar100_lt, 200 epochs, n = 1)"
     results = made_up(SMALL, scattered)
     fewer = replace(results, runs=[run for run in results.runs if run["label"] != results.runs[0]["label"]])
     assert [row["n"] for row in table_of(fewer)] == ["2", "3", "3", "3"]
-    assert title_of(fewer) == "# small: A trial (200 epochs, n = 2, 3, 11 of 12 runs)"
+    assert title_of(fewer) == "# small: A trial (cifar100_lt, 200 epochs, n = 2, 3, 11 of 12 runs)"
     assert "11 of 12 runs" in markdown(fewer)
 
 
@@ -81,9 +81,9 @@ def test_means_and_deviations():
 
 
 def test_the_title_says_the_epochs_run_of_those_asked_for():
-    assert title_of(made_up(SMALL)) == "# small: A trial (200 epochs, n = 3)"
+    assert title_of(made_up(SMALL)) == "# small: A trial (cifar100_lt, 200 epochs, n = 3)"
     short = made_up(replace(SMALL, seeds=[0]), epochs=20)
-    assert title_of(short) == "# small-20e: A trial (20 epochs of 200, n = 1)"
+    assert title_of(short) == "# small-20e: A trial (cifar100_lt, 20 epochs of 200, n = 1)"
     assert "Not the recipe's schedule" in markdown(short)
     assert "Not the recipe's schedule" not in markdown(made_up(SMALL))
 
@@ -236,7 +236,7 @@ def test_bars_are_the_means_and_their_lines_the_deviations():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "50", "10"]
     assert [round(x) for x, *_ in bars] == [0] * 5 + [1] * 5 + [2] * 5
     assert axes.get_ylabel() == "top-1 accuracy, %"
-    assert axes.get_title() == "Methods on CIFAR-100-LT (200 epochs, n = 3)"
+    assert axes.get_title() == "Methods and imbalance factors (cifar100_lt, 200 epochs, n = 3)"
     written = sorted(text.get_text() for text in axes.texts)
     assert written == sorted(f"{statistics.mean(v):.1f}" for v in values)
 
@@ -351,7 +351,7 @@ def test_nothing_overlaps_and_nothing_is_clipped(name):
 def test_a_sweep_that_has_just_begun_can_be_drawn(name):
     results = made_up(find_sweep([name]))
     figure = draw(replace(results, runs=results.runs[:1]))
-    assert re.search(r"\(200 epochs, n = 1, 1 of \d+ runs\)$", " ".join(figure.axes[0].get_title().split()))
+    assert re.search(r"200 epochs, n = 1, 1 of \d+ runs\)$", " ".join(figure.axes[0].get_title().split()))
 
 
 @pytest.mark.filterwarnings("error")

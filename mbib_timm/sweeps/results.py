@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -192,11 +193,13 @@ def headline(results: SweepResults) -> str:
 
 
 def short_headline(results: SweepResults) -> str:
-    """Return what a sweep shows, and what was run: ``the impact of beta (20 epochs of 200, n = 1)``."""
+    """Return what a sweep shows, and what was run: ``Structures (cifar100_lt_if100, 20 epochs of 200, n = 1)``."""
     numbers = sorted({row.n for row in cells(results)})
     done = len(results.runs)
     some = f", {done} of {results.planned} runs" if done < results.planned else ""
-    said = f"{epochs_run(results)}, n = {listed(numbers)}{some}"
+    # The folder of the recipe names the data; of several folders what they share: cifar100_lt of cifar100_lt_if{...}.
+    data = re.sub(r"_?[a-z]*{.*?}", "", results.recipe.rpartition("/")[0])
+    said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {listed(numbers)}{some}"
     return f"{results.title} ({said})" if results.title else said
 
 
