@@ -49,8 +49,10 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         method = method_title(results.recipe.rpartition("/")[2].partition("_")[0])
         colors[""] = METHOD_COLORS.get(method, colors[""])
     longest = max(len(place) for place in places)
-    # A number over each bar takes half an inch, a label of several words an inch.
-    figure, axes = canvas(min(14.0, max(6.0, 2.5 + 0.5 * len(bars), 2.5 + min(longest / 10, 1.0) * len(places))), 4.0)
+    # A number over each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
+    # read on none.
+    wide = max(0.36 * len(bars), min(longest / 10, 1.0) * len(places))
+    figure, axes = canvas(min(10.0, max(6.0, 2.5 + wide)), 4.0)
     share = 0.84 / len(names)
     legend: dict[str, Any] = {}
     mark = dict(marker="D", linestyle="", color=ink(), markerfacecolor=background(), markersize=4.5)
