@@ -12,7 +12,6 @@ written. The README's marker of a sweep names the one whose table stands there.
 """
 
 import argparse
-import csv
 import json
 import re
 import shutil
@@ -33,6 +32,7 @@ from mbib_timm.sweeps.table import markdown as sweep_markdown
 from mbib_timm.sweeps.table import write_results
 from mbib_timm.training.public import public_metrics, public_recipe
 from mbib_timm.training.report import draw_figures
+from mbib_timm.training.run_folder import read_history
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
@@ -74,9 +74,7 @@ def add(run: Path, results: Path) -> Path:
 def draw(result: Path) -> None:
     """Draw a result's figures from its metrics and its summary."""
     metrics = json.loads((result / "metrics.json").read_text())
-    with (result / "summary.csv").open() as file:
-        history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-    draw_figures(result, history, metrics)
+    draw_figures(result, read_history(result), metrics)
     if (result / "analysis.json").is_file():
         write_illustrations(result / "figures", analysis_figures(json.loads((result / "analysis.json").read_text())))
 

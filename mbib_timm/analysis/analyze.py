@@ -15,7 +15,7 @@ from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import Target, find_target, open_target
 from mbib_timm.models.load import Source
-from mbib_timm.training.public import public_command, public_model
+from mbib_timm.training.public import public_environment, public_model
 
 
 def analyze(
@@ -130,7 +130,6 @@ def analyze_run(
         model, counts = opened.model, opened.class_counts
         _check_classes(classes, len(counts))
         channels_last = found.recipe.channels_last
-        environment = describe_environment(world)
         outputs = collect_outputs(model, opened.loader, counts, device=world.device, channels_last=channels_last)
         result = {
             **_description(found.source),
@@ -138,7 +137,7 @@ def analyze_run(
             "images": len(outputs.labels),
             "class_counts": counts.tolist(),
             **all_analyses(model, outputs, counts, opened.input_size, classes, images_per_class),
-            "environment": {**environment, "command": public_command(environment["command"])},
+            "environment": public_environment(describe_environment(world)),
         }
     finally:
         leave_world()

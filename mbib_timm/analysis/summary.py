@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.analysis.posterior import mean_by_shot_group, posterior_difference
+from mbib_timm.evaluation.table import aligned
 
 GROUPS = ("all", "many", "medium", "few")
 
@@ -22,7 +23,7 @@ def summary_text(analysis: Mapping[str, Any]) -> str:
         rows.append([f"rho of {name}", *_cells({group: groups[group]["rho"] for group in GROUPS}, "{:.3f}")])
     posterior = as_array(analysis["positive_posterior"]["prediction"])
     rows.append(["mean positive posterior", *_cells(mean_by_shot_group(posterior, counts), "{:.3f}")])
-    lines = [f"{analysis['name']} on {analysis['split']}: {analysis['images']} images", *_table(rows)]
+    lines = [f"{analysis['name']} on {analysis['split']}: {analysis['images']} images", *aligned(rows)]
 
     confusion = [
         ["of the true group, %", "correct", "wrong to many", "medium", "few", "(evenly: many", "medium", "few)"]
@@ -31,7 +32,7 @@ def summary_text(analysis: Mapping[str, Any]) -> str:
         if shares is not None:
             even = list(analysis["confusion"]["even"][group].values())[1:]
             confusion.append([group, *(f"{value:.1f}" for value in [*shares.values(), *even])])
-    lines += ["", *_table(confusion), ""]
+    lines += ["", *aligned(confusion), ""]
 
     trend = analysis["trend"]
     if trend["slope"] is not None:
@@ -60,7 +61,7 @@ def comparison_text(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     posteriors = [as_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
     difference = mean_by_shot_group(posterior_difference(*posteriors), np.array(first["class_counts"]))
     title = f"mean positive posterior, {run_title(other)} minus {run_title(first)}"
-    return "\n".join([title, *_table([["", *GROUPS], ["difference", *_cells(difference, "{:+.3f}")]])]) + "\n"
+    return "\n".join([title, *aligned([["", *GROUPS], ["difference", *_cells(difference, "{:+.3f}")]])]) + "\n"
 
 
 def run_title(analysis: Mapping[str, Any]) -> str:
@@ -81,13 +82,3 @@ def as_array(values: Sequence[float | None]) -> np.ndarray:
 
 def _cells(values: Mapping[str, float | None], form: str) -> list[str]:
     return ["-" if values[group] is None else form.format(values[group]) for group in GROUPS]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]

@@ -1,6 +1,6 @@
 """The table at the end of a run: every head by shot group, beside the training counts the groups come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,15 @@ def results_table(results: Mapping[str, Mapping[str, Any]], class_counts: np.nda
     for head in heads:
         values = [results[head][metric] for metric in COLUMNS.values()]
         rows.append([head, *("-" if value is None else f"{value:.2f}" for value in values)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for head, *cells in rows:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([head.ljust(widths[0]), *aligned]))
+    lines = aligned(rows)
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:4], rule, *lines[4:]])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([head.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
+        for head, *cells in rows
+    ]

@@ -1,8 +1,6 @@
 """What a report is made of: finished runs with their history and their analysis, and sweeps' results."""
 
-import csv
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,9 @@ from mbib_timm.models.zoo import ZOO
 from mbib_timm.paper import RESULTS, PaperResult
 from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe, recipe_name
 from mbib_timm.sweeps.results import FILE, SAME_RESULT, SweepResults, read_results
+from mbib_timm.sweeps.table import mean_of
 from mbib_timm.training.public import public_metrics
+from mbib_timm.training.run_folder import read_history
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class RunGroup:
 
     def mean(self, column: str) -> float | None:
         """Return the prediction's mean accuracy in percent; None for a group without classes."""
-        measured = [value for value in self.values(column) if value is not None]
-        return statistics.mean(measured) if measured else None
+        return mean_of(self.values(column))
 
     @property
     def paper(self) -> tuple[PaperResult, ...]:
@@ -137,11 +136,7 @@ def read_run(folder: Path) -> ReportedRun:
     """
     try:
         metrics = public_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-        history: list[dict[str, Any]] = []
-        if (folder / "summary.csv").is_file():
-            with (folder / "summary.csv").open(encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            history = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        history = read_history(folder) if (folder / "summary.csv").is_file() else []
         places = [
             place for place in (folder / "analysis" / "analysis.json", folder / "analysis.json") if place.is_file()
         ]

@@ -1,6 +1,5 @@
 """What a sweep has found so far: one file, ``sweep.json``, of which tables, figures and reports are made."""
 
-import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.sweeps.definition import HEAD, Sweep
 from mbib_timm.sweeps.plan import PlannedRun
-from mbib_timm.training.public import public_command, public_text
+from mbib_timm.training.public import public_environment, public_text
+from mbib_timm.training.run_folder import read_history
 
 FILE = "sweep.json"
 # Of a run's environment: what has to be the same for two runs to compare, beside the recipe.
@@ -129,9 +129,8 @@ def run_record(run: PlannedRun) -> dict[str, Any]:
     """Return what a sweep keeps of a finished run: place in the sweep, accuracies by head, curve, environment."""
     folder = run.folder().path
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    with (folder / "summary.csv").open(encoding="utf-8") as file:
-        history = list(csv.DictReader(file))
-    environment = {**metrics["environment"], "command": public_command(metrics["environment"]["command"])}
+    history = read_history(folder)
+    environment = public_environment(metrics["environment"])
     return {
         "label": run.label,
         "configuration": run.configuration,
@@ -148,8 +147,8 @@ def run_record(run: PlannedRun) -> dict[str, Any]:
         },
         "curve": {
             "epoch": [int(row["epoch"]) for row in history],
-            "train_loss": [float(f"{float(row['train_loss']):.5g}") for row in history],
-            "val_top1": [float(row["val_top1"]) if row["val_top1"] else None for row in history],
+            "train_loss": [float(f"{row['train_loss']:.5g}") for row in history],
+            "val_top1": [row["val_top1"] for row in history],
         },
         "training_seconds": round(metrics["training_seconds"], 1),
         "environment": {name: environment[name] for name in ENVIRONMENT},

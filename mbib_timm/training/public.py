@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,17 @@ def public_recipe(file: Path) -> bytes:
 
 def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return a run's metrics without paths of the machine that it ran on."""
-    environment = {**metrics["environment"], "command": public_command(metrics["environment"]["command"])}
-    replaced = [Path(path).name for path in metrics["replaced_images"]]
-    return {**metrics, "model": public_model(metrics["model"]), "environment": environment, "replaced_images": replaced}
+    return {
+        **metrics,
+        "model": public_model(metrics["model"]),
+        "environment": public_environment(metrics["environment"]),
+        "replaced_images": [Path(path).name for path in metrics["replaced_images"]],
+    }
+
+
+def public_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return versions, hardware, commit and command, the latter without paths of the machine."""
+    return {**environment, "command": public_command(environment["command"])}
 
 
 def public_command(command: str) -> str:

@@ -30,6 +30,12 @@ from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "val_top1", "val_many", "val_medium", "val_few", "seconds")
 
 
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's ``summary.csv``: numbers, and None for what an epoch has not."""
+    with (folder / "summary.csv").open(encoding="utf-8") as file:
+        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+
+
 class RunFolder:
     """The files of one run.
 
