@@ -47,31 +47,22 @@ def analyze(
     Raises:
         MbibError: what `analyze_run` raises, and runs with different numbers of classes.
     """
-    sizes = {target: len(find_target(target, recipe, overrides).class_counts()) for target in targets}
-    for target in targets[1:]:
-        if sizes[target] != sizes[targets[0]]:
+    found = [find_target(target, recipe, overrides) for target in targets]
+    sizes = [len(target.class_counts()) for target in found]
+    for name, size in zip(targets, sizes, strict=True):
+        if size != sizes[0]:
             raise MbibError(
-                f"runs of different data cannot be compared: {targets[0]} has {sizes[targets[0]]} classes, "
-                f"{target} has {sizes[target]}"
+                f"runs of different data cannot be compared: {targets[0]} has {sizes[0]} classes, {name} has {size}"
             )
+    given = _folders(targets, output)
+    folders = [folder or _own_folder(target) for folder, target in zip(given, found, strict=True)]
     results: list[dict[str, Any]] = []
-    folders = _folders(targets, output)
-    for target, folder in zip(targets, folders, strict=True):
-        result = analyze_run(
-            target,
-            recipe=recipe,
-            overrides=overrides,
-            split=split,
-            output=folder,
-            classes=classes,
-            images_per_class=images_per_class,
-        )
-        results.append(result)
-        print(summary_text(result))
-    for target, folder, other in zip(targets[1:], folders[1:], results[1:], strict=True):
+    for target, folder in zip(found, folders, strict=True):
+        results.append(_analyze(target, folder, split, classes, images_per_class))
+        print(summary_text(results[-1]))
+    for folder, other in zip(folders[1:], results[1:], strict=True):
         print(comparison_text(results[0], other))
-        place = folder or _own_folder(find_target(target, recipe, overrides))
-        _draw(place, comparison_figures(results[0], other))
+        _draw(folder, comparison_figures(results[0], other))
     return results
 
 
@@ -119,9 +110,14 @@ def analyze_run(
         MbibError: nothing there to analyze, no place for the results, data that do not fit the model, several
             processes, or no scikit-learn.
     """
-    require_scikit_learn()
     found = find_target(target, recipe, overrides)
-    folder = output or _own_folder(found)
+    return _analyze(found, output or _own_folder(found), split, classes, images_per_class)
+
+
+def _analyze(
+    found: Target, folder: Path, split: str | None, classes: Sequence[int] | None, images_per_class: int
+) -> dict[str, Any]:
+    require_scikit_learn()
     world = join_world(found.recipe.device)
     try:
         if world.world_size > 1:
