@@ -7,10 +7,11 @@ import argparse
 import dataclasses
 import errno
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,15 +19,12 @@ import yaml
 
 import mbib_timm
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.recipe import (
-    DEFAULT_RECIPE,
-    TYPES,
-    Recipe,
-    find_recipe,
-    list_recipes,
-    load_recipe,
-    recipe_name,
-)
+from mbib_timm.options import default_of, option_types
+from mbib_timm.recipe import DEFAULT_RECIPE, KEYS, TYPES, Recipe, find_recipe, list_recipes, load_recipe, recipe_name
+
+# Recipe keys that a sweep sets by itself.
+SET_BY_SWEEP = ("seed", "experiment", "resume")
+DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,48 +49,126 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every key of the recipe; flags that are not given leave the recipe's value."""
-    for item in dataclasses.fields(Recipe):
-        expected = TYPES[item.name]
-        if typing.get_origin(expected) is types.UnionType:
-            expected = typing.get_args(expected)[0]
-        options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": item.metadata["help"]}
-        if expected is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(expected) is list:
-            options |= {"nargs": "+", "type": typing.get_args(expected)[0], "metavar": "X"}
-        elif typing.get_origin(expected) is dict:
-            options |= {"nargs": "*", "type": name_value, "metavar": "NAME=VALUE"}
-        else:
-            options |= {"type": expected, "metavar": expected.__name__.upper()}
-        parser.add_argument(flag(item.name), **options)
-
-
 def flag(key: str) -> str:
     """Return the flag of a recipe key: ``--data-dir`` for ``data_dir``."""
     return f"--{key.replace('_', '-')}"
 
 
+def add_recipe_flags(parser: argparse.ArgumentParser, keys: Iterable[str], shown: Recipe | None = None) -> None:
+    """Add the flags of recipe keys, in groups; those that are not given leave the recipe's value.
+
+    Args:
+        parser: of a command.
+        keys: which have an effect on it.
+        shown: the recipe whose values the help shows; without one the keys' own defaults.
+    """
+    groups: dict[str, Any] = {}
+    for name in keys:
+        item = KEYS[name]
+        title = item.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        value = default_of(item) if shown is None else getattr(shown, name)
+        _add_flag(groups[title], name, TYPES[name], item, value["name"] if name == "method" else value)
+    if shown is None:
+        return
+    for number, stage in enumerate(shown.chain(), start=1):
+        prefix = f"stage{number}." if shown.stage else ""
+        _add_method_flags(parser, f"{prefix}method", stage.method)
+
+
+def _add_method_flags(parser: argparse.ArgumentParser, place: str, method: dict[str, Any]) -> None:
+    from mbib_timm.methods import METHODS
+
+    kind = METHODS[method["name"]]
+    group = parser.add_argument_group(f"{place}: {method['name']} ({kind.title})", kind.citation or None)
+    types = option_types(kind.Settings)
+    for item in dataclasses.fields(kind.Settings):
+        options = {"type": yaml.safe_load, "metavar": _type_name(types[item.name]), "default": argparse.SUPPRESS}
+        text = _described(item, method[item.name])
+        group.add_argument(f"--{place}.{item.name.replace('_', '-')}", help=text, **options)
+
+
+def _add_flag(group: Any, name: str, expected: Any, item: dataclasses.Field, value: Any) -> None:
+    if typing.get_origin(expected) is types.UnionType:
+        expected = typing.get_args(expected)[0]
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, value)}
+    if expected is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif name == "method":
+        options["metavar"] = "NAME"
+    elif name == "plugin":
+        options |= {"action": "append", "metavar": "FILE"}
+    elif typing.get_origin(expected) is list:
+        options |= {"nargs": "+", "type": typing.get_args(expected)[0], "metavar": "X"}
+    elif typing.get_origin(expected) is dict:
+        options |= {"nargs": "*", "type": name_value, "metavar": "NAME=VALUE"}
+    else:
+        options |= {"type": expected, "metavar": expected.__name__.upper()}
+    group.add_argument(flag(name), **options)
+
+
+def _type_name(expected: Any) -> str:
+    if typing.get_origin(expected) is types.UnionType:
+        expected = typing.get_args(expected)[0]
+    return getattr(typing.get_origin(expected) or expected, "__name__", "VALUE").upper()
+
+
+def _described(item: dataclasses.Field, value: Any) -> str:
+    """Return an option's help: what it is, what it may be, and what it is now."""
+    text = item.metadata["help"]
+    if item.metadata["choices"]:
+        text += f" ({', '.join(item.metadata['choices'])})"
+    if value is not None and value != [] and value != {}:
+        text += f" [{value}]"
+    return text.replace("%", "%%")
+
+
 def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the recipe keys that were given as flags."""
+    """Return what was given as flags, by the address that `load_recipe` takes."""
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    return {name: dict(value) if name.endswith("_kwargs") else value for name, value in given.items()}
+    overrides = {name: dict(value) if name.endswith("_kwargs") else value for name, value in given.items()}
+    return {**overrides, **getattr(arguments, "dotted", {})}
 
 
-def build_parser() -> Parser:
-    """Build the parser of all commands."""
+def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take flags such as ``--method.beta 3`` and ``--stage2.lr=0.1`` out of a command line; values are YAML."""
+    dotted: dict[str, Any] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        match = DOTTED.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        text = match[2] if match[2] is not None else next(words, None)
+        if text is None or DOTTED.fullmatch(text):
+            raise MbibError(f"flag --{match[1]} needs a value")
+        try:
+            dotted[match[1].replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise MbibError(f"flag --{match[1]}: {text!r} is no value") from None
+    return dotted, rest
+
+
+def build_parser(shown: Recipe | None = None) -> Parser:
+    """Build the parser of all commands; the help of ``train`` shows the values of a recipe, where one is given."""
     parser = Parser(prog="mbib", description="Long-tailed image classification with timm.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mbib_timm {mbib_timm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    train = commands.add_parser("train", help="train a recipe", allow_abbrev=False)
+    training = {
+        "epilog": "A method's settings are flags as well: --method.beta 3. In a recipe of several stages a flag holds for "
+        "the stages that do not set the key themselves; --stage2.lr 0.1 is the second stage's. Values in [ ] are the "
+        "recipe's."
+    }
+    train = commands.add_parser("train", help="train a recipe", allow_abbrev=False, **training)
     train.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
-    add_recipe_flags(train)
+    add_recipe_flags(train, KEYS, shown)
 
-    sweep = commands.add_parser("sweep", help="train many recipes in one process", allow_abbrev=False)
+    sweep = commands.add_parser("sweep", help="train many recipes in one process", allow_abbrev=False, **training)
     sweep.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
-    sweep.add_argument("--recipe", help="another base recipe than the sweep's, such as digits/mbib_resnet32")
+    sweep.add_argument("--recipe", help="another base recipe than the sweep's, such as mbib_resnet32.digits")
     sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds, in the place of the sweep's own")
     sweep.add_argument("--name", help="name of the sweep's folders")
     sweep.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains this")
@@ -100,14 +176,15 @@ def build_parser() -> Parser:
         "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
     )
     sweep.add_argument("--dry-run", action="store_true", help="list the runs, and which are done, and stop")
-    add_recipe_flags(sweep)
+    add_recipe_flags(sweep, [key for key in KEYS if key not in SET_BY_SWEEP])
 
     validate = commands.add_parser("validate", help="evaluate a trained model", allow_abbrev=False)
     validate.add_argument("target", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
     validate.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
     validate.add_argument("--split", help="split to evaluate; the one of the run's result when not given")
     validate.add_argument("--results", type=Path, help="write the metrics to this JSON file")
-    add_recipe_flags(validate)
+    evaluated = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
+    add_recipe_flags(validate, evaluated)
 
     analyze = commands.add_parser("analyze", help="look into trained models", allow_abbrev=False)
     analyze.add_argument(
@@ -121,7 +198,8 @@ def build_parser() -> Parser:
     analyze.add_argument(
         "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
     )
-    add_recipe_flags(analyze)
+    analyze.add_argument("--output", type=Path, metavar="DIR", help="folder of the analysis")
+    add_recipe_flags(analyze, evaluated)
 
     report = commands.add_parser("report", help="put runs and sweeps into one HTML file", allow_abbrev=False)
     report.add_argument(
@@ -186,12 +264,23 @@ def build_parser() -> Parser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises MbibError for what it cannot read."""
-    parser = build_parser()
-    arguments, unknown = parser.parse_known_args(argv)
+    dotted, rest = take_dotted(argv)
+    asks = [word for word in rest if word in ("-h", "--help")]
+    shown = None
+    if asks and rest[0] == "train":
+        known, _ = build_parser().parse_known_args([word for word in rest if word not in asks])
+        shown = load_recipe(find_recipe(known.recipe), {**recipe_overrides(known), **dotted})
+    parser = build_parser(shown)
+    arguments, unknown = parser.parse_known_args(rest)
+    if dotted and arguments.command not in ("train", "sweep"):
+        raise MbibError(f"unexpected flag --{next(iter(dotted))}; see mbib {arguments.command} --help")
     for text in unknown:
         if text.startswith("--"):
-            raise unknown_name("flag", text.partition("=")[0], [flag(key) for key in TYPES])
+            commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+            flags = [name for name in commands.choices[arguments.command]._option_string_actions if name[:2] == "--"]
+            raise unknown_name(f"flag of mbib {arguments.command}", text.partition("=")[0], flags)
         raise MbibError(f"unexpected argument {text!r}; see mbib {arguments.command} --help")
+    arguments.dotted = dotted
     return arguments
 
 
@@ -233,14 +322,12 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "analyze":
         from mbib_timm.analysis.analyze import analyze
 
-        overrides = recipe_overrides(arguments)
-        output = overrides.pop("output", None)  # of the analysis, and not of a run
         analyze(
             arguments.runs,
             recipe=arguments.recipe,
-            overrides=overrides,
+            overrides=recipe_overrides(arguments),
             split=arguments.split,
-            output=None if output is None else Path(output),
+            output=arguments.output,
             classes=arguments.classes,
             images_per_class=arguments.images_per_class,
         )

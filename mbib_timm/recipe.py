@@ -1,53 +1,53 @@
-"""The recipe: every setting of a run in one flat, typed, checked record.
+"""The recipe: every setting of a run, typed and checked: data, model, method, optimisation, machine.
 
-A recipe is a YAML file whose keys are the fields of `Recipe`, named as in timm's train.py where timm has the
-flag. Every key is also a flag of `mbib train`. What a file leaves out keeps the default below; what it should
-not hold is refused, with the nearest valid key.
+A recipe is a YAML file whose keys are the fields of `Recipe`, named as in timm's train.py where timm has the flag.
+Every key is also a flag of `mbib train`. What a file leaves out keeps the default below; what it should not hold is
+refused, with the nearest valid key. Three keys are more than values:
+
+```yaml
+base: cifar100_lt                       # another file, whose keys hold where this one has none of its own
+model: cifar_resnet32
+method: {name: bsce}                    # with settings of its own, checked by the method
+stages:                                 # runs one after another, each from the weights of the one before
+  - {method: ce}                        # a stage's keys win over those outside
+  - {method: crt, epochs: 30, lr: 0.1}
+```
 """
 
-import contextlib
+import copy
 import dataclasses
-import math
-import types
-import typing
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.options import check_options, default_of, option, option_types
 
-DEFAULT_RECIPE = "digits/mbib_resnet20"
+if TYPE_CHECKING:
+    from mbib_timm.methods import Method
 
+DEFAULT_RECIPE = "mbib_resnet20.digits"
+BASE, STAGES = "base", "stages"
 
-def key(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    location: bool = False,
-) -> Any:
-    """Declare a recipe key: its default, its help text and the values it accepts.
-
-    Args:
-        default: value when neither the file nor the command line gives one.
-        help: one line for ``mbib train --help``.
-        minimum: smallest value accepted.
-        above: value that must be exceeded.
-        maximum: largest value accepted.
-        choices: the strings accepted.
-        location: True for keys that say where a run happens and not what it computes. A run may be resumed
-            with other values for these.
-    """
-    metadata = dict(help=help, minimum=minimum, above=above, maximum=maximum, choices=choices, location=location)
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+# What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
+# a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
+_data, _input, _model, _method, _optimisation, _machine, _output = (
+    partial(option, group=group, location=False, evaluation=evaluation)
+    for group, evaluation in (
+        ("data", True),
+        ("input", False),
+        ("model", False),
+        ("method", False),
+        ("optimisation", False),
+        ("machine", False),
+        ("output", False),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -55,138 +55,184 @@ class Recipe:
     """One run, completely described. Raises MbibError for values that cannot be."""
 
     # Data
-    dataset: str = key(
+    dataset: str = _data(
         "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, list, inat2018, hfds/NAME, wds"
     )
-    data_dir: str | None = key(None, "root folder (or .tar) of the data", location=True)
-    dataset_download: bool = key(False, "let torchvision download the data set into data_dir", location=True)
-    train_split: str = key("train", "name of the training split")
-    val_split: str = key("validation", "name of the split that is evaluated during training")
-    test_split: str | None = key(None, "name of a further split, evaluated once with the last epoch's weights")
-    train_list: str | None = key(None, "training list file or json (dataset: list, inat2018)", location=True)
-    val_list: str | None = key(None, "validation list file or json (dataset: list, inat2018)", location=True)
-    test_list: str | None = key(None, "test list file, evaluated once at the end (dataset: list)", location=True)
-    class_map: str | None = key(
+    data_dir: str | None = _data(None, "root folder (or .tar) of the data", location=True)
+    dataset_download: bool = _data(False, "let torchvision download the data set into data_dir", location=True)
+    train_split: str = _data("train", "name of the training split")
+    val_split: str = _data("validation", "name of the split that is evaluated during training")
+    test_split: str | None = _data(None, "name of a further split, evaluated once with the last epoch's weights")
+    train_list: str | None = _data(None, "training list file or json (dataset: list, inat2018)", location=True)
+    val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)
+    test_list: str | None = _data(None, "test list file, evaluated once at the end (dataset: list)", location=True)
+    class_map: str | None = _data(
         None, "file with one class name a line, in label order (dataset: list, wds)", location=True
     )
-    class_counts: str | None = key(
+    class_counts: str | None = _data(
         None, "file with the training images of each class, for sources that stream", location=True
     )
-    val_fraction: float = key(
+    val_fraction: float = _data(
         0.2, "share of each class held out where the data have no validation split", above=0, maximum=0.9
     )
-    num_classes: int | None = key(None, "number of classes; taken from the data when not given", minimum=2)
-    imbalance: str = key("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))
-    imbalance_factor: float = key(100.0, "images of the largest class over images of the smallest", minimum=1)
-    imbalance_max: int | None = key(
+    num_classes: int | None = _data(None, "number of classes; taken from the data when not given", minimum=2)
+    imbalance: str = _data("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))
+    imbalance_factor: float = _data(100.0, "images of the largest class over images of the smallest", minimum=1)
+    imbalance_max: int | None = _data(
         None, "images of the largest class; the most that the data allow when not given", minimum=1
     )
-    subset_seed: int = key(0, "seed that chooses the images of the long-tailed subset", minimum=0)
+    holdout: float = _data(
+        0.0,
+        "share of each class's training images that is never trained on, for methods that choose a constant; without "
+        "it they take the images that a long-tailed subset leaves out, or the validation split where a test split is "
+        "evaluated",
+        minimum=0,
+        maximum=0.9,
+        evaluation=False,
+    )
+    subset_seed: int = _data(0, "seed that chooses the images of the long-tailed subset", minimum=0)
 
-    loader: str = key(
+    loader: str = _data(
         "auto",
         "resident (decoded once, kept and augmented on the device), timm (decoded in every epoch), auto (resident if "
         "the data fit)",
         choices=("auto", "resident", "timm"),
+        evaluation=False,
     )
-    image_cache: str = key(
-        "auto", "folder that keeps decoded images for the next run; auto: in the user's cache; none", location=True
+    image_cache: str = _data(
+        "auto",
+        "folder that keeps decoded images for the next run; auto: in the user's cache; none",
+        location=True,
+        evaluation=False,
     )
 
     # Input
-    img_size: int | None = key(None, "height and width of the model's input; the model's own when not given", minimum=1)
-    train_crop_mode: str = key(
+    img_size: int | None = _input(
+        None, "height and width of the model's input; the model's own when not given", minimum=1, evaluation=True
+    )
+    train_crop_mode: str = _input(
         "rrc",
         "training crop: pad (pad by 1/8 and crop), rrc (random resized crop), none",
         choices=("pad", "rrc", "none"),
+        evaluation=True,
     )
-    scale: list[float] = key([0.08, 1.0], "area range of the random resized crop")
-    ratio: list[float] = key([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
-    hflip: float = key(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
-    color_jitter: float = key(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
-    aa: str | None = key(None, "timm auto-augment policy, e.g. rand-m9-mstd0.5")
-    interpolation: str = key("bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"))
-    crop_pct: float = key(0.875, "share of the resized test image that the centre crop keeps", above=0, maximum=1)
-    mean: list[float] = key([0.485, 0.456, 0.406], "channel means of the normalisation")
-    std: list[float] = key([0.229, 0.224, 0.225], "channel standard deviations of the normalisation")
+    scale: list[float] = _input([0.08, 1.0], "area range of the random resized crop")
+    ratio: list[float] = _input([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
+    hflip: float = _input(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    color_jitter: float = _input(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
+    aa: str | None = _input(None, "timm auto-augment policy, e.g. rand-m9-mstd0.5")
+    interpolation: str = _input(
+        "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
+    )
+    crop_pct: float = _input(
+        0.875, "share of the resized test image that the centre crop keeps", above=0, maximum=1, evaluation=True
+    )
+    mean: list[float] = _input([0.485, 0.456, 0.406], "channel means of the normalisation", evaluation=True)
+    std: list[float] = _input(
+        [0.229, 0.224, 0.225], "channel standard deviations of the normalisation", evaluation=True
+    )
 
     # Model
-    model: str = key("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
-    model_kwargs: dict[str, Any] = key({}, "further keyword arguments of the model, as name=value")
-    pretrained: bool = key(False, "start from the model's published weights")
-    initial_checkpoint: str | None = key(None, "start from this weights file, or a run's folder", location=True)
+    model: str = _model("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
+    model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
+    pretrained: bool = _model(False, "start from the model's published weights")
+    initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
 
-    # Loss
-    loss: str = key("mbib", "ce, focal, bsce, bib, mbib, se_mbib, all_mbib")
-    beta: float = key(5.0, "weight of the self-distillation loss (eq. 9)", minimum=0)
-    gamma: float = key(0.0, "exponent of the class temperatures (eq. 8)", minimum=0)
-    class_weight_power: float = key(0.1, "exponent m of the class weights (eq. 7)", minimum=0)
-    normalize_class_weights: bool = key(
-        True, "divide a batch's class-weighted loss by the sum of the weights, and not by the number of images"
+    # Method
+    method: dict[str, Any] = _method(
+        {"name": "mbib"}, "how to train, by name, with the settings of that method; see mbib train RECIPE --help"
     )
-    logit_adjustment: bool = key(True, "add log n to the logits in the losses bib to all_mbib (eq. 4)")
-    observation_weights: list[float] = key(
-        [0.1, 0.3, 1.0], "weights a, b, ..., 1 of the observations' BIB terms (eq. 11)"
+    plugin: list[str] = _method([], "files or modules that bring methods of their own", location=True)
+    sampler: str | None = _method(
+        None,
+        "what an epoch draws: instance, balanced, sqrt, progressive, reverse, effective[:beta], class_aware[:m], or "
+        "two streams side by side as instance+reverse; the method's own when not given",
     )
-    focal_gamma: float = key(2.0, "focusing exponent of the focal loss", minimum=0)
+    train: str | None = _method(
+        None,
+        "the part that trains: all, classifier, or a regular expression of parameters' names; the method's own when "
+        "not given",
+    )
+    reset: str | None = _method(
+        None,
+        "the part that starts anew where weights are given: none, classifier, or a regular expression of names; the "
+        "method's own when not given",
+    )
+    frozen_bn: str | None = _method(
+        None,
+        "batch normalisation in the part that does not train: train (its running statistics go on) or eval; the "
+        "method's own when not given",
+        choices=("train", "eval"),
+    )
 
     # Optimisation
-    task: str = key("classification", "training task")
-    epochs: int = key(200, "epochs of training", minimum=1)
-    batch_size: int = key(128, "training images of a step on one device", minimum=2)
-    validation_batch_size: int = key(256, "images of an evaluation step", minimum=1)
-    grad_accum_steps: int = key(1, "batches whose gradients are added before a step", minimum=1)
-    opt: str = key("sgd", "timm optimizer")
-    opt_kwargs: dict[str, Any] = key({}, "further keyword arguments of the optimizer, as name=value")
-    lr: float = key(0.1, "learning rate", above=0)
-    momentum: float = key(0.9, "momentum of the optimizer", minimum=0, maximum=1)
-    weight_decay: float = key(3e-4, "weight decay", minimum=0)
-    filter_bias_and_bn: bool = key(False, "leave biases and normalisation out of the weight decay")
-    layer_decay: float | None = key(
+    epochs: int = _optimisation(200, "epochs of training; 0 for a method that changes a trained model", minimum=0)
+    batch_size: int = _optimisation(128, "training images of a step on one device", minimum=2)
+    validation_batch_size: int = _optimisation(256, "images of an evaluation step", minimum=1, evaluation=True)
+    grad_accum_steps: int = _optimisation(1, "batches whose gradients are added before a step", minimum=1)
+    opt: str = _optimisation("sgd", "timm optimizer")
+    opt_kwargs: dict[str, Any] = _optimisation({}, "further keyword arguments of the optimizer, as name=value")
+    lr: float = _optimisation(0.1, "learning rate", above=0)
+    momentum: float = _optimisation(0.9, "momentum of the optimizer", minimum=0, maximum=1)
+    weight_decay: float = _optimisation(3e-4, "weight decay", minimum=0)
+    filter_bias_and_bn: bool = _optimisation(False, "leave biases and normalisation out of the weight decay")
+    layer_decay: float | None = _optimisation(
         None, "factor on the learning rate from each layer to the one before it", above=0, maximum=1
     )
-    clip_grad: float | None = key(None, "clip gradients at this value", above=0)
-    clip_mode: str = key("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
-    sched: str = key("cosine", "timm learning-rate schedule")
-    warmup_epochs: int = key(0, "epochs of linear warm-up", minimum=0)
-    warmup_lr: float = key(1e-5, "learning rate at the start of the warm-up", minimum=0)
-    min_lr: float = key(0.0, "lowest learning rate of the schedule", minimum=0)
-    decay_milestones: list[int] = key([161, 181], "timm's milestones: multistep decays from the epoch before each")
-    decay_rate: float = key(0.1, "factor of each decay", above=0)
-    model_ema: bool = key(False, "keep an exponential moving average of the weights, and evaluate it")
-    model_ema_decay: float = key(0.9998, "decay of that average", minimum=0, maximum=1)
+    clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
+    clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
+    sched: str = _optimisation("cosine", "timm learning-rate schedule")
+    warmup_epochs: int = _optimisation(0, "epochs of linear warm-up", minimum=0)
+    warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", minimum=0)
+    min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0)
+    decay_milestones: list[int] = _optimisation(
+        [161, 181], "timm's milestones: multistep decays from the epoch before each"
+    )
+    decay_rate: float = _optimisation(0.1, "factor of each decay", above=0)
+    model_ema: bool = _optimisation(False, "keep an exponential moving average of the weights, and evaluate it")
+    model_ema_decay: float = _optimisation(0.9998, "decay of that average", minimum=0, maximum=1)
 
     # Machine
-    device: str | None = key(None, "cpu, cuda, cuda:1, mps; found when not given", location=True)
-    workers: int = key(2, "processes that load data", minimum=0, location=True)
-    pin_mem: bool | None = key(
-        None, "pin memory for the transfer to the device; on for CUDA when not given", location=True
+    device: str | None = _machine(None, "cpu, cuda, cuda:1, mps; found when not given", location=True, evaluation=True)
+    workers: int = _machine(2, "processes that load data", minimum=0, location=True, evaluation=True)
+    pin_mem: bool | None = _machine(
+        None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
     )
-    amp: bool | None = key(None, "mixed precision; on for CUDA when not given")
-    amp_dtype: str = key("bfloat16", "precision of mixed precision", choices=("bfloat16", "float16"))
-    channels_last: bool = key(True, "channels-last memory format")
-    torchcompile: bool = key(False, "compile the training step and the evaluation")
-    cuda_graph: bool = key(False, "capture the training step in a CUDA graph")
-    sync_bn: bool = key(False, "synchronise batch normalisation across processes")
-    seed: int = key(0, "seed of initialisation, sample order and augmentation", minimum=0)
+    amp: bool | None = _machine(None, "mixed precision; on for CUDA when not given")
+    amp_dtype: str = _machine("bfloat16", "precision of mixed precision", choices=("bfloat16", "float16"))
+    channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
+    torchcompile: bool = _machine(False, "compile the training step and the evaluation")
+    cuda_graph: bool = _machine(False, "capture the training step in a CUDA graph")
+    sync_bn: bool = _machine(False, "synchronise batch normalisation across processes")
+    seed: int = _machine(0, "seed of initialisation, sample order and augmentation", minimum=0)
 
     # Output
-    output: str = key("runs", "folder of the runs", location=True)
-    experiment: str | None = key(None, "name of this run's folder; the recipe's name when not given", location=True)
-    resume: str | None = key(None, "auto, or a run's folder or checkpoint, to continue from", location=True)
-    checkpoint_seconds: float = key(
+    output: str = _output("runs", "folder of the runs", location=True)
+    experiment: str | None = _output(None, "name of this run's folder; the recipe's name when not given", location=True)
+    resume: str | None = _output(None, "auto, or a run's folder or checkpoint, to continue from", location=True)
+    checkpoint_seconds: float = _output(
         5.0, "least time between checkpoints, which are written at the end of an epoch", minimum=0, location=True
     )
-    val_interval: int = key(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
-    log_interval: int = key(50, "steps between log lines and checks of the loss", minimum=1, location=True)
-    log_tensorboard: bool = key(False, "write TensorBoard logs", location=True)
-    log_wandb: bool = key(False, "log to Weights & Biases", location=True)
+    val_interval: int = _output(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
+    log_interval: int = _output(50, "steps between log lines and checks of the loss", minimum=1, location=True)
+    log_tensorboard: bool = _output(False, "write TensorBoard logs", location=True)
+    log_wandb: bool = _output(False, "log to Weights & Biases", location=True)
+    previous: "Recipe | None" = None
+    """The stage before, whose weights this one starts from."""
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = _typed(item.name, getattr(self, item.name), TYPES[item.name])
-            object.__setattr__(self, item.name, value)
-            _check_range(item, value)
+        from mbib_timm.methods import load_plugin, resolve_method  # methods need torch; what only lists names does not
+
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", {"name": self.method})
+        check_options(self, "recipe key {!r}")
+        object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
+        kind, settings = resolve_method(self.method)
+        object.__setattr__(self, "method", {"name": kind.name, **settings})
+        self._check_ranges()
+        self._check_stage(kind)
+
+    def _check_ranges(self) -> None:
         for name in ("scale", "ratio"):
             low_high = getattr(self, name)
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
@@ -196,80 +242,98 @@ class Recipe:
                 raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {getattr(self, name)}")
         if min(self.std) <= 0:
             raise MbibError(f"recipe key 'std': expected positive numbers, got {self.std}")
-        if not self.observation_weights or min(self.observation_weights) < 0:
-            raise MbibError(
-                f"recipe key 'observation_weights': expected numbers of at least 0, got {self.observation_weights}"
-            )
         if self.experiment is not None and Path(self.experiment).name != self.experiment:
             raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {self.experiment!r}")
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+        if self.warmup_epochs >= self.epochs > 0 and self.warmup_epochs > 0:
             raise MbibError(f"recipe key 'warmup_epochs': {self.warmup_epochs} leaves none of the {self.epochs} epochs")
         if self.sched == "multistep" and sorted(self.decay_milestones) != self.decay_milestones:
             raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {self.decay_milestones}")
 
+    def _check_stage(self, kind: "type[Method]") -> None:
+        starts = self.previous is not None or self.initial_checkpoint is not None or self.pretrained
+        if self.previous is not None:
+            for key in ("initial_checkpoint", "pretrained"):
+                if getattr(self, key):
+                    raise MbibError(f"recipe key {key!r}: stage {self.stage + 1} starts from the stage before")
+        if kind.needs_start and not starts:
+            raise MbibError(
+                f"method {kind.name!r} starts from a trained model, and this recipe gives none: put a stage before it "
+                "(stages: [{method: ce}, ...]), or give --initial-checkpoint RUN"
+            )
+        if kind.post_hoc and self.epochs > 0:
+            raise MbibError(f"recipe key 'epochs': method {kind.name!r} trains nothing; expected 0, got {self.epochs}")
+        if self.epochs == 0 and not starts:
+            raise MbibError("recipe key 'epochs': 0 trains nothing, and there are no weights to start from")
+
+    @property
+    def stage(self) -> int:
+        """The number of stages before this one."""
+        return 0 if self.previous is None else self.previous.stage + 1
+
+    def choice(self, key: str) -> Any:
+        """Return the value of a key that is left to the method where it is None: sampler, train, reset, frozen_bn."""
+        from mbib_timm.methods import METHODS
+
+        value = getattr(self, key)
+        return getattr(METHODS[self.method["name"]], key if key != "train" else "part") if value is None else value
+
+    def chain(self) -> "list[Recipe]":
+        """Return the stages in order, this one last."""
+        return [*(self.previous.chain() if self.previous else []), self]
+
     def replace(self, **changes: Any) -> "Recipe":
-        """Return a copy with other values. Raises MbibError for unknown keys and impossible values."""
+        """Return a copy whose last stage has other values; `everywhere` changes all stages.
+
+        Raises:
+            MbibError: unknown keys and impossible values.
+        """
         for name in changes:
-            if name not in TYPES:
-                raise unknown_name("recipe key", name, TYPES)
+            require_key(name)
         return dataclasses.replace(self, **changes)
 
+    def everywhere(self, **changes: Any) -> "Recipe":
+        """Return a copy all of whose stages have other values. Raises MbibError as `replace` does."""
+        before = None if self.previous is None else self.previous.everywhere(**changes)
+        return self.replace_previous(before, **changes)
+
+    def replace_previous(self, previous: "Recipe | None", **changes: Any) -> "Recipe":
+        """Return a copy after another stage, with other values. Raises MbibError as `replace` does."""
+        for name in changes:
+            require_key(name)
+        return dataclasses.replace(self, previous=previous, **changes)
+
+    def keys(self) -> dict[str, Any]:
+        """Return this stage's keys and values."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in KEYS}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys and values, as written to ``recipe.yaml``."""
-        return dataclasses.asdict(self)
+        """Return keys and values as ``recipe.yaml`` has them: what the stages share, then under ``stages`` the rest."""
+        return _fold([stage.keys() for stage in self.chain()])
 
     def computation(self) -> dict[str, Any]:
-        """Return the keys that decide what is computed: all but paths, device, workers and logging."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["location"]}
+        """Return what decides what is computed: all but paths, device, workers and logging; stages as in `to_dict`."""
+        kept = [name for name, item in KEYS.items() if not item.metadata["location"]]
+        return _fold([{name: getattr(stage, name) for name in kept} for stage in self.chain()])
 
 
-TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
-# The sections Data and Input: recipes that agree in these see the same images.
-DATA_KEYS = tuple(TYPES)[: list(TYPES).index("std") + 1]
+KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fields(Recipe) if item.name != "previous"}
+TYPES: dict[str, Any] = {name: kind for name, kind in option_types(Recipe).items() if name in KEYS}
+# Recipes that agree in these see the same images.
+DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
 
 
-def _typed(name: str, value: Any, expected: Any) -> Any:
-    """Return `value` as the type that the key `name` expects, or raise MbibError."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _typed(name, value, arguments[0])
-    if origin is list and isinstance(value, list | tuple):
-        return [_typed(name, item, arguments[0]) for item in value]
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if expected is float and isinstance(value, str):
-        # YAML reads 3e-4 (no dot) as a string.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise MbibError(f"recipe key {name!r}: expected a finite number, got {value}")
-        return float(value)
-    if expected is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if expected in (str, bool) and isinstance(value, expected):
-        return value
-    wanted = (origin or expected).__name__
-    if origin is list:
-        wanted = f"list of {arguments[0].__name__}"
-    raise MbibError(f"recipe key {name!r}: expected {wanted}, got {value!r}")
+def require_key(name: str) -> None:
+    """Raise MbibError for what is no recipe key, with the nearest valid one."""
+    if name not in KEYS:
+        raise unknown_name("recipe key", name, KEYS)
 
 
-def _check_range(item: dataclasses.Field, value: Any) -> None:
-    limits = item.metadata
-    if value is None:
-        return
-    if limits["choices"] and value not in limits["choices"]:
-        raise unknown_name(f"value of recipe key {item.name!r}", value, limits["choices"])
-    if isinstance(value, int | float):
-        if limits["minimum"] is not None and value < limits["minimum"]:
-            raise MbibError(f"recipe key {item.name!r}: expected at least {limits['minimum']:g}, got {value:g}")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise MbibError(f"recipe key {item.name!r}: expected more than {limits['above']:g}, got {value:g}")
-        if limits["maximum"] is not None and value > limits["maximum"]:
-            raise MbibError(f"recipe key {item.name!r}: expected at most {limits['maximum']:g}, got {value:g}")
+def _fold(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what stages have in common, and what they have not, as one mapping."""
+    if len(stages) == 1:
+        return stages[0]
+    common = {key: value for key, value in stages[0].items() if all(stage[key] == value for stage in stages)}
+    return {**common, STAGES: [{k: v for k, v in stage.items() if k not in common} for stage in stages]}
 
 
 def recipes_folder() -> Path:
@@ -279,10 +343,19 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> list[str]:
-    """Return the names of the recipes that come with the package, e.g. ``cifar100_lt_if100/mbib_resnet32``."""
+    """Return the names of the recipes that come with the package, such as ``mbib_resnet32.cifar100_lt_if100``."""
+    return sorted(_packaged())
+
+
+def _packaged() -> dict[str, Path]:
+    """The packaged recipes' files by name: a file named ``arch.tag`` has that name, any other one its folder's too."""
     root = recipes_folder()
-    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.glob("**/*.yaml"))
-    return sorted(name for name in names if not name.startswith("sweeps/"))
+    files = (path.relative_to(root) for path in root.glob("*/*.yaml"))
+    return {
+        path.stem if "." in path.stem else path.with_suffix("").as_posix(): root / path
+        for path in files
+        if path.parts[0] not in ("bases", "sweeps")
+    }
 
 
 def find_recipe(name: str) -> Path:
@@ -293,20 +366,20 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = recipes_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if packaged.is_file():
-        return packaged
-    raise unknown_name("recipe", name, list_recipes())
+    packaged = _packaged()
+    if name.removesuffix(".yaml") not in packaged:
+        raise unknown_name("recipe", name, packaged)
+    return packaged[name.removesuffix(".yaml")]
 
 
 def recipe_name(path: Path) -> str:
-    """Return a run's name, ``<file stem>.<folder>``: ``mbib_resnet32.cifar100_lt_if100`` is a model's arch.tag.
+    """Return a run's name: the file's, where it is a model's arch.tag; else ``<file stem>.<folder>``.
 
     The recipe.yaml that a run leaves in its folder has the name of that run.
     """
     if path.name == "recipe.yaml":
         return path.resolve().parent.name
-    return f"{path.stem}.{path.resolve().parent.name}"
+    return path.stem if "." in path.stem else f"{path.stem}.{path.resolve().parent.name}"
 
 
 def recipe_claims(path: Path) -> dict[str, str]:
@@ -325,12 +398,43 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     """Read a recipe file and apply overrides.
 
     Args:
-        path: a YAML file with keys of `Recipe`.
-        overrides: values that replace the file's.
+        path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as the module's description has them.
+        overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
+            part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
+            without stage holds for all stages that do not set it themselves, as in the file.
 
     Raises:
-        MbibError: the file is not a flat mapping, or holds an unknown key, a wrong type or an impossible value.
+        MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
     """
+    content = read_recipe(path)
+    for address in sorted(overrides or {}, key=lambda address: address.count(".")):
+        _override(content, address, (overrides or {})[address], path)
+    return _resolve(content, path.name)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the content of a recipe file over that of its base, unresolved.
+
+    Raises:
+        MbibError: not a mapping, an unknown key, a base that is missing or has a base of its own.
+    """
+    content = _read_mapping(path)
+    base = content.pop(BASE, None)
+    if base is None:
+        return content
+    beside, packaged = path.parent / f"{base}.yaml", recipes_folder() / "bases" / f"{base}.yaml"
+    files = [file for file in (Path(str(base)), beside, packaged) if file.is_file()]
+    if not files:
+        names = [file.stem for file in packaged.parent.glob("*.yaml")]
+        raise unknown_name(f"base in {path.name}", str(base), names)
+    below = _read_mapping(files[0])
+    for key in (BASE, STAGES):
+        if key in below:
+            raise MbibError(f"{files[0]}: a base has no {key!r} of its own")
+    return {**below, **content}
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -338,10 +442,113 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
+    _check_keys(content, path.name, (BASE, STAGES))
+    stages = content.get(STAGES, [])
+    if not isinstance(stages, list) or (STAGES in content and not stages):
+        raise MbibError(f"{path}: key 'stages': expected a list of stages, got {stages!r}")
+    for number, stage in enumerate(stages, start=1):
+        if not isinstance(stage, dict):
+            raise MbibError(f"{path}: stage {number}: expected keys and values, got {stage!r}")
+        _check_keys(stage, f"stage {number} of {path.name}")
+    return content
+
+
+def _check_keys(content: Mapping[str, Any], where: str, others: tuple[str, ...] = ()) -> None:
     for name in content:
-        if name not in TYPES:
-            raise unknown_name(f"key in {path.name}", str(name), TYPES)
-    return Recipe(**{**content, **(overrides or {})})
+        if name not in KEYS and name not in others:
+            raise unknown_name(f"key in {where}", str(name), [*KEYS, *others])
+
+
+def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
+    """Build the recipe of a file's content, stage by stage; an error in one of several names the stage."""
+    shared = {key: value for key, value in content.items() if key != STAGES}
+    stages = content.get(STAGES, [{}])
+    recipe: Recipe | None = None
+    for number, stage in enumerate(stages, start=1):
+        # What a recipe starts from, its first stage does.
+        keys = {
+            key: value
+            for key, value in shared.items()
+            if number == 1 or key not in ("initial_checkpoint", "pretrained")
+        }
+        try:
+            recipe = Recipe(**{**keys, **stage, "previous": recipe})
+        except MbibError as error:
+            if len(stages) == 1:
+                raise
+            raise MbibError(f"stage {number} of {where}: {error}") from None
+    assert recipe is not None
+    return recipe
+
+
+def _override(content: dict[str, Any], address: str, value: Any, path: Path) -> None:
+    """Set what an address names in a file's content; see `load_recipe`."""
+    first, *rest = address.split(".")
+    stages, target, shared = content.get(STAGES, []), content, content
+    number = re.fullmatch(r"stage(\d+)", first)
+    if number and rest:
+        if not 1 <= int(number[1]) <= len(stages):
+            raise MbibError(f"{address}: {path.name} has {len(stages) or 'no'} stages")
+        target = stages[int(number[1]) - 1]
+        first, *rest = rest
+    require_key(first)
+    if target is content and stages and all(first in stage for stage in stages):
+        flags = " or ".join(f"stage{i}.{'.'.join([first, *rest])}" for i in range(1, len(stages) + 1))
+        raise MbibError(f"every stage of {path.name} sets {first!r} itself; say which: {flags}")
+    if not rest:
+        target[first] = value
+        return
+    if first in target or first in shared:
+        whole = copy.deepcopy(target.get(first, shared.get(first)))
+    else:
+        whole = default_of(KEYS[first])
+    if first == "method":
+        whole = {"name": whole} if isinstance(whole, str) else whole
+        if len(rest) > 1:  # an element of a setting, which the file may leave to the method
+            from mbib_timm.methods import load_plugin, resolve_method
+
+            for plugin in target.get("plugin", shared.get("plugin", [])):
+                load_plugin(plugin)
+            whole = {**resolve_method(whole)[1], **whole}
+    inner = whole
+    for part in rest[:-1]:
+        inner = _element(inner, part, address)
+    _element(inner, rest[-1], address, create=True)
+    inner[int(rest[-1]) if isinstance(inner, list) else rest[-1]] = value
+    target[first] = whole
+
+
+def _element(whole: Any, part: str, address: str, create: bool = False) -> Any:
+    """Return an element of a list or a mapping. Raises MbibError where there is none, and where none can be."""
+    try:
+        if isinstance(whole, list):
+            return whole[int(part)]
+        if isinstance(whole, dict) and (create or part in whole):
+            return whole.get(part)
+    except (ValueError, IndexError):
+        pass
+    raise MbibError(f"{address}: there is no element {part!r} in {whole!r}")
+
+
+def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
+    """Return overrides by which a recipe takes other epochs, and its warm-up and milestones move with them.
+
+    Of several stages the longest takes `epochs`, and the others keep their share.
+    """
+    chain = recipe.chain()
+    longest = max(stage.epochs for stage in chain)
+    changes: dict[str, Any] = {}
+    for number, stage in enumerate(chain, start=1):
+        if longest == epochs or stage.epochs == 0:
+            continue
+        share = epochs / longest
+        own = max(1, round(share * stage.epochs))
+        warmup = min(max(1, round(share * stage.warmup_epochs)), own - 1) if stage.warmup_epochs else 0
+        milestones = [max(1, round(share * milestone)) for milestone in stage.decay_milestones]
+        prefix = f"stage{number}." if len(chain) > 1 else ""
+        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones}
+        changes |= {f"{prefix}{key}": value for key, value in scaled.items()}
+    return changes
 
 
 def dump_recipe(recipe: Recipe) -> bytes:

@@ -1,9 +1,9 @@
-"""Named factories: a loss, data source or task is added by one decorated function and found by its name."""
+"""Named factories: a method, sampler or data source is added by one decorated function and found by its name."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from mbib_timm.errors import unknown_name
+from mbib_timm.errors import MbibError, unknown_name
 
 T = TypeVar("T")
 
@@ -12,7 +12,7 @@ class Registry(Generic[T]):
     """A mapping from names to entries that answers an unknown name with the nearest valid ones.
 
     Args:
-        kind: what the entries are, for error messages, e.g. ``"loss"``.
+        kind: what the entries are, for error messages, e.g. ``"method"``.
     """
 
     def __init__(self, kind: str) -> None:
@@ -20,11 +20,12 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files an entry under `name`. Raises ValueError if the name is taken."""
+        """Decorator that files an entry under `name`. Raises MbibError if the name is taken."""
 
         def decorate(entry: T) -> T:
             if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is registered already")
+                other = getattr(self._entries[name], "__module__", "another module")
+                raise MbibError(f"{self.kind} {name!r} is registered already, by {other}")
             self._entries[name] = entry
             return entry
 
@@ -34,6 +35,10 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise unknown_name(self.kind, name, self._entries)
         return self._entries[name]
+
+    def remove(self, name: str) -> None:
+        """Take an entry out."""
+        del self._entries[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

@@ -1,5 +1,5 @@
-"""Training: task, optimisation, checkpoints, and the run that ties them together."""
+"""Training: stages, optimisation, checkpoints, and the run that ties them together."""
 
-from mbib_timm.training.run import train
+from mbib_timm.training.stages import train
 
 __all__ = ["train"]

@@ -16,7 +16,7 @@ import torch
 
 from mbib_timm.errors import CheckpointError, MbibError
 
-FORMAT = "mbib_timm training state, version 1"
+FORMAT = "mbib_timm training state, version 2"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 
 

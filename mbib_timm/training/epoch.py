@@ -8,15 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mbib_timm.data.batch import Batch
 from mbib_timm.errors import NonFiniteLossError
+from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.step import TrainingStep
-from mbib_timm.training.task import LongTailTask
 
 
-class TrainLoader(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
-    """Gives the batches of an epoch: images (B, C, H, W), normalised, and targets (B,), both on the device."""
+class TrainLoader(Sized, Iterable[tuple[Batch, ...]], Protocol):
+    """Gives the batches of an epoch, one per stream."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch that starts."""
@@ -61,8 +62,14 @@ class LossLog:
         return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
 
 
+def in_channels_last(batch: Batch) -> Batch:
+    """Return a batch with its images in the channels-last memory format."""
+    views = tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views)
+    return batch._replace(views=views)
+
+
 def train_one_epoch(
-    task: LongTailTask,
+    method: Method,
     loader: TrainLoader,
     take_step: TrainingStep,
     recipe: Recipe,
@@ -73,13 +80,13 @@ def train_one_epoch(
     """Train for one epoch.
 
     Args:
-        task: what is trained.
+        method: what is trained.
         loader: gives the batches; its order for this epoch is set already.
-        take_step: trains on a batch.
+        take_step: trains on a batch per stream.
         recipe: accumulation and logging.
         epoch: counted from 0.
         progress: told about each step.
-        after_update: called after each update of the weights.
+        after_update: called after each update of the weights, outside the step.
 
     Returns:
         The means of the loss parts over the epoch's steps.
@@ -87,18 +94,18 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: a loss part was infinite or not a number.
     """
-    task.train()
+    method.train()
     log = LossLog(epoch)
     steps = len(loader)
     group = recipe.grad_accum_steps
-    for step, (images, targets) in enumerate(loader):
+    for step, batches in enumerate(loader):
         if recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+            batches = tuple(in_channels_last(batch) for batch in batches)
         update = (step + 1) % group == 0 or step + 1 == steps
         # The last group of an epoch may be shorter.
         accumulate = min(group, steps - step // group * group)
-        with nullcontext() if update else task.no_sync():
-            parts = take_step(images, targets, accumulate, update)
+        with nullcontext() if update else method.no_sync():
+            parts = take_step(batches, accumulate, update)
         log.add(parts)
         if update:
             after_update()

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import NativeScaler
-from torch import nn
+from timm.utils import NativeScaler, unwrap_model
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.methods import Method
 from mbib_timm.recipe import Recipe
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
@@ -20,18 +20,29 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 FUSED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
-def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Build timm's optimizer. Raises MbibError for an unknown name or keyword."""
+def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
+    """Build timm's optimizer of the parameters that train: the network's in timm's groups, then the method's own.
+
+    Raises:
+        MbibError: an unknown name or keyword, or nothing that trains.
+    """
     if recipe.opt not in list_optimizers():
         raise unknown_name("optimizer", recipe.opt, list_optimizers())
     kwargs = dict(recipe.opt_kwargs)
-    if next(model.parameters()).device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
+    network = unwrap_model(method.trainable_module)
+    trained = {id(parameter) for _, parameter in method.trainable_parameters()}
+    for parameter in network.parameters():  # timm leaves out what requires no gradient
+        parameter.requires_grad_(id(parameter) in trained)
+    own = [parameter for _, parameter in method.own_parameters() if id(parameter) in trained]
+    if not trained:
+        raise MbibError(f"method {method.name!r} trains no parameter of this network")
+    if method.device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
         kwargs.setdefault("fused", True)
         if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
             kwargs.setdefault("capturable", True)
     try:
-        return create_optimizer_v2(
-            model,
+        optimizer = create_optimizer_v2(
+            network,
             opt=recipe.opt,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
@@ -42,6 +53,9 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         )
     except TypeError as error:
         raise MbibError(f"recipe key 'opt_kwargs': {error}") from None
+    if own:
+        optimizer.add_param_group({"params": own, "weight_decay": recipe.weight_decay})
+    return optimizer
 
 
 def takes_tensor_rates(optimizer: torch.optim.Optimizer) -> bool:

@@ -36,6 +36,19 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
 
 
+def with_loaders_of(recipe: Recipe, other: Recipe) -> Recipe:
+    """Return a recipe with the loaders that another one has chosen, stage by stage, where it leaves them open."""
+    before = recipe.previous
+    if before is not None and other.previous is not None:
+        before = with_loaders_of(before, other.previous)
+    return recipe.replace_previous(before, loader=other.loader if recipe.loader == "auto" else recipe.loader)
+
+
+def same_computation(recipe: Recipe, other: Recipe) -> bool:
+    """Return whether two recipes compute the same; a loader that the first leaves open is the other's."""
+    return with_loaders_of(recipe, other).computation() == other.computation()
+
+
 class RunFolder:
     """The files of one run.
 
@@ -62,7 +75,7 @@ class RunFolder:
 
     def require_free(self) -> None:
         """Raise MbibError if another run lives here."""
-        if (self.path / "recipe.yaml").exists() or self.has_checkpoint():
+        if (self.path / "recipe.yaml").exists() or self.has_checkpoint() or any(self.path.glob("stage*-*")):
             raise MbibError(
                 f"{self.path} holds a run already: continue it with --resume auto, or choose another folder with "
                 "--experiment NAME or --output DIR"
@@ -84,12 +97,16 @@ class RunFolder:
             CheckpointError: the run here computes something else.
         """
         there = self.recipe()
-        if recipe.loader == "auto":
-            recipe = recipe.replace(loader=there.loader)
+        recipe = with_loaders_of(recipe, there)
         before, now = there.computation(), recipe.computation()
-        changed = [key for key in now if now[key] != before[key]]
+        changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
-            listing = ", ".join(f"{key} ({before[key]!r} there, {now[key]!r} asked for)" for key in changed[:4])
+            listing = ", ".join(
+                f"{key} ({before.get(key)!r} there, {now.get(key)!r} asked for)"
+                for key in changed[:4]
+                if key != "stages"
+            )
+            listing = listing or "its stages are others"
             raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another --output")
         return recipe
 

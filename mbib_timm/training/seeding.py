@@ -1,4 +1,4 @@
-"""Every random generator of an epoch is a function of (seed, epoch, rank): what makes a run resumable bit by bit."""
+"""Every random generator of an epoch is a function of (seed, epoch, rank, stage): so a run resumes bit-identically."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def seed_generators(seed: int, epoch: int, rank: int) -> None:
+def seed_generators(seed: int, epoch: int, rank: int, stage: int = 0) -> None:
     """Seed Python's, numpy's and torch's generators (all devices).
 
     The global generators belong to the running program here; data sets and subsets use generators of their own.
@@ -15,8 +15,9 @@ def seed_generators(seed: int, epoch: int, rank: int) -> None:
         seed: the recipe's seed.
         epoch: the epoch that starts, 0 for the first; -1 for the initialisation of the model.
         rank: this process among the distributed ones.
+        stage: the number of stages before this one.
     """
-    state = np.random.SeedSequence([seed, epoch + 1, rank]).generate_state(3)
+    state = np.random.SeedSequence([seed, epoch + 1, rank, *([stage] if stage else [])]).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))
     torch.manual_seed(int(state[2]))

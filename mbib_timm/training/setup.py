@@ -1,56 +1,97 @@
-"""What a run trains: the model of a recipe, with its input size and, on request, weights to start from."""
+"""What a stage trains: the network of its method, with its input size and the weights that it starts from."""
 
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
+from mbib_timm.methods import part_of, resolve_method
 from mbib_timm.models.load import find_source
 from mbib_timm.recipe import Recipe
 
 
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Create the recipe's model.
+def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None) -> nn.Module:
+    """Build what a stage trains, with the weights that it starts from.
 
     Args:
-        recipe: gives the name, keyword arguments, image size and initial weights.
+        recipe: gives the method, the model, its keyword arguments, image size and initial weights.
         num_classes: classes K of the classifiers.
+        previous: folder of the stage before.
 
     Raises:
         MbibError: an unknown model or keyword, or weights that do not exist.
         CheckpointError: weights that do not fit.
     """
+    kind, settings = resolve_method(recipe.method)
+
+    def build(**kwargs: Any) -> nn.Module:
+        return _with_start(recipe, num_classes, previous, kwargs)
+
+    return kind.build_network(kind.Settings(**settings), build)
+
+
+def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs: dict[str, Any]) -> nn.Module:
+    """Build the recipe's model: all anew, or with weights but for the part that starts anew (key `reset`)."""
+    reset = recipe.choice("reset")
+    pretrained = recipe.pretrained or recipe.initial_checkpoint is not None
+    if previous is None and (not pretrained or reset == "none"):
+        return _create_model(recipe, num_classes, pretrained, kwargs)
+    state = torch.get_rng_state()
+    model = _create_model(recipe, num_classes, False, kwargs)
+    anew = part_of(model, reset)
+    if previous is not None:
+        weights = read_weights(previous)
+    else:
+        torch.set_rng_state(state)
+        weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
+    own = model.state_dict()
+    differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
+    differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
+    if differing:
+        raise CheckpointError(
+            f"the weights of {previous or recipe.initial_checkpoint or recipe.model} do not fit this stage's model: "
+            f"{', '.join(sorted(differing)[:5])}{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}"
+        )
+    model.load_state_dict({name: own[name] if name in anew else weights[name] for name in own})
+    return model
+
+
+def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict[str, Any]) -> nn.Module:
     if "num_classes" in recipe.model_kwargs:
         raise MbibError("recipe key 'model_kwargs': the number of classes is that of the data; see key 'num_classes'")
-    kwargs: dict[str, Any] = {"num_classes": num_classes, **recipe.model_kwargs}
-    if ":" in recipe.model:
-        if recipe.initial_checkpoint is not None:
+    for name in more.keys() & recipe.model_kwargs.keys():
+        if more[name] != recipe.model_kwargs[name]:
             raise MbibError(
-                f"recipe key 'initial_checkpoint': {recipe.model} has weights of its own; see key 'pretrained'"
+                f"recipe key 'model_kwargs': method {recipe.method['name']!r} sets {name} to {more[name]!r}"
             )
-        if find_source(recipe.model).config().get("model_args", {}).get("training_heads") is False:
+    name, kwargs = recipe.model, {"num_classes": num_classes, **recipe.model_kwargs, **more}
+    if ":" in name:
+        if recipe.initial_checkpoint is not None:
+            raise MbibError(f"recipe key 'initial_checkpoint': {name} has weights of its own; see key 'pretrained'")
+        if find_source(name).config().get("model_args", {}).get("training_heads") is False:
             kwargs.setdefault("training_heads", True)  # it was published for inference; training needs them
-    elif not timm.is_model(recipe.model.partition(".")[0]):
-        raise unknown_name("model", recipe.model, timm.list_models())
+    elif not timm.is_model(name.partition(".")[0]):
+        raise unknown_name("model", name, timm.list_models())
     else:
-        cfg = timm.get_pretrained_cfg(recipe.model, allow_unregistered=True)
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
         if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault("img_size", recipe.img_size)
-    if recipe.initial_checkpoint is not None:
-        weights = read_weights(Path(recipe.initial_checkpoint))
-        kwargs["pretrained_cfg_overlay"] = weights_overlay(weights, recipe.model)
+        if more and not timm.model_entrypoint(name.partition(".")[0]).__module__.startswith("mbib_timm."):
+            # timm's own models take no other classifiers than theirs.
+            kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
+    if pretrained and recipe.initial_checkpoint is not None:
+        kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
     try:
-        return timm.create_model(
-            recipe.model, pretrained=recipe.pretrained or recipe.initial_checkpoint is not None, **kwargs
-        )
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise MbibError(f"recipe key 'model_kwargs': {error}") from None
     except (RuntimeError, ValueError, OSError) as error:  # OSError: no such repository, or no way to it
-        raise MbibError(f"model {recipe.model!r}: {str(error).splitlines()[0]}") from None
+        raise MbibError(f"model {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

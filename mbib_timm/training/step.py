@@ -1,4 +1,4 @@
-"""One training step as a pure function of a batch: forward, losses, backward, update.
+"""One training step as a pure function of batches: forward, losses, backward, update.
 
 Compiling and capturing are wrappers around it, chosen in `create_step`, and nothing else knows which is in use.
 """
@@ -12,52 +12,50 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
 from mbib_timm.compiling import CompileOrEager
+from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
+from mbib_timm.methods import Method
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.cuda_graph import GraphedStep
 from mbib_timm.training.optimization import Precision, takes_tensor_rates
-from mbib_timm.training.task import LongTailTask
+
+Batches = tuple[Batch, ...]
 
 
 class TrainingStep(Protocol):
-    """Trains on a batch: images (B, C, H, W) and targets (B,). Returns scalars on the device, ``loss`` first."""
+    """Trains on a batch per stream. Returns scalars on the device, ``loss`` first."""
 
-    def __call__(
-        self, images: Tensor, targets: Tensor, accumulate: int = 1, update: bool = True
-    ) -> dict[str, Tensor]: ...
+    def __call__(self, batches: Batches, accumulate: int = 1, update: bool = True) -> dict[str, Tensor]: ...
 
 
-LossParts = Callable[[LongTailTask, Tensor, Tensor, torch.dtype | None], dict[str, Tensor]]
+LossParts = Callable[[Method, Batches, torch.dtype | None], dict[str, Tensor]]
 
 
-def loss_parts(
-    task: LongTailTask, images: Tensor, targets: Tensor, autocast_dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Return the loss of a batch and its parts, scalars on the device.
+def loss_parts(method: Method, batches: Batches, autocast_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the loss and its parts, scalars on the device.
 
     Args:
-        task: gives them.
-        images: (B, C, H, W).
-        targets: (B,), int64.
+        method: gives them.
+        batches: a batch per stream.
         autocast_dtype: of mixed precision; None for full precision.
     """
-    with torch.autocast(images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        return task(images, targets)
+    with torch.autocast(batches[0].targets.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        return method(*batches)
 
 
-# One for the process: runs of the same model and loss share the compiled code.
+# One for the process: runs of the same network and method share the compiled code.
 compiled_loss_parts = CompileOrEager(loss_parts, "the training step")
 
 
 def create_step(
-    recipe: Recipe, task: LongTailTask, optimizer: torch.optim.Optimizer, precision: Precision, world: World
+    recipe: Recipe, method: Method, optimizer: torch.optim.Optimizer, precision: Precision, world: World
 ) -> TrainingStep:
     """Build the training step of a run: eager, compiled, captured in a CUDA graph, or both.
 
     Args:
         recipe: chooses, and gives the clipping.
-        task: gives the losses.
+        method: gives the losses.
         optimizer: updates the weights.
         precision: autocast and scaler.
         world: device and processes.
@@ -67,7 +65,7 @@ def create_step(
     """
     step: TrainingStep = partial(
         training_step,
-        task,
+        method,
         optimizer,
         precision,
         compute=compiled_loss_parts if recipe.torchcompile else loss_parts,
@@ -90,11 +88,10 @@ def create_step(
 
 
 def training_step(
-    task: LongTailTask,
+    method: Method,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
-    images: Tensor,
-    targets: Tensor,
+    batches: Batches,
     accumulate: int = 1,
     update: bool = True,
     *,
@@ -102,26 +99,25 @@ def training_step(
     clip_grad: float | None = None,
     clip_mode: str = "norm",
 ) -> dict[str, Tensor]:
-    """Compute the loss of a batch, add its gradients, and update the weights.
+    """Compute the loss, add its gradients, and update the weights.
 
     Args:
-        task: gives the loss parts of a batch.
+        method: gives the loss parts, and follows the update.
         optimizer: updates the weights, and is cleared afterwards.
         precision: autocast and scaler.
-        images: (B, C, H, W).
-        targets: (B,), int64.
-        accumulate: batches that share this update; each counts 1/accumulate.
-        update: update the weights after this batch.
+        batches: a batch per stream.
+        accumulate: steps that share this update; each counts 1/accumulate.
+        update: update the weights after this step.
         compute: `loss_parts`, or that function compiled.
         clip_grad: clip gradients at this value.
         clip_mode: timm's ways of clipping.
 
     Returns:
-        The loss parts of the batch, detached scalars that are still on the device.
+        The loss parts, detached scalars that are still on the device.
     """
-    parts = compute(task, images, targets, precision.autocast_dtype)
+    parts = compute(method, batches, precision.autocast_dtype)
     loss = parts["loss"] / accumulate
-    parameters = list(task.get_clip_parameters(exclude_head=clip_mode == "agc")) if clip_grad else None
+    parameters = list(method.get_clip_parameters(exclude_head=clip_mode == "agc")) if clip_grad else None
     if precision.scaler is not None:
         precision.scaler(
             loss, optimizer, clip_grad=clip_grad, clip_mode=clip_mode, parameters=parameters, need_update=update
@@ -134,4 +130,6 @@ def training_step(
             optimizer.step()
     if update:
         optimizer.zero_grad()
+        with torch.no_grad():
+            method.after_step()
     return {name: value.detach() for name, value in parts.items()}

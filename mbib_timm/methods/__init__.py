@@ -1,0 +1,42 @@
+"""Methods of training: one file each.
+
+A method of one's own is a class in a file of one's own, brought in by ``mbib train RECIPE --plugin my_method.py``:
+
+    from mbib_timm.methods import Method, register
+
+    @register("my_method")
+    class MyMethod(Method):
+        title = "Mine"
+
+        def head_loss(self, logits, targets):
+            return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+"""
+
+from mbib_timm.data.batch import Batch
+from mbib_timm.methods import bsce, ce, crt, focal, ldam_drw, mbib, tau_norm  # noqa: F401 (registers them)
+from mbib_timm.methods.base import Facts, Method, Passes, head_names, part_of
+from mbib_timm.methods.registry import (
+    METHODS,
+    load_entry_points,
+    load_plugin,
+    method_title,
+    register,
+    resolve_method,
+)
+from mbib_timm.options import option
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Facts",
+    "Method",
+    "Passes",
+    "head_names",
+    "load_entry_points",
+    "load_plugin",
+    "method_title",
+    "option",
+    "part_of",
+    "register",
+    "resolve_method",
+]

@@ -1,0 +1,296 @@
+"""What a method is: all that distinguishes one way to train a long-tailed classifier from another, in one class.
+
+A method is a `TrainingTask` of timm's. Most need a few lines: `head_loss` sees the logits of one head, `loss` those of
+all heads, `forward` whole batches and the network. Everything else (stages, samplers, optimizers, checkpoints,
+evaluation) is the frame's, and reads off the class what the method wants.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from mbib_timm.data.batch import Batch
+from mbib_timm.errors import MbibError
+
+NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
+
+
+class Facts(NamedTuple):
+    """What a method may know of its run.
+
+    Attributes:
+        class_counts: training images of each class, (K,), int64.
+        epochs: of the stage.
+        steps: updates per epoch.
+        previous: folder of the stage before; None for the first.
+    """
+
+    class_counts: np.ndarray
+    epochs: int
+    steps: int
+    previous: Path | None = None
+
+
+class Passes(Protocol):
+    """Passes over images that `Method.finish` may ask for: prepared as for evaluation, each image once, in order."""
+
+    @property
+    def train(self) -> Iterable[Batch]:
+        """The training images."""
+
+    @property
+    def held_out(self) -> Iterable[Batch]:
+        """Training images that were never trained on. Raises MbibError where there are none."""
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a method that has none."""
+
+
+def head_names(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the logits that a network returns in training; ``("logits",)`` for one tensor."""
+    names: Any = getattr(unwrap_model(network), "head_names", ("logits",))
+    return tuple(names)
+
+
+def part_of(network: nn.Module, part: str) -> set[str]:
+    """Return the names of the parameters and buffers in a part of a network.
+
+    Args:
+        network: whose names.
+        part: ``all``, ``none``, ``classifier`` (all of its classifiers), or a regular expression that a name contains.
+
+    Raises:
+        MbibError: a network without classifiers, a malformed expression, or one that no name contains.
+    """
+    names = set(network.state_dict())
+    if part in ("all", "none"):
+        return names if part == "all" else set()
+    if part == "classifier":
+        if not hasattr(network, "get_classifier"):
+            raise MbibError(f"{type(network).__name__} does not say what its classifier is; give a regular expression")
+        classifiers: Any = network.get_classifier()  # type: ignore[operator]
+        wanted = {id(c) for c in (classifiers if isinstance(classifiers, tuple | list) else (classifiers,))}
+        prefixes = tuple(f"{name}." for name, module in network.named_modules() if id(module) in wanted)
+        return {name for name in names if name.startswith(prefixes)}
+    try:
+        found = {name for name in names if re.search(part, name)}
+    except re.error as error:
+        raise MbibError(f"part {part!r} is no regular expression: {error}") from None
+    if not found:
+        tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in network.state_dict()))
+        raise MbibError(f"part {part!r} is in no parameter's name; the network has {tops}")
+    return found
+
+
+class Method(TrainingTask):
+    """A method of training. Subclasses are registered by ``@register("name")``.
+
+    Class attributes:
+        title: in tables and cards.
+        citation: of its paper, in a line.
+        Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
+        logit_prior: the class frequencies that trained logits are for: ``train`` after a plain loss, ``uniform`` after
+            one that evens out the classes. May be a property.
+        sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
+            ``frozen_bn`` where they are not given.
+        views: augmented copies of each image that a batch holds.
+        needs_start: it starts from a trained model.
+        post_hoc: it trains nothing; all it does is `finish`.
+
+    Args:
+        network: what `build_network` has built, with its weights, on the device.
+        settings: an instance of `Settings`.
+        facts: of the run.
+        device: of the network.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+    Settings: ClassVar[type] = NoSettings
+    logit_prior: Any = "train"
+    sampler: ClassVar[str] = "instance"
+    views: ClassVar[int] = 1
+    part: ClassVar[str] = "all"
+    reset: ClassVar[str] = "none"
+    frozen_bn: ClassVar[str | None] = None
+    needs_start: ClassVar[bool] = False
+    post_hoc: ClassVar[bool] = False
+
+    def __init__(self, network: nn.Module, settings: Any, facts: Facts, device: torch.device) -> None:
+        super().__init__(device=device, verbose=False)
+        self.trainable_module = network
+        self.settings, self.facts = settings, facts
+        self.head_names = head_names(network)
+        self._frozen_norms: list[nn.Module] = []
+
+    @classmethod
+    def build_network(cls, settings: Any, build: Callable[..., nn.Module]) -> nn.Module:
+        """Build the network that trains.
+
+        Args:
+            settings: an instance of `Settings`.
+            build: gives the recipe's model; keyword arguments are the model's, such as ``classifier="cosine"``.
+
+        Returns:
+            The model, or one around it; `get_eval_model` then says which part is evaluated and published.
+        """
+        return build()
+
+    # What a step computes: one of these three is a method's own.
+
+    def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of one head's logits (B, K) for targets (B,), a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} defines none of head_loss, loss and forward")
+
+    def loss(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return named scalars, ``loss`` first, of the logits (B, K) of each head by name; here the heads' mean."""
+        losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
+        parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
+        return {"loss": torch.stack([*losses.values()]).mean(), **parts}
+
+    def forward(self, *batches: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return named scalars on the device, ``loss`` first: the one to differentiate.
+
+        Args:
+            batches: one, or two from a sampler of two streams.
+        """
+        (batch,) = batches
+        return self.loss(self.logits(batch.images), batch.targets)
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the logits (B, K) of every head of the network, by name, for images (B, C, H, W)."""
+        output = self.trainable_module(images)
+        return dict(zip(self.head_names, output if isinstance(output, tuple) else (output,), strict=True))
+
+    # When something happens beside the step. Nothing here may branch inside a step: it may have been captured.
+
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare an epoch, counted from 0: write into buffers, in place."""
+
+    def after_step(self) -> None:
+        """Follow an update of the weights: part of the step, and captured with it."""
+
+    def finish(self, data: Passes) -> None:
+        """Change the trained network once, in place, before it is evaluated and saved."""
+
+    def report(self) -> dict[str, Any]:
+        """Return what the method has chosen by itself, as plain values; the results record it."""
+        return {}
+
+    # What trains, and what is kept
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that train, by name: those of the network that are not frozen, and the method's own."""
+        network = unwrap_model(self.trainable_module)
+        yield from ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+        yield from ((name, parameter) for name, parameter in self.own_parameters() if parameter.requires_grad)
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that are the method's and not the network's, by name."""
+        inside = (f"{NETWORK}.", f"{NETWORK_EMA}.")
+        return ((name, value) for name, value in self.named_parameters() if not name.startswith(inside))
+
+    def freeze_all_but(self, part: str, frozen_bn: str | None) -> None:
+        """Freeze the network outside a part: its parameters, and with ``eval`` the statistics of its BatchNorm layers.
+
+        Args:
+            part: see `part_of`.
+            frozen_bn: ``train`` or ``eval``: the mode of the frozen BatchNorm layers while the rest trains.
+
+        Raises:
+            MbibError: something is frozen, and nothing says how its BatchNorm layers behave.
+        """
+        network = unwrap_model(self.trainable_module)
+        kept = part_of(network, part)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in kept)
+        norms = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and not any(f"{name}.{key}" in kept for key in module.state_dict())
+        }
+        if norms and frozen_bn is None:
+            raise MbibError(
+                f"recipe key 'frozen_bn': with train: {part} the layer {next(iter(norms))} is frozen; say whether its "
+                "statistics go on (train) or not (eval)"
+            )
+        self._frozen_norms = list(norms.values()) if frozen_bn == "eval" else []
+
+    def train(self, mode: bool = True) -> "Method":
+        """Set the mode of the network; frozen BatchNorm layers may stay in evaluation mode."""
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Method":
+        """Wrap the network for several processes; the gradients of the method's own parameters are averaged."""
+        world_size = torch.distributed.get_world_size()
+
+        def average(gradient: Tensor) -> Tensor:
+            gradient = gradient / world_size
+            torch.distributed.all_reduce(gradient)
+            return gradient
+
+        for _, parameter in self.own_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(average)
+        network = self.trainable_module
+        self.trainable_module = nn.parallel.DistributedDataParallel(network, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Yield the parameters whose gradients are clipped, on request without those of the classifiers."""
+        network = unwrap_model(self.trainable_module)
+        excluded = part_of(network, "classifier") if exclude_head else set()
+        return (parameter for name, parameter in self.trainable_parameters() if name not in excluded)
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return the model that is evaluated and published: the network, unless `build_network` wraps the model."""
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        return None if module is None else unwrap_model(module)
+
+    def result_model(self) -> nn.Module:
+        """Return the model whose weights are the result: of the moving average, where there is one."""
+        model = self.get_eval_model(ema=self.has_ema())
+        assert model is not None
+        return model
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the evaluated model: the rest of the network, own parameters, buffers."""
+        network = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        model = self.get_eval_model(ema=ema)
+        inside = next((f"{name}." if name else "" for name, each in network.named_modules() if each is model), None)
+        rest = {k: v for k, v in network.state_dict().items() if inside is None or not k.startswith(inside)}
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith((f"{NETWORK}.", f"{NETWORK_EMA}."))}
+        state = {"network": rest, "method": {} if ema else own}
+        return state if rest or own else {}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Load what `get_task_state` has returned. Raises RuntimeError where the keys differ."""
+        expected = self.get_task_state(ema=ema)
+        given = state or {}
+        for kind in ("network", "method"):
+            if strict and given.get(kind, {}).keys() != expected.get(kind, {}).keys():
+                differing = given.get(kind, {}).keys() ^ expected.get(kind, {}).keys()
+                raise RuntimeError(
+                    f"the state of method {self.name!r} has other keys: {', '.join(sorted(differing)[:5])}"
+                )
+        network = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        network.load_state_dict(given.get("network", {}), strict=False)
+        if not ema:
+            self.load_state_dict(given.get("method", {}), strict=False)

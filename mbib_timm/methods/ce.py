@@ -1,0 +1,18 @@
+"""Cross-entropy: the baseline (METHODS of every long-tail paper; Table 1)."""
+
+from torch import Tensor
+
+from mbib_timm.methods.base import Method
+from mbib_timm.methods.functional import adjusted_cross_entropy
+from mbib_timm.methods.registry import register
+
+
+@register("ce")
+class CrossEntropy(Method):
+    """Plain cross-entropy on every head."""
+
+    title = "CE"
+
+    def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of logits (B, K) for targets (B,)."""
+        return adjusted_cross_entropy(logits, targets)

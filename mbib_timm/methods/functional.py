@@ -1,0 +1,179 @@
+"""The losses as pure functions of logits and labels, each with its equation.
+
+Shapes: logits (B, K) of any floating dtype, targets (B,) of int64 class indices, everything else (K,). The
+arithmetic is float32 (float64 where the logits are), inside autocast too. Every function returns a scalar.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbib_timm.errors import MbibError
+
+
+def as_counts(class_counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    """Return training images of each class as float64 (K,).
+
+    Raises:
+        MbibError: a class without training images: its logit adjustment would be log 0.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if (counts <= 0).any():
+        empty = (counts <= 0).nonzero().flatten().tolist()
+        raise MbibError(f"the loss needs training images of every class; classes without: {empty[:10]}")
+    return counts
+
+
+def class_weights(class_counts: Sequence[int] | np.ndarray | Tensor, power: float) -> Tensor:
+    """Weights of the classes, ``w_i = K (1/n_i)^m / sum_j (1/n_j)^m`` (eq. 7): their mean is 1.
+
+    Args:
+        class_counts: training images n of each class.
+        power: the exponent m; 0 weighs all classes alike.
+    """
+    inverse = as_counts(class_counts) ** -power
+    return (len(inverse) * inverse / inverse.sum()).float()
+
+
+def class_temperatures(class_counts: Sequence[int] | np.ndarray | Tensor, gamma: float) -> Tensor:
+    """Temperatures of the classes, ``T_i = (n_max / n_i)^gamma`` (below eq. 8).
+
+    Args:
+        class_counts: training images n of each class.
+        gamma: the exponent; 0 gives every class temperature 1.
+    """
+    counts = as_counts(class_counts)
+    return ((counts.max() / counts) ** gamma).float()
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def effective_number_weights(class_counts: Sequence[int] | np.ndarray | Tensor, beta: float) -> Tensor:
+    """Class-balanced weights, ``w_i = (1 - beta) / (1 - beta^n_i)``, scaled to mean 1 (Cui et al. 2019).
+
+    Args:
+        class_counts: training images n of each class.
+        beta: in [0, 1); 0 weighs all classes alike, and towards 1 the weights become those of 1/n.
+    """
+    weights = (1 - beta) / (1 - beta ** as_counts(class_counts))
+    return (len(weights) * weights / weights.sum()).float()
+
+
+def ldam_margins(class_counts: Sequence[int] | np.ndarray | Tensor, largest: float) -> Tensor:
+    """Label-distribution-aware margins, ``m_i`` proportional to ``n_i^(-1/4)`` (Cao et al. 2019, eq. 13).
+
+    Args:
+        class_counts: training images n of each class.
+        largest: the margin of the rarest class.
+    """
+    margins = as_counts(class_counts) ** -0.25
+    return (largest * margins / margins.max()).float()
+
+
+def adjusted_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    offset: Tensor | None = None,
+    divisor: Tensor | None = None,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Cross-entropy of adjusted logits: one function for most long-tail losses; without adjustments the plain one.
+
+    With ``z' = (z - m_y [j = y]) / a + b``, the loss of an image is
+    ``w_y ((1 - eps_y) (-log softmax(z')_y) + eps_y mean_j (-log softmax(z')_j))``. Balanced softmax has b = log n (eq.
+    4-6), logit adjustment b = tau log pi, CDT a = (n_max/n)^gamma, LDAM m = s m_y, class-balanced losses w, and
+    label-aware smoothing eps.
+
+    Args:
+        logits: z, (B, K), or those of H heads, (H, B, K).
+        targets: y, (B,).
+        offset: b, (K,), added to the logits.
+        divisor: a, (K,), divides them.
+        margin: m, (K,), taken from the logit of the image's own class.
+        weight: w, (K,), of the image's class (eq. 7).
+        smoothing: eps, (K,), of the image's class.
+        normalize: divide by the sum of the batch's weights, as Figure 10 does; else by the number of images B.
+
+    Returns:
+        A scalar, or one loss per head, (H,).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _full_precision(logits)
+        labels = targets.expand(logits.shape[:-1])[..., None]
+        if margin is not None:
+            logits = logits.scatter_add(-1, labels, -margin.to(logits.dtype)[labels])
+        if divisor is not None:
+            logits = logits / divisor
+        log_probabilities = F.log_softmax(logits if offset is None else logits + offset, dim=-1)
+        negative_log = -log_probabilities.gather(-1, labels).squeeze(-1)
+        if smoothing is not None:
+            eps = smoothing.to(negative_log.dtype)[targets]
+            negative_log = (1 - eps) * negative_log - eps * log_probabilities.mean(dim=-1)
+        if weight is None:
+            return negative_log.mean(dim=-1)
+        weights = weight.to(negative_log.dtype)[targets]
+        weighted = negative_log * weights
+        return weighted.sum(dim=-1) / weights.sum() if normalize else weighted.mean(dim=-1)
+
+
+def tempered_log_probabilities(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """Return ``log softmax(t/T)``, what self-distillation compares (eq. 8): of the raw logits, without log n.
+
+    Args:
+        logits: t, (..., K).
+        temperatures: T, (K,), each dividing its class's logit; None for 1.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _full_precision(logits)
+        return F.log_softmax(logits if temperatures is None else logits / temperatures, dim=-1)
+
+
+def distillation_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return ``KL(p || q)`` of log-probabilities, mean over the batch. The teacher gets no gradient.
+
+    Args:
+        teacher: log p, (B, K), or those of E pairs, (E, B, K).
+        student: log q, of the same shape.
+
+    Returns:
+        A scalar, or one divergence per pair, (E,).
+    """
+    teacher = teacher.detach()
+    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean(dim=-1)
+
+
+def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """Variational self-distillation loss ``KL(softmax(t/T) || softmax(s/T))``, mean over the batch (eq. 8).
+
+    Args:
+        teacher: t, the observation's logits, (B, K).
+        student: s, the logits that learn from it, (B, K).
+        temperatures: T, (K,), each dividing its class's logit; None for 1.
+    """
+    return distillation_divergence(
+        tempered_log_probabilities(teacher.detach(), temperatures), tempered_log_probabilities(student, temperatures)
+    )
+
+
+def focal_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
+    """Focal loss ``-(1 - p_y)^gamma log p_y``, mean over the batch (Lin et al. 2017, eq. 4).
+
+    Args:
+        logits: (B, K).
+        targets: (B,).
+        gamma: focusing exponent; 0 gives the cross-entropy.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        negative_log = F.cross_entropy(_full_precision(logits), targets, reduction="none")
+        # 1 - p from -log p without cancellation; kept off 0, where a power below 1 has no gradient.
+        miss = (-torch.expm1(-negative_log)).clamp_min(torch.finfo(negative_log.dtype).tiny)
+        return (miss**gamma * negative_log).mean()

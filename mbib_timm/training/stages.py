@@ -1,0 +1,126 @@
+"""A run of one stage or several: each stage is a run of its own, and starts from the weights of the one before."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.data import DataPool, check_sampler
+from mbib_timm.environment import World, join_world, leave_world
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.methods import part_of
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.checkpoint import load_checkpoint, load_newest
+from mbib_timm.training.run import Run
+from mbib_timm.training.run_folder import RunFolder, same_computation
+from mbib_timm.training.setup import build_network
+
+
+def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, Any]:
+    """Train a recipe to the end, stage by stage, and write its results.
+
+    A stage before the last is trained in a folder inside the run's, unless a finished run beside it has computed the
+    same: then its weights are taken.
+
+    Args:
+        recipe: what to train.
+        name: name of the run, and of its folder unless the recipe names another.
+        pool: holds opened data and resident images for the next run of this process.
+
+    Returns:
+        The content of ``metrics.json`` of the last stage, with the run's folder under ``folder``.
+
+    Raises:
+        MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
+        NonFiniteLossError: training diverged; the last good checkpoint is kept.
+    """
+    world = join_world(recipe.device)
+    try:
+        pool = pool or DataPool()
+        if recipe.previous is not None:
+            _check_stages(recipe, pool)
+        return _train(recipe, name, world, pool)
+    finally:
+        leave_world()
+
+
+def _check_stages(recipe: Recipe, pool: DataPool) -> None:
+    """Raise MbibError for what would stop a later stage, before the first begins."""
+    for stage in recipe.chain()[1:]:
+        splits = pool.open(stage)
+        check_sampler(stage.choice("sampler"), splits)
+        network = build_network(stage.replace(reset="none"), splits.num_classes)
+        for key in ("train", "reset"):
+            part_of(network, stage.choice(key))
+
+
+def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> dict[str, Any]:
+    recipe, folder, state = _find_folder(recipe, name, world)
+    previous = None if recipe.previous is None else _previous(recipe, folder.path, world, pool)
+    try:
+        if recipe.previous is not None and world.is_main:
+            print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
+        return Run(recipe, name, world, folder, state, pool, previous).execute()
+    finally:
+        folder.end()
+
+
+def _described(stage: Recipe) -> str:
+    return f"{stage.method['name']}, {stage.epochs} epochs" if stage.epochs else str(stage.method["name"])
+
+
+def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
+    """Return the folder of the finished stage before, trained now if need be."""
+    wanted = recipe.previous
+    assert wanted is not None
+    number = wanted.stage + 1
+    own = path / f"stage{number}-{wanted.method['name']}"
+    found = [str(folder) for folder in _finished(wanted, path, own)] if world.is_main else []
+    found = world.gather(found[:1])
+    if found:
+        if world.is_main:
+            print(f"stage {number}: {_described(wanted)}: done, in {found[0]}", flush=True)
+        return Path(found[0])
+    if world.is_main:
+        print(f"stage {number}: {_described(wanted)}", flush=True)
+    wanted = wanted.everywhere(output=str(own.parent), resume="auto").replace(experiment=own.name)
+    _train(wanted, own.name, world, pool)
+    return own
+
+
+def _finished(wanted: Recipe, path: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders of finished runs that have computed the same, the run's own first."""
+    beside = sorted(path.parent.glob("*/metrics.json")) + sorted(path.parent.glob("*/stage*-*/metrics.json"))
+    for folder in (own, *(file.parent for file in beside)):
+        if not (folder / "metrics.json").is_file() or not (folder / "model.safetensors").is_file():
+            continue
+        try:
+            if same_computation(wanted, RunFolder(folder).recipe()):
+                yield folder
+        except MbibError:  # another program's folder, or a run of a plugin that is not here
+            continue
+
+
+def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
+    """Return the recipe, the run's folder and the state to resume from, or None to start from the beginning.
+
+    A run that is resumed keeps the loader that it chose when it started.
+    """
+    folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
+    checkpoint = None
+    if recipe.resume not in (None, "auto"):
+        path = Path(str(recipe.resume))
+        if not path.exists():
+            raise CheckpointError(f"nothing to resume at {path}; --resume auto looks in {folder.path}")
+        checkpoint = path if path.is_file() else None
+        folder = RunFolder(path.parent if path.is_file() else path)
+    if recipe.resume is None:
+        if world.is_main:
+            folder.require_free()
+        return recipe, folder, None
+    if not folder.has_checkpoint():
+        if recipe.resume != "auto" and not any(folder.path.glob("stage*-*")):
+            raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
+        return recipe, folder, None
+    recipe = folder.agree(recipe)
+    warn: Callable[[str], None] = print if world.is_main else lambda text: None
+    return recipe, folder, load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
