@@ -81,7 +81,17 @@ class Recipe:
     imbalance_max: int | None = key(
         None, "images of the largest class; the most that the data allow when not given", minimum=1
     )
-    subset_seed: int = key(0, "seed that chooses the images of the long-tailed subset", minimum=0)
+    subset_seed: int = key(
+        0, "seed that chooses the images of the long-tailed subset, and of those the held-out ones", minimum=0
+    )
+    holdout: float = key(
+        0.0,
+        "share of each class's training images that is held out, for methods that choose a constant; at 0 they take "
+        "the training images that the long-tailed subset leaves out, else the validation split where there is a test "
+        "split as well",
+        minimum=0,
+        maximum=0.9,
+    )
 
     loader: str = key(
         "auto",
@@ -131,6 +141,11 @@ class Recipe:
     focal_gamma: float = key(2.0, "focusing exponent of the focal loss", minimum=0)
 
     # Optimisation
+    sampler: str | None = key(
+        None,
+        "training images of an epoch: instance, balanced, sqrt, progressive, reverse, effective[:beta], "
+        "class_aware[:m]; two streams as instance+reverse",
+    )
     task: str = key("classification", "training task")
     epochs: int = key(200, "epochs of training", minimum=1)
     batch_size: int = key(128, "training images of a step on one device", minimum=2)
