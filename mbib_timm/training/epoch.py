@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mbib_timm.data.batch import Batch
 from mbib_timm.errors import NonFiniteLossError
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
@@ -15,8 +16,8 @@ from mbib_timm.training.step import TrainingStep
 from mbib_timm.training.task import LongTailTask
 
 
-class TrainLoader(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
-    """Gives the batches of an epoch: images (B, C, H, W), normalised, and targets (B,), both on the device."""
+class TrainLoader(Sized, Iterable[tuple[Batch, ...]], Protocol):
+    """Gives the batches of an epoch, one of each stream at a time."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch that starts."""
@@ -91,7 +92,8 @@ def train_one_epoch(
     log = LossLog(epoch)
     steps = len(loader)
     group = recipe.grad_accum_steps
-    for step, (images, targets) in enumerate(loader):
+    for step, (batch,) in enumerate(loader):
+        images, targets = batch.images, batch.targets
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         update = (step + 1) % group == 0 or step + 1 == steps

@@ -136,7 +136,14 @@ class Run:
         self._prepare_processes()
         self.step = create_step(recipe, self.task, self.optimizer, self.precision, world)
         self.loaders: Loaders = create_loaders(
-            self.splits, recipe, self.input_size, world.device, world.rank, world.world_size, pool
+            self.splits,
+            recipe,
+            self.input_size,
+            world.device,
+            world.rank,
+            world.world_size,
+            pool,
+            sampler=recipe.sampler or "instance",
         )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()

@@ -1,0 +1,26 @@
+"""What a loader gives: images, labels, and which images they are."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        views: the images, each (B, C, H, W), normalised; one view, unless the method asks for more.
+        targets: labels (B,), int64.
+        index: positions in the split (B,), int64; in training in the training subset. A broken image that was replaced
+            has the position of its replacement, so that ``split.targets[index]`` are the targets. -1 where the source
+            streams.
+    """
+
+    views: tuple[Tensor, ...]
+    targets: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides a method of tuples that nothing calls on a batch
+
+    @property
+    def images(self) -> Tensor:
+        """The first view."""
+        return self.views[0]
