@@ -1,4 +1,4 @@
-"""What every loader offers, and which one a run uses: resident for data that fit into memory, timm's for the rest."""
+"""What loaders share: batches of one stream or of two, the order of training, shards of an evaluation, the last batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
