@@ -158,8 +158,8 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     training = {
-        "epilog": "A method's settings are flags as well: --method.beta 3. In a recipe of several stages a flag holds for "
-        "the stages that do not set the key themselves; --stage2.lr 0.1 is the second stage's. Values in [ ] are the "
+        "epilog": "A method's settings are flags as well: --method.beta 3. In a recipe of several stages a flag holds "
+        "for the stages that do not set the key themselves; --stage2.lr 0.1 is the second stage's. Values in [ ] are the "
         "recipe's."
     }
     train = commands.add_parser("train", help="train a recipe", allow_abbrev=False, **training)

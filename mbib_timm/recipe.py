@@ -229,6 +229,10 @@ class Recipe:
         object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
         kind, settings = resolve_method(self.method)
         object.__setattr__(self, "method", {"name": kind.name, **settings})
+        if self.sampler is not None:
+            from mbib_timm.data.samplers import parse_sampler
+
+            parse_sampler(self.sampler)
         self._check_ranges()
         self._check_stage(kind)
 

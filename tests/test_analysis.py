@@ -23,6 +23,7 @@ from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.analysis.posterior import mean_by_shot_group, mean_positive_posterior, posterior_difference
 from mbib_timm.analysis.results import rounded
 from mbib_timm.analysis.trend import accuracy_trend
+from mbib_timm.data import Batch
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate
@@ -48,7 +49,8 @@ def batches(images=25, batch=10):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, 16, 16, generator=generator)
     y = torch.randint(0, 7, (images,), generator=generator)
-    return list(zip(x.split(batch), y.split(batch), strict=True)), x, y
+    parts = zip(x.split(batch), y.split(batch), torch.arange(images).split(batch), strict=True)
+    return [Batch((views,), targets, index) for views, targets, index in parts], x, y
 
 
 # Outputs.
@@ -470,6 +472,7 @@ import numpy as np, torch
 from torch import nn
 from mbib_timm.analysis.distances import distances
 from mbib_timm.analysis.outputs import collect_outputs
+from mbib_timm.data import Batch
 
 torch.set_num_threads(1)
 N, K, C = 24_426, 8_142, 2_048
@@ -487,7 +490,7 @@ def loader(images):
     for start in range(0, images, 128):
         size = min(128, images - start)
         labels = torch.arange(start, start + size) % K
-        yield torch.randn(size, 1, 8, 8, generator=generator), labels
+        yield Batch((torch.randn(size, 1, 8, 8, generator=generator),), labels, torch.arange(start, start + size))
 
 counts = np.linspace(1000, 2, K).astype(int)
 outputs = collect_outputs(Wide(), loader(N), counts, device=torch.device("cpu"))

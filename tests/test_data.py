@@ -16,7 +16,7 @@ from mbib_timm.data import build_eval_loader, create_loaders, open_data, open_sp
 from mbib_timm.data.digits import open_digits
 from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.lists import open_inaturalist, open_list
-from mbib_timm.data.loaders import Place, ShardSampler
+from mbib_timm.data.loaders import Place, ShardSampler, training_sampler
 from mbib_timm.data.resident import decode_split, resident_loader
 from mbib_timm.data.timm_loader import timm_eval_loader, timm_train_loader
 from mbib_timm.data.transforms import eval_transform, train_transform
@@ -92,9 +92,9 @@ def test_split_folders_and_tars_are_found_by_synonyms(folder, tmp_path):
     assert np.bincount(data.val.targets).tolist() == [1, 1, 1, 1]
     settings = recipe(dataset="folder", data_dir=str(root))
     loader = build_eval_loader(settings, "test", input_size=SIZE, num_classes=4, device=CPU.device)
-    images, targets = next(iter(loader))
-    assert images.shape == (4, 3, 16, 16)
-    assert targets.tolist() == [0, 1, 2, 3]
+    batch = next(iter(loader))
+    assert batch.images.shape == (4, 3, 16, 16)
+    assert batch.targets.tolist() == batch.index.tolist() == [0, 1, 2, 3]
 
 
 def test_a_test_split_with_other_classes_is_refused(folder, tmp_path):
@@ -150,7 +150,7 @@ def test_lists_and_both_layouts_of_imagenets_validation_images(image_list):
     assert data.test.reader.path(0).endswith("val/n01/c.JPEG")
     assert data.test.reader.path(1).endswith("val/d.JPEG")
     loaders = create_loaders(data, settings, SIZE, CPU.device)
-    assert sum(len(targets) for _, targets in loaders.test) == 2
+    assert sum(len(batch.targets) for batch in loaders.test) == 2
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_cifar_from_tars(shared):
     assert data.class_names[0] == "apple"
     assert data.class_names[99] == "worm"
     assert len(data.val) == 10_000
-    loader = timm_train_loader(data.train, recipe(img_size=32, batch_size=128), (3, 32, 32), CPU)
-    assert len(loader) == 85
+    settings = recipe(img_size=32, batch_size=128, loader="timm")
+    assert len(create_loaders(data, settings, (3, 32, 32), CPU.device).train) == 85
 
 
 def test_torchvisions_cifar(tmp_path):
@@ -308,7 +308,7 @@ def test_hugging_face_datasets_through_timm(tmp_path):
         assert data.class_counts.tolist() == [2, 1]
         assert data.class_names == ("a", "b")
         batches = list(create_loaders(data, settings, SIZE, CPU.device).val)
-        assert sum(len(targets) for _, targets in batches) == 2
+        assert sum(len(batch.targets) for batch in batches) == 2
     finally:
         patch.undo()
 
@@ -341,10 +341,11 @@ def test_webdataset_through_timm_with_counts_from_a_file(tmp_path):
     data = open_data(settings)
     assert data.class_counts.tolist() == [6, 6]
     loaders = create_loaders(data, settings, SIZE, CPU.device)
-    assert sum(len(targets) for _, targets in loaders.val) == 5
-    images, targets = next(iter(loaders.train))
-    assert images.shape[1:] == SIZE
-    assert set(targets.tolist()) <= {0, 1}
+    assert sum(len(batch.targets) for batch in loaders.val) == 5
+    (batch,) = next(iter(loaders.train))
+    assert batch.images.shape[1:] == SIZE
+    assert set(batch.targets.tolist()) <= {0, 1}
+    assert batch.index.tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize("dataset", ["cifar100", "hfd/x", "folders"])
@@ -409,20 +410,25 @@ def test_every_crop_mode_gives_uint8_of_the_size(mode):
 def build(request):
     """Build a loader for training or for evaluation."""
 
+    def sampler(split, settings, place, training):
+        classes = int(split.targets.max()) + 1
+        return training_sampler(split.targets, classes, settings, place) if training else None
+
     def resident(split, settings, size, place, training):
-        return resident_loader(
-            decode_split(split, settings, size, place.device, training), settings, size, place, training
-        )
+        images = decode_split(split, settings, size, place.device, training, replace_broken=training)
+        return resident_loader(images, settings, size, place, sampler(split, settings, place, training))
 
     def timm(split, settings, size, place, training):
-        return (timm_train_loader if training else timm_eval_loader)(split, settings, size, place)
+        if not training:
+            return timm_eval_loader(split, settings, size, place)
+        return timm_train_loader(split, settings, size, place, sampler(split, settings, place, training))
 
     return {"timm": timm, "resident": resident}[request.param]
 
 
 def order(loader, epoch):
     loader.set_epoch(epoch)
-    return torch.cat([targets for _, targets in loader]).tolist()
+    return torch.cat([batch.index for batch in loader]).tolist()
 
 
 def numbered(count):
@@ -443,7 +449,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(build):
 @pytest.mark.parametrize(("images", "batches"), [(16, [8, 8]), (20, [8, 8, 4]), (17, [8, 8]), (18, [8, 8, 2])])
 def test_the_last_short_batch_is_kept_unless_it_is_a_single_image(build, images, batches):
     loader = build(numbered(images), recipe(batch_size=8), SIZE, CPU, training=True)
-    assert [len(targets) for _, targets in loader] == batches
+    assert [len(batch.targets) for batch in loader] == batches
     assert len(loader) == len(batches)
 
 
@@ -458,7 +464,7 @@ def test_evaluation_sees_every_image_exactly_once(build, images, world_size):
         build(numbered(images), recipe(), SIZE, Place(CPU.device, r, world_size), training=False)
         for r in range(world_size)
     ]
-    assert sorted(y for loader in loaders for _, targets in loader for y in targets.tolist()) == list(range(images))
+    assert sorted(i for loader in loaders for batch in loader for i in batch.index.tolist()) == list(range(images))
 
 
 def test_training_shards_cover_the_data(build):
@@ -471,7 +477,7 @@ def test_training_shards_cover_the_data(build):
 def test_normalisation(build):
     split, images = arrays(4)
     settings = recipe(mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 0.2])
-    batch, _ = next(iter(build(split, settings, SIZE, CPU, training=False)))
+    batch = next(iter(build(split, settings, SIZE, CPU, training=False))).images
     expected = (images / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 0.2])
     np.testing.assert_allclose(batch.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
@@ -486,8 +492,8 @@ def test_other_colour_modes_become_rgb_or_grey(tmp_path, mode):
     for channels, loader in itertools.product((3, 1), ("timm", "resident")):
         settings = settings.replace(loader=loader, image_cache="none")
         loaders = create_loaders(open_data(settings), settings, (channels, 16, 16), CPU.device)
-        for loader in (loaders.train, loaders.val):
-            assert next(iter(loader))[0].shape == (2, channels, 16, 16)
+        for loader in (*loaders.train.streams, loaders.val):
+            assert next(iter(loader)).images.shape == (2, channels, 16, 16)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -497,7 +503,7 @@ def test_a_broken_image(build, folder, workers):
     settings = recipe(dataset="folder", data_dir=str(folder), workers=workers, batch_size=4, image_cache="none")
     whole = open_split(settings.replace(val_fraction=0.01), "train")
     loader = build(whole, settings, SIZE, CPU, training=True)
-    assert sum(len(targets) for _, targets in loader) >= len(whole) - 1
+    assert sum(len(batch.targets) for batch in loader) >= len(whole) - 1
     broken = {Path(path).relative_to(folder).as_posix() for path in loader.broken_images()}
     in_training = {Path(whole.reader.path(i)).relative_to(folder).as_posix() for i in whole.indices}
     assert broken == {"ant/3.png", "bee/1.png"} & in_training
@@ -510,7 +516,8 @@ def test_a_broken_image(build, folder, workers):
 def test_timms_augmentation_differs_between_workers_and_epochs():
     split, _ = arrays(8)
     same = Split(split.reader, split.targets, np.zeros(8, dtype=int))
-    loader = timm_train_loader(same, recipe(batch_size=4, workers=2), SIZE, CPU)
+    settings = recipe(batch_size=4, workers=2)
+    loader = timm_train_loader(same, settings, SIZE, CPU, training_sampler(same.targets, 4, settings, CPU))
     torch.manual_seed(0)
-    batches = [images for epoch in range(2) for images, _ in loader]
+    batches = [batch.images for epoch in range(2) for batch in loader]
     assert len({image.numpy().tobytes() for images in batches for image in images}) > 8

@@ -64,7 +64,7 @@ def loaders(recipe, size=SIZE):
 
 def image_numbers(loader):
     """Each image is filled with its number."""
-    return sorted(round(image.max().item() * 255) for images, _ in loader for image in images)
+    return sorted(round(image.max().item() * 255) for batch in loader for image in batch.images)
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (4, 0)])
@@ -90,7 +90,7 @@ def test_a_broken_image_is_replaced_and_reported_in_training(shards, workers):
     recipe = shards(images={("train", 2): b"no image", ("train", 8): png(8)[:60]}).replace(workers=workers)
     train = loaders(recipe)
     for _ in range(2):
-        assert sum(len(targets) for _, targets in train.train) == 12 == 3 * len(train.train)
+        assert sum(len(batch.targets) for (batch,) in train.train) == 12 == 3 * len(train.train)
     names = sorted("/".join(path.split("/")[-2:]) for path in train.broken_images())
     assert names == ["demo-train-000.tar/002", "demo-train-001.tar/008"]
 
@@ -118,7 +118,7 @@ def test_the_order_is_a_function_of_the_epoch(shards, workers):
     def order(loader, epoch):
         torch.manual_seed(epoch)  # as the training run does
         loader.set_epoch(epoch)
-        return [round(image.max().item() * 255) for images, _ in loader for image in images]
+        return [round(image.max().item() * 255) for (batch,) in loader for image in batch.images]
 
     whole, resumed = loaders(recipe).train, loaders(recipe).train
     first, second = order(whole, 0), order(whole, 1)
@@ -135,8 +135,8 @@ def test_without_webdataset_the_error_says_what_to_install(shards, monkeypatch):
 
 
 def test_grey_models_get_grey_images(shards):
-    images, _ = next(iter(loaders(shards(), (1, 16, 16)).train))
-    assert images.shape == (3, 1, 16, 16)
+    (batch,) = next(iter(loaders(shards(), (1, 16, 16)).train))
+    assert batch.images.shape == (3, 1, 16, 16)
 
 
 def test_shards_that_are_not_there(shards, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from mbib_timm.data import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate, results_table, summarize
 from mbib_timm.evaluation.evaluate import head_logits
@@ -26,7 +27,8 @@ def batches(images=25, batch=10):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, 16, 16, generator=generator)
     y = torch.randint(0, 7, (images,), generator=generator)
-    return list(zip(x.split(batch), y.split(batch), strict=True)), x, y
+    parts = zip(x.split(batch), y.split(batch), torch.arange(images).split(batch), strict=True)
+    return [Batch((views,), targets, index) for views, targets, index in parts], x, y
 
 
 def test_every_head_and_the_prediction(model):

@@ -11,7 +11,7 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from scipy import stats
 
-from mbib_timm.data import DataPool, choose_loader, create_loaders, open_data
+from mbib_timm.data import Batch, DataPool, choose_loader, create_loaders, open_data
 from mbib_timm.data import image_cache as cache_module
 from mbib_timm.data import resident as resident_module
 from mbib_timm.data.augment import PadAndCrop, shifted_crops
@@ -44,8 +44,8 @@ def loaders(settings, data=None, rank=0, world_size=1):
 
 def epoch(loader, number):
     loader.set_epoch(number)
-    batches = list(loader)
-    return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
+    batches = [item[0] if isinstance(item, tuple) and not isinstance(item, Batch) else item for item in loader]
+    return tuple(torch.cat(parts) for parts in zip(*((b.images, b.targets, b.index) for b in batches), strict=True))
 
 
 # The same batches as timm's loader
@@ -58,9 +58,10 @@ def test_evaluation_batches_are_bit_equal_to_timms(mode, image):
     ours = loaders(recipe(train_crop_mode=mode), data).val
     timms = loaders(recipe(train_crop_mode=mode, loader="timm"), data).val
     assert type(ours) is not type(timms)
-    for (images, targets), (expected, labels) in zip(ours, timms, strict=True):
-        assert torch.equal(images, expected)
-        assert torch.equal(targets, labels)
+    for batch, expected in zip(ours, timms, strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert torch.equal(batch.targets, expected.targets)
+        assert torch.equal(batch.index, expected.index)
 
 
 @pytest.mark.parametrize("count", [48, 49, 50])
@@ -71,7 +72,7 @@ def test_training_has_timms_order_and_its_last_batch(count, rank, world_size):
     both = [loaders(recipe(loader=kind), data, rank, world_size).train for kind in ("resident", "timm")]
     for number in (0, 7):
         ours, timms = (
-            [targets.tolist() for loader in [built] for _, targets in (loader.set_epoch(number), loader)[1]]
+            [batch.index.tolist() for loader in [built] for (batch,) in (loader.set_epoch(number), loader)[1]]
             for built in both
         )
         assert ours == timms
@@ -86,9 +87,9 @@ def test_without_augmentation_training_batches_are_bit_equal_to_timms():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_batches_have_the_memory_format_that_the_recipe_asks_for(channels_last):
-    images, _ = next(iter(loaders(recipe(channels_last=channels_last)).train))
+    (batch,) = next(iter(loaders(recipe(channels_last=channels_last)).train))
     wanted = torch.channels_last if channels_last else torch.contiguous_format
-    assert images.is_contiguous(memory_format=wanted)
+    assert batch.images.is_contiguous(memory_format=wanted)
 
 
 # Pad, crop and flip
@@ -98,7 +99,7 @@ def decoded(images):
     count, height, width, channels = images.shape
     pixels = np.concatenate([np.zeros((1, channels), np.uint8), images.reshape(-1, channels)])
     sizes = torch.tensor([[height, width]]).expand(count, 2)
-    return DecodedImages(torch.from_numpy(pixels), sizes, torch.zeros(count, dtype=torch.int64))
+    return DecodedImages(torch.from_numpy(pixels), sizes, torch.zeros(count, dtype=torch.int64), torch.arange(count))
 
 
 def test_crops_are_torchvisions_by_pixel():
@@ -140,7 +141,7 @@ def test_an_epoch_does_not_depend_on_the_pieces_it_is_augmented_in(monkeypatch, 
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_rank():
-    images, _ = epoch(loaders(recipe()).train, 1)
+    images = epoch(loaders(recipe()).train, 1)[0]
     torch.manual_seed(5)
     before = torch.get_rng_state()
     assert torch.equal(epoch(loaders(recipe()).train, 1)[0], images)
@@ -161,7 +162,7 @@ def test_runs_of_one_process_share_opened_data_and_images(tmp_path):
     assert pool.open(settings.replace(seed=3, lr=1.0)) is data
     first = create_loaders(data, settings, SIZE, CPU, pool=pool)
     second = create_loaders(data, settings.replace(seed=3), SIZE, CPU, pool=pool)
-    assert first.train.images is second.train.images
+    assert first.train.streams[0].images is second.train.streams[0].images
     assert pool.open(settings.replace(imbalance="exp")) is not data
 
 
@@ -252,7 +253,7 @@ def test_a_damaged_entry_is_decoded_again(folder, capsys, damage):
 
 def test_what_is_interrupted_leaves_no_entry(folder, monkeypatch):
     def interrupted(dataset, workers):
-        yield np.zeros((16, 16, 3), np.uint8), 0
+        yield np.zeros((16, 16, 3), np.uint8), np.zeros(2, np.int64)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cache_module, "decoded", interrupted)
@@ -339,14 +340,14 @@ def test_the_memory_that_images_take(folder):
     areas = [np.prod(Image.open(data.train.reader.path(int(i))).size) for i in data.train.indices]
     assert decoded_bytes(data.train, settings, SIZE, training=True) == pytest.approx(3 * sum(areas), rel=1e-6)
     built = create_loaders(data, settings, SIZE, CPU)
-    assert built.train.images.pixels.numel() == 3 * (sum(areas) + 1)  # and the black pixel
+    assert built.train.streams[0].images.pixels.numel() == 3 * (sum(areas) + 1)  # and the black pixel
 
 
 def test_images_beyond_the_longest_side_shrink():
     data = splits(2, 300, 1000)
     settings = recipe(train_crop_mode="rrc")
     assert decoded_bytes(data.train, settings, SIZE, training=True) == 2 * 3 * 150 * 500
-    assert loaders(settings, data).train.images.sizes.tolist() == [[150, 500]] * 2
+    assert loaders(settings, data).train.streams[0].images.sizes.tolist() == [[150, 500]] * 2
 
 
 def test_free_memory_is_known():

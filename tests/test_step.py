@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from mbib_timm.compiling import CompileOrEager
+from mbib_timm.data import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
@@ -63,6 +64,10 @@ def batches(sizes=(8, 8, 5), device="cpu"):
         )
         for n in sizes
     ]
+
+
+def loader_of(batches):
+    return [Batch((images,), targets, torch.arange(len(targets))) for images, targets in batches]
 
 
 def settings(**keys):
@@ -135,8 +140,8 @@ def test_errors_of_the_model_are_not_taken_for_failures_of_the_compiler():
 def test_compiled_evaluation_counts_the_same():
     torch.manual_seed(0)
     model = TwoHeadsEvaluated()
-    plain = evaluate(model, batches(), np.array(COUNTS), device=CPU.device)
-    compiled = evaluate(model, batches(), np.array(COUNTS), device=CPU.device, compile=True)
+    plain = evaluate(model, loader_of(batches()), np.array(COUNTS), device=CPU.device)
+    compiled = evaluate(model, loader_of(batches()), np.array(COUNTS), device=CPU.device, compile=True)
     assert not compiled_head_logits.failed
     for head in plain:
         assert compiled[head]["top1"] == plain[head]["top1"]
@@ -258,6 +263,6 @@ def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    loader = batches((8, 8, 8, 8, 5))
+    loader = [(batch,) for batch in loader_of(batches((8, 8, 8, 8, 5)))]
     train_one_epoch(task, loader, step, recipe, 0, Progress(5, visible=False), after_update=lambda: None)
     assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end

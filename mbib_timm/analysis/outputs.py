@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.evaluate import head_logits
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
@@ -56,7 +57,7 @@ class Outputs:
 @torch.no_grad()
 def collect_outputs(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Batch],
     class_counts: np.ndarray,
     *,
     device: torch.device,
@@ -66,7 +67,7 @@ def collect_outputs(
 
     Args:
         model: set to evaluation mode, and back to its own mode afterwards.
-        loader: gives images (B, C, H, W) and targets (B,).
+        loader: gives batches.
         class_counts: training images of each class, (K,).
         device: device of the model.
         channels_last: hand the images on in channels-last format.
@@ -82,8 +83,8 @@ def collect_outputs(
     features: dict[str, list[Tensor]] = {}
     heads: dict[str, list[HeadOutputs]] = {}
     try:
-        for images, targets in loader:
-            images, targets = images.to(device), targets.to(device)
+        for batch in loader:
+            images, targets = batch.images.to(device), batch.targets.to(device)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             logits, embedded = _forward(model, images)

@@ -1,4 +1,4 @@
-"""A batch as every loader gives it."""
+"""What a loader gives: images, labels, and which images they are."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,21 +7,23 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images with their labels, on the device.
+    """A batch on the device.
 
     Attributes:
-        views: augmented copies of the images, normalised, (B, C, H, W) each; one unless a method asks for more.
+        views: the images, each (B, C, H, W), normalised; one view, unless the method asks for more.
         targets: labels (B,), int64.
-        index: the images' positions in their split, (B,), int64; -1 where a source streams.
+        index: positions in the split (B,), int64; in training in the training subset. A broken image that was replaced
+            has the position of its replacement, so that ``split.targets[index]`` are the targets. -1 where the source
+            streams.
     """
 
     views: tuple[Tensor, ...]
     targets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides a method of tuples that nothing calls on a batch
 
     @property
     def images(self) -> Tensor:
-        """The images, (B, C, H, W): their first view."""
+        """The first view."""
         return self.views[0]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":

@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import Loader, Place
+from mbib_timm.data.loaders import Loader, Place, TrainLoader, training_sampler
 from mbib_timm.data.memory import decoded_bytes, fits
-from mbib_timm.data.resident import decode_split, resident_loader
+from mbib_timm.data.resident import decode_split, fixed_preprocessing, resident_loader
+from mbib_timm.data.samplers import check_sampler, parse_sampler
 from mbib_timm.data.sources import open_split
 from mbib_timm.data.splits import Splits, check_evaluation, open_data
 from mbib_timm.data.timm_loader import timm_eval_loader, timm_train_loader
@@ -19,9 +21,9 @@ from mbib_timm.recipe import DATA_KEYS, Recipe
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of each split."""
+    """Batches of each split: for training of every stream at a time, for evaluation one by one."""
 
-    train: Loader
+    train: TrainLoader
     val: Loader
     test: Loader | None
 
@@ -43,6 +45,28 @@ class DataPool:
         if key not in self.opened:
             self.opened[key] = open_data(recipe)
         return self.opened[key]
+
+    def decode(
+        self,
+        name: str,
+        split: Split,
+        recipe: Recipe,
+        input_size: tuple[int, int, int],
+        device: torch.device,
+        *,
+        training: bool,
+        replace_broken: bool,
+    ) -> DecodedImages:
+        """Bring a split's images onto the device, once; see `decode_split`.
+
+        Args:
+            name: of the split in the run.
+        """
+        fixed = fixed_preprocessing(recipe, input_size, training)
+        key = (data_key(recipe), name, fixed, str(replace_broken), str(device))
+        if key not in self.images:
+            self.images[key] = decode_split(split, recipe, input_size, device, training, replace_broken)
+        return self.images[key]
 
 
 def data_key(recipe: Recipe) -> str:
@@ -81,6 +105,10 @@ def create_loaders(
     rank: int = 0,
     world_size: int = 1,
     pool: DataPool | None = None,
+    *,
+    sampler: str = "instance",
+    stage: int = 0,
+    epochs: int | None = None,
 ) -> Loaders:
     """Make batches of a run's splits.
 
@@ -92,28 +120,112 @@ def create_loaders(
         rank: this process.
         world_size: processes that share the data.
         pool: holds resident images for the next run.
+        sampler: which training images an epoch sees: a name of `SAMPLERS`, or two joined by ``+`` for two streams.
+        stage: of the run, 0 for the first; another stage has other orders and augmentations.
+        epochs: of the stage, for samplers that change with the epoch; the recipe's when not given.
 
     Raises:
-        MbibError: a loader that the data or the recipe do not allow.
+        MbibError: a loader or a sampler that the data or the recipe do not allow.
         DataError: images that cannot be read, or too few of them.
     """
     place = Place(device, rank, world_size)
     pool = pool or DataPool()
+    check_sampler(sampler, splits)
+    names = parse_sampler(sampler)
     resident = choose_loader(splits, recipe, input_size, device) == "resident"
+    # The streams share the worker processes; each has one at least, unless the main process loads.
+    shared = recipe.replace(workers=-(-recipe.workers // len(names)))
 
-    def build(name: str, split: Split, training: bool) -> Loader:
+    def stream(number: int, name: str) -> Loader:
+        order = None
+        if splits.train.targets is not None:
+            order = training_sampler(
+                splits.train.targets,
+                splits.num_classes,
+                recipe,
+                place,
+                name,
+                epochs=recipe.epochs if epochs is None else epochs,
+                stage=stage,
+                stream=number,
+            )
         if not resident:
-            return (timm_train_loader if training else timm_eval_loader)(split, recipe, input_size, place)
-        key = (data_key(recipe), name, str(input_size), str(device))
-        if key not in pool.images:
-            pool.images[key] = decode_split(split, recipe, input_size, device, training)
-        return resident_loader(pool.images[key], recipe, input_size, place, training)
+            return timm_train_loader(splits.train, shared, input_size, place, order, stage)
+        images = pool.decode("train", splits.train, recipe, input_size, device, training=True, replace_broken=True)
+        return resident_loader(images, recipe, input_size, place, order)
+
+    def evaluated(name: str, split: Split) -> Loader:
+        if not resident:
+            return timm_eval_loader(split, recipe, input_size, place)
+        images = pool.decode(name, split, recipe, input_size, device, training=False, replace_broken=False)
+        return resident_loader(images, recipe, input_size, place, None)
 
     return Loaders(
-        train=build("train", splits.train, True),
-        val=build("val", splits.val, False),
-        test=None if splits.test is None else build("test", splits.test, False),
+        train=TrainLoader([stream(number, name) for number, name in enumerate(names)]),
+        val=evaluated("val", splits.val),
+        test=None if splits.test is None else evaluated("test", splits.test),
     )
+
+
+class Passes:
+    """Images for a method that looks at them once training is done: preprocessed as for an evaluation, in order, every
+    image once over all processes. A loader is made when it is first asked for. A broken image is replaced, as in
+    training.
+
+    Args:
+        splits: what `open_data` found.
+        recipe: loader, preprocessing, batch size, workers.
+        input_size: (C, H, W) of the model.
+        place: device and processes.
+        pool: holds resident images for the next run.
+    """
+
+    def __init__(
+        self, splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], place: Place, pool: DataPool
+    ) -> None:
+        self.splits, self.recipe, self.input_size, self.place, self.pool = splits, recipe, input_size, place, pool
+
+    @cached_property
+    def train(self) -> Loader:
+        """The training images."""
+        return self._loader("train", self.splits.train, replace_broken=True)
+
+    @cached_property
+    def held_out(self) -> Loader:
+        """Images that are never trained on; ``Splits.held_out_from`` says which.
+
+        Raises:
+            MbibError: there are none.
+        """
+        split, val = self.splits.held_out, self.splits.val
+        if split is None:
+            raise MbibError(
+                "there are no images that are neither trained nor tested on, to choose a constant with: set "
+                "holdout: 0.1 to keep a tenth of each class's training images out of training"
+            )
+        return self._loader("val", val, False) if split is val else self._loader("held_out", split, True)
+
+    def _loader(self, name: str, split: Split, replace_broken: bool) -> Loader:
+        recipe, size, place = self.recipe, self.input_size, self.place
+        # Both kinds give the same batches, so that each process may choose by its own memory.
+        resident = recipe.loader == "resident" and split.stream is None
+        if resident and fits(decoded_bytes(split, recipe, size, training=False), place.device):
+            images = self.pool.decode(
+                name, split, recipe, size, place.device, training=False, replace_broken=replace_broken
+            )
+            return resident_loader(images, recipe, size, place, None)
+        return timm_eval_loader(split, recipe, size, place, replace_broken)
+
+
+def create_passes(
+    splits: Splits,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    place: Place,
+    pool: DataPool | None = None,
+) -> Passes:
+    """Offer a method the training images and the held-out images; see `Passes`."""
+    return Passes(splits, recipe, input_size, place, pool or DataPool())
 
 
 def build_eval_loader(

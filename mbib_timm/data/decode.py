@@ -24,12 +24,14 @@ class DecodedImages:
         pixels: (P, C), uint8: one black pixel, then image after image, row by row.
         sizes: height and width of each image, (N, 2), int64, in host memory.
         targets: labels (N,), int64, on the device of the pixels.
-        broken: paths of images that could not be read; each holds the pixels and the label of the one after it.
+        index: position in the split of what each image holds, (N,), int64, on the device of the pixels.
+        broken: paths of images that could not be read; each holds pixels, label and position of the one after it.
     """
 
     pixels: Tensor
     sizes: Tensor
     targets: Tensor
+    index: Tensor
     broken: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,7 +55,8 @@ class DecodedImages:
 
     def to(self, device: torch.device) -> "DecodedImages":
         """Return the images on a device."""
-        return DecodedImages(self.pixels.to(device), self.sizes, self.targets.to(device), self.broken)
+        pixels, targets, index = (values.to(device) for values in (self.pixels, self.targets, self.index))
+        return DecodedImages(pixels, self.sizes, targets, index, self.broken)
 
 
 def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
@@ -67,20 +70,21 @@ def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
         DataError: an image that cannot be read and may not be replaced.
     """
     blocks: list[np.ndarray] = []
-    sizes, targets = [], []
-    for image, target in decoded(dataset, workers):
+    sizes, labels = [], []
+    for image, label in decoded(dataset, workers):
         if not blocks:
             blocks.append(np.zeros(image.shape[-1], dtype=np.uint8))
         blocks.append(image.reshape(-1))
         sizes.append(image.shape[:2])
-        targets.append(target)
+        labels.append(label)
     channels = len(blocks[0])
     pixels = torch.from_numpy(np.concatenate(blocks).reshape(-1, channels))
-    return DecodedImages(pixels, torch.tensor(sizes), torch.tensor(targets), tuple(dataset.broken()))
+    targets, index = torch.from_numpy(np.stack(labels, axis=1))
+    return DecodedImages(pixels, torch.tensor(sizes), targets, index, tuple(dataset.broken()))
 
 
-def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Give the images (H, W, C), uint8, and labels of a data set, in order; a bar shows how far it is."""
+def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Give the images (H, W, C), uint8, of a data set in order, with label and position (2,); a bar shows how far."""
     # With a generator of its own, it leaves the global one as it is.
     loader: Any = DataLoader(
         dataset, DECODE_BATCH, num_workers=workers, collate_fn=_arrays, generator=torch.Generator()
@@ -96,5 +100,5 @@ def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, i
         progress.close()
 
 
-def _arrays(batch: list[tuple[Any, int]]) -> list[tuple[np.ndarray, int]]:
-    return [(np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0)), target) for image, target in batch]
+def _arrays(batch: list[tuple[Any, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0)), label) for image, label in batch]

@@ -8,6 +8,7 @@ from timm.data.readers import create_reader
 
 from mbib_timm.data.archives import SUFFIXES, ImageArchive, image_kinds, is_archive, open_archive
 from mbib_timm.data.images import Split, TimmReader, first_line
+from mbib_timm.data.long_tail import hold_out
 from mbib_timm.errors import DataError
 
 SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
@@ -43,7 +44,8 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
     if any(find_split(root, name) for name in ("train", "validation")):
         raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
     whole = _read(root)
-    held_out = hold_out(whole, val_fraction, seed)
+    assert whole.targets is not None
+    held_out = hold_out(whole.targets, val_fraction, np.random.RandomState(seed))
     return whole.subset(np.flatnonzero(~held_out if split in SYNONYMS["train"] else held_out))
 
 
@@ -57,17 +59,6 @@ def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | N
         return next((root.folder(name) for name in names if name in root.folders), None)
     candidates = (root / f"{name}{suffix}" for name in names for suffix in ("", *SUFFIXES))
     return next((candidate for candidate in candidates if candidate.is_file() or _holds_folders(candidate)), None)
-
-
-def hold_out(split: Split, fraction: float, seed: int) -> np.ndarray:
-    """Return which images to hold out for evaluation, (N,) bool: a share of each class, chosen by a seed."""
-    assert split.targets is not None
-    generator = np.random.RandomState(seed)
-    held_out = np.zeros(len(split), dtype=bool)
-    for label in np.unique(split.targets):
-        members = generator.permutation(np.flatnonzero(split.targets == label))
-        held_out[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
-    return held_out
 
 
 def _holds_folders(path: Path) -> bool:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from mbib_timm.data.decode import DecodedImages, decode, decoded
 from mbib_timm.data.images import ImageDataset
 
-FORMAT = 1
+FORMAT = 2
 BLOCK_BYTES = 64 << 20
 PIXELS, INDEX = "pixels.bin", "index.safetensors"
 
@@ -103,20 +103,22 @@ def write_entry(entry: Path, dataset: ImageDataset, workers: int) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
     try:
         sizes: list[tuple[int, int]] = []
-        targets: list[int] = []
+        labels: list[np.ndarray] = []
 
         def rows() -> Iterator[bytes]:
-            for image, target in decoded(dataset, workers):
+            for image, label in decoded(dataset, workers):
                 if not sizes:
                     yield bytes(image.shape[-1])  # the black pixel
                 sizes.append(image.shape[:2])
-                targets.append(target)
+                labels.append(label)
                 yield image.tobytes()
 
         checksums = _write_blocks(aside / PIXELS, rows())
+        targets, positions = np.stack(labels, axis=1)
         index = {
             "sizes": torch.tensor(sizes, dtype=torch.int64),
-            "targets": torch.tensor(targets, dtype=torch.int64),
+            "targets": torch.from_numpy(targets),
+            "positions": torch.from_numpy(positions),
             "checksums": torch.tensor(checksums, dtype=torch.int64),
         }
         save_file(index, aside / INDEX, metadata={"broken": json.dumps(dataset.broken())})
@@ -148,19 +150,20 @@ def load_entry(entry: Path) -> DecodedImages | None:
     """Map an entry into memory; None where there is none, or one that is damaged."""
     try:
         with safe_open(entry / INDEX, "pt") as index:
-            sizes, targets, checksums = (index.get_tensor(name) for name in ("sizes", "targets", "checksums"))
+            names = ("sizes", "targets", "positions", "checksums")
+            sizes, targets, positions, checksums = (index.get_tensor(name) for name in names)
             broken = json.loads(index.metadata()["broken"])
         # Processes that map the same file share its memory; what is written to it, if ever, stays with the process.
         pixels = np.memmap(entry / PIXELS, dtype=np.uint8, mode="c")
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError, KeyError):
-        sizes = targets = checksums = pixels = None
+        sizes = targets = positions = checksums = pixels = None
     if pixels is None or _checksums(pixels) != checksums.tolist():
         print(f"{entry} is damaged; its images are decoded again")
         return None
     channels = len(pixels) // (int(sizes.prod(dim=1).sum()) + 1)
-    return DecodedImages(torch.from_numpy(pixels).view(-1, channels), sizes, targets, tuple(broken))
+    return DecodedImages(torch.from_numpy(pixels).view(-1, channels), sizes, targets, positions, tuple(broken))
 
 
 def _checksums(pixels: np.ndarray) -> list[int]:

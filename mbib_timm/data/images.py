@@ -62,7 +62,9 @@ class Split:
 
 
 class ImageDataset(Dataset):
-    """The images of a split, transformed.
+    """The images of a split, transformed; each with its label and its position in the split, (2,), int64.
+
+    timm's collate function makes one tensor (B, 2) of these, which reaches the device with the images.
 
     Args:
         split: an indexed split.
@@ -83,7 +85,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, np.ndarray]:
         unreadable = None
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
@@ -96,7 +98,7 @@ class ImageDataset(Dataset):
                     raise unreadable from None
                 self._broken[place] = 1
             else:
-                return self.transform(image), int(self.targets[place])
+                return self.transform(image), np.array([self.targets[place], place], dtype=np.int64)
         raise DataError(f"none of the {len(self)} training images can be read; the last error: {unreadable}")
 
     def broken(self) -> list[str]:

@@ -1,22 +1,23 @@
 """What every loader offers, and which one a run uses: resident for data that fit into memory, timm's for the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
-from torch.utils.data.distributed import DistributedSampler
 
+from mbib_timm.data.batch import Batch
+from mbib_timm.data.samplers import ClassIndex, Key, TrainingSampler
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
 
 class Loader(Protocol):
-    """Batches of normalised images (B, C, H, W) and targets (B,), both on the device."""
+    """Batches of one stream of images, on the device."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Give the batches of one pass."""
 
     def __len__(self) -> int:
@@ -38,7 +39,47 @@ class Place:
     world_size: int = 1
 
 
-class ShardSampler(Sampler[int]):
+class TrainLoader:
+    """What a run trains on: one batch of each stream at a time. A run has one stream, or two side by side.
+
+    Args:
+        streams: as long as one another; over the same images, each with an order and an augmentation of its own.
+    """
+
+    def __init__(self, streams: Sequence[Loader]) -> None:
+        self.streams = tuple(streams)
+
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:
+        """Give the batches of one pass: ``(batch,)``, or ``(batch, other)``."""
+        return zip(*self.streams, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.streams[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
+        for stream in self.streams:
+            stream.set_epoch(epoch)
+
+    def broken_images(self) -> list[str]:
+        """Return the paths of images that were replaced because they could not be read, each once."""
+        return list(dict.fromkeys(path for stream in self.streams for path in stream.broken_images()))
+
+
+class IndexSampler(Protocol):
+    """Gives the indices of a pass, one by one."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Give the indices of a pass."""
+
+    def __len__(self) -> int:
+        """Return how many those are."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+
+
+class ShardSampler:
     """Every `world_size`-th image in order, from `rank` on: together the ranks see each image once, none twice."""
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
@@ -54,26 +95,42 @@ class ShardSampler(Sampler[int]):
         """Do nothing: the order of an evaluation is always the same."""
 
 
-def training_sampler(length: int, recipe: Recipe, place: Place) -> DistributedSampler:
-    """Return what shuffles the training images: an order of each epoch, the same with every loader.
+def training_sampler(
+    targets: np.ndarray,
+    num_classes: int,
+    recipe: Recipe,
+    place: Place,
+    name: str = "instance",
+    *,
+    epochs: int = 1,
+    stage: int = 0,
+    stream: int = 0,
+) -> TrainingSampler:
+    """Return what orders the training images: a plan of each epoch, the same with every loader.
 
     Args:
-        length: training images.
+        targets: labels (N,) of the training images.
+        num_classes: classes K.
         recipe: gives the seed.
         place: this process among those that share the images.
+        name: of one sampler, with its number if need be.
+        epochs: of the stage.
+        stage: of the run, 0 for the first.
+        stream: 0, or 1 for the second of two streams.
 
     Raises:
         DataError: fewer images than two a process, which BatchNorm cannot train on.
     """
-    sampler: DistributedSampler = DistributedSampler(
-        range(length),  # type: ignore[arg-type]  # only its length is asked for
-        place.world_size,
+    sampler = TrainingSampler(
+        name,
+        ClassIndex.of(targets, num_classes),
+        Key(recipe.seed, 0, stage, stream),
+        epochs,
         place.rank,
-        shuffle=True,
-        seed=recipe.seed,
+        place.world_size,
     )
     if len(sampler) < 2:
-        raise DataError(f"{length} training images are too few for {place.world_size} processes")
+        raise DataError(f"{len(targets)} training images are too few for {place.world_size} processes")
     return sampler
 
 

@@ -1,6 +1,7 @@
-"""Long-tailed subsets of balanced data: how many images a class keeps, and which."""
+"""Long-tailed subsets of balanced data: how many images a class keeps, and which; and images held out of training."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,6 +49,32 @@ def _check(num_classes: int, largest: int, imbalance_factor: float) -> None:
         raise DataError(f"imbalance factor {imbalance_factor:g} leaves no image of the {largest} to the smallest class")
 
 
+def images_by_class(targets: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Return the indices of each class's images, in order: K arrays of their own."""
+    by_class = np.argsort(targets, kind="stable")
+    starts = np.searchsorted(targets[by_class], np.arange(num_classes + 1))
+    return [by_class[begin:end].copy() for begin, end in pairwise(starts)]
+
+
+def hold_out(targets: np.ndarray, share: float, generator: np.random.RandomState) -> np.ndarray:
+    """Choose images to hold out: a share of each class.
+
+    Args:
+        targets: labels (N,).
+        share: of each class: at least one image of a class with two or more, never the last one.
+        generator: draws them.
+
+    Returns:
+        Which images are held out, (N,), bool.
+    """
+    held_out = np.zeros(len(targets), dtype=bool)
+    for indices in images_by_class(targets, int(targets.max()) + 1):
+        if len(indices):
+            members = generator.permutation(indices)
+            held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return held_out
+
+
 def long_tailed_indices(targets: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
     """Choose the images of a long-tailed subset as Cao et al. (2019) do.
 
@@ -66,11 +93,8 @@ def long_tailed_indices(targets: np.ndarray, counts: Sequence[int], seed: int) -
         DataError: a class has fewer images than it is to keep.
     """
     generator = np.random.RandomState(seed)
-    by_class = np.argsort(targets, kind="stable")
-    starts = np.searchsorted(targets[by_class], np.arange(len(counts) + 1))
     kept = []
-    for label, count in enumerate(counts):
-        indices = by_class[starts[label] : starts[label + 1]].copy()
+    for label, (indices, count) in enumerate(zip(images_by_class(targets, len(counts)), counts, strict=True)):
         if len(indices) < count:
             raise DataError(f"class {label} has {len(indices)} images, the long-tailed profile asks for {count}")
         generator.shuffle(indices)

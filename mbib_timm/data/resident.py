@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mbib_timm.data.augment import Augmentation, create_augmentation
+from mbib_timm.data.batch import Batch
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.image_cache import cached_decode, default_folder
 from mbib_timm.data.images import ImageDataset, Split
-from mbib_timm.data.loaders import Place, ShardSampler, channelwise, drops_last, pil_mode, send, training_sampler
+from mbib_timm.data.loaders import IndexSampler, Place, ShardSampler, channelwise, drops_last, pil_mode, send
+from mbib_timm.data.samplers import TrainingSampler
 from mbib_timm.data.transforms import resident_transform
 from mbib_timm.recipe import Recipe
 
@@ -31,21 +32,21 @@ class ResidentLoader:
         augmentation: for training; None gives the images as they are, which are then all of one size.
         mean: of each channel, of images in 0..1.
         std: of each channel.
-        seed: of the augmentation: seed and rank.
+        seed: of the augmentation: seed and rank; and stage and stream where those are not the first.
         channels_last: memory format of the batches.
     """
 
     def __init__(
         self,
         images: DecodedImages,
-        sampler: ShardSampler | torch.utils.data.DistributedSampler,
+        sampler: IndexSampler,
         batch_size: int,
         *,
         drop_last: bool,
         augmentation: Augmentation | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        seed: tuple[int, int],
+        seed: tuple[int, ...],
         channels_last: bool,
     ) -> None:
         self.images, self.sampler, self.batch_size = images, sampler, batch_size
@@ -69,17 +70,19 @@ class ResidentLoader:
         """Return the paths of images that were replaced because they could not be read."""
         return list(self.images.broken)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.tensor(list(self.sampler), dtype=torch.int64)
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
         if len(order) == 0:  # of a process beyond the last image
             return
-        targets = self.images.targets[send(order, self.device)]
+        on_device = send(order, self.device)
+        targets, index = self.images.targets[on_device], self.images.index[on_device]
         taken = 0
         for piece in self._pieces(order):
             for pixels in piece.split(self.batch_size):
                 if len(pixels) == 1 and self.drop_last:
                     return
-                yield self._normalize(pixels), targets[taken : taken + len(pixels)]
+                batch = slice(taken, taken + len(pixels))
+                yield Batch((self._normalize(pixels),), targets[batch], index[batch])
                 taken += len(pixels)
 
     def _pieces(self, order: Tensor) -> Iterator[Tensor]:
@@ -89,7 +92,8 @@ class ResidentLoader:
             for indices in send(order, self.device).split(self.batch_size):
                 yield stacked.index_select(0, indices)
             return
-        entropy = np.random.SeedSequence([*self.seed, self.epoch]).generate_state(1, np.uint64)
+        seed, rank, *stream = self.seed
+        entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         draws = self.augmentation.draw(self.images.sizes[order], generator)
         batches = max(1, PIECE_BYTES // (self.augmentation.bytes_an_image * self.batch_size))
@@ -105,7 +109,12 @@ class ResidentLoader:
 
 
 def decode_split(
-    split: Split, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device, training: bool
+    split: Split,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    training: bool,
+    replace_broken: bool,
 ) -> DecodedImages:
     """Bring a split's images onto the device, decoded and through the fixed part of the preprocessing.
 
@@ -114,49 +123,58 @@ def decode_split(
         recipe: preprocessing, cache folder, workers.
         input_size: (C, H, W).
         device: where they go.
-        training: they are trained on: broken ones are replaced.
+        training: they are to be augmented.
+        replace_broken: take the next image for one that cannot be read; else that is an error.
 
     Raises:
-        DataError: for evaluation, an image that cannot be read.
+        DataError: an image that cannot be read and may not be replaced.
     """
     channels, height, width = input_size
     transform = resident_transform(recipe, height, width, training)
-    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=training)
-    described = f"{training} {recipe.train_crop_mode} {height}x{width} {recipe.crop_pct} {recipe.interpolation}"
+    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken)
+    fixed = fixed_preprocessing(recipe, input_size, training)
     folder = {"auto": default_folder(), "none": None}.get(recipe.image_cache, Path(recipe.image_cache))
-    return cached_decode(dataset, described, folder, recipe.workers).to(device)
+    return cached_decode(dataset, fixed, folder, recipe.workers).to(device)
+
+
+def fixed_preprocessing(recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> str:
+    """Return a description of what decoded images have behind them: images that agree in it are the same."""
+    kept = "whole" if training and recipe.train_crop_mode == "rrc" else "as evaluated"
+    return f"{kept} {recipe.train_crop_mode} {input_size} {recipe.crop_pct} {recipe.interpolation}"
 
 
 def resident_loader(
-    images: DecodedImages, recipe: Recipe, input_size: tuple[int, int, int], place: Place, training: bool
+    images: DecodedImages,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    place: Place,
+    sampler: TrainingSampler | None,
 ) -> ResidentLoader:
-    """Build a loader.
+    """Build a loader: one stream of training, or of an evaluation.
 
     Args:
         images: on the device.
         recipe: augmentation, normalisation, batch sizes, seed.
         input_size: (C, H, W).
         place: device and processes.
-        training: shuffle and augment; else every image once over all processes, in order.
-
-    Raises:
-        DataError: fewer images than two a process for training.
+        sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
+            processes, in order, as it is.
     """
     channels, height, width = input_size
-    sampler: Any = (
-        training_sampler(len(images), recipe, place)
-        if training
-        else ShardSampler(len(images), place.rank, place.world_size)
-    )
+    training = sampler is not None
+    order = ShardSampler(len(images), place.rank, place.world_size) if sampler is None else sampler
     batch_size = recipe.batch_size if training else recipe.validation_batch_size
+    seed: tuple[int, ...] = (recipe.seed, place.rank)
+    if sampler is not None and (sampler.key.stage or sampler.key.stream):
+        seed += (sampler.key.stage, sampler.key.stream)
     return ResidentLoader(
         images,
-        sampler,
+        order,
         batch_size,
-        drop_last=training and drops_last(len(sampler), batch_size),
+        drop_last=training and drops_last(len(order), batch_size),
         augmentation=create_augmentation(recipe, height, width) if training else None,
         mean=channelwise(recipe.mean, channels),
         std=channelwise(recipe.std, channels),
-        seed=(recipe.seed, place.rank),
+        seed=seed,
         channels_last=recipe.channels_last,
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from mbib_timm.data.class_counts import count_classes, read_class_counts
 from mbib_timm.data.images import Split
-from mbib_timm.data.long_tail import PROFILES, largest_class, long_tailed_indices
+from mbib_timm.data.long_tail import PROFILES, hold_out, largest_class, long_tailed_indices
 from mbib_timm.data.sources import open_split
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
@@ -22,6 +22,8 @@ class Splits:
         test: images evaluated once at the end, or None.
         class_counts: training images of each class, (K,).
         class_names: in label order, where they are known.
+        held_out: images that are never trained on, for methods that choose a constant; or None. See `open_data`.
+        held_out_from: what those are, in words, for the record.
     """
 
     train: Split
@@ -29,6 +31,8 @@ class Splits:
     test: Split | None
     class_counts: np.ndarray
     class_names: tuple[str, ...] | None
+    held_out: Split | None = None
+    held_out_from: str = "none"
 
     @property
     def num_classes(self) -> int:
@@ -39,6 +43,14 @@ class Splits:
 def open_data(recipe: Recipe) -> Splits:
     """Open the recipe's splits, take the long-tailed subset, count the classes, and check that all of it fits.
 
+    Images for methods that choose a constant are, in this order:
+
+    1. with ``holdout`` above 0, that share of each class of the (long-tailed) training images, at least one of a class
+       with two or more and never the last one, drawn by ``subset_seed``: they are not trained on, and not counted;
+    2. of a long-tailed subset, the training images that it leaves out, which may be none of the largest class;
+    3. where there is a test split, the validation split;
+    4. none.
+
     Raises:
         DataError: data that are missing, malformed, or do not fit the recipe or one another.
     """
@@ -46,18 +58,29 @@ def open_data(recipe: Recipe) -> Splits:
     val = open_split(recipe, recipe.val_split)
     has_test = recipe.test_split is not None or recipe.test_list is not None
     test = open_split(recipe, recipe.test_split or "test") if has_test else None
-    counts = _declared_counts(recipe) if train.targets is None else None
-    if train.targets is not None:
+    held_out, held_out_from = None, "none"
+    if train.targets is None:
+        counts = _declared_counts(recipe)
+    else:
         num_classes = _num_classes(recipe, train)
         counts = count_classes(train.targets, num_classes, train.class_names)
         if recipe.imbalance != "none":
-            train = _long_tailed(recipe, train, counts)
-            counts = count_classes(np.asarray(train.targets), num_classes, train.class_names)
-    assert counts is not None
+            kept = _long_tailed(recipe, train.targets, counts)
+            left_out = np.setdiff1d(np.arange(len(train)), kept)
+            if len(left_out):
+                held_out = train.subset(left_out)
+                held_out_from = f"the {len(left_out):,} training images that the long-tailed subset leaves out"
+            train = train.subset(kept)
+        if recipe.holdout > 0:
+            train, held_out = _hold_out(recipe, train)
+            held_out_from = f"{100 * recipe.holdout:g} % of each class's training images, which are not trained on"
+        counts = count_classes(np.asarray(train.targets), num_classes, train.class_names)
     for name, split in ((recipe.val_split, val), (recipe.test_split or "test", test)):
         if split is not None:
             check_evaluation(name, split, train, len(counts))
-    return Splits(train, val, test, counts, train.class_names)
+    if held_out is None and test is not None:
+        held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
+    return Splits(train, val, test, counts, train.class_names, held_out, held_out_from)
 
 
 def _num_classes(recipe: Recipe, train: Split) -> int:
@@ -79,18 +102,30 @@ def _declared_counts(recipe: Recipe) -> np.ndarray:
         )
     if recipe.imbalance != "none":
         raise DataError(f"data source {recipe.dataset!r} streams: a long-tailed subset needs images by index")
+    if recipe.holdout > 0:
+        raise DataError(f"data source {recipe.dataset!r} streams: recipe key 'holdout' needs images by index")
     counts = read_class_counts(recipe.class_counts)
     if recipe.num_classes is not None and recipe.num_classes != len(counts):
         raise DataError(f"{recipe.class_counts} counts {len(counts)} classes, 'num_classes' says {recipe.num_classes}")
     return counts
 
 
-def _long_tailed(recipe: Recipe, train: Split, available: np.ndarray) -> Split:
-    assert train.targets is not None
+def _long_tailed(recipe: Recipe, targets: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Return the indices of the images that the recipe's long-tailed subset keeps."""
     shape, factor = recipe.imbalance, recipe.imbalance_factor
     largest = recipe.imbalance_max or largest_class(available, shape, factor)
-    counts = PROFILES[shape](len(available), largest, factor)
-    return train.subset(long_tailed_indices(train.targets, counts, recipe.subset_seed))
+    return long_tailed_indices(targets, PROFILES[shape](len(available), largest, factor), recipe.subset_seed)
+
+
+def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
+    """Return the images to train on, and those that the recipe holds out."""
+    assert train.targets is not None
+    # Seeded through MT19937, it is another stream than that which has drawn the long-tailed subset.
+    generator = np.random.RandomState(np.random.MT19937(recipe.subset_seed))
+    held_out = hold_out(train.targets, recipe.holdout, generator)
+    if not held_out.any():
+        raise DataError("recipe key 'holdout': every class has one training image, which is needed for training")
+    return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
 
 
 def check_evaluation(name: str, split: Split, train: Split, num_classes: int) -> None:

@@ -3,15 +3,20 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from timm.data import create_loader
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
+from mbib_timm.data.batch import Batch
 from mbib_timm.data.images import ImageDataset, Split, from_worker
-from mbib_timm.data.loaders import Place, ShardSampler, channelwise, drops_last, pil_mode, training_sampler
+from mbib_timm.data.loaders import IndexSampler, Place, ShardSampler, channelwise, drops_last, pil_mode
+from mbib_timm.data.samplers import TrainingSampler
 from mbib_timm.data.transforms import eval_transform, train_transform
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
+
+# A stage's epochs are told to a stream as numbers of their own, so that its shards come in another order.
+EPOCHS_OF_A_STAGE = 1 << 20
 
 
 class TimmLoader:
@@ -21,14 +26,19 @@ class TimmLoader:
         loader: timm's loader.
         dataset: what it loads.
         sampler: chooses the order; None for streams, which do that themselves.
+        first_epoch: number of a stream's epoch 0.
     """
 
-    def __init__(self, loader: Any, dataset: Any, sampler: Any) -> None:
-        self.loader, self.dataset, self.sampler = loader, dataset, sampler
+    def __init__(self, loader: Any, dataset: Any, sampler: IndexSampler | None, first_epoch: int = 0) -> None:
+        self.loader, self.dataset, self.sampler, self.first_epoch = loader, dataset, sampler, first_epoch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from self.loader
+            for images, targets in self.loader:
+                if self.sampler is None:
+                    yield Batch((images,), targets, torch.full_like(targets, -1))
+                else:
+                    yield Batch((images,), *targets.T.contiguous().unbind())
         except DataError as error:
             raise from_worker(error) from None
 
@@ -37,38 +47,51 @@ class TimmLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
-        (self.dataset if self.sampler is None else self.sampler).set_epoch(epoch)
+        if self.sampler is None:
+            self.dataset.set_epoch(self.first_epoch + epoch)
+        else:
+            self.sampler.set_epoch(epoch)
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that were replaced because they could not be read."""
         return self.dataset.broken()
 
 
-def timm_train_loader(split: Split, recipe: Recipe, input_size: tuple[int, int, int], place: Place) -> TimmLoader:
-    """Build the training loader: shuffled, augmented, the last short batch kept.
+def timm_train_loader(
+    split: Split,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    place: Place,
+    sampler: TrainingSampler | None,
+    stage: int = 0,
+) -> TimmLoader:
+    """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
 
     Args:
         split: training images.
-        recipe: augmentation, batch size, seed, workers.
+        recipe: augmentation, batch size, workers.
         input_size: (C, H, W).
         place: device and processes.
-
-    Raises:
-        DataError: fewer images than two, which BatchNorm cannot train on.
+        sampler: chooses the order; None for a source that streams.
+        stage: of the run, 0 for the first.
     """
     channels, height, width = input_size
     transform = train_transform(recipe, height, width)
     if split.stream is not None:
         stream = split.stream(True, pil_mode(channels))
-        return _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform)
+        loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform)
+        loader.first_epoch = stage * EPOCHS_OF_A_STAGE
+        return loader
+    assert sampler is not None
     dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=True)
-    sampler = training_sampler(len(dataset), recipe, place)
     loader = _through_timm(dataset, recipe, input_size, place, recipe.batch_size, sampler, transform)
     loader.loader.batch_sampler.drop_last = drops_last(len(sampler), recipe.batch_size)
     return loader
 
 
-def timm_eval_loader(split: Split, recipe: Recipe, input_size: tuple[int, int, int], place: Place) -> TimmLoader:
+def timm_eval_loader(
+    split: Split, recipe: Recipe, input_size: tuple[int, int, int], place: Place, replace_broken: bool = False
+) -> TimmLoader:
     """Build an evaluation loader: in order, every image once over all processes.
 
     Args:
@@ -76,13 +99,14 @@ def timm_eval_loader(split: Split, recipe: Recipe, input_size: tuple[int, int, i
         recipe: preprocessing, batch size, workers.
         input_size: (C, H, W).
         place: device and processes.
+        replace_broken: give the next image for one that cannot be read; else that is an error. Streams always raise.
     """
     channels, height, width = input_size
     transform = eval_transform(recipe, height, width)
     if split.stream is not None:
         stream = split.stream(False, pil_mode(channels))
         return _through_timm(stream, recipe, input_size, place, recipe.validation_batch_size, None, transform)
-    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=False)
+    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken)
     sampler = ShardSampler(len(dataset), place.rank, place.world_size)
     return _through_timm(dataset, recipe, input_size, place, recipe.validation_batch_size, sampler, transform)
 
@@ -93,7 +117,7 @@ def _through_timm(
     input_size: tuple[int, int, int],
     place: Place,
     batch_size: int,
-    sampler: Sampler | None,
+    sampler: IndexSampler | None,
     transform: Any,
 ) -> TimmLoader:
     on_cuda = place.device.type == "cuda"

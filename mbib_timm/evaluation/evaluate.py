@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.compiling import CompileOrEager
+from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
@@ -30,7 +31,7 @@ compiled_head_logits = CompileOrEager(head_logits, "the evaluation")
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Batch],
     class_counts: np.ndarray,
     *,
     device: torch.device,
@@ -42,7 +43,7 @@ def evaluate(
 
     Args:
         model: gives logits (B, K) in evaluation mode; set to it, and back to its own mode afterwards.
-        loader: gives images (B, C, H, W) and targets (B,) on the device.
+        loader: gives batches on the device.
         class_counts: training images of each class, (K,).
         device: device of the model.
         amp_dtype: precision of autocast; None for none.
@@ -62,7 +63,8 @@ def evaluate(
     names: tuple[str, ...] = ()
     sums: Statistics | None = None
     try:
-        for images, targets in loader:
+        for batch in loader:
+            images, targets = batch.images, batch.targets
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):

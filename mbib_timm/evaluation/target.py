@@ -54,7 +54,7 @@ class OpenTarget:
         class_counts: training images of each class, (K,).
         input_size: of the images, (C, H, W).
         split: the images' split.
-        loader: gives images (B, C, H, W) and targets (B,).
+        loader: gives batches of them.
     """
 
     model: nn.Module

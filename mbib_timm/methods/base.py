@@ -6,10 +6,10 @@ evaluation) is the frame's, and reads off the class what the method wants.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from mbib_timm.data.batch import Batch
+from mbib_timm.data import Batch, Passes
 from mbib_timm.errors import MbibError
 
 NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
@@ -37,18 +37,6 @@ class Facts(NamedTuple):
     epochs: int
     steps: int
     previous: Path | None = None
-
-
-class Passes(Protocol):
-    """Passes over images that `Method.finish` may ask for: prepared as for evaluation, each image once, in order."""
-
-    @property
-    def train(self) -> Iterable[Batch]:
-        """The training images."""
-
-    @property
-    def held_out(self) -> Iterable[Batch]:
-        """Training images that were never trained on. Raises MbibError where there are none."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +170,11 @@ class Method(TrainingTask):
         """Follow an update of the weights: part of the step, and captured with it."""
 
     def finish(self, data: Passes) -> None:
-        """Change the trained network once, in place, before it is evaluated and saved."""
+        """Change the trained network (`result_model`) once, in place, before it is evaluated and saved.
+
+        Args:
+            data: passes over the training images and over those that were never trained on.
+        """
 
     def report(self) -> dict[str, Any]:
         """Return what the method has chosen by itself, as plain values; the results record it."""
@@ -269,7 +261,7 @@ class Method(TrainingTask):
         return model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside the evaluated model: the rest of the network, own parameters, buffers."""
+        """Return what a checkpoint keeps beside the evaluated model: the network's rest, own parameters and buffers."""
         network = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
         model = self.get_eval_model(ema=ema)
         inside = next((f"{name}." if name else "" for name, each in network.named_modules() if each is model), None)

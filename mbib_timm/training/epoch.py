@@ -1,26 +1,19 @@
 """One epoch of training: steps without waits, losses checked where a line is due."""
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbib_timm.data.batch import Batch
+from mbib_timm.data import Batch, TrainLoader
 from mbib_timm.errors import NonFiniteLossError
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.step import TrainingStep
-
-
-class TrainLoader(Sized, Iterable[tuple[Batch, ...]], Protocol):
-    """Gives the batches of an epoch, one per stream."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the epoch that starts."""
 
 
 class LossLog:

@@ -77,7 +77,7 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,
-        num_epochs=recipe.epochs,
+        num_epochs=max(1, recipe.epochs),  # of a stage without epochs nothing is read
         decay_milestones=recipe.decay_milestones,
         decay_rate=recipe.decay_rate,
         min_lr=recipe.min_lr,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Splits, check_sampler, choose_loader, create_loaders, create_passes
+from mbib_timm.data.loaders import Place
 from mbib_timm.environment import World, describe_environment
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation import evaluate
@@ -237,8 +238,8 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
-            place = (self.world.device, self.world.rank, self.world.world_size)
-            self.method.finish(create_passes(splits, recipe, self.input_size, *place))
+            place = Place(self.world.device, self.world.rank, self.world.world_size)
+            self.method.finish(create_passes(splits, recipe, self.input_size, place, self.pool))
             done.last = {"epoch": recipe.epochs - 1, "heads": self._evaluate(self.loaders.val)}
         elif done.last is None:  # of no epoch
             done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}

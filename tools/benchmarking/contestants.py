@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from benchmarking.noise import cifar_like, normalized_noise
 from benchmarking.turns import timed, wait
 from mbib_timm.data import Splits
+from mbib_timm.data.batch import Batch
 from mbib_timm.data.images import ImageDataset
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.environment import World, keep_freed_memory
@@ -94,7 +95,7 @@ class Trainer:
         train_one_epoch(self.task, loader, self.step, self.recipe, self.epochs, nothing, self.task.update_ema)
         self.epochs += 1
 
-    def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def evaluate(self, loader: Iterable[Batch]) -> None:
         """Evaluate every image of a loader, with every head."""
         dtype, compiled = self.precision.autocast_dtype, self.recipe.torchcompile
         evaluate(
@@ -118,6 +119,14 @@ class Trainer:
                 forward(self.model, images)
 
 
+class LabelledImages(ImageDataset):
+    """Images with their labels alone, as timm's data sets give them."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, (label, _) = super().__getitem__(index)
+        return image, int(label)
+
+
 class TimmLoop:
     """Training as timm's train.py does it: images decoded and augmented one by one with PIL in two worker processes
     that live from epoch to epoch, an eager step, a loss that is fetched after each step.
@@ -138,7 +147,7 @@ class TimmLoop:
             self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
         transform = train_transform(recipe, 32, 32)
-        dataset = ImageDataset(splits.train, "RGB", transform, replace_broken=False)
+        dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=False)
         self.loader = create_loader(
             dataset,
             (3, 32, 32),

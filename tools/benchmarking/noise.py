@@ -37,7 +37,8 @@ def decoded_noise(images: int, height: int, width: int, classes: int, device: to
     """Return images on the device, as the resident loader holds them."""
     pixels = torch.randint(0, 256, (1 + images * height * width, 3), dtype=torch.uint8, device=device)
     targets = torch.randint(0, classes, (images,), device=device)
-    return DecodedImages(pixels, torch.tensor([[height, width]] * images), targets)
+    index = torch.arange(images, device=device)
+    return DecodedImages(pixels, torch.tensor([[height, width]] * images), targets, index)
 
 
 def normalized_noise(batch_size: int, size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
