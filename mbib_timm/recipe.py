@@ -502,6 +502,7 @@ def _override(content: dict[str, Any], address: str, value: Any, path: Path) -> 
     if not rest:
         target[first] = value
         return
+    whole: Any
     if first in target or first in shared:
         whole = copy.deepcopy(target.get(first, shared.get(first)))
     else:

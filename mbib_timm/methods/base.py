@@ -147,7 +147,7 @@ class Method(TrainingTask):
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
 
-    def forward(self, *batches: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, *batches: Batch) -> dict[str, Tensor]:
         """Return named scalars on the device, ``loss`` first: the one to differentiate.
 
         Args:
