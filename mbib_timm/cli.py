@@ -1,4 +1,4 @@
-"""The command line: train, sweep, validate, analyze, report, predict, export, demo, publish, models, recipes.
+"""The command line: train, sweep, validate, analyze, report, predict, export, demo, publish, models, methods, recipes.
 
 Bad input ends with one line and exit status 2, an interrupted run with status 130.
 """
@@ -164,11 +164,20 @@ def build_parser(shown: Recipe | None = None) -> Parser:
         "recipe of several stages a flag holds for the stages that do not set the key themselves; --stage2.lr 0.1 is "
         "the second stage's. Values in [ ] are the recipe's."
     }
-    train = commands.add_parser("train", help="train a recipe", allow_abbrev=False, **training)
+    usage = "mbib {} [flags]"
+    train = commands.add_parser(
+        "train", help="train a recipe", usage=usage.format("train [RECIPE]"), allow_abbrev=False, **training
+    )
     train.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
     add_recipe_flags(train, KEYS, shown)
 
-    sweep = commands.add_parser("sweep", help="train many recipes in one process", allow_abbrev=False, **training)
+    sweep = commands.add_parser(
+        "sweep",
+        help="train many recipes in one process",
+        usage=usage.format("sweep SWEEP | RECIPE [RECIPE ...]"),
+        allow_abbrev=False,
+        **training,
+    )
     sweep.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
     sweep.add_argument("--recipe", help="another base recipe than the sweep's, such as mbib_resnet32.digits")
     sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds, in the place of the sweep's own")
@@ -180,7 +189,9 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     sweep.add_argument("--dry-run", action="store_true", help="list the runs, and which are done, and stop")
     add_recipe_flags(sweep, [key for key in KEYS if key not in SET_BY_SWEEP])
 
-    validate = commands.add_parser("validate", help="evaluate a trained model", allow_abbrev=False)
+    validate = commands.add_parser(
+        "validate", help="evaluate a trained model", usage=usage.format("validate MODEL"), allow_abbrev=False
+    )
     validate.add_argument("target", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
     validate.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
     validate.add_argument("--split", help="split to evaluate; the one of the run's result when not given")
@@ -188,7 +199,9 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     evaluated = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
     add_recipe_flags(validate, evaluated)
 
-    analyze = commands.add_parser("analyze", help="look into trained models", allow_abbrev=False)
+    analyze = commands.add_parser(
+        "analyze", help="look into trained models", usage=usage.format("analyze MODEL [MODEL ...]"), allow_abbrev=False
+    )
     analyze.add_argument(
         "runs",
         nargs="+",
@@ -260,6 +273,7 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     publish.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
 
     commands.add_parser("models", help="list the zoo: what is trained, how well, how large", allow_abbrev=False)
+    commands.add_parser("methods", help="list the methods of training", allow_abbrev=False)
     commands.add_parser("recipes", help="list the packaged recipes and sweeps", allow_abbrev=False)
     return parser
 
@@ -293,6 +307,13 @@ def run(arguments: argparse.Namespace) -> int:
         from mbib_timm.sweeps.definition import list_sweeps
 
         print("\n".join([*list_recipes(), "", "for mbib sweep:", *list_sweeps()]))
+    elif arguments.command == "methods":
+        from mbib_timm.methods import METHODS, load_entry_points
+
+        load_entry_points()
+        rows = [[name, METHODS[name].title, METHODS[name].citation] for name in METHODS]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        print("\n".join(f"{name:<{widths[0]}}  {title:<{widths[1]}}  {text}".rstrip() for name, title, text in rows))
     elif arguments.command == "models":
         from mbib_timm.inference.catalogue import catalogue, text_table
 
@@ -302,7 +323,8 @@ def run(arguments: argparse.Namespace) -> int:
         recipe = load_recipe(path, recipe_overrides(arguments))
         from mbib_timm.training import train  # each command loads what it needs; --help and errors stay quick
 
-        train(recipe, recipe_name(path))
+        name = recipe_name(path, recipe.method["name"] if "method" in vars(arguments) else None)
+        train(recipe, name)
     elif arguments.command == "sweep":
         from mbib_timm.sweeps.definition import find_sweep
         from mbib_timm.sweeps.plan import on_recipe
