@@ -1,4 +1,4 @@
-"""What loaders share: batches of one stream or of two, the order of training, shards of an evaluation, the last batch."""
+"""What every loader offers, and the streams of training: a resident loader for data that fit, timm's for the rest."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
