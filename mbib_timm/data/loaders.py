@@ -1,4 +1,4 @@
-"""What loaders share: batches of one stream or of two, the order of training, shards of an evaluation, the last batch."""
+"""What loaders share: one stream of batches or two, the order of training, shards of an evaluation, the last batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
