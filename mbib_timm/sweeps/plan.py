@@ -179,10 +179,8 @@ def _at(stage: Recipe, address: str) -> Any:
     key, *rest = re.sub(r"^stage\d+\.", "", address).split(".")
     value = getattr(stage, key)
     for part in rest:
-        if isinstance(value, list):
-            value = value[int(part)]
-        else:
-            value = value.get(part) if isinstance(value, dict) else None
+        elements = dict(enumerate(value)) if isinstance(value, list) else value or {}
+        value = elements.get(int(part) if isinstance(value, list) else part)
     return value
 
 

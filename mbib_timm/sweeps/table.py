@@ -50,7 +50,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def runs_csv(results: SweepResults) -> str:
-    """Return a row per run: place, prediction by shot group, top-1 accuracy of each head, what it chose, seconds, commit."""
+    """Return a row per run: place, prediction by shot group, each head's top-1 accuracy, choices, seconds, commit."""
     rows = []
     for run in results.runs:
         heads = {f"head_{head}": values["overall"] for head, values in run["heads"].items() if head != "prediction"}
