@@ -1,4 +1,4 @@
-"""The command line: train, sweep, validate, analyze, report, predict, export, demo, publish, models, recipes.
+"""The command line: train, sweep, validate, analyze, report, predict, export, demo, publish, models, methods, recipes.
 
 Bad input ends with one line and exit status 2, an interrupted run with status 130.
 """
@@ -6,6 +6,7 @@ Bad input ends with one line and exit status 2, an interrupted run with status 1
 import argparse
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import sys
@@ -19,9 +20,10 @@ import yaml
 
 import mbib_timm
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.options import default_of, option_types
+from mbib_timm.options import option_types
 from mbib_timm.recipe import DEFAULT_RECIPE, KEYS, TYPES, Recipe, find_recipe, list_recipes, load_recipe, recipe_name
 
+UNCHANGED = "as the recipe has it, or the model's own recipe, where not given"
 # Recipe keys that a sweep sets by itself.
 SET_BY_SWEEP = ("seed", "experiment", "resume")
 DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.DOTALL)
@@ -60,21 +62,17 @@ def add_recipe_flags(parser: argparse.ArgumentParser, keys: Iterable[str], shown
     Args:
         parser: of a command.
         keys: which have an effect on it.
-        shown: the recipe whose values the help shows; without one the keys' own defaults.
+        shown: the recipe whose values the help shows.
     """
-    groups: dict[str, Any] = {}
-    for name in keys:
-        item = KEYS[name]
-        title = item.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        value = default_of(item) if shown is None else getattr(shown, name)
-        _add_flag(groups[title], name, TYPES[name], item, value["name"] if name == "method" else value)
-    if shown is None:
-        return
-    for number, stage in enumerate(shown.chain(), start=1):
-        prefix = f"stage{number}." if shown.stage else ""
-        _add_method_flags(parser, f"{prefix}method", stage.method)
+    for title, names in itertools.groupby(keys, key=lambda name: KEYS[name].metadata["group"]):
+        group = parser.add_argument_group(title, None if shown else UNCHANGED)
+        for name in names:
+            item = KEYS[name]
+            value = None if shown is None else getattr(shown, name)
+            _add_flag(group, name, TYPES[name], item, value["name"] if name == "method" and value else value)
+        if title == "method" and shown is not None:
+            for number, stage in enumerate(shown.chain(), start=1):
+                _add_method_flags(parser, f"stage{number}.method" if shown.stage else "method", stage.method)
 
 
 def _add_method_flags(parser: argparse.ArgumentParser, place: str, method: dict[str, Any]) -> None:
@@ -84,7 +82,11 @@ def _add_method_flags(parser: argparse.ArgumentParser, place: str, method: dict[
     group = parser.add_argument_group(f"{place}: {method['name']} ({kind.title})", kind.citation or None)
     types = option_types(kind.Settings)
     for item in dataclasses.fields(kind.Settings):
-        options = {"type": yaml.safe_load, "metavar": _type_name(types[item.name]), "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {
+            "type": yaml.safe_load,
+            "metavar": _type_name(types[item.name]),
+            "default": argparse.SUPPRESS,
+        }
         text = _described(item, method[item.name])
         group.add_argument(f"--{place}.{item.name.replace('_', '-')}", help=text, **options)
 
@@ -120,7 +122,7 @@ def _described(item: dataclasses.Field, value: Any) -> str:
     if item.metadata["choices"]:
         text += f" ({', '.join(item.metadata['choices'])})"
     if value is not None and value != [] and value != {}:
-        text += f" [{value}]"
+        text += f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
     return text.replace("%", "%%")
 
 
@@ -157,16 +159,25 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     parser.add_argument("--version", action="version", version=f"mbib_timm {mbib_timm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    training = {
-        "epilog": "A method's settings are flags as well: --method.beta 3. In a recipe of several stages a flag holds "
-        "for the stages that do not set the key themselves; --stage2.lr 0.1 is the second stage's. Values in [ ] are the "
-        "recipe's."
+    training: dict[str, Any] = {
+        "epilog": "A method's settings are flags as well: --method.beta 3; mbib train RECIPE --help shows them. In a "
+        "recipe of several stages a flag holds for the stages that do not set the key themselves; --stage2.lr 0.1 is "
+        "the second stage's. Values in [ ] are the recipe's."
     }
-    train = commands.add_parser("train", help="train a recipe", allow_abbrev=False, **training)
+    usage = "mbib {} [flags]"
+    train = commands.add_parser(
+        "train", help="train a recipe", usage=usage.format("train [RECIPE]"), allow_abbrev=False, **training
+    )
     train.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
     add_recipe_flags(train, KEYS, shown)
 
-    sweep = commands.add_parser("sweep", help="train many recipes in one process", allow_abbrev=False, **training)
+    sweep = commands.add_parser(
+        "sweep",
+        help="train many recipes in one process",
+        usage=usage.format("sweep SWEEP | RECIPE [RECIPE ...]"),
+        allow_abbrev=False,
+        **training,
+    )
     sweep.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
     sweep.add_argument("--recipe", help="another base recipe than the sweep's, such as mbib_resnet32.digits")
     sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds, in the place of the sweep's own")
@@ -178,7 +189,9 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     sweep.add_argument("--dry-run", action="store_true", help="list the runs, and which are done, and stop")
     add_recipe_flags(sweep, [key for key in KEYS if key not in SET_BY_SWEEP])
 
-    validate = commands.add_parser("validate", help="evaluate a trained model", allow_abbrev=False)
+    validate = commands.add_parser(
+        "validate", help="evaluate a trained model", usage=usage.format("validate MODEL"), allow_abbrev=False
+    )
     validate.add_argument("target", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
     validate.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
     validate.add_argument("--split", help="split to evaluate; the one of the run's result when not given")
@@ -186,7 +199,9 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     evaluated = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
     add_recipe_flags(validate, evaluated)
 
-    analyze = commands.add_parser("analyze", help="look into trained models", allow_abbrev=False)
+    analyze = commands.add_parser(
+        "analyze", help="look into trained models", usage=usage.format("analyze MODEL [MODEL ...]"), allow_abbrev=False
+    )
     analyze.add_argument(
         "runs",
         nargs="+",
@@ -258,6 +273,7 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     publish.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
 
     commands.add_parser("models", help="list the zoo: what is trained, how well, how large", allow_abbrev=False)
+    commands.add_parser("methods", help="list the methods of training", allow_abbrev=False)
     commands.add_parser("recipes", help="list the packaged recipes and sweeps", allow_abbrev=False)
     return parser
 
@@ -268,6 +284,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     asks = [word for word in rest if word in ("-h", "--help")]
     shown = None
     if asks and rest[0] == "train":
+        # Of this recipe, so that its values stand in the help, and its method's settings.
         known, _ = build_parser().parse_known_args([word for word in rest if word not in asks])
         shown = load_recipe(find_recipe(known.recipe), {**recipe_overrides(known), **dotted})
     parser = build_parser(shown)
@@ -290,6 +307,13 @@ def run(arguments: argparse.Namespace) -> int:
         from mbib_timm.sweeps.definition import list_sweeps
 
         print("\n".join([*list_recipes(), "", "for mbib sweep:", *list_sweeps()]))
+    elif arguments.command == "methods":
+        from mbib_timm.methods import METHODS, load_entry_points
+
+        load_entry_points()
+        rows = [[name, METHODS[name].title, METHODS[name].citation] for name in METHODS]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        print("\n".join(f"{name:<{widths[0]}}  {title:<{widths[1]}}  {text}".rstrip() for name, title, text in rows))
     elif arguments.command == "models":
         from mbib_timm.inference.catalogue import catalogue, text_table
 
@@ -299,7 +323,8 @@ def run(arguments: argparse.Namespace) -> int:
         recipe = load_recipe(path, recipe_overrides(arguments))
         from mbib_timm.training import train  # each command loads what it needs; --help and errors stay quick
 
-        train(recipe, recipe_name(path))
+        name = recipe_name(path, recipe.method["name"] if "method" in vars(arguments) else None)
+        train(recipe, name)
     elif arguments.command == "sweep":
         from mbib_timm.sweeps.definition import find_sweep
         from mbib_timm.sweeps.plan import on_recipe

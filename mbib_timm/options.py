@@ -64,7 +64,8 @@ def check_options(instance: Any, where: str) -> None:
     Raises:
         MbibError: a value of another type, or out of range; names the option.
     """
-    expected = option_types(type(instance))
+    declared: Any = type(instance)
+    expected = option_types(declared)
     for item in dataclasses.fields(instance):
         if "help" not in item.metadata:
             continue

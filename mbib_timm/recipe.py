@@ -229,12 +229,22 @@ class Recipe:
         object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
         kind, settings = resolve_method(self.method)
         object.__setattr__(self, "method", {"name": kind.name, **settings})
-        if self.sampler is not None:
-            from mbib_timm.data.samplers import parse_sampler
-
-            parse_sampler(self.sampler)
+        self._check_sampler(kind)
         self._check_ranges()
         self._check_stage(kind)
+
+    def _check_sampler(self, kind: "type[Method]") -> None:
+        if self.sampler is None:
+            return
+        from mbib_timm.data.samplers import parse_sampler
+
+        given, wanted = len(parse_sampler(self.sampler)), len(parse_sampler(kind.sampler))
+        if given != wanted:
+            streams = {1: "one stream", 2: "two streams"}
+            raise MbibError(
+                f"recipe key 'sampler': method {kind.name!r} takes {streams[wanted]} of images, as in "
+                f"{kind.sampler!r}; {self.sampler!r} gives {streams[given]}"
+            )
 
     def _check_ranges(self) -> None:
         for name in ("scale", "ratio"):
@@ -376,14 +386,23 @@ def find_recipe(name: str) -> Path:
     return packaged[name.removesuffix(".yaml")]
 
 
-def recipe_name(path: Path) -> str:
+def recipe_name(path: Path, method: str | None = None) -> str:
     """Return a run's name: the file's, where it is a model's arch.tag; else ``<file stem>.<folder>``.
 
     The recipe.yaml that a run leaves in its folder has the name of that run.
+
+    Args:
+        path: of the recipe.
+        method: another one than the recipe's, which the name then says: ``cifar_resnet32.focal_digits``.
     """
     if path.name == "recipe.yaml":
         return path.resolve().parent.name
-    return path.stem if "." in path.stem else f"{path.stem}.{path.resolve().parent.name}"
+    name = path.stem if "." in path.stem else f"{path.stem}.{path.resolve().parent.name}"
+    own = load_recipe(path).method["name"] if method is not None else None
+    if method == own:
+        return name
+    architecture, _, tag = name.partition(".")
+    return f"{architecture}.{method}_{tag.removeprefix(f'{own}_')}"
 
 
 def recipe_claims(path: Path) -> dict[str, str]:
@@ -502,6 +521,7 @@ def _override(content: dict[str, Any], address: str, value: Any, path: Path) -> 
     if not rest:
         target[first] = value
         return
+    whole: Any
     if first in target or first in shared:
         whole = copy.deepcopy(target.get(first, shared.get(first)))
     else:

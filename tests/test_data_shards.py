@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mbib_timm.data import create_loaders, open_data
+from mbib_timm.data import create_loaders, create_passes, open_data
 from mbib_timm.data.loaders import Place
 from mbib_timm.data.timm_loader import timm_eval_loader
-from mbib_timm.errors import DataError
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
 
 pytest.importorskip("webdataset")
@@ -58,8 +58,8 @@ def shards(tmp_path):
     return write
 
 
-def loaders(recipe, size=SIZE):
-    return create_loaders(open_data(recipe), recipe, size, CPU)
+def loaders(recipe, size=SIZE, **keys):
+    return create_loaders(open_data(recipe), recipe, size, CPU, **keys)
 
 
 def image_numbers(loader):
@@ -125,6 +125,25 @@ def test_the_order_is_a_function_of_the_epoch(shards, workers):
     assert first != second
     assert sorted(first) == sorted(second) == list(range(12))
     assert order(resumed, 1) == second
+    if workers == 0:  # else each worker holds one of the two shards, and shuffles it by the seed of the epoch above
+        assert order(loaders(recipe, stage=1).train, 0) not in (first, second)
+
+
+def test_what_needs_images_by_index_is_refused(shards):
+    recipe = shards()
+    with pytest.raises(MbibError, match="sampler 'balanced' chooses images by their class, but the data source stream"):
+        loaders(recipe, sampler="balanced")
+    with pytest.raises(DataError, match="'wds' streams: recipe key 'holdout' needs images by index"):
+        open_data(recipe.replace(holdout=0.1))
+
+
+def test_a_method_may_pass_over_the_training_shards(shards):
+    recipe = shards()
+    data = open_data(recipe)
+    passes = create_passes(data, recipe, SIZE, Place(CPU))
+    assert image_numbers(passes.train) == list(range(12))
+    with pytest.raises(MbibError, match="set holdout"):
+        _ = passes.held_out
 
 
 def test_without_webdataset_the_error_says_what_to_install(shards, monkeypatch):

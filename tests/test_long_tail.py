@@ -1,4 +1,4 @@
-"""Long-tailed subsets: golden counts, the golden index stream, and no trace in global random state."""
+"""Long-tailed subsets and held-out images: golden counts and indices, and no trace in global random state."""
 
 import hashlib
 
@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from mbib_timm.data.class_counts import count_classes, read_class_counts, shot_groups
+from mbib_timm.data.digits import open_digits
 from mbib_timm.data.long_tail import exponential_profile, largest_class, long_tailed_indices, step_profile
-from mbib_timm.errors import DataError
+from mbib_timm.data.splits import open_data
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,88 @@ def test_global_random_state_is_untouched():
     before = np.random.get_state()[1].copy()
     long_tailed_indices(np.repeat(np.arange(3), 5), [5, 3, 1], seed=0)
     assert (np.random.get_state()[1] == before).all()
+
+
+# Images that are never trained on
+
+
+def digits(**keys):
+    return open_data(Recipe(**{"imbalance": "exp", "imbalance_factor": 24.0, "imbalance_max": 144, **keys}))
+
+
+def test_a_share_of_each_class_is_held_out_and_not_counted():
+    whole, data = digits(), digits(holdout=0.1)
+    held_out = np.bincount(data.held_out.targets, minlength=10)
+    assert whole.class_counts.tolist() == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
+    assert held_out.tolist() == [14, 10, 7, 5, 4, 2, 2, 1, 1, 1]
+    assert (data.class_counts + held_out == whole.class_counts).all()
+    assert (np.bincount(data.train.targets) == data.class_counts).all()
+    both = np.concatenate([data.train.indices, data.held_out.indices])
+    assert sorted(both) == sorted(whole.train.indices)
+    assert data.held_out_from == "10 % of each class's training images, which are not trained on"
+    assert (digits(holdout=0.1, seed=5).held_out.indices == data.held_out.indices).all()
+    assert set(digits(holdout=0.1, subset_seed=1).held_out.indices) != set(data.held_out.indices)
+    digest = hashlib.sha256(data.held_out.indices.astype("<i8").tobytes()).hexdigest()
+    assert digest[:16] == "0eedac51e604ac7e"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_every_class_keeps_an_image_and_gives_one_if_it_has_two(share):
+    data = digits(imbalance_factor=100.0, holdout=share)
+    held_out = np.bincount(data.held_out.targets, minlength=10)
+    counts = np.array(exponential_profile(10, 144, 100))
+    assert counts[-1] == 1
+    assert (data.class_counts >= 1).all()
+    assert (held_out[counts > 1] >= 1).all()
+    assert held_out[-1] == 0
+
+
+def test_images_that_the_subset_leaves_out():
+    data, source = digits(), open_digits("train")
+    assert sorted([*data.train.indices, *data.held_out.indices]) == list(range(len(source)))
+    assert data.held_out_from == f"the {len(data.held_out):,} training images that the long-tailed subset leaves out"
+    assert (data.held_out.targets == source.targets[data.held_out.indices]).all()
+    assert len(data.held_out) == 990
+
+
+def test_the_validation_split_where_there_is_a_test_split():
+    data = digits(imbalance="none", test_split="test")
+    assert data.held_out is data.val
+    assert data.held_out_from == "the validation split 'validation'"
+    data = digits(imbalance="step", imbalance_factor=1.0, imbalance_max=None, test_split="test")
+    assert len(data.held_out) < len(data.val), "what the subset leaves out comes first"
+
+
+def test_without_any_of_these_nothing_is_held_out():
+    data = digits(imbalance="none")
+    assert data.held_out is None
+    assert data.held_out_from == "none"
+
+
+def test_a_subset_of_all_images_leaves_nothing_out(monkeypatch):
+    train = open_digits("train")
+    even = train.subset(np.concatenate([np.flatnonzero(train.targets == label)[:100] for label in range(10)]))
+    test = open_digits("test")
+    monkeypatch.setattr("mbib_timm.data.splits.open_split", lambda recipe, split: even if split == "train" else test)
+    assert digits(imbalance="step", imbalance_factor=1.0, imbalance_max=None).held_out is None
+
+
+def test_nothing_can_be_held_out_of_single_images(monkeypatch):
+    one = open_digits("train").subset(np.array([0, 1]))
+    monkeypatch.setattr("mbib_timm.data.splits.open_split", lambda recipe, split: one)
+    monkeypatch.setattr("mbib_timm.data.splits._num_classes", lambda recipe, train: 2)
+    assert one.targets.tolist() == [0, 1]
+    with pytest.raises(DataError, match="recipe key 'holdout': every class has one training image"):
+        digits(imbalance="none", holdout=0.5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.95])
+def test_impossible_shares(share):
+    with pytest.raises(MbibError, match="recipe key 'holdout': expected at"):
+        Recipe(holdout=share)
+
+
+# Bad input
 
 
 @pytest.mark.parametrize("factor", [0, -3, 0.5, float("nan")])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from scipy import stats
 
-from mbib_timm.data import Batch, DataPool, choose_loader, create_loaders, open_data
+from mbib_timm.data import Batch, DataPool, choose_loader, create_loaders, create_passes, open_data
 from mbib_timm.data import image_cache as cache_module
 from mbib_timm.data import resident as resident_module
 from mbib_timm.data.augment import PadAndCrop, shifted_crops
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.images import ArrayReader, Split
+from mbib_timm.data.loaders import Place
 from mbib_timm.data.memory import decoded_bytes, fits, free_memory
 from mbib_timm.data.splits import Splits
+from mbib_timm.data.timm_loader import TimmLoader
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
 
@@ -164,6 +167,58 @@ def test_runs_of_one_process_share_opened_data_and_images(tmp_path):
     second = create_loaders(data, settings.replace(seed=3), SIZE, CPU, pool=pool)
     assert first.train.streams[0].images is second.train.streams[0].images
     assert pool.open(settings.replace(imbalance="exp")) is not data
+
+
+# Passes of a method that looks at images once training is done
+
+
+@pytest.mark.parametrize("mode", ["pad", "none", "rrc"])
+@pytest.mark.parametrize("kind", ["resident", "timm"])
+def test_a_pass_gives_every_image_in_order_as_an_evaluation_does(mode, kind):
+    data, settings = splits(21, 20, 24), recipe(train_crop_mode=mode, loader=kind)
+    evaluated = epoch(loaders(settings, data).val, 0)
+    data = replace(data, held_out=data.train.subset(np.arange(5)), held_out_from="a few")
+    passes = create_passes(data, settings, SIZE, Place(CPU))
+    for _ in range(2):
+        assert all(torch.equal(*pair) for pair in zip(epoch(passes.train, 0), evaluated, strict=True))
+    assert all(torch.equal(part, whole[:5]) for part, whole in zip(epoch(passes.held_out, 0), evaluated, strict=True))
+    halves = [create_passes(data, settings, SIZE, Place(CPU, rank, 2)).train for rank in (0, 1)]
+    assert sorted(i for half in halves for i in epoch(half, 0)[2].tolist()) == list(range(21))
+
+
+def test_passes_share_the_images_of_training_where_those_are_the_same():
+    data, pool = splits(), DataPool()
+    data = replace(data, held_out=data.val)
+    for mode, copies in (("pad", 2), ("none", 2), ("rrc", 3)):
+        pool.images.clear()
+        settings = recipe(train_crop_mode=mode)
+        create_loaders(data, settings, SIZE, CPU, pool=pool)
+        passes = create_passes(data, settings, SIZE, Place(CPU), pool)
+        assert len(pool.images) == 2
+        assert len(passes.train) == len(passes.held_out) == 7
+        assert len(pool.images) == copies
+
+
+def test_what_does_not_fit_is_decoded_as_it_passes(monkeypatch):
+    monkeypatch.setattr("mbib_timm.data.memory.free_memory", lambda device: 0)
+    assert isinstance(create_passes(splits(), recipe(), SIZE, Place(CPU)).train, TimmLoader)
+
+
+def test_without_held_out_images_a_pass_says_how_to_get_them():
+    passes = create_passes(splits(), recipe(), SIZE, Place(CPU))
+    with pytest.raises(MbibError, match=r"no images that are neither trained nor tested on, .* set holdout: 0\.1 to"):
+        _ = passes.held_out
+    assert len(list(passes.train)) == 7
+
+
+@pytest.mark.parametrize("kind", ["resident", "timm"])
+def test_a_pass_replaces_a_broken_image_as_training_does(folder, kind):
+    (folder / "ant" / "2.png").write_bytes(b"no image")
+    settings = recipe(dataset="folder", data_dir=str(folder), val_fraction=0.9, loader=kind)
+    reader = open_data(settings).train.reader
+    train = Split(reader, np.array([0] * 6 + [1] * 4), np.arange(10))
+    data = Splits(train, train.subset(np.array([0])), None, np.array([6, 4]), None)
+    assert epoch(create_passes(data, settings, SIZE, Place(CPU)).train, 0)[2].tolist() == [0, 1, 3, 3, *range(4, 10)]
 
 
 # The cache

@@ -201,7 +201,9 @@ def reverse(counts: np.ndarray, progress: float, number: float) -> np.ndarray:
     return 1 / counts
 
 
-@sampler("effective", number=Number("beta", 0.9999, "of at least 0 and less than 1", lambda beta: 0 <= beta < 1))
+@sampler(
+    "effective", number=Number("beta", 0.9999, "a number of at least 0 and less than 1", lambda beta: 0 <= beta < 1)
+)
 def effective(counts: np.ndarray, progress: float, beta: float) -> np.ndarray:
     """q_k of n_k w_k: images are drawn by their class's weight w_k = (1 - beta)/(1 - beta^n_k) (Cao et al. 2019)."""
     return counts * (1 - beta) / (1 - beta**counts)
@@ -211,7 +213,7 @@ def effective(counts: np.ndarray, progress: float, beta: float) -> np.ndarray:
     "class_aware",
     order=class_cycles,
     # A row as long as a batch has batches of one class, which BatchNorm and most losses learn nothing from.
-    number=Number("m", 4, "that is whole, from 1 to 1000", lambda m: m == int(m) and 1 <= m <= 1000),
+    number=Number("m", 4, "a whole number from 1 to 1000", lambda m: m == int(m) and 1 <= m <= 1000),
 )
 def class_aware(counts: np.ndarray, progress: float, number: float) -> np.ndarray:
     """q_k = 1/K, classes in shuffled cycles, m images of each in a row (Shen et al. 2016; Kang et al. 2020: m = 4)."""
@@ -258,7 +260,7 @@ def _find(text: str) -> tuple[Sampler, float]:
         accepted = False
     if not accepted:
         raise MbibError(
-            f"sampler {text!r}: {found.number.symbol} is a number {found.number.described}, not {digits!r}; "
+            f"sampler {text!r}: {found.number.symbol} is {found.number.described}, not {digits!r}; "
             f"{name} alone is {name}:{found.number.default:g}"
         )
     return found, number

@@ -10,11 +10,16 @@ A method of one's own is a class in a file of one's own, brought in by ``mbib tr
 
         def head_loss(self, logits, targets):
             return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+
+docs/methods.md shows all that a method may say.
 """
 
+import importlib
+import pkgutil
+
 from mbib_timm.data.batch import Batch
-from mbib_timm.methods import bsce, ce, crt, focal, ldam_drw, mbib, tau_norm  # noqa: F401 (registers them)
-from mbib_timm.methods.base import Facts, Method, Passes, head_names, part_of
+from mbib_timm.data.create import Passes
+from mbib_timm.methods.base import Facts, Method, head_names, part_of
 from mbib_timm.methods.registry import (
     METHODS,
     load_entry_points,
@@ -24,6 +29,10 @@ from mbib_timm.methods.registry import (
     resolve_method,
 )
 from mbib_timm.options import option
+
+# A file in this folder is enough: it registers its method.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "METHODS",

@@ -91,7 +91,6 @@ class Method(TrainingTask):
             one that evens out the classes. May be a property.
         sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
             ``frozen_bn`` where they are not given.
-        views: augmented copies of each image that a batch holds.
         needs_start: it starts from a trained model.
         post_hoc: it trains nothing; all it does is `finish`.
 
@@ -108,7 +107,6 @@ class Method(TrainingTask):
     Settings: ClassVar[type] = NoSettings
     logit_prior: Any = "train"
     sampler: ClassVar[str] = "instance"
-    views: ClassVar[int] = 1
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
     frozen_bn: ClassVar[str | None] = None
@@ -147,7 +145,7 @@ class Method(TrainingTask):
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
 
-    def forward(self, *batches: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, *batches: Batch) -> dict[str, Tensor]:
         """Return named scalars on the device, ``loss`` first: the one to differentiate.
 
         Args:

@@ -144,7 +144,7 @@ class Bottleneck(Method):
         self.register_buffer(name, value, persistent=False)
 
     @property
-    def logit_prior(self) -> str:  # type: ignore[override]
+    def logit_prior(self) -> str:
         """The class frequencies that trained logits are for."""
         return "uniform" if self.settings.logit_adjustment else "train"
 

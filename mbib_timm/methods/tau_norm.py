@@ -74,7 +74,7 @@ class TauNorm(Method):
     def _choose(self, classifiers: list[nn.Linear], images: Iterable[Batch]) -> float:
         """Return the exponent whose predictions have the best mean of class accuracies; one pass for all of them."""
         model = self.result_model().eval()
-        seen: dict[nn.Module, Tensor] = {}
+        seen: dict[nn.Linear, Tensor] = {}
         hooks = [c.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]})) for c in classifiers]
         counts = torch.zeros(len(CANDIDATES) + 1, classifiers[0].out_features, device=self.device)
         try:
