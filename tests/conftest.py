@@ -34,7 +34,7 @@ def finished_run(tmp_path_factory) -> Path:
     from mbib_timm.training import train
 
     settings = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0, output=str(tmp_path_factory.mktemp("runs")))
-    return Path(train(load_recipe(find_recipe("digits/mbib_resnet20"), settings), "mbib_resnet20.digits")["folder"])
+    return Path(train(load_recipe(find_recipe("mbib_resnet20.digits"), settings), "mbib_resnet20.digits")["folder"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

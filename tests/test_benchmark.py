@@ -31,7 +31,7 @@ def test_mbib_is_the_recipes_own_and_plain_differs_in_model_and_loss_alone(world
     mbib, plain = (
         contestants.subject_recipe("resnet32", model, world, compiled=True) for model in contestants.MODELS[::-1]
     )
-    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
+    own = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
     assert (mbib.model, mbib.loss, mbib.batch_size, mbib.beta) == (own.model, own.loss, own.batch_size, own.beta)
     assert plain.replace(model=mbib.model, loss=mbib.loss) == mbib
 

@@ -40,7 +40,7 @@ def heads_of(recipe):
 def test_the_issues_sweeps_are_there():
     assert {
         "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
-        "table7_heads", "figure9_structures", "table9_rebalancing", "silences",
+        "table7_heads", "figure9_structures", "table9_rebalancing", "open_choices",
     } == set(SWEEPS)  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_figure_4_varies_a_and_b_at_beta_5():
 
 
 def test_figure_6_crosses_plain_losses_with_no_self_distillation():
-    own = load_recipe(find_recipe("cifar100_lt_if100/bib_resnet32"))
+    own = load_recipe(find_recipe("bib_resnet32.cifar100_lt_if100"))
     for (losses, beta), recipe in runs_of("figure6_components").items():
         balanced = {"plain": False, "balanced": True}[losses]
         # Cross-entropy for Loss1 and Loss2: neither log n nor class weights.
@@ -170,12 +170,12 @@ def differing(recipe, other):
     return {key for key in mine if key not in PLACES and mine[key] != theirs[key]}
 
 
-def test_silences_depart_from_the_defaults_in_one_thing_at_a_time():
-    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
-    departures = {name: differing(recipe, own) for (name,), recipe in runs_of("silences").items()}
+def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
+    own = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
+    departures = {name: differing(recipe, own) for (name,), recipe in runs_of("open_choices").items()}
     assert departures.pop("none") == set()
     assert all(len(keys) == 1 for keys in departures.values()), departures
-    recipes = [recipe for (name,), recipe in runs_of("silences").items() if name != "none"]
+    recipes = [recipe for (name,), recipe in runs_of("open_choices").items() if name != "none"]
     assert all(len(recipe.model_kwargs) <= 1 for recipe in recipes)
     # The issue's list: ReLU, width of z, BatchNorm on the observations, the normalising sum, the subset.
     arguments = {key for recipe in recipes for key in recipe.model_kwargs}
@@ -233,7 +233,7 @@ def test_numbers_of_table_1(paper):
     }
     assert len(expected) == 15
     assert numbers("table1_cifar100_lt", "method", "imbalance_factor") == expected
-    assert numbers("silences") == {(): expected["mbib", "100"]}
+    assert numbers("open_choices") == {(): expected["mbib", "100"]}
 
 
 def test_numbers_of_table_4(paper):
@@ -257,7 +257,7 @@ def test_numbers_of_table_7(paper):
     expected = {names[row[0]]: by_group(header, row) for row in rows}
     assert len(expected) == 5
     assert numbers("table7_heads", "method", "head") == expected
-    assert find_sweep(["table7_heads"]).paper.recipe == "imagenet_lt/bib_resnet10"
+    assert find_sweep(["table7_heads"]).paper.recipe == "bib_resnet10.imagenet_lt"
 
 
 def test_numbers_of_table_9(paper):

@@ -272,7 +272,7 @@ def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir '/home/me/my images' --lr 0.1 --output=/x --sync-bn --workers 8 --seed 1"
     assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
     # A flag takes one value at most: what comes after it stays.
-    assert public_command("mbib sweep --device cuda:1 silences --seeds 0 1") == "mbib sweep silences --seeds 0 1"
+    assert public_command("mbib sweep --device cuda:1 open_choices --seeds 0 1") == "mbib sweep open_choices --seeds 0 1"
     assert public_command("mbib train --dataset-download --no-pin-mem digits/a --lr 1") == "mbib train digits/a --lr 1"
     assert public_command("mbib train r --model-kwargs file=/home/me/w.pt") == "mbib train r --model-kwargs file=w.pt"
     assert public_command("mbib train it's.yaml") == shlex.join(["mbib", "train", "it's.yaml"])

@@ -111,7 +111,7 @@ def test_every_difference_of_more_than_a_point_has_a_paragraph():
         assert "below" in paragraph
     assert "one seed was run" in paragraphs[-1]
     assert "other images" in paragraphs[-1]
-    assert "`silences`" in paragraphs[-1]
+    assert "`open_choices`" in paragraphs[-1]
 
 
 def test_a_run_as_good_as_the_papers_needs_no_paragraph(tmp_path):
@@ -236,7 +236,7 @@ def reported(tmp_path_factory, finished_run):
     (run / "notes.md").write_text("Trained for a test.\n\nIts `few` classes <are> few.\n")
     flags = ["--epochs", "2", "--device", "cpu", "--output", str(root / "runs"), "--results", str(root / "results")]
     # One seed is enough here: others are for the tests of sweeps.
-    sweep = ["sweep", "figure9_structures", "--recipe", "digits/mbib_resnet20", "--seeds", "0", *flags]
+    sweep = ["sweep", "figure9_structures", "--recipe", "mbib_resnet20.digits", "--seeds", "0", *flags]
     assert main(sweep) == 0
     plain = root / "not_analyzed"
     shutil.copytree(MBIB, plain, ignore=shutil.ignore_patterns("analysis.json", "figures", "notes.md"))

@@ -116,11 +116,11 @@ def test_a_shortened_sweep_differs_from_nothing():
 def test_another_recipe_than_the_papers_differs_from_nothing():
     here = made_up(find_sweep(["table7_heads"]))
     assert not [column for column in table_of(here)[0] if "difference" in column]
-    assert "The paper's numbers are for another setting, `imagenet_lt/bib_resnet10`" in markdown(here)
-    there = made_up(on_recipe(find_sweep(["table7_heads"]), "imagenet_lt/bib_resnet10"))
+    assert "The paper's numbers are for another setting, `bib_resnet10.imagenet_lt`" in markdown(here)
+    there = made_up(on_recipe(find_sweep(["table7_heads"]), "bib_resnet10.imagenet_lt"))
     assert {f"difference: {column}" for column in GROUPS} <= table_of(there)[0].keys()
     assert "another setting" not in markdown(there)
-    elsewhere = made_up(on_recipe(find_sweep(["table7_heads"]), "digits/bib_resnet32"))
+    elsewhere = made_up(on_recipe(find_sweep(["table7_heads"]), "bib_resnet32.digits"))
     assert not [column for column in table_of(elsewhere)[0] if "paper" in column or "difference" in column]
 
 
@@ -138,7 +138,7 @@ def test_rows_of_heads():
 
 
 def test_the_closest_to_the_paper_is_named():
-    sweep = find_sweep(["silences"])
+    sweep = find_sweep(["open_choices"])
     accuracies = [45.0, 46.0, 44.0, 47.2, 48.0, 43.0, 49.0, 30.0]
     text = markdown(made_up(sweep, lambda place, seed, column: accuracies[place] + seed - 1))
     assert "Closest to the paper's 47.5: departure width of z 128, with 47.2 ± 1.0 (n = 3)." in text
