@@ -19,7 +19,7 @@ def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     head_names: tuple[str, ...] = getattr(model, "head_names", ())
     if len(head_names) < 2:
         return {"prediction": model(images)}
-    heads = model.forward_heads(images)._asdict()  # type: ignore[operator]
+    heads = dict(zip(head_names, model.forward_heads(images), strict=True))  # type: ignore[operator]
     predicting = [heads[name] for name in model.prediction_heads]  # type: ignore[union-attr]
     return {"prediction": sum(predicting[1:], predicting[0]) / len(predicting), **heads}
 

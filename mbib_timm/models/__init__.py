@@ -1,20 +1,23 @@
-"""Models: CIFAR and classic ResNets that timm lacks, the MBIB network, the registered variants, and the zoo."""
+"""Models: CIFAR and classic ResNets that timm lacks, classifiers, MBIB, the registered variants, and the zoo."""
 
-from mbib_timm.models import baselines, cifar_resnet, classic_resnet, mbib_resnet
+from mbib_timm.models import cifar_resnet, classic_resnet, mbib_resnet, with_classifier
 from mbib_timm.models.cifar_resnet import CifarResNet
+from mbib_timm.models.classifiers import CLASSIFIERS, create_classifier
 from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.mbib import MBIB
-from mbib_timm.models.weights import filter_state_dict, match_backbone_keys
+from mbib_timm.models.weights import filter_state_dict, prefix_backbone
 
 __all__ = [
+    "CLASSIFIERS",
     "MBIB",
     "CifarResNet",
-    "baselines",
     "cifar_resnet",
     "classic_resnet",
     "count_macs",
     "count_parameters",
+    "create_classifier",
     "filter_state_dict",
-    "match_backbone_keys",
     "mbib_resnet",
+    "prefix_backbone",
+    "with_classifier",
 ]

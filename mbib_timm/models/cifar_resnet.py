@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import SelectAdaptivePool2d, get_device_dtype
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._pretrained import PretrainedCfg
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+
+from mbib_timm.models.classifiers import create_classifier, init_classifier, renew_classifier
+from mbib_timm.models.weights import filter_state_dict
+from mbib_timm.models.zoo import create_published, published_cfgs
 
 __all__ = ["CifarResNet"]
 
@@ -47,8 +52,10 @@ class CifarResNet(nn.Module):
         blocks_per_stage: residual blocks in each of the three stages; the depth is ``6 n + 2``.
         num_classes: classes of the classifier; 0 for none.
         in_chans: channels of the images.
-        global_pool: timm pooling type of the classifier.
+        global_pool: timm pooling type before the classifier.
         drop_rate: dropout before the classifier.
+        classifier: its kind, see `create_classifier`.
+        classifier_scale: of a cosine classifier.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        classifier: str = "linear",
+        classifier_scale: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,18 +96,19 @@ class CifarResNet(nn.Module):
         self.layer1, self.layer2, self.layer3 = stages
 
         self.num_features = channels
-        self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool, **dd)
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = channels * self.global_pool.feat_mult()
+        self.classifier_kind, self.classifier_scale = classifier, classifier_scale
+        self.fc = create_classifier(classifier, self.head_hidden_size, num_classes, classifier_scale, init=False, **dd)
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Kaiming initialisation of convolutions and of the classifier."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_classifier(self.fc)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -118,11 +128,18 @@ class CifarResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; the pooling stays as it is when `global_pool` is None."""
         self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool, **get_device_dtype(self)
-        )
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool.train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.fc = renew_classifier(
+            self.fc,
+            self.classifier_kind,
+            self.head_hidden_size,
+            num_classes,
+            self.classifier_scale,
+            **get_device_dtype(self),
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, (B, 64, H/4, W/4)."""
@@ -159,7 +176,7 @@ class CifarResNet(nn.Module):
         for level, block in enumerate((*self.layer1, *self.layer2, *self.layer3), start=1):
             if stop_early and level > last:
                 break
-            x = block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if level in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -200,18 +217,27 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
+DEPTHS = (20, 32, 44, 56)
+
 default_cfgs = generate_default_cfgs(
-    {f"cifar_resnet{depth}": cifar_cfg() for depth in (20, 32, 44, 56)},
+    {
+        name: cfg
+        for architecture in (f"cifar_resnet{depth}" for depth in DEPTHS)
+        for name, cfg in (
+            published_cfgs(architecture, PretrainedCfg(**cifar_cfg())) or {architecture: PretrainedCfg(**cifar_cfg())}
+        ).items()
+    }
 )
 
 
-def create_cifar_resnet(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
     """Build a CIFAR ResNet of 6 n + 2 layers under a registered name."""
-    blocks = (depth - 2) // 6
-    return build_model_with_cfg(
+    blocks = (int(variant.removeprefix("cifar_resnet")) - 2) // 6
+    return create_published(
         partial(CifarResNet, blocks),
         variant,
         pretrained,
+        pretrained_filter_fn=filter_state_dict,
         feature_cfg=dict(out_indices=(blocks, 2 * blocks, 3 * blocks), flatten_sequential=True),
         **kwargs,
     )
@@ -220,22 +246,22 @@ def create_cifar_resnet(variant: str, depth: int, pretrained: bool, **kwargs: An
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for CIFAR."""
-    return create_cifar_resnet("cifar_resnet20", 20, pretrained, **kwargs)
+    return _create("cifar_resnet20", pretrained, **kwargs)
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-32 for CIFAR, the backbone of the paper's Table 1."""
-    return create_cifar_resnet("cifar_resnet32", 32, pretrained, **kwargs)
+    return _create("cifar_resnet32", pretrained, **kwargs)
 
 
 @register_model
 def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-44 for CIFAR."""
-    return create_cifar_resnet("cifar_resnet44", 44, pretrained, **kwargs)
+    return _create("cifar_resnet44", pretrained, **kwargs)
 
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56 for CIFAR."""
-    return create_cifar_resnet("cifar_resnet56", 56, pretrained, **kwargs)
+    return _create("cifar_resnet56", pretrained, **kwargs)

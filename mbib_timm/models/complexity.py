@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbib_timm.models.classifiers import CosineClassifier
+
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of learnable parameters."""
@@ -15,9 +17,9 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """Count the operations of one forward pass over one image, by kind of layer.
 
-    A multiply-accumulate of a convolution or linear layer counts 1; BatchNorm counts 2 an output element, ReLU and
-    pooling 1 an input element: the convention that gives Table 6's 27.93 G at 3x640x640. Runs in the mode the
-    model is in, except that BatchNorm uses its running statistics; on the meta device it needs no memory.
+    A multiply-accumulate of a convolution, linear layer or classifier counts 1; BatchNorm counts 2 per output
+    element, ReLU and pooling 1 per input element: the convention that gives Table 6's 27.93 G at 3x640x640. Runs in
+    the mode the model is in, except that BatchNorm uses its running statistics; on the meta device it needs no memory.
 
     Args:
         model: a model on any device.
@@ -31,7 +33,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         if isinstance(module, nn.Conv2d):
             macs["conv"] += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | CosineClassifier):
             macs["linear"] += output.numel() * module.in_features
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             macs["norm"] += 2 * output.numel()

@@ -1,18 +1,14 @@
 """The heads of an MBIB network: observations of the backbone's maps, and the bottleneck."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from mbib_timm.models.classifiers import create_classifier
 
-def linear(in_features: int, out_features: int, **dd: Any) -> nn.Module:
-    """A Kaiming-initialised linear layer with zero bias; the identity for no outputs."""
-    if out_features == 0:
-        return nn.Identity()
-    layer = nn.Linear(in_features, out_features, **dd)
-    nn.init.kaiming_normal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+LINEAR: Callable[..., nn.Module] = partial(create_classifier, "linear")
 
 
 class Observation(nn.Module):
@@ -23,14 +19,23 @@ class Observation(nn.Module):
         num_classes: classes K of the classifier; 0 for none.
         norm: normalise the pooled vector (BatchNorm1d).
         drop_rate: dropout before the classifier.
+        classifier: makes it, from its width, the classes, device and dtype.
     """
 
-    def __init__(self, channels: int, num_classes: int, norm: bool = True, drop_rate: float = 0.0, **dd: Any) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        norm: bool = True,
+        drop_rate: float = 0.0,
+        classifier: Callable[..., nn.Module] = LINEAR,
+        **dd: Any,
+    ) -> None:
         super().__init__()
         self.num_features = channels
         self.norm = nn.BatchNorm1d(channels, **dd) if norm else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
-        self.classifier = linear(channels, num_classes, **dd)
+        self.classifier = classifier(channels, num_classes, **dd)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the logits (B, K) of a pooled map (B, C)."""
@@ -46,6 +51,7 @@ class Bottleneck(nn.Module):
         num_classes: classes K of the classifier; 0 for none.
         act: apply ReLU; the paper does not say.
         drop_rate: dropout before the classifier.
+        classifier: makes it, from its width, the classes, device and dtype.
     """
 
     def __init__(
@@ -55,15 +61,16 @@ class Bottleneck(nn.Module):
         num_classes: int,
         act: bool = True,
         drop_rate: float = 0.0,
+        classifier: Callable[..., nn.Module] = LINEAR,
         **dd: Any,
     ) -> None:
         super().__init__()
         self.num_features = features
-        self.fc = linear(in_features, features, **dd)
+        self.fc = LINEAR(in_features, features, **dd)
         self.norm = nn.BatchNorm1d(features, **dd)
         self.act = nn.ReLU() if act else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
-        self.classifier = linear(features, num_classes, **dd)
+        self.classifier = classifier(features, num_classes, **dd)
 
     def embed(self, v: Tensor) -> Tensor:
         """Return z (B, F) of an observation v (B, C)."""

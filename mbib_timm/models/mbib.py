@@ -8,41 +8,39 @@ The prediction is the mean of the logits f(v3) and g(z). All other classifiers s
 does not compute them. BIB is the same network with v3 alone (figure 1).
 """
 
-from collections import namedtuple
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.heads import Bottleneck, Observation, linear
-from mbib_timm.models.taps import resolve_taps, truncate
+from mbib_timm.models.classifiers import create_classifier, renew_classifier
+from mbib_timm.models.heads import Bottleneck, Observation
+from mbib_timm.models.taps import PREFIX, create_tapped, prefixed_groups, prefixed_levels, resolve_taps
+from mbib_timm.models.weights import classifier_names
 
 __all__ = ["MBIB"]
 
 PREDICTIONS = ("mean", "v", "z")
 POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
 
-# A training forward pass returns its logits under the heads' names. The types are kept here and not in the model,
-# so that models can be pickled.
-_LOGITS_TYPES: dict[tuple[str, ...], Any] = {}
 
-
-def _logits_type(names: tuple[str, ...]) -> Any:
-    if names not in _LOGITS_TYPES:
-        _LOGITS_TYPES[names] = namedtuple("Logits", names)
-    return _LOGITS_TYPES[names]
+class PoolingError(MbibError, AssertionError):
+    """A pooling type that the model cannot take; an AssertionError as well, as timm's callers expect."""
 
 
 class MBIB(nn.Module):
-    """Mixture of Balanced Information Bottlenecks on any timm backbone that supports ``features_only``.
+    """Mixture of Balanced Information Bottlenecks on any timm backbone that has ``forward_intermediates``.
 
-    In training, `forward` returns the logits of every head, (B, K) each, as a named tuple in the order of
-    `head_names`. In evaluation it returns one tensor (B, K), the mean of the last observation's and z's logits.
+    In training, `forward` returns the logits of every head, (B, K) each, as a tuple in the order of `head_names`. In
+    evaluation it returns one tensor (B, K), the mean of the last observation's and z's logits.
+
+    `backbone` is timm's model itself, without what follows its last tap: the keys of its weights are
+    ``backbone.<timm's key>``. The levels of `feature_info` are the backbone's.
 
     Args:
         backbone: timm model that is tapped, e.g. ``resnet50`` or ``convnext_tiny``.
@@ -62,11 +60,13 @@ class MBIB(nn.Module):
             expect one tensor, such as timm's train.py; see `set_training_logits`.
         drop_rate: dropout before the classifiers.
         drop_path_rate: stochastic depth of the backbone.
+        classifier: kind of every classifier, see `create_classifier`.
+        classifier_scale: of cosine classifiers.
         img_size: image size, for backbones whose parameters depend on it.
         backbone_args: further keyword arguments of the backbone.
 
     Raises:
-        MbibError: unknown taps, pooling or prediction, with the valid ones.
+        MbibError: unknown taps, pooling, prediction or classifier, with the valid ones.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class MBIB(nn.Module):
         training_logits: str = "all",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        classifier: str = "linear",
+        classifier_scale: float | None = None,
         img_size: int | tuple[int, int] | None = None,
         backbone_args: dict[str, Any] | None = None,
         device: torch.device | None = None,
@@ -91,8 +93,7 @@ class MBIB(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if global_pool not in POOL_TYPES:
-            raise unknown_name("global_pool (of the types that keep the width)", str(global_pool), POOL_TYPES)
+        self._require_pooling(global_pool, num_classes)
         if prediction not in PREDICTIONS:
             raise unknown_name("prediction", str(prediction), PREDICTIONS)
         self.backbone_name = backbone
@@ -103,53 +104,47 @@ class MBIB(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.observes_input = len(taps) > 0 and taps[0] == "input"
-        levels = resolve_taps(backbone, taps[1:] if self.observes_input else taps, self.backbone_args)
-
+        self.taps = resolve_taps(backbone, taps[1:] if self.observes_input else taps, self.backbone_args)
         optional = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
-        self.backbone = timm.create_model(
-            backbone,
-            features_only=True,
-            out_indices=levels,
-            in_chans=in_chans,
-            **optional,
-            **self.backbone_args,
-            **dd,
-        )
-        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        # The levels of this model are the tapped levels of the backbone.
-        self.feature_info = [
-            dict(num_chs=info["num_chs"], reduction=info["reduction"], module=f"backbone.{info['module']}")
-            for info in self.backbone.feature_info.get_dicts()
-        ]
-        channels = [info["num_chs"] for info in self.feature_info]
-        names = [*["x"] * self.observes_input, *(f"v{i}" for i in range(1, len(levels) + 1))]
+        self.backbone = create_tapped(backbone, self.taps, in_chans=in_chans, **optional, **self.backbone_args, **dd)
+        self.feature_info = prefixed_levels(self.backbone.feature_info)[: self.taps[-1] + 1]
+
+        channels = [self.feature_info[level]["num_chs"] for level in self.taps]
+        names = [*["x"] * self.observes_input, *(f"v{i}" for i in range(1, len(channels) + 1))]
         widths = dict(zip(names, [in_chans] * self.observes_input + channels, strict=True))
         shallow = names[:-1] if training_heads else []
         self.predicts_from_v, self.predicts_from_z = prediction != "z", prediction != "v"
+        self.bottleneck_head: str | None = "z" if self.predicts_from_z else None
         self.prediction_heads = (names[-1],) * self.predicts_from_v + ("z",) * self.predicts_from_z
         self.head_names = (*shallow, *self.prediction_heads)
         self.training_logits = "all"
         self.set_training_logits(training_logits)
 
-        self.global_pool = self._pool(global_pool)
-        self.input_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = _pool(global_pool)
         self.num_features = self.head_hidden_size = channels[-1]
+        self.classifier_kind, self.classifier_scale = classifier, classifier_scale
+        create = partial(create_classifier, classifier, scale=classifier_scale)
         self.training_heads = nn.ModuleDict(
-            {name: Observation(widths[name], num_classes, observation_norm, drop_rate, **dd) for name in shallow}
+            {
+                name: Observation(widths[name], num_classes, observation_norm, drop_rate, create, **dd)
+                for name in shallow
+            }
         )
         # Without a classifier of its own the last observation is what z is made of.
         observed_classes = num_classes if self.predicts_from_v else 0
-        self.observation = Observation(channels[-1], observed_classes, observation_norm, drop_rate, **dd)
+        self.observation = Observation(channels[-1], observed_classes, observation_norm, drop_rate, create, **dd)
         self.bottleneck: nn.Module = nn.Identity()
         if self.predicts_from_z:
-            self.bottleneck = Bottleneck(
-                channels[-1], bottleneck_features or channels[-1], num_classes, bottleneck_act, drop_rate, **dd
-            )
+            width = bottleneck_features or channels[-1]
+            self.bottleneck = Bottleneck(channels[-1], width, num_classes, bottleneck_act, drop_rate, create, **dd)
 
-    def _pool(self, pool_type: str) -> SelectAdaptivePool2d:
-        return SelectAdaptivePool2d(
-            pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC" if self.channels_last else "NCHW"
-        )
+    def _require_pooling(self, pool_type: str, num_classes: int) -> None:
+        """Raise PoolingError unless the heads can take what the pooling gives."""
+        if pool_type == "" and num_classes > 0:
+            raise PoolingError("the classifiers need pooled observations: global_pool='' goes with num_classes=0")
+        if pool_type not in (*POOL_TYPES, ""):
+            error = unknown_name("global_pool (of the types that keep the width)", str(pool_type), POOL_TYPES)
+            raise PoolingError(str(error))
 
     @torch.jit.ignore
     def set_training_logits(self, mode: str) -> None:
@@ -168,32 +163,29 @@ class MBIB(nn.Module):
         """Remove the classifiers that serve training only; the prediction stays the same."""
         self.training_heads = nn.ModuleDict()
         self.head_names = self.prediction_heads
+        self.name_classifiers()
+
+    @torch.jit.ignore
+    def name_classifiers(self) -> None:
+        """Write the classifiers' names into the model's cfg, where it has one: they depend on its arguments."""
+        cfg: Any = getattr(self, "pretrained_cfg", None)
+        if cfg is not None and self.num_classes > 0:
+            cfg["classifier"] = classifier_names(self)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's activations in the backward pass, where the backbone can."""
-        if not hasattr(self.backbone, "set_grad_checkpointing"):
-            raise MbibError(f"backbone {self.backbone_name!r} does not support gradient checkpointing")
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
         self.backbone.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return the names of the backbone's parameters that take no weight decay."""
-        inner = getattr(self.backbone, "model", self.backbone)
-        listed: set[str] = getattr(inner, "no_weight_decay", set)()
-        prefix = "backbone." if inner is self.backbone else "backbone.model."
-        return {prefix + name for name in listed}
+        return {PREFIX + name for name in getattr(self.backbone, "no_weight_decay", set)()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the parameter groups in order of depth: stem, then stages (coarse) or blocks; heads come last."""
-        stages = r"(?:model\.|body\.)?(?:layers?|stages?|blocks?|features|s)[._]?"
-        stage = rf"^backbone\.{stages}(\d+)"
-        block = r"[._](?:blocks[._]|b)?(\d+)\."
-        return dict(
-            stem=rf"^backbone\.(?!{stages}\d)",
-            blocks=stage if coarse else [(stage + block, None), (stage, None)],
-        )
+        """Return the backbone's parameter groups, in order of depth; the heads come last."""
+        return prefixed_groups(self.backbone.group_matcher(coarse=coarse))
 
     @torch.jit.ignore
     def get_classifier(self) -> tuple[nn.Module, ...]:
@@ -205,29 +197,36 @@ class MBIB(nn.Module):
         return [*self.training_heads.values(), *predicting]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace every classifier.
+        """Replace every classifier by one of the same kind.
 
         Args:
             num_classes: classes K; with 0, `forward` returns the last observation, (B, `head_hidden_size`).
-            global_pool: pooling type; None keeps it, ``""`` (with no classes) returns the unpooled map.
+            global_pool: pooling type; None keeps it, ``""`` (with no classes) returns the unpooled map. Classes after
+                ``""``, without a type, are on average-pooled observations.
+
+        Raises:
+            PoolingError: a pooling type that the heads cannot take.
         """
+        if global_pool is None and self.global_pool.pool_type == "" and num_classes > 0:
+            global_pool = "avg"
         if global_pool is not None:
-            if global_pool == "" and num_classes > 0:
-                raise MbibError("the classifiers need pooled observations: global_pool='' goes with num_classes=0")
-            if global_pool not in (*POOL_TYPES, ""):
-                raise unknown_name("global_pool (of the types that keep the width)", global_pool, POOL_TYPES)
-            self.global_pool = self._pool(global_pool)
+            self._require_pooling(global_pool, num_classes)
+            self.global_pool = _pool(global_pool).train(self.training)
         self.num_classes = num_classes
+        kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
         for head in self._heads():
-            fresh = linear(head.num_features, num_classes, **get_device_dtype(self))
-            reference = next(head.classifier.parameters(), None)
-            if reference is not None:
-                fresh.requires_grad_(reference.requires_grad)
-            head.classifier = fresh.train(head.classifier.training)
+            head.classifier = renew_classifier(head.classifier, kind, head.num_features, num_classes, scale, **dd)
+
+    @torch.jit.ignore
+    def _maps(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """Return the backbone's maps (B, C, H, W) at some levels, in order of depth."""
+        return self.backbone.forward_intermediates(x, indices=list(levels), output_fmt="NCHW", intermediates_only=True)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last tapped map, in the backbone's format, e.g. (B, C, H, W)."""
-        return self.backbone(x)[-1]
+        """Return the last tapped map, (B, C, H, W)."""
+        if not torch.jit.is_scripting():
+            return self._maps(x, self.taps[-1:])[0]
+        return self.backbone.forward_features(x)  # see __prepare_scriptable__
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the prediction (B, K) from the last map; with `pre_logits` the last observation v (B, C)."""
@@ -244,20 +243,19 @@ class MBIB(nn.Module):
         return (self.observation.classifier(self.observation.drop(v)) + self.bottleneck(v)) / 2
 
     @torch.jit.ignore
-    def forward_heads(self, x: Tensor) -> Any:
-        """Return the logits (B, K) of every head, as a named tuple in the order of `head_names`, in any mode."""
-        maps = self.backbone(x)
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
+        maps = self._maps(x, self.taps if len(self.training_heads) else self.taps[-1:])
         logits = []
         if len(self.training_heads):
-            pooled = [self.input_pool(x)] if self.observes_input else []
-            pooled += [self.global_pool(m) for m in maps[:-1]]
+            pooled = [self.global_pool(m) for m in ([x] if self.observes_input else []) + maps[:-1]]
             logits = [head(p) for head, p in zip(self.training_heads.values(), pooled, strict=True)]
         v = self.observation.norm(self.global_pool(maps[-1]))
         if self.predicts_from_v:
             logits.append(self.observation.classifier(self.observation.drop(v)))
         if self.predicts_from_z:
             logits.append(self.bottleneck(v))
-        return _logits_type(self.head_names)(*logits)
+        return tuple(logits)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
@@ -274,36 +272,67 @@ class MBIB(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Return the last map and the chosen tapped maps (all by default), as timm's models do.
+        """Return the last map and the maps of the chosen levels (all of them by default), as timm's models do.
 
-        `indices` count the levels of `feature_info`, which are the taps. `norm` and `stop_early` are accepted for
-        timm's callers: the maps have no final norm, and the backbone ends at the last tap.
+        The levels are those of `feature_info`: the backbone's, up to its last tap.
         """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
-        take_indices, _ = feature_take_indices(len(self.feature_info), indices)
-        maps = list(self.backbone(x))
-        if self.channels_last:
-            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
-        intermediates = [maps[i] for i in take_indices]
-        return intermediates if intermediates_only else (maps[-1], intermediates)
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        kwargs: dict[str, Any] = dict(norm=norm, stop_early=stop_early, output_fmt=output_fmt, intermediates_only=True)
+        if intermediates_only:
+            return self.backbone.forward_intermediates(x, indices=take, **kwargs)
+        end = last if stop_early else len(self.feature_info) - 1
+        levels = sorted({*take, end})
+        maps = self.backbone.forward_intermediates(x, indices=levels, **kwargs)
+        return maps[-1], [m for level, m in zip(levels, maps, strict=True) if level in take]
 
     @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what lies after the last chosen tap, and the classifiers with it."""
-        take_indices, last = feature_take_indices(len(self.feature_info), indices)
-        shortened = last < len(self.feature_info) - 1
-        if shortened:
-            truncate(self.backbone, last)
-            self.feature_info = self.feature_info[: last + 1]
-            channels = self.feature_info[-1]["num_chs"]
-            self.num_features = self.head_hidden_size = channels
-            dd = get_device_dtype(self)
-            self.training_heads = nn.ModuleDict()
-            self.observation = Observation(channels, 0, **dd)
-            if self.predicts_from_z:
-                self.bottleneck = Bottleneck(channels, channels, 0, **dd)
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take_indices
+        """Remove what lies behind the last chosen level, and the heads with it.
+
+        What is left is the backbone, with a classifier on its pooled last map where `reset_classifier` asks for one.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        if not prune_head and last == len(self.feature_info) - 1:
+            return take
+        self.backbone.prune_intermediate_layers(take, prune_norm=prune_norm)
+        self.feature_info = self.feature_info[: last + 1]
+        self.taps, self.observes_input = (last,), False
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.training_heads = nn.ModuleDict()
+        self.observation = Observation(self.num_features, 0, norm=False, drop_rate=self.drop_rate).train(self.training)
+        self.bottleneck = nn.Identity()
+        self.predicts_from_v, self.predicts_from_z, self.bottleneck_head = True, False, None
+        self.head_names = self.prediction_heads = ("v1",)
+        self.reset_classifier(0, "")
+        return take
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the model to torch.jit.script, which cannot follow ``forward_intermediates`` and takes its last map
+        from the backbone's ``forward_features``.
+
+        Raises:
+            MbibError: that is another map, as in transformers.
+        """
+        cfg: Any = getattr(self, "pretrained_cfg", {})
+        size = self.backbone_args.get("img_size") or cfg.get("input_size", (3, 224, 224))[1:]
+        height, width = (size, size) if isinstance(size, int) else size
+        reference = next(self.parameters())
+        x = torch.rand(1, self.in_chans, height, width, device=reference.device, dtype=reference.dtype)
+        training = [module for module in self.backbone.modules() if module.training]
+        self.backbone.eval()
+        with torch.no_grad():
+            expected, given = self._maps(x, self.taps[-1:])[0], self.backbone.forward_features(x)
+        for module in training:
+            module.training = True
+        if expected.shape != given.shape or not (reference.is_meta or torch.equal(expected, given)):
+            raise MbibError(
+                f"torch.jit.script: forward_features of backbone {self.backbone_name!r} is not its last tap; "
+                "use torch.export or torch.jit.trace"
+            )
+        return self
+
+
+def _pool(pool_type: str) -> SelectAdaptivePool2d:
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))

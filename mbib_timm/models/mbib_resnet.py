@@ -11,13 +11,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._pretrained import PretrainedCfg
 
 from mbib_timm.models import cifar_resnet, classic_resnet  # noqa: F401 (the backbones below must be registered)
 from mbib_timm.models.mbib import MBIB
+from mbib_timm.models.taps import FeatureNet, prefixed_names
 from mbib_timm.models.weights import filter_state_dict
-from mbib_timm.models.zoo import published_cfgs, require_weights
+from mbib_timm.models.zoo import create_published, published_cfgs
 
 __all__: list[str] = []
 
@@ -66,7 +67,7 @@ def _cfg(backbone: str, observations: int) -> PretrainedCfg:
         architecture=None,
         tag=None,
         classifier=(*trained_heads, "observation.classifier", "bottleneck.classifier"),
-        first_conv=f"backbone.{cfg.first_conv}" if cfg.first_conv else None,
+        first_conv=prefixed_names(cfg.first_conv),
     )
 
 
@@ -93,10 +94,8 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
     """Build a registered name: its method says how many observations, its variant which backbone.
 
     Raises:
-        CheckpointError: `pretrained`, where nobody has trained the weights yet.
+        CheckpointError: `pretrained`, where there are no weights.
     """
-    if pretrained:
-        require_weights(name, **kwargs)
     method, _, variant_name = name.partition("_")
     variant = VARIANTS[variant_name]
     args: dict[str, Any] = dict(
@@ -118,15 +117,22 @@ def _create_on(name: str, backbone: str, pretrained: bool, **kwargs: Any) -> MBI
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> MBIB:
-    taps = [tap for tap in kwargs["taps"] if tap != "input"]
-    return build_model_with_cfg(
+    """Build a model, which in timm's features-only form gives every level of its backbone.
+
+    Of a CIFAR ResNet, whose levels are its blocks, that form gives the stages' ends by default.
+    """
+    ends = VARIANTS[name.partition("_")[2]].stage_ends if "cifar" in kwargs["backbone"] and "_" in name else None
+    model = create_published(
         MBIB,
         name,
         pretrained,
         pretrained_filter_fn=filter_state_dict,
-        feature_cfg=dict(feature_cls="getter", out_indices=tuple(range(len(taps)))),
+        feature_cfg=dict(feature_cls=FeatureNet, out_indices=ends),
         **kwargs,
     )
+    if isinstance(model, MBIB):
+        model.name_classifiers()
+    return model
 
 
 @register_model

@@ -1,16 +1,31 @@
-"""Where a backbone is observed: its levels by index or name, and a feature net that ends at one of them."""
+"""Where a backbone is observed: its levels by index or name, and the backbone cut off behind the last of them."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.models._features import FeatureDictNet, FeatureGetterNet
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from mbib_timm.errors import MbibError, unknown_name
 
+# What a model that holds a backbone calls it: the first part of the backbone's keys.
+PREFIX = "backbone."
 
-def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: dict[str, Any]) -> tuple[int, ...]:
+
+def skeleton(backbone: str, backbone_args: Mapping[str, Any]) -> nn.Module:
+    """Build the plain backbone on the meta device, without memory, to read its levels and its keys.
+
+    Raises:
+        MbibError: timm does not know the backbone.
+    """
+    if not timm.is_model(backbone):
+        raise unknown_name("backbone", backbone, timm.list_models())
+    return timm.create_model(backbone, device="meta", **backbone_args)
+
+
+def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: Mapping[str, Any]) -> tuple[int, ...]:
     """Return taps as ascending indices into the backbone's ``feature_info``.
 
     Args:
@@ -19,9 +34,13 @@ def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: dict[s
         backbone_args: keyword arguments of the backbone.
 
     Raises:
-        MbibError: an unknown backbone or tap, no tap, or taps that are not in order of depth.
+        MbibError: an unknown backbone or tap, a backbone that timm cannot tap, no tap, or taps that are not in order
+            of depth.
     """
-    feature_info: Any = skeleton(backbone, backbone_args).feature_info
+    plain = skeleton(backbone, backbone_args)
+    if not hasattr(plain, "forward_intermediates") or not getattr(plain, "feature_info", None):
+        raise MbibError(f"backbone {backbone!r} cannot be tapped: it has no forward_intermediates, as timm's models do")
+    feature_info: Any = plain.feature_info
     modules = [info["module"] for info in feature_info]
     levels = []
     for tap in taps:
@@ -39,30 +58,48 @@ def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: dict[s
     return tuple(levels)
 
 
-def skeleton(backbone: str, backbone_args: dict[str, Any]) -> nn.Module:
-    """Build the plain backbone on the meta device, without memory, to read its levels and its keys.
+def create_tapped(backbone: str, levels: Sequence[int], **kwargs: Any) -> Any:
+    """Build a backbone that ends at its last tapped level, under timm's own keys.
 
-    Raises:
-        MbibError: timm does not know the backbone, or it cannot be tapped.
+    timm's ``features_only`` prunes what lies behind that level; the model inside its feature net is returned, and its
+    ``forward_intermediates`` gives the maps.
     """
-    if not timm.is_model(backbone):
-        raise unknown_name("backbone", backbone, timm.list_models())
-    model = timm.create_model(backbone, device="meta", **backbone_args)
-    if not getattr(model, "feature_info", None):
-        raise MbibError(f"backbone {backbone!r} cannot be tapped: timm lists no features for it")
-    return model
+    net = timm.create_model(backbone, features_only=True, feature_cls="getter", out_indices=tuple(levels), **kwargs)
+    return net.model
 
 
-def truncate(net: nn.Module, last: int) -> None:
-    """Drop the modules of a timm feature net that come after its output number `last`."""
-    if isinstance(net, FeatureDictNet):
-        tapped = list(net.return_layers)[: last + 1]
-        names = list(net.keys())
-        for name in names[names.index(tapped[-1]) + 1 :]:
-            del net[name]
-        net.return_layers = {name: net.return_layers[name] for name in tapped}
-    elif isinstance(net, FeatureGetterNet):
-        net.out_indices = net.model.prune_intermediate_layers(list(net.out_indices)[: last + 1])
-    else:
-        raise MbibError(f"{type(net).__name__} cannot be pruned")
-    net.feature_info = net.feature_info.from_other(tuple(net.feature_info.out_indices)[: last + 1])
+class FeatureNet(FeatureGetterNet):
+    """timm's feature net over ``forward_intermediates``, with gradient checkpointing: `features_only` of our models."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.model.set_grad_checkpointing(enable)
+
+
+def prefixed_levels(feature_info: Any) -> list[dict[str, Any]]:
+    """Return a backbone's ``feature_info`` as that of the model that holds it."""
+    return [dict(info, module=PREFIX + info["module"]) for info in feature_info]
+
+
+def prefixed_groups(matcher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a backbone's ``group_matcher`` as that of the model that holds it; what follows the backbone comes last.
+
+    A pattern is matched from the start of a name, so ``^`` says nothing and is left out, except in ``[^...]``.
+    """
+
+    def prefixed(pattern: str) -> str:
+        unanchored = re.sub(r"(?<!\[)\^", "", pattern)
+        return f"^{re.escape(PREFIX)}(?:{unanchored})"
+
+    return {
+        name: prefixed(spec) if isinstance(spec, str) else [(prefixed(pattern), suffix) for pattern, suffix in spec]
+        for name, spec in matcher.items()
+        if spec is not None
+    }
+
+
+def prefixed_names(names: str | Sequence[str] | None) -> Any:
+    """Return a cfg's name or names of a backbone's layers as those of the model that holds it."""
+    if names is None or isinstance(names, str):
+        return PREFIX + names if names else None
+    return tuple(PREFIX + name for name in names)
