@@ -43,8 +43,8 @@ def test_the_file_holds_what_is_returned(run, result):
     drawn = {f"{figure.name}.{form}" for figure in analysis_figures(result) for form in ("png", "pdf")}
     assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
     assert list(result) == [
-        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "heads",
-        "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
+        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts",
+        "prediction_heads", "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
         "environment",
     ]  # fmt: skip
     assert (result["name"], result["model"]) == ("mbib_resnet20.digits", "mbib_resnet20")
