@@ -22,6 +22,7 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] | None = None,
     **metadata: Any,
 ) -> Any:
@@ -33,10 +34,11 @@ def option(
         minimum: smallest value accepted.
         above: value that must be exceeded.
         maximum: largest value accepted.
+        below: value that must not be reached.
         choices: the strings accepted.
         metadata: what else is known of it.
     """
-    metadata |= dict(help=help, minimum=minimum, above=above, maximum=maximum, choices=choices)
+    metadata |= dict(help=help, minimum=minimum, above=above, maximum=maximum, below=below, choices=choices)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -137,3 +139,5 @@ def _check_range(where: str, value: Any, limits: Mapping[str, Any]) -> None:
             raise MbibError(f"{where}: expected more than {limits['above']:g}, got {value:g}")
         if limits["maximum"] is not None and value > limits["maximum"]:
             raise MbibError(f"{where}: expected at most {limits['maximum']:g}, got {value:g}")
+        if limits["below"] is not None and value >= limits["below"]:
+            raise MbibError(f"{where}: expected less than {limits['below']:g}, got {value:g}")

@@ -3,28 +3,28 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import batches as batches_of
 from torch import nn
 from torch._dynamo.utils import counters
 
 from mbib_timm.compiling import CompileOrEager
-from mbib_timm.data import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
-from mbib_timm.losses import create_loss
+from mbib_timm.methods import Facts, load_plugin, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
 from mbib_timm.training.step import compiled_loss_parts, create_step, training_step
-from mbib_timm.training.task import LongTailTask
 
 CPU = World(torch.device("cpu"))
 FULL = Precision(None, None)
@@ -35,6 +35,7 @@ class TwoHeads(nn.Module):
     """A small network with the heads of a BIB model, BatchNorm and dropout."""
 
     head_names = ("v1", "z")
+    bottleneck_head = "z"
 
     def __init__(self, width=8):
         super().__init__()
@@ -50,42 +51,36 @@ def setup(recipe, device="cpu", drop=0.0):
     torch.manual_seed(0)
     model = TwoHeads().to(device)
     model.drop.p = drop
-    task = LongTailTask(model, create_loss(recipe, COUNTS, model.head_names), torch.device(device))
-    task.train()
-    return task, create_optimizer(recipe, model)
+    kind, settings = resolve_method(recipe.method)
+    method = kind(model, kind.Settings(**settings), Facts(np.array(COUNTS), 10, 3), torch.device(device)).to(device)
+    method.train()
+    return method, create_optimizer(recipe, method)
 
 
 def batches(sizes=(8, 8, 5), device="cpu"):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(n, 3, 6, 6, generator=generator).to(device),
-            torch.randint(3, (n,), generator=generator).to(device),
-        )
-        for n in sizes
-    ]
+    return batches_of(sizes, classes=3, device=device)
 
 
-def loader_of(batches):
-    return [Batch((images,), targets, torch.arange(len(targets))) for images, targets in batches]
+def evaluated(sizes=(8, 8, 5)):
+    return [batch for (batch,) in batches(sizes)]
 
 
-def settings(**keys):
-    return Recipe(loss="bib", opt="momentum", lr=0.05, **keys)
+def settings(method="bib", **keys):
+    return Recipe(**{"method": method, "opt": "momentum", "lr": 0.05, **keys})
 
 
 def losses(step, epochs=2, device="cpu"):
     torch.manual_seed(3)
     return [
-        {name: value.item() for name, value in step(images, targets).items()}
+        {name: value.item() for name, value in step(streams).items()}
         for _ in range(epochs)
-        for images, targets in batches(device=device)
+        for streams in batches(device=device)
     ]
 
 
 def eager_losses(recipe, **kwargs):
-    task, optimizer = setup(recipe)
-    return losses(create_step(recipe, task, optimizer, FULL, CPU), **kwargs), task
+    method, optimizer = setup(recipe)
+    return losses(create_step(recipe, method, optimizer, FULL, CPU), **kwargs), method
 
 
 # Compiled
@@ -94,20 +89,20 @@ def eager_losses(recipe, **kwargs):
 def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once():
     expected, _ = eager_losses(settings())
     recipe = settings(torchcompile=True)
-    task, optimizer = setup(recipe)
-    step = create_step(recipe, task, optimizer, FULL, CPU)
+    method, optimizer = setup(recipe)
+    step = create_step(recipe, method, optimizer, FULL, CPU)
     before = counters["stats"]["unique_graphs"]
     got = losses(step)
     for one, other in zip(got, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     assert counters["stats"]["unique_graphs"] - before == 2  # the whole batch and the short last one
     # Another run of the same structure, with other weights, counts, beta and temperatures, takes the same code.
-    again = settings(torchcompile=True, beta=1.0, class_weight_power=0.5)
-    task, optimizer = setup(again)
+    again = settings({"name": "bib", "beta": 1.0, "class_weight_power": 0.5}, torchcompile=True)
+    method, optimizer = setup(again)
     with torch.no_grad():
-        for parameter in task.parameters():
+        for parameter in method.parameters():
             parameter.mul_(0.5)
-    losses(create_step(again, task, optimizer, FULL, CPU))
+    losses(create_step(again, method, optimizer, FULL, CPU))
     assert counters["stats"]["unique_graphs"] - before == 2
     assert not compiled_loss_parts.failed
 
@@ -140,8 +135,8 @@ def test_errors_of_the_model_are_not_taken_for_failures_of_the_compiler():
 def test_compiled_evaluation_counts_the_same():
     torch.manual_seed(0)
     model = TwoHeadsEvaluated()
-    plain = evaluate(model, loader_of(batches()), np.array(COUNTS), device=CPU.device)
-    compiled = evaluate(model, loader_of(batches()), np.array(COUNTS), device=CPU.device, compile=True)
+    plain = evaluate(model, evaluated(), np.array(COUNTS), device=CPU.device)
+    compiled = evaluate(model, evaluated(), np.array(COUNTS), device=CPU.device, compile=True)
     assert not compiled_head_logits.failed
     for head in plain:
         assert compiled[head]["top1"] == plain[head]["top1"]
@@ -163,58 +158,57 @@ class TwoHeadsEvaluated(TwoHeads):
 class StandIn(GraphedStep):
     captures = 0
 
-    def _capture(self, images, targets):
+    def _capture(self, batches):
         self.captures += 1
-        held_images, held_targets, parts = images.clone(), targets.clone(), {}
-        for name in loss_names:
-            parts[name] = torch.zeros(())
+        held = tuple(batch.map(torch.clone) for batch in batches)
+        parts = {name: torch.zeros(()) for name in loss_names}
 
         def replay():
-            for name, value in self.step(held_images, held_targets).items():
+            for name, value in self.step(held).items():
                 parts[name].copy_(value)
 
-        return held_images, held_targets, parts, replay
+        return held, parts, replay
 
 
 loss_names = ("loss", "bsc_v1", "bsc_z", "vsd_v1_z")
 
 
 def stand_in(recipe):
-    task, optimizer = setup(recipe)
-    base = create_step(recipe, task, optimizer, FULL, CPU)
-    return StandIn(base, optimizer, CPU.device), optimizer, task
+    method, optimizer = setup(recipe)
+    base = create_step(recipe, method, optimizer, FULL, CPU)
+    return StandIn(base, optimizer, CPU.device), optimizer, method
 
 
 def test_a_captured_step_gives_the_eager_losses_to_the_bit():
     recipe = settings(opt_kwargs={"fused": True})
     epochs = WARM_UP_STEPS + 3
     expected, reference = eager_losses(recipe, epochs=epochs)
-    step, _, task = stand_in(recipe)
+    step, _, method = stand_in(recipe)
     assert losses(step, epochs=epochs) == expected
     assert step.captures == 2  # one a batch shape, whatever the number of epochs
-    for one, other in zip(task.state_dict().values(), reference.state_dict().values(), strict=True):
+    for one, other in zip(method.state_dict().values(), reference.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_captured_step_follows_the_schedule():
     recipe = settings(opt_kwargs={"fused": True})
-    step, optimizer, task = stand_in(recipe)
+    step, optimizer, method = stand_in(recipe)
     reference, plain = setup(recipe)
     for rate in (0.1, 0.1, 0.01, 0.3, 0.003, 0.0):
         for group in (*optimizer.param_groups, *plain.param_groups):
             group["lr"] = rate  # as timm's schedules do
         round_learning_rates(optimizer)
         round_learning_rates(plain)
-        for images, targets in batches():
-            step(images, targets)
-            training_step(reference, plain, FULL, images, targets)
-    for one, other in zip(task.state_dict().values(), reference.state_dict().values(), strict=True):
+        for streams in batches():
+            step(streams)
+            training_step(reference, plain, FULL, streams)
+    for one, other in zip(method.state_dict().values(), reference.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_what_a_step_returned_is_not_overwritten_by_the_next():
     step, _, _ = stand_in(settings(opt_kwargs={"fused": True}))
-    returned = [step(images, targets)["loss"] for _ in range(6) for images, targets in batches()]
+    returned = [step(streams)["loss"] for _ in range(6) for streams in batches()]
     assert len({value.item() for value in returned}) == len(returned)
 
 
@@ -228,10 +222,10 @@ def test_what_a_step_returned_is_not_overwritten_by_the_next():
     ],
 )
 def test_what_cannot_be_captured_is_named(keys, world, named):
-    recipe = Recipe(**{"loss": "bib", "opt": "momentum", "cuda_graph": True, **keys})
-    task, optimizer = setup(recipe)
+    recipe = settings(**{"cuda_graph": True, **keys})
+    method, optimizer = setup(recipe)
     with pytest.raises(MbibError, match=f"recipe key 'cuda_graph': a step cannot be captured with {named}"):
-        create_step(recipe, task, optimizer, FULL, world)
+        create_step(recipe, method, optimizer, FULL, world)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -241,9 +235,28 @@ def test_a_cuda_graph_gives_the_eager_losses_to_the_bit(drop):
     results = []
     for graph in (False, True):
         recipe = settings(cuda_graph=graph, amp=False)
-        task, optimizer = setup(recipe, "cuda", drop)
+        method, optimizer = setup(recipe, "cuda", drop)
         round_learning_rates(optimizer)
-        results.append(losses(create_step(recipe, task, optimizer, FULL, world), epochs=6, device="cuda"))
+        results.append(losses(create_step(recipe, method, optimizer, FULL, world), epochs=6, device="cuda"))
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["ldam_drw", "toy"])
+def test_a_cuda_graph_follows_what_an_epochs_start_and_the_hook_after_a_step_write(name):
+    """Captured in the first epoch, with other constants: what changes must change in place."""
+    load_plugin(str(Path(__file__).parent / "toy_method.py"))
+    world, results = World(torch.device("cuda", 0)), []
+    for graph in (False, True):
+        recipe = settings(name, cuda_graph=graph, amp=False)
+        method, optimizer = setup(recipe, "cuda")
+        round_learning_rates(optimizer)
+        step = create_step(recipe, method, optimizer, FULL, world)
+        found = []
+        for epoch in (0, 4, 9):
+            method.start_epoch(epoch)
+            found += losses(step, device="cuda")
+        results.append((found, [value.tolist() for value in method.state_dict().values()]))
     assert results[0] == results[1]
 
 
@@ -252,8 +265,8 @@ def test_a_cuda_graph_gives_the_eager_losses_to_the_bit(drop):
 
 def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
     recipe = settings(log_interval=2, clip_grad=1.0)
-    task, optimizer = setup(recipe)
-    step = create_step(recipe, task, optimizer, FULL, CPU)
+    method, optimizer = setup(recipe)
+    step = create_step(recipe, method, optimizer, FULL, CPU)
     reads = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(torch.Tensor, name)
@@ -263,6 +276,6 @@ def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    loader = [(batch,) for batch in loader_of(batches((8, 8, 8, 8, 5)))]
-    train_one_epoch(task, loader, step, recipe, 0, Progress(5, visible=False), after_update=lambda: None)
+    loader = batches((8, 8, 8, 8, 5))
+    train_one_epoch(method, loader, step, recipe, 0, Progress(5, visible=False), after_update=lambda: None)
     assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end

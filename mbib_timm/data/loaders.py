@@ -1,4 +1,4 @@
-"""What every loader offers, and which one a run uses: resident for data that fit into memory, timm's for the rest."""
+"""What every loader offers, and the streams of training: a resident loader for data that fit, timm's for the rest."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

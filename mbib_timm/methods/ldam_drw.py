@@ -25,7 +25,9 @@ class LdamDrwSettings:
     reweight_from: float = option(
         0.8, "share of the epochs after which class weights set in (DRW); 1 for never", minimum=0, maximum=1
     )
-    effective_beta: float = option(0.9999, "beta of the effective numbers that give the class weights", minimum=0)
+    effective_beta: float = option(
+        0.9999, "beta of the effective numbers that give the class weights", minimum=0, below=1
+    )
 
 
 @register("ldam_drw")

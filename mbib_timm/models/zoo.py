@@ -1,9 +1,9 @@
 """The zoo: which models are published, on which data, and where their weights are.
 
 A published model's name is `arch.tag`, and so is the name of its recipe, its run's folder, its card and its Hub
-repository; the tag says the data, and for a plain network the method before it. Once it is trained,
-`mbib_timm/zoo/<arch.tag>/` holds what the repository holds: config.json, recipe.yaml and metrics.json, and small
-weights as well.
+repository; the tag says the data, and for a plain network the method before it. Every recipe on the data sets below has
+a name here. Once it is trained, `mbib_timm/zoo/<arch.tag>/` holds what the repository holds: config.json, recipe.yaml
+and metrics.json, and small weights as well.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
 from mbib_timm.errors import CheckpointError
+from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
 ORGANIZATION = "mbib-timm"
@@ -49,10 +50,7 @@ _NO_SOURCE = dict(hf_hub_id=None, url=None, file=None, paper_ids=None, paper_nam
 _CENTER_224 = dict(crop_pct=0.875, interpolation="bilinear", test_input_size=None, test_crop_pct=None)
 _INAT = dict(_CENTER_224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
 
-_CIFAR100_LT = ("cifar100_lt_if100", "cifar100_lt_if50", "cifar100_lt_if10")
-_INAT2018 = ("inat2018_200e", "inat2018_90e")
-
-# By what a tag ends in, which is the recipe's folder.
+# By what a tag ends in.
 DATASETS = {
     "cifar100_lt_if100": Dataset("CIFAR-100-LT, imbalance factor 100", 100, _CIFAR_TERMS),
     "cifar100_lt_if50": Dataset("CIFAR-100-LT, imbalance factor 50", 100, _CIFAR_TERMS),
@@ -60,30 +58,6 @@ DATASETS = {
     "imagenet_lt": Dataset("ImageNet-LT", 1000, _IMAGENET_TERMS, _CENTER_224),
     "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, _INAT_TERMS, _INAT),
     "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, _INAT_TERMS, _INAT),
-}
-
-# The methods that a plain network is published with, and the arguments of the network where a method has its own.
-# LDAM's loss has the scale, so its classifier takes none (METHODS 2.4).
-_METHODS: dict[str, dict[str, Any]] = {
-    "ce": {},
-    "focal": {},
-    "bsce": {},
-    "ldam_drw": {"classifier": "cosine", "classifier_scale": 1.0},
-    "crt": {},
-    "tau_norm": {},
-}
-
-# What each registered model is published for, one tag per recipe of the paper's; the first is its default.
-PUBLISHED = {
-    "mbib_resnet32": _CIFAR100_LT,
-    "bib_resnet32": _CIFAR100_LT,
-    "cifar_resnet32": tuple(f"{method}_{dataset}" for method in _METHODS for dataset in _CIFAR100_LT),
-    "mbib_resnet10": ("imagenet_lt",),
-    "bib_resnet10": ("imagenet_lt",),
-    "mbib_resnext50": ("imagenet_lt",),
-    "bib_resnext50": ("imagenet_lt",),
-    "mbib_resnet50": _INAT2018,
-    "bib_resnet50": _INAT2018,
 }
 
 
@@ -108,19 +82,16 @@ class ZooModel:
         return self.name.partition(".")[2]
 
     @property
-    def _dataset(self) -> str:
-        (name,) = (name for name in DATASETS if self.tag == name or self.tag.endswith(f"_{name}"))
-        return name
-
-    @property
     def dataset(self) -> Dataset:
         """What it is trained on."""
-        return DATASETS[self._dataset]
+        return DATASETS[_split(self.tag)[1]]
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Keyword arguments of the architecture, where the method has a network of its own."""
-        return dict(_METHODS.get(self.tag.removesuffix(self._dataset).rstrip("_"), {}))
+        """Keyword arguments of the architecture, where the method has a network of its own; none before training."""
+        file = self.folder / "config.json"
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return dict(content.get("model_args", {}))
 
     @property
     def recipe(self) -> str:
@@ -161,6 +132,28 @@ class ZooModel:
         return {"hf_hub_id": self.repository} if self.is_trained else {}
 
 
+def _split(tag: str) -> tuple[str, str]:
+    """Split a tag into the method, empty where the architecture says it, and the data; two empty texts for others."""
+    found = [name for name in DATASETS if tag == name or tag.endswith(f"_{name}")]
+    return (tag.removesuffix(found[0]).rstrip("_"), found[0]) if found else ("", "")
+
+
+def _published() -> dict[str, list[str]]:
+    """The tags of each architecture that a recipe of the package trains on the data sets above; its default first."""
+    tags: dict[str, list[str]] = {}
+    for name in list_recipes():
+        architecture, _, tag = name.partition(".")
+        if _split(tag)[1]:
+            tags.setdefault(architecture, []).append(tag)
+
+    def order(tag: str) -> tuple[bool, int, str]:
+        method, dataset = _split(tag)
+        return method not in ("", "ce"), [*DATASETS].index(dataset), method
+
+    return {architecture: sorted(found, key=order) for architecture, found in tags.items()}
+
+
+PUBLISHED = _published()
 # Every published name, whether or not its weights exist yet.
 ZOO = [ZooModel(f"{architecture}.{tag}") for architecture, tags in PUBLISHED.items() for tag in tags]
 
@@ -197,11 +190,7 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     cfg = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained:
         _require_weights(architecture, cfg)
-    model_args: dict[str, Any] = {}
-    if cfg.tag in PUBLISHED.get(architecture, ()):
-        model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args
-    if kwargs.get("classifier", model_args.get("classifier")) != model_args.get("classifier"):
-        model_args = {}
+    model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if cfg.tag in PUBLISHED.get(architecture, ()) else {}
     model = build_model_with_cfg(build, architecture, pretrained, **{**model_args, **kwargs})
     model._model_args = model_args  # timm adds the caller's own; together they go into config.json
     return model

@@ -1,0 +1,396 @@
+"""The losses' pure functions against sums written out in float64, numbers computed elsewhere, and their invariants.
+
+Where a number comes from: three classes of 500, 50 and 5 training images and two logits rows, for which every method's
+loss was computed apart from this package (``LOGITS``, ``TARGETS``, ``FEW``).
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from naive import naive_adjusted_cross_entropy, naive_focal, naive_vsd, naive_weights
+
+from mbib_timm.errors import MbibError
+from mbib_timm.methods.functional import (
+    adjusted_cross_entropy,
+    class_temperatures,
+    class_weights,
+    distillation_divergence,
+    effective_number_weights,
+    focal_loss,
+    ldam_margins,
+    self_distillation,
+    tempered_log_probabilities,
+)
+from mbib_timm.methods.tau_norm import normalized_rows
+
+COUNTS = [500, 120, 40, 9, 3]
+PRIORS = [n / sum(COUNTS) for n in COUNTS]
+
+FEW = [500, 50, 5]
+LOGITS = torch.tensor([[2, 1, -1], [1, 0, 0.5]], dtype=torch.float64)
+TARGETS = torch.tensor([2, 0])
+LOG_FEW = torch.tensor(FEW, dtype=torch.float64).log()
+LOG_PI_FEW = LOG_FEW - math.log(sum(FEW))
+
+
+def random_logits(batch=6, classes=5, scale=2.0, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(batch, classes, generator=generator, dtype=dtype)
+    return logits, torch.randint(0, classes, (batch,), generator=generator)
+
+
+def vector(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def if_counts(imbalance_factor, classes=100):
+    """Training images of CIFAR-100-LT."""
+    return [int(500 * (1 / imbalance_factor) ** (i / (classes - 1))) for i in range(classes)]
+
+
+# Numbers
+
+
+def test_cross_entropy_and_balanced_softmax_on_the_batch():
+    each = [adjusted_cross_entropy(LOGITS[i : i + 1], TARGETS[i : i + 1]).item() for i in range(2)]
+    assert each == pytest.approx([3.349012, 0.680270], abs=1e-6)
+    assert adjusted_cross_entropy(LOGITS, TARGETS).item() == pytest.approx(2.014641, abs=1e-6)
+    each = [adjusted_cross_entropy(LOGITS[i : i + 1], TARGETS[i : i + 1], offset=LOG_FEW).item() for i in range(2)]
+    assert each == pytest.approx([7.641778, 0.041960], abs=1e-6)
+    assert adjusted_cross_entropy(LOGITS, TARGETS, offset=LOG_FEW).item() == pytest.approx(3.841869, abs=1e-6)
+
+
+def test_uniform_logits_give_log_k():
+    logits = torch.full((4, 7), 3.0, dtype=torch.float64)
+    assert adjusted_cross_entropy(logits, torch.tensor([0, 3, 6, 6])).item() == pytest.approx(math.log(7))
+
+
+def test_logit_adjustment_and_its_mean_over_three_strengths():
+    losses = [adjusted_cross_entropy(LOGITS, TARGETS, offset=tau * LOG_PI_FEW).item() for tau in (0, 1, 2)]
+    assert losses == pytest.approx([2.014641, 3.841869, 6.108875], abs=1e-6)
+    assert sum(losses) / 3 == pytest.approx(3.988462, abs=1e-6)
+
+
+def test_class_dependent_temperatures():
+    divisor = class_temperatures(FEW, 0.2)
+    assert divisor.tolist() == pytest.approx([1, 1.584893, 2.511886], abs=1e-6)
+    loss = adjusted_cross_entropy(LOGITS, TARGETS, divisor=divisor)
+    assert loss.item() == pytest.approx(1.645874, abs=1e-6)
+
+
+def test_softmax_focal_loss():
+    assert focal_loss(LOGITS, TARGETS, 1.0).item() == pytest.approx(1.783562, abs=1e-6)
+    assert focal_loss(LOGITS, TARGETS, 2.0).item() == pytest.approx(1.641801, abs=1e-6)
+
+
+def test_class_balanced_weights_and_loss():
+    weights = effective_number_weights(FEW, 0.9999)
+    assert weights.tolist() == pytest.approx([0.027690, 0.270763, 2.701547], abs=1e-6)
+    assert weights.sum().item() == pytest.approx(3)
+    by_weights = adjusted_cross_entropy(LOGITS, TARGETS, weight=weights)
+    assert by_weights.item() == pytest.approx(3.321936, abs=1e-6)
+    by_images = adjusted_cross_entropy(LOGITS, TARGETS, weight=weights, normalize=False)
+    assert by_images.item() == pytest.approx(4.533176, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("beta", "expected"), [(0.9999, [0.044876, 0.457055, 4.378313]), (0.99, [0.196524, 0.510131, 3.983524])]
+)
+def test_class_balanced_weights_of_cifar100_lt(beta, expected):
+    weights = effective_number_weights(if_counts(100), beta)
+    assert weights[[0, 50, 99]].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_class_balanced_weights_at_both_ends():
+    assert effective_number_weights(FEW, 0.0).tolist() == [1.0, 1.0, 1.0]
+    inverse = [1 / n for n in FEW]
+    expected = [3 * w / sum(inverse) for w in inverse]
+    assert effective_number_weights(FEW, 1 - 1e-9).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ldam_margins_and_loss():
+    margins = ldam_margins(FEW, 0.5)
+    assert margins.tolist() == pytest.approx([0.158114, 0.281171, 0.5], abs=1e-6)
+    largest = [ldam_margins(if_counts(factor), 0.5)[0].item() for factor in (100, 50, 10)]
+    assert largest == pytest.approx([0.158114, 0.188030, 0.281171], abs=1e-6)
+    cosines = vector([[0.2, 0.1, -0.1], [0, 0.1, 0.3]])
+    scaled, s = 30 * cosines, 30 * margins
+    each = [adjusted_cross_entropy(scaled[i : i + 1], TARGETS[i : i + 1], margin=s).item() for i in range(2)]
+    assert each == pytest.approx([24.048587, 13.745893], abs=1e-5)
+    assert adjusted_cross_entropy(scaled, TARGETS, margin=s).item() == pytest.approx(18.897240, abs=1e-5)
+    assert adjusted_cross_entropy(scaled, TARGETS, margin=0 * s).item() == pytest.approx(9.025652, abs=1e-6)
+    # s (cos - m) and s cos - s m: the factor belongs in one place only.
+    shifted = 30 * (cosines - F.one_hot(TARGETS, 3) * margins)
+    torch.testing.assert_close(
+        adjusted_cross_entropy(scaled, TARGETS, margin=s), F.cross_entropy(shifted, TARGETS), rtol=1e-7, atol=0
+    )
+
+
+def test_label_aware_smoothing():
+    smoothing = vector([0.4, 0.142694, 0.1])
+    assert adjusted_cross_entropy(LOGITS, TARGETS, smoothing=smoothing).item() == pytest.approx(2.031308, abs=1e-6)
+
+
+def test_rows_of_length_one_and_in_between():
+    row = vector([[3.0, 4.0]])
+    assert normalized_rows(row, 0.5).flatten().tolist() == pytest.approx([1.341641, 1.788854], abs=1e-6)
+    assert normalized_rows(row, 1.0).flatten().tolist() == pytest.approx([0.6, 0.8])
+    weights = torch.randn(7, 5)
+    assert torch.equal(normalized_rows(weights, 0.0), weights)
+    torch.testing.assert_close(normalized_rows(weights, 1.0).norm(dim=1), torch.ones(7))
+    # The argmax of a cosine classifier is that of its rows' directions, which tau leaves.
+    features = torch.randn(9, 5)
+    cosine = F.linear(features, F.normalize(weights))
+    torch.testing.assert_close(F.linear(features, F.normalize(normalized_rows(weights, 1.7))), cosine)
+
+
+# Against sums written out: every adjustment alone, and each with each
+
+
+ADJUSTMENTS = {
+    "offset": [math.log(n) for n in COUNTS],
+    "divisor": [1.0, 1.3, 0.7, 2.0, 2.5],
+    "margin": [0.1, 0.2, 0.4, 0.0, 1.5],
+    "weight": [0.1, 0.4, 1.0, 1.5, 2.0],
+    "smoothing": [0.4, 0.3, 0.2, 0.0, 0.1],
+}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "names", [names for k in (0, 1, 2, 5) for names in itertools.combinations(ADJUSTMENTS, k)], ids="+".join
+)
+def test_the_adjusted_cross_entropy_is_its_sum_written_out(names, normalize):
+    logits, targets = random_logits(batch=9)
+    given = {name: ADJUSTMENTS[name] for name in names}
+    tensors = {name: vector(values) for name, values in given.items()}
+    loss = adjusted_cross_entropy(logits, targets, **tensors, normalize=normalize)
+    assert loss.item() == pytest.approx(naive_adjusted_cross_entropy(logits, targets, **given, normalize=normalize))
+    free = logits.clone().requires_grad_()
+    function = lambda z: adjusted_cross_entropy(z, targets, **tensors, normalize=normalize)  # noqa: E731
+    assert torch.autograd.gradcheck(function, free)
+
+
+def test_several_heads_at_once_are_each_on_its_own():
+    logits = torch.stack([random_logits(seed=seed)[0] for seed in range(3)])
+    targets = random_logits()[1]
+    tensors = {name: vector(values) for name, values in ADJUSTMENTS.items()}
+    together = adjusted_cross_entropy(logits, targets, **tensors)
+    assert together.shape == (3,)
+    for head, loss in zip(logits, together, strict=True):
+        torch.testing.assert_close(adjusted_cross_entropy(head, targets, **tensors), loss)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_the_focal_loss_is_its_sum_written_out(gamma):
+    logits, targets = random_logits(batch=9)
+    assert focal_loss(logits, targets, gamma).item() == pytest.approx(naive_focal(logits, targets, gamma), rel=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_self_distillation_is_its_sum_written_out(gamma):
+    teacher, student = random_logits()[0], random_logits(seed=1)[0]
+    temperatures = class_temperatures(COUNTS, gamma)
+    loss = self_distillation(teacher, student, temperatures)
+    assert loss.item() == pytest.approx(naive_vsd(teacher, student, COUNTS, gamma), rel=1e-6)
+    assert self_distillation(teacher, teacher, temperatures).item() == pytest.approx(0, abs=1e-12)
+
+
+# Invariants
+
+
+def neutral(**changed):
+    values = {
+        "offset": torch.zeros(5),
+        "divisor": torch.ones(5),
+        "margin": torch.zeros(5),
+        "weight": torch.ones(5),
+        "smoothing": torch.zeros(5),
+    }
+    return {name: value.double() for name, value in {**values, **changed}.items()}
+
+
+@pytest.mark.parametrize("names", [(), *((name,) for name in ADJUSTMENTS), tuple(ADJUSTMENTS)], ids="+".join)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_without_adjustments_and_with_neutral_ones_it_is_the_cross_entropy(names, normalize):
+    logits, targets = random_logits()
+    given = {name: value for name, value in neutral().items() if name in names}
+    loss = adjusted_cross_entropy(logits, targets, **given, normalize=normalize)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets), rtol=1e-12, atol=0)
+    torch.testing.assert_close(focal_loss(logits, targets, 0.0), loss, rtol=1e-12, atol=0)
+
+
+def loss_and_gradient(logits, targets, **adjustments):
+    free = logits.clone().requires_grad_()
+    loss = adjusted_cross_entropy(free, targets, **adjustments)
+    return loss.detach(), *torch.autograd.grad(loss, free)
+
+
+def same(first, second, factor=1.0):
+    torch.testing.assert_close(first[0], second[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(first[1], factor * second[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_constant_offset_changes_nothing():
+    logits, targets = random_logits()
+    offset = vector(ADJUSTMENTS["offset"])
+    plain = loss_and_gradient(logits, targets)
+    same(loss_and_gradient(logits, targets, offset=torch.full((5,), 3.0).double()), plain)
+    same(loss_and_gradient(logits + 7, targets), plain)
+    same(loss_and_gradient(logits, targets, offset=offset + 7), loss_and_gradient(logits, targets, offset=offset))
+
+
+def test_log_n_and_log_pi_are_the_same_loss_and_gradient():
+    logits, targets = random_logits()
+    by_counts = loss_and_gradient(logits, targets, offset=vector(COUNTS).log())
+    same(by_counts, loss_and_gradient(logits, targets, offset=vector(PRIORS).log()))
+    equal = loss_and_gradient(logits, targets, offset=torch.full((5,), 9.0).double().log())
+    same(equal, loss_and_gradient(logits, targets))  # of equal counts it is the cross-entropy
+
+
+def test_a_constant_weight_changes_nothing_where_the_sum_of_weights_divides():
+    logits, targets = random_logits()
+    plain = loss_and_gradient(logits, targets)
+    weight = torch.full((5,), 2.5).double()
+    same(loss_and_gradient(logits, targets, weight=weight), plain)
+    loss, gradient = loss_and_gradient(logits, targets, weight=weight, normalize=False)
+    same((loss / 2.5, gradient / 2.5), plain)
+    one = vector(ADJUSTMENTS["weight"])
+    same(loss_and_gradient(logits, targets, weight=3 * one), loss_and_gradient(logits, targets, weight=one))
+
+
+def test_a_divisor_of_1_over_c_multiplies_the_logits_by_c():
+    logits, targets = random_logits()
+    divided = loss_and_gradient(logits, targets, divisor=torch.full((5,), 0.25).double())
+    same(divided, loss_and_gradient(4 * logits, targets), factor=4)
+
+
+def test_a_margin_lowers_the_images_own_logit_only():
+    logits, targets = random_logits()
+    margin = vector(ADJUSTMENTS["margin"])
+    lowered = logits - F.one_hot(targets, 5) * margin
+    same(loss_and_gradient(logits, targets, margin=margin), loss_and_gradient(lowered, targets))
+    # Before the division: the margin counts in the units of the logits.
+    divisor = vector(ADJUSTMENTS["divisor"])
+    one = loss_and_gradient(logits, targets, margin=margin, divisor=divisor)
+    same(one, loss_and_gradient(lowered, targets, divisor=divisor))
+
+
+def test_smoothing_of_one_forgets_the_label():
+    logits, targets = random_logits()
+    everything = torch.ones(5).double()
+    one = loss_and_gradient(logits, targets, smoothing=everything)
+    same(one, loss_and_gradient(logits, (targets + 1) % 5, smoothing=everything))
+    uniform = torch.full((5,), 0.1).double()
+    torch.testing.assert_close(
+        loss_and_gradient(logits, targets, smoothing=uniform)[0],
+        F.cross_entropy(logits, targets, label_smoothing=0.1),
+        rtol=1e-9,
+        atol=0,
+    )
+
+
+def test_relabelling_the_classes_changes_nothing():
+    logits, targets = random_logits()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = torch.tensor([order.tolist().index(y) for y in targets.tolist()])
+    before = {name: vector(values) for name, values in ADJUSTMENTS.items()}
+    after = {name: values[order] for name, values in before.items()}
+    torch.testing.assert_close(
+        adjusted_cross_entropy(logits[:, order], moved, **after), adjusted_cross_entropy(logits, targets, **before)
+    )
+
+
+def test_the_order_of_a_batch_changes_nothing_and_a_batch_of_twice_the_images_neither():
+    logits, targets = random_logits()
+    tensors = {name: vector(values) for name, values in ADJUSTMENTS.items()}
+    loss = adjusted_cross_entropy(logits, targets, **tensors)
+    torch.testing.assert_close(adjusted_cross_entropy(logits.flip(0), targets.flip(0), **tensors), loss)
+    torch.testing.assert_close(adjusted_cross_entropy(logits.repeat(2, 1), targets.repeat(2), **tensors), loss)
+
+
+# Self-distillation, class weights and temperatures
+
+
+def test_the_teacher_learns_nothing_from_the_student():
+    teacher, student = (random_logits(seed=seed)[0].requires_grad_() for seed in range(2))
+    self_distillation(teacher, student).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+    pairs = torch.stack([teacher, student])
+    distillation_divergence(*(tempered_log_probabilities(values) for values in (pairs, pairs.flip(0)))).sum().backward()
+    assert torch.isfinite(teacher.grad).all()
+
+
+def test_class_weights_of_equation_7():
+    torch.testing.assert_close(class_weights(COUNTS, 0.1).tolist(), naive_weights(COUNTS, 0.1), rtol=1e-6, atol=0)
+    assert class_weights(COUNTS, 0.1).mean().item() == pytest.approx(1)
+    assert class_weights(COUNTS, 0).tolist() == [1.0] * 5
+
+
+def test_temperatures():
+    assert class_temperatures(COUNTS, 0.5).tolist() == pytest.approx([math.sqrt(500 / n) for n in COUNTS])
+    assert class_temperatures(COUNTS, 0).tolist() == [1.0] * 5
+
+
+def test_focal_loss_without_focus_is_the_cross_entropy_of_torch():
+    logits, targets = random_logits()
+    torch.testing.assert_close(focal_loss(logits, targets, 0.0), F.cross_entropy(logits, targets))
+
+
+# Precision
+
+
+CASES = {
+    "plain": {},
+    "all": {name: torch.tensor(values) for name, values in ADJUSTMENTS.items()},
+    "balanced softmax": {"offset": torch.tensor(COUNTS).log()},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_logits_stay_finite(case, dtype):
+    values, targets = random_logits(batch=4, scale=1.0, dtype=torch.float32)
+    logits = (1e4 * values.sign()).to(dtype).requires_grad_()
+    for loss in (adjusted_cross_entropy(logits, targets, **CASES[case]), focal_loss(logits, targets, 0.5)):
+        assert loss.isfinite()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_inside_autocast(case):
+    logits, targets = random_logits(dtype=torch.float32)
+    outside = adjusted_cross_entropy(logits, targets, **CASES[case])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = adjusted_cross_entropy(logits, targets, **CASES[case])
+        half = adjusted_cross_entropy(logits.bfloat16(), targets, **CASES[case])
+    assert inside.dtype == half.dtype == torch.float32
+    assert torch.equal(inside, outside)
+    assert torch.equal(half, adjusted_cross_entropy(logits.bfloat16().float(), targets, **CASES[case]))
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        lambda counts: class_weights(counts, 0.1),
+        lambda counts: class_temperatures(counts, 0.5),
+        lambda counts: effective_number_weights(counts, 0.9999),
+        lambda counts: ldam_margins(counts, 0.5),
+    ],
+)
+def test_a_class_without_training_images_is_refused(constants):
+    with pytest.raises(MbibError, match=r"classes without: \[1\]"):
+        constants([5, 0, 3])
+
+
+def test_counts_come_as_lists_arrays_and_tensors():
+    given = (COUNTS, np.array(COUNTS), torch.tensor(COUNTS))
+    first, *others = [effective_number_weights(counts, 0.9999) for counts in given]
+    assert all(torch.equal(first, other) for other in others)
+    assert first.dtype == torch.float32

@@ -1,0 +1,66 @@
+"""The smallest networks that a method trains: a convolution with BatchNorm, and a classifier for each head."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mbib_timm.data.batch import Batch
+
+OBSERVATIONS = ("v1", "v2", "v3", "z")
+
+
+class Cosine(nn.Module):
+    """s <f / |f|, W_j / |W_j|>, written out."""
+
+    def __init__(self, in_features, out_features, scale):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(out_features, in_features).uniform_(-1, 1)), scale
+
+    def forward(self, x):
+        return self.scale * F.linear(x / x.norm(dim=1, keepdim=True), self.weight / self.weight.norm(dim=1)[:, None])
+
+
+class Tiny(nn.Module):
+    """Gives a tensor, or in training a tuple of the logits of several heads, as all models here do."""
+
+    def __init__(self, num_classes=5, heads=("logits",), classifier="linear", classifier_scale=1.0, width=8):
+        super().__init__()
+        self.head_names, self.prediction_heads = heads, heads[-2:]
+        self.bottleneck_head = "z" if "z" in heads else None
+        self.conv, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.mixed = nn.ModuleDict({name: nn.Linear(width, width) for name in heads})
+        self.classifiers = nn.ModuleDict()
+        for name in heads:
+            linear = classifier == "linear"
+            kind = nn.Linear(width, num_classes) if linear else Cosine(width, num_classes, classifier_scale)
+            self.classifiers[name] = kind
+
+    def get_classifier(self):
+        classifiers = tuple(self.classifiers.values())
+        return classifiers if len(classifiers) > 1 else classifiers[0]
+
+    def features(self, x):
+        """What the classifiers see, by head, (B, D) each."""
+        pooled = F.relu(self.norm(self.conv(x))).mean(dim=(2, 3))
+        return {name: mix(pooled) for name, mix in self.mixed.items()}
+
+    def forward(self, x):
+        features = self.features(x)
+        if self.training and len(self.head_names) > 1:
+            return tuple(self.classifiers[name](features[name]) for name in self.head_names)
+        return torch.stack([self.classifiers[name](features[name]) for name in self.prediction_heads]).mean(dim=0)
+
+
+def batches(sizes=(8, 8, 5), classes=5, seed=1, device="cpu", size=6):
+    """Batches as an epoch has them, one stream each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            Batch(
+                (torch.randn(n, 3, size, size, generator=generator).to(device),),
+                torch.randint(classes, (n,), generator=generator).to(device),
+                torch.arange(n).to(device),
+            ),
+        )
+        for n in sizes
+    ]
