@@ -86,10 +86,14 @@ def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:
         metrics: content of ``metrics.json``.
     """
     result, best = metrics["result"], metrics["best"]
-    print(f"\nEpoch {result['epoch']} (the last), on {result['split']}:")
+    when = f"Epoch {result['epoch']} (the last)" if result["epoch"] >= 0 else "Without training"
+    print(f"\n{when}, on {result['split']}:")
     print(results_table(result["heads"], np.array(metrics["class_counts"])))
-    best_top1 = best["heads"]["prediction"]["top1"]
-    print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
+    if best is not None:  # there were epochs
+        best_top1 = best["heads"]["prediction"]["top1"]
+        print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
+    for name, value in metrics["chosen"].items():
+        print(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}")
     if metrics["replaced_images"]:
         print(f"{len(metrics['replaced_images'])} broken training images were replaced: see metrics.json")
     print(f"\n{folder}")

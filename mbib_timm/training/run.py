@@ -65,6 +65,9 @@ class Run:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
         check_sampler(recipe.choice("sampler"), self.splits)
+        kind, settings = resolve_method(recipe.method)
+        if kind.needs_held_out(kind.Settings(**settings)):
+            self.splits.require_held_out()
         seed_generators(recipe.seed, -1, 0, recipe.stage)  # every process starts from the same weights
         network = build_network(recipe, self.splits.num_classes, previous)
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -87,7 +90,6 @@ class Run:
             stage=recipe.stage,
             epochs=recipe.epochs,
         )
-        kind, settings = resolve_method(recipe.method)
         steps = math.ceil(len(self.loaders.train) / recipe.grad_accum_steps)
         facts = Facts(self.splits.class_counts, recipe.epochs, steps, previous)
         self.method: Method = kind(network, kind.Settings(**settings), facts, world.device)
