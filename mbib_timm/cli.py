@@ -232,7 +232,7 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     predict.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="of what is written")
     predict.add_argument("--output", type=Path, metavar="FILE", help="write to this file")
     predict.add_argument(
-        "--head", choices=("mean", "v", "z"), default="mean", help="the prediction, or one of its parts"
+        "--head", default="prediction", metavar="NAME", help="prediction, or one of the model's heads (prediction)"
     )
     predict.add_argument(
         "--prior",

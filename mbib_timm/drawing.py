@@ -12,6 +12,8 @@ from mbib_timm.errors import MbibError
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999",
 )  # fmt: skip
+# Further ones, at least as far from those, and from one another, as those are.
+BROWN, MINT, INDIGO = "#6B4226", "#B8E6C9", "#332288"
 GROUP_COLORS = {"many": BLUE, "medium": GREEN, "few": VERMILION}
 # The same method has the same colour in every figure, by its title.
 METHOD_COLORS = {
@@ -19,6 +21,9 @@ METHOD_COLORS = {
     "Focal": YELLOW,
     "BSCE": SKY,
     "BSCE_MLP": PURPLE,
+    "LDAM-DRW": BROWN,
+    "cRT": MINT,
+    "tau-norm": INDIGO,
     "BIB": ORANGE,
     "MBIB": BLUE,
     "SE-MBIB": VERMILION,

@@ -554,13 +554,18 @@ def _element(whole: Any, part: str, address: str, create: bool = False) -> Any:
     raise MbibError(f"{address}: there is no element {part!r} in {whole!r}")
 
 
+def longest_epochs(recipe: Recipe) -> int:
+    """Return the epochs of a recipe's longest stage: what is meant by a run's epochs where it has several stages."""
+    return max(stage.epochs for stage in recipe.chain())
+
+
 def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
     """Return overrides by which a recipe takes other epochs, and its warm-up and milestones move with them.
 
     Of several stages the longest takes `epochs`, and the others keep their share.
     """
     chain = recipe.chain()
-    longest = max(stage.epochs for stage in chain)
+    longest = longest_epochs(recipe)
     changes: dict[str, Any] = {}
     for number, stage in enumerate(chain, start=1):
         if longest == epochs or stage.epochs == 0:

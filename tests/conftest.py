@@ -37,5 +37,17 @@ def finished_run(tmp_path_factory) -> Path:
     return Path(train(load_recipe(find_recipe("mbib_resnet20.digits"), settings), "mbib_resnet20.digits")["folder"])
 
 
+@pytest.fixture(scope="session")
+def post_hoc_run(tmp_path_factory) -> Path:
+    """The folder of a short run of two stages, the second of which trains nothing: cross-entropy, then tau-norm."""
+    from mbib_timm.recipe import find_recipe, load_recipe
+    from mbib_timm.training import train
+
+    name = "cifar_resnet32.tau_norm_digits"
+    places = dict(device="cpu", output=str(tmp_path_factory.mktemp("post_hoc")))
+    recipe = load_recipe(find_recipe(name), {"stage1.epochs": 3, "stage1.warmup_epochs": 1, **places})
+    return Path(train(recipe, name)["folder"])
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden loss curve from this run")

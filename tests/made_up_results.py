@@ -13,7 +13,7 @@ from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.sweeps.definition import Sweep
 from mbib_timm.sweeps.plan import plan
 from mbib_timm.sweeps.results import SweepResults
-from mbib_timm.training.task import head_names
+from mbib_timm.methods import head_names
 
 Accuracy = Callable[[int, int, str], float | None]
 
@@ -56,7 +56,10 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
             configuration=run.configuration,
             coordinates=run.coordinates,
             seed=run.recipe.seed,
-            epochs=run.recipe.epochs,
+            method=run.recipe.method["name"],
+            stages=[stage.method["name"] for stage in run.recipe.chain()],
+            chosen={},
+            epochs=run.epochs,
             recipe_epochs=run.recipe_epochs,
             settings=run.settings,
             dataset=run.recipe.dataset,
@@ -72,7 +75,7 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
         name=Path(planned[0].recipe.output).name,
         title=sweep.title,
         recipe=sweep.recipe,
-        axes={axis: [value for value, _ in sweep.values(axis)] for axis in sweep.axes},
+        axes={axis: [value.name for value in sweep.values(axis)] for axis in sweep.axes},
         labels={axis: sweep.label(axis) for axis in sweep.axes},
         heads=sweep.heads,
         figure=sweep.figure,

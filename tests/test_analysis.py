@@ -72,7 +72,7 @@ def test_features_are_those_that_the_modules_give(prediction):
     model, (loader, x, _) = mbib(prediction=prediction), batches()
     features = collect_outputs(model, loader, COUNTS, device=CPU).features
     model.eval()
-    pooled = model.backbone(x)[-1].mean(dim=(2, 3))
+    pooled = model.backbone.forward_intermediates(x, indices=model.taps)[0].mean(dim=(2, 3))
     norm = model.observation.norm
     v = (pooled - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(features["v"], v, rtol=1e-4, atol=1e-5)
@@ -90,7 +90,7 @@ def test_heads_are_those_of_forward_heads():
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     assert list(outputs.heads) == ["prediction", "v1", "v2", "v3", "z"]
     with torch.no_grad():
-        logits = {"prediction": model.eval()(x), **model.forward_heads(x)._asdict()}
+        logits = {"prediction": model.eval()(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
     for name, head in outputs.heads.items():
         probabilities = logits[name].double().softmax(1)
         for i, label in enumerate(y.tolist()):
@@ -127,7 +127,7 @@ def test_channels_last_changes_nothing():
     model, (loader, _, _) = mbib(), batches()
     plain = collect_outputs(model, loader, COUNTS, device=CPU)
     seen = []
-    model.backbone.register_forward_pre_hook(
+    model.backbone.conv1.register_forward_pre_hook(
         lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
     )
     last = collect_outputs(model, loader, COUNTS, device=CPU, channels_last=True)

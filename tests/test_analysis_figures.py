@@ -58,6 +58,7 @@ def made_up(counts, tested, heads=("prediction",), named=False):
         {
             "name": "made_up", "epochs": None, "seed": None, "class_counts": counts.tolist(),
             "class_names": [f"a class with a long name {i}" for i in range(classes)] if named else None,
+            "prediction_heads": list(heads[-2:]) if len(heads) > 1 else [],
             "heads": dict.fromkeys(heads, metrics),
             "positive_posterior": dict.fromkeys(heads, posterior),
             "distances": dict.fromkeys(features, rho),

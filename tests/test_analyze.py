@@ -43,8 +43,8 @@ def test_the_file_holds_what_is_returned(run, result):
     drawn = {f"{figure.name}.{form}" for figure in analysis_figures(result) for form in ("png", "pdf")}
     assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
     assert list(result) == [
-        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "heads",
-        "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
+        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts",
+        "prediction_heads", "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
         "environment",
     ]  # fmt: skip
     assert (result["name"], result["model"]) == ("mbib_resnet20.digits", "mbib_resnet20")
@@ -91,22 +91,22 @@ def test_the_parts_agree_with_one_another(result):
 
 def test_two_runs_are_compared(run, result, tmp_path, capsys):
     recipe = load_recipe(
-        find_recipe("digits/ce_resnet20"),
+        find_recipe("cifar_resnet20.ce_digits"),
         dict(epochs=1, warmup_epochs=0, device="cpu", output=str(tmp_path / "runs"), seed=5),
     )
-    plain = train(recipe, "ce_resnet20.digits")["folder"]
+    plain = train(recipe, "cifar_resnet20.ce_digits")["folder"]
     capsys.readouterr()
     output = tmp_path / "analyses"
     options = dict(overrides={"device": "cpu"}, output=output, classes=[2, 9], images_per_class=6)
     results = analyze([str(run), plain, plain], **options)
     written = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.json"))
     assert written == [
-        "ce_resnet20.digits-2/analysis.json",
-        "ce_resnet20.digits-3/analysis.json",
+        "cifar_resnet20.ce_digits-2/analysis.json",
+        "cifar_resnet20.ce_digits-3/analysis.json",
         "mbib_resnet20.digits/analysis.json",
     ]
     compared = sorted(path.relative_to(output).as_posix() for path in output.rglob("*difference.png"))
-    assert compared == [f"ce_resnet20.digits-{i}/figures/positive_posterior_difference.png" for i in (2, 3)]
+    assert compared == [f"cifar_resnet20.ce_digits-{i}/figures/positive_posterior_difference.png" for i in (2, 3)]
     assert list(results[1]["heads"]) == ["prediction"]
     assert list(results[1]["distances"]) == list(results[1]["embedding"]["points"]) == ["v"]
     assert results[0]["embedding"]["classes"] == [2, 9]
@@ -119,7 +119,7 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     for name in ("v", "z"):
         rhos = [result["distances"][name][group]["rho"] for group in ("all", "many", "medium", "few")]
         assert any(line.split() == ["rho", "of", name, *(f"{x:.3f}" for x in rhos)] for line in text.splitlines())
-    assert text.count("mean positive posterior, ce_resnet20.digits (seed 5) minus mbib_resnet20.digits (seed 0)") == 2
+    assert text.count("mean positive posterior, cifar_resnet20.ce_digits (seed 5) minus mbib_resnet20.digits (seed 0)") == 2
     few = [i for i, n in enumerate(result["class_counts"]) if n < 20]
     first, other = (r["positive_posterior"]["prediction"] for r in results[:2])
     assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"

@@ -27,13 +27,14 @@ def world() -> World:
 # Contestants
 
 
-def test_mbib_is_the_recipes_own_and_plain_differs_in_model_and_loss_alone(world):
+def test_mbib_is_the_recipes_own_and_plain_differs_in_model_and_method_alone(world):
     mbib, plain = (
         contestants.subject_recipe("resnet32", model, world, compiled=True) for model in contestants.MODELS[::-1]
     )
-    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
-    assert (mbib.model, mbib.loss, mbib.batch_size, mbib.beta) == (own.model, own.loss, own.batch_size, own.beta)
-    assert plain.replace(model=mbib.model, loss=mbib.loss) == mbib
+    own = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
+    assert (mbib.model, mbib.method, mbib.batch_size) == (own.model, own.method, own.batch_size)
+    assert plain.method == {"name": "ce"}
+    assert plain.replace(model=mbib.model, method=mbib.method) == mbib
 
 
 def test_noise_has_the_class_counts_of_the_real_subset(world):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mbib_timm.errors import MbibError
 from mbib_timm.inference import demo as demo_module
-from mbib_timm.inference.demo import build_page, class_labels, classify, heads_of
+from mbib_timm.inference.demo import build_page, class_labels, classify, shown_heads
 from mbib_timm.inference.predict import Predictor
 from mbib_timm.models.load import LoadedModel, load_model
 
@@ -30,8 +30,8 @@ def test_every_head_is_shown_with_the_training_images_of_its_classes(finished_ru
     model = load_model(str(finished_run))
     labels = class_labels(model)
     assert labels[3] == f"3 (n = {model.class_counts[3]})"
-    assert heads_of(model) == ("mean", "v", "z")
-    shown = classify([Predictor(model, head) for head in heads_of(model)], labels, picture)
+    assert shown_heads(model) == {"prediction": "Prediction (mean of v3 and z)", "v3": "Head v3", "z": "Head z"}
+    shown = classify([Predictor(model, head) for head in shown_heads(model)], labels, picture)
     images = Predictor(model).transform()(picture)[None]
     with torch.inference_mode():
         *_, v, z = model.module.forward_heads(images)
@@ -79,7 +79,7 @@ def test_it_is_served_on_this_machine_alone(finished_run, tmp_path):
         with urllib.request.urlopen(f"{url}/config", timeout=30) as answer:
             page = json.load(answer)
         labels = [part["props"].get("label") for part in page["components"]]
-        assert {"Image", *demo_module.TITLES.values()} <= set(labels)
+        assert {"Image", *shown_heads(load_model(str(finished_run))).values()} <= set(labels)
         addresses = {address for address in socket.gethostbyname_ex(socket.gethostname())[2] if address != "127.0.0.1"}
         for address in addresses:
             with pytest.raises(OSError):  # noqa: PT011 (refused or unreachable, as the system puts it)

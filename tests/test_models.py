@@ -1,25 +1,28 @@
-"""What timm holds a registered model to, checked for every name that the package registers."""
+"""What timm holds a registered model to, checked for every name that the package registers.
+
+tools/timm_tests.py runs timm's own tests over the same names.
+"""
 
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.models import group_parameters
+from timm.models import group_parameters, register_model
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import save_for_hf
 
 import mbib_timm
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
-from mbib_timm.models import count_macs, count_parameters, match_backbone_keys
-from mbib_timm.recipe import find_recipe, load_recipe
-from mbib_timm.training import train
+from mbib_timm.models import CLASSIFIERS, count_macs, count_parameters, create_classifier, prefix_backbone
 
-MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet")
+MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet", "with_classifier")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 WRAPPED = [name for name in NAMES if name.startswith(("mbib", "bib"))]
 DEPTHS = (20, 32, 44, 56, 10, 18, 34, 50, 101, 152)
@@ -29,8 +32,10 @@ SMALL = [name for name in NAMES if not name.endswith(("101", "152", "44", "56"))
 
 
 def create(name, **kwargs):
+    """A model of seven classes; those that take any backbone get a small one."""
     torch.manual_seed(0)
-    return timm.create_model(name, **{"num_classes": 7, **kwargs})
+    small = {"backbone": "resnet18"} if name in ("mbib", "bib", "with_classifier") else {}
+    return timm.create_model(name, **{"num_classes": 7, **small, **kwargs})
 
 
 def images(name, batch=2):
@@ -56,17 +61,18 @@ def test_every_variant_is_registered():
         "cifar_resnet44",
         "cifar_resnet56",
         "classic_resnet10",
-    } <= set(NAMES)
+        "with_classifier",
+    } == set(NAMES) - set(WRAPPED)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_evaluation_returns_one_tensor_and_training_returns_every_head(name):
     model = create(name)
     x = images(name, 4)
+    assert type(model(x)) is (tuple if name in WRAPPED else torch.Tensor)
     outputs = as_tuple(model(x))
+    assert len(outputs) == len(getattr(model, "head_names", ("logits",)))
     assert all(output.shape == (4, 7) for output in outputs)
-    if name in WRAPPED:
-        assert model(x)._fields == model.head_names
     sum(output.sum() for output in outputs).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     model.eval()
@@ -78,7 +84,10 @@ def test_prediction_is_the_mean_of_the_last_observation_and_the_bottleneck(name)
     model = create(name).eval()
     x = images(name)
     heads = model.forward_heads(x)
-    torch.testing.assert_close(model(x), (heads[-2] + heads.z) / 2)
+    assert type(heads) is tuple
+    assert model.head_names[-2:] == model.prediction_heads
+    assert model.bottleneck_head == model.head_names[-1] == "z"
+    torch.testing.assert_close(model(x), (heads[-2] + heads[-1]) / 2)
     for parameter in model.training_heads.parameters():
         parameter.data.fill_(float("nan"))  # evaluation must not touch the training-only heads
     assert model(x).isfinite().all()
@@ -120,18 +129,30 @@ def test_reset_classifier(name):
     assert model(x).shape == (2, 3)
     model.requires_grad_(False).double()
     model.reset_classifier(4)
-    assert not any(p.requires_grad for p in model.parameters()) or name not in WRAPPED
+    assert not any(p.requires_grad for p in model.parameters())
     assert model(x.double()).shape == (2, 4)
     model.reset_classifier(0)
     assert model(x.double()).shape == (2, model.head_hidden_size)
     model.reset_classifier(0, "")
     assert model(x.double()).ndim == 4
     assert create(name, num_classes=0).eval()(x).shape == (2, model.head_hidden_size)
+    unpooled = create(name, num_classes=0, global_pool="").eval()
+    torch.testing.assert_close(unpooled(x), unpooled.forward_features(x))
 
 
-def test_reset_classifier_after_evaluation_mode_stays_in_evaluation_mode():
-    model = create("mbib_resnet20").eval()
-    model.reset_classifier(5)
+@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
+def test_classes_after_no_pooling_are_on_pooled_observations(name):
+    model = create(name, num_classes=0, global_pool="").eval()
+    model.reset_classifier(3)
+    assert model(images(name)).shape == (2, 3)
+    with pytest.raises(MbibError, match="goes with num_classes=0"):
+        model.reset_classifier(3, "")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_reset_classifier_after_evaluation_mode_stays_in_evaluation_mode(name):
+    model = create(name).eval()
+    model.reset_classifier(5, "max")
     assert not any(module.training for module in model.modules())
 
 
@@ -151,17 +172,33 @@ def test_intermediates_over_every_level(name):
     model = create(name).eval()
     x = images(name)
     last, maps = model.forward_intermediates(x)
-    info = model.feature_info.info if hasattr(model.feature_info, "info") else model.feature_info
+    info = model.feature_info
+    assert len(info) >= 3
+    assert {level["module"] for level in info} <= {module for module, _ in model.named_modules()}
     assert [m.shape[1] for m in maps] == [level["num_chs"] for level in info]
     assert [x.shape[-1] // m.shape[-1] for m in maps] == [level["reduction"] for level in info]
     torch.testing.assert_close(last, model.forward_features(x))
     (only,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
     torch.testing.assert_close(only, maps[0])
-    features = timm.create_model(name, features_only=True).eval()
-    assert [f.shape[1] for f in features(x)] == features.feature_info.channels()
+    features = timm.create_model(name, features_only=True)
+    features.set_grad_checkpointing()
+    outputs = features(x)
+    assert [f.shape[1] for f in outputs] == features.feature_info.channels()
+    assert len(outputs) >= 3
+    sum(f.sum() for f in outputs).backward()
+    assert [n for n, p in features.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "cifar_resnet20"])
+@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
+def test_features_of_a_cifar_model_are_its_stages(name):
+    assert timm.create_model(name, features_only=True).feature_info.channels() == [16, 32, 64]
+    two = timm.create_model(name, features_only=True, out_indices=(0, 4))
+    assert two.feature_info.module_name() == ["backbone.act1", "backbone.layer2.0"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10", "cifar_resnet20", "with_classifier"]
+)
 def test_pruning_keeps_the_maps_before_it(name):
     model = create(name).eval()
     x = images(name)
@@ -173,14 +210,41 @@ def test_pruning_keeps_the_maps_before_it(name):
     ):
         torch.testing.assert_close(kept, before)
     assert count_parameters(model) < parameters
+    model.train().forward_features(x).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    model.reset_classifier(5, "avg")
+    assert model(x)[0].shape[-1] == 5 or model(x).shape == (2, 5)
+    assert model.eval()(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10", "cifar_resnet20"])
-def test_torchscript_and_fx(name):
-    model = create(name).eval()
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10", "cifar_resnet20", "classic_resnet10", "with_classifier"]
+)
+def test_torchscript_and_fx(name, classifier):
+    model = create(name, classifier=classifier).eval()
     x = images(name)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_torchscript_ends_at_the_last_tap():
+    model = create("mbib_resnet20", taps=(2, "layer2.1")).eval()
+    x = images("mbib_resnet20")
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_torchscript_says_what_it_cannot_follow():
+    model = create("mbib", backbone="vit_tiny_patch16_224", img_size=32).eval()
+    with pytest.raises(MbibError, match="forward_features of backbone 'vit_tiny_patch16_224' is not its last tap"):
+        torch.jit.script(model)
+
+
+def test_training_compiles_without_a_graph_break():
+    model = create("mbib_resnet20")
+    x = images("mbib_resnet20", 4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_pickle_deepcopy_and_export():
@@ -192,7 +256,7 @@ def test_pickle_deepcopy_and_export():
     torch.testing.assert_close(exported(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "cifar_resnet20"])
+@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "cifar_resnet20", "with_classifier"])
 def test_gradient_checkpointing_changes_nothing(name):
     x = images(name, 4)
     gradients = []
@@ -230,7 +294,9 @@ def test_without_training_heads_the_prediction_is_the_same():
     assert all(key.startswith("training_heads.") for key in missing.unexpected_keys)
     x = images("mbib_resnet20")
     torch.testing.assert_close(bare(x), model(x))
-    assert bare.train()(x)._fields == ("v3", "z")
+    assert bare.head_names == ("v3", "z")
+    assert len(bare.train()(x)) == 2
+    assert bare.pretrained_cfg["classifier"] == ("observation.classifier", "bottleneck.classifier")
 
 
 # Table 6 and its parts.
@@ -273,8 +339,9 @@ def test_macs_agree_with_torch():
 def test_taps_block_by_block_and_the_input():
     taps = ("input", "layer1.1", "layer1.2", "layer2.2", 8, "layer3.2")
     model = create("mbib_resnet20", taps=taps)
-    outputs = model(images("mbib_resnet20"))
-    assert outputs._fields == ("x", "v1", "v2", "v3", "v4", "v5", "z")
+    assert model.head_names == ("x", "v1", "v2", "v3", "v4", "v5", "z")
+    assert len(model(images("mbib_resnet20"))) == 7
+    assert len(model.pretrained_cfg["classifier"]) == 7
     assert model.training_heads.x.num_features == 3
     assert model.eval()(images("mbib_resnet20")).shape == (2, 7)
 
@@ -287,20 +354,21 @@ def test_two_to_six_observations(observations):
 
 
 def test_tapped_maps_are_the_backbones_own():
-    model = create("mbib_resnet32", taps=(3, "layer2.1", 15)).eval()
+    model = create("mbib_resnet32", taps=(3, "layer2.1", 14)).eval()
     plain = create("cifar_resnet32").eval()
-    plain.load_state_dict(
-        {
-            key.removeprefix("backbone.").replace("_", ".", 1): value
-            for key, value in model.state_dict().items()
-            if key.startswith("backbone.")
-        },
-        strict=False,
-    )
+    own = {key.removeprefix("backbone."): v for key, v in model.state_dict().items() if key.startswith("backbone.")}
+    loaded = plain.load_state_dict(own, strict=False)
+    assert loaded.unexpected_keys == []
+    assert all(key.startswith(("layer3.4.", "fc.")) for key in loaded.missing_keys)
     x = images("mbib_resnet32")
-    expected = plain.forward_intermediates(x, indices=[3, 7, 15], intermediates_only=True)
-    for ours, theirs in zip(model.backbone(x), expected, strict=True):
+    assert len(model.feature_info) == 15
+    expected = plain.forward_intermediates(x, indices=[3, 7, 14], intermediates_only=True)
+    given = model.forward_intermediates(x, indices=[3, 7, 14], intermediates_only=True)
+    for ours, theirs in zip(given, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+    pooled = [m.mean(dim=(2, 3)) for m in expected]
+    logits = [head(v) for head, v in zip(model.training_heads.values(), pooled, strict=False)]
+    torch.testing.assert_close(model.forward_heads(x)[:2], tuple(logits))
 
 
 @pytest.mark.parametrize(
@@ -317,10 +385,27 @@ def test_impossible_taps_are_refused(taps, message):
         create("mbib_resnet32", taps=taps)
 
 
+@pytest.mark.parametrize("error", [MbibError, AssertionError], ids=["ours", "timm's"])
 @pytest.mark.parametrize("pool", ["catavgmax", "", "median"])
-def test_pooling_that_changes_the_width_is_refused(pool):
-    with pytest.raises(MbibError, match="global_pool"):
+def test_pooling_that_changes_the_width_is_refused(pool, error):
+    with pytest.raises(error, match="global_pool"):
         create("mbib_resnet20", global_pool=pool)
+    model = create("mbib_resnet20")
+    with pytest.raises(error, match="global_pool"):
+        model.reset_classifier(3, pool)
+    assert model.num_classes == 7
+
+
+def test_a_backbone_that_timm_cannot_tap_is_refused():
+    class Untapped(torch.nn.Module):
+        feature_info = [dict(num_chs=4, reduction=2, module="conv")]  # noqa: RUF012
+
+    @register_model
+    def untapped_net(pretrained=False, **kwargs):
+        return Untapped()
+
+    with pytest.raises(MbibError, match="backbone 'untapped_net' cannot be tapped: it has no forward_intermediates"):
+        create("mbib", backbone="untapped_net")
 
 
 def test_unknown_backbone_is_refused_with_the_nearest():
@@ -344,13 +429,19 @@ def test_wraps_timm_backbones(backbone):
     size = BACKBONES[backbone].get("img_size", 64)
     x = torch.randn(2, 3, size, size)
     outputs = model(x)
-    assert outputs._fields == ("v1", "v2", "v3", "z")
+    assert model.head_names == ("v1", "v2", "v3", "z")
+    assert len(outputs) == 4
     sum(output.sum() for output in outputs).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     plain = timm.create_model(backbone, **BACKBONES[backbone])
-    model.load_state_dict(match_backbone_keys(plain.state_dict(), model), strict=False)
-    expected = plain.eval().forward_intermediates(x, indices=[len(plain.feature_info) - 1], intermediates_only=True)
-    torch.testing.assert_close(model.eval().forward_intermediates(x, indices=[2], intermediates_only=True), expected)
+    weights = prefix_backbone(plain.state_dict(), model)
+    assert weights.keys() == {key for key in model.state_dict() if key.startswith("backbone.")}
+    model.load_state_dict(weights, strict=False)
+    last = [len(plain.feature_info) - 1]
+    expected = plain.eval().forward_intermediates(x, indices=last, intermediates_only=True)
+    given = model.eval().forward_intermediates(x, indices=last, intermediates_only=True)
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(model.forward_features(x), expected[0])
     group_of = group_parameters(model, model.group_matcher(), reverse=True)
     assert len(set(group_of.values())) > 3
 
@@ -360,7 +451,7 @@ def test_wraps_timm_backbones(backbone):
 
 def by_hand(model, x, head):
     """The logits of v, or of z, out of the parts: pooled map, BatchNorm, and for z a layer more."""
-    v = model.observation.norm(model.backbone(x)[-1].mean(dim=(2, 3)))
+    v = model.observation.norm(model.forward_features(x).mean(dim=(2, 3)))
     if head == "v":
         return torch.nn.functional.linear(v, *model.observation.classifier.parameters())
     z = torch.nn.functional.linear(v, *model.bottleneck.fc.parameters())
@@ -382,8 +473,10 @@ def test_a_network_that_predicts_by_one_head(name, prediction, heads):
     x = images(name, 4)
     outputs = model(x)
     assert model.head_names == heads
-    assert outputs._fields == heads
+    assert len(outputs) == len(heads)
+    assert model.bottleneck_head == ("z" if prediction == "z" else None)
     assert len(model.get_classifier()) == len(heads)
+    assert all(f"{name}.weight" in model.state_dict() for name in model.pretrained_cfg["classifier"])
     sum(output.sum() for output in outputs).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     model.eval()
@@ -432,22 +525,16 @@ def test_an_unknown_prediction_is_refused():
 
 
 @pytest.mark.parametrize("prediction", ["v", "z"])
-def test_a_run_of_one_head_is_loaded_evaluated_and_predicts(tmp_path, capsys, prediction):
-    settings = dict(
-        epochs=1, warmup_epochs=0, device="cpu", workers=0, batch_size=64, output=str(tmp_path),
-        model="bib_resnet20", model_kwargs={"prediction": prediction}, loss="bsce",
-    )  # fmt: skip
-    recipe = load_recipe(find_recipe("digits/mbib_resnet20"), settings)
-    metrics = train(recipe, "one_head")
-    assert set(metrics["result"]["heads"]) == {"prediction"}
+def test_a_model_of_one_head_is_loaded_and_predicts(tmp_path, capsys, prediction):
     folder = tmp_path / "one_head"
-    for num_classes in (10, 4):
+    save_for_hf(create("bib_resnet20", prediction=prediction), folder, safe_serialization=True)
+    weights = load_file(folder / "model.safetensors")
+    for num_classes in (7, 4):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes).eval()
         assert model.head_names == ("v1" if prediction == "v" else "z",)
-        weights = load_file(folder / "model.safetensors")
         assert model.state_dict().keys() == weights.keys()
         same = {key for key, value in model.state_dict().items() if torch.equal(value, weights[key])}
-        fresh = {key for key in weights if "classifier" in key} if num_classes != 10 else set()
+        fresh = {key for key in weights if "classifier" in key} if num_classes != 7 else set()
         assert weights.keys() - same <= fresh
     Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
     arguments = ["predict", str(folder), str(tmp_path / "image.png"), "--device", "cpu", "--workers", "0"]
@@ -458,6 +545,112 @@ def test_a_run_of_one_head_is_loaded_evaluated_and_predicts(tmp_path, capsys, pr
         error = capsys.readouterr().err
         assert f"has one head; --head {head} is for" in error
         assert error.count("\n") == 1
+
+
+# Classifiers.
+
+
+def naive_logits(kind, features, state, scale=1.0):
+    """The logits of METHODS 0.1 and 3.2, number by number."""
+    rows = []
+    for f in features.double():
+        row = []
+        for j, w in enumerate(state["weight"].double()):
+            if kind == "cosine":
+                row.append(scale * sum(a * b for a, b in zip(f, w, strict=True)) / (f.norm() * w.norm()))
+                continue
+            logit = sum(a * b for a, b in zip(f, w, strict=True)) + state["bias"][j].double()
+            row.append(state["scale"][j].double() * logit if kind == "scaled" else logit)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "scale"), [("linear", None), ("cosine", 1.0), ("cosine", 16), ("scaled", None)])
+def test_classifiers_against_loops(kind, scale, dtype):
+    torch.manual_seed(0)
+    classifier = create_classifier(kind, 6, 4, scale, dtype=dtype)
+    if kind == "scaled":
+        torch.nn.init.uniform_(classifier.scale, 0.5, 2)
+    features = torch.randn(5, 6, dtype=dtype)
+    expected = naive_logits(kind, features, classifier.state_dict(), scale or 1.0)
+    torch.testing.assert_close(classifier(features), expected.to(dtype))
+    torch.testing.assert_close(torch.jit.script(classifier)(features), classifier(features))
+    classifier(features).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in classifier.parameters())
+
+
+def test_a_scale_of_one_is_the_linear_classifier():
+    linear, scaled = create_classifier("linear", 64, 100), create_classifier("scaled", 64, 100)
+    assert scaled.load_state_dict(linear.state_dict(), strict=False).missing_keys == ["scale"]
+    features = torch.randn(8, 64)
+    assert torch.equal(scaled(features), linear(features))
+
+
+def test_a_cosine_classifier_sees_directions_alone():
+    classifier = create_classifier("cosine", 64, 100)
+    torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(100))
+    features = torch.randn(8, 64)
+    logits = classifier(features)
+    assert logits.abs().max() <= 30
+    torch.testing.assert_close(classifier(100 * features), logits, rtol=1e-4, atol=1e-4)
+    classifier.weight.data *= torch.rand(100, 1) + 0.1
+    torch.testing.assert_close(classifier(features), logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(classifier(-features), logits)
+
+
+def test_a_cosine_classifier_normalises_in_float32_under_autocast():
+    classifier = create_classifier("cosine", 64, 100)
+    features = 1e-4 * torch.randn(8, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(features.bfloat16())
+    assert logits.dtype == torch.float32
+    assert (logits - classifier(features)).abs().max() < 0.3  # 2^-8 of the scale, and of it the product's rounding
+    assert classifier.bfloat16()(features.bfloat16()).dtype == torch.bfloat16
+
+
+# METHODS 0.1: 470,004 parameters with a linear head, 469,904 with a cosine one; 3.2: a scale for each class.
+@pytest.mark.parametrize(("kind", "parameters"), [("linear", 470_004), ("cosine", 469_904), ("scaled", 470_104)])
+def test_parameters_and_macs_of_a_classifier(kind, parameters):
+    model = timm.create_model("cifar_resnet32", num_classes=100, classifier=kind, device="meta")
+    assert count_parameters(model) == parameters
+    assert count_macs(model, (3, 32, 32))["linear"] == 6_400
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_model_takes_every_classifier_and_keeps_its_kind(name, kind):
+    model = timm.create_model(name, num_classes=7, device="meta", classifier=kind)
+    before = [type(classifier) for classifier in as_tuple(model.get_classifier())]
+    assert len({*before}) == 1
+    model.reset_classifier(0)
+    model.reset_classifier(5)
+    assert [type(classifier) for classifier in as_tuple(model.get_classifier())] == before
+    assert [type(create_classifier(kind, 1, 1))] == [*{*before}]
+
+
+def test_classifiers_that_do_not_exist_are_refused():
+    with pytest.raises(MbibError, match="unknown classifier 'cosin': did you mean 'cosine'"):
+        create("cifar_resnet20", classifier="cosin")
+    with pytest.raises(MbibError, match="classifier_scale is for the cosine classifier"):
+        create("cifar_resnet20", classifier_scale=2.0)
+    with pytest.raises(MbibError, match="unknown backbone 'resnet5'"):
+        create("with_classifier", backbone="resnet5")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_any_backbone_with_a_classifier(backbone):
+    arguments = BACKBONES[backbone]
+    model = create("with_classifier", backbone=backbone, classifier="cosine", classifier_scale=16, **arguments)
+    plain = create(backbone, **arguments)
+    model.load_state_dict(prefix_backbone(plain.state_dict(), model), strict=False)
+    x = torch.randn(2, 3, *[arguments.get("img_size", 64)] * 2)
+    features = model.eval().forward_features(x)
+    torch.testing.assert_close(features, plain.eval().forward_features(x))
+    pooled = plain.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
+    expected = naive_logits("cosine", pooled, model.classifier.state_dict(), 16)
+    torch.testing.assert_close(model(x), expected.float())
 
 
 # Weights.
@@ -485,6 +678,24 @@ def test_backbone_weights_adapt_to_grey_images():
     overlay = dict(state_dict=plain_weights(), hf_hub_id=None)
     model = timm.create_model("mbib_resnet18", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay)
     assert model.backbone.conv1.weight.shape[1] == 1
+
+
+@pytest.mark.parametrize("num_classes", [7, 1000])
+@pytest.mark.parametrize("name", ["mbib", "with_classifier"])
+def test_any_backbones_weights_load_through_its_own_cfg(name, num_classes):
+    weights = plain_weights("regnetx_002")
+    cfg = resolve_pretrained_cfg("regnetx_002", None, dict(state_dict=weights, hf_hub_id=None, url=None)).to_dict()
+    overlay = dict(state_dict=weights, hf_hub_id=None, url=None)
+    arguments = dict(backbone="regnetx_002.pycls_in1k", pretrained=True, num_classes=num_classes)
+    model = timm.create_model(name, pretrained_cfg_overlay=overlay, **arguments)
+    assert model.pretrained_cfg["mean"] == cfg["mean"]
+    assert model.pretrained_cfg["first_conv"] == "backbone.stem.conv"
+    for key, value in model.state_dict().items():
+        if key.startswith("backbone."):
+            torch.testing.assert_close(value, weights[key.removeprefix("backbone.")])
+    overlay["state_dict"] = {key.replace("s4.", "s5."): value for key, value in weights.items()}
+    with pytest.raises(CheckpointError, match=r"missing keys: s4.*unexpected keys: s5"):
+        timm.create_model(name, pretrained_cfg_overlay=overlay, **arguments)
 
 
 @pytest.mark.parametrize("num_classes", [7, 1000])
@@ -518,6 +729,41 @@ def test_own_checkpoint_round_trip_is_strict_and_keeps_what_it_can(tmp_path, num
             num_classes=5,
             pretrained_cfg_overlay=dict(state_dict=weights),
         )
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+@pytest.mark.parametrize("name", ["mbib_resnet20", "cifar_resnet20", "classic_resnet10", "with_classifier"])
+def test_a_checkpoint_serves_without_classes_and_with_others(tmp_path, name, classifier):
+    """timm's idiom for embeddings, ``pretrained=True, num_classes=0``; the arguments come from config.json."""
+    model = create(name, classifier=classifier)
+    model.eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_args"]["classifier"] == classifier
+    x = images(name)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x))
+    embedding = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    assert torch.equal(embedding(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5).eval()
+    assert other(x).shape == (2, 5)
+    assert torch.equal(other.forward_features(x), model.forward_features(x))
+    state = model.state_dict()
+    state.popitem()
+    overlay = dict(state_dict=state, num_classes=7)
+    with pytest.raises(CheckpointError, match="missing keys"):
+        timm.create_model(name, pretrained=True, num_classes=7, classifier=classifier, pretrained_cfg_overlay=overlay)
+
+
+def test_the_packaged_weights_give_the_logits_that_they_always_gave():
+    """Logits of every head, written before the weights' keys were renamed; bit-equal where they were written."""
+    golden = load_file(Path(__file__).parent / "golden" / "mbib_resnet32_logits.safetensors")
+    model = timm.create_model("mbib_resnet32.cifar100_lt_if100", pretrained=True).eval()
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = {"prediction": model(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
+    assert given.keys() == golden.keys()
+    for name, logits in given.items():
+        torch.testing.assert_close(logits, golden[name], rtol=1e-5, atol=1e-5)
 
 
 def test_timm_finds_the_models_only_after_the_import():

@@ -171,7 +171,7 @@ def test_further_splits_are_packed_once(tmp_path):
     ],
 )
 def test_names_that_cannot_be_written(tmp_path, monkeypatch, name, message):
-    monkeypatch.setattr(sys, "argv", ["pack.py", "digits/mbib_resnet20", "-o", str(tmp_path / name)])
+    monkeypatch.setattr(sys, "argv", ["pack.py", "mbib_resnet20.digits", "-o", str(tmp_path / name)])
     with pytest.raises(MbibError, match=message):
         pack.main()
     assert not list(tmp_path.iterdir())
@@ -209,10 +209,11 @@ def test_a_pack_that_fails_leaves_what_was_there(tmp_path, monkeypatch, name, be
 
 def test_training_on_the_packed_file_is_training_on_the_data(tmp_path, monkeypatch, capsys):
     """From the command line: the same batches, so the same losses to the last bit."""
-    shared = ["digits/mbib_resnet20", "--imbalance-max", "48", "--img-size", "16"]
-    shared += ["--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--loader", "resident"]
+    data = ["mbib_resnet20.digits", "--imbalance-max", "48"]
+    shared = [*data, "--img-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
+    shared += ["--loader", "resident"]
     archive = tmp_path / "digits.tar.gz"
-    monkeypatch.setattr(sys, "argv", ["pack.py", *shared, "-o", str(archive)])
+    monkeypatch.setattr(sys, "argv", ["pack.py", *data, "-o", str(archive)])
     pack.main()
     assert capsys.readouterr().out.startswith(f"{archive}: ")
     runs = []

@@ -10,11 +10,12 @@ import timm
 import torch
 
 import mbib_timm  # noqa: F401 (registers the models)
-from mbib_timm.losses import create_loss
+from mbib_timm.data import Batch
+from mbib_timm.methods import METHODS, Facts, head_names, method_title, resolve_method
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipe_claims, recipes_folder
 from mbib_timm.sweeps.definition import find_sweep, list_sweeps
 from mbib_timm.sweeps.plan import plan
-from mbib_timm.training.task import LongTailTask, head_names
+from mbib_timm.training.setup import build_network
 
 SWEEPS = list_sweeps()
 CLASSES = 100
@@ -40,7 +41,7 @@ def heads_of(recipe):
 def test_the_issues_sweeps_are_there():
     assert {
         "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
-        "table7_heads", "figure9_structures", "table9_rebalancing", "silences",
+        "table7_heads", "figure9_structures", "table9_rebalancing", "open_choices", "methods",
     } == set(SWEEPS)  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     runs = plan(sweep, {})
     assert sweep.title
     assert len(runs) == 3 * len(runs_of(name)), "three seeds"
-    assert {run.recipe.epochs for run in runs} == {200}
+    assert {run.epochs for run in runs} == {60 if name == "methods" else 200}
     assert f"sweeps/{name}" not in list_recipes()
     path = recipes_folder() / "sweeps" / f"{name}.yaml"
     assert all(line.startswith("#") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
@@ -59,29 +60,34 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     assert claims["Command"].startswith(f"mbib sweep {name}")
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-def test_model_and_loss_of_every_run_fit_together(name):
-    for recipe in runs_of(name).values():
-        create_loss(recipe, np.arange(CLASSES, 0, -1), heads_of(recipe))
+def create_method(recipe):
+    """The method of a recipe with its network; as for a first stage, whatever it starts from."""
+    kind, settings = resolve_method(recipe.method)
+    network = build_network(recipe.replace(reset="none"), CLASSES)
+    return kind(network, kind.Settings(**settings), Facts(np.arange(CLASSES, 0, -1), 1, 1), torch.device("cpu"))
 
 
 def distinct():
-    """One recipe for each model, arguments and loss that a sweep trains."""
-    recipes = [recipe for name in SWEEPS for recipe in runs_of(name).values()]
-    keys = ["model", "model_kwargs", "loss", "logit_adjustment", "normalize_class_weights"]
-    return list({json.dumps([getattr(recipe, key) for key in keys]): recipe for recipe in recipes}.items())
+    """One recipe for each model, arguments and method that a sweep trains; of numbers the first."""
+    recipes = [recipe for name in SWEEPS for recipe in runs_of(name).values() if recipe.epochs]
+
+    def kinds(recipe):
+        settings = {key: value for key, value in recipe.method.items() if isinstance(value, bool | str)}
+        return json.dumps([recipe.model, recipe.model_kwargs, settings])
+
+    return list({kinds(recipe): recipe for recipe in reversed(recipes)}.items())
 
 
 @pytest.mark.parametrize(("key", "recipe"), distinct(), ids=[key for key, _ in distinct()])
-def test_every_network_and_loss_trains(key, recipe):
+def test_every_network_and_method_trains(key, recipe):
     torch.manual_seed(0)
-    model = timm.create_model(recipe.model, num_classes=CLASSES, **recipe.model_kwargs)
-    loss = create_loss(recipe, np.arange(CLASSES, 0, -1), head_names(model))
-    parts = LongTailTask(model, loss, torch.device("cpu"))(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 50, 99]))
+    method = create_method(recipe)
+    method.start_epoch(0)
+    batch = Batch((torch.randn(4, 3, 16, 16),), torch.tensor([0, 1, 50, 99]), torch.arange(4))
+    parts = method(batch)
     parts["loss"].backward()
     assert all(part.isfinite() for part in parts.values())
-    unused = {name for name, p in model.named_parameters() if p.grad is None}
-    assert not unused
+    assert not {name for name, p in method.trainable_parameters() if p.grad is None}
 
 
 # What the paper says of each
@@ -95,28 +101,22 @@ def test_table_4_has_two_to_six_observations():
     }  # fmt: skip
     assert [name for name, heads in observations.items() if "x" in heads] == ["4-MBIB(x)"]
     for (name,), recipe in runs.items():
-        assert recipe.loss == "mbib"
-        assert recipe.observation_weights == [0.3] * (len(observations[name]) - 1) + [1.0]
+        assert recipe.method["name"] == "mbib"
+        assert recipe.method["observation_weights"] == [0.3] * (len(observations[name]) - 1) + [1.0]
     # a = 0 in 2-MBIB: the observation that is left out is the first. The others keep the stages' ends.
-    own = on_meta("mbib_resnet32", "{}").feature_info
-    (taps,) = [recipe.model_kwargs["taps"] for (name,), recipe in runs.items() if name == "2-MBIB"]
-    assert [info["module"] for info in on_meta("mbib_resnet32", json.dumps({"taps": taps})).feature_info] == [
-        info["module"] for info in own[1:]
-    ]
-    for (name,), recipe in runs.items():
-        if name != "2-MBIB":
-            modules = [
-                info["module"] for info in on_meta("mbib_resnet32", json.dumps(recipe.model_kwargs)).feature_info
-            ]
-            assert {info["module"] for info in own} <= set(modules)
+    taps = {name: on_meta("mbib_resnet32", json.dumps(recipe.model_kwargs)).taps for (name,), recipe in runs.items()}
+    own = tuple(on_meta("mbib_resnet32", "{}").taps)
+    assert tuple(taps.pop("2-MBIB")) == own[1:]
+    assert all(set(own) <= set(levels) for levels in taps.values())
 
 
 def test_figure_3_varies_beta_at_the_papers_a_and_b():
     runs = runs_of("figure3_beta")
     assert set(runs) == {(m, str(f), str(b)) for m in ("mbib", "bib") for f in (100, 50, 10) for b in range(6)}
     for (method, factor, beta), recipe in runs.items():
-        assert (recipe.loss, recipe.imbalance_factor, recipe.beta) == (method, float(factor), float(beta))
-        assert recipe.observation_weights == [0.1, 0.3, 1.0]
+        assert (recipe.method["name"], recipe.method["beta"]) == (method, float(beta))
+        assert recipe.imbalance_factor == float(factor)
+        assert recipe.method.get("observation_weights", [0.1, 0.3, 1.0]) == [0.1, 0.3, 1.0]
     # Solid lines for MBIB, dashed ones for BIB: the first and the second style.
     assert find_sweep(["figure3_beta"]).axes["method"] == ["mbib", "bib"]
 
@@ -126,35 +126,37 @@ def test_figure_4_varies_a_and_b_at_beta_5():
     assert len({a for a, _ in runs}) == len({b for _, b in runs}) == len(runs) ** 0.5
     assert ("0.1", "0.3") in runs
     for (a, b), recipe in runs.items():
-        assert recipe.observation_weights == [float(a), float(b), 1.0]
-        assert (recipe.beta, recipe.loss, recipe.imbalance_factor) == (5.0, "mbib", 100.0)
+        assert recipe.method["observation_weights"] == [float(a), float(b), 1.0]
+        assert (recipe.method["beta"], recipe.method["name"], recipe.imbalance_factor) == (5.0, "mbib", 100.0)
 
 
 def test_figure_6_crosses_plain_losses_with_no_self_distillation():
-    own = load_recipe(find_recipe("cifar100_lt_if100/bib_resnet32"))
+    own = load_recipe(find_recipe("bib_resnet32.cifar100_lt_if100")).method
     for (losses, beta), recipe in runs_of("figure6_components").items():
         balanced = {"plain": False, "balanced": True}[losses]
         # Cross-entropy for Loss1 and Loss2: neither log n nor class weights.
-        assert recipe.logit_adjustment is balanced
-        assert recipe.class_weight_power == (own.class_weight_power if balanced else 0)
-        assert (recipe.beta, recipe.loss) == (float(beta), "bib")
+        assert recipe.method["logit_adjustment"] is balanced
+        assert recipe.method["class_weight_power"] == (own["class_weight_power"] if balanced else 0)
+        assert (recipe.method["beta"], recipe.method["name"]) == (float(beta), "bib")
     assert set(runs_of("figure6_components")) == {(a, b) for a in ("plain", "balanced") for b in ("0", "5")}
 
 
 def test_table_7_has_networks_of_one_head_beside_bibs():
-    runs = {name: (recipe.loss, heads_of(recipe)) for (name,), recipe in runs_of("table7_heads").items()}
+    runs = {name: (recipe.method["name"], heads_of(recipe)) for (name,), recipe in runs_of("table7_heads").items()}
     assert runs == {"BSCE": ("bsce", ("v1",)), "BSCE_MLP": ("bsce", ("z",)), "BIB": ("bib", ("v1", "z"))}
 
 
 def test_figure_9_changes_the_structure_alone():
     recipes = list(runs_of("figure9_structures").values())
-    assert [recipe.loss for recipe in recipes] == ["mbib", "se_mbib", "all_mbib"]
-    assert all(differing(recipe, recipes[0]) <= {"loss"} for recipe in recipes)
+    assert [recipe.method["name"] for recipe in recipes] == ["mbib", "se_mbib", "all_mbib"]
+    assert all(differing(recipe, recipes[0]) <= {"method"} for recipe in recipes)
+    shared = [{key: recipe.method[key] for key in recipes[0].method if key != "name"} for recipe in recipes]
+    assert shared[0] == shared[1] == shared[2]
 
 
 def test_table_9_takes_each_rebalancing_away():
     found = {
-        name: (recipe.logit_adjustment, recipe.class_weight_power)
+        name: (recipe.method["logit_adjustment"], recipe.method["class_weight_power"])
         for (name,), recipe in runs_of("table9_rebalancing").items()
     }
     assert found == {
@@ -170,19 +172,28 @@ def differing(recipe, other):
     return {key for key in mine if key not in PLACES and mine[key] != theirs[key]}
 
 
-def test_silences_depart_from_the_defaults_in_one_thing_at_a_time():
-    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
-    departures = {name: differing(recipe, own) for (name,), recipe in runs_of("silences").items()}
+def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
+    own = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
+    departures = {name: differing(recipe, own) for (name,), recipe in runs_of("open_choices").items()}
     assert departures.pop("none") == set()
     assert all(len(keys) == 1 for keys in departures.values()), departures
-    recipes = [recipe for (name,), recipe in runs_of("silences").items() if name != "none"]
+    recipes = [recipe for (name,), recipe in runs_of("open_choices").items() if name != "none"]
     assert all(len(recipe.model_kwargs) <= 1 for recipe in recipes)
     # The issue's list: ReLU, width of z, BatchNorm on the observations, the normalising sum, the subset.
     arguments = {key for recipe in recipes for key in recipe.model_kwargs}
     assert arguments == {"bottleneck_act", "bottleneck_features", "observation_norm"}
     assert {key for keys in departures.values() for key in keys} == {
-        "model_kwargs", "normalize_class_weights", "subset_seed"
+        "model_kwargs", "method", "subset_seed"
     }  # fmt: skip
+    (method,) = [recipe.method for recipe in recipes if recipe.method != own.method]
+    assert {key for key in method if method[key] != own.method[key]} == {"normalize_class_weights"}
+
+
+def test_all_methods_of_the_package_are_in_the_sweep_over_them():
+    runs = runs_of("methods")
+    assert [recipe.method["name"] for recipe in runs.values()] == [name for (name,) in runs]
+    assert {name for (name,) in runs} == {name for name in METHODS if METHODS[name].__module__.startswith("mbib_timm.")}
+    assert all(method_title(name) != name for (name,) in runs)
 
 
 # The paper's numbers, out of its text
@@ -222,7 +233,11 @@ def numbers(name, *axes):
 
 
 def test_numbers_of_table_1(paper):
-    names = {"CE": "ce", "Focal Loss": "focal", "BSCE": "bsce", "BIB(Ours)": "bib", "MBIB(Ours)": "mbib"}
+    # Two of them as the text has them.
+    names = {
+        "CE": "ce", "Focal Loss": "focal", "BSCE": "bsce", "LDAM-DRW": "ldam_drw", "m cRT": "crt",
+        "au-norm": "tau_norm", "BIB(Ours)": "bib", "MBIB(Ours)": "mbib",
+    }  # fmt: skip
     rows = rows_beside(paper, "Table 1:", -1)
     assert ["Method", "100", "50", "10"] in rows
     expected = {
@@ -231,9 +246,9 @@ def test_numbers_of_table_1(paper):
         if row[0] in names
         for factor, cell in zip(("100", "50", "10"), row[1:], strict=True)
     }
-    assert len(expected) == 15
+    assert len(expected) == 24
     assert numbers("table1_cifar100_lt", "method", "imbalance_factor") == expected
-    assert numbers("silences") == {(): expected["mbib", "100"]}
+    assert numbers("open_choices") == {(): expected["mbib", "100"]}
 
 
 def test_numbers_of_table_4(paper):
@@ -257,7 +272,7 @@ def test_numbers_of_table_7(paper):
     expected = {names[row[0]]: by_group(header, row) for row in rows}
     assert len(expected) == 5
     assert numbers("table7_heads", "method", "head") == expected
-    assert find_sweep(["table7_heads"]).paper.recipe == "imagenet_lt/bib_resnet10"
+    assert find_sweep(["table7_heads"]).paper.recipe == "bib_resnet10.imagenet_lt"
 
 
 def test_numbers_of_table_9(paper):

@@ -34,11 +34,11 @@ def by_hand(run, path):
     model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.no_grad():
-        heads = model.forward_heads(transform(Image.open(path).convert("RGB"))[None])
-    return {"v": heads.v3[0], "z": heads.z[0], "mean": (heads.v3[0] + heads.z[0]) / 2}
+        v1, v2, v3, z = (logits[0] for logits in model.forward_heads(transform(Image.open(path).convert("RGB"))[None]))
+    return {"v1": v1, "v2": v2, "v3": v3, "z": z, "prediction": (v3 + z) / 2}
 
 
-@pytest.mark.parametrize("head", ["mean", "v", "z"])
+@pytest.mark.parametrize("head", ["prediction", "v1", "v3", "z"])
 def test_probabilities_are_those_of_the_model(finished_run, photos, head):
     predictor = Predictor(load_model(str(finished_run)), head)
     found = list(predictor.predict(find_images([str(photos)]), top_k=10, batch_size=5))
@@ -99,11 +99,13 @@ def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_ru
         Predictor(load_model(str(tmp_path)), prior="train")
 
 
-def test_a_model_of_one_head_has_no_other(monkeypatch, finished_run):
+def test_heads_that_a_model_has_not(finished_run):
     model = load_model(str(finished_run))
     plain = type(model)(model.source, timm.create_model("cifar_resnet20").eval(), model.preprocessing, None, None, None)
-    with pytest.raises(MbibError, match="has one head"):
+    with pytest.raises(MbibError, match="unknown head of .* 'z': choose from prediction"):
         Predictor(plain, "z")
+    with pytest.raises(MbibError, match="unknown head of .* 'v4': did you mean 'v3'"):
+        Predictor(model, "v4")
 
 
 def test_broken_images_are_listed_at_the_end(finished_run, photos, tmp_path, capsys):

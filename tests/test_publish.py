@@ -21,6 +21,7 @@ from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import git_oid, make_release
+from mbib_timm.recipe import load_recipe
 from mbib_timm.training.public import public_command, public_text
 
 REPOSITORY = "tester/mbib_resnet20.digits"
@@ -271,8 +272,10 @@ def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(fin
 def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir '/home/me/my images' --lr 0.1 --output=/x --sync-bn --workers 8 --seed 1"
     assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
+    command = "mbib train r.yaml --stage2.workers 4 --stage2.lr 0.1 --plugin /home/me/mine.py"
+    assert public_command(command) == "mbib train r.yaml --stage2.lr 0.1 --plugin mine.py"
     # A flag takes one value at most: what comes after it stays.
-    assert public_command("mbib sweep --device cuda:1 silences --seeds 0 1") == "mbib sweep silences --seeds 0 1"
+    assert public_command("mbib sweep --device cuda:1 open_choices --seeds 0 1") == "mbib sweep open_choices --seeds 0 1"
     assert public_command("mbib train --dataset-download --no-pin-mem digits/a --lr 1") == "mbib train digits/a --lr 1"
     assert public_command("mbib train r --model-kwargs file=/home/me/w.pt") == "mbib train r --model-kwargs file=w.pt"
     assert public_command("mbib train it's.yaml") == shlex.join(["mbib", "train", "it's.yaml"])
@@ -345,6 +348,36 @@ def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
         read_record(finished_run, others)
 
 
+def test_the_card_of_a_method_that_trains_nothing(post_hoc_run):
+    """Of its own numbers, what it chose, and both stages."""
+    metrics = json.loads((post_hoc_run / "metrics.json").read_text())
+    release = make_release(post_hoc_run, "me/decoupled")
+    card = release.files["README.md"].decode()
+    assert "trained on `digits` for 3 epochs with CE, then tau-norm, by `mbib_timm`." in card
+    assert "of the split `test`, after CE, then tau-norm, of these weights" in card
+    assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g}." in card
+    assert "1. CE: 3 epochs of batches of 32" in card
+    assert "2. tau-norm, without training\n" in card
+    assert card.count("Kang et al., Decoupling Representation and Classifier") == 2, "the method, and the citation"
+    assert "best of the evaluated epochs" not in card
+    assert "training_curves.png" not in card
+    assert "lan2025mbib" not in card
+    assert "figures/training_curves.png" not in release.files
+
+
+def test_a_stage_that_started_from_a_run_says_so_without_its_folder(post_hoc_run, tmp_path):
+    recipe = yaml.safe_load((post_hoc_run / "recipe.yaml").read_text())
+    shutil.copytree(post_hoc_run, tmp_path / "run")
+    keys = {key: value for key, value in recipe.items() if key != "stages"} | recipe["stages"][1]
+    keys["initial_checkpoint"] = str(post_hoc_run / "stage1-ce")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    release = make_release(tmp_path / "run", "me/decoupled")
+    assert yaml.safe_load(release.files["recipe.yaml"])["initial_checkpoint"] == "stage1-ce"
+    (tmp_path / "public.yaml").write_bytes(release.files["recipe.yaml"])
+    assert load_recipe(tmp_path / "public.yaml").method["name"] == "tau_norm"
+    assert str(post_hoc_run.parent).encode() not in b"".join(release.files.values())
+
+
 def test_the_card_says_what_the_metrics_say(finished_run):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     card = render_card(read_record(finished_run), REPOSITORY)
@@ -362,3 +395,5 @@ def test_the_card_says_what_the_metrics_say(finished_run):
     assert "import mbib_timm" in body
     assert f"hf-hub:{REPOSITORY}" in body
     assert "467 training images in 10 classes" in body
+    assert "for 3 epochs with MBIB, by `mbib_timm`. The method is that of [Mixture of Balanced" in body
+    assert "The prediction is the mean of the logits of v3 and z." in body

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from browser import open_page
 
 from mbib_timm.analysis.analyze import analyze_run
@@ -19,10 +20,11 @@ from mbib_timm.reporting.differences import differences, sampling_error
 from mbib_timm.reporting.inputs import group_runs, read_inputs, read_run
 from mbib_timm.reporting.page import Section, inline, render_page, unique_anchors
 from mbib_timm.reporting.sections import run_section
+from mbib_timm.training.report import print_report
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
-DIGITS = [ROOT / "results" / f"{method}_resnet20.digits-60e-seed0" for method in ("mbib", "ce")]
+DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.digits", "cifar_resnet20.ce_digits")]
 
 
 @pytest.fixture
@@ -45,18 +47,21 @@ def test_the_papers_numbers_are_those_that_the_recipes_claim():
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        ("BIB(Ours)\t44.9\t<b>49.8</b>\t<b>60.4</b>", "bib_resnet32"),
-        ("MBIB(Ours)\t47.5\t51.2\t60.9", "mbib_resnet32"),
-        ("CE\t38.3\t43.9\t55.7", "ce_resnet32"),
-        ("Focal Loss\t38.4\t44.3\t55.8", "focal_resnet32"),
-        ("BSCE\t42.7\t47.2\t58.5", "bsce_resnet32"),
+        ("BIB(Ours)\t44.9\t<b>49.8</b>\t<b>60.4</b>", "bib_resnet32."),
+        ("MBIB(Ours)\t47.5\t51.2\t60.9", "mbib_resnet32."),
+        ("CE\t38.3\t43.9\t55.7", "cifar_resnet32.ce_"),
+        ("Focal Loss\t38.4\t44.3\t55.8", "cifar_resnet32.focal_"),
+        ("BSCE\t42.7\t47.2\t58.5", "cifar_resnet32.bsce_"),
+        ("LDAM-DRW\t42.0\t46.6\t58.7", "cifar_resnet32.ldam_drw_"),
+        ("cRT\t41.2\t46.8\t57.9", "cifar_resnet32.crt_"),
+        ("au-norm\t41.1\t46.7\t57.1", "cifar_resnet32.tau_norm_"),
     ],
 )
 def test_table_1_is_the_papers(shared, row, name):
     text = next((shared / "paper").glob("*.txt")).read_text(encoding="utf-8")
     assert row in text
     numbers = [float(number) for number in re.findall(r"\d\d\.\d", row)]
-    assert numbers == [RESULTS[f"{name}.cifar100_lt_if{f}"][0].accuracies["overall"] for f in (100, 50, 10)]
+    assert numbers == [RESULTS[f"{name}cifar100_lt_if{f}"][0].accuracies["overall"] for f in (100, 50, 10)]
 
 
 def test_table_9_is_the_papers(shared):
@@ -78,6 +83,9 @@ def changed(folder, tmp_path, name, **changes):
         place = metrics if key in metrics else metrics["result"]["heads"]["prediction"]
         place[key] = value
     (copy / "metrics.json").write_text(json.dumps(metrics))
+    if "epochs" in changes:
+        recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+        (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "epochs": changes["epochs"]}))
     return copy
 
 
@@ -92,8 +100,8 @@ def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_pat
     assert [run.metrics["seed"] for run in groups[0].runs] == [0, 1]
     assert groups[0].mean("overall") == pytest.approx((45.84 + 46.84) / 2)
     assert [group.title for group in groups] == [
-        "mbib_resnet32.cifar100_lt_if100 (beta 5.0)",
-        "mbib_resnet32.cifar100_lt_if100 (beta 1.0)",
+        "mbib_resnet32.cifar100_lt_if100 (method.beta 5.0)",
+        "mbib_resnet32.cifar100_lt_if100 (method.beta 1.0)",
     ]
     with pytest.raises(MbibError, match="have the same seed"):
         read_inputs([str(MBIB), str(changed(MBIB, tmp_path, "again"))])
@@ -111,7 +119,7 @@ def test_every_difference_of_more_than_a_point_has_a_paragraph():
         assert "below" in paragraph
     assert "one seed was run" in paragraphs[-1]
     assert "other images" in paragraphs[-1]
-    assert "`silences`" in paragraphs[-1]
+    assert "`open_choices`" in paragraphs[-1]
 
 
 def test_a_run_as_good_as_the_papers_needs_no_paragraph(tmp_path):
@@ -162,17 +170,42 @@ def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path, undrawn):
     recipe.write_text(recipe.read_text().replace("beta: 5.0", "beta: 1.0"))
     (own,), (other,) = group_runs([read_run(MBIB)]), group_runs([read_run(folder)])
     assert (own.settings, own.is_papers) == ({}, True)
-    assert (other.settings, other.is_papers) == ({"beta": 1.0}, False)
-    assert "the recipe was changed in `beta`" in differences(other)[-1]
+    assert (other.settings, other.is_papers) == ({"method.beta": 1.0}, False)
+    assert "the recipe was changed in `method.beta`" in differences(other)[-1]
     assert "the recipe was changed" not in differences(own)[-1]
     page = tmp_path / "r.html"
     assert main(["report", str(MBIB), str(folder), "-o", str(page)]) == 0
-    assert "<dt>set otherwise than in the recipe</dt><dd><code>beta</code> 1.0</dd>" in page.read_text()
+    assert "<dt>set otherwise than in the recipe</dt><dd><code>method.beta</code> 1.0</dd>" in page.read_text()
 
 
 def test_baselines_are_not_said_to_have_a_z():
-    (group,) = group_runs([read_run(ROOT / "results" / "ce_resnet32.cifar100_lt_if100-10e-seed0")])
+    (group,) = group_runs([read_run(ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-10e-seed0")])
     assert "z is rectified" not in differences(group)[-1]
+
+
+def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn, capsys):
+    metrics = json.loads((post_hoc_run / "metrics.json").read_text())
+    assert (metrics["result"]["epoch"], metrics["best"], metrics["stages"]) == (-1, None, ["ce", "tau_norm"])
+    (group,) = group_runs([read_run(post_hoc_run)])
+    assert (group.epochs, group.recipe_epochs, group.is_short) == (3, 60, True)
+    assert group.settings == {"stage1.warmup_epochs": 1}
+    text = "".join(run_section(group).blocks)
+    assert "of the split <code>test</code> after tau-norm." in text
+    assert "CE, then tau-norm (Kang et al., Decoupling Representation" in text
+    assert "<dd>3 + 0 of the 60 that the recipe asks for" in text
+    assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g} (seed 0)." in text
+    assert "best of the evaluated epochs" not in text
+    print_report(post_hoc_run, metrics)
+    out = capsys.readouterr().out
+    assert "\nAfter tau-norm, on test:\n" in out
+    assert f"\nChosen by tau-norm: tau {metrics['chosen']['tau']:g}\n" in out
+    assert "Best epoch" not in out
+    first = json.loads((post_hoc_run / "stage1-ce" / "metrics.json").read_text())
+    print_report(post_hoc_run / "stage1-ce", first)
+    out = capsys.readouterr().out
+    assert "\nEpoch 2 (the last), on test:\n" in out
+    assert "Chosen" not in out
+    assert "Best epoch on test" in out
 
 
 def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_their_own(tmp_path, undrawn):
@@ -236,7 +269,7 @@ def reported(tmp_path_factory, finished_run):
     (run / "notes.md").write_text("Trained for a test.\n\nIts `few` classes <are> few.\n")
     flags = ["--epochs", "2", "--device", "cpu", "--output", str(root / "runs"), "--results", str(root / "results")]
     # One seed is enough here: others are for the tests of sweeps.
-    sweep = ["sweep", "figure9_structures", "--recipe", "digits/mbib_resnet20", "--seeds", "0", *flags]
+    sweep = ["sweep", "figure9_structures", "--recipe", "mbib_resnet20.digits", "--seeds", "0", *flags]
     assert main(sweep) == 0
     plain = root / "not_analyzed"
     shutil.copytree(MBIB, plain, ignore=shutil.ignore_patterns("analysis.json", "figures", "notes.md"))

@@ -37,7 +37,7 @@ def test_only_finished_runs_are_added(tmp_path):
 
 def test_what_is_kept_says_nothing_of_the_machines_folders(tmp_path):
     run = tmp_path / "secret"
-    shutil.copytree(ROOT / "results" / "ce_resnet20.digits-60e-seed0", run)
+    shutil.copytree(ROOT / "results" / "cifar_resnet20.ce_digits-60e-seed0", run)
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["environment"]["command"] += f" --data-dir {tmp_path}/secret/data"
     metrics["replaced_images"] = [f"{tmp_path}/secret/data/a.png"]

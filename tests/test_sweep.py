@@ -22,10 +22,11 @@ from mbib_timm.sweeps.results import read_results
 from mbib_timm.sweeps.run import run_sweep
 from mbib_timm.training import run as run_module
 
-DIGITS = "digits/mbib_resnet20"
+DIGITS = "mbib_resnet20.digits"
 FLAGS = ["--epochs", "1", "--device", "cpu", "--workers", "0", "--batch-size", "64"]
 KEYS = dict(epochs=1, device="cpu", workers=0, batch_size=64)
-CIFAR = "cifar100_lt_if{imbalance_factor}/{method}_resnet32"
+CIFAR = "{method}cifar100_lt_if{imbalance_factor}"
+METHODS = {"ce": "cifar_resnet32.ce_", "mbib": "mbib_resnet32."}
 
 
 def small(tmp_path, **keys):
@@ -44,37 +45,39 @@ def of_recipe(recipe, **fields):
     ("content", "message"),
     [
         ("recipe: a\nseed: [1]", "unknown key in x.yaml 'seed': did you mean 'seeds'"),
-        ("recipe: a\naxes: {bta: [1]}", "unknown axis of sweep x 'bta': did you mean 'beta'"),
+        ("recipe: a\naxes: {bach_size: [1]}", "unknown axis of sweep x 'bach_size': did you mean 'batch_size'"),
         ("recipe: a\naxes: {model_kwrgs.taps: [1]}", "unknown axis of sweep x 'model_kwrgs.taps'"),
-        ("recipe: a\naxes: {beta: 1}", "axis 'beta' needs a list of values"),
-        ("recipe: a\naxes: {beta: []}", "axis 'beta' needs a list of values"),
-        ("recipe: a\naxes: {m: {x: {bta: 1}}}", "unknown key in axis m of sweep x 'bta': did you mean 'beta'"),
+        ("recipe: a\naxes: {lr: 1}", "axis 'lr' needs a list of values"),
+        ("recipe: a\naxes: {lr: []}", "axis 'lr' needs a list of values"),
+        ("recipe: a\naxes: {m: {x: {stage2.opoch: 1}}}", "unknown key in axis m of sweep x 'stage2.opoch'"),
         ("recipe: a\naxes: {m: {x: 3}}", "axis 'm': 'x' needs recipe keys and their values, got 3"),
+        ("recipe: '{m}a'\naxes: {m: {x: 3}}", "axis 'm': 'x' needs a part of the recipe's name, got 3"),
+        ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is the sweep's own to set"),
         ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is the sweep's own to set; see --seeds"),
         ("recipe: a\naxes: {m: {x: {seed: 1}}}", "recipe key 'seed' is the sweep's own to set"),
         ("recipe: a\nset: {experiment: b}", "recipe key 'experiment' is the sweep's own to set"),
-        ("recipe: if{factor}/a\naxes: {beta: [1]}", "unknown axis in the recipe of sweep x 'factor'"),
+        ("recipe: if{factor}/a\naxes: {lr: [1]}", "unknown axis in the recipe of sweep x 'factor'"),
         ("recipe: [a]", "key 'recipe': expected a str, got ['a']"),
-        ("axes: {beta: [1]}", "a sweep needs the key 'recipe'"),
+        ("axes: {lr: [1]}", "a sweep needs the key 'recipe'"),
         ("recipe: a\nseeds: []", "a seed or more"),
         ("recipe: a\nseeds: [1, 1]", "a seed or more, each once"),
         ("recipe: a\nlabels: {bta: b}", "unknown axis in the labels of sweep x 'bta'"),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: pie}", "unknown kind of figure in sweep x 'pie'"),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, y: beta}", "unknown role in the figure of sweep x 'y'"),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, x: gamma}", "unknown axis in the figure of sweep x"),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: lines}", "a figure of kind 'lines' needs the role 'x'"),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: heatmap, x: beta}", "kind 'heatmap' needs the role 'y'"),
-        ("recipe: a\naxes: {loss: [ce]}\nfigure: {kind: lines, x: loss}", "lines need numbers along x, got 'ce'"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: pie}", "unknown kind of figure in sweep x 'pie'"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: bars, y: lr}", "unknown role in the figure of sweep x 'y'"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: bars, x: momentum}", "unknown axis in the figure of sweep x"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: lines}", "a figure of kind 'lines' needs the role 'x'"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: heatmap, x: lr}", "kind 'heatmap' needs the role 'y'"),
+        ("recipe: a\naxes: {method: [ce]}\nfigure: {kind: lines, x: method}", "lines need numbers along x, got 'ce'"),
         (
-            "recipe: a\naxes: {beta: [1], gamma: [0.0, 0.5]}\nfigure: {kind: lines, x: beta}",
-            "a figure of kind 'lines' does not show gamma",
+            "recipe: a\naxes: {lr: [1], momentum: [0.0, 0.5]}\nfigure: {kind: lines, x: lr}",
+            "a figure of kind 'lines' does not show momentum",
         ),
         (
-            "recipe: a\naxes: {beta: [1]}\nheads: {z: z}\nfigure: {kind: lines, x: beta}",
+            "recipe: a\naxes: {lr: [1]}\nheads: {z: z}\nfigure: {kind: lines, x: lr}",
             "a figure of kind 'lines' does not show heads",
         ),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: lines, x: group}", "unknown axis in the figure of sweep x"),
-        ("recipe: a\naxes: {beta: [1]}\nfigure: {kind: bars, x: head}", "unknown axis in the figure of sweep x 'head'"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: lines, x: group}", "unknown axis in the figure of sweep x"),
+        ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: bars, x: head}", "unknown axis in the figure of sweep x 'head'"),
         ("recipe: a\npaper: {source: T, numbers: [{bta: 1}]}", "unknown axis in the paper's numbers of sweep x 'bta'"),
         ("recipe: a\npaper: {sorce: T}", "unknown key in x.yaml 'sorce': did you mean 'source'"),
         ("- 1", "expected 'key: value' lines, got a list"),
@@ -89,86 +92,88 @@ def test_a_sweep_file_that_cannot_be_is_refused(tmp_path, content, message):
 
 def test_sweeps_are_found_by_name_by_file_and_as_a_list_of_recipes(tmp_path):
     own = tmp_path / "mine.yaml"
-    own.write_text("recipe: digits/ce_resnet20\naxes: {lr: [0.1, 0.2]}\nseeds: [4]\n")
+    own.write_text("recipe: cifar_resnet20.ce_digits\naxes: {lr: [0.1, 0.2]}\nseeds: [4]\n")
     assert (find_sweep([str(own)]).name, len(plan(find_sweep([str(own)]), {}))) == ("mine", 2)
-    assert find_sweep(["figure9_structures"]).recipe == "cifar100_lt_if100/mbib_resnet32"
-    of_recipes = plan(find_sweep([DIGITS, "digits/ce_resnet20"]), {})
-    assert [run.label for run in of_recipes] == ["mbib_resnet20.digits-seed0", "ce_resnet20.digits-seed0"]
-    file = str(find_recipe("digits/ce_resnet20"))
-    assert [run.label for run in plan(find_sweep([file]), {})] == ["ce_resnet20.digits-seed0"]
+    assert find_sweep(["figure9_structures"]).recipe == "mbib_resnet32.cifar100_lt_if100"
+    of_recipes = plan(find_sweep([DIGITS, "cifar_resnet20.ce_digits"]), {})
+    assert [run.label for run in of_recipes] == ["mbib_resnet20.digits-seed0", "cifar_resnet20.ce_digits-seed0"]
+    file = str(find_recipe("cifar_resnet20.ce_digits"))
+    assert [run.label for run in plan(find_sweep([file]), {})] == ["cifar_resnet20.ce_digits-seed0"]
 
 
 # What is planned
 
 
 def test_every_combination_and_the_seeds_outermost(tmp_path):
-    axes = {"beta": [0.0, 5.0], "lr": [0.1, 0.2]}
+    axes = {"method.beta": [0.0, 5.0], "lr": [0.1, 0.2]}
     runs = plan(Sweep("both", DIGITS, axes, [0, 3], {"momentum": 0.5}), small(tmp_path, epochs=60))
     assert [run.label for run in runs] == [
-        f"mbib_resnet20.digits-beta={beta}-lr={lr}-seed{seed}"
+        f"mbib_resnet20.digits-method.beta={beta}-lr={lr}-seed{seed}"
         for seed in (0, 3)
         for beta in (0.0, 5.0)
         for lr in (0.1, 0.2)
     ]
     recipe = runs[-1].recipe
-    assert (recipe.beta, recipe.lr, recipe.momentum, recipe.seed, recipe.batch_size) == (5.0, 0.2, 0.5, 3, 64)
-    assert runs[-1].coordinates == {"beta": "5.0", "lr": "0.2"}
+    assert (recipe.method["beta"], recipe.lr, recipe.momentum, recipe.seed, recipe.batch_size) == (5.0, 0.2, 0.5, 3, 64)
+    assert runs[-1].coordinates == {"method.beta": "5.0", "lr": "0.2"}
     assert {run.recipe.output for run in runs} == {str(tmp_path / "runs" / "both")}
     assert {run.recipe.experiment for run in runs} == {run.label for run in runs}
 
 
 def test_axes_in_braces_are_parts_of_the_recipes_name():
-    runs = plan(Sweep("s", CIFAR, {"method": ["ce", "mbib"], "beta": [2.0], "imbalance_factor": [50, 10]}), {})
-    assert [(run.label, run.recipe.loss, run.recipe.imbalance_factor, run.recipe.beta) for run in runs] == [
-        ("ce_resnet32.cifar100_lt_if50-beta=2.0-seed0", "ce", 50, 2.0),
-        ("ce_resnet32.cifar100_lt_if10-beta=2.0-seed0", "ce", 10, 2.0),
-        ("mbib_resnet32.cifar100_lt_if50-beta=2.0-seed0", "mbib", 50, 2.0),
-        ("mbib_resnet32.cifar100_lt_if10-beta=2.0-seed0", "mbib", 10, 2.0),
+    """By a text for the value's name, or as they are."""
+    runs = plan(Sweep("s", CIFAR, {"method": METHODS, "lr": [2.0], "imbalance_factor": [50, 10]}), {})
+    assert [(run.label, run.recipe.method["name"], run.recipe.imbalance_factor, run.recipe.lr) for run in runs] == [
+        ("cifar_resnet32.ce_cifar100_lt_if50-lr=2.0-seed0", "ce", 50, 2.0),
+        ("cifar_resnet32.ce_cifar100_lt_if10-lr=2.0-seed0", "ce", 10, 2.0),
+        ("mbib_resnet32.cifar100_lt_if50-lr=2.0-seed0", "mbib", 50, 2.0),
+        ("mbib_resnet32.cifar100_lt_if10-lr=2.0-seed0", "mbib", 10, 2.0),
     ]
-    assert [run.recipe.model for run in runs][::2] == ["ce_resnet32", "mbib_resnet32"]
-    with pytest.raises(MbibError, match="unknown recipe 'cifar100_lt_if20/ce_resnet32'"):
-        plan(Sweep("s", CIFAR, {"method": ["ce"], "imbalance_factor": [20]}), {})
+    assert [run.recipe.model for run in runs][::2] == ["cifar_resnet32", "mbib_resnet32"]
+    assert runs[0].coordinates == {"method": "ce", "lr": "2.0", "imbalance_factor": "50"}
+    with pytest.raises(MbibError, match="unknown recipe 'cifar_resnet32.ce_cifar100_lt_if20'"):
+        plan(Sweep("s", CIFAR, {"method": METHODS, "imbalance_factor": [20]}), {})
 
 
 def test_elements_of_keys_leave_the_others_and_combine():
     axes = {
-        "observation_weights.1": [0.7],
-        "observation_weights.0": [0.0, 0.5],
+        "method.observation_weights.1": [0.7],
+        "method.observation_weights.0": [0.0, 0.5],
         "model_kwargs.bottleneck_features": [32],
         "model_kwargs.taps": [[3, 6, 9]],
     }
-    runs = plan(Sweep("s", "cifar100_lt_if100/mbib_resnet32", axes), {})
-    assert [run.recipe.observation_weights for run in runs] == [[0.0, 0.7, 1.0], [0.5, 0.7, 1.0]]
+    runs = plan(Sweep("s", "mbib_resnet32.cifar100_lt_if100", axes), {})
+    assert [run.recipe.method["observation_weights"] for run in runs] == [[0.0, 0.7, 1.0], [0.5, 0.7, 1.0]]
     assert runs[0].recipe.model_kwargs == {"bottleneck_features": 32, "taps": [3, 6, 9]}
     assert runs[0].configuration.endswith(
-        "-observation_weights.1=0.7-observation_weights.0=0.0-model_kwargs.bottleneck_features=32"
-        "-model_kwargs.taps=3,6,9"
+        "-method.observation_weights.1=0.7-method.observation_weights.0=0.0"
+        "-model_kwargs.bottleneck_features=32-model_kwargs.taps=3,6,9"
     )
-    own = load_recipe(find_recipe("cifar100_lt_if100/mbib_resnet32"))
-    assert (own.observation_weights, own.model_kwargs) == ([0.1, 0.3, 1.0], {})
+    own = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
+    assert (own.method["observation_weights"], own.model_kwargs) == ([0.1, 0.3, 1.0], {})
 
 
-@pytest.mark.parametrize("axis", ["observation_weights.3", "observation_weights.a", "beta.0"])
+@pytest.mark.parametrize("axis", ["method.observation_weights.3", "method.observation_weights.a", "lr.0"])
 def test_elements_that_a_key_has_not_are_refused(axis):
-    with pytest.raises(MbibError, match=rf"recipe key '{axis[:-2]}' has no element '{axis[-1]}'"):
+    with pytest.raises(MbibError, match=rf"{axis}: there is no element '{axis[-1]}' in "):
         plan(Sweep("s", DIGITS, {axis: [1.0]}), {})
 
 
 def test_named_settings_set_several_keys_and_meet_flags():
-    axes = {"size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None}, "beta": [1, 2]}
+    axes = {"size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None}, "val_interval": [1, 2]}
     sweep = Sweep("s", DIGITS, axes)
     runs = plan(sweep, {"model_kwargs": {"drop_rate": 0.1}, "lr": 0.3})
     assert [run.configuration for run in runs] == [
-        f"mbib_resnet20.digits-size={size}-beta={beta}" for size in ("wide_one", "plain") for beta in (1, 2)
+        f"mbib_resnet20.digits-size={size}-val_interval={n}" for size in ("wide_one", "plain") for n in (1, 2)
     ]
-    assert runs[0].coordinates == {"size": "wide one", "beta": "1"}
+    assert runs[0].coordinates == {"size": "wide one", "val_interval": "1"}
     assert runs[0].recipe.model_kwargs == {"drop_rate": 0.1, "bottleneck_features": 128}
     assert runs[2].recipe.model_kwargs == {"drop_rate": 0.1}
     assert [run.recipe.lr for run in runs] == [0.2, 0.2, 0.3, 0.3], "an axis is what the sweep is about"
 
 
 def test_a_fraction_of_the_epochs_moves_warm_up_and_milestones_and_names_the_folder(tmp_path):
-    sweep = Sweep("short", "cifar100_lt_if100/mbib_resnet32")
+    sweep = Sweep("short", "mbib_resnet32.cifar100_lt_if100")
     full, short, given, minute = (
         plan(sweep, {"output": str(tmp_path), **keys})[0]
         for keys in ({}, {"epochs": 20}, {"epochs": 20, "decay_milestones": [10, 15]}, {"epochs": 1})
@@ -187,39 +192,40 @@ def test_a_fraction_of_the_epochs_moves_warm_up_and_milestones_and_names_the_fol
 
 def test_another_recipe_gives_another_name_and_drops_the_papers_numbers():
     table = find_sweep(["table1_cifar100_lt"])
-    moved = on_recipe(table, "digits/{method}_resnet32")
-    assert (moved.name, moved.paper) == ("table1_cifar100_lt-resnet32.digits", None)
+    moved = on_recipe(table, "{method}digits")
+    assert (moved.name, moved.paper) == ("table1_cifar100_lt-digits", None)
     runs = plan(replace(moved, seeds=[0]), {})
-    assert len(runs) == 15, "the imbalance factor is a recipe key now"
+    assert len(runs) == 24, "the imbalance factor is a recipe key now"
     assert [run.recipe.imbalance_factor for run in runs[:3]] == [100.0, 50.0, 10.0]
     assert {run.recipe.dataset for run in runs} == {"digits"}
-    assert runs[1].label == "ce_resnet32.digits-imbalance_factor=50-seed0"
-    with pytest.raises(MbibError, match=r"varies the method by the recipe's name: .* as in 'cifar100_lt_if"):
-        on_recipe(table, "digits/mbib_resnet32")
+    assert runs[1].label == "cifar_resnet32.ce_digits-imbalance_factor=50-seed0"
+    with pytest.raises(MbibError, match=r"varies the method by the recipe's name: .* as in '{method}cifar100_lt_if"):
+        on_recipe(table, "mbib_resnet32.digits")
 
 
 def test_the_papers_numbers_stay_on_the_papers_recipe():
     table = find_sweep(["table7_heads"])
-    assert table.recipe != table.paper.recipe == "imagenet_lt/bib_resnet10"
-    assert on_recipe(table, "imagenet_lt/bib_resnet10").paper == table.paper
-    assert on_recipe(table, "imagenet_lt/bib_resnext50").paper is None
+    assert table.recipe != table.paper.recipe == "bib_resnet10.imagenet_lt"
+    assert on_recipe(table, "bib_resnet10.imagenet_lt").paper == table.paper
+    assert on_recipe(table, "bib_resnext50.imagenet_lt").paper is None
     assert on_recipe(table, table.recipe) is table
     numbers = Paper("Table 0", numbers=[{"overall": 1.0}])
-    assert on_recipe(of_recipe(DIGITS, paper=numbers), "digits/ce_resnet20").paper is None
+    assert on_recipe(of_recipe(DIGITS, paper=numbers), "cifar_resnet20.ce_digits").paper is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["silences", "figure3_beta"], "silences is a sweep, and one runs at a time: mbib sweep silences"),
+        (["open_choices", "figure3_beta"], "open_choices is a sweep, and one runs at a time: mbib sweep open_choices"),
         (["digits/nothing.yaml"], "there is no file digits/nothing.yaml: expected a sweep's or a recipe's"),
-        (["digits/mbib_resnet2"], "unknown sweep or recipe 'digits/mbib_resnet2': did you mean"),
-        ([DIGITS, "--seed", "1"], "recipe key 'seed' is the sweep's own to set; see --seeds"),
+        (["mbib_resnet2.digits"], "unknown sweep or recipe 'mbib_resnet2.digits': did you mean"),
+        ([DIGITS, "--seed", "1"], "unknown flag of mbib sweep '--seed': did you mean"),
+        ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is the sweep's own to set; see --seeds"),
         ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
         ([DIGITS, DIGITS], "sweep sweep has two runs of the name mbib_resnet20.digits-seed0"),
         ([DIGITS, "--lr", "-1"], "recipe key 'lr': expected more than 0"),
-        ([DIGITS, "--epochs", "0"], "recipe key 'epochs': expected"),
-        (["silences", "--recipe", "digits/nothing"], "unknown recipe 'digits/nothing'"),
+        ([DIGITS, "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
+        (["open_choices", "--recipe", "digits/nothing"], "unknown recipe 'digits/nothing'"),
     ],
 )
 def test_bad_arguments_end_with_one_line(arguments, message, capsys):
@@ -241,7 +247,7 @@ def finished(tmp_path_factory):
     """Two methods with two seeds each: the folder of the runs, that of the results, the command."""
     root = tmp_path_factory.mktemp("sweep")
     places = ["--output", str(root / "runs"), "--results", str(root / "results")]
-    arguments = ["sweep", DIGITS, "digits/ce_resnet20", "--seeds", "0", "1", *places, *FLAGS]
+    arguments = ["sweep", DIGITS, "cifar_resnet20.ce_digits", "--seeds", "0", "1", *places, *FLAGS]
     assert main(arguments) == 0
     return root / "runs" / "sweep-1e", root / "results" / "sweep-1e", arguments
 
@@ -256,7 +262,7 @@ def test_the_results_are_those_of_the_runs(finished):
         "sweep.json", "runs.csv", "table.md", "figure.png", "figure.pdf"
     }  # fmt: skip
     assert (results / "figure.pdf").read_bytes().startswith(b"%PDF")
-    labels = [f"{method}_resnet20.digits-seed{seed}" for seed in (0, 1) for method in ("mbib", "ce")]
+    labels = [f"{name}-seed{seed}" for seed in (0, 1) for name in ("mbib_resnet20.digits", "cifar_resnet20.ce_digits")]
     with (results / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == labels
@@ -271,7 +277,7 @@ def test_the_results_are_those_of_the_runs(finished):
         assert [row[f"head_{head}"] for head in ("v1", "v2", "v3", "z")] == [
             str(heads[head]["top1"]) if head in heads else "" for head in ("v1", "v2", "v3", "z")
         ]
-    for name, first in (("digits/mbib_resnet20", 0), ("digits/ce_resnet20", 1)):
+    for name, first in (("mbib_resnet20.digits", 0), ("cifar_resnet20.ce_digits", 1)):
         found = [float(row["overall"]) for row in rows[first::2]]
         assert f"| {name} | 2 | {statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} |" in table
 
@@ -304,8 +310,8 @@ def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
 def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finished, monkeypatch, capsys):
     *_, arguments = finished
     monkeypatch.setattr(sweep_module, "train", None)
-    assert main([*arguments, "--beta", "1"]) == 2
-    assert "holds a run of another recipe: beta (5.0 there, 1.0 asked for)" in capsys.readouterr().err
+    assert main([*arguments, "--lr", "1"]) == 2
+    assert "holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in capsys.readouterr().err
 
 
 class CrashError(Exception):
@@ -357,7 +363,7 @@ def test_runs_share_data_and_images(tmp_path, monkeypatch):
     open_data, decode_split = create_module.open_data, create_module.decode_split
     monkeypatch.setattr(create_module, "open_data", lambda recipe: (opened.append(1), open_data(recipe))[1])
     monkeypatch.setattr(create_module, "decode_split", lambda *args: (decoded.append(1), decode_split(*args))[1])
-    assert run_sweep(find_sweep([DIGITS, "digits/ce_resnet20"]), small(tmp_path), tmp_path / "results")
+    assert run_sweep(find_sweep([DIGITS, "cifar_resnet20.ce_digits"]), small(tmp_path), tmp_path / "results")
     assert (len(opened), len(decoded)) == (1, 2)  # training and evaluation images, once for both runs
 
 
@@ -456,4 +462,64 @@ def test_only_and_seeds_choose_runs(finished, tmp_path, capsys):
         "mbib_resnet20.digits-seed2",
     ]
     assert main([*arguments, "--only", "seed2"]) == 0
-    assert capsys.readouterr().out.split()[1::2] == ["mbib_resnet20.digits-seed2", "ce_resnet20.digits-seed2"]
+    assert capsys.readouterr().out.split()[1::2] == ["mbib_resnet20.digits-seed2", "cifar_resnet20.ce_digits-seed2"]
+
+
+# Stages
+
+
+STAGED = [f"cifar_resnet32.{method}_digits" for method in ("ce", "crt", "tau_norm")]
+
+
+def test_epochs_of_stages_move_in_proportion_and_the_longest_names_the_folder():
+    ce, crt, tau_norm = (run for run in plan(find_sweep(STAGED), {"epochs": 30}))
+    assert [[stage.epochs for stage in run.recipe.chain()] for run in (ce, crt, tau_norm)] == [[30], [30, 5], [30, 0]]
+    assert {run.epochs for run in (ce, crt, tau_norm)} == {30}
+    assert {run.recipe_epochs for run in (ce, crt, tau_norm)} == {60}
+    assert {Path(run.recipe.output).name for run in (ce, crt, tau_norm)} == {"sweep-30e"}
+    whole = plan(find_sweep(STAGED), {"epochs": 60})
+    assert {Path(run.recipe.output).name for run in whole} == {"sweep"}
+    # What is set for all stages holds for those that do not set it themselves, as in a recipe.
+    given = plan(find_sweep(STAGED), {"epochs": 30, "warmup_epochs": 3})
+    assert [[stage.warmup_epochs for stage in run.recipe.chain()] for run in given] == [[3], [3, 1], [3, 3]]
+
+
+def test_axes_and_flags_reach_a_stage():
+    sweep = Sweep("s", "cifar_resnet32.tau_norm_digits", {"stage2.method.tau": [0.5, 1.0]}, [3])
+    runs = plan(sweep, {"stage1.lr": 0.2, "batch_size": 32})
+    assert [run.recipe.method for run in runs] == [{"name": "tau_norm", "tau": tau} for tau in (0.5, 1.0)]
+    for run in runs:
+        assert [stage.seed for stage in run.recipe.chain()] == [3, 3]
+        assert [stage.resume for stage in run.recipe.chain()] == ["auto", "auto"]
+        assert run.recipe.previous.lr == 0.2
+        assert run.settings == {"stage1.lr": 0.2}, "the batches are the recipe's own"
+    assert runs[0].label == "cifar_resnet32.tau_norm_digits-stage2.method.tau=0.5-seed3"
+    with pytest.raises(MbibError, match=r"recipe key 'stage2\.seed' is the sweep's own to set"):
+        plan(sweep, {"stage2.seed": 1})
+
+
+def test_stages_start_from_the_run_of_the_same_seed(tmp_path, capsys):
+    sweep, keys = replace(find_sweep(STAGED), seeds=[0, 1]), small(tmp_path)
+    assert run_sweep(sweep, keys, tmp_path)
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs" / "sweep-1e"
+    for seed in (0, 1):
+        # cRT and tau-norm, each in its first stage.
+        assert out.count(f"done, in {folder / f'cifar_resnet32.ce_digits-seed{seed}'}") == 2
+        assert "tau" in json.loads((folder / f"{STAGED[2]}-seed{seed}" / "metrics.json").read_text())["chosen"]
+    assert not list(folder.glob("*/stage1-*"))
+    assert [run.status() for run in plan(sweep, keys)] == ["done"] * 6
+    with (tmp_path / "sweep-1e" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epochs"] for row in rows] == ["1"] * 6
+    assert [bool(row["chosen_tau"]) for row in rows] == [False, False, True] * 2
+    table = (tmp_path / "sweep-1e" / "table.md").read_text()
+    assert table.startswith("# sweep-1e: 1 epoch of 60, n = 2\n")
+    assert all(f"| {name} | 2 |" in table for name in STAGED)
+
+
+def test_a_run_that_has_its_first_stage_alone_is_partial(tmp_path):
+    (run,) = plan(replace(find_sweep(STAGED[1:2]), seeds=[0]), small(tmp_path))
+    assert run.status() == "missing"
+    (run.folder().path / "stage1-ce").mkdir(parents=True)
+    assert run.status() == "partial"

@@ -11,6 +11,7 @@ import timm
 import torch
 import zoo as zoo_tool
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
@@ -27,8 +28,43 @@ PACKAGED = [model for model in TRAINED if model.weights is not None]
 
 
 def test_every_recipe_of_the_paper_has_a_name_and_every_name_a_recipe():
-    recipes = {name for name in list_recipes() if name.partition("/")[0] in DATASETS}
+    recipes = {name for name in list_recipes() if name.endswith(tuple(DATASETS))}
     assert {model.recipe for model in ZOO} == recipes
+
+
+def test_recipe_folder_and_repository_share_the_name():
+    for model in ZOO:
+        assert model.recipe == model.folder.name == model.name
+        assert model.repository.endswith(f"/{model.name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("mbib_resnet32.cifar100_lt_if10", "CIFAR-100-LT, imbalance factor 10"),
+        ("cifar_resnet32.ldam_drw_cifar100_lt_if100", "CIFAR-100-LT, imbalance factor 100"),
+        ("cifar_resnet32.tau_norm_cifar100_lt_if50", "CIFAR-100-LT, imbalance factor 50"),
+        ("bib_resnet50.inat2018_90e", "iNaturalist 2018, 90 epochs"),
+    ],
+)
+def test_the_data_set_is_the_end_of_the_tag(name, title):
+    assert ZooModel(name) in ZOO
+    assert ZooModel(name).dataset.title == title
+
+
+def test_a_tag_brings_the_network_of_its_method(tmp_path):
+    name = "cifar_resnet32.ldam_drw_cifar100_lt_if100"
+    model = timm.create_model(name).eval()
+    assert (type(model.fc).__name__, model.fc.scale) == ("CosineClassifier", 1.0)
+    assert count_parameters(model) == 469_904
+    assert [count_parameters(timm.create_model(m.name)) for m in ZOO if ".bsce_" in m.name] == [470_004] * 3
+    assert isinstance(timm.create_model(name, classifier="linear").fc, torch.nn.Linear)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    saved = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert (saved["classifier"], saved["classifier_scale"]) == ("cosine", 1.0)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
@@ -40,12 +76,12 @@ def test_cfgs_agree_with_recipes(model):
         assert cfg.crop_pct == 1.0
     else:
         assert (cfg.crop_pct, cfg.interpolation) == (recipe.crop_pct, recipe.interpolation)
-    assert recipe.model == model.architecture
+    assert recipe.model.partition(".")[0] == model.architecture
 
 
 @pytest.mark.parametrize("model", [model for model in ZOO if not model.is_trained], ids=lambda model: model.name)
-def test_what_nobody_has_trained_says_so_and_which_recipe_does(model):
-    with pytest.raises(CheckpointError, match=f"nobody has trained {model.name} yet: mbib train {model.recipe} does"):
+def test_a_name_without_weights_says_so_and_which_recipe_does(model):
+    with pytest.raises(CheckpointError, match=f"no weights for {model.name}; train with `mbib train {model.recipe}`"):
         timm.create_model(model.name, pretrained=True)
     assert not timm.is_model_pretrained(model.name)
 
@@ -54,6 +90,7 @@ def test_the_default_is_a_long_tail_model_where_there_is_one():
     assert timm.get_pretrained_cfg("mbib_resnext50").tag == "imagenet_lt"
     assert timm.get_pretrained_cfg("mbib_resnet50").tag == "inat2018_200e"
     assert timm.get_pretrained_cfg("bib_resnet32").tag == "cifar100_lt_if100"
+    assert timm.get_pretrained_cfg("cifar_resnet32").tag == "ce_cifar100_lt_if100"
     with pytest.raises(CheckpointError, match=r"there are weights for mbib_resnext50\.backbone_a1_in1k"):
         timm.create_model("mbib_resnext50", pretrained=True)
 
@@ -99,7 +136,7 @@ def test_other_classes_keep_backbone_and_bottleneck(model):
 def test_what_the_package_knows_of_its_models(model):
     loaded = load_model(model.name)
     assert len(loaded.class_names) == loaded.num_classes == len(loaded.class_counts) == model.dataset.num_classes
-    assert loaded.prior == ("train" if model.name.startswith("ce_") else "uniform")
+    assert loaded.prior == ("train" if ".ce_" in model.name else "uniform")
     assert loaded.class_counts.tolist() == model.metrics["class_counts"]
     assert model.metrics["name"] == model.name
     assert model.weights.stat().st_size < 8 << 20

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Pack a recipe's data into one file, to carry them to a machine without a network.
 
-    python tools/pack.py cifar100_lt_if100/mbib_resnet32 -o cifar100_lt_if100.tar
+    python tools/pack.py mbib_resnet32.cifar100_lt_if100 -o cifar100_lt_if100.tar
     python tools/pack.py finetune/mbib_resnet50 --data-dir my_images -o my_images.tar.gz --format webp
-    mbib train cifar100_lt_if100/mbib_resnet32 --dataset folder --data-dir cifar100_lt_if100.tar
+    mbib train mbib_resnet32.cifar100_lt_if100 --dataset folder --data-dir cifar100_lt_if100.tar
 
 Of the training split it writes the recipe's long-tailed subset alone, which the recipe then keeps as a whole and in the
 same order; beside it the splits that are evaluated: `<split>/<class>/<number>.png`. Images are encoded anew without
@@ -34,13 +34,15 @@ from mbib_timm.data.images import first_line
 from mbib_timm.data.long_tail import long_tailed_indices
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.progress import Progress
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe import KEYS, Recipe, find_recipe, load_recipe
 from mbib_timm.training.checkpoint import write_atomically
 
 ENCODINGS: dict[str, dict[str, Any]] = {
     "png": {"optimize": True},
     "webp": {"lossless": True, "exact": True, "quality": 100, "method": 6},
 }
+# Recipe keys that say which images there are.
+PACKED_BY = [name for name, item in KEYS.items() if item.metadata["group"] == "data" and item.metadata["evaluation"]]
 
 
 class Member(NamedTuple):
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("recipe", help="name of a recipe, or a YAML file")
     parser.add_argument("-o", dest="file", type=Path, required=True, help=f"file to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--format", choices=list(ENCODINGS), default="png", help="of the images")
-    add_recipe_flags(parser)
+    add_recipe_flags(parser, PACKED_BY)
     arguments = parser.parse_args()
     recipe = load_recipe(find_recipe(arguments.recipe), recipe_overrides(arguments))
     images = pack(recipe, arguments.file, arguments.format)

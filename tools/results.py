@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmarking.table import markdown, read_results
 
@@ -25,7 +24,8 @@ from mbib_timm.analysis.figures import analysis_figures
 from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.catalogue import catalogue, markdown_table
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe import Recipe, load_recipe, longest_epochs
+from mbib_timm.reporting.inputs import packaged_recipe
 from mbib_timm.sweeps.results import epochs_run, listed
 from mbib_timm.sweeps.results import read_results as read_sweep
 from mbib_timm.sweeps.table import markdown as sweep_markdown
@@ -59,16 +59,22 @@ def add(run: Path, results: Path) -> Path:
     if not (run / "metrics.json").is_file():
         raise MbibError(f"{run} has no metrics.json: the run is not finished")
     metrics = json.loads((run / "metrics.json").read_text())
-    target = results / f"{metrics['name']}-{metrics['epochs']}e-seed{metrics['seed']}"
+    target = results / kept_name(metrics["name"], load_recipe(run / "recipe.yaml"))
     target.mkdir(parents=True, exist_ok=True)
     # The repository is public: nothing in it says where on a machine things were.
     (target / "metrics.json").write_text(json.dumps(public_metrics(metrics), indent=2) + "\n")
     (target / "recipe.yaml").write_bytes(public_recipe(run / "recipe.yaml"))
-    shutil.copyfile(run / "summary.csv", target / "summary.csv")
+    if (run / "summary.csv").is_file():
+        shutil.copyfile(run / "summary.csv", target / "summary.csv")
     if (run / "analysis" / "analysis.json").is_file():
         shutil.copyfile(run / "analysis" / "analysis.json", target / "analysis.json")
     draw(target)
     return target
+
+
+def kept_name(name: str, recipe: Recipe) -> str:
+    """Return the name of the folder that keeps a run's results; the epochs are those of the longest stage."""
+    return f"{name}-{longest_epochs(recipe)}e-seed{recipe.seed}"
 
 
 def draw(result: Path) -> None:
@@ -91,7 +97,7 @@ def table(results: Path) -> str:
         numbers = ["–" if prediction[group] is None else f"{prediction[group]:.1f}" for group in GROUPS]
         cells = [
             f"[{metrics['name']}](results/{file.parent.name})",
-            f"{metrics['epochs']} of {nominal_epochs(metrics)}",
+            epochs(metrics["name"], load_recipe(file.parent / "recipe.yaml")),
             metrics["seed"],
             *numbers,
             prediction["images"],
@@ -100,11 +106,10 @@ def table(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def nominal_epochs(metrics: dict[str, Any]) -> int:
-    """Return the epochs of the recipe that a run is named after."""
-    stem, _, folder = metrics["name"].partition(".")
-    recipe: Recipe = load_recipe(find_recipe(f"{folder}/{stem}"))
-    return recipe.epochs
+def epochs(name: str, recipe: Recipe) -> str:
+    """Return a run's epochs, of the longest stage, beside those of the recipe that it is named after."""
+    own = packaged_recipe(name)
+    return f"{longest_epochs(recipe)}" + (f" of {longest_epochs(own)}" if own is not None else "")
 
 
 def speed_table(results: Path) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """`mbib train` as a script, for torchrun:
 
-torchrun --nproc-per-node 2 tools/train.py cifar100_lt_if100/mbib_resnet32 --sync-bn
+torchrun --nproc-per-node 2 tools/train.py mbib_resnet32.cifar100_lt_if100 --sync-bn
 """
 
 import sys

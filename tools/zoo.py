@@ -19,7 +19,7 @@ from mbib_timm.models.zoo import ZOO, ZooModel
 from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import make_release
-from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.recipe import find_recipe, load_recipe, longest_epochs
 
 ROOT = Path(__file__).parents[1]
 LARGEST_PACKAGED_BYTES = 8 << 20
@@ -40,8 +40,10 @@ def add(run: Path) -> Path:
         raise unknown_name("model of the zoo", record.name, models)
     model = models[record.name]
     asked_for = load_recipe(find_recipe(model.recipe))
-    if record.metrics["epochs"] != asked_for.epochs:
-        raise MbibError(f"{run} has {record.metrics['epochs']} epochs; the recipe asks for {asked_for.epochs}")
+    if longest_epochs(record.recipe) != longest_epochs(asked_for):
+        raise MbibError(
+            f"{run} has {longest_epochs(record.recipe)} epochs; the recipe asks for {longest_epochs(asked_for)}"
+        )
     files = make_release(run, model.repository).files
     model.folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "recipe.yaml", "metrics.json", "model.safetensors"):
@@ -56,7 +58,7 @@ def render(model: ZooModel) -> str:
     Raises:
         MbibError: there are no results of the seed whose weights are published.
     """
-    epochs, seed = model.metrics["epochs"], model.metrics["seed"]
+    epochs, seed = longest_epochs(load_recipe(model.folder / "recipe.yaml")), model.metrics["seed"]
     results = sorted((ROOT / "results").glob(f"{model.name}-{epochs}e-seed*"))
     own = ROOT / "results" / f"{model.name}-{epochs}e-seed{seed}"
     if own not in results:

@@ -132,6 +132,7 @@ def _analyze(
             "split": opened.split,
             "images": len(outputs.labels),
             "class_counts": counts.tolist(),
+            "prediction_heads": list(getattr(model, "prediction_heads", ())),
             **all_analyses(model, outputs, counts, opened.input_size, classes, images_per_class),
             "environment": public_environment(describe_environment(world)),
         }

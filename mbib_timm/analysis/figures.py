@@ -17,10 +17,13 @@ from mbib_timm.analysis.efficiency import TABLE_6_SIZE
 from mbib_timm.analysis.summary import GROUPS, run_title
 from mbib_timm.drawing import (
     BLUE,
+    GREEN,
     GREY,
     GROUP_COLORS,
     ORANGE,
+    PURPLE,
     SKY,
+    VERMILION,
     Illustration,
     background,
     canvas,
@@ -30,7 +33,8 @@ from mbib_timm.drawing import (
 from mbib_timm.evaluation.figures import shot_groups_figure
 from mbib_timm.paper import TABLE_5, TABLE_5_EPOCHS
 
-OBSERVATION, BOTTLENECK = SKY, ORANGE  # v and z
+# Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
+PARTS = (SKY, ORANGE, GREEN, PURPLE, VERMILION)
 SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 
 
@@ -122,7 +126,7 @@ def distances(analysis: Mapping[str, Any]) -> Any:
         for place, group in enumerate(GROUPS):
             at = place + (i - (len(features) - 1) / 2) * share
             rho, number = groups[group]["rho"], published.get(name, {}).get(group)
-            axes.bar(at, rho or 0.0, share * 0.92, color=_feature_color(name), label=name if place == 0 else None)
+            axes.bar(at, rho or 0.0, share * 0.92, color=_part_color(i), label=name if place == 0 else None)
             # The paper's diamond stands to the right of the number, so that neither covers the other.
             shift = -0.12 * share if published else 0.0
             text = "–" if rho is None else f"{rho:.2f}"
@@ -151,8 +155,8 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
         analysis: what `analyze_run` returns.
     """
     heads = analysis["reliability"]
-    observations = [name for name in heads if name.startswith("v")]
-    shown = ["prediction", *observations[-1:], *(["z"] if "z" in heads else [])]
+    parts = [name for name in analysis["prediction_heads"] if name in heads]
+    shown = ["prediction", *parts]
     figure, (curve, images) = canvas(5.2, 6.2, rows=2)
     curve.get_gridspec().set_height_ratios([3, 1])
     points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
@@ -161,7 +165,7 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
     curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]
-        color = ink() if name == "prediction" else _feature_color(name)
+        color = ink() if name == "prediction" else _part_color(parts.index(name))
         points = zip(bins["confidence"], bins["accuracy"], bins["images"], strict=True)
         confidence, accuracy, number = np.array([point for point in points if point[2]]).T
         curve.plot(
@@ -280,5 +284,5 @@ def costs(analysis: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _feature_color(name: str) -> str:
-    return BOTTLENECK if name == "z" else OBSERVATION
+def _part_color(place: int) -> str:
+    return PARTS[place % len(PARTS)]

@@ -1,4 +1,4 @@
-"""What every loader offers, and the streams of training: a resident loader for data that fit, timm's for the rest."""
+"""What loaders share: one stream of batches or two, the order of training, shards of an evaluation, the last batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -76,8 +76,8 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
         MbibError: no such model, or nothing that says which data.
     """
     source = find_source(name)
-    published = {model.name: model.recipe for model in ZOO}
-    recipe = recipe or published.get(source.name)  # the package's recipe knows where to download the data
+    if recipe is None and source.name in {model.name for model in ZOO}:
+        recipe = source.name  # the package's recipe knows where to download the data
     if recipe is not None:
         return Target(name, source, load_recipe(find_recipe(recipe), overrides))
     file = source.file("recipe.yaml")

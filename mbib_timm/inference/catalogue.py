@@ -50,7 +50,7 @@ class Entry:
 
     def _weights(self) -> str:
         if not self.model.is_trained:
-            return f"not trained: mbib train {self.model.recipe}"
+            return f"no weights: mbib train {self.model.recipe}"
         return "in the package" if self.model.weights is not None else f"hf-hub:{self.model.repository}"
 
 

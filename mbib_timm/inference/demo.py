@@ -10,12 +10,11 @@ from PIL import Image
 from mbib_timm.data.loaders import pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
-from mbib_timm.inference.predict import HEADS, Predictor
+from mbib_timm.inference.predict import PREDICTION, Predictor
 from mbib_timm.models.load import LoadedModel, load_model
 
 LOOPBACK = "127.0.0.1"
 TOP = 5
-TITLES = {"mean": "Prediction (mean of v and z)", "v": "v, the last observation", "z": "z, the bottleneck"}
 
 
 def class_labels(model: LoadedModel) -> list[str]:
@@ -28,16 +27,20 @@ def class_labels(model: LoadedModel) -> list[str]:
     return [f"{label} (n = {count:,})" for label, count in zip(labels, model.class_counts, strict=True)]
 
 
-def heads_of(model: LoadedModel) -> Sequence[str]:
-    """Return the heads that the page shows."""
-    return HEADS if len(getattr(model.module, "prediction_heads", ())) > 1 else HEADS[:1]
+def shown_heads(model: LoadedModel) -> dict[str, str]:
+    """Return what the page shows, with its titles: the prediction, and the heads whose mean it is."""
+    parts: tuple[str, ...] = tuple(getattr(model.module, "prediction_heads", ()))
+    if len(parts) < 2:
+        return {PREDICTION: "Prediction"}
+    mean = f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return {PREDICTION: f"Prediction (mean of {mean})", **{head: f"Head {head}" for head in parts}}
 
 
 def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Image.Image) -> list[dict[str, float]]:
     """Return the probabilities of the most probable classes by label, for each predictor.
 
     Args:
-        predictors: one a head, of the same model.
+        predictors: one per head, of the same model.
         labels: of the classes.
         image: any mode, any size.
     """
@@ -65,7 +68,7 @@ def build_page(target: str, device: str | None = None) -> Any:
     except ImportError:
         raise MbibError("the demo needs Gradio: pip install 'mbib-timm[demo]'") from None
     model = load_model(target)
-    heads, labels = heads_of(model), class_labels(model)
+    heads, labels = shown_heads(model), class_labels(model)
     predictors = [Predictor(model, head, device=torch.device(find_device(device))) for head in heads]
 
     def show(image: Image.Image | None) -> Any:
@@ -80,7 +83,7 @@ def build_page(target: str, device: str | None = None) -> Any:
         )
         image = gradio.Image(type="pil", label="Image", height=320)
         with gradio.Row():
-            outputs = [gradio.Label(label=TITLES[head], num_top_classes=TOP, show_heading=False) for head in heads]
+            outputs = [gradio.Label(label=t, num_top_classes=TOP, show_heading=False) for t in heads.values()]
         image.change(show, image, outputs)
     return page
 

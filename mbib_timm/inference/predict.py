@@ -22,10 +22,10 @@ from mbib_timm.data.class_counts import read_class_counts
 from mbib_timm.data.images import Reader, first_line
 from mbib_timm.data.loaders import pil_mode
 from mbib_timm.environment import join_world, leave_world
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.models.load import LoadedModel, load_model
 
-HEADS = ("mean", "v", "z")
+PREDICTION = "prediction"
 
 
 class FileReader:
@@ -124,12 +124,18 @@ class Broken:
     reason: str
 
 
+def heads_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a model's heads where it has several; none for a single one, which is the prediction."""
+    names: tuple[str, ...] = tuple(getattr(module, "head_names", ()))
+    return names if len(names) > 1 else ()
+
+
 class Predictor:
     """A trained model with everything between an image and its classes.
 
     Args:
         model: a trained model.
-        head: ``mean`` is the prediction, ``v`` and ``z`` are its two parts, the last observation and the bottleneck.
+        head: ``prediction``, or the name of one of the model's heads.
         prior: class frequencies that the probabilities are for: ``train``, ``uniform``, or a file with a count for
             each class; None leaves the logits as they are.
         device: where it runs.
@@ -139,11 +145,11 @@ class Predictor:
     """
 
     def __init__(
-        self, model: LoadedModel, head: str = "mean", prior: str | None = None, device: torch.device | str = "cpu"
+        self, model: LoadedModel, head: str = PREDICTION, prior: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.model, self.head, self.device = model, head, torch.device(device)
-        if head != "mean" and len(getattr(model.module, "prediction_heads", ())) < 2:
-            raise MbibError(f"{model.source.name} has one head; --head {head} is for MBIB and BIB models")
+        if head not in (PREDICTION, *heads_of(model.module)):
+            raise unknown_name(f"head of {model.source.name}", head, (PREDICTION, *heads_of(model.module)))
         self.module: nn.Module = model.module.to(self.device)
         self.shift = None if prior is None else log_prior_shift(model, prior).to(self.device)
 
@@ -156,11 +162,10 @@ class Predictor:
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities (B, K) of the classes, for preprocessed images (B, C, H, W)."""
         images = images.to(self.device)
-        if self.head == "mean":
+        if self.head == PREDICTION:
             logits = self.module(images)
         else:
-            *_, last, z = self.module.forward_heads(images)  # type: ignore[operator]
-            logits = last if self.head == "v" else z
+            logits = self.module.forward_heads(images)[heads_of(self.module).index(self.head)]  # type: ignore[operator]
         logits = logits.float()
         return torch.softmax(logits if self.shift is None else logits + self.shift, dim=-1)
 
@@ -249,7 +254,7 @@ def predict(
     top_k: int = 5,
     format: str = "table",
     output: Path | None = None,
-    head: str = "mean",
+    head: str = PREDICTION,
     prior: str | None = None,
     batch_size: int = 64,
     workers: int = 0,

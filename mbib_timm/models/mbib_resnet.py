@@ -59,7 +59,7 @@ VARIANTS = {
 
 def _cfg(backbone: str, observations: int) -> PretrainedCfg:
     """The cfg of the plain backbone, with its keys as they stand in an MBIB model, and its weights' location."""
-    cfg = timm.get_pretrained_cfg(backbone)
+    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
     trained_heads = [f"training_heads.v{i}.classifier" for i in range(1, observations)]
     return dataclasses.replace(
         cfg,

@@ -172,8 +172,9 @@ class WithClassifier(nn.Module):
 
 def _cfg(backbone: str) -> PretrainedCfg:
     """The cfg of the backbone, with its keys as they stand in the model that holds it, and its weights' location."""
+    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
     return dataclasses.replace(
-        (cfg := timm.get_pretrained_cfg(backbone)),
+        cfg,
         url=None,
         architecture=None,
         tag=None,

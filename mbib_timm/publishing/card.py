@@ -8,10 +8,14 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.methods import METHODS
+from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.zoo import DATASETS, ZooModel
+from mbib_timm.names import data_of
 from mbib_timm.publishing.record import FIGURES, Record
-from mbib_timm.recipe import find_recipe, recipe_claims
+from mbib_timm.recipe import Recipe, find_recipe, recipe_claims
 from mbib_timm.training.public import public_model
+from mbib_timm.training.report import chosen_text, stages_text
 
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
 METRICS = {
@@ -20,11 +24,16 @@ METRICS = {
     "medium": "Top-1 accuracy on medium-shot classes, %",
     "few": "Top-1 accuracy on few-shot classes, %",
 }
-HEADS = {
-    "prediction": "prediction: mean of the logits of the last observation and of z",
-    "z": "z, the bottleneck",
-}
 PAPER = "https://openreview.net/forum?id=9eiALSuZGA"
+BIBTEX = f"""```bibtex
+@article{{lan2025mbib,
+  title   = {{Mixture of Balanced Information Bottlenecks for Long-Tailed Visual Recognition}},
+  author  = {{Yifan Lan and Xin Cai and Jun Cheng and Shan Tan}},
+  journal = {{Transactions on Machine Learning Research}},
+  year    = {{2025}},
+  url     = {{{PAPER}}}
+}}
+```"""
 
 
 def render_card(record: Record, repository: str, figures: str = "figures", inference_only: bool = False) -> str:
@@ -48,7 +57,7 @@ def render_card(record: Record, repository: str, figures: str = "figures", infer
         _training(record),
         _use(record),
         _licence(record),
-        _citation(),
+        _citation(record),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -60,7 +69,7 @@ def card_metadata(record: Record) -> ModelCardData:
         EvalResult(
             task_type="image-classification",
             task_name="Long-tailed image classification",
-            dataset_type=_tag(record),
+            dataset_type=_data_name(record),
             dataset_name=dataset_title(record).strip("`"),
             dataset_split=record.metrics["result"]["split"],
             metric_type="accuracy",
@@ -83,36 +92,54 @@ def card_metadata(record: Record) -> ModelCardData:
 
 def dataset_title(record: Record) -> str:
     """Return what people call the data set of a record; images of one's own have no name but the recipe's."""
-    tag = _tag(record)
-    return DATASETS[tag].title if tag in DATASETS else f"`{tag}`"
+    data = _data_name(record)
+    return DATASETS[data].title if data in DATASETS else f"`{data}`"
 
 
-def _tag(record: Record) -> str:
-    return record.name.partition(".")[2] or record.recipe.dataset
+def _data_name(record: Record) -> str:
+    return data_of(record.name) or record.recipe.dataset
 
 
 def _what(record: Record, inference_only: bool) -> str:
-    observed = [head for head in record.metrics["result"]["heads"] if head not in ("prediction", "z")]
-    epochs = record.metrics["epochs"]
-    recipe = record.recipe
-    architecture = record.name.partition(".")[0]
-    start = f", started from the weights of `{public_model(recipe.model)}`," if recipe.pretrained else ""
-    text = (
-        f"`{architecture}`{start} trained on {dataset_title(record)} for {epochs} epochs with the loss `{recipe.loss}`"
-    )
-    if observed:
-        text += (
-            f", by `mbib_timm`: an implementation, independent of the authors', of "
-            f"[Mixture of Balanced Information Bottlenecks for Long-Tailed Visual Recognition]({PAPER}) (TMLR 2025). "
-            f"The network observes itself at {len(observed)} depth{'s' if len(observed) > 1 else ''} "
-            f"({', '.join(observed)}) and compresses the last observation into a bottleneck z; each has a classifier. "
-            "The prediction is the mean of the logits of the last observation and of z."
-        )
-    else:
-        text += ", by `mbib_timm`, as a baseline."
+    metrics, first = record.metrics, record.recipe.chain()[0]
+    start = f", started from the weights of `{public_model(first.model)}`," if first.pretrained else ""
+    epochs = _epochs(record)
+    data = dataset_title(record)
+    how = f"trained on {data} for {epochs} with" if epochs else f"changed on {data} by"
+    text = f"`{record.name.partition('.')[0]}`{start} {how} {stages_text(metrics)}, by `mbib_timm`."
+    papers = _papers(record)
+    if papers:
+        listing = "; ".join(f"[{paper}]({PAPER})" if paper == CITATION else paper for paper in papers)
+        text += f" The method is that of {listing}; the implementation is independent of the authors'."
+    if len(_heads(record)) > 1:
+        text += f" Each of the heads {_listed(_heads(record))} has a classifier. {_prediction(record)}"
     if inference_only:
         text += " These weights lack the classifiers that serve training only."
     return text
+
+
+def _epochs(record: Record) -> str:
+    """Return the epochs of the stages that have any: ``200 epochs``, ``200 + 30 epochs``; empty where none has."""
+    epochs = [str(stage.epochs) for stage in record.recipe.chain() if stage.epochs]
+    return f"{' + '.join(epochs)} epochs" if epochs else ""
+
+
+def _papers(record: Record) -> list[str]:
+    """Return the papers of the methods, each once."""
+    return list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in record.metrics["stages"]))))
+
+
+def _heads(record: Record) -> list[str]:
+    return [head for head in record.metrics["result"]["heads"] if head != "prediction"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _prediction(record: Record) -> str:
+    heads = record.metrics["prediction_heads"]
+    return f"The prediction is the mean of the logits of {_listed(heads)}." if len(heads) > 1 else ""
 
 
 def _how_to_load(record: Record, repository: str) -> str:
@@ -137,15 +164,20 @@ mbib predict hf-hub:{repository} my_images/
 def _results(record: Record) -> str:
     result, runs = record.metrics["result"], record.runs
     images = result["heads"]["prediction"]["images"]
+    when = f"the last epoch ({_epochs(record)})" if result["epoch"] >= 0 else stages_text(record.metrics)
     lines = [
         "## Results",
         "",
-        f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}`, after the last epoch "
-        f"({result['epoch'] + 1} of {record.metrics['epochs']}), of these weights (seed {record.metrics['seed']}). "
-        "Shot groups are by training images of a class: many more than 100, medium 20 to 100, few fewer than 20.",
+        f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}`, after {when}, "
+        f"of these weights (seed {record.metrics['seed']}). Shot groups are by training images per class: many more "
+        "than 100, medium 20 to 100, few fewer than 20.",
         "",
         *_table(result["heads"], lambda head, metric: _percent(result["heads"][head][metric])),
     ]
+    if len(_heads(record)) > 1:
+        lines += ["", _prediction(record)]
+    if chosen := chosen_text(record.metrics):
+        lines += ["", f"{chosen}."]
     if len(runs) > 1:
         seeds = ", ".join(str(metrics["seed"]) for metrics in runs)
         lines += [
@@ -159,11 +191,12 @@ def _results(record: Record) -> str:
     else:
         lines += ["", "One run: the spread between seeds has not been measured."]
     best = record.metrics["best"]
-    lines += [
-        "",
-        f"The best of the evaluated epochs on `{best['selected_on']}` was epoch {best['epoch'] + 1} with "
-        f"{best['heads']['prediction']['top1']:.2f} %; the last epoch is the result.",
-    ]
+    if best is not None:
+        lines += [
+            "",
+            f"The best of the evaluated epochs on `{best['selected_on']}` was epoch {best['epoch'] + 1} with "
+            f"{best['heads']['prediction']['top1']:.2f} %; the accuracy reported here is the last epoch's.",
+        ]
     if record.in_zoo:
         claims = recipe_claims(find_recipe(ZooModel(record.name).recipe))
         lines += ["", f"The paper reports {claims['Paper']}."]
@@ -172,10 +205,7 @@ def _results(record: Record) -> str:
 
 def _table(heads: Mapping[str, Any], cell: Any) -> list[str]:
     order = ["prediction", *(head for head in heads if head != "prediction")]
-    rows = [
-        f"| {HEADS.get(head, head)} | {' | '.join(cell(head, metric) for metric in COLUMNS.values())} |"
-        for head in order
-    ]
+    rows = [f"| {head} | {' | '.join(cell(head, metric) for metric in COLUMNS.values())} |" for head in order]
     return [f"| head | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}", *rows]
 
 
@@ -208,7 +238,7 @@ def _data(record: Record) -> str:
             f"{dataset_title(record)}: {counts.sum():,} training images in {len(counts):,} classes, the largest "
             f"{counts.max() / counts.min():.0f} times as large as the smallest.",
             "",
-            "| classes | number | training images | in a class |",
+            "| classes | number | training images | per class |",
             "|---|---|---|---|",
             *rows,
         ]
@@ -221,11 +251,26 @@ def _training(record: Record) -> str:
     cost = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     machine = f"{environment['hardware']} ({environment['device']}, processes: {environment['processes']})"
     versions = ", ".join(f"{name} {environment[name]}" for name in ("mbib_timm", "torch", "timm"))
+    stages = [_stage(stage) for stage in recipe.chain()]
+    how = f"{stages[0]}."
+    if len(stages) > 1:
+        how = "\n".join(f"{number}. {stage}" for number, stage in enumerate(stages, start=1)) + "\n"
+    which = "The last stage" if len(stages) > 1 else "It"
     return (
-        f"## Training\n\n{record.metrics['epochs']} epochs of batches of {recipe.batch_size} with {recipe.opt}, "
-        f"learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, schedule `{recipe.sched}`; every "
-        f"setting is in `recipe.yaml`. It took {cost} on {machine}, evaluation included, with {versions}, at commit "
-        f"{environment['commit'] or 'unknown'}:\n\n```sh\n{environment['command']}\n```"
+        f"## Training\n\n{how}\nEvery setting is in `recipe.yaml`. {which} took {cost} on {machine}, evaluation "
+        f"included, with {versions}, at commit {environment['commit'] or 'unknown'}:\n\n"
+        f"```sh\n{environment['command']}\n```"
+    )
+
+
+def _stage(stage: Recipe) -> str:
+    """Return how a stage was trained, in a line."""
+    title = METHODS[stage.method["name"]].title or stage.method["name"]
+    if not stage.epochs:
+        return f"{title}, without training"
+    return (
+        f"{title}: {stage.epochs} epochs of batches of {stage.batch_size} with {stage.opt}, learning rate "
+        f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
     )
 
 
@@ -247,18 +292,11 @@ def _use(record: Record) -> str:
 def _licence(record: Record) -> str:
     if not record.in_zoo:
         return "## Licence\n\nNeither the terms of these weights nor those of the training images are stated here."
-    return f"## Licence\n\nThe weights are under Apache-2.0. {DATASETS[_tag(record)].licence}"
+    return f"## Licence\n\nThe weights are under Apache-2.0. {DATASETS[_data_name(record)].licence}"
 
 
-def _citation() -> str:
-    return f"""## Citation
-
-```bibtex
-@article{{lan2025mbib,
-  title   = {{Mixture of Balanced Information Bottlenecks for Long-Tailed Visual Recognition}},
-  author  = {{Yifan Lan and Xin Cai and Jun Cheng and Shan Tan}},
-  journal = {{Transactions on Machine Learning Research}},
-  year    = {{2025}},
-  url     = {{{PAPER}}}
-}}
-```"""
+def _citation(record: Record) -> str:
+    cited = [BIBTEX if paper == CITATION else f"{paper}." for paper in _papers(record)]
+    if not cited:
+        return ""
+    return "\n\n".join(["## Citation", *cited])

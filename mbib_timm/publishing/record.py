@@ -84,4 +84,4 @@ def _recipe(run: Path) -> Recipe:
 
 
 def _computation(recipe: Recipe) -> dict[str, Any]:
-    return recipe.replace(seed=0).computation()
+    return recipe.everywhere(seed=0).computation()

@@ -5,6 +5,8 @@ import statistics
 import numpy as np
 
 from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.methods import METHODS
+from mbib_timm.methods.mbib import CITATION
 from mbib_timm.paper import PaperResult
 from mbib_timm.reporting.inputs import ReportedRun, RunGroup
 
@@ -22,7 +24,7 @@ def differences(group: RunGroup) -> list[str]:
         group: runs of a recipe that the paper reports on.
     """
     if group.is_short:
-        epochs = f"{group.first.metrics['epochs']} of {group.recipe_epochs}"
+        epochs = f"{group.epochs} of {group.recipe_epochs}"
         return [f"With {epochs} epochs the schedule is not the paper's: no difference is taken from its numbers."]
     paragraphs = []
     for result in group.paper:
@@ -107,9 +109,9 @@ def known_differences(group: RunGroup) -> str:
         f"{differing}The paper leaves open how the layers are initialised, and whether the last epoch or the best is "
         "reported. "
     )
-    if "z" in group.first.heads:
+    if METHODS[group.first.metrics["method"]].citation == CITATION:
         text += (
             "It also leaves open whether z is rectified, how wide it is, and whether the class weights are normalised "
-            "in the batch, which the sweep `silences` varies. "
+            "in the batch, which the sweep `open_choices` varies. "
         )
     return f"{text}As long as they have not been compared in full, none is known to account for the difference."

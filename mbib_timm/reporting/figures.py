@@ -16,7 +16,7 @@ CURVES = 12  # as many lines as can be told apart
 
 def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
     """Return a colour for each group of runs, its method's, and which group of the method it is, from 0."""
-    methods = [method_title(group.first.metrics["loss"]) for group in groups]
+    methods = [method_title(group.first.metrics["method"]) for group in groups]
     return [(METHOD_COLORS.get(method, GREY), methods[:place].count(method)) for place, method in enumerate(methods)]
 
 

@@ -10,7 +10,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.paper import RESULTS, PaperResult
-from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe, recipe_name
+from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.sweeps.results import FILE, SAME_RESULT, SweepResults, read_results
 from mbib_timm.sweeps.table import mean_of
 from mbib_timm.training.public import public_metrics
@@ -54,13 +54,13 @@ class RunGroup:
     Attributes:
         title: the run's name, with what sets it apart from others of the name.
         runs: by seed.
-        recipe_epochs: epochs that the packaged recipe of the name asks for; None where there is no such recipe.
-        settings: recipe keys with other values than in that recipe that compute something else, beside the epochs.
+        packaged: the packaged recipe of the name; None where there is none.
+        settings: keys with other values than in that recipe that compute something else, beside the epochs, by address.
     """
 
     title: str
     runs: tuple[ReportedRun, ...]
-    recipe_epochs: int | None
+    packaged: Recipe | None
     settings: Mapping[str, Any]
 
     @property
@@ -69,9 +69,19 @@ class RunGroup:
         return self.runs[0]
 
     @property
+    def epochs(self) -> int:
+        """Epochs of the longest stage."""
+        return longest_epochs(self.first.recipe)
+
+    @property
+    def recipe_epochs(self) -> int | None:
+        """Epochs that the packaged recipe asks for; None where there is no such recipe."""
+        return None if self.packaged is None else longest_epochs(self.packaged)
+
+    @property
     def is_short(self) -> bool:
         """True if the runs had other epochs than their recipe asks for."""
-        return self.recipe_epochs is not None and self.first.metrics["epochs"] != self.recipe_epochs
+        return self.recipe_epochs is not None and self.epochs != self.recipe_epochs
 
     @property
     def is_papers(self) -> bool:
@@ -136,7 +146,7 @@ def read_run(folder: Path) -> ReportedRun:
     """
     try:
         metrics = public_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-        history = read_history(folder) if (folder / "summary.csv").is_file() else []
+        history = read_history(folder)
         places = [
             place for place in (folder / "analysis" / "analysis.json", folder / "analysis.json") if place.is_file()
         ]
@@ -154,41 +164,54 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[RunGroup]:
     """Put runs together that differ in the seed alone, in the order in which they were given."""
     grouped: dict[str, list[ReportedRun]] = {}
     for run in runs:
-        computed = run.recipe.replace(seed=0).computation()
+        computed = run.recipe.everywhere(seed=0).computation()
         grouped.setdefault(json.dumps([run.name, computed], sort_keys=True), []).append(run)
-    asked_for = {recipe_name(find_recipe(name)): name for name in list_recipes()}
     groups = []
     for members in grouped.values():
         seeds = [run.metrics["seed"] for run in members]
         if len(set(seeds)) < len(seeds):
             raise MbibError(f"two of the runs of {members[0].name} have the same seed: {seeds}")
-        name = members[0].name
-        own = load_recipe(find_recipe(asked_for[name])) if name in asked_for else None
+        own = packaged_recipe(members[0].name)
         ordered = tuple(sorted(members, key=lambda run: run.metrics["seed"]))
         settings = {} if own is None else _settings(members[0].recipe, own)
-        groups.append(RunGroup(_title(members[0], runs), ordered, None if own is None else own.epochs, settings))
+        groups.append(RunGroup(_title(members[0], runs), ordered, own, settings))
     return groups
 
 
+def packaged_recipe(name: str) -> Recipe | None:
+    """Return the packaged recipe that runs of a name are made by; None where there is none."""
+    named = [recipe for recipe in list_recipes() if recipe_name(find_recipe(recipe)) == name]
+    return load_recipe(find_recipe(named[0])) if named else None
+
+
 def _settings(recipe: Recipe, own: Recipe) -> dict[str, Any]:
-    """Return the keys with other values than the packaged recipe's; the same images in files are the same data."""
+    """Return what has other values than in the packaged recipe; the same images in files are the same data."""
     elsewhere = {"dataset"} if recipe.dataset == "folder" and own.imbalance == recipe.imbalance == "exp" else set()
-    expected = own.computation()
+    before, now = _by_address(own), _by_address(recipe)
     return {
-        key: value
-        for key, value in recipe.computation().items()
-        if value != expected[key] and key not in {"seed", "epochs", *SAME_RESULT, *elsewhere}
+        address: now.get(address)
+        for address in {**now, **before}
+        if now.get(address) != before.get(address)
+        and address.rpartition(".")[2] not in {"seed", "epochs", *SAME_RESULT, *elsewhere}
     }
+
+
+def _by_address(recipe: Recipe) -> dict[str, Any]:
+    """Return what decides what a recipe computes, by address: settings of the method, and keys of several stages."""
+    found: dict[str, Any] = {}
+    for number, stage in enumerate(recipe.chain(), start=1):
+        values = {key: getattr(stage, key) for key, item in KEYS.items() if not item.metadata["location"]}
+        method = dict(values.pop("method"))
+        values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
+        prefix = f"stage{number}." if recipe.stage else ""
+        found |= {f"{prefix}{address}": value for address, value in values.items()}
+    return found
 
 
 def _title(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
     """Return the run's name, and the settings that differ among the runs of this name."""
-    others = [other.recipe for other in runs if other.name == run.name]
-    own = run.recipe.replace(seed=0).computation()
-    differing = [
-        key
-        for key in own
-        if any(other.replace(seed=0).computation()[key] != own[key] for other in others) and key != "experiment"
-    ]
+    own = _by_address(run.recipe)
+    others = [_by_address(other.recipe) for other in runs if other.name == run.name]
+    differing = [key for key in own if key.rpartition(".")[2] != "seed" and any(o.get(key) != own[key] for o in others)]
     settings = ", ".join(f"{key} {own[key]}" for key in differing)
     return f"{run.name} ({settings})" if settings else run.name

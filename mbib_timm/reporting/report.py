@@ -49,7 +49,8 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
 def _lead() -> list[str]:
     return [
         f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files that the runs left. Results are "
-        "those of the last epoch. Many-shot classes have more than 100 training images, medium-shot 20 to 100, and "
+        "those of the last epoch, or of what a method makes of a trained model. "
+        "Many-shot classes have more than 100 training images, medium-shot 20 to 100, and "
         "few-shot fewer than 20; a group's accuracy is the mean of its classes' accuracies."
     ]
 

@@ -11,6 +11,7 @@ import numpy as np
 from mbib_timm.analysis.figures import analysis_figures, comparison_figures
 from mbib_timm.drawing import Illustration
 from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.methods import METHODS, method_title
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.figures import CURVES, comparison_bars, comparison_curves, sweep_curves
 from mbib_timm.reporting.inputs import RunGroup
@@ -18,7 +19,7 @@ from mbib_timm.reporting.page import Section
 from mbib_timm.sweeps.figure import sweep_figure
 from mbib_timm.sweeps.results import SweepResults, cells, headline
 from mbib_timm.sweeps.table import closest_to_the_paper, header, mean_and_deviation, signed, table_row, what_was_run
-from mbib_timm.training.report import run_figures
+from mbib_timm.training.report import chosen_text, run_figures, stages_text
 
 
 def run_section(group: RunGroup) -> Section:
@@ -29,26 +30,27 @@ def run_section(group: RunGroup) -> Section:
     section.command(run.metrics["environment"]["command"])
 
     section.heading("Result")
-    result = run.metrics["result"]
-    epoch, best = result["epoch"] + 1, run.metrics["best"]
+    result, best = run.metrics["result"], run.metrics["best"]
+    when = f"the last epoch, {result['epoch'] + 1}" if result["epoch"] >= 0 else method_title(run.metrics["method"])
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = run.heads["prediction"]["images"]
     section.paragraphs(
-        [
-            f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}` after the last epoch, "
-            f"{epoch}{spread}."
-        ]
+        [f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}` after {when}{spread}."]
     )
     heads = ["prediction", *(head for head in run.heads if head != "prediction")]
     rows = [[head, *(mean_and_deviation(group.values(column, head)) for column in COLUMNS)] for head in heads]
     section.table(["head", *COLUMNS], rows)
-    best_top1 = best["heads"]["prediction"]["top1"]
-    section.paragraphs(
-        [
-            f"The best of the evaluated epochs was {best['epoch'] + 1} with {best_top1:.1f} %; it was chosen on the "
-            f"split `{best['selected_on']}`, and is not the result."
-        ]
-    )
+    for member in group.runs:
+        if chosen := chosen_text(member.metrics):
+            section.paragraphs([f"{chosen} (seed {member.metrics['seed']})."])
+    if best is not None:
+        best_top1 = best["heads"]["prediction"]["top1"]
+        section.paragraphs(
+            [
+                f"The best of the evaluated epochs was {best['epoch'] + 1} with {best_top1:.1f} %; it was chosen on "
+                f"the split `{best['selected_on']}`, and is not the result."
+            ]
+        )
     if group.paper:
         section.heading("Beside the paper")
         section.table(["", *COLUMNS], *_beside_the_paper(group))
@@ -70,17 +72,19 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     run = group.first
     counts = np.array(run.metrics["class_counts"])
     environment = run.metrics["environment"]
+    papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.metrics["stages"]))))
     seeds = ", ".join(str(member.metrics["seed"]) for member in group.runs)
     hours = statistics.mean(member.metrics["training_seconds"] for member in group.runs) / 3600
-    epochs = str(run.metrics["epochs"])
+    epochs = " + ".join(str(stage.epochs) for stage in run.recipe.chain())
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: compares with no other schedule"
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
     return [
-        ("model, loss", f"`{run.metrics['model']}`, `{run.metrics['loss']}`"),
+        ("model", f"`{run.metrics['model']}`"),
+        ("method", stages_text(run.metrics) + (f" ({'; '.join(papers)})" if papers else "")),
         (
             "training data",
-            f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} a class",
+            f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} per class",
         ),
         ("epochs", epochs),
         *([("set otherwise than in the recipe", settings)] if settings else []),
@@ -121,7 +125,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         paper = "–" if number is None else f"{number.accuracies['overall']:.1f} ({number.source})"
         mean = group.mean("overall")
         difference = "–" if number is None or mean is None else signed(mean - number.accuracies["overall"])
-        epochs = f"{group.first.metrics['epochs']}" + (f" of {group.recipe_epochs}" if group.is_short else "")
+        epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in COLUMNS]
         rows.append([group.title, epochs, str(len(group.runs)), *accuracies, paper, difference])
     section.table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows)

@@ -2,17 +2,17 @@
 
 ```yaml
 title: the impact of beta                               # of the table and the figure
-recipe: cifar100_lt_if{imbalance_factor}/{method}_resnet32   # an axis in braces is a part of the recipe's name
+recipe: "{method}cifar100_lt_if{imbalance_factor}"      # an axis in braces is a part of the recipe's name:
 axes:
-  method: [bib, mbib]
-  imbalance_factor: [100, 50, 10]
-  beta: [0, 1, 2, 3, 4, 5]                              # any other axis is a recipe key ...
-  observation_weights.0: [0.1, 0.3]                     # ... or an element of one ...
-  structure: {wide: {model_kwargs.bottleneck_features: 128}, narrow: {}}    # ... or names for keys and their values
+  method: {ce: cifar_resnet32.ce_, bib: bib_resnet32.}  # what goes in, by the name of the value ...
+  imbalance_factor: [100, 50, 10]                       # ... or the values themselves
+  method.beta: [0, 1, 2, 3, 4, 5]                       # any other axis is an address, as `load_recipe` takes it ...
+  width: {128: {model_kwargs.bottleneck_features: 128}, own: {}}    # ... or names for addresses and their values
 seeds: [0, 1, 2]
-set: {val_interval: 10}                                 # recipe keys of all runs
-figure: {kind: lines, x: beta, color: imbalance_factor, style: method}
-paper: {source: Table 1, numbers: [{method: bib, imbalance_factor: 100, beta: 5, overall: 44.9}]}
+set: {val_interval: 10}                                 # for all runs, by address
+labels: {method.beta: beta}
+figure: {kind: lines, x: method.beta, color: imbalance_factor, style: method}
+paper: {source: Table 1, numbers: [{method: bib, imbalance_factor: 100, method.beta: 5, overall: 44.9}]}
 ```
 """
 
@@ -21,13 +21,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.evaluation.table import COLUMNS
-from mbib_timm.recipe import TYPES, find_recipe, list_recipes, recipes_folder
+from mbib_timm.recipe import KEYS, find_recipe, list_recipes, recipes_folder
 
 # Recipe keys that a sweep sets by itself.
 PER_RUN = ("seed", "experiment", "resume")
@@ -35,6 +35,25 @@ FIGURE_ROLES = {"bars": ("x", "color"), "lines": ("x", "color", "style"), "heatm
 FIGURE_NEEDS = {"bars": (), "lines": ("x",), "heatmap": ("x", "y")}
 # Axes of a table and a figure that no run has: its heads, and the shot groups of its classes.
 HEAD, GROUP = "head", "group"
+
+
+class Value(NamedTuple):
+    """A value of an axis.
+
+    Attributes:
+        name: in tables, figures and folders' names.
+        text: that it is in the recipe's name, where the axis is a part of that.
+        settings: values that it sets, by address.
+    """
+
+    name: str
+    text: str
+    settings: dict[str, Any]
+
+
+def key_of(address: str) -> str:
+    """Return the recipe key that an address is in: ``method`` of ``stage2.method.tau``."""
+    return re.sub(r"^stage\d+\.", "", address).partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -60,13 +79,13 @@ class Sweep:
     Attributes:
         name: of the sweep's folder.
         recipe: name or file of the base recipe; axes in braces stand for parts of it.
-        axes: by name, a list of values, or a mapping from a value's name to recipe keys and their values.
+        axes: by name, a list of values, or a mapping from a value's name to what it is: of an axis that is a part of
+            the recipe's name the text that goes in, of any other addresses and their values.
         seeds: a run each.
-        set: recipe keys of all runs.
+        set: values of all runs, by address.
         title: what the sweep shows.
         labels: how axes are called in tables and figures, where not by their names.
-        heads: rows of the table for the heads of a run, with their titles: ``prediction``, ``z``, ``v`` for the last
-            observation, or the name of any; the prediction alone when empty.
+        heads: rows of the table for the heads of a run, by name, with their titles; the prediction alone when empty.
         figure: its kind, ``bars``, ``lines`` or ``heatmap``, and which axis plays which role in it.
         paper: the paper's numbers.
     """
@@ -89,7 +108,7 @@ class Sweep:
         for name, values in self.axes.items():
             self._check_axis(name, values)
         for name in self.set:
-            self._check_key("key in set", name)
+            self._check_address("key in set", name)
         for name in self.labels:
             if name not in self.axes:
                 raise unknown_name(f"axis in the labels of sweep {self.name}", name, self.axes)
@@ -105,38 +124,47 @@ class Sweep:
         """Return the axes that are parts of the recipe's name."""
         return re.findall(r"{(.*?)}", self.recipe)
 
-    def values(self, axis: str) -> list[tuple[str, dict[str, Any]]]:
-        """Return an axis's values by name, each with the recipe keys that it sets."""
-        values = self.axes[axis]
+    def values(self, axis: str) -> list[Value]:
+        """Return an axis's values."""
+        values, is_place = self.axes[axis], axis in self.placeholders()
         if isinstance(values, Mapping):
-            return [(str(name), dict(keys or {})) for name, keys in values.items()]
-        is_place = axis in self.placeholders()
-        return [(plain(value), {} if is_place else {axis: value}) for value in values]
+            items = [(str(name), what) for name, what in values.items()]
+            return [Value(n, str(what), {}) if is_place else Value(n, n, dict(what or {})) for n, what in items]
+        return [Value(plain(value), plain(value), {} if is_place else {axis: value}) for value in values]
 
     def label(self, axis: str) -> str:
         """Return how an axis is called in tables and figures."""
         return self.labels.get(axis, axis)
 
     def _check_axis(self, name: str, values: Any) -> None:
+        is_place = name in self.placeholders()
         if isinstance(values, Mapping):
-            for value, keys in values.items():
-                if not isinstance(keys or {}, Mapping):
+            for value, what in values.items():
+                if is_place and not isinstance(what, str):
                     raise MbibError(
-                        f"sweep {self.name}: axis {name!r}: {value!r} needs recipe keys and their values, got {keys!r}"
+                        f"sweep {self.name}: axis {name!r}: {value!r} needs a part of the recipe's name, got {what!r}"
                     )
-                for key in keys or {}:
-                    self._check_key(f"key in axis {name}", key)
-        elif name not in self.placeholders():
-            self._check_key("axis", name)
+                if not is_place:
+                    self._check_settings(name, value, what or {})
+        elif not is_place:
+            self._check_address("axis", name)
         if not isinstance(values, list | Mapping) or not values:
             raise MbibError(f"sweep {self.name}: axis {name!r} needs a list of values, got {values!r}")
 
-    def _check_key(self, kind: str, name: str) -> None:
-        key = str(name).partition(".")[0]
-        if key not in TYPES:
-            raise unknown_name(f"{kind} of sweep {self.name}", str(name), TYPES)
+    def _check_settings(self, axis: str, value: Any, settings: Any) -> None:
+        if not isinstance(settings, Mapping):
+            raise MbibError(
+                f"sweep {self.name}: axis {axis!r}: {value!r} needs recipe keys and their values, got {settings!r}"
+            )
+        for address in settings:
+            self._check_address(f"key in axis {axis}", address)
+
+    def _check_address(self, kind: str, address: str) -> None:
+        key = key_of(str(address))
+        if key not in KEYS:
+            raise unknown_name(f"{kind} of sweep {self.name}", str(address), KEYS)
         if key in PER_RUN:
-            raise MbibError(f"sweep {self.name}: recipe key {name!r} is the sweep's own to set; see --seeds")
+            raise MbibError(f"sweep {self.name}: recipe key {address!r} is the sweep's own to set; see --seeds")
 
     def _check_figure(self) -> None:
         kind = self.figure.get("kind", "")
@@ -162,9 +190,9 @@ class Sweep:
                 f"sweep {self.name}: a figure of kind {kind!r} does not show {', '.join(hidden) or 'heads'}"
             )
         if kind == "lines":
-            for value, _ in self.values(self.figure["x"]):
-                if not _is_number(value):
-                    raise MbibError(f"sweep {self.name}: lines need numbers along x, got {value!r}")
+            for value in self.values(self.figure["x"]):
+                if not _is_number(value.name):
+                    raise MbibError(f"sweep {self.name}: lines need numbers along x, got {value.name!r}")
 
 
 def _is_number(text: str) -> bool:

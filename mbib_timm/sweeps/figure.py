@@ -46,8 +46,8 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     places, names = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
     colors, hatches = _colors(names), _hatches(names)
     if names == [""]:  # all of one kind: variants of the base recipe's method
-        method = method_title(results.recipe.rpartition("/")[2].partition("_")[0])
-        colors[""] = METHOD_COLORS.get(method, colors[""])
+        methods = {run["method"] for run in results.runs}
+        colors[""] = METHOD_COLORS.get(method_title(methods.pop()), colors[""]) if len(methods) == 1 else colors[""]
     longest = max(len(place) for place in places)
     # A number over each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
     # read on none.

@@ -1,6 +1,5 @@
 """From a sweep to its runs: every recipe resolved, every folder named."""
 
-import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -9,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import TYPES, Recipe, find_recipe, load_recipe, recipe_name
-from mbib_timm.sweeps.definition import PER_RUN, Sweep
+from mbib_timm.recipe import (
+    KEYS,
+    STAGES,
+    Recipe,
+    find_recipe,
+    in_proportion,
+    load_recipe,
+    longest_epochs,
+    read_recipe,
+    recipe_name,
+)
+from mbib_timm.sweeps.definition import PER_RUN, Sweep, key_of
 from mbib_timm.training.run_folder import RunFolder
 
 
@@ -24,8 +33,8 @@ class PlannedRun:
         coordinates: the value of each axis, by the axis's name.
         name: of the recipe, as `recipe_name` has it.
         recipe: resolved, with the folder that it writes to.
-        recipe_epochs: epochs that the recipe asks for by itself.
-        settings: recipe keys that were set from outside, with values that compute something else; without the epochs.
+        recipe_epochs: epochs that the recipe asks for by itself, of its longest stage.
+        settings: what was set from outside and computes something else, by address; without the epochs.
     """
 
     label: str
@@ -35,6 +44,11 @@ class PlannedRun:
     recipe: Recipe
     recipe_epochs: int
     settings: dict[str, Any]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the longest stage."""
+        return longest_epochs(self.recipe)
 
     def folder(self) -> RunFolder:
         """Return the run's folder."""
@@ -48,7 +62,7 @@ class PlannedRun:
         """Return ``done``, ``partial`` or ``missing``. Raises CheckpointError for another recipe's run."""
         folder = self.folder()
         if not self.is_done() and not folder.has_checkpoint():
-            return "missing"
+            return "partial" if any(folder.path.glob("stage*-*")) else "missing"
         folder.agree(self.recipe)
         return "done" if self.is_done() else "partial"
 
@@ -56,22 +70,24 @@ class PlannedRun:
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:
     """Return a sweep on another base recipe, under a name that says so: ``figure4_weights-mbib_resnet20.digits``.
 
-    An axis that was a part of the old recipe's name and is none of the new one's has to be a recipe key. The paper's
-    numbers stay where they are for this recipe.
+    An axis that was a part of the old recipe's name and is none of the new one's has to be a recipe key, with a list of
+    values. The paper's numbers stay where they are for this recipe.
     """
     recipe = recipe.removesuffix(".yaml") if not Path(recipe).is_file() else recipe
     if recipe == sweep.recipe:
         return sweep
     for axis in sweep.placeholders():
-        if f"{{{axis}}}" not in recipe and axis not in TYPES:
+        # A method is no such key: with it the recipe names the model.
+        is_key = axis in KEYS and axis != "method" and not isinstance(sweep.axes[axis], Mapping)
+        if f"{{{axis}}}" not in recipe and not is_key:
             raise MbibError(
                 f"sweep {sweep.name} varies the {axis} by the recipe's name: --recipe {recipe!r} needs a place for "
                 f"it, as in {sweep.recipe!r}"
             )
     paper = sweep.paper if sweep.paper is not None and sweep.paper.recipe == recipe else None
-    parts = re.sub(r"{.*?}_?", "", Path(recipe).stem), Path(recipe).parent.name
-    name = f"{sweep.name}-{'.'.join(filter(None, parts))}"
-    return replace(sweep, recipe=recipe, name=name, paper=paper)
+    folder, _, named = (recipe_name(Path(recipe)) if Path(recipe).is_file() else recipe).rpartition("/")
+    fixed = re.sub(r"{.*?}_?", "", f"{named}.{folder}").strip(".")
+    return replace(sweep, recipe=recipe, name=f"{sweep.name}-{fixed}", paper=paper)
 
 
 def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
@@ -82,71 +98,90 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
 
     Args:
         sweep: what to run.
-        overrides: recipe keys of all runs, before the sweep's own.
+        overrides: of all runs, by address; the sweep's axes come after them.
 
     Raises:
         MbibError: an unknown recipe, a value that a recipe does not take, or two runs of one name.
     """
-    for name in PER_RUN:
-        if name in overrides:
-            raise MbibError(f"recipe key {name!r} is the sweep's own to set; see --seeds")
+    for address in overrides:
+        if key_of(address) in PER_RUN:
+            raise MbibError(f"recipe key {address!r} is the sweep's own to set; see --seeds")
     runs = list(_runs(sweep, {**sweep.set, **overrides}))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
             raise MbibError(f"sweep {sweep.name} has two runs of the name {label}")
-    epochs = {run.recipe.epochs for run in runs}
-    as_asked = all(run.recipe.epochs == run.recipe_epochs for run in runs)
+    epochs = {run.epochs for run in runs}
+    as_asked = all(run.epochs == run.recipe_epochs for run in runs)
     folder = sweep.name if as_asked or len(epochs) > 1 else f"{sweep.name}-{epochs.pop()}e"
-    return [replace(run, recipe=run.recipe.replace(output=str(Path(run.recipe.output) / folder))) for run in runs]
+    return [replace(run, recipe=run.recipe.everywhere(output=str(Path(run.recipe.output) / folder))) for run in runs]
 
 
 def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
     places = sweep.placeholders()
     for seed in sweep.seeds:
         for point in itertools.product(*(sweep.values(axis) for axis in sweep.axes)):
-            coordinates = {axis: value for axis, (value, _) in zip(sweep.axes, point, strict=True)}
+            by_axis = dict(zip(sweep.axes, point, strict=True))
             given = sweep.recipe
             for place in places:
-                given = given.replace(f"{{{place}}}", coordinates[place])
+                given = given.replace(f"{{{place}}}", by_axis[place].text)
             path = find_recipe(given)
+            of_axes = {address: value for each in point for address, value in each.settings.items()}
             own = load_recipe(path)
-            settings = dict(overrides)
-            for _, keys in point:
-                for key, value in keys.items():
-                    _put(settings, own, key, value)
-            recipe = load_recipe(path, {**_in_proportion(own, settings), **settings})
+            recipe = load_recipe(path, _with_epochs(path, own, {**overrides, **of_axes}))
             name = recipe_name(path)
-            values = [f"{a}={_in_a_path(v)}" for a, v in coordinates.items() if a not in places]
+            values = [f"{axis}={_in_a_path(each.name)}" for axis, each in by_axis.items() if axis not in places]
             configuration = "-".join([name, *values])
             label = f"{configuration}-seed{seed}"
-            placed = recipe.replace(seed=seed, experiment=label, resume="auto")
-            before, now = own.computation(), recipe.computation()
-            changed = {key: now[key] for key in overrides if key in now and now[key] != before[key] and key != "epochs"}
-            yield PlannedRun(label, configuration, coordinates, name, placed, own.epochs, changed)
+            yield PlannedRun(
+                label,
+                configuration,
+                {axis: each.name for axis, each in by_axis.items()},
+                name,
+                recipe.everywhere(seed=seed, resume="auto").replace(experiment=label),
+                longest_epochs(own),
+                _changed(own, recipe, {address: overrides[address] for address in overrides if address not in of_axes}),
+            )
 
 
-def _put(settings: dict[str, Any], own: Recipe, key: str, value: Any) -> None:
-    """Set a recipe key, or an element of one: ``observation_weights.0``, ``model_kwargs.taps``."""
-    name, dot, place = key.partition(".")
-    if not dot:
-        settings[name] = value
-        return
-    whole = copy.deepcopy(settings.get(name, getattr(own, name)))
-    try:
-        whole[int(place) if isinstance(whole, list) else place] = value
-    except (TypeError, ValueError, IndexError):
-        raise MbibError(f"recipe key {name!r} has no element {place!r}: it is {whole!r}") from None
-    settings[name] = whole
+def _with_epochs(path: Path, own: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings whose ``epochs`` are those of the longest stage; warm-up and milestones move in proportion.
+
+    What is set for all stages holds for those that do not set it themselves.
+    """
+    epochs = settings.get("epochs")
+    if not isinstance(epochs, int) or epochs < 1:  # none; or none that a recipe takes, which it says
+        return dict(settings)
+    rest = {address: value for address, value in settings.items() if address != "epochs"}
+    stages = read_recipe(path).get(STAGES, [])
+
+    def is_given(address: str) -> bool:
+        stage, dot, key = address.partition(".")
+        return bool(dot) and key in rest and key not in stages[int(stage.removeprefix("stage")) - 1]
+
+    scaled = {address: value for address, value in in_proportion(own, epochs).items() if not is_given(address)}
+    return {**scaled, **rest}
 
 
-def _in_proportion(own: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    epochs = settings.get("epochs", own.epochs)
-    if epochs == own.epochs or not isinstance(epochs, int) or epochs < 1:  # the recipe refuses what is no number
-        return {}
-    share = epochs / own.epochs
-    warmup = min(max(1, round(share * own.warmup_epochs)), epochs - 1) if own.warmup_epochs else 0
-    return {"warmup_epochs": warmup, "decay_milestones": [max(1, round(share * m)) for m in own.decay_milestones]}
+def _changed(own: Recipe, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings by which a recipe computes something else than by itself; without the epochs."""
+    changed = {}
+    for address, given in settings.items():
+        stages = zip(own.chain(), recipe.chain(), strict=True)
+        differ = any(_at(before, address) != _at(now, address) for before, now in stages)
+        if differ and key_of(address) != "epochs" and not KEYS[key_of(address)].metadata["location"]:
+            changed[address] = given
+    return changed
+
+
+def _at(stage: Recipe, address: str) -> Any:
+    """Return what a stage has at an address; None where it has no such element."""
+    key, *rest = re.sub(r"^stage\d+\.", "", address).split(".")
+    value = getattr(stage, key)
+    for part in rest:
+        elements = dict(enumerate(value)) if isinstance(value, list) else value or {}
+        value = elements.get(int(part) if isinstance(value, list) else part)
+    return value
 
 
 def _in_a_path(value: str) -> str:

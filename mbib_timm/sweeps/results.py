@@ -1,7 +1,6 @@
 """What a sweep has found so far: one file, ``sweep.json``, of which tables, figures and reports are made."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.names import data_of
 from mbib_timm.sweeps.definition import HEAD, Sweep
 from mbib_timm.sweeps.plan import PlannedRun
 from mbib_timm.training.public import public_environment, public_text
@@ -64,7 +64,7 @@ class SweepResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Recipe keys that were set from outside in any of the runs."""
+        """What was set from outside in any of the runs, by address."""
         return {key: value for run in self.runs for key, value in run["settings"].items()}
 
     @property
@@ -114,7 +114,7 @@ def collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Mapp
         name=Path(runs[0].recipe.output).name,
         title=sweep.title,
         recipe=public_text(sweep.recipe),
-        axes={axis: [value for value, _ in sweep.values(axis)] for axis in sweep.axes},
+        axes={axis: [value.name for value in sweep.values(axis)] for axis in sweep.axes},
         labels={axis: sweep.label(axis) for axis in sweep.axes},
         heads=sweep.heads,
         figure=sweep.figure,
@@ -126,7 +126,10 @@ def collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Mapp
 
 
 def run_record(run: PlannedRun) -> dict[str, Any]:
-    """Return what a sweep keeps of a finished run: place in the sweep, accuracies by head, curve, environment."""
+    """Return what a sweep keeps of a finished run: place in the sweep, accuracies by head, curve, environment.
+
+    Epochs are those of the longest stage; the curve, and the time, are the last stage's.
+    """
     folder = run.folder().path
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     history = read_history(folder)
@@ -136,7 +139,10 @@ def run_record(run: PlannedRun) -> dict[str, Any]:
         "configuration": run.configuration,
         "coordinates": run.coordinates,
         "seed": metrics["seed"],
-        "epochs": metrics["epochs"],
+        "method": metrics["method"],
+        "stages": metrics["stages"],
+        "chosen": metrics["chosen"],
+        "epochs": run.epochs,
         "recipe_epochs": run.recipe_epochs,
         "settings": run.settings,
         "dataset": metrics["dataset"],
@@ -166,15 +172,12 @@ def cells(results: SweepResults) -> list[Cell]:
     rows = []
     for runs in grouped.values():
         available = runs[0]["heads"]
-        # The last observation is v3 in one network and v1 in another.
-        observations = [head for head in available if head not in ("prediction", "z")]
-        by_part = {**{head: head for head in available}, "v": observations[-1]} if observations else {}
-        heads = [head for head in results.heads if head in by_part]
+        heads = [head for head in results.heads if head in available] if len(available) > 1 else []
         for head in heads or ["prediction"]:
             coordinates = dict(runs[0]["coordinates"])
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
-            values = {column: [run["heads"][by_part.get(head, head)][column] for run in runs] for column in COLUMNS}
+            values = {column: [run["heads"][head][column] for run in runs] for column in COLUMNS}
             rows.append(Cell(coordinates, values, _paper_numbers(results, coordinates)))
     return rows
 
@@ -196,8 +199,7 @@ def short_headline(results: SweepResults) -> str:
     numbers = sorted({row.n for row in cells(results)})
     done = len(results.runs)
     some = f", {done} of {results.planned} runs" if done < results.planned else ""
-    # The folder of the recipe names the data; of several folders what they share: cifar100_lt of cifar100_lt_if{...}.
-    data = re.sub(r"_?[a-z]*{.*?}", "", results.recipe.rpartition("/")[0])
+    data = data_of(results.recipe)
     said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {listed(numbers)}{some}"
     return f"{results.title} ({said})" if results.title else said
 

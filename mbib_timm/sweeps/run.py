@@ -12,7 +12,7 @@ from mbib_timm.sweeps.definition import Sweep
 from mbib_timm.sweeps.plan import PlannedRun, plan
 from mbib_timm.sweeps.results import collect
 from mbib_timm.sweeps.table import write_results
-from mbib_timm.training.run import train
+from mbib_timm.training import train
 
 
 def run_sweep(
@@ -31,7 +31,7 @@ def run_sweep(
 
     Args:
         sweep: what to run.
-        overrides: recipe keys of all runs.
+        overrides: of all runs, by address.
         results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are.
         seeds: run these in the place of the sweep's own.
         only: run only those whose label contains this.

@@ -50,7 +50,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def runs_csv(results: SweepResults) -> str:
-    """Return a row a run: its place, its prediction by shot group, each head's top-1 accuracy, seconds, commit."""
+    """Return a row per run: place, prediction by shot group, each head's top-1 accuracy, choices, seconds, commit."""
     rows = []
     for run in results.runs:
         heads = {f"head_{head}": values["overall"] for head, values in run["heads"].items() if head != "prediction"}
@@ -61,6 +61,7 @@ def runs_csv(results: SweepResults) -> str:
                 "epochs": run["epochs"],
                 **run["heads"]["prediction"],
                 **heads,
+                **{f"chosen_{name}": value for name, value in run["chosen"].items()},
                 "training_seconds": run["training_seconds"],
                 "hardware": run["environment"]["hardware"],
                 "commit": run["environment"]["commit"],

@@ -1,6 +1,5 @@
 """What a run wrote, without what it says of the machine: its folders, devices, workers."""
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
@@ -9,13 +8,22 @@ from typing import Any
 
 import yaml
 
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.recipe import KEYS, STAGES, TYPES, load_recipe
 
 
 def public_recipe(file: Path) -> bytes:
-    """Return a run's recipe without the keys that say where it ran: folders, devices, workers."""
-    computation = load_recipe(file).computation()
-    computation["model"] = public_model(computation["model"])
+    """Return a run's recipe without the keys that say where it ran: folders, devices, workers.
+
+    Of what it started from the name is left.
+    """
+    recipe = load_recipe(file)
+    computation = recipe.computation()
+    for keys in (computation, *computation.get(STAGES, ())):
+        if "model" in keys:
+            keys["model"] = public_model(keys["model"])
+    start = recipe.chain()[0].initial_checkpoint
+    if start is not None:
+        computation["initial_checkpoint"] = Path(start).name
     return yaml.safe_dump(computation, sort_keys=False, allow_unicode=True).encode()
 
 
@@ -39,10 +47,11 @@ def public_command(command: str) -> str:
 
     Of any absolute path the last part is left.
     """
+    # A plugin says what was run; of its path the last part is left.
     places = {
-        f"--{item.name.replace('_', '-')}": item.type
-        for item in dataclasses.fields(Recipe)
-        if item.metadata["location"]
+        f"--{name.replace('_', '-')}": TYPES[name]
+        for name, item in KEYS.items()
+        if item.metadata["location"] and name != "plugin"
     }
     kept: list[str] = []
     try:
@@ -52,6 +61,7 @@ def public_command(command: str) -> str:
     skip = False
     for word in words:
         flag, equals, _ = word.partition("=")
+        flag = re.sub(r"^--stage\d+\.", "--", flag)
         if skip:
             skip = False
         elif flag.replace("--no-", "--") in places:

@@ -9,6 +9,7 @@ import numpy as np
 from mbib_timm.drawing import Illustration, render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import figures, results_table
+from mbib_timm.methods import method_title
 
 SHOT_METRICS = ("top1", "many", "medium", "few")
 
@@ -56,7 +57,7 @@ def run_figures(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
         "training_curves",
         "Training",
         "On the left the loss falls as the learning rate does; on the right the accuracy of each shot group is that on "
-        "the evaluated split, and the last epoch is the result.",
+        "the evaluated split, and that of the last epoch is reported.",
         lambda: figures.training_curves(history),
     )
     return [
@@ -79,21 +80,40 @@ def run_figures(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
 
 
 def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Print the result's table, the best epoch for what it is, and where everything lies.
+    """Print the result's table, what the method has chosen, the best epoch for what it is, and where everything lies.
 
     Args:
         folder: the run's.
         metrics: content of ``metrics.json``.
     """
     result, best = metrics["result"], metrics["best"]
-    when = f"Epoch {result['epoch']} (the last)" if result["epoch"] >= 0 else "Without training"
-    print(f"\n{when}, on {result['split']}:")
+    print(f"\n{_when(metrics)}, on {result['split']}:")
     print(results_table(result["heads"], np.array(metrics["class_counts"])))
-    if best is not None:  # there were epochs
+    if chosen := chosen_text(metrics):
+        print(chosen)
+    if best is not None:
         best_top1 = best["heads"]["prediction"]["top1"]
         print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
-    for name, value in metrics["chosen"].items():
-        print(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}")
     if metrics["replaced_images"]:
         print(f"{len(metrics['replaced_images'])} broken training images were replaced: see metrics.json")
     print(f"\n{folder}")
+
+
+def _when(metrics: Mapping[str, Any]) -> str:
+    """Return when in a run its result was measured: ``Epoch 59 (the last)``, ``After tau-norm``."""
+    epoch, stages = metrics["result"]["epoch"], metrics["stages"]
+    if epoch < 0:
+        return f"After {method_title(metrics['method'])}"
+    stage = f" of stage {len(stages)}, {method_title(stages[-1])}" if len(stages) > 1 else ""
+    return f"Epoch {epoch} (the last{stage})"
+
+
+def chosen_text(metrics: Mapping[str, Any]) -> str:
+    """Return what the method has chosen by itself, as ``Chosen by tau-norm: tau 0.7``; empty where that is nothing."""
+    chosen = ", ".join(f"{name} {value:g}" for name, value in metrics["chosen"].items())
+    return f"Chosen by {method_title(metrics['method'])}: {chosen}" if chosen else ""
+
+
+def stages_text(metrics: Mapping[str, Any]) -> str:
+    """Return the methods of a run's stages by their titles: ``CE, then cRT``."""
+    return ", then ".join(method_title(stage) for stage in metrics["stages"])

@@ -252,6 +252,7 @@ class Run:
             "model": recipe.model,
             "method": recipe.method["name"],
             "stages": [stage.method["name"] for stage in recipe.chain()],
+            "prediction_heads": list(getattr(self._result_model(), "prediction_heads", ())),
             "dataset": recipe.dataset,
             "loader": recipe.loader,
             "epochs": recipe.epochs,

@@ -31,7 +31,9 @@ HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "val_top1", "val_many", "val_med
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's ``summary.csv``: numbers, and None for what an epoch has not."""
+    """Return the rows of a run's ``summary.csv``: numbers, and None for what an epoch has not; none without epochs."""
+    if not (folder / "summary.csv").is_file():
+        return []
     with (folder / "summary.csv").open(encoding="utf-8") as file:
         return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
 

@@ -22,19 +22,18 @@ from mbib_timm.environment import World, keep_freed_memory
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits, head_logits
-from mbib_timm.losses import create_loss
+from mbib_timm.methods import Facts, Method, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer
-from mbib_timm.training.setup import build_model
+from mbib_timm.training.setup import build_network
 from mbib_timm.training.step import compiled_loss_parts, create_step
-from mbib_timm.training.task import LongTailTask, head_names
 
 # The recipe of MBIB, and the name of its plain backbone.
 SUBJECTS = {
-    "resnet32": ("cifar100_lt_if100/mbib_resnet32", "cifar_resnet32"),
-    "resnext50": ("imagenet_lt/mbib_resnext50", "resnext50_32x4d"),
+    "resnet32": ("mbib_resnet32.cifar100_lt_if100", "cifar_resnet32"),
+    "resnext50": ("mbib_resnext50.imagenet_lt", "resnext50_32x4d"),
 }
 MODELS = ("plain", "mbib")
 
@@ -59,11 +58,11 @@ def subject_recipe(subject: str, model: str, world: World, compiled: bool) -> Re
         torchcompile=compiled,
         cuda_graph=compiled and world.device.type == "cuda",
     )
-    return recipe if model == "mbib" else recipe.replace(model=backbone, loss="ce")
+    return recipe if model == "mbib" else recipe.replace(model=backbone, method="ce")
 
 
 class Trainer:
-    """A model with its loss, optimizer, training step and evaluation: those of `mbib train`.
+    """A model with its method, optimizer, training step and evaluation: those of `mbib train`.
 
     Args:
         recipe: of the model.
@@ -74,25 +73,29 @@ class Trainer:
     def __init__(self, recipe: Recipe, counts: np.ndarray, world: World) -> None:
         torch.manual_seed(0)
         self.recipe, self.counts, self.device = recipe, counts, world.device
-        self.model = build_model(recipe, len(counts))
+        self.model = build_network(recipe, len(counts))
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.task = LongTailTask(self.model, create_loss(recipe, counts, head_names(self.model)), world.device)
-        self.optimizer = create_optimizer(recipe, self.model)
+        kind, settings = resolve_method(recipe.method)
+        facts = Facts(counts, recipe.epochs, steps=-(-int(counts.sum()) // recipe.batch_size))
+        self.method: Method = kind(self.model, kind.Settings(**settings), facts, world.device)
+        self.method.to(world.device)
+        self.optimizer = create_optimizer(recipe, self.method)
         self.precision = Precision.of(recipe, world.device)
-        self.step = create_step(recipe, self.task, self.optimizer, self.precision, world)
+        self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
         self.epochs = 0
 
     def take_steps(self, images: Tensor, targets: Tensor, steps: int) -> None:
         """Train on one batch, again and again."""
-        self.task.train()
+        self.method.train()
+        batches = (Batch((images,), targets, torch.arange(len(targets), device=targets.device)),)
         for _ in range(steps):
-            self.step(images, targets)
+            self.step(batches)
 
     def train_epoch(self, loader: Any) -> None:
         """Train on every image of a loader."""
         loader.set_epoch(self.epochs)
         nothing = Progress(0, visible=False)
-        train_one_epoch(self.task, loader, self.step, self.recipe, self.epochs, nothing, self.task.update_ema)
+        train_one_epoch(self.method, loader, self.step, self.recipe, self.epochs, nothing, self.method.update_ema)
         self.epochs += 1
 
     def evaluate(self, loader: Iterable[Batch]) -> None:
@@ -141,7 +144,7 @@ class TimmLoop:
         torch.manual_seed(0)
         self.device = world.device
         self.precision = Precision.of(recipe, world.device)
-        self.model: nn.Module = build_model(recipe, splits.num_classes)
+        self.model: nn.Module = build_network(recipe, splits.num_classes)
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = create_optimizer_v2(
             self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum

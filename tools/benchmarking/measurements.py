@@ -34,6 +34,7 @@ from mbib_timm.data.create import data_key
 from mbib_timm.data.loaders import Place, TrainLoader, training_sampler
 from mbib_timm.data.resident import resident_loader
 from mbib_timm.errors import MbibError
+from mbib_timm.recipe import DEFAULT_RECIPE
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 
 # In the second, the optimizer has its buffers.
@@ -236,14 +237,12 @@ def start(settings: Settings) -> Iterator[Record]:
 
     done = take_turns({"mbib train": run}, settings.repeats)["mbib train"]
     figures = {"first step begins": begun[1:], "first step done": done}
-    yield Record(
-        "start", "seconds", figures, {"start": begun[1:], "start-step": done}, {"recipe": "digits/mbib_resnet20"}
-    )
+    yield Record("start", "seconds", figures, {"start": begun[1:], "start-step": done}, {"recipe": DEFAULT_RECIPE})
 
 
 def start_large(settings: Settings) -> Iterator[Record]:
     """Measure the same with lists as long as iNaturalist 2018's, which name 1,000 JPEG files again and again."""
-    recipe, classes = "inat2018_90e/mbib_resnet50", 8_142
+    recipe, classes = "mbib_resnet50.inat2018_90e", 8_142
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generator = np.random.default_rng(0)
