@@ -7,10 +7,11 @@ import pytest
 import timm
 import torch
 import yaml
+from mbib_timm.losses import create_loss
+from mbib_timm.training.task import head_names
 
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.errors import MbibError
-from mbib_timm.losses import create_loss
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
     Recipe,
@@ -23,7 +24,6 @@ from mbib_timm.recipe import (
     recipes_folder,
 )
 from mbib_timm.training.optimization import create_optimizer, create_schedule
-from mbib_timm.training.task import head_names
 
 RECIPES = list_recipes()
 # Written in every recipe, the default or not: they say what it is.

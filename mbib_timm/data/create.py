@@ -197,12 +197,7 @@ class Passes:
         Raises:
             MbibError: there are none.
         """
-        split, val = self.splits.held_out, self.splits.val
-        if split is None:
-            raise MbibError(
-                "there are no images that are neither trained nor tested on, to choose a constant with: set "
-                "holdout: 0.1 to keep a tenth of each class's training images out of training"
-            )
+        split, val = self.splits.require_held_out(), self.splits.val
         return self._loader("val", val, False) if split is val else self._loader("held_out", split, True)
 
     def _loader(self, name: str, split: Split, replace_broken: bool) -> Loader:

@@ -8,7 +8,7 @@ from mbib_timm.data.class_counts import count_classes, read_class_counts
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import PROFILES, hold_out, largest_class, long_tailed_indices
 from mbib_timm.data.sources import open_split
-from mbib_timm.errors import DataError
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
 
 
@@ -38,6 +38,15 @@ class Splits:
     def num_classes(self) -> int:
         """Classes K."""
         return len(self.class_counts)
+
+    def require_held_out(self) -> Split:
+        """Return the images that are never trained on. Raises MbibError where there are none."""
+        if self.held_out is None:
+            raise MbibError(
+                "there are no images that are neither trained nor tested on, to choose a constant with: set "
+                "holdout: 0.1 to keep a tenth of each class's training images out of training"
+            )
+        return self.held_out
 
 
 def open_data(recipe: Recipe) -> Splits:

@@ -131,6 +131,11 @@ class Method(TrainingTask):
         """
         return build()
 
+    @classmethod
+    def needs_held_out(cls, settings: Any) -> bool:
+        """Return whether `finish` asks for held-out images; where there are none, a run ends before it begins."""
+        return False
+
     # What a step computes: one of these three is a method's own.
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:

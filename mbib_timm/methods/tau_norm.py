@@ -49,6 +49,15 @@ class TauNorm(Method):
     needs_start = True
     post_hoc = True
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._classifiers()  # says at once where there are none to normalise
+
+    @classmethod
+    def needs_held_out(cls, settings: TauNormSettings) -> bool:
+        """Return whether tau is to be chosen."""
+        return settings.tau is None
+
     def finish(self, data: Passes) -> None:
         """Choose tau where it is not given, and normalise the classifiers."""
         classifiers = self._classifiers()

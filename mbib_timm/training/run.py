@@ -64,6 +64,10 @@ class Run:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
         check_sampler(recipe.choice("sampler"), self.splits)
+        kind, given = resolve_method(recipe.method)
+        settings = kind.Settings(**given)
+        if kind.needs_held_out(settings):
+            self.splits.require_held_out()
         seed_generators(recipe.seed, -1, 0, recipe.stage)  # every process starts from the same weights
         network = build_network(recipe, self.splits.num_classes, previous)
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -73,9 +77,8 @@ class Run:
         # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
         chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
         self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
-        kind, settings = resolve_method(recipe.method)
         facts = Facts(self.splits.class_counts, recipe.epochs, previous)
-        self.method: Method = kind(network, kind.Settings(**settings), facts, world.device)
+        self.method: Method = kind(network, settings, facts, world.device)
         self.method.to(world.device)
         self.method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
         self.optimizer = create_optimizer(recipe, self.method)

@@ -50,15 +50,27 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
         torch.set_rng_state(state)
         weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
     own = model.state_dict()
+    check_fit(own, weights, anew, str(previous or recipe.initial_checkpoint or recipe.model))
+    model.load_state_dict({name: own[name] if name in anew else weights[name] for name in own})
+    return model
+
+
+def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str], source: str) -> None:
+    """Raise CheckpointError unless weights have the names and shapes of a model, but for what starts anew.
+
+    Args:
+        own: the model's.
+        weights: to start from.
+        anew: names of what starts anew.
+        source: of the weights, for the message.
+    """
     differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
         raise CheckpointError(
-            f"the weights of {previous or recipe.initial_checkpoint or recipe.model} do not fit this stage's model: "
+            f"the weights of {source} do not fit this stage's model: "
             f"{', '.join(sorted(differing)[:5])}{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}"
         )
-    model.load_state_dict({name: own[name] if name in anew else weights[name] for name in own})
-    return model
 
 
 def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict[str, Any]) -> nn.Module:

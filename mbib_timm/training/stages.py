@@ -4,15 +4,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.data import DataPool, check_sampler
+from torch import Tensor
+
+from mbib_timm.data import DataPool, check_sampler, choose_loader
 from mbib_timm.environment import World, join_world, leave_world
 from mbib_timm.errors import CheckpointError, MbibError
-from mbib_timm.methods import part_of
+from mbib_timm.methods import Facts, part_of, resolve_method
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.checkpoint import load_checkpoint, load_newest
+from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 from mbib_timm.training.run import Run
 from mbib_timm.training.run_folder import RunFolder, same_computation
-from mbib_timm.training.setup import build_network
+from mbib_timm.training.setup import build_network, check_fit, input_size
+from mbib_timm.training.step import create_step
 
 
 def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, Any]:
@@ -37,20 +41,33 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, 
     try:
         pool = pool or DataPool()
         if recipe.previous is not None:
-            _check_stages(recipe, pool)
+            _check_stages(recipe, pool, world)
         return _train(recipe, name, world, pool)
     finally:
         leave_world()
 
 
-def _check_stages(recipe: Recipe, pool: DataPool) -> None:
+def _check_stages(recipe: Recipe, pool: DataPool, world: World) -> None:
     """Raise MbibError for what would stop a later stage, before the first begins."""
-    for stage in recipe.chain()[1:]:
+    before: dict[str, Tensor] | None = None
+    for stage in recipe.chain():
         splits = pool.open(stage)
         check_sampler(stage.choice("sampler"), splits)
-        network = build_network(stage.replace(reset="none"), splits.num_classes)
-        for key in ("train", "reset"):
-            part_of(network, stage.choice(key))
+        kind, settings = resolve_method(stage.method)
+        values = kind.Settings(**settings)
+        if kind.needs_held_out(values):
+            splits.require_held_out()
+        network = build_network(stage, splits.num_classes).to(world.device)
+        choose_loader(splits, stage, input_size(stage, network), world.device)
+        method = kind(network, values, Facts(splits.class_counts, stage.epochs), world.device)
+        model = method.result_model()
+        if before is not None:
+            check_fit(model.state_dict(), before, part_of(model, stage.choice("reset")), f"stage {stage.stage}")
+        before = model.state_dict()
+        method.freeze_all_but(stage.choice("train"), stage.choice("frozen_bn"))
+        optimizer = create_optimizer(stage, method)
+        create_schedule(stage, optimizer)
+        create_step(stage, method, optimizer, Precision.of(stage, world.device), world)
 
 
 def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> dict[str, Any]:

@@ -1,0 +1,515 @@
+"""Runs of several stages on the digits: what each starts from, what it leaves alone, and how it resumes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mbib_timm.data import DataPool
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.methods import METHODS, part_of
+from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.training import run as run_module
+from mbib_timm.training import train
+
+TOY = str(Path(__file__).parent / "toy_method.py")
+# 48 to 2 images of each class, in five steps an epoch.
+SHORT = dict(
+    base="digits", model="cifar_resnet20", imbalance_max=48, epochs=3, warmup_epochs=1, device="cpu", workers=0,
+    checkpoint_seconds=0, val_interval=3,
+)  # fmt: skip
+CE_CRT = [{"method": "ce"}, {"method": "crt"}]
+CE_TAU = [{"method": "ce"}, {"method": "tau_norm", "epochs": 0}]
+CLASSIFIER = {"fc.weight", "fc.bias"}
+
+
+def write(folder, stages, **keys):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump({**SHORT, "stages": stages, **keys}))
+    return path
+
+
+def recipe_of(tmp_path, stages=CE_CRT, **keys):
+    return load_recipe(write(tmp_path / "recipes", stages, **keys), {"output": str(tmp_path / "runs")})
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def differing(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def buffers(names):
+    return {name for name in names if "running_" in name or name.endswith("num_batches_tracked")}
+
+
+def history(folder):
+    with (Path(folder) / "summary.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def trained_epochs(monkeypatch):
+    """Return a list that will name the method, stage and number of every epoch that is trained."""
+    epochs, original = [], run_module.train_one_epoch
+
+    def recorded(method, loader, step, recipe, epoch, *args, **kwargs):
+        epochs.append((method.name, recipe.stage, epoch))
+        return original(method, loader, step, recipe, epoch, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "train_one_epoch", recorded)
+    return epochs
+
+
+class Started:
+    """What a stage starts from, seen before its first step."""
+
+    def __init__(self, monkeypatch):
+        self.stages, original = [], run_module.create_step
+
+        def create_step(recipe, method, optimizer, *args):
+            state = {key: value.clone() for key, value in method.get_eval_model().state_dict().items()}
+            self.stages.append((recipe, method, optimizer, state))
+            return original(recipe, method, optimizer, *args)
+
+        monkeypatch.setattr(run_module, "create_step", create_step)
+
+
+@pytest.fixture(scope="module")
+def crt(tmp_path_factory):
+    """A whole run of cross-entropy and cRT: the folder above its runs, and its metrics."""
+    path = tmp_path_factory.mktemp("crt")
+    return path, train(recipe_of(path), "whole")
+
+
+# What a run of two stages leaves
+
+
+def test_the_last_stages_result_is_the_result_and_each_stage_is_a_run(crt):
+    path, metrics = crt
+    folder = path / "runs" / "whole"
+    assert metrics["folder"] == str(folder)
+    assert metrics["method"] == "crt"
+    assert metrics["stages"] == ["ce", "crt"]
+    for run in (folder, folder / "stage1-ce"):
+        for name in ("recipe.yaml", "metrics.json", "config.json", "model.safetensors", "last.ckpt", "summary.csv"):
+            assert (run / name).is_file()
+        assert len(history(run)) == 3
+    first = json.loads((folder / "stage1-ce" / "metrics.json").read_text())
+    assert (first["method"], first["stages"]) == ("ce", ["ce"])
+    written = load_recipe(folder / "recipe.yaml")
+    assert [stage.method["name"] for stage in written.chain()] == ["ce", "crt"]
+    assert load_recipe(folder / "stage1-ce" / "recipe.yaml").previous is None
+    priors = [json.loads((run / "config.json").read_text())["logit_prior"] for run in (folder / "stage1-ce", folder)]
+    assert priors == ["train", "uniform"]
+
+
+def test_a_stage_alone_is_the_same_as_the_first_of_two(crt, tmp_path):
+    path, _ = crt
+    alone = train(recipe_of(tmp_path, [{"method": "ce"}]), "alone")
+    assert not differing(alone["folder"], path / "runs" / "whole" / "stage1-ce")
+
+
+# What is frozen, trained, and started anew
+
+
+def test_crt_leaves_everything_below_the_classifier_but_running_statistics(crt):
+    folder = crt[0] / "runs" / "whole"
+    changed = differing(folder / "stage1-ce", folder)
+    assert changed - buffers(changed) == CLASSIFIER
+    assert buffers(changed) == buffers(weights(folder))  # frozen_bn: train
+
+
+def test_frozen_batch_normalisation_in_evaluation_mode_keeps_its_statistics(tmp_path):
+    stages = [{"method": "ce"}, {"method": "crt", "frozen_bn": "eval"}]
+    folder = Path(train(recipe_of(tmp_path, stages), "eval")["folder"])
+    assert differing(folder / "stage1-ce", folder) == CLASSIFIER
+
+
+def test_a_stage_starts_from_the_weights_before_but_for_what_starts_anew(tmp_path, monkeypatch):
+    started = Started(monkeypatch)
+    folder = Path(train(recipe_of(tmp_path), "run")["folder"])
+    (_, _, _, first), (recipe, method, optimizer, second) = started.stages
+    before, after = weights(folder / "stage1-ce"), weights(folder)
+    assert recipe.stage == 1
+    assert {name for name in before if not torch.equal(before[name], second[name])} == CLASSIFIER
+    assert all(not torch.equal(second[name], after[name]) for name in CLASSIFIER)
+    assert not torch.equal(first["fc.weight"], second["fc.weight"])  # not the first stage's own start
+    # The optimizer holds exactly what trains.
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    network = method.get_eval_model()
+    assert held == {id(p) for name, p in network.named_parameters() if name in CLASSIFIER}
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == CLASSIFIER
+    assert all(p.grad is None for name, p in network.named_parameters() if name not in CLASSIFIER)
+
+
+def test_what_starts_anew_depends_on_the_seed_only(tmp_path, monkeypatch):
+    started = Started(monkeypatch)
+    for name, keys in {"a": {"lr": 0.05}, "b": {"lr": 0.01}, "c": {"lr": 0.05, "seed": 1}}.items():
+        train(recipe_of(tmp_path, [{"method": "ce", "epochs": 2}, {"method": "crt", "epochs": 2}], **keys), name)
+    a, b, c = [state for recipe, _, _, state in started.stages if recipe.stage == 1]
+    assert torch.equal(a["fc.weight"], b["fc.weight"])
+    assert not torch.equal(a["conv1.weight"], b["conv1.weight"])
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_any_part_may_start_anew_and_any_part_may_train(tmp_path, monkeypatch):
+    started = Started(monkeypatch)
+    second = {"method": "bsce", "reset": r"^layer3\.", "train": r"^layer3\.|^fc\.bias", "frozen_bn": "eval"}
+    folder = Path(train(recipe_of(tmp_path, [{"method": "ce"}, second]), "run")["folder"])
+    before, after, start = weights(folder / "stage1-ce"), weights(folder), started.stages[1][3]
+    anew = {name for name in before if not torch.equal(before[name], start[name])}
+    layer3 = {name for name in before if name.startswith("layer3.")}
+    # Scales and shifts start as they did before; those that training has moved are back.
+    assert anew <= layer3
+    assert {name for name in layer3 if name.endswith("conv1.weight")} <= anew
+    changed = {name for name in after if not torch.equal(start[name], after[name])}
+    assert changed == layer3 | {"fc.bias"}
+
+
+def test_without_epochs_and_without_anything_anew_a_stage_predicts_as_the_one_before(tmp_path):
+    metrics = train(recipe_of(tmp_path, [{"method": "ce"}, {"method": "bsce", "epochs": 0}]), "run")
+    folder = Path(metrics["folder"])
+    assert not differing(folder / "stage1-ce", folder)
+    first = json.loads((folder / "stage1-ce" / "metrics.json").read_text())
+    assert metrics["result"]["heads"] == first["result"]["heads"]
+    assert metrics["epochs"] == 0
+
+
+def test_a_stage_has_a_schedule_and_a_sampler_of_its_own(tmp_path, monkeypatch):
+    seen, original = [], run_module.train_one_epoch
+
+    def recorded(method, loader, step, recipe, *args, **kwargs):
+        targets = torch.cat([batch.targets for (batch,) in loader])
+        index = torch.cat([batch.index for (batch,) in loader])
+        seen.append((recipe.stage, torch.bincount(targets, minlength=10).tolist(), index.tolist()))
+        return original(method, loader, step, recipe, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "train_one_epoch", recorded)
+    stages = [{"method": "ce"}, {"method": "crt", "epochs": 2, "lr": 0.2, "sched": "constant", "warmup_epochs": 0}]
+    metrics = train(recipe_of(tmp_path, stages), "run")
+    counts = metrics["class_counts"]
+    for stage, drawn, index in seen:
+        assert len(index) == sum(counts)
+        if stage == 0:
+            assert drawn == counts  # every image once
+            assert sorted(index) == list(range(sum(counts)))
+        else:  # N draws hit every class within 5 sigma of N/K
+            n, k = sum(counts), len(counts)
+            assert np.abs(np.array(drawn) - n / k).max() < 5 * np.sqrt(n / k * (1 - 1 / k))
+    assert seen[0][2] != seen[1][2]
+    rates = [float(row["lr"]) for row in history(metrics["folder"])]
+    assert rates == pytest.approx([0.2, 0.2])
+    assert len(history(Path(metrics["folder"]) / "stage1-ce")) == 3
+
+
+# Resumed
+
+
+class CrashError(Exception):
+    """Stands for a crash."""
+
+
+def crash(monkeypatch, stage, epoch, *, after):
+    original = run_module.train_one_epoch
+
+    def crashing(method, loader, step, recipe, number, *args, **kwargs):
+        here = (recipe.stage, number) == (stage, epoch)
+        if here and not after:
+            raise CrashError
+        result = original(method, loader, step, recipe, number, *args, **kwargs)
+        if here:
+            raise CrashError
+        return result
+
+    monkeypatch.setattr(run_module, "train_one_epoch", crashing)
+
+
+def with_stages(folder):
+    return [Path(folder), *sorted(Path(folder).glob("stage*-*"))]
+
+
+def same_runs(first, second):
+    for one, other in zip(with_stages(first), with_stages(second), strict=True):
+        assert not differing(one, other)
+        assert history(one) == history(other)
+        results = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
+        for key in ("result", "best", "chosen", "class_counts"):
+            assert results[0][key] == results[1][key]
+
+
+@pytest.mark.parametrize(("stage", "epoch", "after"), [(0, 0, True), (0, 2, False), (1, 0, False), (1, 1, True)])
+def test_a_run_that_was_interrupted_in_any_stage_gives_the_same_weights(
+    crt, tmp_path, monkeypatch, stage, epoch, after
+):
+    crash(monkeypatch, stage, epoch, after=after)
+    recipe = recipe_of(tmp_path)
+    with pytest.raises(CrashError):
+        train(recipe, "whole")
+    assert not (tmp_path / "runs" / "whole" / "metrics.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(MbibError, match=r"holds a run already.*--resume auto"):
+        train(recipe, "whole")
+    epochs = trained_epochs(monkeypatch)
+    resumed = train(recipe.everywhere(resume="auto"), "whole")
+    done = epoch  # that epoch is lost, since its checkpoint was not yet written
+    rest = [("ce", 0, e) for e in range(done, 3)] if stage == 0 else []
+    assert epochs == rest + [("crt", 1, e) for e in range(done if stage == 1 else 0, 3)]
+    same_runs(crt[0] / "runs" / "whole", resumed["folder"])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_plugins_state_an_average_and_adam_resume_bit_identically_in_both_stages(tmp_path, monkeypatch, stage):
+    stages = [{"method": {"name": "toy"}}, {"method": {"name": "toy", "strength": 2.0}, "sampler": "balanced"}]
+    keys = dict(plugin=[TOY], model_ema=True, model_ema_decay=0.5, opt="adamw", lr=0.001, loader="timm")
+    keys["model_kwargs"] = {"drop_rate": 0.1}
+    whole = train(recipe_of(tmp_path / "whole", stages, **keys), "run")
+    crash(monkeypatch, stage, 1, after=True)
+    recipe = recipe_of(tmp_path / "broken", stages, **keys)
+    with pytest.raises(CrashError):
+        train(recipe, "run")
+    monkeypatch.undo()
+    resumed = train(recipe.everywhere(resume="auto"), "run")
+    same_runs(whole["folder"], resumed["folder"])
+    last = [torch.load(Path(m["folder"]) / "last.ckpt", weights_only=True) for m in (whole, resumed)]
+    own = [state["task_state"]["method"] for state in last]
+    assert own[0].keys() == {"offset", "updates", "scale"}
+    assert own[0]["updates"].item() == 15  # of this stage; five steps in each of three epochs
+    assert own[0]["scale"].item() != 1.0
+    assert all(torch.equal(own[0][key], own[1][key]) for key in own[0])
+
+
+def test_kill_9_in_the_second_stage_and_resume_auto(crt, tmp_path):
+    path = write(tmp_path / "recipes", CE_CRT)
+    command = [sys.executable, "-m", "mbib_timm", "train", str(path), "--output", str(tmp_path), "--experiment", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    summary = tmp_path / "run" / "summary.csv"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (summary.exists() and summary.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "run" / "stage1-ce" / "metrics.json").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists(), "the run ended before it was killed"
+    done = subprocess.run([*command, "--resume", "auto"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same_runs(crt[0] / "runs" / "whole", tmp_path / "run")
+
+
+def test_a_finished_run_of_two_stages_resumes_to_the_same_result(crt, monkeypatch):
+    path, metrics = crt
+    epochs = trained_epochs(monkeypatch)
+    assert train(recipe_of(path).everywhere(resume="auto"), "whole")["result"] == metrics["result"]
+    assert epochs == []
+    other = recipe_of(path, [{"method": "ce"}, {"method": "crt", "lr": 0.3}])
+    with pytest.raises(CheckpointError, match="holds a run of another recipe"):
+        train(other.everywhere(resume="auto"), "whole")
+
+
+# Shared
+
+
+def test_crt_and_tau_normalisation_share_one_run_of_cross_entropy(tmp_path, monkeypatch):
+    epochs = trained_epochs(monkeypatch)
+    first = train(recipe_of(tmp_path, CE_CRT), "crt")
+    second = train(recipe_of(tmp_path, CE_TAU), "tau")
+    assert [epoch for epoch in epochs if epoch[0] == "ce"] == [("ce", 0, e) for e in range(3)]
+    assert not list((tmp_path / "runs" / "tau").glob("stage*"))
+    start = weights(Path(first["folder"]) / "stage1-ce")
+    end = weights(second["folder"])
+    assert {name for name in end if not torch.equal(start[name], end[name])} <= CLASSIFIER
+    assert second["stages"] == ["ce", "tau_norm"]
+    # Resumed, it finds the same run again.
+    epochs.clear()
+    again = train(recipe_of(tmp_path, CE_TAU).everywhere(resume="auto"), "tau")
+    assert epochs == []
+    assert again["result"] == second["result"]
+
+
+def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_same(tmp_path, monkeypatch):
+    epochs = trained_epochs(monkeypatch)
+    ce = train(recipe_of(tmp_path, [{"method": "ce"}]), "ce")
+    epochs.clear()
+    train(recipe_of(tmp_path, CE_TAU), "taken")
+    assert epochs == []
+    train(recipe_of(tmp_path, CE_TAU, seed=1), "other_seed")
+    assert [epoch[0] for epoch in epochs] == ["ce"] * 3
+    epochs.clear()
+    (Path(ce["folder"]) / "metrics.json").unlink()  # as if it had been killed
+    train(recipe_of(tmp_path, CE_TAU), "not_taken")
+    assert [epoch[0] for epoch in epochs] == ["ce"] * 3
+
+
+# By hand
+
+
+def test_a_post_hoc_stage_equals_a_run_that_starts_from_the_weights_by_hand(tmp_path):
+    stages = [{"method": "ce"}, {"method": {"name": "tau_norm", "tau": 0.7}, "epochs": 0}]
+    together = train(recipe_of(tmp_path / "one", stages), "run")
+    ce = train(recipe_of(tmp_path / "two", [stages[0]]), "ce")
+    by_hand = recipe_of(tmp_path / "two", [{**stages[1], "initial_checkpoint": ce["folder"], "warmup_epochs": 0}])
+    tau = train(by_hand, "tau")
+    assert not differing(together["folder"], tau["folder"])
+    assert together["result"] == tau["result"]
+
+
+def test_two_stages_equal_two_runs_by_hand(crt, tmp_path, monkeypatch):
+    """But for what the stage's number decides: its random order is another one. Here the second run has number 1."""
+    ce = train(recipe_of(tmp_path, [{"method": "ce"}]), "ce")
+    by_hand = recipe_of(tmp_path, [{"method": "crt", "initial_checkpoint": ce["folder"]}])
+    monkeypatch.setattr(Recipe, "stage", property(lambda self: 1))
+    crt_by_hand = train(by_hand, "crt")
+    assert not differing(crt[1]["folder"], crt_by_hand["folder"])
+    assert history(crt[1]["folder"]) == history(crt_by_hand["folder"])
+
+
+# tau-normalisation
+
+
+class Forbidden:
+    """A loader that may not be read yet."""
+
+    def __init__(self, loader, state):
+        self.loader, self.state = loader, state
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        assert self.state["chosen"], "read images of the split that is reported"
+        self.state["reads"] += 1
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("keys", [{}, {"holdout": 0.2, "imbalance": "none"}], ids=["left out", "holdout"])
+def test_choosing_tau_reads_no_image_that_the_result_is_measured_on(tmp_path, monkeypatch, keys):
+    state = {"chosen": True, "reads": 0}
+    original_loaders, original_finish = run_module.create_loaders, METHODS["tau_norm"].finish
+
+    def create_loaders(splits, recipe, *args, **kwargs):
+        loaders = original_loaders(splits, recipe, *args, **kwargs)
+        if recipe.method["name"] != "tau_norm":
+            return loaders
+        state["chosen"] = False
+        for name in ("val", "test"):
+            if getattr(loaders, name) is not None:
+                object.__setattr__(loaders, name, Forbidden(getattr(loaders, name), state))
+        return loaders
+
+    def finish(self, data):
+        seen = [batch.index for batch in data.held_out]
+        original_finish(self, data)
+        state["chosen"], state["held_out"] = True, torch.cat(seen)
+
+    monkeypatch.setattr(run_module, "create_loaders", create_loaders)
+    monkeypatch.setattr(METHODS["tau_norm"], "finish", finish)
+    recipe = recipe_of(tmp_path, CE_TAU, **keys)
+    metrics = train(recipe, "tau")
+    assert state["reads"] > 0
+    assert metrics["chosen"].keys() == {"tau"}
+    assert metrics["chosen"]["tau"] in [i / 10 for i in range(21)]
+    splits = DataPool().open(recipe)
+    assert len(state["held_out"]) == len(splits.held_out)
+    rows = weights(metrics["folder"])["fc.weight"].norm(dim=1)
+    before = load_file(next(Path(metrics["folder"]).glob("stage1-*")) / "model.safetensors")["fc.weight"].norm(dim=1)
+    torch.testing.assert_close(rows, before ** (1 - metrics["chosen"]["tau"]))
+    assert not weights(metrics["folder"])["fc.bias"].any()
+
+
+def indices(split):
+    return range(len(split)) if split.indices is None else split.indices.tolist()
+
+
+def test_held_out_images_are_neither_trained_nor_tested_on(tmp_path):
+    """By their content: no held-out image is among those of training or of the test."""
+    for keys in ({}, {"holdout": 0.2}):
+        splits = DataPool().open(recipe_of(tmp_path, CE_TAU, **keys))
+        content = {}
+        for name in ("train", "val", "held_out"):
+            split = getattr(splits, name)
+            content[name] = {np.asarray(split.reader.read(i)).tobytes() for i in indices(split)}
+        assert content["held_out"]
+        assert not content["held_out"] & (content["train"] | content["val"])
+
+
+def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
+    stages = [{"method": "mbib"}, {"method": "crt"}, {"method": {"name": "tau_norm", "tau": 1.0}, "epochs": 0}]
+    metrics = train(recipe_of(tmp_path, stages, model="mbib_resnet20"), "run")
+    folder = Path(metrics["folder"])
+    assert metrics["stages"] == ["mbib", "crt", "tau_norm"]
+    second = next(folder.glob("stage2-*"))
+    first = next(second.glob("stage1-*"))
+    changed = differing(first, second)
+    import timm
+
+    network = timm.create_model("mbib_resnet20", num_classes=10)
+    assert changed - buffers(changed) == part_of(network, "classifier")
+    assert differing(second, folder) == part_of(network, "classifier")
+
+
+# What cannot be, said before the first stage begins
+
+
+@pytest.mark.parametrize(
+    ("stages", "keys", "message"),
+    [
+        ([{"method": "crt"}], {}, r"method 'crt' starts from a trained model, and this recipe gives none"),
+        ([{"method": "ce", "epochs": 0, "warmup_epochs": 0}], {}, r"'epochs': 0 trains nothing, and there are no"),
+        ([{"method": "ce"}, {"method": "tau_norm"}], {}, r"stage 2 of own\.yaml: .*'tau_norm' trains nothing"),
+        ([{"method": "ce"}, {"method": "crtt"}], {}, r"stage 2 of own\.yaml: unknown method 'crtt': did you"),
+        ([{"method": "ce"}, {"method": "crt", "epoch": 3}], {}, r"unknown key in stage 2 of own\.yaml 'epoch'"),
+        ([{"method": "ce"}, {"method": {"name": "tau_norm", "taw": 1}}], {}, r"stage 2 .*'taw': did you mean 'tau'"),
+        ([{"method": "ce"}, {"method": "crt", "sampler": "balance"}], {}, r"sampler 'balance': did you"),
+        ([{"method": "ce"}, {"method": "crt", "train": "head"}], {}, r"part 'head' is in no parameter's name"),
+        ([{"method": "ce"}, {"method": "crt", "reset": "("}], {}, r"part '\(' is no regular expression"),
+        ([{"method": "ce"}, {"method": "bsce", "train": "classifier"}], {}, r"'frozen_bn': with train: classifier"),
+        ([{"method": "ce"}, {"method": "mbib"}], {}, r"method 'mbib' needs a model with observations"),
+        ([{"method": "ce"}, {"method": "crt", "opt": "sdg"}], {}, r"unknown optimizer 'sdg': did you mean 'sgd'"),
+        ([{"method": "ce"}, {"method": "crt", "opt_kwargs": {"nope": 1}}], {}, r"'opt_kwargs'"),
+        ([{"method": "ce"}, {"method": "crt", "sched": "cosin"}], {}, r"unknown schedule 'cosin': did you"),
+        ([{"method": "ce"}, {"method": "crt", "model": "cifar_resnet32"}], {}, r"of stage 1 do not fit"),
+        ([{"method": "ldam_drw"}, CE_TAU[1]], {}, r"of stage 1 do not fit this stage's model: fc\.bias"),
+        ([{"method": "ce"}, {"method": "crt", "initial_checkpoint": "x"}], {}, r"stage 2 starts from the stage before"),
+        ([{"method": "ce"}, {"method": "crt", "aa": "rand-m9", "loader": "resident"}], {}, r"'aa' works on single"),
+        (CE_TAU, {"imbalance": "none", "imbalance_max": None}, r"neither trained nor tested on.*holdout: 0\.1"),
+        ([{"method": "ce"}, {"method": "ce", "cuda_graph": True}], {}, r"'cuda_graph': a step cannot be captured with"),
+        ([{"method": "ce"}, "crt"], {}, r"stage 2: expected keys and values, got 'crt'"),
+        ([], {}, r"'stages': expected a list of stages"),
+        ({"method": "ce"}, {}, r"'stages': expected a list of stages"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_later_stage_that_cannot_be_stops_the_run_before_the_first(tmp_path, monkeypatch, stages, keys, message):
+    epochs = trained_epochs(monkeypatch)
+    with pytest.raises(MbibError, match=message) as caught:
+        train(recipe_of(tmp_path, stages, **keys), "run")
+    assert "\n" not in str(caught.value)
+    assert epochs == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_changed_key_of_a_stage_alone_and_of_all(tmp_path):
+    path = write(tmp_path, CE_CRT)
+    both = load_recipe(path, {"lr": 0.3, "stage2.epochs": 7, "stage1.method.name": "bsce"})
+    assert [stage.lr for stage in both.chain()] == [0.3, 0.3]
+    assert [stage.epochs for stage in both.chain()] == [3, 7]
+    assert [stage.method["name"] for stage in both.chain()] == ["bsce", "crt"]
+    with pytest.raises(MbibError, match=r"every stage of own.yaml sets 'method' itself; say which: stage1\.method or"):
+        load_recipe(path, {"method": "ce"})
+    with pytest.raises(MbibError, match=r"stage3\.lr: own\.yaml has 2 stages"):
+        load_recipe(path, {"stage3.lr": 0.1})
