@@ -131,7 +131,7 @@ def test_axes_in_braces_are_parts_of_the_recipes_name():
     ]
     assert [run.recipe.model for run in runs][::2] == ["cifar_resnet32", "mbib_resnet32"]
     assert runs[0].coordinates == {"method": "ce", "lr": "2.0", "imbalance_factor": "50"}
-    with pytest.raises(MbibError, match="unknown recipe 'cifar_resnet32.ce_cifar100_lt_if20'"):
+    with pytest.raises(MbibError, match=r"unknown recipe 'cifar_resnet32\.ce_cifar100_lt_if20'"):
         plan(Sweep("s", CIFAR, {"method": METHODS, "imbalance_factor": [20]}), {})
 
 
@@ -160,7 +160,10 @@ def test_elements_that_a_key_has_not_are_refused(axis):
 
 
 def test_named_settings_set_several_keys_and_meet_flags():
-    axes = {"size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None}, "val_interval": [1, 2]}
+    axes = {
+        "size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None},
+        "val_interval": [1, 2],
+    }
     sweep = Sweep("s", DIGITS, axes)
     runs = plan(sweep, {"model_kwargs": {"drop_rate": 0.1}, "lr": 0.3})
     assert [run.configuration for run in runs] == [
