@@ -37,7 +37,7 @@ def test_every_head_and_the_prediction(model):
     assert list(results) == ["prediction", "v1", "v2", "v3", "z"]
     model.eval()
     with torch.no_grad():
-        heads = {"prediction": model(x), **model.forward_heads(x)._asdict()}
+        heads = {"prediction": model(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
     for name, logits in heads.items():
         expected = summarize(batch_statistics(logits, y), COUNTS)
         assert results[name]["per_class"] == expected["per_class"]

@@ -72,7 +72,7 @@ def make(name, heads=None, counts=COUNTS, epochs=EPOCHS, seed=0, **settings):
     torch.manual_seed(seed)
     heads = heads_of(name) if heads is None else heads
     network = kind.build_network(built, lambda **kwargs: Tiny(len(counts), heads, **kwargs))
-    return kind(network, built, Facts(np.array(counts), epochs, 3), CPU)
+    return kind(network, built, Facts(np.array(counts), epochs), CPU)
 
 
 def optimizer_of(method, part=None, frozen_bn=None, **keys):
@@ -775,7 +775,7 @@ def test_tau_normalisation_changes_the_moving_average_where_that_is_the_result()
 def test_tau_normalisation_needs_linear_classifiers():
     kind = METHODS["tau_norm"]
     with pytest.raises(MbibError, match="method 'tau_norm' needs linear classifiers, got Cosine"):
-        kind(Tiny(classifier="cosine"), kind.Settings(), Facts(np.array(COUNTS), 0, 0), CPU)
+        kind(Tiny(classifier="cosine"), kind.Settings(), Facts(np.array(COUNTS), 0), CPU)
 
 
 # BIB, MBIB and their relatives

@@ -64,7 +64,7 @@ def create_method(recipe):
     """The method of a recipe with its network; as for a first stage, whatever it starts from."""
     kind, settings = resolve_method(recipe.method)
     network = build_network(recipe.replace(reset="none"), CLASSES)
-    return kind(network, kind.Settings(**settings), Facts(np.arange(CLASSES, 0, -1), 1, 1), torch.device("cpu"))
+    return kind(network, kind.Settings(**settings), Facts(np.arange(CLASSES, 0, -1), 1), torch.device("cpu"))
 
 
 def distinct():

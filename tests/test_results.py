@@ -49,11 +49,11 @@ def test_what_is_kept_says_nothing_of_the_machines_folders(tmp_path):
     assert json.loads((kept / "metrics.json").read_text())["result"] == metrics["result"]
 
 
-def test_the_readmes_tree_names_every_module():
+def test_the_readmes_tree_has_a_line_for_every_folder_and_names_the_modules_beside_them():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"```text\n(mbib_timm/.*?)\nrecipes/", readme, re.DOTALL).group(1)
-    named = set(re.findall(r"[\w/]+\.py", tree))
-    modules = {
-        path.name for path in (ROOT / "mbib_timm").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")
-    }
-    assert {Path(name).name for name in named} == modules
+    package = ROOT / "mbib_timm"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)) == {*folders, "zoo"}
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert set(re.findall(r"\w+\.py", tree)) == modules

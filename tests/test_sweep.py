@@ -160,7 +160,10 @@ def test_elements_that_a_key_has_not_are_refused(axis):
 
 
 def test_named_settings_set_several_keys_and_meet_flags():
-    axes = {"size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None}, "val_interval": [1, 2]}
+    axes = {
+        "size": {"wide one": {"model_kwargs.bottleneck_features": 128, "lr": 0.2}, "plain": None},
+        "val_interval": [1, 2],
+    }
     sweep = Sweep("s", DIGITS, axes)
     runs = plan(sweep, {"model_kwargs": {"drop_rate": 0.1}, "lr": 0.3})
     assert [run.configuration for run in runs] == [

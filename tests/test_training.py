@@ -315,7 +315,7 @@ def test_gradient_accumulation_equals_the_larger_batch():
     for pieces in (1, 2):
         torch.manual_seed(1)
         model = torch.nn.Linear(5, 3)
-        method = METHODS["ce"](model, None, Facts(np.ones(3), 1, 1), torch.device("cpu"))
+        method = METHODS["ce"](model, None, Facts(np.ones(3), 1), torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for i, (x, y) in enumerate(zip(images.chunk(pieces), targets.chunk(pieces), strict=True)):
             batch = Batch((x,), y, torch.arange(len(y)))

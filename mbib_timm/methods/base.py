@@ -29,13 +29,11 @@ class Facts(NamedTuple):
     Attributes:
         class_counts: training images of each class, (K,), int64.
         epochs: of the stage.
-        steps: updates per epoch.
         previous: folder of the stage before; None for the first.
     """
 
     class_counts: np.ndarray
     epochs: int
-    steps: int
     previous: Path | None = None
 
 

@@ -174,8 +174,6 @@ def _results(record: Record) -> str:
         "",
         *_table(result["heads"], lambda head, metric: _percent(result["heads"][head][metric])),
     ]
-    if len(_heads(record)) > 1:
-        lines += ["", _prediction(record)]
     if chosen := chosen_text(record.metrics):
         lines += ["", f"{chosen}."]
     if len(runs) > 1:

@@ -109,9 +109,10 @@ def _when(metrics: Mapping[str, Any]) -> str:
 
 
 def chosen_text(metrics: Mapping[str, Any]) -> str:
-    """Return what the method has chosen by itself, as ``Chosen by tau-norm: tau 0.7``; empty where that is nothing."""
+    """Return what the method has chosen by itself, as ``Chosen by tau-norm: tau 0.7, on ...``; empty for nothing."""
     chosen = ", ".join(f"{name} {value:g}" for name, value in metrics["chosen"].items())
-    return f"Chosen by {method_title(metrics['method'])}: {chosen}" if chosen else ""
+    where = f", on {metrics['chosen_on']}" if metrics.get("chosen_on") else ""
+    return f"Chosen by {method_title(metrics['method'])}: {chosen}{where}" if chosen else ""
 
 
 def stages_text(metrics: Mapping[str, Any]) -> str:

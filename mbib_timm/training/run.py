@@ -1,6 +1,5 @@
 """One stage of a run, from its recipe to its results: resumable after any epoch."""
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,21 +76,7 @@ class Run:
         # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
         chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
         self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
-        self.pool = pool
-        self.loaders: Loaders = create_loaders(
-            self.splits,
-            recipe,
-            self.input_size,
-            world.device,
-            world.rank,
-            world.world_size,
-            pool,
-            sampler=recipe.choice("sampler"),
-            stage=recipe.stage,
-            epochs=recipe.epochs,
-        )
-        steps = math.ceil(len(self.loaders.train) / recipe.grad_accum_steps)
-        facts = Facts(self.splits.class_counts, recipe.epochs, steps, previous)
+        facts = Facts(self.splits.class_counts, recipe.epochs, previous)
         self.method: Method = kind(network, kind.Settings(**settings), facts, world.device)
         self.method.to(world.device)
         self.method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
@@ -106,6 +91,20 @@ class Run:
         if world.world_size > 1:
             self.method.prepare_distributed([world.device.index] if world.device.type == "cuda" else None)
         self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
+        # Last, since it may take long to decode the images: what does not fit is known by now.
+        self.pool = pool
+        self.loaders: Loaders = create_loaders(
+            self.splits,
+            recipe,
+            self.input_size,
+            world.device,
+            world.rank,
+            world.world_size,
+            pool,
+            sampler=recipe.choice("sampler"),
+            stage=recipe.stage,
+            epochs=recipe.epochs,
+        )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
         self.best_weights: dict[str, Tensor] | None = None  # of the best epoch, where not yet written
@@ -247,6 +246,7 @@ class Run:
             done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}
         test = self._evaluate(self.loaders.test) if self.loaders.test is not None else None
         on_split = recipe.test_split or "test" if test is not None else recipe.val_split
+        chosen = self.method.report()
         metrics: dict[str, Any] = {
             "name": self.name,
             "model": recipe.model,
@@ -267,7 +267,8 @@ class Run:
                 "heads": test if test is not None else done.last["heads"],
             },
             "best": done.best and {**done.best, "weights": "best.safetensors", "selected_on": recipe.val_split},
-            "chosen": self.method.report(),
+            "chosen": chosen,
+            "chosen_on": splits.held_out_from if chosen else None,
             "training_seconds": done.seconds,
             "replaced_images": self.world.gather(self.loaders.broken_images()),
             "environment": describe_environment(self.world),

@@ -133,9 +133,10 @@ def weights_overlay(weights: dict[str, Tensor], model_name: str) -> dict[str, An
     return overlay
 
 
-def input_size(recipe: Recipe, model: nn.Module) -> tuple[int, int, int]:
-    """Return the size (C, H, W) of the images that a recipe feeds to its model."""
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
+    """Return the size (C, H, W) of the images that a recipe feeds to its network, or to the model in it."""
+    cfgs = (getattr(module, "pretrained_cfg", None) for module in network.modules())
+    cfg: Any = next((cfg for cfg in cfgs if cfg), {})
     channels, height, width = cfg.get("input_size", (3, 224, 224))
     channels = recipe.model_kwargs.get("in_chans", channels)
     return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)

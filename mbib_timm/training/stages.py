@@ -59,7 +59,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World) -> None:
             splits.require_held_out()
         network = build_network(stage, splits.num_classes).to(world.device)
         choose_loader(splits, stage, input_size(stage, network), world.device)
-        method = kind(network, values, Facts(splits.class_counts, stage.epochs, 1), world.device)
+        method = kind(network, values, Facts(splits.class_counts, stage.epochs), world.device)
         model = method.result_model()
         if before is not None:
             check_fit(model.state_dict(), before, part_of(model, stage.choice("reset")), f"stage {stage.stage}")

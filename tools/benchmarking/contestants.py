@@ -76,7 +76,7 @@ class Trainer:
         self.model = build_network(recipe, len(counts))
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         kind, settings = resolve_method(recipe.method)
-        facts = Facts(counts, recipe.epochs, steps=-(-int(counts.sum()) // recipe.batch_size))
+        facts = Facts(counts, recipe.epochs)
         self.method: Method = kind(self.model, kind.Settings(**settings), facts, world.device)
         self.method.to(world.device)
         self.optimizer = create_optimizer(recipe, self.method)
