@@ -10,10 +10,10 @@ from typing import Any
 import timm
 
 from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.methods import head_names
 from mbib_timm.sweeps.definition import Sweep
 from mbib_timm.sweeps.plan import plan
 from mbib_timm.sweeps.results import SweepResults
-from mbib_timm.methods import head_names
 
 Accuracy = Callable[[int, int, str], float | None]
 

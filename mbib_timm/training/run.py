@@ -64,8 +64,9 @@ class Run:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
         check_sampler(recipe.choice("sampler"), self.splits)
-        kind, settings = resolve_method(recipe.method)
-        if kind.needs_held_out(kind.Settings(**settings)):
+        kind, given = resolve_method(recipe.method)
+        settings = kind.Settings(**given)
+        if kind.needs_held_out(settings):
             self.splits.require_held_out()
         seed_generators(recipe.seed, -1, 0, recipe.stage)  # every process starts from the same weights
         network = build_network(recipe, self.splits.num_classes, previous)
@@ -77,7 +78,11 @@ class Run:
         chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
         self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
         facts = Facts(self.splits.class_counts, recipe.epochs, previous)
+<<<<<<< HEAD
         self.method: Method = kind(network, kind.Settings(**settings), facts, world.device)
+=======
+        self.method: Method = kind(network, settings, facts, world.device)
+>>>>>>> rebuild
         self.method.to(world.device)
         self.method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
         self.optimizer = create_optimizer(recipe, self.method)
