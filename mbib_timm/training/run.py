@@ -78,11 +78,7 @@ class Run:
         chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
         self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
         facts = Facts(self.splits.class_counts, recipe.epochs, previous)
-<<<<<<< HEAD
-        self.method: Method = kind(network, kind.Settings(**settings), facts, world.device)
-=======
         self.method: Method = kind(network, settings, facts, world.device)
->>>>>>> rebuild
         self.method.to(world.device)
         self.method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
         self.optimizer = create_optimizer(recipe, self.method)
