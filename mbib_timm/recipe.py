@@ -274,14 +274,6 @@ class Recipe:
                 f"method {kind.name!r} starts from a trained model, and this recipe gives none: put a stage before it "
                 "(stages: [{method: ce}, ...]), or give --initial-checkpoint RUN"
             )
-        from mbib_timm.data.samplers import parse_sampler
-
-        streams, own = len(parse_sampler(self.choice("sampler"))), len(parse_sampler(kind.sampler))
-        if streams != own:
-            raise MbibError(
-                f"recipe key 'sampler': method {kind.name!r} trains on {('one stream', 'two streams')[own - 1]}, got "
-                f"{self.choice('sampler')!r}"
-            )
         if kind.post_hoc and self.epochs > 0:
             raise MbibError(f"recipe key 'epochs': method {kind.name!r} trains nothing; expected 0, got {self.epochs}")
         if self.epochs == 0 and not starts:
