@@ -191,6 +191,8 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     if pretrained:
         _require_weights(architecture, cfg)
     model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if cfg.tag in PUBLISHED.get(architecture, ()) else {}
+    if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
+        model_args.pop("classifier_scale", None)
     model = build_model_with_cfg(build, architecture, pretrained, **{**model_args, **kwargs})
     model._model_args = model_args  # timm adds the caller's own; together they go into config.json
     return model
