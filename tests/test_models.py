@@ -406,6 +406,28 @@ def test_a_backbone_that_timm_cannot_tap_is_refused():
 
     with pytest.raises(MbibError, match="backbone 'untapped_net' cannot be tapped: it has no forward_intermediates"):
         create("mbib", backbone="untapped_net")
+    with pytest.raises(MbibError, match="its features_only takes no feature class"):
+        create("mbib", backbone="hardcorenas_a")
+
+
+# A matcher that is a function, one of several patterns per group, and one with `^` in an alternative.
+@pytest.mark.parametrize("backbone", ["inception_v3", "convnext_atto", "resnet18"])
+@pytest.mark.parametrize("name", ["mbib", "with_classifier"])
+def test_parameter_groups_are_the_backbones(name, backbone):
+    model = timm.create_model(name, backbone=backbone, device="meta")
+    plain = timm.create_model(backbone, device="meta")
+    group_of = group_parameters(model, model.group_matcher(), reverse=True)
+    own = {n.removeprefix("backbone."): group for n, group in group_of.items() if n.startswith("backbone.")}
+    expected = group_parameters(plain, plain.group_matcher(), reverse=True)
+    assert own == {n: expected[n] for n in own}
+    heads = {group for n, group in group_of.items() if not n.startswith("backbone.")}
+    assert heads == {max(group_of.values())}
+
+
+def test_a_backbone_without_groups_is_one():
+    model = timm.create_model("with_classifier", backbone="pit_ti_224", device="meta")
+    group_of = group_parameters(model, model.group_matcher(), reverse=True)
+    assert all(group == (not n.startswith("backbone.")) for n, group in group_of.items())
 
 
 def test_unknown_backbone_is_refused_with_the_nearest():

@@ -183,9 +183,9 @@ class MBIB(nn.Module):
         return {PREFIX + name for name in getattr(self.backbone, "no_weight_decay", set)()}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Any:
         """Return the backbone's parameter groups, in order of depth; the heads come last."""
-        return prefixed_groups(self.backbone.group_matcher(coarse=coarse))
+        return prefixed_groups(self.backbone, coarse)
 
     @torch.jit.ignore
     def get_classifier(self) -> tuple[nn.Module, ...]:

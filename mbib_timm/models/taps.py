@@ -63,8 +63,16 @@ def create_tapped(backbone: str, levels: Sequence[int], **kwargs: Any) -> Any:
 
     timm's ``features_only`` prunes what lies behind that level; the model inside its feature net is returned, and its
     ``forward_intermediates`` gives the maps.
+
+    Raises:
+        MbibError: timm builds the features-only form of this backbone as another network.
     """
-    net = timm.create_model(backbone, features_only=True, feature_cls="getter", out_indices=tuple(levels), **kwargs)
+    try:
+        net = timm.create_model(backbone, features_only=True, feature_cls="getter", out_indices=tuple(levels), **kwargs)
+    except TypeError as error:
+        if "feature_cls" not in str(error):
+            raise
+        raise MbibError(f"backbone {backbone!r} cannot be tapped: its features_only takes no feature class") from None
     return net.model
 
 
@@ -81,16 +89,22 @@ def prefixed_levels(feature_info: Any) -> list[dict[str, Any]]:
     return [dict(info, module=PREFIX + info["module"]) for info in feature_info]
 
 
-def prefixed_groups(matcher: Mapping[str, Any]) -> dict[str, Any]:
+def prefixed_groups(backbone: Any, coarse: bool) -> Any:
     """Return a backbone's ``group_matcher`` as that of the model that holds it; what follows the backbone comes last.
 
-    A pattern is matched from the start of a name, so ``^`` says nothing and is left out, except in ``[^...]``.
+    timm matches a pattern from the start of a name: ``^`` says nothing there and is left out, except in ``[^...]``. A
+    backbone that has no groups is one.
     """
 
     def prefixed(pattern: str) -> str:
         unanchored = re.sub(r"(?<!\[)\^", "", pattern)
         return f"^{re.escape(PREFIX)}(?:{unanchored})"
 
+    if not hasattr(backbone, "group_matcher"):
+        return {"stem": prefixed("")}
+    matcher = backbone.group_matcher(coarse=coarse)
+    if callable(matcher):
+        return lambda name: matcher(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else float("inf")
     return {
         name: prefixed(spec) if isinstance(spec, str) else [(prefixed(pattern), suffix) for pattern, suffix in spec]
         for name, spec in matcher.items()
