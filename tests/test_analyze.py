@@ -43,8 +43,8 @@ def test_the_file_holds_what_is_returned(run, result):
     drawn = {f"{figure.name}.{form}" for figure in analysis_figures(result) for form in ("png", "pdf")}
     assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
     assert list(result) == [
-        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts",
-        "prediction_heads", "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
+        "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "prediction_heads",
+        "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
         "environment",
     ]  # fmt: skip
     assert (result["name"], result["model"]) == ("mbib_resnet20.digits", "mbib_resnet20")
@@ -119,10 +119,8 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     for name in ("v", "z"):
         rhos = [result["distances"][name][group]["rho"] for group in ("all", "many", "medium", "few")]
         assert any(line.split() == ["rho", "of", name, *(f"{x:.3f}" for x in rhos)] for line in text.splitlines())
-    assert (
-        text.count("mean positive posterior, cifar_resnet20.ce_digits (seed 5) minus mbib_resnet20.digits (seed 0)")
-        == 2
-    )
+    title = "mean positive posterior, cifar_resnet20.ce_digits (seed 5) minus mbib_resnet20.digits (seed 0)"
+    assert text.count(title) == 2
     few = [i for i, n in enumerate(result["class_counts"]) if n < 20]
     first, other = (r["positive_posterior"]["prediction"] for r in results[:2])
     assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"

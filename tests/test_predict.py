@@ -102,9 +102,9 @@ def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_ru
 def test_heads_that_a_model_has_not(finished_run):
     model = load_model(str(finished_run))
     plain = type(model)(model.source, timm.create_model("cifar_resnet20").eval(), model.preprocessing, None, None, None)
-    with pytest.raises(MbibError, match="unknown head of .* 'z': choose from prediction"):
+    with pytest.raises(MbibError, match=r"unknown head of .* 'z': choose from prediction"):
         Predictor(plain, "z")
-    with pytest.raises(MbibError, match="unknown head of .* 'v4': did you mean 'v3'"):
+    with pytest.raises(MbibError, match=r"unknown head of .* 'v4': did you mean 'v3'"):
         Predictor(model, "v4")
 
 

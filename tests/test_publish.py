@@ -275,9 +275,7 @@ def test_commands_lose_their_paths():
     command = "mbib train r.yaml --stage2.workers 4 --stage2.lr 0.1 --plugin /home/me/mine.py"
     assert public_command(command) == "mbib train r.yaml --stage2.lr 0.1 --plugin mine.py"
     # A flag takes one value at most: what comes after it stays.
-    assert (
-        public_command("mbib sweep --device cuda:1 open_choices --seeds 0 1") == "mbib sweep open_choices --seeds 0 1"
-    )
+    assert public_command("mbib sweep --device cuda:1 methods --seeds 0 1") == "mbib sweep methods --seeds 0 1"
     assert public_command("mbib train --dataset-download --no-pin-mem digits/a --lr 1") == "mbib train digits/a --lr 1"
     assert public_command("mbib train r --model-kwargs file=/home/me/w.pt") == "mbib train r --model-kwargs file=w.pt"
     assert public_command("mbib train it's.yaml") == shlex.join(["mbib", "train", "it's.yaml"])

@@ -131,7 +131,7 @@ def test_axes_in_braces_are_parts_of_the_recipes_name():
     ]
     assert [run.recipe.model for run in runs][::2] == ["cifar_resnet32", "mbib_resnet32"]
     assert runs[0].coordinates == {"method": "ce", "lr": "2.0", "imbalance_factor": "50"}
-    with pytest.raises(MbibError, match="unknown recipe 'cifar_resnet32.ce_cifar100_lt_if20'"):
+    with pytest.raises(MbibError, match=r"unknown recipe 'cifar_resnet32\.ce_cifar100_lt_if20'"):
         plan(Sweep("s", CIFAR, {"method": METHODS, "imbalance_factor": [20]}), {})
 
 
