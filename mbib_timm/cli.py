@@ -144,7 +144,7 @@ def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             rest.append(word)
             continue
         text = match[2] if match[2] is not None else next(words, None)
-        if text is None or DOTTED.fullmatch(text):
+        if text is None or text.startswith("--"):
             raise MbibError(f"flag --{match[1]} needs a value")
         try:
             dotted[match[1].replace("-", "_")] = yaml.safe_load(text)

@@ -1,14 +1,23 @@
 """Bad input: one clear line, exit status 2, no traceback, nothing half-written."""
 
+import contextlib
+import dataclasses
 import errno
+import io
+import json
 import os
 import subprocess
 import sys
+import tarfile
+from functools import cache
 
 import pytest
+import yaml
+from PIL import Image
 
 from mbib_timm.cli import flag, main, parse, recipe_overrides
-from mbib_timm.recipe import TYPES
+from mbib_timm.methods import METHODS
+from mbib_timm.recipe import KEYS, TYPES
 
 
 @pytest.fixture
@@ -17,11 +26,10 @@ def fails(tmp_path, capsys):
 
     def run(*arguments, status=2):
         before = sorted(tmp_path.rglob("*"))
-        command = [
-            *arguments,
-            *(["--output", str(tmp_path / "runs"), "--device", "cpu"] if "train" in arguments else []),
-        ]
-        command = command if "--device" not in arguments else [*arguments, "--output", str(tmp_path / "runs")]
+        command = list(arguments)
+        if arguments[0] == "train":
+            command += ["--output", str(tmp_path / "runs")]
+            command += ["--device", "cpu"] if "--device" not in arguments else []
         assert main(command) == status
         message = capsys.readouterr().err
         assert message.startswith("mbib: error: ")
@@ -36,11 +44,12 @@ def fails(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "digts/mbib_resnet20"], "did you mean 'digits/mbib_resnet20'"),
-        (["train", "--learning-rate", "1"], "unknown flag '--learning-rate'"),
+        (["train", "mbib_resnet20.digts"], "did you mean 'mbib_resnet20.digits'"),
+        (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate'"),
         (["train", "--lrr", "1"], "did you mean '--lr'"),
         (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
-        (["train", "--epochs", "0"], "recipe key 'epochs': expected at least 1, got 0"),
+        (["train", "--epochs", "-1"], "recipe key 'epochs': expected at least 0, got -1"),
+        (["train", "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
         (["train", "--imbalance-factor", "-3"], "recipe key 'imbalance_factor': expected at least 1, got -3"),
         (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a finite number, got nan"),
         (["train", "--model", "mbib_resnet33"], "did you mean 'mbib_resnet3"),
@@ -48,12 +57,40 @@ def fails(tmp_path, capsys):
         (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
         (["train", "--model-kwargs", "taps"], "expected name=value"),
         (["train", "--model-kwargs", "num_classes=5"], "the number of classes is that of the data"),
-        (["train", "--loss", "mbibb"], "did you mean 'mbib'"),
-        (["train", "--observation-weights", "1", "2"], "observation_weights"),
+        (["train", "--loss", "mbib"], "unknown flag of mbib train '--loss'"),
+        (["train", "--beta", "3"], "unknown flag of mbib train '--beta'"),
+        (["train", "--method", "mbibb"], "unknown method 'mbibb': did you mean 'mbib'"),
+        (["train", "--method.betta", "1"], "unknown setting of method 'mbib': 'betta': did you mean 'beta'"),
+        (["train", "--method.beta", "much"], "setting 'beta' of method 'mbib': expected float, got 'much'"),
+        (["train", "--method.beta", "-1"], "setting 'beta' of method 'mbib': expected at least 0, got -1"),
+        (["train", "--method.beta"], "flag --method.beta needs a value"),
+        (["train", "--method.beta", "--method.gamma", "1"], "flag --method.beta needs a value"),
+        (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is no value"),
+        (["train", "--method.observation-weights", "[1, 2]"], "expected 3 numbers, one for each of v1, v2, v3"),
+        (["train", "--method.observation-weights.5", "1"], "there is no element '5'"),
+        (["train", "--methd.beta", "1"], "unknown recipe key 'methd': did you mean 'method'"),
+        (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
+        (["train", "--method", "crt"], "method 'crt' starts from a trained model"),
+        (["train", "--method", "tau_norm", "--epochs", "0"], "method 'tau_norm' starts from a trained model"),
+        (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
+        (["train", "cifar_resnet32.crt_digits", "--method", "ce"], "say which: --stage1.method or --stage2.method"),
+        (["train", "cifar_resnet32.crt_digits", "--stage2.methd", "ce"], "unknown recipe key 'methd'"),
+        (["train", "cifar_resnet32.crt_digits", "--stage3.lr", "1"], "crt_digits.yaml has 2 stages"),
+        (["train", "cifar_resnet32.crt_digits", "--stage2.method.tau", "1"], "unknown setting 'tau': method 'crt' has"),
+        (["train", "--sampler", "balance"], "unknown sampler 'balance': did you mean 'balanced'"),
+        (["train", "--sampler", "class_aware:x"], "class_aware:x"),
+        (["train", "--sampler", "sqrt+sqrt+sqrt"], "expected one sampler, or two side by side, got 3"),
+        (["train", "--sampler", "instance+reverse"], "'mbib' trains on one stream"),
+        (["train", "--train", "head"], "part 'head' is in no parameter's name"),
+        (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
+        (["train", "--frozen-bn", "evil"], "did you mean 'eval'"),
+        (["train", "--holdout", "1"], "recipe key 'holdout': expected at most 0.9, got 1"),
+        (["train", "--plugin", "no/such/plugin.py"], "plugin no/such/plugin.py: there is no such file"),
+        (["train", "--plugin", "no_such_module"], "plugin no_such_module does not import"),
         (["train", "--opt", "sdg"], "did you mean 'sgd"),
         (["train", "--opt-kwargs", "nope=1"], "opt_kwargs"),
         (["train", "--sched", "cosin"], "did you mean 'cosine'"),
-        (["train", "--task", "clasification"], "did you mean 'classification'"),
+        (["train", "--task", "classification"], "unknown flag of mbib train '--task'"),
         (["train", "--dataset", "cifar100"], "did you mean 'torch/cifar100'"),
         (["train", "--dataset", "folder", "--data-dir", "no/such/folder"], "no/such/folder"),
         (["train", "--dataset", "folder"], "data_dir"),
@@ -101,7 +138,163 @@ def test_every_recipe_key_is_a_flag():
 def test_recipes_lists_what_train_accepts(capsys):
     assert main(["recipes"]) == 0
     names = capsys.readouterr().out.split()
-    assert {"digits/mbib_resnet20", "cifar100_lt_if100/mbib_resnet32"} <= set(names)
+    assert {"mbib_resnet20.digits", "mbib_resnet32.cifar100_lt_if100", "finetune/mbib_resnet50"} <= set(names)
+
+
+def test_methods_lists_what_a_recipe_may_name(capsys):
+    assert main(["methods"]) == 0
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(METHODS) <= set(listed)
+    assert all(METHODS[name].title in listed[name] and METHODS[name].citation in listed[name] for name in METHODS)
+
+
+# A command takes the flags that have an effect on it, and no others
+
+MODEL, RUN = "mbib_resnet32.cifar100_lt_if100", "runs/x"
+COMMANDS = {
+    "validate": [MODEL],
+    "analyze": [MODEL],
+    "predict": [MODEL, "image.png"],
+    "publish": [RUN],
+    "export": [MODEL, "--format", "onnx"],
+    "demo": [MODEL],
+    "report": [RUN],
+    "models": [],
+    "methods": [],
+    "recipes": [],
+}
+NO_EFFECT = {
+    "--lr": "0.1", "--epochs": "3", "--sampler": "balanced", "--method": "ce", "--hflip": "0.1", "--opt": "adamw",
+    "--seed": "1", "--torchcompile": None, "--checkpoint-seconds": "1", "--experiment": "x", "--pretrained": None,
+    "--method.beta": "3", "--stage2.lr": "0.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", NO_EFFECT)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_without_an_effect_are_refused(fails, command, given):
+    value = [] if NO_EFFECT[given] is None else [NO_EFFECT[given]]
+    message = fails(command, *COMMANDS[command], given, *value)
+    if "." in given:
+        assert message == f"mbib: error: unexpected flag {given}; see mbib {command} --help\n"
+    else:
+        assert f"unknown flag of mbib {command} '{given}'" in message
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_evaluations_take_the_keys_that_evaluations_read(key):
+    """By their own declaration: whatever describes data, preprocessing, model and machine, and nothing of training."""
+    of_training = KEYS[key].metadata["group"] in ("method", "optimisation", "output")
+    assert not (of_training and KEYS[key].metadata["evaluation"] and key != "validation_batch_size")
+    taken = any(f"--{key.replace('_', '-')}" in text for text in help_of("validate").split())
+    assert taken == KEYS[key].metadata["evaluation"]
+
+
+def test_a_sweep_takes_the_keys_of_a_recipe_but_those_it_sets_itself():
+    taken = help_of("sweep").split()
+    for key in KEYS:
+        assert (f"--{key.replace('_', '-')}" in taken) == (key not in ("seed", "experiment", "resume"))
+
+
+# Help
+
+
+@cache
+def help_of(*arguments):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    assert ended.value.code == 0
+    return out.getvalue()
+
+
+def section(text, title):
+    """The lines of help under a title, in one."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(title))
+    end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
+    return " ".join(" ".join(lines[start:end]).split())
+
+
+def test_help_of_a_recipe_shows_its_values_in_groups():
+    text = help_of("train", "mbib_resnet20.digits")
+    for group in ("data", "input", "model", "method", "optimisation", "machine", "output"):
+        assert f"\n{group}:" in text
+    optimisation = section(text, "optimisation:")
+    assert "--lr FLOAT learning rate [0.05]" in optimisation  # the recipe's, not the default
+    assert "how gradients are clipped (norm, value, agc) [norm]" in optimisation
+    assert "[1]" in section(help_of("train", "mbib_resnet20.digits", "--epochs", "1", "--warmup-epochs", "0"), "optimi")
+
+
+def test_help_of_a_recipe_shows_its_methods_settings_with_defaults_and_choices():
+    text = section(help_of("train", "mbib_resnet20.digits"), "method: mbib (MBIB):")
+    assert METHODS["mbib"].citation in text
+    assert "--method.beta FLOAT weight of the self-distillation loss (eq. 9) [5.0]" in text
+    assert "--method.observation-weights" in text
+    assert "[0.1 0.3 1.0]" in text
+    sequential = section(help_of("train", "mbib_resnet32.se_mbib_digits"), "method: se_mbib (SE-MBIB):")
+    assert "(one, observation) [one]" in sequential
+    changed = help_of("train", "mbib_resnet20.digits", "--method", "ldam_drw", "--method.scale", "7")
+    assert "[7.0]" in section(changed, "method: ldam_drw (LDAM-DRW):")
+    assert "method: mbib" not in changed
+
+
+def test_help_of_a_recipe_of_stages_shows_each_stages_method():
+    text = help_of("train", "cifar_resnet32.tau_norm_digits")
+    assert "\nstage1.method: ce (CE):" in text
+    assert "--stage2.method.tau FLOAT" in section(text, "stage2.method: tau_norm (tau-norm):")
+
+
+def test_help_of_every_method_names_all_of_its_settings():
+    for name in METHODS:
+        start = ["--initial-checkpoint", "x"] if METHODS[name].needs_start else []
+        start += ["--epochs", "0", "--warmup-epochs", "0"] if METHODS[name].post_hoc else []
+        text = help_of("train", "mbib_resnet20.digits", "--method", name, *start)
+        for item in dataclasses.fields(METHODS[name].Settings):
+            assert f"--method.{item.name.replace('_', '-')}" in text
+            assert item.metadata["help"].split()[0] in text
+
+
+def test_help_of_what_cannot_be_is_an_error_too(fails):
+    assert "did you mean 'mbib_resnet20.digits'" in fails("train", "mbib_resnet20.digts", "--help")
+    assert "unknown setting" in fails("train", "--method.betta", "1", "--help")
+
+
+def test_settings_and_stages_are_flags():
+    arguments = parse(["train", "--method.beta", "3", "--stage2.method.observation-weights=[1, 2]", "--lr", "0.5"])
+    assert recipe_overrides(arguments) == {
+        "lr": 0.5, "method.beta": 3, "stage2.method.observation_weights": [1, 2],
+    }  # fmt: skip
+    assert recipe_overrides(parse(["train", "--plugin", "a.py", "--plugin", "b.py"])) == {"plugin": ["a.py", "b.py"]}
+    assert recipe_overrides(parse(["train", "--train", "classifier", "--reset", "none"])) == {
+        "train": "classifier", "reset": "none",
+    }  # fmt: skip
+
+
+def test_a_sampler_that_a_streamed_source_cannot_serve(fails, tmp_path):
+    pytest.importorskip("webdataset")
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "validation"):
+        with tarfile.open(tmp_path / "shards" / f"demo-{split}-000.tar", "w") as tar:
+            for number in range(4):
+                image = io.BytesIO()
+                Image.new("RGB", (16, 16), (number, 0, 0)).save(image, "PNG")
+                for kind, content in (("png", image.getvalue()), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(f"{number}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    info = {
+        split: dict(name=split, filenames=[f"demo-{split}-000.tar"], shard_lengths=[4], num_samples=4)
+        for split in ("train", "validation")
+    }
+    (tmp_path / "shards" / "_info.json").write_text(json.dumps({"splits": info}))
+    (tmp_path / "counts.txt").write_text("2\n2\n")
+    keys = {"dataset": "wds", "data_dir": str(tmp_path / "shards"), "class_counts": str(tmp_path / "counts.txt")}
+    keys |= {"batch_size": 2, "img_size": 16, "model": "cifar_resnet20", "epochs": 1, "workers": 0}
+    start = tmp_path / "stages.yaml"
+    start.write_text(yaml.safe_dump({**keys, "stages": [{"method": "ce"}, {"method": "crt"}]}))
+    message = fails("train", str(start))
+    assert "sampler 'balanced' chooses images by their class, but the data source streams" in message
 
 
 def test_the_installed_command_answers(tmp_path):
@@ -124,8 +317,6 @@ def test_torchrun_with_two_processes_trains_and_counts_every_sample_once(tmp_pat
     folder = tmp_path / "mbib_resnet20.digits"
     assert done.stdout.count(str(folder)) == 1, "one process writes and prints"
     assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "one.json")]) == 0
-    import json
-
     alone = json.loads((tmp_path / "one.json").read_text())["heads"]
     shared = json.loads((folder / "metrics.json").read_text())
     assert shared["environment"]["processes"] == 2

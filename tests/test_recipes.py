@@ -7,13 +7,15 @@ import pytest
 import timm
 import torch
 import yaml
-from mbib_timm.losses import create_loss
-from mbib_timm.training.task import head_names
 
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.errors import MbibError
+from mbib_timm.methods import METHODS, Facts, part_of, resolve_method
 from mbib_timm.recipe import (
+    BASE,
     DEFAULT_RECIPE,
+    KEYS,
+    STAGES,
     Recipe,
     dump_recipe,
     find_recipe,
@@ -24,10 +26,13 @@ from mbib_timm.recipe import (
     recipes_folder,
 )
 from mbib_timm.training.optimization import create_optimizer, create_schedule
+from mbib_timm.training.setup import build_network
 
 RECIPES = list_recipes()
-# Written in every recipe, the default or not: they say what it is.
-IDENTITY = {"dataset", "model", "loss", "imbalance_factor", "epochs", "decay_milestones"}
+BASES = sorted((recipes_folder() / "bases").glob("*.yaml"))
+# Written in every recipe or base, the default or not: they say what it is.
+IDENTITY = {"dataset", "model", "method", "imbalance_factor", "epochs", "decay_milestones"}
+OF_SMALL_NETWORKS = ("ce", "focal", "bsce", "ldam_drw", "crt", "tau_norm")
 
 
 def load(name, **overrides):
@@ -35,10 +40,14 @@ def load(name, **overrides):
 
 
 def test_the_issued_recipes_are_there():
-    expected = {"digits/mbib_resnet20", "digits/ce_resnet20", "finetune/mbib_resnet50"}
-    expected |= {f"cifar100_lt_if{f}/{loss}_resnet32" for f in (100, 50, 10) for loss in ("ce", "bsce", "bib", "mbib")}
-    expected |= {f"imagenet_lt/{loss}_{net}" for net in ("resnet10", "resnext50") for loss in ("bib", "mbib")}
-    expected |= {f"inat2018_{epochs}e/{loss}_resnet50" for epochs in (90, 200) for loss in ("bib", "mbib")}
+    expected = {"mbib_resnet20.digits", "cifar_resnet20.ce_digits", "finetune/mbib_resnet50"}
+    for factor in (100, 50, 10):
+        expected |= {f"{method}_resnet32.cifar100_lt_if{factor}" for method in ("bib", "mbib")}
+        expected |= {f"cifar_resnet32.{method}_cifar100_lt_if{factor}" for method in OF_SMALL_NETWORKS}
+    expected |= {f"{method}_{net}.imagenet_lt" for net in ("resnet10", "resnext50") for method in ("bib", "mbib")}
+    expected |= {f"{method}_resnet50.inat2018_{epochs}e" for epochs in (90, 200) for method in ("bib", "mbib")}
+    expected |= {"mbib_resnet32.digits", "bib_resnet32.digits"}
+    expected |= {f"cifar_resnet32.{method}_digits" for method in OF_SMALL_NETWORKS}
     assert expected <= set(RECIPES)
     assert DEFAULT_RECIPE in RECIPES
 
@@ -53,31 +62,118 @@ def test_every_recipe_loads_and_says_what_it_yields(name):
     claims = recipe_claims(path)
     assert {"Yields", "Hardware", "Time", "Command", "Paper"} <= claims.keys()
     assert claims["Command"].startswith(f"mbib train {name}")
-    default = Recipe().to_dict()
-    repeated = [k for k, v in yaml.safe_load(text).items() if k not in IDENTITY and v == default[k]]
-    assert not repeated, f"{path}: these keys repeat their default: {repeated}"
     readme = (recipes_folder() / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in readme, f"{name} is missing in the table of recipes/README.md"
 
 
+@pytest.mark.parametrize("path", [*map(find_recipe, RECIPES), *BASES], ids=lambda path: path.stem)
+def test_no_recipe_repeats_what_holds_without_it(path):
+    """Neither a default, nor what its base says, nor in a stage what the recipe says outside."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    below = {key: value for key, value in Recipe().to_dict().items() if key not in IDENTITY}
+    if base := content.pop(BASE, None):
+        (file,) = [file for file in BASES if file.stem == base]
+        below |= yaml.safe_load(file.read_text(encoding="utf-8"))
+    stages = content.pop(STAGES, [])
+    repeated = [key for key, value in content.items() if below.get(key) == value]
+    assert not repeated, f"{path}: these keys repeat what holds without them: {repeated}"
+    for stage in stages:
+        own = METHODS[resolve_method(method_of(stage))[0].name]
+        chosen = {"sampler": own.sampler, "train": own.part, "reset": own.reset, "frozen_bn": own.frozen_bn}
+        repeated = [key for key, value in stage.items() if {**below, **content, **chosen}.get(key) == value]
+        assert not repeated, f"{path}: a stage repeats {repeated}"
+
+
+def method_of(content):
+    method = content["method"]
+    return {"name": method} if isinstance(method, str) else method
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_model_loss_and_optimisation_of_every_recipe_fit_together(name):
+def test_settings_of_a_method_are_not_repeated_either(name):
+    content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
+    for part in (content, *content.get(STAGES, [])):
+        if "method" in part:
+            given = method_of(part)
+            defaults = resolve_method({"name": given["name"]})[1]
+            assert not [key for key, value in given.items() if key != "name" and defaults[key] == value]
+
+
+def small_method(recipe, network=None):
+    """The method of a recipe around a network of two layers."""
+    network = network or torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    return METHODS["ce"](network, None, Facts(np.ones(2, dtype=int), recipe.epochs), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_model_method_and_optimisation_of_every_stage_fit_together(name):
+    for recipe in load(name, pretrained=False).chain():
+        num_classes = recipe.num_classes or 10
+        with torch.device("meta"):
+            network = build_network(recipe, num_classes)
+        kind, settings = resolve_method(recipe.method)
+        facts = Facts(np.arange(num_classes, 0, -1), recipe.epochs)
+        method = kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
+        method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
+        optimizer = create_optimizer(recipe, method)
+        create_schedule(recipe, optimizer)
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = part_of(network, recipe.choice("train"))
+        assert optimized == {id(p) for name, p in network.named_parameters() if name in trained}
+
+
+def test_a_recipe_that_is_named_after_a_model_builds_that_model_by_that_method():
+    for name in (name for name in RECIPES if "/" not in name):
+        recipe = load(name)
+        architecture, _, tag = name.partition(".")
+        assert recipe.model == architecture
+        assert timm.is_model(architecture)
+        method = recipe.method["name"]
+        assert tag.startswith(f"{method}_") or architecture.startswith(f"{method}_")
+        data = tag.removeprefix(f"{method}_")
+        assert data == "digits" or data.startswith(("cifar100_lt_if", "imagenet_lt", "inat2018_"))
+
+
+@pytest.mark.parametrize("factor", [100, 50, 10])
+def test_cifar_recipes_differ_in_model_and_method_only(factor):
+    names = [name for name in RECIPES if name.endswith(f"cifar100_lt_if{factor}")]
+    assert len(names) == 8
+    recipes = [load(name) for name in names]
+    firsts = [recipe.chain()[0].keys() for recipe in recipes]
+    differing = {key for keys in firsts for key in keys if keys[key] != firsts[0][key]}
+    assert differing == {"model", "method"}
+    assert {keys["imbalance_factor"] for keys in firsts} == {factor}
+    # What cRT and tau-normalisation start from is one and the same run of cross-entropy.
+    by_method = {recipe.method["name"]: recipe for recipe in recipes}
+    ce = by_method["ce"].computation()
+    assert by_method["crt"].previous.computation() == by_method["tau_norm"].previous.computation() == ce
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("cifar_resnet32.crt_cifar100")])
+def test_crts_second_stage_is_the_published_one(name):
+    """30 epochs from 0.1, a tenth after 10 and after 20, five of warm-up, weight decay 5e-4, balanced classes."""
     recipe = load(name)
-    num_classes = recipe.num_classes or 10
-    model = timm.create_model(recipe.model, num_classes=num_classes, device="meta", **recipe.model_kwargs)
-    create_loss(recipe, np.arange(num_classes, 0, -1), head_names(model))
-    optimizer = create_optimizer(recipe, model)
-    create_schedule(recipe, optimizer)
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert optimized == {id(p) for p in model.parameters()}
+    assert [stage.method["name"] for stage in recipe.chain()] == ["ce", "crt"]
+    choices = {key: recipe.choice(key) for key in ("sampler", "train", "reset", "frozen_bn")}
+    assert choices == {"sampler": "balanced", "train": "classifier", "reset": "classifier", "frozen_bn": "train"}
+    assert (recipe.epochs, recipe.weight_decay, recipe.opt, recipe.momentum) == (30, 5e-4, "momentum", 0.9)
+    expected = [0.1 * min((e + 1) / 5, 1) * 0.1 ** sum(e >= m for m in (10, 20)) for e in range(30)]
+    assert rates_of(recipe) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("folder", sorted({name.partition("/")[0] for name in RECIPES if name.startswith("cifar")}))
-def test_cifar_recipes_of_a_folder_differ_in_model_and_loss_only(folder):
-    recipes = [load(name).to_dict() for name in RECIPES if name.startswith(f"{folder}/")]
-    differing = {key for recipe in recipes for key in recipe if recipe[key] != recipes[0][key]}
-    assert differing == {"model", "loss"}
-    assert {f"cifar100_lt_if{recipe['imbalance_factor']:g}" for recipe in recipes} == {folder}
+@pytest.mark.parametrize("name", [name for name in RECIPES if ".ldam_drw_cifar100" in name])
+def test_ldam_drws_constants_are_the_published_ones(name):
+    recipe = load(name)
+    published = {"max_margin": 0.5, "scale": 30.0, "effective_beta": 0.9999, "reweight_from": 0.8}
+    assert recipe.method == {"name": "ldam_drw", **published}
+    assert recipe.method["reweight_from"] * recipe.epochs == 160
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if ".tau_norm_" in name])
+def test_tau_normalisation_trains_nothing_and_chooses_tau(name):
+    recipe = load(name)
+    assert [stage.method["name"] for stage in recipe.chain()] == ["ce", "tau_norm"]
+    assert (recipe.epochs, recipe.method["tau"]) == (0, None)
 
 
 # The paper's section 4.2, computed without timm. Epochs e count from 0.
@@ -100,34 +196,37 @@ PAPER = [
     ("cifar100_lt_if100", 200, 128, 3e-4, cifar_rate),
     ("cifar100_lt_if50", 200, 128, 3e-4, cifar_rate),
     ("cifar100_lt_if10", 200, 128, 3e-4, cifar_rate),
-    ("imagenet_lt/bib_resnet10", 90, 128, 5e-4, cosine_rate(0.05, 90)),
-    ("imagenet_lt/mbib_resnet10", 90, 128, 5e-4, cosine_rate(0.05, 90)),
-    ("imagenet_lt/bib_resnext50", 90, 64, 5e-4, cosine_rate(0.025, 90)),
-    ("imagenet_lt/mbib_resnext50", 90, 64, 5e-4, cosine_rate(0.025, 90)),
-    ("inat2018_90e/bib_resnet50", 90, 64, 1e-4, cosine_rate(0.025, 90)),
-    ("inat2018_90e/mbib_resnet50", 90, 64, 1e-4, cosine_rate(0.025, 90)),
-    ("inat2018_200e/bib_resnet50", 200, 64, 1e-4, cosine_rate(0.025, 200)),
-    ("inat2018_200e/mbib_resnet50", 200, 64, 1e-4, cosine_rate(0.025, 200)),
+    ("bib_resnet10.imagenet_lt", 90, 128, 5e-4, cosine_rate(0.05, 90)),
+    ("bib_resnext50.imagenet_lt", 90, 64, 5e-4, cosine_rate(0.025, 90)),
+    ("bib_resnet50.inat2018_90e", 90, 64, 1e-4, cosine_rate(0.025, 90)),
+    ("bib_resnet50.inat2018_200e", 200, 64, 1e-4, cosine_rate(0.025, 200)),
 ]
 
 
 def test_the_paper_table_covers_every_benchmark_recipe():
-    benchmarks = [name for name in RECIPES if not name.startswith(("digits/", "finetune/"))]
-    assert [name for name in benchmarks if not any(name.startswith(prefix) for prefix, *_ in PAPER)] == []
+    benchmarks = [name for name in RECIPES if not name.endswith("digits") and not name.startswith("finetune/")]
+    assert [name for name in benchmarks if sum(name.endswith(suffix) for suffix, *_ in PAPER) != 1] == []
 
 
-@pytest.mark.parametrize(("prefix", "epochs", "batch_size", "weight_decay", "rate"), PAPER)
-def test_optimisation_is_the_papers(prefix, epochs, batch_size, weight_decay, rate):
-    for name in (name for name in RECIPES if name.startswith(prefix)):
-        recipe = load(name)
-        optimizer = create_optimizer(recipe, torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
-        schedule = create_schedule(recipe, optimizer)
-        rates = []
-        for epoch in range(recipe.epochs):
-            assert len({group["lr"] for group in optimizer.param_groups}) == 1
-            rates.append(optimizer.param_groups[0]["lr"])
-            schedule.step(epoch + 1)
-        assert rates == pytest.approx([rate(e) for e in range(epochs)], rel=1e-9, abs=1e-12)
+def rates_of(recipe):
+    """The learning rates of the epochs of a recipe."""
+    optimizer = create_optimizer(recipe, small_method(recipe))
+    schedule, rates = create_schedule(recipe, optimizer), []
+    for epoch in range(recipe.epochs):
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step(epoch + 1)
+    return rates
+
+
+@pytest.mark.parametrize(("suffix", "epochs", "batch_size", "weight_decay", "rate"), PAPER)
+def test_optimisation_is_the_papers(suffix, epochs, batch_size, weight_decay, rate):
+    """Of the first stage, where there are several."""
+    for name in (name for name in RECIPES if name.endswith(suffix)):
+        recipe = load(name).chain()[0]
+        optimizer = create_optimizer(recipe, small_method(recipe))
+        assert rates_of(recipe) == pytest.approx([rate(e) for e in range(epochs)], rel=1e-9, abs=1e-12)
+        assert recipe.epochs == epochs
         assert recipe.batch_size * recipe.grad_accum_steps == batch_size
         assert isinstance(optimizer, torch.optim.SGD)
         for group in optimizer.param_groups:
@@ -135,12 +234,15 @@ def test_optimisation_is_the_papers(prefix, epochs, batch_size, weight_decay, ra
             assert group["weight_decay"] == weight_decay, "biases and batch normalisation decay too"
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "/bib" in name or "/mbib" in name])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("bib_", "mbib_", "finetune/"))])
 def test_loss_is_the_papers(name):
-    recipe = load(name)
-    on_imagenet_or_inat = name.startswith(("imagenet_lt/", "inat2018_"))
-    assert recipe.gamma == (0.5 if on_imagenet_or_inat else 0.0)
-    assert (recipe.beta, recipe.class_weight_power, recipe.observation_weights) == (5.0, 0.1, [0.1, 0.3, 1.0])
+    method = dict(load(name).method)
+    on_imagenet_or_inat = "imagenet_lt" in name or "inat2018_" in name
+    assert method["gamma"] == (0.5 if on_imagenet_or_inat else 0.0)
+    assert (method["beta"], method["class_weight_power"]) == (5.0, 0.1)
+    assert method["logit_adjustment"]
+    assert method["normalize_class_weights"]
+    assert method.get("observation_weights", [0.1, 0.3, 1.0]) == [0.1, 0.3, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +261,30 @@ def test_loss_is_the_papers(name):
         ("mean: 0.5", r"'mean': expected list of float, got 0\.5"),
         ("decay_milestones: [1, two]", r"'decay_milestones': expected int, got 'two'"),
         ("model_kwargs: 3", r"'model_kwargs': expected dict, got 3"),
-        ("epochs: 0", r"'epochs': expected at least 1, got 0"),
+        ("epochs: -1", r"'epochs': expected at least 0, got -1"),
+        ("epochs: 0", r"'epochs': 0 trains nothing, and there are no weights to start from"),
+        ("method: mbibb", r"unknown method 'mbibb': did you mean 'mbib'"),
+        ("method: {beta: 5.0}", r"'method': expected a name, or a mapping with one, got {'beta': 5.0}"),
+        ("method: 5", r"'method': expected dict, got 5"),
+        ("method: {name: mbib, betta: 5.0}", r"unknown setting of method 'mbib': 'betta': did you mean 'beta'"),
+        ("method: {name: ce, beta: 5.0}", r"unknown setting 'beta': method 'ce' has none"),
+        ("method: {name: mbib, beta: much}", r"setting 'beta' of method 'mbib': expected float, got 'much'"),
+        ("method: {name: mbib, beta: -1}", r"setting 'beta' of method 'mbib': expected at least 0, got -1"),
+        ("method: {name: mbib, observation_weights: 1}", r"'observation_weights' of .*: expected list of float, got 1"),
+        ("beta: 5.0", r"unknown key in own\.yaml 'beta'"),
+        ("loss: mbib", r"unknown key in own\.yaml 'loss'"),
+        ("frozen_bn: evil", r"'frozen_bn' 'evil': did you mean 'eval'"),
+        ("holdout: 0.95", r"'holdout': expected at most 0.9, got 0.95"),
+        ("plugin: [none.py]", r"plugin none\.py: there is no such file"),
+        ("base: cifar", r"unknown base in own\.yaml 'cifar': did you mean 'cifar100_lt'"),
+        ("base: [digits]", r"unknown base in own\.yaml"),
+        ("stages: {}", r"'stages': expected a list of stages, got {}"),
+        ("stages: []", r"'stages': expected a list of stages, got \[\]"),
+        ("stages: [ce]", r"stage 1: expected keys and values, got 'ce'"),
+        ("stages: [{lr: 0.1}, {modle: x}]", r"unknown key in stage 2 of own\.yaml 'modle': did you mean 'model'"),
+        ("stages: [{lr: 0.1}, {stages: []}]", r"unknown key in stage 2 of own\.yaml 'stages'"),
+        ("stages: [{lr: 0.1}, {lr: -1}]", r"stage 2 of own\.yaml: recipe key 'lr': expected more than 0, got -1"),
+        ("previous: {}", r"unknown key in own\.yaml 'previous'"),
         ("imbalance_factor: -10", r"'imbalance_factor': expected at least 1, got -10"),
         ("lr: 0", r"'lr': expected more than 0, got 0"),
         ("lr: .nan", r"'lr': expected a finite number, got nan"),
@@ -182,11 +307,11 @@ def test_a_recipe_that_cannot_be_is_refused_by_name(tmp_path, text, message):
 
 
 def test_overrides_replace_the_files_values_and_are_checked_alike():
-    recipe = load("digits/mbib_resnet20", epochs=3, lr=1, mean=(0.5,))
+    recipe = load("mbib_resnet20.digits", epochs=3, lr=1, mean=(0.5,))
     assert (recipe.epochs, recipe.lr, recipe.mean, recipe.model) == (3, 1.0, [0.5], "mbib_resnet20")
     assert isinstance(recipe.lr, float)
-    with pytest.raises(MbibError, match="'epochs': expected at least 1, got 0"):
-        load("digits/mbib_resnet20", epochs=0)
+    with pytest.raises(MbibError, match="'epochs': expected at least 0, got -1"):
+        load("mbib_resnet20.digits", epochs=-1)
     assert recipe.replace(seed=7).seed == 7
     with pytest.raises(MbibError, match="unknown recipe key 'sed': did you mean 'seed'"):
         recipe.replace(sed=7)
@@ -213,10 +338,13 @@ def test_a_saved_recipe_is_read_back_the_same(tmp_path, name):
 
 
 def test_recipes_are_found_by_name_and_by_file(tmp_path):
-    packaged = find_recipe("cifar100_lt_if100/mbib_resnet32")
-    assert packaged == find_recipe("cifar100_lt_if100/mbib_resnet32.yaml") == find_recipe(str(packaged))
-    with pytest.raises(MbibError, match=r"unknown recipe 'cifar100_lt_if100/mbib_resnet23': did you mean '.*resnet32'"):
-        find_recipe("cifar100_lt_if100/mbib_resnet23")
+    packaged = find_recipe("mbib_resnet32.cifar100_lt_if100")
+    assert packaged == find_recipe("mbib_resnet32.cifar100_lt_if100.yaml") == find_recipe(str(packaged))
+    with pytest.raises(MbibError, match=r"unknown recipe 'mbib_resnet23\.cifar100_lt_if100': did you mean '.*resnet32"):
+        find_recipe("mbib_resnet23.cifar100_lt_if100")
+    tuned = find_recipe("finetune/mbib_resnet50")
+    assert tuned == find_recipe("finetune/mbib_resnet50.yaml")
+    assert recipe_name(tuned) == "mbib_resnet50.finetune"
     own = tmp_path / "birds" / "mbib_resnet50.yaml"
     own.parent.mkdir()
     own.touch()
@@ -232,3 +360,113 @@ def test_only_what_is_computed_decides_whether_a_run_may_resume():
     assert elsewhere.computation() == recipe.computation()
     for change in (dict(seed=1), dict(lr=0.2), dict(epochs=61), dict(batch_size=33), dict(subset_seed=1)):
         assert recipe.replace(**change).computation() != recipe.computation()
+
+
+# A base, stages, and addresses
+
+
+def test_a_base_holds_where_a_file_says_nothing(tmp_path):
+    (tmp_path / "mine.yaml").write_text("lr: 0.3\nepochs: 7\nmethod: {name: focal, gamma: 1.0}\n")
+    (tmp_path / "own.yaml").write_text("base: mine\nepochs: 9\n")
+    recipe = load_recipe(tmp_path / "own.yaml")
+    assert (recipe.lr, recipe.epochs, recipe.method) == (0.3, 9, {"name": "focal", "gamma": 1.0})
+    assert BASE not in recipe.to_dict()  # resolved: recipe.yaml needs no other file
+    (tmp_path / "own.yaml").write_text("base: digits\nmethod: ce\nmodel: cifar_resnet20\n")
+    assert load_recipe(tmp_path / "own.yaml") == load("cifar_resnet20.ce_digits")
+    (tmp_path / "mine.yaml").write_text("base: digits\n")
+    (tmp_path / "own.yaml").write_text("base: mine\n")
+    with pytest.raises(MbibError, match=r"mine\.yaml: a base has no 'base' of its own"):
+        load_recipe(tmp_path / "own.yaml")
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.1\n")
+    with pytest.raises(MbibError, match=r"unknown key in mine\.yaml 'learning_rate'"):
+        load_recipe(tmp_path / "own.yaml")
+
+
+STAGED = """
+lr: 0.3
+seed: 5
+stages:
+  - {method: ce, epochs: 20}
+  - {method: {name: focal, gamma: 1.0}, epochs: 10, lr: 0.1, sampler: reverse}
+  - {method: tau_norm, epochs: 0}
+"""
+
+
+def test_stages_share_what_stands_outside_and_win_with_what_is_theirs(tmp_path):
+    (tmp_path / "own.yaml").write_text(STAGED)
+    recipe = load_recipe(tmp_path / "own.yaml")
+    stages = recipe.chain()
+    assert [stage.stage for stage in stages] == [0, 1, 2]
+    assert stages[-1] is recipe
+    assert recipe.previous.previous is stages[0]
+    assert [stage.lr for stage in stages] == [0.3, 0.1, 0.3]
+    assert [stage.seed for stage in stages] == [5, 5, 5]
+    assert [stage.choice("sampler") for stage in stages] == ["instance", "reverse", "instance"]
+    assert [stage.method["name"] for stage in recipe.everywhere(seed=6).chain()] == ["ce", "focal", "tau_norm"]
+    assert [stage.seed for stage in recipe.everywhere(seed=6).chain()] == [6, 6, 6]
+    assert [stage.seed for stage in recipe.replace(seed=6).chain()] == [5, 5, 6]
+    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert load_recipe(tmp_path / "recipe.yaml").computation() == recipe.computation()
+
+
+def test_only_the_first_stage_starts_from_what_the_recipe_names(tmp_path):
+    (tmp_path / "own.yaml").write_text("initial_checkpoint: there\nstages: [{method: ce}, {method: crt}]\n")
+    first, second = load_recipe(tmp_path / "own.yaml").chain()
+    assert (first.initial_checkpoint, second.initial_checkpoint) == ("there", None)
+
+
+def test_addresses_reach_keys_settings_elements_and_stages(tmp_path):
+    (tmp_path / "own.yaml").write_text(STAGED)
+
+    def values(key, **overrides):
+        given = {address.replace("__", "."): value for address, value in overrides.items()}
+        return [getattr(stage, key) for stage in load_recipe(tmp_path / "own.yaml", given).chain()]
+
+    assert values("lr", lr=0.2) == [0.2, 0.1, 0.2]  # as in the file: where a stage does not say otherwise
+    assert values("lr", stage1__lr=0.2) == [0.2, 0.1, 0.3]
+    assert values("method", stage2__method__gamma=3)[1] == {"name": "focal", "gamma": 3.0}
+    assert values("method", stage3__method__tau=0.5)[2] == {"name": "tau_norm", "tau": 0.5}
+    assert values("model_kwargs", model_kwargs__drop_rate=0.1) == [{"drop_rate": 0.1}] * 3
+    changed = load(DEFAULT_RECIPE, **{"method.observation_weights.0": 0.7, "method.beta": 1})
+    assert changed.method["observation_weights"] == [0.7, 0.3, 1.0]
+    assert changed.method["beta"] == 1.0
+    # Another method and a setting of it, in whatever order they are given.
+    assert load(DEFAULT_RECIPE, **{"method.gamma": 1, "method": "focal"}).method == {"name": "focal", "gamma": 1.0}
+    for address, message in {
+        "stage4.lr": r"stage4\.lr: own\.yaml has 3 stages",
+        "stage2.lrr": r"unknown recipe key 'lrr': did you mean 'lr'",
+        "epochs": r"every stage of own\.yaml sets 'epochs' itself; say which: stage1\.epochs or stage2\.epochs",
+        "method.gamma": r"every stage of own\.yaml sets 'method' itself; say which: stage1\.method\.gamma or",
+        "stage1.method.gamma": r"stage 1 of own\.yaml: unknown setting 'gamma': method 'ce' has none",
+        "lr.0": r"lr\.0: there is no element '0' in 0\.3",
+    }.items():
+        with pytest.raises(MbibError, match=message):
+            load_recipe(tmp_path / "own.yaml", {address: 1})
+    with pytest.raises(MbibError, match=r"stage1\.lr: .* has no stages"):
+        load(DEFAULT_RECIPE, **{"stage1.lr": 1})
+    with pytest.raises(MbibError, match=r"method\.observation_weights\.7: there is no element '7'"):
+        load(DEFAULT_RECIPE, **{"method.observation_weights.7": 1})
+
+
+def test_a_method_is_resolved_to_all_of_its_settings():
+    assert Recipe(method="mbib", model="x") == Recipe(method={"name": "mbib"}, model="x")
+    assert Recipe(method="focal", model="x").method == {"name": "focal", "gamma": 2.0}
+    assert Recipe(method={"name": "ldam_drw", "scale": "2e1"}, model="x").method["scale"] == 20.0
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_a_recipe_leaves_open_is_the_methods(kind):
+    start = {"initial_checkpoint": "somewhere"} if METHODS[kind].needs_start else {}
+    recipe = Recipe(method=kind, epochs=0 if METHODS[kind].post_hoc else 3, **start)
+    own = METHODS[kind]
+    chosen = [recipe.choice(key) for key in ("sampler", "train", "reset", "frozen_bn")]
+    assert chosen == [own.sampler, own.part, own.reset, own.frozen_bn]
+    assert recipe.replace(sampler="sqrt", train="all").choice("sampler") == "sqrt"
+
+
+def test_every_key_is_documented_and_belongs_to_a_group():
+    groups = ("data", "input", "model", "method", "optimisation", "machine", "output")
+    found = [item.metadata["group"] for item in KEYS.values()]
+    assert list(dict.fromkeys(found)) == list(groups)  # in one piece each
+    assert all(item.metadata["help"] for item in KEYS.values())
