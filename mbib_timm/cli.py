@@ -213,7 +213,8 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     analyze.add_argument(
         "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
     )
-    analyze.add_argument("--output", type=Path, metavar="DIR", help="folder of the analysis")
+    # Not the recipe's key of that name.
+    analyze.add_argument("--output", dest="folder", type=Path, metavar="DIR", help="folder of the analysis")
     add_recipe_flags(analyze, evaluated)
 
     report = commands.add_parser("report", help="put runs and sweeps into one HTML file", allow_abbrev=False)
@@ -352,7 +353,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipe=arguments.recipe,
             overrides=recipe_overrides(arguments),
             split=arguments.split,
-            output=arguments.output,
+            output=arguments.folder,
             classes=arguments.classes,
             images_per_class=arguments.images_per_class,
         )

@@ -12,6 +12,7 @@ import torch
 from mbib_timm.analysis import analyze as analyze_module
 from mbib_timm.analysis.analyze import analyze, analyze_run
 from mbib_timm.analysis.figures import analysis_figures
+from mbib_timm.cli import main
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.validate import validate
@@ -160,3 +161,12 @@ def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
     monkeypatch.setattr(analyze_module, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
         analyze_run(str(run), overrides={"device": "cpu"})
+
+
+def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):
+    """Into a folder of the analysis, which is not where runs go."""
+    command = ["analyze", str(run), "--device", "cpu", "--images-per-class", "5"]
+    assert main([*command, "--output", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "analysis.json").is_file()
+    assert main(command) == 0
+    assert "mean positive posterior" in capsys.readouterr().out

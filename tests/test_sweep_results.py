@@ -305,6 +305,14 @@ def test_the_same_method_has_the_same_colour_everywhere():
     assert hatches[2] == "", "the prediction looks as BIB does elsewhere"
 
 
+def test_bars_that_each_name_a_method_have_its_colour():
+    (axes,) = draw(made_up(find_sweep(["methods"]))).axes
+    titles = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(titles) == 10
+    assert [color for *_, color in bars_of(axes)] == [METHOD_COLORS[title].upper() for title in titles]
+    assert axes.get_legend() is None
+
+
 def test_the_papers_numbers_are_marked_only_where_they_compare():
     def marks(results):
         lines = draw(results).axes[0].lines

@@ -246,7 +246,9 @@ def _data(record: Record) -> str:
 def _training(record: Record) -> str:
     environment, recipe = record.metrics["environment"], record.recipe
     seconds = record.metrics["training_seconds"]
-    cost = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    cost = f"{seconds:.0f} seconds"
+    if seconds >= 60:
+        cost = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     machine = f"{environment['hardware']} ({environment['device']}, processes: {environment['processes']})"
     versions = ", ".join(f"{name} {environment[name]}" for name in ("mbib_timm", "torch", "timm"))
     stages = [_stage(stage) for stage in recipe.chain()]
@@ -267,7 +269,7 @@ def _stage(stage: Recipe) -> str:
     if not stage.epochs:
         return f"{title}, without training"
     return (
-        f"{title}: {stage.epochs} epochs of batches of {stage.batch_size} with {stage.opt}, learning rate "
+        f"{title}: {stage.epochs} epoch{'s' * (stage.epochs > 1)} of batches of {stage.batch_size} with {stage.opt}, learning rate "
         f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
     )
 

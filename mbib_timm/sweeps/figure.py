@@ -48,6 +48,8 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     if names == [""]:  # all of one kind: variants of the base recipe's method
         methods = {run["method"] for run in results.runs}
         colors[""] = METHOD_COLORS.get(method_title(methods.pop()), colors[""]) if len(methods) == 1 else colors[""]
+    # Bars of one kind beside one another have the colour of the method that each place names, if it names one.
+    look = {(place, name): colors[name] if name else METHOD_COLORS.get(place, colors[name]) for place, name in bars}
     longest = max(len(place) for place in places)
     # A number over each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
     # read on none.
@@ -64,13 +66,13 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         mean = statistics.mean(measured)
         deviation = statistics.stdev(measured) if len(measured) > 1 else None
         legend[name] = axes.bar(
-            at, mean, share * 0.9, color=colors[name], hatch=hatches[name], edgecolor=background(), linewidth=0,
+            at, mean, share * 0.9, color=look[place, name], hatch=hatches[name], edgecolor=background(), linewidth=0,
             yerr=deviation, ecolor=ink(), capsize=2,
         )  # fmt: skip
         marked = number if results.is_papers else None
         if marked is not None:
             (legend[PAPER],) = axes.plot(at, marked, **mark)
-        write_number(axes, at, mean, deviation or 0.0, marked, colors[name])
+        write_number(axes, at, mean, deviation or 0.0, marked, look[place, name])
     characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
     axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places])
     axes.tick_params(axis="x", length=0)
