@@ -45,6 +45,8 @@ TOY = Path(__file__).parent / "toy_method.py"
 load_plugin(str(TOY))
 
 ALL = list(METHODS)
+# Those of plugins that were named on the command line: what their losses are, nobody has written out here.
+FROM_OUTSIDE = [name for name in ALL if not METHODS[name].__module__.startswith("mbib_timm.") and name != "toy"]
 TRAINED = [name for name in ALL if not METHODS[name].post_hoc]
 OF_OBSERVATIONS = [name for name in TRAINED if issubclass(METHODS[name], Bottleneck)]
 OF_ANY_NETWORK = [name for name in TRAINED if name not in OF_OBSERVATIONS]
@@ -167,11 +169,17 @@ OTHER_SETTINGS = {
 }
 
 
+def require_reference(name):
+    if name in FROM_OUTSIDE:
+        pytest.skip(f"the equation of {name} is for a test of its own")
+    assert name in REFERENCES, f"method {name!r} needs its equation written out in REFERENCES"
+
+
 @pytest.mark.parametrize("epoch", [0, 4, 5, EPOCHS - 1])
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_loss_is_its_equation_written_out(name, changed, epoch):
-    assert name in REFERENCES, f"method {name!r} needs its equation written out in REFERENCES"
+    require_reference(name)
     method = make(name, **(OTHER_SETTINGS.get(name, {}) if changed else {})).double()
     method.start_epoch(epoch)
     logits, targets = random_logits(heads_of(name), batch=9)
@@ -183,6 +191,7 @@ def test_the_loss_is_its_equation_written_out(name, changed, epoch):
 
 @pytest.mark.parametrize("name", OF_ANY_NETWORK)
 def test_on_several_heads_the_loss_is_the_mean_over_them(name):
+    require_reference(name)
     method = make(name, OBSERVATIONS).double()
     method.start_epoch(EPOCHS - 1)
     logits, targets = random_logits()
@@ -450,7 +459,7 @@ def test_a_method_says_what_it_is(name):
     assert kind.citation or name == "ce", "of its paper"
     assert inspect.getdoc(kind)
     assert kind.__doc__, "of its own, not its parent's"
-    assert sys.modules[kind.__module__].__doc__
+    assert sys.modules[kind.__module__].__doc__ or name in FROM_OUTSIDE
     assert make(name, OBSERVATIONS if name in OF_OBSERVATIONS and name != "bib" else None).logit_prior in (
         "train",
         "uniform",
@@ -464,8 +473,8 @@ def test_settings_are_typed_documented_and_ranged(name):
     declared = METHODS[name].Settings
     assert dataclasses.is_dataclass(declared)
     assert declared.__dataclass_params__.frozen
-    assert declared.__doc__
-    assert not declared.__doc__.startswith(f"{declared.__name__}("), "a docstring, not what dataclasses make up"
+    made_up = declared.__doc__ is None or declared.__doc__.startswith(f"{declared.__name__}(")
+    assert not made_up or name in FROM_OUTSIDE, "a docstring, not what dataclasses make up"
     types = option_types(declared)
     for item in dataclasses.fields(declared):
         assert item.metadata["help"], f"{item.name} has no help"
@@ -944,9 +953,9 @@ def test_class_weights_that_are_not_normalised_divide_by_the_number_of_images(po
 
 
 def test_the_prior_of_the_logits():
-    priors = {name: make(name).logit_prior for name in ALL}
+    priors = {name: make(name).logit_prior for name in ALL if name not in FROM_OUTSIDE}
     plain = {"ce", "focal"}
-    assert priors == {name: "train" if name in plain else "uniform" for name in ALL}
+    assert priors == {name: "train" if name in plain else "uniform" for name in priors}
 
 
 # The seams that these methods leave unused
