@@ -50,4 +50,11 @@ def post_hoc_run(tmp_path_factory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite the golden loss curve from this run")
+    parser.addoption("--plugin", action="append", default=[], help="a method of one's own for tests/test_methods.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for plugin in config.getoption("--plugin"):
+        from mbib_timm.methods import load_plugin
+
+        load_plugin(plugin)
