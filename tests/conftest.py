@@ -50,9 +50,7 @@ def post_hoc_run(tmp_path_factory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--plugin", action="append", default=[], help="a file with a method: test_methods.py tests it with the others"
-    )
+    parser.addoption("--plugin", action="append", default=[], help="a method of one's own for tests/test_methods.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,8 @@
-"""The contract of a method, over all that are registered and one of a file outside the package."""
+"""The contract of a method, over all that are registered and one of a file outside the package.
+
+Methods of one's own pass it too: ``pytest tests/test_methods.py --plugin my_method.py``. What only this package's
+methods can be held to, such as their equations, is tested of these alone.
+"""
 
 import dataclasses
 import inspect
@@ -45,11 +49,12 @@ TOY = Path(__file__).parent / "toy_method.py"
 load_plugin(str(TOY))
 
 ALL = list(METHODS)
-# Those of plugins that were named on the command line: what their losses are, nobody has written out here.
-FROM_OUTSIDE = [name for name in ALL if not METHODS[name].__module__.startswith("mbib_timm.") and name != "toy"]
 TRAINED = [name for name in ALL if not METHODS[name].post_hoc]
 OF_OBSERVATIONS = [name for name in TRAINED if issubclass(METHODS[name], Bottleneck)]
-OF_ANY_NETWORK = [name for name in TRAINED if name not in OF_OBSERVATIONS]
+# This package's and the toy; those that train have their equations written out below.
+OURS = [name for name in ALL if METHODS[name].__module__.startswith("mbib_timm.methods.") or name == "toy"]
+KNOWN = [name for name in TRAINED if name in OURS]
+OF_ANY_NETWORK = [name for name in KNOWN if name not in OF_OBSERVATIONS]
 
 CPU = torch.device("cpu")
 COUNTS = [500, 120, 40, 9, 3]
@@ -80,6 +85,11 @@ def make(name, heads=None, counts=COUNTS, epochs=EPOCHS, seed=0, **settings):
 def optimizer_of(method, part=None, frozen_bn=None, **keys):
     method.freeze_all_but(part or method.part, frozen_bn or method.frozen_bn)
     return create_optimizer(Recipe(method="ce", model="resnet18", opt="momentum", lr=0.05, **keys), method)
+
+
+def batches_for(name, *args, **kwargs):
+    """Batches with as many streams as a method asks for."""
+    return batches(*args, **kwargs, streams=1 + METHODS[name].sampler.count("+"))
 
 
 def random_logits(heads=OBSERVATIONS, batch=6, classes=5, scale=2.0, dtype=torch.float64, seed=0):
@@ -169,17 +179,11 @@ OTHER_SETTINGS = {
 }
 
 
-def require_reference(name):
-    if name in FROM_OUTSIDE:
-        pytest.skip(f"the equation of {name} is for a test of its own")
-    assert name in REFERENCES, f"method {name!r} needs its equation written out in REFERENCES"
-
-
 @pytest.mark.parametrize("epoch", [0, 4, 5, EPOCHS - 1])
 @pytest.mark.parametrize("changed", [False, True])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", KNOWN)
 def test_the_loss_is_its_equation_written_out(name, changed, epoch):
-    require_reference(name)
+    assert name in REFERENCES, f"method {name!r} needs its equation written out in REFERENCES"
     method = make(name, **(OTHER_SETTINGS.get(name, {}) if changed else {})).double()
     method.start_epoch(epoch)
     logits, targets = random_logits(heads_of(name), batch=9)
@@ -191,7 +195,6 @@ def test_the_loss_is_its_equation_written_out(name, changed, epoch):
 
 @pytest.mark.parametrize("name", OF_ANY_NETWORK)
 def test_on_several_heads_the_loss_is_the_mean_over_them(name):
-    require_reference(name)
     method = make(name, OBSERVATIONS).double()
     method.start_epoch(EPOCHS - 1)
     logits, targets = random_logits()
@@ -201,7 +204,7 @@ def test_on_several_heads_the_loss_is_the_mean_over_them(name):
     assert {head: parts[f"loss_{head}"].item() for head in logits} == pytest.approx(each, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_step_computes_the_loss_of_the_networks_logits(name):
     method = make(name)
     method.train()
@@ -224,8 +227,8 @@ def test_gradients_are_finite_where_something_trains_and_nowhere_else(name, part
     optimizer = optimizer_of(method, part, frozen_bn)
     method.train()
     method.start_epoch(0)
-    ((batch,),) = batches((8,))
-    method(batch)["loss"].backward()
+    (streams,) = batches_for(name, (8,))
+    method(*streams)["loss"].backward()
     trained = dict(method.trainable_parameters())
     network = method.get_eval_model()
     wanted = part_of(network, part or method.part) & {name for name, _ in network.named_parameters()}
@@ -241,7 +244,7 @@ def test_gradients_are_finite_where_something_trains_and_nowhere_else(name, part
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", KNOWN)
 def test_gradients_agree_with_finite_differences(name):
     method = make(name, gamma=0.5) if name in OF_OBSERVATIONS else make(name)
     method = method.double()
@@ -270,7 +273,7 @@ def test_gradients_agree_with_finite_differences(name):
     torch.testing.assert_close(used, expected)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_logits_stay_finite(name, dtype):
     settings = {"gamma": 0.5} if "gamma" in option_types(METHODS[name].Settings) else {}
@@ -282,7 +285,7 @@ def test_extreme_logits_stay_finite(name, dtype):
     assert all(values.grad is None or values.grad.isfinite().all() for values in logits.values())
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if name != "toy"])  # whose product autocast may round
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "toy"])  # whose product autocast may round
 def test_float32_inside_autocast(name):
     logits, targets = random_logits(heads_of(name), dtype=torch.float32)
     method = make(name)
@@ -307,7 +310,7 @@ def run_epochs(method, optimizer, epochs, **keys):
     for epoch in epochs:
         torch.manual_seed(epoch)
         method.start_epoch(epoch)
-        loader, progress = batches(seed=epoch), Progress(3, visible=False)
+        loader, progress = batches_for(method.name, seed=epoch), Progress(3, visible=False)
         losses.append(train_one_epoch(method, loader, step, recipe, epoch, progress, after_update=method.update_ema))
     return losses
 
@@ -423,7 +426,7 @@ def test_a_step_compiles_as_one_graph_that_follows_the_epochs(name, backend):
         losses = []
         for epoch in (0, EPOCHS - 1):
             method.start_epoch(epoch)
-            for streams in batches((8, 8), seed=epoch):
+            for streams in batches_for(name, (8, 8), seed=epoch):
                 before = counters["stats"]["unique_graphs"]
                 parts = compute(method, streams, None)
                 compiles = counters["stats"]["unique_graphs"] - before
@@ -459,7 +462,7 @@ def test_a_method_says_what_it_is(name):
     assert kind.citation or name == "ce", "of its paper"
     assert inspect.getdoc(kind)
     assert kind.__doc__, "of its own, not its parent's"
-    assert sys.modules[kind.__module__].__doc__ or name in FROM_OUTSIDE
+    assert sys.modules[kind.__module__].__doc__ or name not in OURS
     assert make(name, OBSERVATIONS if name in OF_OBSERVATIONS and name != "bib" else None).logit_prior in (
         "train",
         "uniform",
@@ -473,8 +476,8 @@ def test_settings_are_typed_documented_and_ranged(name):
     declared = METHODS[name].Settings
     assert dataclasses.is_dataclass(declared)
     assert declared.__dataclass_params__.frozen
-    made_up = declared.__doc__ is None or declared.__doc__.startswith(f"{declared.__name__}(")
-    assert not made_up or name in FROM_OUTSIDE, "a docstring, not what dataclasses make up"
+    made_up = f"{declared.__name__}("  # by dataclass, where there is no docstring
+    assert not declared.__doc__.startswith(made_up) or name not in OURS
     types = option_types(declared)
     for item in dataclasses.fields(declared):
         assert item.metadata["help"], f"{item.name} has no help"
@@ -531,7 +534,7 @@ def test_a_class_without_training_images_is_refused(name):
 
 def test_invariance_to_a_constant_in_the_logits_and_to_the_order_of_the_classes():
     order = torch.tensor([3, 0, 4, 1, 2])
-    for name in TRAINED:
+    for name in KNOWN:
         logits, targets = random_logits(heads_of(name))
         loss = loss_of(name, logits, targets)
         shifted = {head: values + 7 for head, values in logits.items()}
@@ -953,9 +956,8 @@ def test_class_weights_that_are_not_normalised_divide_by_the_number_of_images(po
 
 
 def test_the_prior_of_the_logits():
-    priors = {name: make(name).logit_prior for name in ALL if name not in FROM_OUTSIDE}
-    plain = {"ce", "focal"}
-    assert priors == {name: "train" if name in plain else "uniform" for name in priors}
+    priors = {name: make(name).logit_prior for name in OURS}
+    assert priors == {name: "train" if name in ("ce", "focal") else "uniform" for name in priors}
 
 
 # The seams that these methods leave unused

@@ -104,10 +104,11 @@ def load_plugin(plugin: str) -> str:
             _import_file(path.resolve())
         else:
             importlib.import_module(plugin)
-    except Exception as error:  # whatever somebody else's file does wrong
+    except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
         for name in set(METHODS) - before:
             METHODS.remove(name)
-        reason = error if isinstance(error, MbibError) else f"{type(error).__name__}: {error}"
+        text = next(iter(str(error).splitlines()), "")
+        reason = text if isinstance(error, MbibError) else f"{type(error).__name__}: {text}"
         raise MbibError(f"plugin {plugin} does not import: {reason}") from None
     module = _module_name(path.resolve()) if is_file else plugin
     if not any(METHODS[name].__module__.startswith(module) for name in METHODS):

@@ -1,0 +1,299 @@
+"""Methods from outside: files, modules, installed packages; and what is none, in one line and with nothing written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mbib_timm.cli import main
+from mbib_timm.errors import MbibError
+from mbib_timm.methods import METHODS, load_plugin
+from mbib_timm.methods import registry as registry_module
+from mbib_timm.recipe import load_recipe
+from mbib_timm.training import train
+
+TOY = Path(__file__).parent / "toy_method.py"
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "methods.md"
+SHORT = ["--epochs", "1", "--warmup-epochs", "0", "--imbalance-max", "24", "--device", "cpu", "--workers", "0"]
+METHOD = '''
+from mbib_timm.methods import Method, register
+
+@register("{name}")
+class Outside(Method):
+    """From outside."""
+    title = "Outside"
+
+    def head_loss(self, logits, targets):
+        return logits.logsumexp(dim=1).sub(logits.gather(1, targets[:, None]).squeeze(1)).mean()
+'''
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write plugins; what they register is forgotten afterwards."""
+    before, loaded = set(METHODS), set(registry_module._loaded_plugins)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def text(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        return path
+
+    yield text
+    for name in set(METHODS) - before:
+        METHODS.remove(name)
+    registry_module._loaded_plugins.clear()
+    registry_module._loaded_plugins.update(loaded)
+
+
+def run(folder, *arguments, **environment):
+    """Run a command in a process of its own, in which no other test has registered anything."""
+    command = [sys.executable, "-m", "mbib_timm", *arguments]
+    root = str(Path(__file__).parents[1])
+    paths = [root, environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+# A file, a module
+
+
+def test_a_file_brings_a_method_whose_settings_are_flags(tmp_path, capsys):
+    flags = ["--plugin", str(TOY), "--method", "toy", "--method.strength", "0.5", *SHORT, "--output", str(tmp_path)]
+    assert main(["train", "cifar_resnet20.ce_digits", *flags, "--experiment", "run"]) == 0
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["method"] == {"name": "toy", "strength": 0.5}
+    assert recipe["plugin"] == [str(TOY)]  # found from anywhere
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["method"] == "toy"
+    with pytest.raises(SystemExit):
+        main(["train", "cifar_resnet20.ce_digits", *flags, "--help"])
+    out = capsys.readouterr().out
+    assert "method: toy (Toy):" in out
+    assert re.search(r"--method\.strength FLOAT\s+share of log n that is added in the last epoch \[0\.5\]", out)
+
+
+def test_a_relative_path_is_found_from_anywhere(write, tmp_path, monkeypatch):
+    write("here/mine.py", METHOD.format(name="mine"))
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(write("own.yaml", "model: cifar_resnet20\nplugin: [mine.py]\nmethod: mine\n"))
+    assert recipe.plugin == [str(tmp_path / "here" / "mine.py")]
+    assert recipe.replace(seed=3).method == {"name": "mine"}
+
+
+def test_a_module_brings_a_method_and_so_does_a_package(write):
+    write("a_module_of_methods.py", METHOD.format(name="of_module"))
+    write("a_package_of_methods/__init__.py", "from . import inner")
+    write("a_package_of_methods/inner.py", METHOD.format(name="of_package"))
+    assert load_plugin("a_module_of_methods") == "a_module_of_methods"
+    assert load_plugin("a_package_of_methods") == "a_package_of_methods"
+    assert {"of_module", "of_package"} <= set(METHODS)
+
+
+def test_a_plugin_is_imported_once_whatever_it_is_called(write, tmp_path, monkeypatch):
+    path = write("counted.py", "import builtins\nbuiltins.counted = getattr(builtins, 'counted', 0) + 1\n"
+                 + METHOD.format(name="counted"))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert load_plugin("counted.py") == load_plugin(str(path)) == load_plugin("./counted.py") == str(path)
+    import builtins
+
+    assert builtins.counted == 1
+    del builtins.counted
+
+
+def test_a_plugins_sampler_serves_a_recipe(write, tmp_path):
+    sampler = """
+from mbib_timm.data import sampler
+
+@sampler("cube_root")
+def cube_root(counts, progress, number):
+    return counts ** (1 / 3)
+"""
+    path = write("drawn.py", sampler + METHOD.format(name="drawn"))
+    keys = dict(base="digits", model="cifar_resnet20", plugin=[str(path)], method="drawn", sampler="cube_root")
+    keys |= dict(epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0, output=str(tmp_path / "runs"))
+    metrics = train(load_recipe(write("own.yaml", yaml.safe_dump(keys))), "run")
+    assert metrics["method"] == "drawn"
+    from mbib_timm.data import SAMPLERS
+
+    SAMPLERS.remove("cube_root")
+
+
+# What is no plugin
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import no_such_library\n", r"does not import: ModuleNotFoundError: No module named 'no_such_library'"),
+        ("def broken(:\n", r"does not import: SyntaxError: "),
+        ("1 / 0\n", r"does not import: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)\n", r"does not import: SystemExit: 0"),
+        (METHOD.format(name="half") + "\nraise ValueError('first line\\nsecond line')\n", r"ValueError: first line"),
+        ("x = 1\n", r"registers no method: expected a class under @register\('name'\)"),
+        ("", r"registers no method"),
+        ("from mbib_timm.methods.ce import CrossEntropy\n", r"registers no method"),
+        (METHOD.format(name="mbib"), r"method 'mbib' is registered already, by mbib_timm\.methods\.mbib"),
+        (METHOD.format(name="twice") * 2, r"method 'twice' is registered already"),
+        ("from mbib_timm.methods import register\n@register('function')\ndef f(): pass\n", r"expected a subclass of"),
+        (METHOD.format(name="odd").replace("title =", "Settings = int; title ="), r"its Settings must be a frozen"),
+    ],
+    ids=lambda value: value[:30] if value.startswith(("r'", "does", "reg")) else None,
+)  # fmt: skip
+def test_what_is_no_plugin_is_an_error_of_one_line(write, tmp_path, capsys, content, message):
+    path, before = write("plugin.py", content), set(METHODS)
+    status = main(["train", "mbib_resnet20.digits", "--plugin", str(path), "--output", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith(f"mbib: error: plugin {path} ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert set(METHODS) == before  # nothing half-registered
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ("no/such/file.py", "plugin no/such/file.py: there is no such file"),
+        ("no_such_module", "plugin no_such_module does not import: ModuleNotFoundError"),
+        ("json", "plugin json registers no method"),
+        ("", "plugin"),
+        (".", "plugin"),
+    ],
+)
+def test_plugins_that_do_not_exist(tmp_path, capsys, plugin, message):
+    assert main(["train", "--plugin", plugin, "--output", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plugin_that_was_mended_loads(write):
+    path = write("mended.py", "1 / 0\n")
+    with pytest.raises(MbibError, match="does not import"):
+        load_plugin(str(path))
+    write("mended.py", METHOD.format(name="mended"))
+    load_plugin(str(path))
+    assert "mended" in METHODS
+
+
+def test_two_plugins_of_one_name(write, tmp_path, capsys):
+    first, second = (write(f"{name}.py", METHOD.format(name="same")) for name in ("first", "second"))
+    flags = ["--plugin", str(first), "--plugin", str(second), "--output", str(tmp_path / "runs")]
+    assert main(["train", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"plugin {second} does not import: method 'same' is registered already" in error
+    assert "first" in error.partition("already, by")[2]
+    assert not (tmp_path / "runs").exists()
+
+
+# An installed package
+
+
+def install(folder, group_line, content, name="outside"):
+    """Write a distribution as an installer leaves it."""
+    (folder / f"{name}_of_methods.py").write_text(content)
+    info = folder / f"{name}_of_methods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-of-methods\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[mbib_timm.methods]\n{group_line}\n")
+
+
+def test_an_installed_package_makes_its_methods_known_by_itself(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    install(site, "outside = outside_of_methods", METHOD.format(name="outside"))
+    install(site, "broken = broken_of_methods", "import no_such_library\n", name="broken")
+    flags = ["train", "cifar_resnet20.ce_digits", "--method", "outside", *SHORT]
+    done = run(tmp_path, *flags, "--output", str(tmp_path / "runs"), "--experiment", "run", PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())["method"] == "outside"
+    # A broken package stops nobody; it is named.
+    assert "methods of broken_of_methods cannot be loaded: ModuleNotFoundError" in done.stderr
+    listed = run(tmp_path, "methods", PYTHONPATH=str(site))
+    assert "\noutside " in f"\n{listed.stdout}"
+    # Without it the name is unknown; a method of one's own name is not hidden by a package's.
+    unknown = run(tmp_path, *flags, "--output", str(tmp_path / "other"))
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("mbib: error: unknown method 'outside'")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_package_that_takes_the_name_of_another_method_is_passed_over(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    install(site, "outside = outside_of_methods", METHOD.format(name="focal"))
+    done = run(tmp_path, "methods", PYTHONPATH=str(site))
+    assert done.returncode == 0
+    assert "method 'focal' is registered already" in done.stderr
+    assert "Lin et al." in next(line for line in done.stdout.splitlines() if line.startswith("focal "))
+
+
+# The documented one
+
+
+def documented():
+    """The complete method and the recipe that the documentation shows, by file name."""
+    if not DOCUMENTATION.is_file():
+        pytest.skip("no documentation beside the tests")
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    blocks = dict(zip(("python", "yaml"), re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL), strict=False))
+    return {"tempered.py": blocks["python"], "tempered.yaml": blocks["yaml"]}
+
+
+def test_the_documented_method_is_short_and_trains_in_two_stages(tmp_path):
+    files = documented()
+    assert len(files["tempered.py"].splitlines()) < 30
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    flags = ["--stage1.epochs", "1", "--stage1.warmup_epochs", "0", "--stage2.epochs", "1", "--imbalance-max", "24"]
+    flags += ["--stage2.warmup-epochs", "0", "--device", "cpu", "--output", "runs", "--experiment", "run"]
+    done = run(tmp_path, "train", "tempered.yaml", *flags)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
+    assert metrics["stages"] == ["tempered", "crt"]
+    shown = run(tmp_path, "train", "tempered.yaml", "--help")
+    assert "stage1.method: tempered (Tempered LA):" in shown.stdout
+    assert "--stage1.method.warm-up FLOAT" in shown.stdout
+
+
+def test_the_documented_method_passes_the_contract_of_methods(tmp_path):
+    (tmp_path / "tempered.py").write_text(documented()["tempered.py"])
+    contract = Path(__file__).parent / "test_methods.py"
+    options = ["--plugin", "tempered.py", "-k", "tempered", "-p", "no:cacheprovider", "-c", os.devnull]
+    command = [sys.executable, "-m", "pytest", str(contract), *options]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= 9
+
+
+@pytest.mark.parametrize("commands", [re.findall(r"```sh\n(.*?)```", DOCUMENTATION.read_text("utf-8"), re.DOTALL)[0]])
+def test_every_documented_command_is_one(tmp_path, monkeypatch, commands):
+    """Parsed and its recipe read, without training."""
+    from mbib_timm.cli import parse, recipe_overrides
+    from mbib_timm.recipe import find_recipe
+
+    for name, content in documented().items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    before = set(METHODS)
+    for line in commands.splitlines():
+        words = line.partition("#")[0].split()
+        if words[:2] == ["mbib", "train"] and "--help" not in words:
+            arguments = parse(words[1:])
+            load_recipe(find_recipe(arguments.recipe), recipe_overrides(arguments))
+        elif words[0] == "mbib" and "--help" not in words:
+            parse(words[1:])
+    for name in set(METHODS) - before:
+        METHODS.remove(name)
