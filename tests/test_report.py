@@ -193,12 +193,12 @@ def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn
     assert "of the split <code>test</code> after tau-norm." in text
     assert "CE, then tau-norm (Kang et al., Decoupling Representation" in text
     assert "<dd>3 + 0 of the 60 that the recipe asks for" in text
-    assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g} (seed 0)." in text
+    assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g}, on {metrics['chosen_on']} (seed 0)." in text
     assert "best of the evaluated epochs" not in text
     print_report(post_hoc_run, metrics)
     out = capsys.readouterr().out
     assert "\nAfter tau-norm, on test:\n" in out
-    assert f"\nChosen by tau-norm: tau {metrics['chosen']['tau']:g}\n" in out
+    assert f"\nChosen by tau-norm: tau {metrics['chosen']['tau']:g}, on {metrics['chosen_on']}\n" in out
     assert "Best epoch" not in out
     first = json.loads((post_hoc_run / "stage1-ce" / "metrics.json").read_text())
     print_report(post_hoc_run / "stage1-ce", first)

@@ -269,8 +269,8 @@ def _stage(stage: Recipe) -> str:
     if not stage.epochs:
         return f"{title}, without training"
     return (
-        f"{title}: {stage.epochs} epoch{'s' * (stage.epochs > 1)} of batches of {stage.batch_size} with {stage.opt}, learning rate "
-        f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
+        f"{title}: {stage.epochs} epoch{'s' * (stage.epochs > 1)} of batches of {stage.batch_size} with {stage.opt}, "
+        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
     )
 
 
