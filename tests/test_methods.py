@@ -4,10 +4,13 @@ Methods of one's own pass it too: ``pytest tests/test_methods.py --plugin my_met
 methods can be held to, such as their equations, is tested of these alone.
 """
 
+import copy
 import dataclasses
 import inspect
 import io
+import json
 import math
+import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from naive import (
     listing_of_figure_10,
     naive_adjusted_cross_entropy,
@@ -26,6 +30,7 @@ from naive import (
     naive_vsd,
     naive_weights,
 )
+from safetensors.torch import load_file
 from tiny import OBSERVATIONS, Tiny, batches
 from torch import nn
 from torch._dynamo.utils import counters
@@ -40,9 +45,12 @@ from mbib_timm.methods.mbib import Bottleneck, Edge
 from mbib_timm.methods.tau_norm import CANDIDATES
 from mbib_timm.options import build_options, default_of, option_types
 from mbib_timm.progress import Progress
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.training import train
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer
+from mbib_timm.training.run_folder import RunFolder
+from mbib_timm.training.setup import build_network
 from mbib_timm.training.step import create_step, loss_parts
 
 TOY = Path(__file__).parent / "toy_method.py"
@@ -1029,3 +1037,133 @@ def test_a_setting_of_a_method_that_is_not_settable_is_refused_when_it_is_regist
     with pytest.raises(MbibError, match=r"method 'ce' is registered already, by mbib_timm\.methods\.ce"):
         register("ce")(type("Wrong", (Method,), {}))
     assert "wrong" not in METHODS
+
+
+# The result, loaded by somebody else
+
+RUNS = {
+    **{name: {"model": "cifar_resnet20"} for name in OURS if name not in OF_OBSERVATIONS},
+    **{name: {"model": "bib_resnet20" if name == "bib" else "mbib_resnet20"} for name in OF_OBSERVATIONS},
+    "ldam_drw on several heads": {"method": "ldam_drw", "model": "mbib_resnet20"},
+    "ldam_drw on a model of timm's": {"method": "ldam_drw", "model": "resnet10t", "img_size": 32},
+    "tau_norm of mbib": {"method": "tau_norm", "model": "mbib_resnet20"},
+    "toy with a moving average": {"method": "toy", "model": "cifar_resnet20", "model_ema": True},
+}
+LOAD = """
+import sys
+import mbib_timm
+import timm
+import torch
+
+torch.set_num_threads(1)
+images = torch.load(sys.argv[1], weights_only=True)
+logits = {}
+for folder, inputs in images.items():
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        logits[folder] = model(inputs)
+assert not any(name.startswith("mbib_timm_plugin") for name in sys.modules)
+torch.save(logits, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Train every method for an epoch. By run: its folder, the trained model's logits, and those in a fresh process."""
+    path = tmp_path_factory.mktemp("results")
+    original, logits, images = RunFolder.write_model, {}, {}
+
+    def write_model(self, model, *, input_size, **kwargs):
+        images[str(self.path)] = torch.randn(4, *input_size, generator=torch.Generator().manual_seed(0))
+        plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # as timm loads it
+        with torch.no_grad():
+            logits[str(self.path)] = plain.eval()(images[str(self.path)])
+        return original(self, model, input_size=input_size, **kwargs)
+
+    keys = dict(base="digits", epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0, plugin=[str(TOY)])
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "write_model", write_model)
+        for run, changes in RUNS.items():
+            recipe = {**keys, "method": run, **changes}
+            kind = METHODS[recipe["method"]]
+            if kind.needs_start:
+                last = {"method": recipe.pop("method"), "epochs": 0 if kind.post_hoc else 1}
+                first = "mbib" if recipe["model"] == "mbib_resnet20" else "ce"
+                recipe["stages"] = [{"method": first}, last]
+            file = path / "own.yaml"
+            file.write_text(yaml.safe_dump(recipe))
+            folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_"))["folder"]
+    torch.save({folder: images[folder] for folder in folders.values()}, path / "images.pt")
+    arguments = [str(path / "images.pt"), str(path / "logits.pt")]
+    command = [sys.executable, "-c", LOAD, *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = torch.load(path / "logits.pt", weights_only=True)
+    return {run: (Path(folder), logits[folder], loaded[folder]) for run, folder in folders.items()}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_result_loads_in_a_fresh_process_through_timm_alone(results, run):
+    folder, trained, loaded = results[run]
+    assert loaded.shape == (4, 10)
+    assert torch.equal(loaded, trained)
+    assert trained.std() > 0
+    config = json.loads((folder / "config.json").read_text())
+    kind = METHODS[RUNS[run].get("method", run)]
+    assert config["logit_prior"] == ("train" if kind.name in ("ce", "focal") else "uniform")
+    keys = load_file(folder / "model.safetensors").keys()
+    assert not any("trainable_module" in key or key in ("offset", "updates", "scale") for key in keys)
+
+
+def test_a_run_of_two_streams_draws_each_by_its_own_sampler(tmp_path):
+    """The second one's reversed: the rarest class is its most frequent."""
+    seen = []
+
+    class Pair(Method):
+        title = "Pair"
+        sampler = "instance+reverse"
+
+        def forward(self, first, second):
+            seen.append((first.targets, second.targets))
+            losses = [F.cross_entropy(self.logits(b.images)["logits"], b.targets) for b in (first, second)]
+            return {"loss": sum(losses) / 2}
+
+    register("pair")(Pair)
+    try:
+        file = tmp_path / "own.yaml"
+        keys = dict(base="digits", model="cifar_resnet20", method="pair", epochs=2, warmup_epochs=0, imbalance_max=48)
+        file.write_text(yaml.safe_dump({**keys, "device": "cpu", "workers": 0, "output": str(tmp_path)}))
+        metrics = train(load_recipe(file), "run")
+    finally:
+        METHODS.remove("pair")
+    counts, steps = metrics["class_counts"], len(seen) // 2
+    first, second = (torch.cat([pair[i] for pair in seen[:steps]]) for i in range(2))
+    assert torch.bincount(first, minlength=10).tolist() == counts
+    n, inverse = len(second), 1 / np.array(counts)
+    share = inverse / inverse.sum()
+    drawn = torch.bincount(second, minlength=10).numpy()
+    assert n == len(first)
+    assert (np.abs(drawn - n * share) < 5 * np.sqrt(n * share * (1 - share)) + 1).all()
+    assert drawn.argmax() >= 8
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("ce", 470_004), ("ldam_drw", 469_904)])
+def test_parameters_of_the_linear_and_the_cosine_network(method, parameters):
+    network = build_network(Recipe(method=method, model="cifar_resnet32"), 100)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+def test_ldams_constants_reach_the_networks_classifier():
+    recipe = Recipe(method={"name": "ldam_drw", "scale": 11.0}, model="cifar_resnet20")
+    network = build_network(recipe, 10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = network(images)
+    assert before.abs().max() <= 11 * (1 + 1e-6)
+    rows = network.get_classifier().weight
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(10))  # each drawn from -1 to 1, and normalised
+    with torch.no_grad():
+        rows.mul_(5.0)
+    torch.testing.assert_close(network(images), before)
+    with pytest.raises(MbibError, match="method 'ldam_drw' sets classifier_scale to 11"):
+        build_network(recipe.replace(model_kwargs={"classifier_scale": 3.0}), 10)
