@@ -380,6 +380,20 @@ def test_constants_that_settings_give_stay_out_of_the_state(name):
     assert not method.get_task_state()
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_buffers_and_weights_are_written_in_place(name):
+    """A captured step goes on reading the memory that it was captured with."""
+    method = make(name)
+    optimizer = optimizer_of(method)
+    held = dict((*method.named_buffers(), *method.named_parameters()))
+    places = {key: value.data_ptr() for key, value in held.items()}
+    run_epochs(method, optimizer, (0, EPOCHS - 1))
+    after = dict((*method.named_buffers(), *method.named_parameters()))
+    assert after.keys() == held.keys()
+    assert all(after[key] is held[key] for key in held)
+    assert {key: value.data_ptr() for key, value in after.items()} == places
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises on what makes the host wait for the device: a number read from it, or a shape that depends on values."""
 

@@ -290,6 +290,8 @@ def test_a_plugins_state_an_average_and_adam_resume_bit_identically_in_both_stag
     assert own[0].keys() == {"offset", "updates", "scale"}
     assert own[0]["updates"].item() == 15  # of this stage; five steps in each of three epochs
     assert own[0]["scale"].item() != 1.0
+    # What the start of the last epoch has written.
+    torch.testing.assert_close(own[0]["offset"], 2.0 * torch.tensor(whole["class_counts"]).log())
     assert all(torch.equal(own[0][key], own[1][key]) for key in own[0])
 
 
