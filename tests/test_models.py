@@ -565,7 +565,7 @@ def test_a_model_of_one_head_is_loaded_and_predicts(tmp_path, capsys, prediction
     for head in ("v", "z"):
         assert main([*arguments, "--head", head]) == 2
         error = capsys.readouterr().err
-        assert f"has one head; --head {head} is for" in error
+        assert f"'{head}': choose from prediction." in error
         assert error.count("\n") == 1
 
 
