@@ -258,7 +258,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, capsys, content, mess
         "--output",
         str(tmp_path / "runs"),
     ]
-    assert main(["train", "digits/mbib_resnet20", *flags]) == 2
+    assert main(["train", "mbib_resnet20.digits", *flags]) == 2
     assert capsys.readouterr().err == f"mbib: error: {raised.value}\n"
 
 

@@ -109,6 +109,7 @@ def create_loaders(
     sampler: str = "instance",
     stage: int = 0,
     epochs: int | None = None,
+    views: int = 1,
 ) -> Loaders:
     """Make batches of a run's splits.
 
@@ -123,6 +124,7 @@ def create_loaders(
         sampler: which training images an epoch sees: a name of `SAMPLERS`, or two joined by ``+`` for two streams.
         stage: of the run, 0 for the first; another stage has other orders and augmentations.
         epochs: of the stage, for samplers that change with the epoch; the recipe's when not given.
+        views: augmented copies of each training image.
 
     Raises:
         MbibError: a loader or a sampler that the data or the recipe do not allow.
@@ -150,9 +152,9 @@ def create_loaders(
                 stream=number,
             )
         if not resident:
-            return timm_train_loader(splits.train, shared, input_size, place, order, stage)
+            return timm_train_loader(splits.train, shared, input_size, place, order, stage, views)
         images = pool.decode("train", splits.train, recipe, input_size, device, training=True, replace_broken=True)
-        return resident_loader(images, recipe, input_size, place, order)
+        return resident_loader(images, recipe, input_size, place, order, views)
 
     def evaluated(name: str, split: Split) -> Loader:
         if not resident:

@@ -34,6 +34,7 @@ class ResidentLoader:
         std: of each channel.
         seed: of the augmentation: seed and rank; and stage and stream where those are not the first.
         channels_last: memory format of the batches.
+        views: augmented copies of each image.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class ResidentLoader:
         std: tuple[float, ...],
         seed: tuple[int, ...],
         channels_last: bool,
+        views: int = 1,
     ) -> None:
         self.images, self.sampler, self.batch_size = images, sampler, batch_size
         self.drop_last, self.augmentation, self.seed = drop_last, augmentation, seed
-        self.channels_last = channels_last
+        self.channels_last, self.views = channels_last, views
         self.device = images.pixels.device
         self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
@@ -77,15 +79,16 @@ class ResidentLoader:
         on_device = send(order, self.device)
         targets, index = self.images.targets[on_device], self.images.index[on_device]
         taken = 0
-        for piece in self._pieces(order):
-            for pixels in piece.split(self.batch_size):
-                if len(pixels) == 1 and self.drop_last:
+        for pieces in zip(*(self._pieces(order, view) for view in range(self.views)), strict=True):
+            for views in zip(*(piece.split(self.batch_size) for piece in pieces), strict=True):
+                size = len(views[0])
+                if size == 1 and self.drop_last:
                     return
-                batch = slice(taken, taken + len(pixels))
-                yield Batch((self._normalize(pixels),), targets[batch], index[batch])
-                taken += len(pixels)
+                batch = slice(taken, taken + size)
+                yield Batch(tuple(self._normalize(pixels) for pixels in views), targets[batch], index[batch])
+                taken += size
 
-    def _pieces(self, order: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, order: Tensor, view: int) -> Iterator[Tensor]:
         """Give the images in order as (n, H, W, C), uint8, n a multiple of the batch size but for the last."""
         if self.augmentation is None:
             stacked = self.images.stacked()
@@ -93,10 +96,12 @@ class ResidentLoader:
                 yield stacked.index_select(0, indices)
             return
         seed, rank, *stream = self.seed
+        # The first view's draws are those of a loader of one view.
+        stream = stream if view == 0 else [*(stream or (0, 0)), view]
         entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         draws = self.augmentation.draw(self.images.sizes[order], generator)
-        batches = max(1, PIECE_BYTES // (self.augmentation.bytes_an_image * self.batch_size))
+        batches = max(1, PIECE_BYTES // (self.views * self.augmentation.bytes_an_image * self.batch_size))
         size = batches * self.batch_size
         for begin in range(0, len(order), size):
             piece = {name: value[begin : begin + size] for name, value in draws.items()}
@@ -149,6 +154,7 @@ def resident_loader(
     input_size: tuple[int, int, int],
     place: Place,
     sampler: TrainingSampler | None,
+    views: int = 1,
 ) -> ResidentLoader:
     """Build a loader: one stream of training, or of an evaluation.
 
@@ -159,6 +165,7 @@ def resident_loader(
         place: device and processes.
         sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
             processes, in order, as it is.
+        views: augmented copies of each image.
     """
     channels, height, width = input_size
     training = sampler is not None
@@ -177,4 +184,5 @@ def resident_loader(
         std=channelwise(recipe.std, channels),
         seed=seed,
         channels_last=recipe.channels_last,
+        views=views,
     )

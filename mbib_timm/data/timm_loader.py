@@ -1,10 +1,12 @@
 """Batches through timm's `create_loader`, with what it leaves out: seeded order, the last short batch, exact shards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_loader
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mbib_timm.data.batch import Batch
@@ -27,18 +29,23 @@ class TimmLoader:
         dataset: what it loads.
         sampler: chooses the order; None for streams, which do that themselves.
         first_epoch: number of a stream's epoch 0.
+        views: augmented copies of each image, which come as its channels.
     """
 
-    def __init__(self, loader: Any, dataset: Any, sampler: IndexSampler | None, first_epoch: int = 0) -> None:
+    def __init__(
+        self, loader: Any, dataset: Any, sampler: IndexSampler | None, first_epoch: int = 0, views: int = 1
+    ) -> None:
         self.loader, self.dataset, self.sampler, self.first_epoch = loader, dataset, sampler, first_epoch
+        self.views = views
 
     def __iter__(self) -> Iterator[Batch]:
         try:
             for images, targets in self.loader:
+                views = images.chunk(self.views, dim=1)
                 if self.sampler is None:
-                    yield Batch((images,), targets, torch.full_like(targets, -1))
+                    yield Batch(views, targets, torch.full_like(targets, -1))
                 else:
-                    yield Batch((images,), *targets.T.contiguous().unbind())
+                    yield Batch(views, *targets.T.contiguous().unbind())
         except DataError as error:
             raise from_worker(error) from None
 
@@ -57,6 +64,22 @@ class TimmLoader:
         return self.dataset.broken()
 
 
+class Views:
+    """Several draws of one augmentation, stacked as channels: what timm's loader takes for one image.
+
+    Args:
+        transform: gives (C, H, W), uint8.
+        views: draws V.
+    """
+
+    def __init__(self, transform: Callable[..., Any], views: int) -> None:
+        self.transform, self.views = transform, views
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return (V C, H, W), uint8."""
+        return torch.cat([torch.as_tensor(self.transform(image)) for _ in range(self.views)])
+
+
 def timm_train_loader(
     split: Split,
     recipe: Recipe,
@@ -64,6 +87,7 @@ def timm_train_loader(
     place: Place,
     sampler: TrainingSampler | None,
     stage: int = 0,
+    views: int = 1,
 ) -> TimmLoader:
     """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
 
@@ -74,17 +98,20 @@ def timm_train_loader(
         place: device and processes.
         sampler: chooses the order; None for a source that streams.
         stage: of the run, 0 for the first.
+        views: augmented copies of each image.
     """
     channels, height, width = input_size
     transform = train_transform(recipe, height, width)
+    if views > 1:
+        transform = Views(transform, views)
     if split.stream is not None:
         stream = split.stream(True, pil_mode(channels))
-        loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform)
+        loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform, views)
         loader.first_epoch = stage * EPOCHS_OF_A_STAGE
         return loader
     assert sampler is not None
     dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=True)
-    loader = _through_timm(dataset, recipe, input_size, place, recipe.batch_size, sampler, transform)
+    loader = _through_timm(dataset, recipe, input_size, place, recipe.batch_size, sampler, transform, views)
     loader.loader.batch_sampler.drop_last = drops_last(len(sampler), recipe.batch_size)
     return loader
 
@@ -119,15 +146,16 @@ def _through_timm(
     batch_size: int,
     sampler: IndexSampler | None,
     transform: Any,
+    views: int = 1,
 ) -> TimmLoader:
     on_cuda = place.device.type == "cuda"
     loader = create_loader(
         dataset,
-        input_size=input_size,
+        input_size=(views * input_size[0], *input_size[1:]),
         batch_size=batch_size,
         is_training=False,
-        mean=channelwise(recipe.mean, input_size[0]),
-        std=channelwise(recipe.std, input_size[0]),
+        mean=views * channelwise(recipe.mean, input_size[0]),
+        std=views * channelwise(recipe.std, input_size[0]),
         num_workers=recipe.workers,
         pin_memory=on_cuda if recipe.pin_mem is None else recipe.pin_mem,
         persistent_workers=False,  # workers that live on would keep the random state of the epoch before
@@ -136,4 +164,4 @@ def _through_timm(
     dataset.transform = transform  # type: ignore[attr-defined]  # create_loader has put its own
     if sampler is not None:
         loader.batch_sampler.sampler = sampler
-    return TimmLoader(loader, dataset, sampler)
+    return TimmLoader(loader, dataset, sampler, views=views)

@@ -89,6 +89,7 @@ class Method(TrainingTask):
             one that evens out the classes. May be a property.
         sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
             ``frozen_bn`` where they are not given.
+        views: augmented copies of each image in a batch.
         needs_start: it starts from a trained model.
         post_hoc: it trains nothing; all it does is `finish`.
 
@@ -105,6 +106,7 @@ class Method(TrainingTask):
     Settings: ClassVar[type] = NoSettings
     logit_prior: Any = "train"
     sampler: ClassVar[str] = "instance"
+    views: ClassVar[int] = 1
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
     frozen_bn: ClassVar[str | None] = None

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.methods.base import Method
 from mbib_timm.options import build_options
 from mbib_timm.registry import Registry
@@ -59,6 +59,8 @@ def resolve_method(method: Mapping[str, Any]) -> tuple[type[Method], dict[str, A
     name = method["name"]
     if name not in METHODS:
         load_entry_points()
+    if name not in METHODS:
+        raise MbibError(f"{unknown_name('method', name, METHODS)} One of your own comes with --plugin FILE.")
     kind = METHODS[name]
     given = {key: value for key, value in method.items() if key != "name"}
     return kind, dataclasses.asdict(build_options(kind.Settings, given, f"method {name!r}"))

@@ -268,9 +268,10 @@ def _stage(stage: Recipe) -> str:
     title = METHODS[stage.method["name"]].title or stage.method["name"]
     if not stage.epochs:
         return f"{title}, without training"
+    plural = "s" if stage.epochs > 1 else ""
     return (
-        f"{title}: {stage.epochs} epoch{'s' * (stage.epochs > 1)} of batches of {stage.batch_size} with {stage.opt}, "
-        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
+        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {stage.opt}, learning rate "
+        f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
     )
 
 

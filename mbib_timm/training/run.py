@@ -105,6 +105,7 @@ class Run:
             sampler=recipe.choice("sampler"),
             stage=recipe.stage,
             epochs=recipe.epochs,
+            views=kind.views,
         )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
