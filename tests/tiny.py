@@ -51,13 +51,13 @@ class Tiny(nn.Module):
         return torch.stack([self.classifiers[name](features[name]) for name in self.prediction_heads]).mean(dim=0)
 
 
-def batches(sizes=(8, 8, 5), classes=5, seed=1, device="cpu", size=6, streams=1):
-    """Batches as an epoch has them: for each step one of every stream."""
+def batches(sizes=(8, 8, 5), classes=5, seed=1, device="cpu", size=6, views=1, streams=1):
+    """Batches as an epoch has them: for each step one of every stream, each with its views."""
     generator = torch.Generator().manual_seed(seed)
 
     def batch(n):
-        images = torch.randn(n, 3, size, size, generator=generator)
+        images = tuple(torch.randn(n, 3, size, size, generator=generator).to(device) for _ in range(views))
         targets = torch.randint(classes, (n,), generator=generator)
-        return Batch((images.to(device),), targets.to(device), torch.arange(n).to(device))
+        return Batch(images, targets.to(device), torch.arange(n).to(device))
 
     return [tuple(batch(n) for _ in range(streams)) for n in sizes]
