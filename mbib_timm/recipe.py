@@ -301,9 +301,7 @@ class Recipe:
         Raises:
             MbibError: unknown keys and impossible values.
         """
-        for name in changes:
-            require_key(name)
-        return dataclasses.replace(self, **changes)
+        return self.replace_previous(self.previous, **changes)
 
     def everywhere(self, **changes: Any) -> "Recipe":
         """Return a copy all of whose stages have other values. Raises MbibError as `replace` does."""
