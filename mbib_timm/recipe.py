@@ -36,11 +36,12 @@ BASE, STAGES = "base", "stages"
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
-_data, _input, _model, _method, _optimisation, _machine, _output = (
+_data, _input, _augmentation, _model, _method, _optimisation, _machine, _output = (
     partial(option, group=group, location=False, evaluation=evaluation)
     for group, evaluation in (
         ("data", True),
         ("input", False),
+        ("augmentation", False),
         ("model", False),
         ("method", False),
         ("optimisation", False),
@@ -116,11 +117,6 @@ class Recipe:
         choices=("pad", "rrc", "none"),
         evaluation=True,
     )
-    scale: list[float] = _input([0.08, 1.0], "area range of the random resized crop")
-    ratio: list[float] = _input([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
-    hflip: float = _input(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
-    color_jitter: float = _input(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
-    aa: str | None = _input(None, "timm auto-augment policy, e.g. rand-m9-mstd0.5")
     interpolation: str = _input(
         "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
     )
@@ -130,6 +126,27 @@ class Recipe:
     mean: list[float] = _input([0.485, 0.456, 0.406], "channel means of the normalisation", evaluation=True)
     std: list[float] = _input(
         [0.229, 0.224, 0.225], "channel standard deviations of the normalisation", evaluation=True
+    )
+
+    # Augmentation
+    scale: list[float] = _augmentation([0.08, 1.0], "area range of the random resized crop")
+    ratio: list[float] = _augmentation([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
+    hflip: float = _augmentation(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    rotation: float = _augmentation(0.0, "largest angle of a random rotation, in degrees", minimum=0, maximum=180)
+    aa: str | None = _augmentation(
+        None,
+        "policy: cifar10 (AutoAugment's for CIFAR), rand-m9-n2-mstd0.5-inc1 (RandAugment), or another one of timm's",
+    )
+    color_jitter: float = _augmentation(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
+    hue: float = _augmentation(0.0, "hue jitter, in turns of the colour wheel", minimum=0, maximum=0.5)
+    color_jitter_prob: float = _augmentation(1.0, "probability of the jitter", above=0, maximum=1)
+    grayscale_prob: float = _augmentation(0.0, "probability that an image turns grey", minimum=0, maximum=1)
+    gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
+    cutout: int = _augmentation(0, "side of a square of each image that is blackened, in pixels", minimum=0)
+    views: list[dict[str, Any]] | None = _augmentation(
+        None,
+        "views of each image: for each a mapping of the augmentation keys in which it differs; the method's own when "
+        "not given",
     )
 
     # Model
@@ -231,6 +248,7 @@ class Recipe:
         object.__setattr__(self, "method", {"name": kind.name, **settings})
         self._check_sampler(kind)
         self._check_ranges()
+        self._check_views(kind)
         self._check_stage(kind)
 
     def _check_sampler(self, kind: "type[Method]") -> None:
@@ -263,6 +281,53 @@ class Recipe:
         if self.sched == "multistep" and sorted(self.decay_milestones) != self.decay_milestones:
             raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {self.decay_milestones}")
 
+    def _check_augmentation(self) -> None:
+        """Raise MbibError for a key that another one leaves without effect."""
+        rrc = self.train_crop_mode == "rrc"
+        idle = {
+            "scale": (not rrc, "train_crop_mode: rrc"),
+            "ratio": (not rrc, "train_crop_mode: rrc"),
+            "color_jitter_prob": (not (self.color_jitter or self.hue), "color_jitter or hue"),
+        }
+        for key, (is_idle, needed) in idle.items():
+            if is_idle and getattr(self, key) != default_of(KEYS[key]):
+                raise MbibError(f"recipe key {key!r} has no effect without {needed}")
+
+    def _check_views(self, kind: "type[Method]") -> None:
+        self._check_augmentation()
+        if self.views is not None and len(self.views) != len(kind.views):
+            raise MbibError(
+                f"recipe key 'views': method {kind.name!r} takes {len(kind.views)} of each image, got {len(self.views)}"
+            )
+        for number, differing in enumerate(self.choice("views"), start=1):
+            for key in differing:
+                if key not in VIEW_KEYS:
+                    raise unknown_name(f"key of view {number}", str(key), VIEW_KEYS)
+            try:
+                self._view(differing)
+            except MbibError as error:
+                raise MbibError(f"view {number}: {error}") from None
+
+    def _view(self, differing: Mapping[str, Any]) -> "Recipe":
+        """Return a copy with the augmentation of a view."""
+        view = copy.copy(self)
+        for key, value in differing.items():
+            object.__setattr__(view, key, value)
+        check_options(view, "recipe key {!r}")
+        view._check_ranges()
+        view._check_augmentation()
+        # Views are cut from the images that the run holds: whole ones after pad, of any size after rrc.
+        if view.train_crop_mode != self.train_crop_mode != "pad":
+            raise MbibError(
+                f"recipe key 'train_crop_mode': with {self.train_crop_mode} all views of an image have it, "
+                f"not {view.train_crop_mode}"
+            )
+        return view
+
+    def augmentations(self) -> "list[Recipe]":
+        """Return the recipe of each view of an image: this one, with what the view has of its own."""
+        return [self._view(differing) for differing in self.choice("views")]
+
     def _check_stage(self, kind: "type[Method]") -> None:
         starts = self.previous is not None or self.initial_checkpoint is not None or self.pretrained
         if self.previous is not None:
@@ -285,7 +350,8 @@ class Recipe:
         return 0 if self.previous is None else self.previous.stage + 1
 
     def choice(self, key: str) -> Any:
-        """Return the value of a key that is left to the method where it is None: sampler, train, reset, frozen_bn."""
+        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset or
+        frozen_bn."""
         from mbib_timm.methods import METHODS
 
         value = getattr(self, key)
@@ -332,6 +398,11 @@ KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fi
 TYPES: dict[str, Any] = {name: kind for name, kind in option_types(Recipe).items() if name in KEYS}
 # Recipes that agree in these see the same images.
 DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
+# What a view of an image may have of its own.
+VIEW_KEYS = (
+    "train_crop_mode",
+    *(name for name, item in KEYS.items() if item.metadata["group"] == "augmentation" and name != "views"),
+)
 
 
 def require_key(name: str) -> None:

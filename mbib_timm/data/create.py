@@ -1,6 +1,7 @@
 """From the splits of a run to its loaders: resident where the data fit, timm's where they do not."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import Loader, Place, TrainLoader, training_sampler
 from mbib_timm.data.memory import decoded_bytes, fits
+from mbib_timm.data.policies import create_policy
 from mbib_timm.data.resident import decode_split, fixed_preprocessing, resident_loader
 from mbib_timm.data.samplers import check_sampler, parse_sampler
 from mbib_timm.data.sources import open_split
@@ -83,8 +85,8 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
     obstacle = None
     if splits.train.stream is not None or splits.val.stream is not None:
         obstacle = f"data source {recipe.dataset!r} streams"
-    elif recipe.aa is not None:
-        obstacle = "recipe key 'aa' works on single images"
+    elif any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations()):
+        obstacle = "a policy of timm's (recipe key 'aa') works on single images"
     if recipe.loader == "resident" and obstacle is not None:
         raise MbibError(f"loader: resident holds all images in memory, but {obstacle}; use loader: timm")
     if recipe.loader != "auto":
@@ -109,7 +111,7 @@ def create_loaders(
     sampler: str = "instance",
     stage: int = 0,
     epochs: int | None = None,
-    views: int = 1,
+    views: Sequence[Recipe] = (),
 ) -> Loaders:
     """Make batches of a run's splits.
 
@@ -124,7 +126,7 @@ def create_loaders(
         sampler: which training images an epoch sees: a name of `SAMPLERS`, or two joined by ``+`` for two streams.
         stage: of the run, 0 for the first; another stage has other orders and augmentations.
         epochs: of the stage, for samplers that change with the epoch; the recipe's when not given.
-        views: augmented copies of each training image.
+        views: the recipe of each view of a training image, see `Recipe.augmentations`; `recipe` alone when not given.
 
     Raises:
         MbibError: a loader or a sampler that the data or the recipe do not allow.

@@ -1,4 +1,4 @@
-"""Augmentation and preprocessing: from a PIL image to uint8 (C, H, W); the loader normalises on the device."""
+"""Crops and preprocessing of single images: from PIL to uint8 (C, H, W); the loader normalises on the device."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,50 +6,67 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import str_to_interp_mode
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.transforms import str_to_interp_mode, str_to_pil_interp
 from torchvision import transforms
 
-from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
 
 LONGEST_SIDE = 500
 
 
-def train_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
-    """Build the training transform of a recipe for images of height x width.
+def train_crop(recipe: Recipe, height: int, width: int, whole: bool = False) -> Callable[..., Any]:
+    """Build the training crop of a recipe, with its flips, for images of any size.
 
     ``pad``: zero-pad by an eighth, crop at random, flip: 32-crops of the 4-padded image for CIFAR (Cao et al. 2019).
-    ``rrc``: timm's random resized crop with flip, colour jitter and auto-augment. ``none``: as in evaluation.
+    ``rrc``: timm's random resized crop with flip. ``none``: as in evaluation.
 
-    Raises:
-        MbibError: a key that the crop mode would ignore.
+    Args:
+        recipe: which crop.
+        height: of the crop.
+        width: of the crop.
+        whole: cut it from the whole image resized to height x width, as ``pad`` always does.
     """
-    if recipe.train_crop_mode != "rrc":
-        for key in ("color_jitter", "aa"):
-            if getattr(recipe, key):
-                raise MbibError(f"recipe key {key!r} needs train_crop_mode: rrc, not {recipe.train_crop_mode!r}")
-    if recipe.train_crop_mode == "none":
-        return eval_transform(recipe, height, width)
+    resize = _resize(recipe, height, width)
     if recipe.train_crop_mode == "pad":
         return transforms.Compose(
             [
-                _resize(recipe, height, width),
+                resize,
                 transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
                 transforms.RandomHorizontalFlip(recipe.hflip),
                 transforms.PILToTensor(),
             ]
         )
-    return create_transform(
+    if recipe.train_crop_mode == "none":
+        return (
+            transforms.Compose([resize, transforms.PILToTensor()]) if whole else eval_transform(recipe, height, width)
+        )
+    crop = create_transform(
         (3, height, width),
         is_training=True,
         use_prefetcher=True,
         scale=tuple(recipe.scale),
         ratio=tuple(recipe.ratio),
         hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter or None,
-        auto_augment=recipe.aa,
+        color_jitter=None,
         interpolation=recipe.interpolation,
     )
+    return transforms.Compose([resize, crop]) if whole else crop
+
+
+def timm_policy(aa: str, recipe: Recipe, side: int) -> Callable[[Image.Image], Image.Image]:
+    """Build an augmentation policy of timm's as its `create_transform` does, for images of a smaller side `side`."""
+    settings: dict[str, Any] = {
+        "translate_const": int(0.45 * side),
+        "img_mean": tuple(min(255, round(255 * value)) for value in recipe.mean),
+    }
+    if recipe.interpolation != "random":
+        settings["interpolation"] = str_to_pil_interp(recipe.interpolation)
+    kind = aa.partition("-")[0]
+    if kind == "augmix":
+        settings["translate_pct"] = 0.3
+    build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
+    return build(aa, settings)
 
 
 def eval_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
