@@ -98,7 +98,7 @@ def optimizer_of(method, part=None, frozen_bn=None, **keys):
 def batches_for(name, *args, **kwargs):
     """Batches with as many views and streams as a method asks for."""
     kind = METHODS[name]
-    return batches(*args, **kwargs, views=kind.views, streams=1 + kind.sampler.count("+"))
+    return batches(*args, **kwargs, views=len(kind.views), streams=1 + kind.sampler.count("+"))
 
 
 def random_logits(heads=OBSERVATIONS, batch=6, classes=5, scale=2.0, dtype=torch.float64, seed=0):

@@ -1,18 +1,16 @@
 """Training augmentation: a crop, then operations on batches of images, each drawn for every image by itself.
 
-On resident images everything is drawn on the host for a whole epoch and applied in batches on the device; in timm's
-loader the same operations are drawn and applied image by image. What is drawn depends on a generator alone, never on
-the device or on how the epoch is cut into pieces.
+Everything is drawn on the host for a whole epoch and applied in batches on the device. What is drawn depends on a
+generator alone, never on the device or on how the epoch is cut into pieces. `mbib_timm.data.transforms` has the same
+for single images.
 
     crop, flip -> rotation -> policy (aa) -> colour jitter -> grey -> blur -> Cutout
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mbib_timm.data.color import SATURATION, blur, color_jitter, draw_color_jitter, enhance
@@ -20,14 +18,10 @@ from mbib_timm.data.crops import Crop, Draws, create_crop
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.loaders import channelwise, send
 from mbib_timm.data.operations import affine, apply_operations, change_some, cut_out, rotations
-from mbib_timm.data.policies import CIFAR10, Policy, create_policy
-from mbib_timm.data.transforms import timm_policy, train_crop
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, Policy, create_policy
+from mbib_timm.data.transforms import BLUR_RADIUS, BLUR_SIGMAS
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
-
-CIFAR10_FILL = 128
-# Of timm's blur: a kernel of 23 pixels, with a standard deviation between these.
-BLUR_RADIUS, BLUR_SIGMAS = 11, (0.1, 2.0)
 
 
 class Operation(Protocol):
@@ -83,9 +77,14 @@ def create_augmentation(recipe: Recipe, input_size: tuple[int, int, int]) -> Aug
     return Augmentation(crop, operations) if operations or recipe.train_crop_mode != "none" else None
 
 
-def create_operations(recipe: Recipe, input_size: tuple[int, int, int]) -> list[Operation]:
-    """Build what follows the crop. Raises MbibError as `create_augmentation` does."""
+def check_augmentation(recipe: Recipe, input_size: tuple[int, int, int]) -> None:
+    """Raise MbibError for an augmentation that images of `input_size` (C, H, W) have no use for."""
     channels, height, width = input_size
+    if recipe.train_crop_mode == "pad" and min(height, width) < 8:
+        raise MbibError(
+            f"recipe key 'train_crop_mode': pad moves images by up to an eighth of their side, which is nothing for "
+            f"{height}x{width} pixels; expected none or rrc"
+        )
     if recipe.cutout >= min(height, width):
         raise MbibError(
             f"recipe key 'cutout': a square of {recipe.cutout} pixels would blacken whole images of {height}x{width}; "
@@ -94,6 +93,12 @@ def create_operations(recipe: Recipe, input_size: tuple[int, int, int]) -> list[
     if channels == 1 and (recipe.hue or recipe.grayscale_prob):
         key = "hue" if recipe.hue else "grayscale_prob"
         raise MbibError(f"recipe key {key!r}: the model takes grey images, which have no colour to change")
+
+
+def create_operations(recipe: Recipe, input_size: tuple[int, int, int]) -> list[Operation]:
+    """Build what follows the crop. Raises MbibError as `create_augmentation` does."""
+    check_augmentation(recipe, input_size)
+    channels = input_size[0]
     operations: list[Operation] = []
     if recipe.rotation:
         operations.append(Rotation(recipe.rotation))
@@ -110,40 +115,10 @@ def create_operations(recipe: Recipe, input_size: tuple[int, int, int]) -> list[
     return operations
 
 
-class SingleAugmentation:
-    """The augmentation of one image at a time, as timm's loader takes it: its crop is timm's or torchvision's.
-
-    Args:
-        recipe: of the run.
-        views: the recipe of each view.
-        input_size: (C, H, W).
-
-    Raises:
-        MbibError: as `create_augmentation` does.
-    """
-
-    def __init__(self, recipe: Recipe, views: Sequence[Recipe], input_size: tuple[int, int, int]) -> None:
-        self.views = []
-        for view in views:
-            create_crop(view, *input_size[1:])  # refuses what it refuses
-            crop = train_crop(view, *input_size[1:], whole=recipe.train_crop_mode == "pad")
-            self.views.append((crop, create_operations(view, input_size)))
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return the views of an image as its channels, (V C, H, W), uint8; draws from torch's own generator."""
-        views = []
-        for crop, operations in self.views:
-            pixels = torch.as_tensor(crop(image)).permute(1, 2, 0)[None]
-            for operation in operations:
-                pixels = operation(pixels.contiguous(), operation.draw(1, None))
-            views.append(pixels[0].permute(2, 0, 1))
-        return torch.cat(views)
-
-
 def _policy_operation(aa: str, recipe: Recipe, channels: int) -> Operation:
     policy = create_policy(aa)
     if policy is None:
-        return TimmPolicy(aa, recipe)
+        raise MbibError(f"recipe key 'aa': {aa!r} works on single images; use loader: timm")
     # As timm has it: what comes in from outside has the mean colour.
     mean = tuple(min(255, round(255 * value)) for value in channelwise(recipe.mean, channels))
     if aa == CIFAR10:
@@ -193,33 +168,6 @@ class PolicyOperation:
         for operations, arguments in zip(draws["operations"].unbind(1), draws["arguments"].unbind(1), strict=True):
             apply_operations(images, operations, arguments, self.fill, self.interpolation)
         return images
-
-
-class TimmPolicy:
-    """A policy that only timm has, which draws by itself, image by image.
-
-    Args:
-        aa: its name.
-        recipe: mean colour and interpolation.
-    """
-
-    def __init__(self, aa: str, recipe: Recipe) -> None:
-        self.aa, self.recipe = aa, recipe
-        self.transform: Any = None
-
-    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
-        """Draw nothing: timm does that from Python's and numpy's generators."""
-        return {}
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return images (n, H, W, C) after timm's policy."""
-        side = min(images.shape[1:3])
-        self.transform = self.transform or timm_policy(self.aa, self.recipe, side)
-        return torch.stack([self._change(image) for image in images])
-
-    def _change(self, image: Tensor) -> Tensor:
-        picture = Image.fromarray(image.squeeze(-1).numpy())
-        return torch.from_numpy(np.array(self.transform(picture))).view(image.shape)
 
 
 class ColorJitter:

@@ -9,7 +9,6 @@ from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.loaders import send
 from mbib_timm.data.resampling import draw_resized_crops, resized_crops
 from mbib_timm.data.transforms import LONGEST_SIDE
-from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
 
 Draws = dict[str, Tensor]
@@ -34,17 +33,8 @@ class Crop(Protocol):
 
 
 def create_crop(recipe: Recipe, height: int, width: int) -> Crop:
-    """Build the crop that a recipe asks for.
-
-    Raises:
-        MbibError: images too small for it.
-    """
+    """Build the crop that a recipe asks for."""
     if recipe.train_crop_mode == "pad":
-        if min(height, width) < 8:
-            raise MbibError(
-                f"recipe key 'train_crop_mode': pad moves images by up to an eighth of their side, which is nothing "
-                f"for {height}x{width} pixels; expected none or rrc"
-            )
         return PadAndCrop(height, width, recipe.hflip)
     return ResizedCrop(height, width, recipe) if recipe.train_crop_mode == "rrc" else Whole(height, width)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mbib_timm.data.operations import NOTHING, NUMBER
 from mbib_timm.errors import MbibError
 
-CIFAR10 = "cifar10"
+CIFAR10, CIFAR10_FILL = "cifar10", 128
 # Operation, probability in tenths and level 0 to 9, twice for each pair.
 _CIFAR10_PAIRS = """
     invert 1 7 contrast 2 6         rotate 7 2 translate_x 3 9      sharpness 8 1 sharpness 9 3

@@ -7,12 +7,12 @@ import torch
 from timm.data import create_loader
 from torch.utils.data import Dataset
 
-from mbib_timm.data.augment import SingleAugmentation
+from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.batch import Batch
 from mbib_timm.data.images import ImageDataset, Split, from_worker
 from mbib_timm.data.loaders import IndexSampler, Place, ShardSampler, channelwise, drops_last, pil_mode
 from mbib_timm.data.samplers import TrainingSampler
-from mbib_timm.data.transforms import eval_transform
+from mbib_timm.data.transforms import Views, eval_transform, train_transform
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
@@ -83,9 +83,12 @@ def timm_train_loader(
         stage: of the run, 0 for the first.
         views: the recipe of each view of an image; that of the run alone when not given.
     """
-    channels = input_size[0]
+    channels, height, width = input_size
     views = views or (recipe,)
-    transform = SingleAugmentation(recipe, views, input_size)
+    for view in views:
+        check_augmentation(view, input_size)
+    whole = recipe.train_crop_mode == "pad"
+    transform = Views([train_transform(view, height, width, whole) for view in views])
     if split.stream is not None:
         stream = split.stream(True, pil_mode(channels))
         loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform, len(views))

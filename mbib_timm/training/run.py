@@ -253,7 +253,8 @@ class Run:
         elif done.last is None:  # of no epoch
             done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}
         test = self._evaluate(self.loaders.test) if self.loaders.test is not None else None
-        raw = self._evaluate(self.loaders.test or self.loaders.val, raw=True) if recipe.model_ema else None
+        evaluated = self.loaders.val if self.loaders.test is None else self.loaders.test
+        raw = self._evaluate(evaluated, raw=True) if recipe.model_ema else None
         on_split = recipe.test_split or "test" if test is not None else recipe.val_split
         chosen = self.method.report()
         metrics: dict[str, Any] = {
@@ -275,7 +276,7 @@ class Run:
                 "split": on_split,
                 "heads": test if test is not None else done.last["heads"],
             },
-            "raw": raw and {"epoch": done.last["epoch"], "split": on_split, "heads": raw},
+            "raw": None if raw is None else {"split": on_split, "heads": raw},
             "best": done.best and {**done.best, "weights": "best.safetensors", "selected_on": recipe.val_split},
             "chosen": chosen,
             "chosen_on": splits.held_out_from if chosen else None,

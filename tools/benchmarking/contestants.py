@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from benchmarking.noise import cifar_like, normalized_noise
 from benchmarking.turns import timed, wait
 from mbib_timm.data import Splits
-from mbib_timm.data.augment import SingleAugmentation
 from mbib_timm.data.batch import Batch
 from mbib_timm.data.images import ImageDataset
+from mbib_timm.data.transforms import train_transform
 from mbib_timm.environment import World, keep_freed_memory
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
@@ -149,7 +149,7 @@ class TimmLoop:
         self.optimizer = create_optimizer_v2(
             self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
-        transform = SingleAugmentation(recipe, [recipe], (3, 32, 32))
+        transform = train_transform(recipe, 32, 32)
         dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=False)
         self.loader = create_loader(
             dataset,
