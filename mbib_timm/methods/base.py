@@ -90,6 +90,7 @@ class Method(TrainingTask):
         sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
             ``frozen_bn`` where they are not given.
         views: augmented copies of each image in a batch.
+        soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.
         needs_start: it starts from a trained model.
         post_hoc: it trains nothing; all it does is `finish`.
 
@@ -107,6 +108,7 @@ class Method(TrainingTask):
     logit_prior: Any = "train"
     sampler: ClassVar[str] = "instance"
     views: ClassVar[int] = 1
+    soft_targets: ClassVar[bool] = False
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
     frozen_bn: ClassVar[str | None] = None
@@ -141,7 +143,7 @@ class Method(TrainingTask):
     # What a step computes: one of these three is a method's own.
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of one head's logits (B, K) for targets (B,), a scalar."""
+        """Return the loss of one head's logits (B, K) for targets (B,), with `soft_targets` also (B, K); a scalar."""
         raise NotImplementedError(f"{type(self).__name__} defines none of head_loss, loss and forward")
 
     def loss(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
