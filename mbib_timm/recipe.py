@@ -36,12 +36,13 @@ BASE, STAGES = "base", "stages"
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
-_data, _input, _augmentation, _model, _method, _optimisation, _machine, _output = (
+_data, _input, _augmentation, _mixing, _model, _method, _optimisation, _machine, _output = (
     partial(option, group=group, location=False, evaluation=evaluation)
     for group, evaluation in (
         ("data", True),
         ("input", False),
         ("augmentation", False),
+        ("mixing", False),
         ("model", False),
         ("method", False),
         ("optimisation", False),
@@ -149,6 +150,20 @@ class Recipe:
         "not given",
     )
 
+    # Mixing: with any of these on, targets are soft
+    mixup: float = _mixing(0.0, "alpha of mixup, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    cutmix: float = _mixing(0.0, "alpha of CutMix, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    cutmix_sampler: str | None = _mixing(
+        None,
+        "sampler that draws the images that CutMix pastes: reverse for CMO; those of the same batch when not given",
+    )
+    mixup_prob: float = _mixing(1.0, "probability that a batch is mixed", above=0, maximum=1)
+    mixup_switch_prob: float = _mixing(
+        0.5, "probability of CutMix where a batch is mixed and both are on", above=0, below=1
+    )
+    mixup_off_epochs: int = _mixing(0, "epochs at the beginning, and as many at the end, without mixing", minimum=0)
+    smoothing: float = _mixing(0.0, "label smoothing: share of a target that all classes share", minimum=0, below=1)
+
     # Model
     model: str = _model("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
     model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
@@ -247,6 +262,7 @@ class Recipe:
         kind, settings = resolve_method(self.method)
         object.__setattr__(self, "method", {"name": kind.name, **settings})
         self._check_sampler(kind)
+        self._check_mixing(kind)
         self._check_ranges()
         self._check_views(kind)
         self._check_stage(kind)
@@ -262,6 +278,44 @@ class Recipe:
             raise MbibError(
                 f"recipe key 'sampler': method {kind.name!r} takes {streams[wanted]} of images, as in "
                 f"{kind.sampler!r}; {self.sampler!r} gives {streams[given]}"
+            )
+
+    def _check_mixing(self, kind: "type[Method]") -> None:
+        on = [key for key in ("mixup", "cutmix") if getattr(self, key) > 0]
+        # What a key needs to have an effect, in words, and whether it is there.
+        needs = {
+            "cutmix_sampler": ("CutMix, and cutmix is 0; 1 is its usual alpha", "cutmix" in on),
+            "mixup_prob": ("mixup or cutmix, and both are 0", bool(on)),
+            "mixup_switch_prob": ("both mixup and cutmix above 0", len(on) == 2),
+            "mixup_off_epochs": ("mixup or cutmix, and both are 0", bool(on)),
+        }
+        for key, (needed, there) in needs.items():
+            if getattr(self, key) != default_of(KEYS[key]) and not there:
+                raise MbibError(f"recipe key {key!r}: has an effect only with {needed}")
+        if 2 * self.mixup_off_epochs >= self.epochs > 0 and on:
+            raise MbibError(
+                f"recipe key 'mixup_off_epochs': {self.mixup_off_epochs} at either end leaves none of the "
+                f"{self.epochs} epochs to mix in"
+            )
+        if self.cutmix_sampler is not None:
+            from mbib_timm.data.samplers import parse_sampler
+
+            if len(parse_sampler(self.cutmix_sampler)) > 1:
+                raise MbibError(f"recipe key 'cutmix_sampler': expected one sampler, got {self.cutmix_sampler!r}")
+            if len(parse_sampler(kind.sampler)) > 1:
+                raise MbibError(
+                    f"recipe key 'cutmix_sampler': method {kind.name!r} takes two streams of images already, "
+                    f"{self.choice('sampler')!r}; without this key CutMix pastes images of the same batch"
+                )
+        if self.soft_targets and not kind.soft_targets and not kind.post_hoc:
+            from mbib_timm.methods import METHODS
+
+            keys = [*on, *(["smoothing"] if self.smoothing else [])]
+            able = [name for name in METHODS if METHODS[name].soft_targets]
+            raise MbibError(
+                f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: targets become soft, each "
+                f"image of several classes, and method {kind.name!r} needs labels; methods that take soft targets: "
+                f"{', '.join(able)}"
             )
 
     def _check_ranges(self) -> None:
@@ -348,6 +402,11 @@ class Recipe:
     def stage(self) -> int:
         """The number of stages before this one."""
         return 0 if self.previous is None else self.previous.stage + 1
+
+    @property
+    def soft_targets(self) -> bool:
+        """Whether training targets are (B, K): images are mixed, or labels smoothed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.smoothing > 0
 
     def choice(self, key: str) -> Any:
         """Return the value of a key that is left to the method where it is None: sampler, views, train, reset or
@@ -629,7 +688,7 @@ def longest_epochs(recipe: Recipe) -> int:
 
 
 def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """Return overrides by which a recipe takes other epochs, and its warm-up and milestones move with them.
+    """Return overrides by which a recipe takes other epochs; warm-up, milestones and epochs without mixing move along.
 
     Of several stages the longest takes `epochs`, and the others keep their share.
     """
@@ -643,8 +702,9 @@ def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
         own = max(1, round(share * stage.epochs))
         warmup = min(max(1, round(share * stage.warmup_epochs)), own - 1) if stage.warmup_epochs else 0
         milestones = [max(1, round(share * milestone)) for milestone in stage.decay_milestones]
+        off = min(max(1, round(share * stage.mixup_off_epochs)), (own - 1) // 2) if stage.mixup_off_epochs else 0
         prefix = f"stage{number}." if len(chain) > 1 else ""
-        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones}
+        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones, "mixup_off_epochs": off}
         changes |= {f"{prefix}{key}": value for key, value in scaled.items()}
     return changes
 

@@ -497,7 +497,7 @@ def test_what_a_recipe_leaves_open_is_the_methods(kind):
 
 
 def test_every_key_is_documented_and_belongs_to_a_group():
-    groups = ("data", "input", "augmentation", "model", "method", "optimisation", "machine", "output")
+    groups = ("data", "input", "augmentation", "mixing", "model", "method", "optimisation", "machine", "output")
     found = [item.metadata["group"] for item in KEYS.values()]
     assert list(dict.fromkeys(found)) == list(groups)  # in one piece each
     assert all(item.metadata["help"] for item in KEYS.values())

@@ -11,6 +11,7 @@ from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import Loader, Place, TrainLoader, training_sampler
 from mbib_timm.data.memory import decoded_bytes, fits
+from mbib_timm.data.mixing import train_loader
 from mbib_timm.data.policies import create_policy
 from mbib_timm.data.resident import decode_split, fixed_preprocessing, resident_loader
 from mbib_timm.data.samplers import check_sampler, parse_sampler
@@ -117,7 +118,7 @@ def create_loaders(
 
     Args:
         splits: what `open_data` found.
-        recipe: loader, augmentation, batch sizes, workers.
+        recipe: loader, augmentation, mixing, batch sizes, workers.
         input_size: (C, H, W) of the model.
         device: where the batches go.
         rank: this process.
@@ -134,11 +135,13 @@ def create_loaders(
     """
     place = Place(device, rank, world_size)
     pool = pool or DataPool()
-    check_sampler(sampler, splits)
-    names = parse_sampler(sampler)
+    check_sampler(sampler, splits, recipe.cutmix_sampler)
+    names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
+    epochs = recipe.epochs if epochs is None else epochs
     resident = choose_loader(splits, recipe, input_size, device) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
-    shared = recipe.replace(workers=-(-recipe.workers // len(names)))
+    streams = len(names) + (foregrounds is not None)
+    shared = recipe.replace(workers=-(-recipe.workers // streams))
 
     def stream(number: int, name: str) -> Loader:
         order = None
@@ -149,7 +152,7 @@ def create_loaders(
                 recipe,
                 place,
                 name,
-                epochs=recipe.epochs if epochs is None else epochs,
+                epochs=epochs,
                 stage=stage,
                 stream=number,
             )
@@ -165,7 +168,15 @@ def create_loaders(
         return resident_loader(images, recipe, input_size, place, None)
 
     return Loaders(
-        train=TrainLoader([stream(number, name) for number, name in enumerate(names)]),
+        train=train_loader(
+            [stream(number, name) for number, name in enumerate(names)],
+            None if foregrounds is None else stream(len(names), foregrounds),
+            recipe,
+            splits.num_classes,
+            epochs=epochs,
+            rank=rank,
+            stage=stage,
+        ),
         val=evaluated("val", splits.val),
         test=None if splits.test is None else evaluated("test", splits.test),
     )

@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
-        check_sampler(recipe.choice("sampler"), self.splits)
+        check_sampler(recipe.choice("sampler"), self.splits, recipe.cutmix_sampler)
         kind, given = resolve_method(recipe.method)
         settings = kind.Settings(**given)
         if kind.needs_held_out(settings):
