@@ -36,11 +36,13 @@ BASE, STAGES = "base", "stages"
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
-_data, _input, _model, _method, _optimisation, _machine, _output = (
+_data, _input, _augmentation, _mixing, _model, _method, _optimisation, _machine, _output = (
     partial(option, group=group, location=False, evaluation=evaluation)
     for group, evaluation in (
         ("data", True),
         ("input", False),
+        ("augmentation", False),
+        ("mixing", False),
         ("model", False),
         ("method", False),
         ("optimisation", False),
@@ -116,11 +118,6 @@ class Recipe:
         choices=("pad", "rrc", "none"),
         evaluation=True,
     )
-    scale: list[float] = _input([0.08, 1.0], "area range of the random resized crop")
-    ratio: list[float] = _input([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
-    hflip: float = _input(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
-    color_jitter: float = _input(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
-    aa: str | None = _input(None, "timm auto-augment policy, e.g. rand-m9-mstd0.5")
     interpolation: str = _input(
         "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
     )
@@ -131,6 +128,41 @@ class Recipe:
     std: list[float] = _input(
         [0.229, 0.224, 0.225], "channel standard deviations of the normalisation", evaluation=True
     )
+
+    # Augmentation
+    scale: list[float] = _augmentation([0.08, 1.0], "area range of the random resized crop")
+    ratio: list[float] = _augmentation([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
+    hflip: float = _augmentation(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    rotation: float = _augmentation(0.0, "largest angle of a random rotation, in degrees", minimum=0, maximum=180)
+    aa: str | None = _augmentation(
+        None,
+        "policy: cifar10 (AutoAugment's for CIFAR), rand-m9-n2-mstd0.5-inc1 (RandAugment), or another one of timm's",
+    )
+    color_jitter: float = _augmentation(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
+    hue: float = _augmentation(0.0, "hue jitter, in turns of the colour wheel", minimum=0, maximum=0.5)
+    color_jitter_prob: float = _augmentation(1.0, "probability of the jitter", above=0, maximum=1)
+    grayscale_prob: float = _augmentation(0.0, "probability that an image turns grey", minimum=0, maximum=1)
+    gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
+    cutout: int = _augmentation(0, "side of a square of each image that is blackened, in pixels", minimum=0)
+    views: list[dict[str, Any]] | None = _augmentation(
+        None,
+        "views of each image: for each a mapping of the augmentation keys in which it differs; the method's own when "
+        "not given",
+    )
+
+    # Mixing: with any of these on, targets are soft
+    mixup: float = _mixing(0.0, "alpha of mixup, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    cutmix: float = _mixing(0.0, "alpha of CutMix, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    cutmix_sampler: str | None = _mixing(
+        None,
+        "sampler that draws the images that CutMix pastes: reverse for CMO; those of the same batch when not given",
+    )
+    mixup_prob: float = _mixing(1.0, "probability that a batch is mixed", above=0, maximum=1)
+    mixup_switch_prob: float = _mixing(
+        0.5, "probability of CutMix where a batch is mixed and both are on", above=0, below=1
+    )
+    mixup_off_epochs: int = _mixing(0, "epochs at the beginning, and as many at the end, without mixing", minimum=0)
+    smoothing: float = _mixing(0.0, "label smoothing: share of a target that all classes share", minimum=0, below=1)
 
     # Model
     model: str = _model("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
@@ -230,7 +262,9 @@ class Recipe:
         kind, settings = resolve_method(self.method)
         object.__setattr__(self, "method", {"name": kind.name, **settings})
         self._check_sampler(kind)
+        self._check_mixing(kind)
         self._check_ranges()
+        self._check_views(kind)
         self._check_stage(kind)
 
     def _check_sampler(self, kind: "type[Method]") -> None:
@@ -244,6 +278,44 @@ class Recipe:
             raise MbibError(
                 f"recipe key 'sampler': method {kind.name!r} takes {streams[wanted]} of images, as in "
                 f"{kind.sampler!r}; {self.sampler!r} gives {streams[given]}"
+            )
+
+    def _check_mixing(self, kind: "type[Method]") -> None:
+        on = [key for key in ("mixup", "cutmix") if getattr(self, key) > 0]
+        # What a key needs to have an effect, in words, and whether it is there.
+        needs = {
+            "cutmix_sampler": ("CutMix, and cutmix is 0; 1 is its usual alpha", "cutmix" in on),
+            "mixup_prob": ("mixup or cutmix, and both are 0", bool(on)),
+            "mixup_switch_prob": ("both mixup and cutmix above 0", len(on) == 2),
+            "mixup_off_epochs": ("mixup or cutmix, and both are 0", bool(on)),
+        }
+        for key, (needed, there) in needs.items():
+            if getattr(self, key) != default_of(KEYS[key]) and not there:
+                raise MbibError(f"recipe key {key!r}: has an effect only with {needed}")
+        if 2 * self.mixup_off_epochs >= self.epochs > 0 and on:
+            raise MbibError(
+                f"recipe key 'mixup_off_epochs': {self.mixup_off_epochs} at either end leaves none of the "
+                f"{self.epochs} epochs to mix in"
+            )
+        if self.cutmix_sampler is not None:
+            from mbib_timm.data.samplers import parse_sampler
+
+            if len(parse_sampler(self.cutmix_sampler)) > 1:
+                raise MbibError(f"recipe key 'cutmix_sampler': expected one sampler, got {self.cutmix_sampler!r}")
+            if len(parse_sampler(kind.sampler)) > 1:
+                raise MbibError(
+                    f"recipe key 'cutmix_sampler': method {kind.name!r} takes two streams of images already, "
+                    f"{self.choice('sampler')!r}; without this key CutMix pastes images of the same batch"
+                )
+        if self.soft_targets and not kind.soft_targets and not kind.post_hoc:
+            from mbib_timm.methods import METHODS
+
+            keys = [*on, *(["smoothing"] if self.smoothing else [])]
+            able = [name for name in METHODS if METHODS[name].soft_targets]
+            raise MbibError(
+                f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: targets become soft, each "
+                f"image of several classes, and method {kind.name!r} needs labels; methods that take soft targets: "
+                f"{', '.join(able)}"
             )
 
     def _check_ranges(self) -> None:
@@ -262,6 +334,53 @@ class Recipe:
             raise MbibError(f"recipe key 'warmup_epochs': {self.warmup_epochs} leaves none of the {self.epochs} epochs")
         if self.sched == "multistep" and sorted(self.decay_milestones) != self.decay_milestones:
             raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {self.decay_milestones}")
+
+    def _check_augmentation(self) -> None:
+        """Raise MbibError for a key that another one leaves without effect."""
+        rrc = self.train_crop_mode == "rrc"
+        idle = {
+            "scale": (not rrc, "train_crop_mode: rrc"),
+            "ratio": (not rrc, "train_crop_mode: rrc"),
+            "color_jitter_prob": (not (self.color_jitter or self.hue), "color_jitter or hue"),
+        }
+        for key, (is_idle, needed) in idle.items():
+            if is_idle and getattr(self, key) != default_of(KEYS[key]):
+                raise MbibError(f"recipe key {key!r} has no effect without {needed}")
+
+    def _check_views(self, kind: "type[Method]") -> None:
+        self._check_augmentation()
+        if self.views is not None and len(self.views) != len(kind.views):
+            raise MbibError(
+                f"recipe key 'views': method {kind.name!r} takes {len(kind.views)} of each image, got {len(self.views)}"
+            )
+        for number, differing in enumerate(self.choice("views"), start=1):
+            for key in differing:
+                if key not in VIEW_KEYS:
+                    raise unknown_name(f"key of view {number}", str(key), VIEW_KEYS)
+            try:
+                self._view(differing)
+            except MbibError as error:
+                raise MbibError(f"view {number}: {error}") from None
+
+    def _view(self, differing: Mapping[str, Any]) -> "Recipe":
+        """Return a copy with the augmentation of a view."""
+        view = copy.copy(self)
+        for key, value in differing.items():
+            object.__setattr__(view, key, value)
+        check_options(view, "recipe key {!r}")
+        view._check_ranges()
+        view._check_augmentation()
+        # Views are cut from the images that the run holds: whole ones after pad, of any size after rrc.
+        if view.train_crop_mode != self.train_crop_mode != "pad":
+            raise MbibError(
+                f"recipe key 'train_crop_mode': with {self.train_crop_mode} all views of an image have it, "
+                f"not {view.train_crop_mode}"
+            )
+        return view
+
+    def augmentations(self) -> "list[Recipe]":
+        """Return the recipe of each view of an image: this one, with what the view has of its own."""
+        return [self._view(differing) for differing in self.choice("views")]
 
     def _check_stage(self, kind: "type[Method]") -> None:
         starts = self.previous is not None or self.initial_checkpoint is not None or self.pretrained
@@ -284,8 +403,14 @@ class Recipe:
         """The number of stages before this one."""
         return 0 if self.previous is None else self.previous.stage + 1
 
+    @property
+    def soft_targets(self) -> bool:
+        """Whether training targets are (B, K): images are mixed, or labels smoothed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.smoothing > 0
+
     def choice(self, key: str) -> Any:
-        """Return the value of a key that is left to the method where it is None: sampler, train, reset, frozen_bn."""
+        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset or
+        frozen_bn."""
         from mbib_timm.methods import METHODS
 
         value = getattr(self, key)
@@ -332,6 +457,11 @@ KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fi
 TYPES: dict[str, Any] = {name: kind for name, kind in option_types(Recipe).items() if name in KEYS}
 # Recipes that agree in these see the same images.
 DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
+# What a view of an image may have of its own.
+VIEW_KEYS = (
+    "train_crop_mode",
+    *(name for name, item in KEYS.items() if item.metadata["group"] == "augmentation" and name != "views"),
+)
 
 
 def require_key(name: str) -> None:
@@ -558,7 +688,7 @@ def longest_epochs(recipe: Recipe) -> int:
 
 
 def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """Return overrides by which a recipe takes other epochs, and its warm-up and milestones move with them.
+    """Return overrides by which a recipe takes other epochs; warm-up, milestones and epochs without mixing move along.
 
     Of several stages the longest takes `epochs`, and the others keep their share.
     """
@@ -572,8 +702,9 @@ def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
         own = max(1, round(share * stage.epochs))
         warmup = min(max(1, round(share * stage.warmup_epochs)), own - 1) if stage.warmup_epochs else 0
         milestones = [max(1, round(share * milestone)) for milestone in stage.decay_milestones]
+        off = min(max(1, round(share * stage.mixup_off_epochs)), (own - 1) // 2) if stage.mixup_off_epochs else 0
         prefix = f"stage{number}." if len(chain) > 1 else ""
-        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones}
+        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones, "mixup_off_epochs": off}
         changes |= {f"{prefix}{key}": value for key, value in scaled.items()}
     return changes
 

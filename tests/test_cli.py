@@ -184,7 +184,7 @@ def test_flags_without_an_effect_are_refused(fails, command, given):
 @pytest.mark.parametrize("key", KEYS)
 def test_evaluations_take_the_keys_that_evaluations_read(key):
     """By their own declaration: whatever describes data, preprocessing, model and machine, and nothing of training."""
-    of_training = KEYS[key].metadata["group"] in ("method", "optimisation", "output")
+    of_training = KEYS[key].metadata["group"] in ("mixing", "method", "optimisation", "output")
     assert not (of_training and KEYS[key].metadata["evaluation"] and key != "validation_batch_size")
     assert (flag(key) in flags_of("validate")) == KEYS[key].metadata["evaluation"]
     assert key == "output" or (flag(key) in flags_of("analyze")) == KEYS[key].metadata["evaluation"]
@@ -220,7 +220,7 @@ def section(text, title):
 
 def test_help_of_a_recipe_shows_its_values_in_groups():
     text = help_of("train", "mbib_resnet20.digits")
-    for group in ("data", "input", "model", "method", "optimisation", "machine", "output"):
+    for group in ("data", "input", "mixing", "model", "method", "optimisation", "machine", "output"):
         assert f"\n{group}:" in text
     optimisation = section(text, "optimisation:")
     assert "--lr FLOAT learning rate [0.05]" in optimisation  # the recipe's, not the default

@@ -185,6 +185,89 @@ def test_several_heads_at_once_are_each_on_its_own():
         torch.testing.assert_close(adjusted_cross_entropy(head, targets, **tensors), loss)
 
 
+def random_soft_targets(batch=9, classes=5, seed=5, dtype=torch.float64):
+    """Rows that sum to 1: one with two classes, as mixing makes them, one with one, the others with all."""
+    soft = torch.rand(batch, classes, generator=torch.Generator().manual_seed(seed), dtype=dtype) ** 3
+    soft[0], soft[1] = torch.tensor([0.3, 0, 0, 0.7, 0]), torch.tensor([0, 0, 0, 0, 1.0])
+    return soft / soft.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "names", [names for k in range(6) for names in itertools.combinations(ADJUSTMENTS, k)], ids="+".join
+)
+def test_the_loss_of_soft_targets_is_the_sum_over_labels_written_out(names, normalize):
+    """In every combination of adjustments: sum_ij t_ij L(z_i, j), by sum_ij t_ij w_j or by the number of images."""
+    (logits, _), targets = random_logits(batch=9), random_soft_targets()
+    given = {name: ADJUSTMENTS[name] for name in names}
+    tensors = {name: vector(values) for name, values in given.items()}
+    numerator = denominator = 0.0
+    for i in range(9):
+        for j in range(5):
+            share, image = targets[i, j].item(), logits[i : i + 1]
+            numerator += share * naive_adjusted_cross_entropy(image, torch.tensor([j]), **given, normalize=False)
+            denominator += share * (given["weight"][j] if normalize and "weight" in given else 1)
+    loss = adjusted_cross_entropy(logits, targets, **tensors, normalize=normalize)
+    assert loss.item() == pytest.approx(numerator / denominator, rel=1e-12)
+    function = lambda z: adjusted_cross_entropy(z, targets, **tensors, normalize=normalize)  # noqa: E731
+    assert torch.autograd.gradcheck(function, logits.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "names", [names for k in (0, 1, 2, 5) for names in itertools.combinations(ADJUSTMENTS, k)], ids="+".join
+)
+def test_one_hot_targets_give_the_loss_and_the_gradient_of_labels(names, dtype):
+    logits, labels = random_logits(batch=9, dtype=dtype)
+    tensors = {name: torch.tensor(ADJUSTMENTS[name], dtype=dtype) for name in names}
+    heads = torch.stack([logits, 2 * logits])
+    for values in (logits, heads):
+        found = []
+        for targets in (labels, F.one_hot(labels, 5).float()):
+            free = values.clone().requires_grad_()
+            loss = adjusted_cross_entropy(free, targets, **tensors)
+            assert loss.shape == values.shape[:-2]
+            found += [loss.detach(), *torch.autograd.grad(loss.sum(), free)]
+        close = dict(rtol=1e-5, atol=1e-7) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[0], found[2], **close)
+        torch.testing.assert_close(found[1], found[3], **close)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 5.0, 20.0, 60.0])
+def test_a_margin_on_a_sure_prediction_loses_no_digits(confidence):
+    """Where p is 1 to the last bit, 1 - p is nothing: LDAM's s m of up to 15 must not drown in that."""
+    logits = torch.tensor([[confidence, 0, -1], [0, confidence, confidence], [-1, 0, -confidence]])
+    targets = torch.tensor([[0.9, 0.1, 0], [0.2, 0.5, 0.3], [0, 1, 0]])
+    margin = torch.tensor([4.7, 8.4, 15.0])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        free = logits.to(dtype).requires_grad_()
+        loss = adjusted_cross_entropy(free, targets, margin=margin)
+        found += [loss.detach().double(), torch.autograd.grad(loss, free)[0].double()]
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-7)
+    expected = sum(
+        share.item() * naive_adjusted_cross_entropy(logits[i : i + 1], torch.tensor([j]), margin=margin.tolist())
+        for i, row in enumerate(targets)
+        for j, share in enumerate(row)
+    )
+    assert found[2].item() == pytest.approx(expected / 3, rel=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_the_focal_loss_of_soft_targets_is_the_sum_over_labels(gamma):
+    (logits, labels), targets = random_logits(batch=9), random_soft_targets()
+    expected = sum(
+        targets[i, j].item() * naive_focal(logits[i : i + 1], torch.tensor([j]), gamma)
+        for i in range(9)
+        for j in range(5)
+    )
+    assert focal_loss(logits, targets, gamma).item() == pytest.approx(expected / 9, rel=1e-9)
+    hard = F.one_hot(labels, 5).double()
+    torch.testing.assert_close(focal_loss(logits, hard, gamma), focal_loss(logits, labels, gamma))
+    assert torch.autograd.gradcheck(lambda z: focal_loss(z, targets, gamma), logits.clone().requires_grad_())
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_the_focal_loss_is_its_sum_written_out(gamma):
     logits, targets = random_logits(batch=9)
@@ -357,15 +440,19 @@ CASES = {
 def test_extreme_logits_stay_finite(case, dtype):
     values, targets = random_logits(batch=4, scale=1.0, dtype=torch.float32)
     logits = (1e4 * values.sign()).to(dtype).requires_grad_()
-    for loss in (adjusted_cross_entropy(logits, targets, **CASES[case]), focal_loss(logits, targets, 0.5)):
+    both = (targets, random_soft_targets(batch=4, dtype=torch.float32))
+    losses = [adjusted_cross_entropy(logits, each, **CASES[case]) for each in both]
+    for loss in (*losses, *(focal_loss(logits, each, 0.5) for each in both)):
         assert loss.isfinite()
         (gradient,) = torch.autograd.grad(loss, logits)
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_float32_inside_autocast(case):
+def test_float32_inside_autocast(case, soft):
     logits, targets = random_logits(dtype=torch.float32)
+    targets = random_soft_targets(len(targets)) if soft else targets
     outside = adjusted_cross_entropy(logits, targets, **CASES[case])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = adjusted_cross_entropy(logits, targets, **CASES[case])

@@ -98,7 +98,7 @@ def optimizer_of(method, part=None, frozen_bn=None, **keys):
 def batches_for(name, *args, **kwargs):
     """Batches with as many views and streams as a method asks for."""
     kind = METHODS[name]
-    return batches(*args, **kwargs, views=kind.views, streams=1 + kind.sampler.count("+"))
+    return batches(*args, **kwargs, views=len(kind.views), streams=1 + kind.sampler.count("+"))
 
 
 def random_logits(heads=OBSERVATIONS, batch=6, classes=5, scale=2.0, dtype=torch.float64, seed=0):
@@ -200,6 +200,34 @@ def test_the_loss_is_its_equation_written_out(name, changed, epoch):
     assert next(iter(parts)) == "loss"
     assert all(value.shape == () for value in parts.values())
     assert parts["loss"].item() == pytest.approx(REFERENCES[name](method, logits, targets, epoch), rel=1e-6)
+
+
+@pytest.mark.parametrize("epoch", [0, EPOCHS - 1])
+@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].soft_targets])
+def test_soft_targets_of_quarters_count_as_four_images_with_a_label_each(name, epoch):
+    """Whatever the method: of four copies of each image, as many have a label as the target has quarters of it."""
+    method = make(name).double()
+    method.start_epoch(epoch)
+    logits, _ = random_logits(heads_of(name), batch=6)
+    labels = torch.randint(5, (6, 4), generator=torch.Generator().manual_seed(1))
+    labels[0], labels[1] = 3, torch.tensor([0, 0, 0, 4])  # one class; two of them
+    soft = F.one_hot(labels, 5).double().mean(dim=1)
+    copies = {head: values.repeat_interleave(4, dim=0) for head, values in logits.items()}
+    found = []
+    for values, targets in ((copies, labels.flatten()), (logits, soft), (logits, soft.float())):
+        free = {head: each.clone().requires_grad_() for head, each in values.items()}
+        parts = method.loss(free, targets)
+        gradients = torch.autograd.grad(parts["loss"], list(free.values()))
+        gradients = [each.unflatten(0, (6, -1)).sum(dim=1) for each in gradients]
+        found.append((parts, gradients))
+    for parts, gradients in found[1:]:
+        assert parts.keys() == found[0][0].keys()
+        torch.testing.assert_close(list(parts.values()), list(found[0][0].values()), rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-9, atol=1e-12)
+
+
+def test_all_of_this_packages_methods_that_train_take_soft_targets():
+    assert [name for name in KNOWN if not METHODS[name].soft_targets] == ["toy"]
 
 
 @pytest.mark.parametrize("name", OF_ANY_NETWORK)

@@ -33,6 +33,17 @@ BASES = sorted((recipes_folder() / "bases").glob("*.yaml"))
 # Written in every recipe or base, the default or not: they say what it is.
 IDENTITY = {"dataset", "model", "method", "imbalance_factor", "epochs", "decay_milestones"}
 OF_SMALL_NETWORKS = ("ce", "focal", "bsce", "ldam_drw", "crt", "tau_norm")
+# Those of the paper's schedule; others have an augmentation or a schedule of their own.
+PAPERS = [
+    name
+    for name in RECIPES
+    if (
+        name.partition(".")[2].startswith(("cifar100_lt", *(f"{method}_cifar100_lt" for method in OF_SMALL_NETWORKS)))
+        and name.startswith(("cifar_", "bib_", "mbib_resnet"))
+    )
+    or name.endswith(("imagenet_lt", "90e", "200e"))
+]
+STRONG = [name for name in RECIPES if "strong_" in name]
 
 
 def load(name, **overrides):
@@ -44,6 +55,10 @@ def test_the_issued_recipes_are_there():
     for factor in (100, 50, 10):
         expected |= {f"{method}_resnet32.cifar100_lt_if{factor}" for method in ("bib", "mbib")}
         expected |= {f"cifar_resnet32.{method}_cifar100_lt_if{factor}" for method in OF_SMALL_NETWORKS}
+        expected |= {
+            f"mbib_resnet32.strong_cifar100_lt_if{factor}",
+            f"cifar_resnet32.bsce_strong_cifar100_lt_if{factor}",
+        }
     expected |= {f"{method}_{net}.imagenet_lt" for net in ("resnet10", "resnext50") for method in ("bib", "mbib")}
     expected |= {f"{method}_resnet50.inat2018_{epochs}e" for epochs in (90, 200) for method in ("bib", "mbib")}
     expected |= {"mbib_resnet32.digits", "bib_resnet32.digits"}
@@ -60,7 +75,8 @@ def test_every_recipe_loads_and_says_what_it_yields(name):
     head = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in head)
     claims = recipe_claims(path)
-    assert {"Yields", "Hardware", "Time", "Command", "Paper"} <= claims.keys()
+    assert {"Yields", "Hardware", "Time", "Command"} <= claims.keys()
+    assert "Paper" in claims or "Others" in claims, "the paper's number, or who else has measured what"
     assert claims["Command"].startswith(f"mbib train {name}")
     readme = (recipes_folder() / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in readme, f"{name} is missing in the table of recipes/README.md"
@@ -130,13 +146,13 @@ def test_a_recipe_that_is_named_after_a_model_builds_that_model_by_that_method()
         assert timm.is_model(architecture)
         method = recipe.method["name"]
         assert tag.startswith(f"{method}_") or architecture.startswith(f"{method}_")
-        data = tag.removeprefix(f"{method}_")
+        data = tag.removeprefix(f"{method}_").removeprefix("strong_")
         assert data == "digits" or data.startswith(("cifar100_lt_if", "imagenet_lt", "inat2018_"))
 
 
 @pytest.mark.parametrize("factor", [100, 50, 10])
 def test_cifar_recipes_differ_in_model_and_method_only(factor):
-    names = [name for name in RECIPES if name.endswith(f"cifar100_lt_if{factor}")]
+    names = [name for name in PAPERS if name.endswith(f"cifar100_lt_if{factor}")]
     assert len(names) == 8
     recipes = [load(name) for name in names]
     firsts = [recipe.chain()[0].keys() for recipe in recipes]
@@ -204,8 +220,8 @@ PAPER = [
 
 
 def test_the_paper_table_covers_every_benchmark_recipe():
-    benchmarks = [name for name in RECIPES if not name.endswith("digits") and not name.startswith("finetune/")]
-    assert [name for name in benchmarks if sum(name.endswith(suffix) for suffix, *_ in PAPER) != 1] == []
+    assert len(PAPERS) == 3 * 8 + 8
+    assert [name for name in PAPERS if sum(name.endswith(suffix) for suffix, *_ in PAPER) != 1] == []
 
 
 def rates_of(recipe):
@@ -222,7 +238,7 @@ def rates_of(recipe):
 @pytest.mark.parametrize(("suffix", "epochs", "batch_size", "weight_decay", "rate"), PAPER)
 def test_optimisation_is_the_papers(suffix, epochs, batch_size, weight_decay, rate):
     """Of the first stage, where there are several."""
-    for name in (name for name in RECIPES if name.endswith(suffix)):
+    for name in (name for name in PAPERS if name.endswith(suffix)):
         recipe = load(name).chain()[0]
         optimizer = create_optimizer(recipe, small_method(recipe))
         assert rates_of(recipe) == pytest.approx([rate(e) for e in range(epochs)], rel=1e-9, abs=1e-12)
@@ -232,6 +248,21 @@ def test_optimisation_is_the_papers(suffix, epochs, batch_size, weight_decay, ra
         for group in optimizer.param_groups:
             assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, False, 0)
             assert group["weight_decay"] == weight_decay, "biases and batch normalisation decay too"
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_the_strong_recipes_train_as_the_literature_does(name):
+    """Crop, flip, AutoAugment, Cutout of half a side; Nesterov, weight decay 5e-4, a tenth at 80 and 90 %."""
+    recipe = load(name)
+    augmented = {key: getattr(recipe, key) for key in ("train_crop_mode", "hflip", "aa", "cutout", "model_ema")}
+    assert augmented == {"train_crop_mode": "pad", "hflip": 0.5, "aa": "cifar10", "cutout": 16, "model_ema": True}
+    (group,) = create_optimizer(recipe, small_method(recipe)).param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
+    expected = [0.1 * min((e + 1) / 5, 1) * 0.1 ** sum(e >= m for m in (160, 180)) for e in range(200)]
+    assert rates_of(recipe) == pytest.approx(expected, rel=1e-9)
+    plain = load(name.replace("strong_", ""))
+    assert (recipe.method, recipe.model) == (plain.method, plain.model)
+    assert recipe.imbalance_factor == plain.imbalance_factor
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("bib_", "mbib_", "finetune/"))])
@@ -466,7 +497,7 @@ def test_what_a_recipe_leaves_open_is_the_methods(kind):
 
 
 def test_every_key_is_documented_and_belongs_to_a_group():
-    groups = ("data", "input", "model", "method", "optimisation", "machine", "output")
+    groups = ("data", "input", "augmentation", "mixing", "model", "method", "optimisation", "machine", "output")
     found = [item.metadata["group"] for item in KEYS.values()]
     assert list(dict.fromkeys(found)) == list(groups)  # in one piece each
     assert all(item.metadata["help"] for item in KEYS.values())

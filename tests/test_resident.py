@@ -15,7 +15,7 @@ from scipy import stats
 from mbib_timm.data import Batch, DataPool, choose_loader, create_loaders, create_passes, open_data
 from mbib_timm.data import image_cache as cache_module
 from mbib_timm.data import resident as resident_module
-from mbib_timm.data.augment import PadAndCrop, shifted_crops
+from mbib_timm.data.crops import PadAndCrop, shifted_crops
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.loaders import Place
@@ -377,9 +377,9 @@ def test_what_fits_is_resident_and_what_does_not_is_not(monkeypatch):
 
 def test_streams_and_single_image_policies_take_timms_loader():
     data = splits()
-    policy = dict(train_crop_mode="rrc", aa="rand-m9")
+    policy = dict(train_crop_mode="rrc", aa="augmix-m3-w3")
     assert choose_loader(data, recipe(loader="auto", **policy), SIZE, CPU) == "timm"
-    with pytest.raises(MbibError, match=r"loader: resident .* 'aa' .* use loader: timm"):
+    with pytest.raises(MbibError, match=r"loader: resident .* 'aa'.* use loader: timm"):
         choose_loader(data, recipe(**policy), SIZE, CPU)
     stream = Split(None, None, stream=lambda training, mode: None)
     streaming = Splits(stream, data.val, None, data.class_counts, None)

@@ -487,7 +487,7 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
         ([{"method": "ce"}, {"method": "crt", "model": "cifar_resnet32"}], {}, r"of stage 1 do not fit"),
         ([{"method": "ldam_drw"}, CE_TAU[1]], {}, r"of stage 1 do not fit this stage's model: fc\.bias"),
         ([{"method": "ce"}, {"method": "crt", "initial_checkpoint": "x"}], {}, r"stage 2 starts from the stage before"),
-        ([{"method": "ce"}, {"method": "crt", "aa": "rand-m9", "loader": "resident"}], {}, r"'aa' works on single"),
+        ([{"method": "ce"}, {"method": "crt", "aa": "v0", "loader": "resident"}], {}, r"'aa'. works on single"),
         (CE_TAU, {"imbalance": "none", "imbalance_max": None}, r"neither trained nor tested on.*holdout: 0\.1"),
         ([{"method": "ce"}, {"method": "ce", "cuda_graph": True}], {}, r"'cuda_graph': a step cannot be captured with"),
         ([{"method": "ce"}, "crt"], {}, r"stage 2: expected keys and values, got 'crt'"),

@@ -19,7 +19,7 @@ def batches(loader, views, epoch=0, rank=0, world_size=1, **keys):
     keys = dict(loader=loader, batch_size=64, workers=0, device="cpu", **keys)
     recipe = load_recipe(find_recipe("mbib_resnet20.digits"), keys)
     splits = open_data(recipe)
-    loaders = create_loaders(splits, recipe, SIZE, CPU, rank, world_size, views=views)
+    loaders = create_loaders(splits, recipe, SIZE, CPU, rank, world_size, views=views * [recipe])
     loaders.train.set_epoch(epoch)
     seed_generators(0, epoch, 0)
     return splits, [batch for (batch,) in loaders.train]
@@ -61,7 +61,7 @@ def test_without_augmentation_views_are_equal_and_normalised_as_one(loader):
 class Agreement(Method):
     """Cross-entropy of one view, and the distance between the logits of both."""
 
-    title, citation, views = "Agreement", "made up for this test", 2
+    title, citation, views = "Agreement", "made up for this test", ({}, {})
 
     def forward(self, *batches):
         (batch,) = batches

@@ -1,142 +1,268 @@
-"""Training augmentation of resident images: drawn on the host for a whole epoch, applied in batches on the device.
+"""Training augmentation: a crop, then operations on batches of images, each drawn for every image by itself.
 
-What is drawn depends on a generator alone, never on the device or on how the epoch is cut into pieces.
+Everything is drawn on the host for a whole epoch and applied in batches on the device. What is drawn depends on a
+generator alone, never on the device or on how the epoch is cut into pieces. `mbib_timm.data.transforms` has the same
+for single images.
+
+    crop, flip -> rotation -> policy (aa) -> colour jitter -> grey -> blur -> Cutout
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mbib_timm.data.color import color_jitter, draw_color_jitter
+from mbib_timm.data.color import SATURATION, blur, color_jitter, draw_color_jitter, enhance
+from mbib_timm.data.crops import Crop, Draws, create_crop
 from mbib_timm.data.decode import DecodedImages
-from mbib_timm.data.loaders import send
-from mbib_timm.data.resampling import draw_resized_crops, resized_crops
-from mbib_timm.data.transforms import LONGEST_SIDE
+from mbib_timm.data.loaders import channelwise, send
+from mbib_timm.data.operations import affine, apply_operations, change_some, cut_out, rotations
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, Policy, create_policy
+from mbib_timm.data.transforms import BLUR_RADIUS, BLUR_SIGMAS
+from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
 
 
-class Augmentation(Protocol):
-    """What a training image goes through in every epoch."""
+class Operation(Protocol):
+    """Changes a batch of images."""
 
-    bytes_an_image: int
-    """Memory that it takes to augment an image."""
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw for n images, on the host, with a generator or torch's own; every value is (n, ...)."""
 
-    def draw(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw for n images of `sizes` (n, 2), on the host; every value is (n, ...)."""
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C), uint8, changed as drawn; it may change them in place."""
 
-    def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """Return the chosen images (n,), augmented as drawn: (n, H, W, C), uint8.
 
-        `chosen` and `draws` are in host memory, the images and what is returned on the device.
+class Augmentation:
+    """What a training image goes through in every epoch.
+
+    Args:
+        crop: comes first.
+        operations: follow one another.
+    """
+
+    def __init__(self, crop: Crop, operations: Sequence[Operation]) -> None:
+        self.crop, self.operations = crop, tuple(operations)
+        self.bytes_an_image = crop.bytes_an_image
+
+    def draw(self, sizes: Tensor, generator: torch.Generator) -> list[Draws]:
+        """Draw for n images of `sizes` (n, 2), on the host: for the crop, then for each operation."""
+        return [
+            self.crop.draw(sizes, generator),
+            *(operation.draw(len(sizes), generator) for operation in self.operations),
+        ]
+
+    def __call__(self, images: DecodedImages, chosen: Tensor, draws: Sequence[Draws]) -> Tensor:
+        """Return the chosen images (n,), augmented as drawn: (n, H, W, C), uint8, on the images' device.
+
+        `chosen` and `draws` are in host memory.
         """
+        first, *others = draws
+        pixels = self.crop(images, chosen, first)
+        for operation, drawn in zip(self.operations, others, strict=True):
+            pixels = operation(pixels, drawn)
+        return pixels
 
 
-def create_augmentation(recipe: Recipe, height: int, width: int) -> Augmentation | None:
-    """Build what a recipe asks for, for crops of height x width; None where training sees images as evaluation does."""
-    if recipe.train_crop_mode == "pad":
-        return PadAndCrop(height, width, recipe.hflip)
-    if recipe.train_crop_mode == "rrc":
-        return ResizedCrop(height, width, recipe)
-    return None
+def create_augmentation(recipe: Recipe, input_size: tuple[int, int, int]) -> Augmentation | None:
+    """Build what a recipe asks for, for images of `input_size` (C, H, W); None where training sees images as an
+    evaluation does.
 
-
-class PadAndCrop:
-    """Random crops of images that are padded with black by an eighth, and random flips (Cao et al. 2019, for CIFAR).
-
-    Args:
-        height, width: of the images and of the crops.
-        flip: probability of a horizontal flip.
+    Raises:
+        MbibError: an augmentation that images of this size or these channels have no use for.
     """
-
-    def __init__(self, height: int, width: int, flip: float) -> None:
-        self.height, self.width, self.flip = height, width, flip
-        self.bytes_an_image = 12 * height * width  # an int64 index and up to 4 bytes of colour a pixel
-
-    def draw(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the crops of n images; `sizes` (n, 2) only tells how many."""
-        n, pad_y, pad_x = len(sizes), self.height // 8, self.width // 8
-        return {
-            "tops": torch.randint(2 * pad_y + 1, (n,), generator=generator) - pad_y,
-            "lefts": torch.randint(2 * pad_x + 1, (n,), generator=generator) - pad_x,
-            "flips": torch.rand(n, generator=generator) < self.flip,
-        }
-
-    def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """Return the crops of the chosen images (n,) as (n, H, W, C), uint8."""
-        device = images.pixels.device
-        sent = {name: send(values, device) for name, values in draws.items()}
-        return shifted_crops(images, send(chosen, device), self.height, self.width, **sent)
+    crop = create_crop(recipe, *input_size[1:])
+    operations = create_operations(recipe, input_size)
+    return Augmentation(crop, operations) if operations or recipe.train_crop_mode != "none" else None
 
 
-class ResizedCrop:
-    """Random resized crops, random flips, colour jitter: timm's training transform without auto-augment.
-
-    Args:
-        height, width: of the crops.
-        recipe: ranges of area and aspect ratio, probability of a flip, strength of the jitter, interpolation.
-    """
-
-    def __init__(self, height: int, width: int, recipe: Recipe) -> None:
-        self.height, self.width, self.recipe = height, width, recipe
-        self.bytes_an_image = 24 * LONGEST_SIDE**2  # what `resized_crops` takes for the largest box
-
-    def draw(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw for n images of height and width `sizes` (n, 2)."""
-        recipe, n = self.recipe, len(sizes)
-        scale, ratio = (recipe.scale[0], recipe.scale[1]), (recipe.ratio[0], recipe.ratio[1])
-        draws = {
-            "boxes": draw_resized_crops(sizes, scale, ratio, generator),
-            "flips": torch.rand(n, generator=generator) < recipe.hflip,
-            "bicubic": torch.rand(n, generator=generator) < {"bilinear": 0, "random": 0.5}.get(recipe.interpolation, 1),
-        }
-        if recipe.color_jitter:
-            draws["factors"], draws["orders"] = draw_color_jitter(n, recipe.color_jitter, generator)
-        return draws
-
-    def __call__(self, images: DecodedImages, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """Return the chosen images (n,), cropped, resized and jittered, as (n, H, W, C), uint8."""
-        device = images.pixels.device
-        crops = resized_crops(
-            images.pixels,
-            images.starts[send(chosen, device)],
-            images.sizes[chosen],
-            draws["boxes"],
-            draws["flips"],
-            self.height,
-            self.width,
-            draws["bicubic"],
+def check_augmentation(recipe: Recipe, input_size: tuple[int, int, int]) -> None:
+    """Raise MbibError for an augmentation that images of `input_size` (C, H, W) have no use for."""
+    channels, height, width = input_size
+    if recipe.train_crop_mode == "pad" and min(height, width) < 8:
+        raise MbibError(
+            f"recipe key 'train_crop_mode': pad moves images by up to an eighth of their side, which is nothing for "
+            f"{height}x{width} pixels; expected none or rrc"
         )
-        if "factors" not in draws:
-            return crops
-        return color_jitter(crops, send(draws["factors"], device), send(draws["orders"], device))
+    if recipe.cutout >= min(height, width):
+        raise MbibError(
+            f"recipe key 'cutout': a square of {recipe.cutout} pixels would blacken whole images of {height}x{width}; "
+            f"expected at most {min(height, width) - 1}"
+        )
+    if channels == 1 and (recipe.hue or recipe.grayscale_prob):
+        key = "hue" if recipe.hue else "grayscale_prob"
+        raise MbibError(f"recipe key {key!r}: the model takes grey images, which have no colour to change")
 
 
-def shifted_crops(
-    images: DecodedImages, chosen: Tensor, height: int, width: int, tops: Tensor, lefts: Tensor, flips: Tensor
-) -> Tensor:
-    """Cut windows out of images of height x width, black where they reach beyond: one gather for all of them.
+def create_operations(recipe: Recipe, input_size: tuple[int, int, int]) -> list[Operation]:
+    """Build what follows the crop. Raises MbibError as `create_augmentation` does."""
+    check_augmentation(recipe, input_size)
+    channels = input_size[0]
+    operations: list[Operation] = []
+    if recipe.rotation:
+        operations.append(Rotation(recipe.rotation))
+    if recipe.aa is not None:
+        operations.append(_policy_operation(recipe.aa, recipe, channels))
+    if recipe.color_jitter or recipe.hue:
+        operations.append(ColorJitter(recipe.color_jitter, recipe.hue, recipe.color_jitter_prob))
+    if recipe.grayscale_prob:
+        operations.append(Grayscale(recipe.grayscale_prob))
+    if recipe.gaussian_blur_prob:
+        operations.append(GaussianBlur(recipe.gaussian_blur_prob))
+    if recipe.cutout:
+        operations.append(Cutout(recipe.cutout))
+    return operations
+
+
+def _policy_operation(aa: str, recipe: Recipe, channels: int) -> Operation:
+    policy = create_policy(aa)
+    if policy is None:
+        raise MbibError(f"recipe key 'aa': {aa!r} works on single images; use loader: timm")
+    # As timm has it: what comes in from outside has the mean colour.
+    mean = tuple(min(255, round(255 * value)) for value in channelwise(recipe.mean, channels))
+    if aa == CIFAR10:
+        return PolicyOperation(policy, (CIFAR10_FILL,) * channels, "nearest")
+    return PolicyOperation(policy, mean, "bicubic" if recipe.interpolation == "bicubic" else "bilinear")
+
+
+class Rotation:
+    """Random rotations about the centre, black outside, to the nearest pixel, as torchvision's `RandomRotation`.
 
     Args:
-        images: all of height x width.
-        chosen: which images, (n,).
-        height: of images and windows.
-        width: of images and windows.
-        tops: first row of each window, (n,); negative above the image.
-        lefts: first column, (n,).
-        flips: mirror the window, (n,), bool.
-
-    Returns:
-        (n, H, W, C), uint8.
+        degrees: the largest angle, either way.
     """
-    device = images.pixels.device
-    rows = tops[:, None] + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    columns = lefts[:, None] + torch.where(flips[:, None], width - 1 - columns, columns)
-    # What lies outside gets an index far below 0, however it is added up; 0 is the black pixel.
-    outside = -(2**60)
-    row_starts = images.starts[chosen, None] + rows * width
-    row_starts = row_starts.masked_fill((rows < 0) | (rows >= height), outside)
-    columns = columns.masked_fill((columns < 0) | (columns >= width), outside)
-    places = (row_starts[:, :, None] + columns[:, None, :]).clamp_(min=0)
-    return images.pixels.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    def __init__(self, degrees: float) -> None:
+        self.degrees = degrees
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw n angles."""
+        return {"degrees": self.degrees * (2 * torch.rand(n, dtype=torch.float64, generator=generator) - 1)}
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C), rotated."""
+        _, height, width, channels = images.shape
+        return affine(images, rotations(draws["degrees"], height, width), (0,) * channels)
+
+
+class PolicyOperation:
+    """A policy of operations, see `create_policy`.
+
+    Args:
+        policy: draws the operations.
+        fill: levels of what comes in from outside, one a channel.
+        interpolation: of geometric operations.
+    """
+
+    def __init__(self, policy: Policy, fill: tuple[int, ...], interpolation: str) -> None:
+        self.policy, self.fill, self.interpolation = policy, fill, interpolation
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw the operations of n images, and their arguments."""
+        operations, arguments = self.policy.draw(n, generator)
+        return {"operations": operations, "arguments": arguments}
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C) after their operations."""
+        for operations, arguments in zip(draws["operations"].unbind(1), draws["arguments"].unbind(1), strict=True):
+            apply_operations(images, operations, arguments, self.fill, self.interpolation)
+        return images
+
+
+class ColorJitter:
+    """Random brightness, contrast, saturation and hue.
+
+    Args:
+        strength: of the first three, see `draw_color_jitter`.
+        hue: the largest shift of the hue, in turns.
+        probability: of an image to be changed.
+    """
+
+    def __init__(self, strength: float, hue: float = 0.0, probability: float = 1.0) -> None:
+        self.strength, self.hue, self.probability = strength, hue, probability
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw the factors and orders of n images."""
+        factors, orders = draw_color_jitter(n, self.strength, generator, self.hue, self.probability)
+        return {"factors": factors, "orders": orders}
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C), jittered."""
+        return color_jitter(images, send(draws["factors"], images.device), send(draws["orders"], images.device))
+
+
+class Grayscale:
+    """Makes some images grey.
+
+    Args:
+        probability: of each image.
+    """
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw which of n images."""
+        return {"grey": torch.rand(n, generator=generator) < self.probability}
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C), some of them grey."""
+
+        def grey(some: Tensor, places: Tensor) -> Tensor:
+            kinds = torch.full((len(some),), SATURATION, device=some.device)
+            return enhance(some, kinds, torch.zeros(len(some), device=some.device))
+
+        change_some(images, draws["grey"], grey)
+        return images
+
+
+class GaussianBlur:
+    """Blurs some images, each by a standard deviation of its own, uniform between `BLUR_SIGMAS` pixels.
+
+    Args:
+        probability: of each image.
+    """
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw which of n images, and how much."""
+        low, high = BLUR_SIGMAS
+        return {
+            "blurred": torch.rand(n, generator=generator) < self.probability,
+            "sigmas": low + (high - low) * torch.rand(n, generator=generator),
+        }
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C), some of them blurred."""
+        change_some(
+            images,
+            draws["blurred"],
+            lambda some, places: blur(some, send(draws["sigmas"][places], some.device), BLUR_RADIUS),
+        )
+        return images
+
+
+class Cutout:
+    """Blackens a square of every image, whose centre is any of its pixels (DeVries and Taylor 2017).
+
+    Args:
+        side: of the square, in pixels.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Draws:
+        """Draw n centres, as shares of height and width."""
+        return {"centres": torch.rand(n, 2, generator=generator)}
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return images (n, H, W, C) with holes."""
+        sides = torch.tensor(images.shape[1:3])
+        corners = (draws["centres"] * sides).long().minimum(sides - 1) - self.side // 2
+        tops, lefts = send(corners, images.device).unbind(1)
+        cut_out(images, tops, lefts, self.side)
+        return images

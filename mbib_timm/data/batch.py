@@ -11,10 +11,11 @@ class Batch(NamedTuple):
 
     Attributes:
         views: the images, each (B, C, H, W), normalised; one view, unless the method asks for more.
-        targets: labels (B,), int64.
+        targets: labels (B,), int64; soft targets (B, K), float32, whose rows sum to 1, in the training of a recipe that
+            mixes images or smooths labels.
         index: positions in the split (B,), int64; in training in the training subset. A broken image that was replaced
-            has the position of its replacement, so that ``split.targets[index]`` are the targets. -1 where the source
-            streams.
+            has the position of its replacement, so that ``split.targets[index]`` are the labels; a mixed image that of
+            the image that another one was mixed into. -1 where the source streams.
     """
 
     views: tuple[Tensor, ...]

@@ -1,6 +1,7 @@
 """From the splits of a run to its loaders: resident where the data fit, timm's where they do not."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,6 +11,8 @@ from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import Loader, Place, TrainLoader, training_sampler
 from mbib_timm.data.memory import decoded_bytes, fits
+from mbib_timm.data.mixing import train_loader
+from mbib_timm.data.policies import create_policy
 from mbib_timm.data.resident import decode_split, fixed_preprocessing, resident_loader
 from mbib_timm.data.samplers import check_sampler, parse_sampler
 from mbib_timm.data.sources import open_split
@@ -83,8 +86,8 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
     obstacle = None
     if splits.train.stream is not None or splits.val.stream is not None:
         obstacle = f"data source {recipe.dataset!r} streams"
-    elif recipe.aa is not None:
-        obstacle = "recipe key 'aa' works on single images"
+    elif any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations()):
+        obstacle = "a policy of timm's (recipe key 'aa') works on single images"
     if recipe.loader == "resident" and obstacle is not None:
         raise MbibError(f"loader: resident holds all images in memory, but {obstacle}; use loader: timm")
     if recipe.loader != "auto":
@@ -109,13 +112,13 @@ def create_loaders(
     sampler: str = "instance",
     stage: int = 0,
     epochs: int | None = None,
-    views: int = 1,
+    views: Sequence[Recipe] = (),
 ) -> Loaders:
     """Make batches of a run's splits.
 
     Args:
         splits: what `open_data` found.
-        recipe: loader, augmentation, batch sizes, workers.
+        recipe: loader, augmentation, mixing, batch sizes, workers.
         input_size: (C, H, W) of the model.
         device: where the batches go.
         rank: this process.
@@ -124,7 +127,7 @@ def create_loaders(
         sampler: which training images an epoch sees: a name of `SAMPLERS`, or two joined by ``+`` for two streams.
         stage: of the run, 0 for the first; another stage has other orders and augmentations.
         epochs: of the stage, for samplers that change with the epoch; the recipe's when not given.
-        views: augmented copies of each training image.
+        views: the recipe of each view of a training image, see `Recipe.augmentations`; `recipe` alone when not given.
 
     Raises:
         MbibError: a loader or a sampler that the data or the recipe do not allow.
@@ -132,11 +135,13 @@ def create_loaders(
     """
     place = Place(device, rank, world_size)
     pool = pool or DataPool()
-    check_sampler(sampler, splits)
-    names = parse_sampler(sampler)
+    check_sampler(sampler, splits, recipe.cutmix_sampler)
+    names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
+    epochs = recipe.epochs if epochs is None else epochs
     resident = choose_loader(splits, recipe, input_size, device) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
-    shared = recipe.replace(workers=-(-recipe.workers // len(names)))
+    streams = len(names) + (foregrounds is not None)
+    shared = recipe.replace(workers=-(-recipe.workers // streams))
 
     def stream(number: int, name: str) -> Loader:
         order = None
@@ -147,7 +152,7 @@ def create_loaders(
                 recipe,
                 place,
                 name,
-                epochs=recipe.epochs if epochs is None else epochs,
+                epochs=epochs,
                 stage=stage,
                 stream=number,
             )
@@ -163,7 +168,15 @@ def create_loaders(
         return resident_loader(images, recipe, input_size, place, None)
 
     return Loaders(
-        train=TrainLoader([stream(number, name) for number, name in enumerate(names)]),
+        train=train_loader(
+            [stream(number, name) for number, name in enumerate(names)],
+            None if foregrounds is None else stream(len(names), foregrounds),
+            recipe,
+            splits.num_classes,
+            epochs=epochs,
+            rank=rank,
+            stage=stage,
+        ),
         val=evaluated("val", splits.val),
         test=None if splits.test is None else evaluated("test", splits.test),
     )

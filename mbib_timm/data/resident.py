@@ -1,6 +1,6 @@
 """The resident loader: the whole split decoded once, on the device as uint8, and augmented there in batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,12 @@ class ResidentLoader:
         sampler: gives the images' indices in the order of the epoch.
         batch_size: images of a batch.
         drop_last: leave the last short batch out.
-        augmentation: for training; None gives the images as they are, which are then all of one size.
+        augmentations: for training, one for each view of an image; None gives the images as they are, which are then
+            all of one size.
         mean: of each channel, of images in 0..1.
         std: of each channel.
         seed: of the augmentation: seed and rank; and stage and stream where those are not the first.
         channels_last: memory format of the batches.
-        views: augmented copies of each image.
     """
 
     def __init__(
@@ -44,16 +44,15 @@ class ResidentLoader:
         batch_size: int,
         *,
         drop_last: bool,
-        augmentation: Augmentation | None,
+        augmentations: Sequence[Augmentation | None],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         seed: tuple[int, ...],
         channels_last: bool,
-        views: int = 1,
     ) -> None:
         self.images, self.sampler, self.batch_size = images, sampler, batch_size
-        self.drop_last, self.augmentation, self.seed = drop_last, augmentation, seed
-        self.channels_last, self.views = channels_last, views
+        self.drop_last, self.augmentations, self.seed = drop_last, tuple(augmentations), seed
+        self.channels_last = channels_last
         self.device = images.pixels.device
         self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
@@ -79,7 +78,7 @@ class ResidentLoader:
         on_device = send(order, self.device)
         targets, index = self.images.targets[on_device], self.images.index[on_device]
         taken = 0
-        for pieces in zip(*(self._pieces(order, view) for view in range(self.views)), strict=True):
+        for pieces in zip(*(self._pieces(order, view) for view in range(len(self.augmentations))), strict=True):
             for views in zip(*(piece.split(self.batch_size) for piece in pieces), strict=True):
                 size = len(views[0])
                 if size == 1 and self.drop_last:
@@ -90,9 +89,11 @@ class ResidentLoader:
 
     def _pieces(self, order: Tensor, view: int) -> Iterator[Tensor]:
         """Give the images in order as (n, H, W, C), uint8, n a multiple of the batch size but for the last."""
-        if self.augmentation is None:
+        size = self._piece_size()
+        augmentation = self.augmentations[view]
+        if augmentation is None:
             stacked = self.images.stacked()
-            for indices in send(order, self.device).split(self.batch_size):
+            for indices in send(order, self.device).split(size):
                 yield stacked.index_select(0, indices)
             return
         seed, rank, *stream = self.seed
@@ -100,12 +101,16 @@ class ResidentLoader:
         stream = stream if view == 0 else [*(stream or (0, 0)), view]
         entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
-        draws = self.augmentation.draw(self.images.sizes[order], generator)
-        batches = max(1, PIECE_BYTES // (self.views * self.augmentation.bytes_an_image * self.batch_size))
-        size = batches * self.batch_size
+        draws = augmentation.draw(self.images.sizes[order], generator)
         for begin in range(0, len(order), size):
-            piece = {name: value[begin : begin + size] for name, value in draws.items()}
-            yield self.augmentation(self.images, order[begin : begin + size], piece)
+            piece = slice(begin, begin + size)
+            drawn = [{name: value[piece] for name, value in each.items()} for each in draws]
+            yield augmentation(self.images, order[piece], drawn)
+
+    def _piece_size(self) -> int:
+        """Return how many images are augmented at once, the same for all views: a multiple of the batch size."""
+        needed = sum(augmentation.bytes_an_image for augmentation in self.augmentations if augmentation is not None)
+        return self.batch_size * (max(1, PIECE_BYTES // (needed * self.batch_size)) if needed else 1)
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         # As timm's loader does it, to the last bit.
@@ -154,7 +159,7 @@ def resident_loader(
     input_size: tuple[int, int, int],
     place: Place,
     sampler: TrainingSampler | None,
-    views: int = 1,
+    views: Sequence[Recipe] = (),
 ) -> ResidentLoader:
     """Build a loader: one stream of training, or of an evaluation.
 
@@ -165,9 +170,9 @@ def resident_loader(
         place: device and processes.
         sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
             processes, in order, as it is.
-        views: augmented copies of each image.
+        views: of training, the recipe of each view of an image; that of the run alone when not given.
     """
-    channels, height, width = input_size
+    channels = input_size[0]
     training = sampler is not None
     order = ShardSampler(len(images), place.rank, place.world_size) if sampler is None else sampler
     batch_size = recipe.batch_size if training else recipe.validation_batch_size
@@ -179,10 +184,9 @@ def resident_loader(
         order,
         batch_size,
         drop_last=training and drops_last(len(order), batch_size),
-        augmentation=create_augmentation(recipe, height, width) if training else None,
+        augmentations=[create_augmentation(view, input_size) for view in views or (recipe,)] if training else [None],
         mean=channelwise(recipe.mean, channels),
         std=channelwise(recipe.std, channels),
         seed=seed,
         channels_last=recipe.channels_last,
-        views=views,
     )

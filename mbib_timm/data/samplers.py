@@ -266,12 +266,13 @@ def _find(text: str) -> tuple[Sampler, float]:
     return found, number
 
 
-def check_sampler(text: str, splits: Splits) -> None:
+def check_sampler(text: str, splits: Splits, foregrounds: str | None = None) -> None:
     """Check that a sampler can serve a run's training images.
 
     Args:
         text: as a recipe has it.
         splits: the run's data.
+        foregrounds: the sampler of the images that CutMix pastes, where it has one.
 
     Raises:
         MbibError: an unknown sampler, or one that the source cannot serve.
@@ -284,7 +285,14 @@ def check_sampler(text: str, splits: Splits) -> None:
                 f"sampler {text!r} chooses images by their class, but the data source streams: images come in the "
                 "order of its shards; use sampler: instance"
             )
+        if foregrounds is not None:
+            raise MbibError(
+                f"recipe key 'cutmix_sampler': {foregrounds!r} draws a second stream of images, but the data source "
+                "streams: it has one, in the order of its shards; without this key CutMix pastes images of the batch"
+            )
         return
+    if foregrounds is not None:
+        check_sampler(foregrounds, splits)
     if all(_find(name)[0].any_source for name in names):
         return
     empty = np.flatnonzero(np.asarray(splits.class_counts) == 0)

@@ -1,19 +1,18 @@
 """Batches through timm's `create_loader`, with what it leaves out: seeded order, the last short batch, exact shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_loader
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.batch import Batch
 from mbib_timm.data.images import ImageDataset, Split, from_worker
 from mbib_timm.data.loaders import IndexSampler, Place, ShardSampler, channelwise, drops_last, pil_mode
 from mbib_timm.data.samplers import TrainingSampler
-from mbib_timm.data.transforms import eval_transform, train_transform
+from mbib_timm.data.transforms import Views, eval_transform, train_transform
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
@@ -64,22 +63,6 @@ class TimmLoader:
         return self.dataset.broken()
 
 
-class Views:
-    """Several draws of one augmentation, stacked as channels: what timm's loader takes for one image.
-
-    Args:
-        transform: gives (C, H, W), uint8.
-        views: draws V.
-    """
-
-    def __init__(self, transform: Callable[..., Any], views: int) -> None:
-        self.transform, self.views = transform, views
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return (V C, H, W), uint8."""
-        return torch.cat([torch.as_tensor(self.transform(image)) for _ in range(self.views)])
-
-
 def timm_train_loader(
     split: Split,
     recipe: Recipe,
@@ -87,7 +70,7 @@ def timm_train_loader(
     place: Place,
     sampler: TrainingSampler | None,
     stage: int = 0,
-    views: int = 1,
+    views: Sequence[Recipe] = (),
 ) -> TimmLoader:
     """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
 
@@ -98,20 +81,22 @@ def timm_train_loader(
         place: device and processes.
         sampler: chooses the order; None for a source that streams.
         stage: of the run, 0 for the first.
-        views: augmented copies of each image.
+        views: the recipe of each view of an image; that of the run alone when not given.
     """
     channels, height, width = input_size
-    transform = train_transform(recipe, height, width)
-    if views > 1:
-        transform = Views(transform, views)
+    views = views or (recipe,)
+    for view in views:
+        check_augmentation(view, input_size)
+    whole = recipe.train_crop_mode == "pad"
+    transform = Views([train_transform(view, height, width, whole) for view in views])
     if split.stream is not None:
         stream = split.stream(True, pil_mode(channels))
-        loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform, views)
+        loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform, len(views))
         loader.first_epoch = stage * EPOCHS_OF_A_STAGE
         return loader
     assert sampler is not None
     dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=True)
-    loader = _through_timm(dataset, recipe, input_size, place, recipe.batch_size, sampler, transform, views)
+    loader = _through_timm(dataset, recipe, input_size, place, recipe.batch_size, sampler, transform, len(views))
     loader.loader.batch_sampler.drop_last = drops_last(len(sampler), recipe.batch_size)
     return loader
 

@@ -1,55 +1,111 @@
-"""Augmentation and preprocessing: from a PIL image to uint8 (C, H, W); the loader normalises on the device."""
+"""Augmentation and preprocessing of single images, from PIL to uint8 (C, H, W); the loader normalises."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import str_to_interp_mode
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
+from torch import Tensor
 from torchvision import transforms
 
-from mbib_timm.errors import MbibError
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL
 from mbib_timm.recipe import Recipe
 
 LONGEST_SIDE = 500
+# Of timm's blur: a kernel of 23 pixels, with a standard deviation between these.
+BLUR_RADIUS, BLUR_SIGMAS = 11, (0.1, 2.0)
 
 
-def train_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
-    """Build the training transform of a recipe for images of height x width.
+def train_transform(recipe: Recipe, height: int, width: int, whole: bool = False) -> Callable[..., Any]:
+    """Build the training transform of a recipe: timm's and torchvision's own of what `mbib_timm.data.augment` has for
+    batches.
 
     ``pad``: zero-pad by an eighth, crop at random, flip: 32-crops of the 4-padded image for CIFAR (Cao et al. 2019).
-    ``rrc``: timm's random resized crop with flip, colour jitter and auto-augment. ``none``: as in evaluation.
+    ``rrc``: timm's random resized crop with flip. ``none``: as in evaluation.
 
-    Raises:
-        MbibError: a key that the crop mode would ignore.
+    Args:
+        recipe: which crop, and what follows it.
+        height: of the crop.
+        width: of the crop.
+        whole: cut it from the whole image resized to height x width, as ``pad`` always does.
     """
-    if recipe.train_crop_mode != "rrc":
-        for key in ("color_jitter", "aa"):
-            if getattr(recipe, key):
-                raise MbibError(f"recipe key {key!r} needs train_crop_mode: rrc, not {recipe.train_crop_mode!r}")
-    if recipe.train_crop_mode == "none":
-        return eval_transform(recipe, height, width)
+    steps: list[Callable[..., Any]] = []
+    if whole or recipe.train_crop_mode == "pad":
+        steps.append(_resize(recipe, height, width))
     if recipe.train_crop_mode == "pad":
-        return transforms.Compose(
-            [
-                _resize(recipe, height, width),
-                transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
-                transforms.RandomHorizontalFlip(recipe.hflip),
-                transforms.PILToTensor(),
-            ]
-        )
-    return create_transform(
-        (3, height, width),
-        is_training=True,
-        use_prefetcher=True,
-        scale=tuple(recipe.scale),
-        ratio=tuple(recipe.ratio),
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter or None,
-        auto_augment=recipe.aa,
-        interpolation=recipe.interpolation,
-    )
+        steps.append(transforms.RandomCrop((height, width), padding=(width // 8, height // 8)))
+    elif recipe.train_crop_mode == "rrc":
+        scale, ratio = (recipe.scale[0], recipe.scale[1]), (recipe.ratio[0], recipe.ratio[1])
+        steps.append(RandomResizedCropAndInterpolation((height, width), scale, ratio, recipe.interpolation))
+    elif not whole:
+        steps += [eval_transform(recipe, height, width), torch.as_tensor, transforms.ToPILImage()]
+    if recipe.train_crop_mode != "none":
+        steps.append(transforms.RandomHorizontalFlip(recipe.hflip))
+    return transforms.Compose([*steps, *_operations(recipe, min(height, width)), transforms.PILToTensor()])
+
+
+def _operations(recipe: Recipe, side: int) -> Iterator[Callable[..., Any]]:
+    """Yield what follows the crop, in the order of `mbib_timm.data.augment`, for images of a smaller side `side`."""
+    if recipe.rotation:
+        yield transforms.RandomRotation(recipe.rotation)
+    if recipe.aa == CIFAR10:
+        yield transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=CIFAR10_FILL)
+    elif recipe.aa is not None:
+        yield timm_policy(recipe.aa, recipe, side)
+    if recipe.color_jitter or recipe.hue:
+        jitter = transforms.ColorJitter(*[recipe.color_jitter] * 3, recipe.hue)
+        yield transforms.RandomApply([jitter], recipe.color_jitter_prob)
+    if recipe.grayscale_prob:
+        yield transforms.RandomGrayscale(recipe.grayscale_prob)
+    if recipe.gaussian_blur_prob:
+        reach = min(BLUR_RADIUS, side - 1)
+        blur = transforms.GaussianBlur(2 * reach + 1, BLUR_SIGMAS)
+        yield transforms.RandomApply([blur], recipe.gaussian_blur_prob)
+    if recipe.cutout:
+        yield partial(_cut_out, side=recipe.cutout)
+
+
+def _cut_out(image: Image.Image, side: int) -> Image.Image:
+    """Blacken a square whose centre is any pixel (DeVries and Taylor 2017)."""
+    left, top = (int(torch.randint(length, ())) - side // 2 for length in image.size)
+    image = image.copy()
+    image.paste(0 if image.mode == "L" else (0, 0, 0), (left, top, left + side, top + side))
+    return image
+
+
+class Views:
+    """The views of an image, stacked as channels: what timm's loader takes for one image.
+
+    Args:
+        transforms: one for each view; each gives (C, H, W), uint8.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[..., Any]]) -> None:
+        self.transforms = tuple(transforms)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return (V C, H, W), uint8."""
+        return torch.cat([transform(image) for transform in self.transforms])
+
+
+def timm_policy(aa: str, recipe: Recipe, side: int) -> Callable[[Image.Image], Image.Image]:
+    """Build an augmentation policy of timm's as its `create_transform` does, for images of a smaller side `side`."""
+    settings: dict[str, Any] = {
+        "translate_const": int(0.45 * side),
+        "img_mean": tuple(min(255, round(255 * value)) for value in recipe.mean),
+    }
+    if recipe.interpolation != "random":
+        settings["interpolation"] = str_to_pil_interp(recipe.interpolation)
+    kind = aa.partition("-")[0]
+    if kind == "augmix":
+        settings["translate_pct"] = 0.3
+    build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
+    policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
+    return policy
 
 
 def eval_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ evaluation) is the frame's, and reads off the class what the method wants.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -89,7 +89,9 @@ class Method(TrainingTask):
             one that evens out the classes. May be a property.
         sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
             ``frozen_bn`` where they are not given.
-        views: augmented copies of each image in a batch.
+        views: the views of each image in a batch: for each the augmentation keys of a recipe in which it differs from
+            the run's. Two draws of the same augmentation are ``({}, {})``. The recipe's key ``views`` goes before.
+        soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.
         needs_start: it starts from a trained model.
         post_hoc: it trains nothing; all it does is `finish`.
 
@@ -106,7 +108,8 @@ class Method(TrainingTask):
     Settings: ClassVar[type] = NoSettings
     logit_prior: Any = "train"
     sampler: ClassVar[str] = "instance"
-    views: ClassVar[int] = 1
+    views: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    soft_targets: ClassVar[bool] = False
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
     frozen_bn: ClassVar[str | None] = None
@@ -141,7 +144,7 @@ class Method(TrainingTask):
     # What a step computes: one of these three is a method's own.
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of one head's logits (B, K) for targets (B,), a scalar."""
+        """Return the loss of one head's logits (B, K) for targets (B,), with `soft_targets` also (B, K); a scalar."""
         raise NotImplementedError(f"{type(self).__name__} defines none of head_loss, loss and forward")
 
     def loss(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:

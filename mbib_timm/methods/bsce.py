@@ -16,6 +16,7 @@ class BalancedSoftmax(Method):
     title = "BSCE"
     citation = "Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020"
     logit_prior = "uniform"
+    soft_targets = True
 
     log_counts: Tensor
 
@@ -24,5 +25,5 @@ class BalancedSoftmax(Method):
         self.register_buffer("log_counts", as_counts(self.facts.class_counts).log().float(), persistent=False)
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of logits (B, K) plus log n for targets (B,)."""
+        """Return the cross-entropy of logits (B, K) plus log n for targets (B,) or (B, K)."""
         return adjusted_cross_entropy(logits, targets, offset=self.log_counts)

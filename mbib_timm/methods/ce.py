@@ -12,7 +12,8 @@ class CrossEntropy(Method):
     """Plain cross-entropy on every head."""
 
     title = "CE"
+    soft_targets = True
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of logits (B, K) for targets (B,)."""
+        """Return the cross-entropy of logits (B, K) for targets (B,) or (B, K)."""
         return adjusted_cross_entropy(logits, targets)

@@ -1,7 +1,8 @@
-"""The losses as pure functions of logits and labels, each with its equation.
+"""The losses as pure functions of logits and targets, each with its equation.
 
-Shapes: logits (B, K) of any floating dtype, targets (B,) of int64 class indices, everything else (K,). The
-arithmetic is float32 (float64 where the logits are), inside autocast too. Every function returns a scalar.
+Shapes: logits (B, K) of any floating dtype, everything else (K,). Targets are labels (B,), int64, or soft targets
+(B, K), floating, whose rows sum to 1: the loss of these is ``sum_j t_j L(z, j)``, where L(z, j) is the loss of label j.
+The arithmetic is float32 (float64 where the logits are), inside autocast too. Every function returns a scalar.
 """
 
 from collections.abc import Sequence
@@ -91,11 +92,11 @@ def adjusted_cross_entropy(
     With ``z' = (z - m_y [j = y]) / a + b``, the loss of an image is
     ``w_y ((1 - eps_y) (-log softmax(z')_y) + eps_y mean_j (-log softmax(z')_j))``. Balanced softmax has b = log n (eq.
     4-6), logit adjustment b = tau log pi, CDT a = (n_max/n)^gamma, LDAM m = s m_y, class-balanced losses w, and
-    label-aware smoothing eps.
+    label-aware smoothing eps. The weight of an image with soft targets is ``sum_j t_j w_j``.
 
     Args:
         logits: z, (B, K), or those of H heads, (H, B, K).
-        targets: y, (B,).
+        targets: y, (B,), or t, (B, K).
         offset: b, (K,), added to the logits.
         divisor: a, (K,), divides them.
         margin: m, (K,), taken from the logit of the image's own class.
@@ -108,6 +109,11 @@ def adjusted_cross_entropy(
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = _full_precision(logits)
+        if targets.is_floating_point():
+            each = _loss_of_each_label(logits, offset, divisor, margin, smoothing)
+            shares = targets.to(each.dtype) if weight is None else targets.to(each.dtype) * weight.to(each.dtype)
+            losses = (shares * each).sum(dim=-1)
+            return losses.sum(dim=-1) / shares.sum() if normalize and weight is not None else losses.mean(dim=-1)
         labels = targets.expand(logits.shape[:-1])[..., None]
         if margin is not None:
             logits = logits.scatter_add(-1, labels, -margin.to(logits.dtype)[labels])
@@ -123,6 +129,37 @@ def adjusted_cross_entropy(
         weights = weight.to(negative_log.dtype)[targets]
         weighted = negative_log * weights
         return weighted.sum(dim=-1) / weights.sum() if normalize else weighted.mean(dim=-1)
+
+
+def _loss_of_each_label(
+    logits: Tensor, offset: Tensor | None, divisor: Tensor | None, margin: Tensor | None, smoothing: Tensor | None
+) -> Tensor:
+    """Return the loss of an image for every label that it could have, without class weight, (..., B, K).
+
+    See `adjusted_cross_entropy`. A margin changes its class's logit, ``u_j = z_j / a_j + b_j``, in the loss of label j
+    alone: in the log-sum-exp of that label ``u_j - m_j / a_j`` stands in the place of u_j.
+    """
+    adjusted = logits if divisor is None else logits / divisor
+    adjusted = adjusted if offset is None else adjusted + offset
+    log_probabilities = F.log_softmax(adjusted, dim=-1)
+    if margin is None:
+        each = -log_probabilities
+        mean = each.mean(dim=-1, keepdim=True)
+    else:
+        shift = margin.to(adjusted.dtype) if divisor is None else margin.to(adjusted.dtype) / divisor
+        # The log-sum-exp without the j-th term, less that of all: log(1 - p_j), but for the largest p, which may be 1.
+        largest = log_probabilities.argmax(dim=-1, keepdim=True)
+        is_largest = torch.zeros_like(log_probabilities, dtype=torch.bool).scatter_(-1, largest, True)
+        others = torch.log1p(-log_probabilities.masked_fill(is_largest, -torch.inf).exp())
+        beside = log_probabilities.masked_fill(is_largest, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        own = log_probabilities - shift
+        normalizer = torch.logaddexp(torch.where(is_largest, beside, others), own)
+        each = normalizer - own
+        mean = normalizer - log_probabilities.mean(dim=-1, keepdim=True) + shift / logits.shape[-1]
+    if smoothing is None:
+        return each
+    eps = smoothing.to(each.dtype)
+    return (1 - eps) * each + eps * mean
 
 
 def tempered_log_probabilities(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
@@ -169,11 +206,19 @@ def focal_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
 
     Args:
         logits: (B, K).
-        targets: (B,).
+        targets: (B,) or (B, K).
         gamma: focusing exponent; 0 gives the cross-entropy.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        negative_log = F.cross_entropy(_full_precision(logits), targets, reduction="none")
-        # 1 - p from -log p without cancellation; kept off 0, where a power below 1 has no gradient.
-        miss = (-torch.expm1(-negative_log)).clamp_min(torch.finfo(negative_log.dtype).tiny)
-        return (miss**gamma * negative_log).mean()
+        logits = _full_precision(logits)
+        if targets.is_floating_point():
+            each = _focal(-F.log_softmax(logits, dim=-1), gamma)
+            return (targets.to(each.dtype) * each).sum(dim=-1).mean()
+        return _focal(F.cross_entropy(logits, targets, reduction="none"), gamma).mean()
+
+
+def _focal(negative_log: Tensor, gamma: float) -> Tensor:
+    """Return ``(1 - p)^gamma (-log p)`` of -log p."""
+    # 1 - p from -log p without cancellation; kept off 0, where a power below 1 has no gradient.
+    miss = (-torch.expm1(-negative_log)).clamp_min(torch.finfo(negative_log.dtype).tiny)
+    return miss**gamma * negative_log

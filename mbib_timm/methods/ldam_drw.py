@@ -42,6 +42,7 @@ class LdamDrw(Method):
     citation = "Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019"
     logit_prior = "uniform"
     Settings = LdamDrwSettings
+    soft_targets = True
 
     weights: Tensor
     deferred_weights: Tensor
@@ -67,5 +68,5 @@ class LdamDrw(Method):
         self.weights.copy_(self.deferred_weights if deferred else torch.ones_like(self.weights))
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of scaled cosines (B, K) for targets (B,)."""
+        """Return the loss of scaled cosines (B, K) for targets (B,) or (B, K)."""
         return adjusted_cross_entropy(logits, targets, margin=self.margins, weight=self.weights)

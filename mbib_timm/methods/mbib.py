@@ -111,6 +111,7 @@ class Bottleneck(Method):
 
     citation = CITATION
     Settings: ClassVar[type] = BibSettings
+    soft_targets = True
 
     bsc_weights: Tensor
     vsd_weights: Tensor
@@ -172,7 +173,7 @@ class Bottleneck(Method):
 
         Args:
             logits: (B, K) of every head that an edge names.
-            targets: (B,), int64.
+            targets: (B,), int64, or (B, K); the VSD terms do not need them.
         """
         heads = tuple(self.head_weights)
         # One log-softmax with and one without log n for all heads together, however many edges a head has.

@@ -91,6 +91,10 @@ def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:
     print(results_table(result["heads"], np.array(metrics["class_counts"])))
     if chosen := chosen_text(metrics):
         print(chosen)
+    if metrics["raw"] is not None:
+        raw = metrics["raw"]["heads"]["prediction"]
+        groups = ", ".join(f"{name} {raw[name]:.2f}" for name in SHOT_METRICS[1:] if raw[name] is not None)
+        print(f"Weights without the moving average: {raw['top1']:.2f} ({groups})")
     if best is not None:
         best_top1 = best["heads"]["prediction"]["top1"]
         print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")

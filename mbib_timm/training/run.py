@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
-        check_sampler(recipe.choice("sampler"), self.splits)
+        check_sampler(recipe.choice("sampler"), self.splits, recipe.cutmix_sampler)
         kind, given = resolve_method(recipe.method)
         settings = kind.Settings(**given)
         if kind.needs_held_out(settings):
@@ -105,7 +105,7 @@ class Run:
             sampler=recipe.choice("sampler"),
             stage=recipe.stage,
             epochs=recipe.epochs,
-            views=kind.views,
+            views=recipe.augmentations(),
         )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
@@ -161,6 +161,9 @@ class Run:
         if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.epochs:
             heads = self._evaluate(self.loaders.val)
             row |= {f"val_{name}": heads["prediction"][name] for name in SHOT_METRICS}
+            if recipe.model_ema:
+                raw = self._evaluate(self.loaders.val, raw=True)["prediction"]
+                row |= {f"raw_{name}": raw[name] for name in SHOT_METRICS}
             self._note_best(epoch, heads)
         self.schedule.step(epoch + 1)
         row["seconds"] = time.perf_counter() - start
@@ -173,9 +176,12 @@ class Run:
                 tracker.log(row)
             self.progress.say(epoch_line(row, recipe.epochs))
 
-    def _evaluate(self, loader: Any) -> dict[str, dict[str, Any]]:
+    def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, dict[str, Any]]:
+        """Evaluate the result's weights, or the raw ones where those are a moving average."""
+        model = self.method.get_eval_model() if raw else self._result_model()
+        assert model is not None
         return evaluate(
-            self._result_model(),
+            model,
             loader,
             self.splits.class_counts,
             device=self.world.device,
@@ -247,6 +253,8 @@ class Run:
         elif done.last is None:  # of no epoch
             done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}
         test = self._evaluate(self.loaders.test) if self.loaders.test is not None else None
+        evaluated = self.loaders.val if self.loaders.test is None else self.loaders.test
+        raw = self._evaluate(evaluated, raw=True) if recipe.model_ema else None
         on_split = recipe.test_split or "test" if test is not None else recipe.val_split
         chosen = self.method.report()
         metrics: dict[str, Any] = {
@@ -268,6 +276,7 @@ class Run:
                 "split": on_split,
                 "heads": test if test is not None else done.last["heads"],
             },
+            "raw": None if raw is None else {"split": on_split, "heads": raw},
             "best": done.best and {**done.best, "weights": "best.safetensors", "selected_on": recipe.val_split},
             "chosen": chosen,
             "chosen_on": splits.held_out_from if chosen else None,

@@ -52,7 +52,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World) -> None:
     before: dict[str, Tensor] | None = None
     for stage in recipe.chain():
         splits = pool.open(stage)
-        check_sampler(stage.choice("sampler"), splits)
+        check_sampler(stage.choice("sampler"), splits, stage.cutmix_sampler)
         kind, settings = resolve_method(stage.method)
         values = kind.Settings(**settings)
         if kind.needs_held_out(values):
