@@ -233,7 +233,10 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     predict.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="of what is written")
     predict.add_argument("--output", type=Path, metavar="FILE", help="write to this file")
     predict.add_argument(
-        "--head", default="prediction", metavar="NAME", help="prediction, or one of the model's heads (prediction)"
+        "--head",
+        default="prediction",
+        metavar="NAME",
+        help="prediction, or one of the model's heads or experts (prediction)",
     )
     predict.add_argument(
         "--prior",

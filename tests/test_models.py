@@ -6,6 +6,7 @@ tools/timm_tests.py runs timm's own tests over the same names.
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import CLASSIFIERS, count_macs, count_parameters, create_classifier, prefix_backbone
 
-MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet", "with_classifier")
+MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet", "with_classifier", "experts_resnet")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
-WRAPPED = [name for name in NAMES if name.startswith(("mbib", "bib"))]
+EXPERTS = timm.list_models(module="experts_resnet")
+WRAPPED = [*timm.list_models(module="mbib_resnet"), *EXPERTS]
 DEPTHS = (20, 32, 44, 56, 10, 18, 34, 50, 101, 152)
 VARIANTS = [f"resnet{depth}" for depth in DEPTHS] + ["resnext50", "resnext101"]
 # A full pass through the deepest ones says nothing that the shallow ones do not.
@@ -34,7 +36,8 @@ SMALL = [name for name in NAMES if not name.endswith(("101", "152", "44", "56"))
 def create(name, **kwargs):
     """A model of seven classes; those that take any backbone get a small one."""
     torch.manual_seed(0)
-    small = {"backbone": "resnet18"} if name in ("mbib", "bib", "with_classifier") else {}
+    generic = ("mbib", "bib", "with_classifier", "experts", "mbib_experts")
+    small = {"backbone": "resnet18"} if name in generic else {}
     return timm.create_model(name, **{"num_classes": 7, **small, **kwargs})
 
 
@@ -54,7 +57,9 @@ def as_tuple(output):
 
 def test_every_variant_is_registered():
     expected = {f"{method}_{variant}" for method in ("mbib", "bib") for variant in VARIANTS}
-    assert expected | {"mbib", "bib"} == set(WRAPPED)
+    assert expected | {"mbib", "bib"} == set(WRAPPED) - set(EXPERTS)
+    shapes = ["", "_resnet20", "_resnet32", "_resnet10", "_resnet50", "_resnext50"]
+    assert {f"{method}{shape}" for method in ("experts", "mbib_experts") for shape in shapes} == set(EXPERTS)
     assert {
         "cifar_resnet20",
         "cifar_resnet32",
@@ -140,7 +145,7 @@ def test_reset_classifier(name):
     torch.testing.assert_close(unpooled(x), unpooled.forward_features(x))
 
 
-@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
+@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20", "experts_resnet20", "mbib_experts_resnet20"])
 def test_classes_after_no_pooling_are_on_pooled_observations(name):
     model = create(name, num_classes=0, global_pool="").eval()
     model.reset_classifier(3)
@@ -197,7 +202,17 @@ def test_features_of_a_cifar_model_are_its_stages(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10", "cifar_resnet20", "with_classifier"]
+    "name",
+    [
+        "mbib_resnet20",
+        "bib_resnet20",
+        "mbib_resnet10",
+        "cifar_resnet20",
+        "with_classifier",
+        "experts_resnet20",
+        "mbib_experts_resnet20",
+        "mbib_experts_resnet10",
+    ],
 )
 def test_pruning_keeps_the_maps_before_it(name):
     model = create(name).eval()
@@ -219,7 +234,18 @@ def test_pruning_keeps_the_maps_before_it(name):
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 @pytest.mark.parametrize(
-    "name", ["mbib_resnet20", "bib_resnet20", "mbib_resnet10", "cifar_resnet20", "classic_resnet10", "with_classifier"]
+    "name",
+    [
+        "mbib_resnet20",
+        "bib_resnet20",
+        "mbib_resnet10",
+        "cifar_resnet20",
+        "classic_resnet10",
+        "with_classifier",
+        "experts_resnet20",
+        "mbib_experts_resnet20",
+        "mbib_experts_resnet10",
+    ],
 )
 def test_torchscript_and_fx(name, classifier):
     model = create(name, classifier=classifier).eval()
@@ -240,23 +266,35 @@ def test_torchscript_says_what_it_cannot_follow():
         torch.jit.script(model)
 
 
-def test_training_compiles_without_a_graph_break():
-    model = create("mbib_resnet20")
-    x = images("mbib_resnet20", 4)
+@pytest.mark.parametrize("name", ["mbib_resnet20", "experts_resnet20", "mbib_experts_resnet20"])
+def test_training_compiles_without_a_graph_break(name):
+    model = create(name)
+    x = images(name, 4)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_pickle_deepcopy_and_export():
-    model = create("mbib_resnet20").eval()
-    x = images("mbib_resnet20")
+@pytest.mark.parametrize("name", ["mbib_resnet20", "experts_resnet20", "mbib_experts_resnet20"])
+def test_pickle_deepcopy_and_export(name):
+    model = create(name).eval()
+    x = images(name)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "cifar_resnet20", "with_classifier"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mbib_resnet20",
+        "mbib_resnet10",
+        "cifar_resnet20",
+        "with_classifier",
+        "experts_resnet20",
+        "mbib_experts_resnet20",
+    ],
+)
 def test_gradient_checkpointing_changes_nothing(name):
     x = images(name, 4)
     gradients = []
@@ -273,7 +311,10 @@ def test_gradient_checkpointing_changes_nothing(name):
 def test_parameter_groups_follow_depth(name, coarse):
     model = timm.create_model(name, device="meta")
     group_of = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-    order = [group_of[n] for n, _ in model.named_parameters()]
+    # Experts follow one another; at one depth they are one group.
+    order = [group_of[n] for n, _ in model.named_parameters() if ".experts." not in n or ".experts.0." in n]
+    copies = {n: re.sub(r"\.experts\.\d+\.", ".experts.0.", n) for n in group_of}
+    assert all(group_of[n] == group_of[first] for n, first in copies.items())
     assert order == sorted(order)
     assert order[0] == 0
     assert max(order) >= 4
@@ -754,7 +795,17 @@ def test_own_checkpoint_round_trip_is_strict_and_keeps_what_it_can(tmp_path, num
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
-@pytest.mark.parametrize("name", ["mbib_resnet20", "cifar_resnet20", "classic_resnet10", "with_classifier"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mbib_resnet20",
+        "cifar_resnet20",
+        "classic_resnet10",
+        "with_classifier",
+        "experts_resnet20",
+        "mbib_experts_resnet20",
+    ],
+)
 def test_a_checkpoint_serves_without_classes_and_with_others(tmp_path, name, classifier):
     """timm's idiom for embeddings, ``pretrained=True, num_classes=0``; the arguments come from config.json."""
     model = create(name, classifier=classifier)

@@ -30,7 +30,7 @@ from mbib_timm.drawing import (
     ink,
     text_on,
 )
-from mbib_timm.evaluation.figures import shot_groups_figure
+from mbib_timm.evaluation.figures import drawn_heads, shot_groups_figure
 from mbib_timm.paper import TABLE_5, TABLE_5_EPOCHS
 
 # Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
@@ -155,7 +155,12 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
         analysis: what `analyze_run` returns.
     """
     heads = analysis["reliability"]
-    parts = [name for name in analysis["prediction_heads"] if name in heads]
+    predicting = analysis["prediction_heads"]
+    parts = [
+        name
+        for name in drawn_heads(name for name in heads if name != "prediction")
+        if name in predicting or any(head.startswith(f"{name}_") for head in predicting)
+    ]
     shown = ["prediction", *parts]
     figure, (curve, images) = canvas(5.2, 6.2, rows=2)
     curve.get_gridspec().set_height_ratios([3, 1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.evaluate import head_logits
+from mbib_timm.evaluation.evaluate import head_logits, reported_heads
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 from mbib_timm.models.heads import Bottleneck
 from mbib_timm.models.mbib import MBIB
@@ -44,7 +44,7 @@ class Outputs:
         labels: true classes, (N,), int64.
         features: ``"v"``, the last observation after its normalisation, (N, C), float32; and where the model has a
             bottleneck ``"z"``, its embedding after the activation, (N, F), float32.
-        heads: of ``"prediction"`` and of every head, by name.
+        heads: of ``"prediction"`` and of each of `reported_heads`, by name.
         metrics: what `evaluate` returns.
     """
 
@@ -120,6 +120,8 @@ def _forward(model: Any, images: Tensor) -> tuple[dict[str, Tensor], dict[str, T
         with _outputs_of({"v": model.observation.norm, **embedding}) as features:
             logits = head_logits(model, images)
         return logits, features
+    if reported_heads(model):  # a second pass, since only this one gives the experts' features
+        return head_logits(model, images), {"v": model.forward_head(model.forward_features(images), pre_logits=True)}
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise MbibError(
             f"{type(model).__name__} does not give its features: expected timm's forward_features and forward_head"

@@ -14,14 +14,36 @@ from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
 
+def reported_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return what is reported of a model beside its prediction: its heads and its experts, where it has several."""
+    heads: tuple[str, ...] = tuple(getattr(model, "head_names", ()))
+    return (*heads, *_experts(model)) if len(heads) > 1 else ()
+
+
+def _experts(model: nn.Module) -> dict[str, list[str]]:
+    """Return the heads that an expert predicts with, by its name, of experts that have several heads."""
+    experts: dict[str, tuple[str, ...]] = getattr(model, "expert_heads", {})
+    predicting = getattr(model, "prediction_heads", ())
+    return {
+        expert: [head for head in heads if head in predicting] for expert, heads in experts.items() if len(heads) > 1
+    }
+
+
+def _mean(logits: list[Tensor]) -> Tensor:
+    return sum(logits[1:], logits[0]) / len(logits)
+
+
 def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the logits (B, K) of the prediction, and of each head where the model has several."""
-    head_names: tuple[str, ...] = getattr(model, "head_names", ())
-    if len(head_names) < 2:
+    """Return the logits (B, K) of the prediction, and of each of `reported_heads`."""
+    if not reported_heads(model):
         return {"prediction": model(images)}
-    heads = dict(zip(head_names, model.forward_heads(images), strict=True))  # type: ignore[operator]
-    predicting = [heads[name] for name in model.prediction_heads]  # type: ignore[union-attr]
-    return {"prediction": sum(predicting[1:], predicting[0]) / len(predicting), **heads}
+    heads = dict(zip(model.head_names, model.forward_heads(images), strict=True))  # type: ignore[operator, arg-type]
+    experts = {expert: _mean([heads[name] for name in names]) for expert, names in _experts(model).items()}
+    return {
+        "prediction": _mean([heads[name] for name in model.prediction_heads]),  # type: ignore[union-attr]
+        **heads,
+        **experts,
+    }
 
 
 # One for the process, as that of the training step.
@@ -51,7 +73,7 @@ def evaluate(
         compile: compile the forward pass.
 
     Returns:
-        ``summarize`` for ``"prediction"`` and for every head, by name.
+        ``summarize`` for ``"prediction"`` and for each of `reported_heads`, by name.
 
     Raises:
         DataError: no image at all, or what the loader raises for a broken one.
@@ -76,8 +98,7 @@ def evaluate(
         model.train(was_training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if sums is None:  # this process had no share; it adds nothing, under the same names
-            heads = getattr(model, "head_names", ())
-            names = ("prediction", *(heads if len(heads) > 1 else ()))
+            names = ("prediction", *reported_heads(model))
             nothing = torch.zeros(len(names), 0, len(class_counts), device=device)
             sums = batch_statistics(nothing, torch.zeros(0, dtype=torch.long, device=device))
         sums.all_reduce()

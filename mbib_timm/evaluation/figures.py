@@ -1,6 +1,6 @@
 """The figures of a run: training curves, accuracy by class, accuracy by shot group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -191,14 +191,26 @@ def name_classes(axes: Any, class_counts: np.ndarray, class_names: Sequence[str]
     return order
 
 
+def drawn_heads(names: Iterable[str]) -> list[str]:
+    """Return the heads that a figure has room for: of experts with several heads each, the experts alone.
+
+    Args:
+        names: of all heads; those of an expert start with its name, as ``expert1_v3``.
+    """
+    names = list(names)
+    if len(names) <= len(HEAD_COLORS):
+        return names
+    return [name for name in names if not any(name.startswith(f"{expert}_") for expert in names)]
+
+
 def shot_groups_figure(results: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Draw the accuracy of every head on all classes and on each shot group.
+    """Draw the accuracy of the heads, see `drawn_heads`, on all classes and on each shot group.
 
     Args:
         results: metrics by head.
     """
     columns = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
-    heads = [name for name in results if name != "prediction"] + ["prediction"]
+    heads = [*drawn_heads(name for name in results if name != "prediction"), "prediction"]
     bar = 0.84 / len(heads)
     # A number over each bar takes almost a third of an inch.
     figure, axes = canvas(max(6.0, 1.5 + 1.4 * len(heads)), 3.8)

@@ -28,8 +28,9 @@ def class_labels(model: LoadedModel) -> list[str]:
 
 
 def shown_heads(model: LoadedModel) -> dict[str, str]:
-    """Return what the page shows, with its titles: the prediction, and the heads whose mean it is."""
-    parts: tuple[str, ...] = tuple(getattr(model.module, "prediction_heads", ()))
+    """Return what the page shows, with its titles: the prediction, and the experts or the heads whose mean it is."""
+    heads: tuple[str, ...] = tuple(getattr(model.module, "prediction_heads", ()))
+    parts = tuple(getattr(model.module, "expert_heads", ())) or heads
     if len(parts) < 2:
         return {PREDICTION: "Prediction"}
     mean = f"{', '.join(parts[:-1])} and {parts[-1]}"

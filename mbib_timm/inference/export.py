@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.load import LoadedModel, load_model
-from mbib_timm.models.mbib import MBIB
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -61,10 +60,10 @@ def export(target: str, format: str, output: Path | None = None) -> Path:
 
 def for_inference(module: nn.Module) -> nn.Module:
     """Return a copy of a model in evaluation mode, without the heads that serve training only."""
-    module = copy.deepcopy(module).eval()
-    if isinstance(module, MBIB):
-        module.remove_training_heads()
-    return module
+    bare: Any = copy.deepcopy(module).eval()
+    if hasattr(bare, "remove_training_heads"):
+        bare.remove_training_heads()
+    return bare
 
 
 def description(model: LoadedModel) -> dict[str, Any]:

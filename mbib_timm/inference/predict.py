@@ -23,6 +23,7 @@ from mbib_timm.data.images import Reader, first_line
 from mbib_timm.data.loaders import pil_mode
 from mbib_timm.environment import join_world, leave_world
 from mbib_timm.errors import DataError, MbibError, unknown_name
+from mbib_timm.evaluation.evaluate import head_logits, reported_heads
 from mbib_timm.models.load import LoadedModel, load_model
 
 PREDICTION = "prediction"
@@ -124,18 +125,12 @@ class Broken:
     reason: str
 
 
-def heads_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a model's heads where it has several; none for a single one, which is the prediction."""
-    names: tuple[str, ...] = tuple(getattr(module, "head_names", ()))
-    return names if len(names) > 1 else ()
-
-
 class Predictor:
     """A trained model with everything between an image and its classes.
 
     Args:
         model: a trained model.
-        head: ``prediction``, or the name of one of the model's heads.
+        head: ``prediction``, or the name of one of the model's heads or experts.
         prior: class frequencies that the probabilities are for: ``train``, ``uniform``, or a file with a count for
             each class; None leaves the logits as they are.
         device: where it runs.
@@ -148,8 +143,8 @@ class Predictor:
         self, model: LoadedModel, head: str = PREDICTION, prior: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.model, self.head, self.device = model, head, torch.device(device)
-        if head not in (PREDICTION, *heads_of(model.module)):
-            raise unknown_name(f"head of {model.source.name}", head, (PREDICTION, *heads_of(model.module)))
+        if head not in (PREDICTION, *reported_heads(model.module)):
+            raise unknown_name(f"head of {model.source.name}", head, (PREDICTION, *reported_heads(model.module)))
         self.module: nn.Module = model.module.to(self.device)
         self.shift = None if prior is None else log_prior_shift(model, prior).to(self.device)
 
@@ -162,10 +157,7 @@ class Predictor:
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities (B, K) of the classes, for preprocessed images (B, C, H, W)."""
         images = images.to(self.device)
-        if self.head == PREDICTION:
-            logits = self.module(images)
-        else:
-            logits = self.module.forward_heads(images)[heads_of(self.module).index(self.head)]  # type: ignore[operator]
+        logits = self.module(images) if self.head == PREDICTION else head_logits(self.module, images)[self.head]
         logits = logits.float()
         return torch.softmax(logits if self.shift is None else logits + self.shift, dim=-1)
 

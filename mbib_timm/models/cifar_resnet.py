@@ -4,6 +4,7 @@ Their shortcuts have no parameters (option A): where a block halves the map and 
 subsampled with stride 2 and padded with zero channels.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,7 @@ class CifarResNet(nn.Module):
         drop_rate: dropout before the classifier.
         classifier: its kind, see `create_classifier`.
         classifier_scale: of a cosine classifier.
+        channels: of the three stages.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class CifarResNet(nn.Module):
         drop_rate: float = 0.0,
         classifier: str = "linear",
         classifier_scale: float | None = None,
+        channels: Sequence[int] = STAGE_CHANNELS,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,27 +80,27 @@ class CifarResNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        channels = STAGE_CHANNELS[0]
-        self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        width = channels[0]
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(width, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.feature_info: list[dict[str, Any]] = [dict(num_chs=channels, reduction=1, module="act1")]
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=width, reduction=1, module="act1")]
         stages = []
-        for stage, out_channels in enumerate(STAGE_CHANNELS, start=1):
+        for stage, out_channels in enumerate(channels, start=1):
             blocks = []
             for i in range(blocks_per_stage):
-                halves = out_channels != channels
-                shortcut = PadShortcut(out_channels - channels) if halves else None
-                blocks.append(BasicBlock(channels, out_channels, 2 if halves else 1, shortcut, **dd))
-                channels = out_channels
-                info = dict(num_chs=channels, reduction=2 ** (stage - 1), module=f"layer{stage}.{i}")
+                halves = stage > 1 and i == 0
+                shortcut = PadShortcut(out_channels - width) if halves else None
+                blocks.append(BasicBlock(width, out_channels, 2 if halves else 1, shortcut, **dd))
+                width = out_channels
+                info = dict(num_chs=width, reduction=2 ** (stage - 1), module=f"layer{stage}.{i}")
                 self.feature_info.append(info)
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
 
-        self.num_features = channels
+        self.num_features = width
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = channels * self.global_pool.feat_mult()
+        self.head_hidden_size = width * self.global_pool.feat_mult()
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
         self.fc = create_classifier(classifier, self.head_hidden_size, num_classes, classifier_scale, init=False, **dd)
         self.init_weights()
@@ -142,14 +145,14 @@ class CifarResNet(nn.Module):
         )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last map, (B, 64, H/4, W/4)."""
+        """Return the last map, (B, C, H/4, W/4)."""
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
         return self.layer3(self.layer2(self.layer1(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits (B, K), or the pooled vector (B, 64) with `pre_logits`."""
+        """Return logits (B, K), or the pooled vector (B, C) with `pre_logits`."""
         x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)

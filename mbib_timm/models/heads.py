@@ -79,3 +79,37 @@ class Bottleneck(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         """Return the logits g(z) (B, K)."""
         return self.classifier(self.drop(self.embed(v)))
+
+
+class ObservationWithBottleneck(Observation):
+    """The last observation v and the bottleneck z, with a classifier each; the mean of their logits is the prediction.
+
+    Args:
+        channels, num_classes, norm, drop_rate, classifier: of the observation, see `Observation`.
+        features, act: of the bottleneck, see `Bottleneck`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        norm: bool = True,
+        drop_rate: float = 0.0,
+        classifier: Callable[..., nn.Module] = LINEAR,
+        *,
+        features: int,
+        act: bool = True,
+        **dd: Any,
+    ) -> None:
+        super().__init__(channels, num_classes, norm, drop_rate, classifier, **dd)
+        self.bottleneck = Bottleneck(channels, features, num_classes, act, drop_rate, classifier, **dd)
+
+    def both(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, K) of v and those of z, of a pooled map (B, C)."""
+        v = self.norm(pooled)
+        return self.classifier(self.drop(v)), self.bottleneck(v)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the mean (B, K) of the logits of v and z."""
+        of_v, of_z = self.both(pooled)
+        return (of_v + of_z) / 2

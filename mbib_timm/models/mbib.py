@@ -13,27 +13,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.classifiers import create_classifier, renew_classifier
+from mbib_timm.models.base import MultiHeadModel, create_pool
+from mbib_timm.models.classifiers import create_classifier
 from mbib_timm.models.heads import Bottleneck, Observation
-from mbib_timm.models.taps import PREFIX, create_tapped, prefixed_groups, prefixed_levels, resolve_taps
-from mbib_timm.models.weights import classifier_names
+from mbib_timm.models.taps import create_tapped, prefixed_levels, resolve_taps
 
 __all__ = ["MBIB"]
 
 PREDICTIONS = ("mean", "v", "z")
-POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
 
 
-class PoolingError(MbibError, AssertionError):
-    """A pooling type that the model cannot take; an AssertionError as well, as timm's callers expect."""
-
-
-class MBIB(nn.Module):
+class MBIB(MultiHeadModel):
     """Mixture of Balanced Information Bottlenecks on any timm backbone that has ``forward_intermediates``.
 
     In training, `forward` returns the logits of every head, (B, K) each, as a tuple in the order of `head_names`. In
@@ -93,7 +87,7 @@ class MBIB(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._require_pooling(global_pool, num_classes)
+        self.global_pool = create_pool(global_pool, num_classes)
         if prediction not in PREDICTIONS:
             raise unknown_name("prediction", str(prediction), PREDICTIONS)
         self.backbone_name = backbone
@@ -117,10 +111,8 @@ class MBIB(nn.Module):
         self.bottleneck_head: str | None = "z" if self.predicts_from_z else None
         self.prediction_heads = (names[-1],) * self.predicts_from_v + ("z",) * self.predicts_from_z
         self.head_names = (*shallow, *self.prediction_heads)
-        self.training_logits = "all"
         self.set_training_logits(training_logits)
 
-        self.global_pool = _pool(global_pool)
         self.num_features = self.head_hidden_size = channels[-1]
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
         create = partial(create_classifier, classifier, scale=classifier_scale)
@@ -138,26 +130,6 @@ class MBIB(nn.Module):
             width = bottleneck_features or channels[-1]
             self.bottleneck = Bottleneck(channels[-1], width, num_classes, bottleneck_act, drop_rate, create, **dd)
 
-    def _require_pooling(self, pool_type: str, num_classes: int) -> None:
-        """Raise PoolingError unless the heads can take what the pooling gives."""
-        if pool_type == "" and num_classes > 0:
-            raise PoolingError("the classifiers need pooled observations: global_pool='' goes with num_classes=0")
-        if pool_type not in (*POOL_TYPES, ""):
-            error = unknown_name("global_pool (of the types that keep the width)", str(pool_type), POOL_TYPES)
-            raise PoolingError(str(error))
-
-    @torch.jit.ignore
-    def set_training_logits(self, mode: str) -> None:
-        """Choose what training returns.
-
-        Args:
-            mode: ``"all"``: the logits of every head; ``"mean"``: what evaluation returns. With ``"mean"`` the
-                training-only heads get no gradient; build the model with ``training_heads=False`` for DDP.
-        """
-        if mode not in ("all", "mean"):
-            raise unknown_name("training_logits", str(mode), ("all", "mean"))
-        self.training_logits = mode
-
     @torch.jit.ignore
     def remove_training_heads(self) -> None:
         """Remove the classifiers that serve training only; the prediction stays the same."""
@@ -165,57 +137,9 @@ class MBIB(nn.Module):
         self.head_names = self.prediction_heads
         self.name_classifiers()
 
-    @torch.jit.ignore
-    def name_classifiers(self) -> None:
-        """Write the classifiers' names into the model's cfg, where it has one: they depend on its arguments."""
-        cfg: Any = getattr(self, "pretrained_cfg", None)
-        if cfg is not None and self.num_classes > 0:
-            cfg["classifier"] = classifier_names(self)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's activations in the backward pass instead of keeping them."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the backbone's parameters that take no weight decay."""
-        return {PREFIX + name for name in getattr(self.backbone, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Any:
-        """Return the backbone's parameter groups, in order of depth; the heads come last."""
-        return prefixed_groups(self.backbone, coarse)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> tuple[nn.Module, ...]:
-        """Return the classifiers, in the order of `head_names`."""
-        return tuple(head.classifier for head in self._heads())
-
     def _heads(self) -> list[Any]:
         predicting = [self.observation] * self.predicts_from_v + [self.bottleneck] * self.predicts_from_z
         return [*self.training_heads.values(), *predicting]
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace every classifier by one of the same kind.
-
-        Args:
-            num_classes: classes K; with 0, `forward` returns the last observation, (B, `head_hidden_size`).
-            global_pool: pooling type; None keeps it, ``""`` (with no classes) returns the unpooled map. Classes after
-                ``""``, without a type, are on average-pooled observations.
-
-        Raises:
-            PoolingError: a pooling type that the heads cannot take.
-        """
-        if global_pool is None and self.global_pool.pool_type == "" and num_classes > 0:
-            global_pool = "avg"
-        if global_pool is not None:
-            self._require_pooling(global_pool, num_classes)
-            self.global_pool = _pool(global_pool).train(self.training)
-        self.num_classes = num_classes
-        kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
-        for head in self._heads():
-            head.classifier = renew_classifier(head.classifier, kind, head.num_features, num_classes, scale, **dd)
 
     @torch.jit.ignore
     def _maps(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
@@ -256,34 +180,6 @@ class MBIB(nn.Module):
         if self.predicts_from_z:
             logits.append(self.bottleneck(v))
         return tuple(logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
-            return self.forward_heads(x)
-        return self.forward_head(self.forward_features(x))
-
-    @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return the last map and the maps of the chosen levels (all of them by default), as timm's models do.
-
-        The levels are those of `feature_info`: the backbone's, up to its last tap.
-        """
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        kwargs: dict[str, Any] = dict(norm=norm, stop_early=stop_early, output_fmt=output_fmt, intermediates_only=True)
-        if intermediates_only:
-            return self.backbone.forward_intermediates(x, indices=take, **kwargs)
-        end = last if stop_early else len(self.feature_info) - 1
-        levels = sorted({*take, end})
-        maps = self.backbone.forward_intermediates(x, indices=levels, **kwargs)
-        return maps[-1], [m for level, m in zip(levels, maps, strict=True) if level in take]
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -332,7 +228,3 @@ class MBIB(nn.Module):
                 "use torch.export or torch.jit.trace"
             )
         return self
-
-
-def _pool(pool_type: str) -> SelectAdaptivePool2d:
-    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))

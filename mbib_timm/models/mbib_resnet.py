@@ -16,9 +16,9 @@ from timm.models._pretrained import PretrainedCfg
 
 from mbib_timm.models import cifar_resnet, classic_resnet  # noqa: F401 (the backbones below must be registered)
 from mbib_timm.models.mbib import MBIB
-from mbib_timm.models.taps import FeatureNet, prefixed_names
+from mbib_timm.models.taps import FeatureNet, backbone_cfg
 from mbib_timm.models.weights import filter_state_dict
-from mbib_timm.models.zoo import create_published, published_cfgs
+from mbib_timm.models.zoo import backbone_cfgs, create_published
 
 __all__: list[str] = []
 
@@ -58,25 +58,8 @@ VARIANTS = {
 
 
 def _cfg(backbone: str, observations: int) -> PretrainedCfg:
-    """The cfg of the plain backbone, with its keys as they stand in an MBIB model, and its weights' location."""
-    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
     trained_heads = [f"training_heads.v{i}.classifier" for i in range(1, observations)]
-    return dataclasses.replace(
-        cfg,
-        url=None,
-        architecture=None,
-        tag=None,
-        classifier=(*trained_heads, "observation.classifier", "bottleneck.classifier"),
-        first_conv=prefixed_names(cfg.first_conv),
-    )
-
-
-def _tags(method: str, name: str, variant: Variant, observations: int) -> dict[str, PretrainedCfg]:
-    """The cfgs of a registered name by `arch.tag`: its backbone's weights, and the published models."""
-    architecture, cfg = f"{method}_{name}", _cfg(variant.backbone, observations)
-    _, _, tag = variant.backbone.partition(".")
-    backbone = {f"{architecture}.backbone_{tag}": cfg} if tag else {}
-    return backbone | published_cfgs(architecture, cfg) or {architecture: cfg}
+    return backbone_cfg(backbone, (*trained_heads, "observation.classifier", "bottleneck.classifier"))
 
 
 default_cfgs = generate_default_cfgs(
@@ -84,7 +67,9 @@ default_cfgs = generate_default_cfgs(
         name: cfg
         for variant_name, variant in VARIANTS.items()
         for method, observations in (("mbib", 3), ("bib", 1))
-        for name, cfg in _tags(method, variant_name, variant, observations).items()
+        for name, cfg in backbone_cfgs(
+            f"{method}_{variant_name}", variant.backbone, _cfg(variant.backbone, observations)
+        ).items()
     }
     | {"mbib": PretrainedCfg(), "bib": PretrainedCfg()}
 )

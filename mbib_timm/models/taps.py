@@ -1,11 +1,13 @@
 """Where a backbone is observed: its levels by index or name, and the backbone cut off behind the last of them."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 from timm.models._features import FeatureGetterNet
+from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from mbib_timm.errors import MbibError, unknown_name
@@ -117,3 +119,21 @@ def prefixed_names(names: str | Sequence[str] | None) -> Any:
     if names is None or isinstance(names, str):
         return PREFIX + names if names else None
     return tuple(PREFIX + name for name in names)
+
+
+def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCfg:
+    """Return the cfg of a backbone, with its weights' location, as that of the model that holds it.
+
+    Args:
+        backbone: timm model name, with or without tag.
+        classifier: name or names of the model's classifiers.
+    """
+    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
+    return dataclasses.replace(
+        cfg,
+        url=None,
+        architecture=None,
+        tag=None,
+        classifier=classifier if isinstance(classifier, str) else tuple(classifier),
+        first_conv=prefixed_names(cfg.first_conv),
+    )

@@ -57,8 +57,8 @@ def prefix_backbone(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, T
     expected = [key for key in plain.state_dict() if not key.startswith(prefixes)]
     given = [key for key in state_dict if not key.startswith(prefixes)]
     _require_same_keys(given, expected, f"checkpoint of backbone {model.backbone_name!r}")
-    used = model.backbone.state_dict()
-    return {PREFIX + key: state_dict[key] for key in given if key in used}
+    sources = {key: model.plain_key(key) for key in model.backbone.state_dict()}
+    return {PREFIX + key: state_dict[source] for key, source in sources.items() if source in state_dict}
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:

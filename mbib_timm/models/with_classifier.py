@@ -14,15 +14,16 @@ from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
 from mbib_timm.errors import unknown_name
+from mbib_timm.models.base import BackboneModel
 from mbib_timm.models.classifiers import create_classifier, renew_classifier
-from mbib_timm.models.taps import PREFIX, FeatureNet, prefixed_groups, prefixed_levels, prefixed_names
+from mbib_timm.models.taps import FeatureNet, backbone_cfg, prefixed_levels
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
 
 __all__ = ["WithClassifier"]
 
 
-class WithClassifier(nn.Module):
+class WithClassifier(BackboneModel):
     """A timm backbone without its classifier, under the keys ``backbone.<timm's key>``, and a classifier.
 
     Args:
@@ -73,7 +74,7 @@ class WithClassifier(nn.Module):
             "drop_rate": drop_rate or None,
             "drop_path_rate": drop_path_rate or None,
         }
-        self.backbone: Any = timm.create_model(
+        self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
@@ -96,21 +97,6 @@ class WithClassifier(nn.Module):
     def head_hidden_size(self) -> int:
         """Width of the pooled features."""
         return int(self.backbone.head_hidden_size)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's activations in the backward pass instead of keeping them."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the backbone's parameters that take no weight decay."""
-        return {PREFIX + name for name in getattr(self.backbone, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Any:
-        """Return the backbone's parameter groups, in order of depth; the classifier comes last."""
-        return prefixed_groups(self.backbone, coarse)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -138,26 +124,6 @@ class WithClassifier(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return the last map and the maps of the chosen levels: the backbone's own."""
-        return self.backbone.forward_intermediates(
-            x,
-            indices=indices,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
-
-    @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -170,19 +136,6 @@ class WithClassifier(nn.Module):
         return take
 
 
-def _cfg(backbone: str) -> PretrainedCfg:
-    """The cfg of the backbone, with its keys as they stand in the model that holds it, and its weights' location."""
-    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
-    return dataclasses.replace(
-        cfg,
-        url=None,
-        architecture=None,
-        tag=None,
-        classifier="classifier",
-        first_conv=prefixed_names(cfg.first_conv),
-    )
-
-
 default_cfgs = generate_default_cfgs({"with_classifier": PretrainedCfg()})
 
 
@@ -191,7 +144,7 @@ def with_classifier(pretrained: bool = False, backbone: str = "resnet50", **kwar
     """Any timm backbone with a linear, cosine or scaled classifier; `pretrained` loads the backbone's own weights."""
     backbone_name = backbone.partition(".")[0]
     if kwargs.get("pretrained_cfg") is None and timm.is_model(backbone_name):
-        kwargs["pretrained_cfg"] = dataclasses.asdict(_cfg(backbone))
+        kwargs["pretrained_cfg"] = dataclasses.asdict(backbone_cfg(backbone, "classifier"))
     return create_published(
         WithClassifier,
         "with_classifier",

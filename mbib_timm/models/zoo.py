@@ -175,6 +175,19 @@ def published_cfgs(architecture: str, cfg: PretrainedCfg) -> dict[str, Pretraine
     return cfgs
 
 
+def backbone_cfgs(architecture: str, backbone: str, cfg: PretrainedCfg) -> dict[str, PretrainedCfg]:
+    """Return the cfgs, by `arch.tag`, of a registered model that holds a backbone: its backbone's and the published.
+
+    Args:
+        architecture: the registered name.
+        backbone: timm's name, with the tag of its weights where it has any.
+        cfg: of the model, with its keys and the backbone's weights.
+    """
+    _, _, tag = backbone.partition(".")
+    own = {f"{architecture}.backbone_{tag}": cfg} if tag else {}
+    return own | published_cfgs(architecture, cfg) or {architecture: cfg}
+
+
 def create_published(build: Callable[..., Any], architecture: str, pretrained: bool, **kwargs: Any) -> Any:
     """Build a registered model under its tag: with the network of the tag's method, and only with weights that exist.
 

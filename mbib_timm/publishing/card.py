@@ -130,7 +130,9 @@ def _papers(record: Record) -> list[str]:
 
 
 def _heads(record: Record) -> list[str]:
-    return [head for head in record.metrics["result"]["heads"] if head != "prediction"]
+    # An expert of several heads has its row in the results, and no classifier but theirs.
+    names = [head for head in record.metrics["result"]["heads"] if head != "prediction"]
+    return [name for name in names if not any(other.startswith(f"{name}_") for other in names)]
 
 
 def _listed(names: Sequence[str]) -> str:

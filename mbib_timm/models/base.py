@@ -1,0 +1,204 @@
+"""What models that hold a timm backbone have in common: `BackboneModel`, and `MultiHeadModel` with several heads.
+
+The backbone is timm's model itself, under the keys ``backbone.<timm's key>``; what is the backbone's is left to it.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import SelectAdaptivePool2d, get_device_dtype
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.classifiers import renew_classifier
+from mbib_timm.models.taps import PREFIX, prefixed_groups
+from mbib_timm.models.weights import classifier_names
+
+POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
+
+
+class PoolingError(MbibError, AssertionError):
+    """A pooling type that the model cannot take; an AssertionError as well, as timm's callers expect."""
+
+
+class BackboneModel(nn.Module):
+    """A model that holds a timm backbone.
+
+    Attributes:
+        backbone: timm's model.
+        backbone_name: its name, without tag.
+        backbone_args: keyword arguments that it was built with.
+    """
+
+    if TYPE_CHECKING:  # TorchScript reads a class's annotations, and takes few
+        backbone: Any
+        backbone_name: str
+        backbone_args: dict[str, Any]
+
+    @torch.jit.ignore
+    def plain_key(self, key: str) -> str:
+        """Return the key of the plain backbone's weights that a key of `backbone` starts from."""
+        return key
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters that take no weight decay."""
+        return {PREFIX + name for name in getattr(self.backbone, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Return the backbone's parameter groups, in order of depth; what follows the backbone comes last."""
+        return prefixed_groups(self.backbone, coarse)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last map and the maps of the chosen levels: the backbone's own."""
+        return self.backbone.forward_intermediates(
+            x,
+            indices=indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+
+class MultiHeadModel(BackboneModel):
+    """A model with several classifiers: in training it returns the logits of each, in evaluation their prediction.
+
+    Attributes:
+        head_names: of the logits that training returns, in order.
+        prediction_heads: those whose mean is the prediction.
+        training_logits: see `set_training_logits`.
+        global_pool: of every map that a head is on.
+        feature_info: the backbone's levels, up to the last that is used.
+    """
+
+    if TYPE_CHECKING:
+        global_pool: SelectAdaptivePool2d
+        head_names: tuple[str, ...]
+        prediction_heads: tuple[str, ...]
+        num_classes: int
+        training_logits: str
+        feature_info: list[dict[str, Any]]
+        classifier_kind: str
+        classifier_scale: float | None
+
+    def _heads(self) -> Sequence[Any]:
+        """Return the heads, in the order of `head_names`: each has a `classifier` on `num_features`."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_training_logits(self, mode: str) -> None:
+        """Choose what training returns.
+
+        Args:
+            mode: ``"all"``: the logits of every head; ``"mean"``: what evaluation returns. With ``"mean"`` the
+                training-only heads get no gradient; build the model with ``training_heads=False`` for DDP.
+        """
+        if mode not in ("all", "mean"):
+            raise unknown_name("training_logits", str(mode), ("all", "mean"))
+        self.training_logits = mode
+
+    @torch.jit.ignore
+    def name_classifiers(self) -> None:
+        """Write the classifiers' names into the model's cfg, where it has one: they depend on its arguments."""
+        cfg: Any = getattr(self, "pretrained_cfg", None)
+        if cfg is not None and self.num_classes > 0:
+            cfg["classifier"] = classifier_names(self)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """Return the classifiers, in the order of `head_names`."""
+        return tuple(head.classifier for head in self._heads())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace every classifier by one of the same kind.
+
+        Args:
+            num_classes: classes K; with 0, `forward` returns the pooled features, (B, `head_hidden_size`).
+            global_pool: pooling type; None keeps it, ``""`` (with no classes) returns the unpooled map. Classes after
+                ``""``, without a type, are on average-pooled maps.
+
+        Raises:
+            PoolingError: a pooling type that the heads cannot take.
+        """
+        if global_pool is None and self.global_pool.pool_type == "" and num_classes > 0:
+            global_pool = "avg"
+        if global_pool is not None:
+            self.global_pool = create_pool(global_pool, num_classes).train(self.training)
+        self.num_classes = num_classes
+        kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
+        for head in self._heads():
+            head.classifier = renew_classifier(head.classifier, kind, head.num_features, num_classes, scale, **dd)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last map, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the prediction (B, K) from the last map; with `pre_logits` the features (B, C)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the prediction (B, K); in training the logits of every head."""
+        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
+            return self.forward_heads(x)
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last map and the maps of the chosen levels (all of them by default), as timm's models do.
+
+        The levels are those of `feature_info`.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        kwargs: dict[str, Any] = dict(norm=norm, stop_early=stop_early, output_fmt=output_fmt, intermediates_only=True)
+        if intermediates_only:
+            return self.backbone.forward_intermediates(x, indices=take, **kwargs)
+        end = last if stop_early else len(self.feature_info) - 1
+        levels = sorted({*take, end})
+        maps = self.backbone.forward_intermediates(x, indices=levels, **kwargs)
+        return maps[-1], [m for level, m in zip(levels, maps, strict=True) if level in take]
+
+
+def create_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
+    """Return a pooling of maps to vectors; with ``""`` none.
+
+    Raises:
+        PoolingError: the heads cannot take what it gives.
+    """
+    if pool_type == "" and num_classes > 0:
+        raise PoolingError("the classifiers need pooled maps: global_pool='' goes with num_classes=0")
+    if pool_type not in (*POOL_TYPES, ""):
+        error = unknown_name("global_pool (of the types that keep the width)", str(pool_type), POOL_TYPES)
+        raise PoolingError(str(error))
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
