@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Splits, check_sampler, choose_loader, create_loaders, create_passes
+from mbib_timm.data import (
+    DataPool,
+    Loaders,
+    Passes,
+    Splits,
+    check_sampler,
+    choose_loader,
+    create_loaders,
+    create_passes,
+)
 from mbib_timm.data.loaders import Place
 from mbib_timm.environment import World, describe_environment
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation import evaluate
-from mbib_timm.methods import Facts, Method, resolve_method
+from mbib_timm.methods import Method, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.checkpoint import save_checkpoint
@@ -22,7 +31,7 @@ from mbib_timm.training.optimization import Precision, create_optimizer, create_
 from mbib_timm.training.report import SHOT_METRICS, draw_figures, epoch_line, print_report
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.seeding import seed_generators
-from mbib_timm.training.setup import build_network, input_size
+from mbib_timm.training.setup import build_network, facts_of, input_size
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
 
@@ -77,9 +86,9 @@ class Run:
         # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
         chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
         self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
-        facts = Facts(self.splits.class_counts, recipe.epochs, previous)
+        facts = facts_of(recipe, self.splits, self.input_size, previous)
         self.method: Method = kind(network, settings, facts, world.device)
-        self.method.to(world.device)
+        self.method.to(world.device, memory_format=memory_format)
         self.method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
         self.optimizer = create_optimizer(recipe, self.method)
         self.schedule = create_schedule(recipe, self.optimizer)
@@ -131,6 +140,8 @@ class Run:
                 self._save()
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
         try:
+            if done.epoch < recipe.epochs and type(self.method).begin is not Method.begin:
+                self.method.begin(self._passes())
             for epoch in range(done.epoch, recipe.epochs):
                 self._train_epoch(epoch)
         finally:
@@ -172,6 +183,11 @@ class Run:
             for tracker in self.trackers:
                 tracker.log(row)
             self.progress.say(epoch_line(row, recipe.epochs))
+
+    def _passes(self) -> Passes:
+        """The images for a method that looks at them beside training."""
+        place = Place(self.world.device, self.world.rank, self.world.world_size)
+        return create_passes(self.splits, self.recipe, self.input_size, place, self.pool)
 
     def _evaluate(self, loader: Any) -> dict[str, dict[str, Any]]:
         return evaluate(
@@ -241,8 +257,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
-            place = Place(self.world.device, self.world.rank, self.world.world_size)
-            self.method.finish(create_passes(splits, recipe, self.input_size, place, self.pool))
+            self.method.finish(self._passes())
             done.last = {"epoch": recipe.epochs - 1, "heads": self._evaluate(self.loaders.val)}
         elif done.last is None:  # of no epoch
             done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}

@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from mbib_timm.data import Splits
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
-from mbib_timm.methods import part_of, resolve_method
+from mbib_timm.methods import Facts, part_of, resolve_method
 from mbib_timm.models.load import find_source
 from mbib_timm.recipe import Recipe
 
@@ -58,12 +59,16 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
 def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str], source: str) -> None:
     """Raise CheckpointError unless weights have the names and shapes of a model, but for what starts anew.
 
+    Where all of it starts anew, the weights may be another model's.
+
     Args:
         own: the model's.
         weights: to start from.
         anew: names of what starts anew.
         source: of the weights, for the message.
     """
+    if anew == own.keys():
+        return
     differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
@@ -140,3 +145,24 @@ def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
     channels, height, width = cfg.get("input_size", (3, 224, 224))
     channels = recipe.model_kwargs.get("in_chans", channels)
     return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
+
+
+def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previous: Path | None = None) -> Facts:
+    """Return what a stage's method may know.
+
+    Args:
+        recipe: of the stage.
+        splits: its data.
+        size: of the images (C, H, W).
+        previous: folder of the stage before.
+    """
+    return Facts(
+        splits.class_counts,
+        recipe.epochs,
+        previous,
+        size,
+        tuple(recipe.mean),
+        tuple(recipe.std),
+        splits.class_names,
+        streamed=splits.train.stream is not None,
+    )
