@@ -187,8 +187,8 @@ class Recipe:
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew where weights are given: none, classifier, or a regular expression of names; the "
-        "method's own when not given",
+        "the part that starts anew where weights are given: none, classifier, all, or a regular expression of names; "
+        "the method's own when not given",
     )
     frozen_bn: str | None = _method(
         None,
