@@ -31,7 +31,7 @@ from naive import (
     naive_weights,
 )
 from safetensors.torch import load_file
-from tiny import OBSERVATIONS, Tiny, batches, previous_run
+from tiny import EXPERTS, MBIB_EXPERTS, OBSERVATIONS, Tiny, batches, previous_run
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +64,8 @@ OF_OBSERVATIONS = [name for name in TRAINED if issubclass(METHODS[name], Bottlen
 OURS = [name for name in ALL if METHODS[name].__module__.startswith("mbib_timm.methods.") or name == "toy"]
 # Of these the loss is a function of the student's logits and the labels alone; others have a test file of their own.
 KNOWN = [name for name in TRAINED if name in OURS and METHODS[name].forward is Method.forward]
-OF_ANY_NETWORK = [name for name in KNOWN if name not in OF_OBSERVATIONS]
+OF_EXPERTS = {"sade": EXPERTS, "sade_mbib": MBIB_EXPERTS}
+OF_ANY_NETWORK = [name for name in KNOWN if name not in (*OF_OBSERVATIONS, *OF_EXPERTS)]
 
 CPU = torch.device("cpu")
 COUNTS = [500, 120, 40, 9, 3]
@@ -77,6 +78,8 @@ TARGETS = torch.tensor([2, 0])
 
 def heads_of(name):
     """The heads of the networks that a method is for."""
+    if name in OF_EXPERTS:
+        return OF_EXPERTS[name]
     if name not in OF_OBSERVATIONS:
         return ("logits",)
     return ("v1", "z") if name == "bib" else OBSERVATIONS
@@ -173,6 +176,36 @@ def bottleneck(method, logits, targets, epoch):
     return sum(w * naive_bib(logits[t], logits[s], targets, counts, *constants) for (t, s), w in edges.items())
 
 
+def naive_offsets(counts, tau):
+    """0, log pi and log pi - tau log pi_rev, where the r-th rarest class has the r-th largest count in pi_rev."""
+    rarest_first = sorted(range(len(counts)), key=lambda i: counts[i])
+    reverse = dict(zip(rarest_first, (counts[i] for i in reversed(rarest_first)), strict=True))
+    second = [math.log(n / sum(counts)) for n in counts]
+    third = [value - tau * math.log(reverse[i] / sum(counts)) for i, value in enumerate(second)]
+    return [0.0] * len(counts), second, third
+
+
+def sade(method, logits, targets, epoch):
+    offsets = naive_offsets(counts_of(method), method.settings.tau)
+    return sum(
+        naive_adjusted_cross_entropy(logits[expert], targets, offset=offset)
+        for expert, offset in zip(EXPERTS, offsets, strict=True)
+    )
+
+
+def sade_mbib(method, logits, targets, epoch):
+    """Every expert's MBIB, with its offset in the place of log n: n_i exp(t_i) is exp(offset_i) exp(t_i)."""
+    settings, counts, total = method.settings, counts_of(method), 0.0
+    weights = naive_weights(counts, settings.class_weight_power)
+    for expert, offset in zip(EXPERTS, naive_offsets(counts, settings.tau), strict=True):
+        z = logits[f"{expert}_z"]
+        for v, weight in zip(OBSERVATIONS, settings.observation_weights, strict=False):
+            t = logits[f"{expert}_{v}"]
+            both = [naive_adjusted_cross_entropy(x, targets, offset=offset, weight=weights) for x in (t, z)]
+            total += weight * (sum(both) + settings.beta * naive_vsd(t, z, counts, settings.gamma))
+    return total
+
+
 REFERENCES = {
     "ce": over_heads(cross_entropy),
     "crt": over_heads(cross_entropy),
@@ -181,12 +214,16 @@ REFERENCES = {
     "ldam_drw": over_heads(ldam_drw),
     "toy": over_heads(toy),
     **dict.fromkeys(STRUCTURES, bottleneck),
+    "sade": sade,
+    "sade_mbib": sade_mbib,
 }
 OTHER_SETTINGS = {
     "focal": {"gamma": 0.7},
     "ldam_drw": {"max_margin": 0.3, "scale": 7.0, "reweight_from": 0.5, "effective_beta": 0.99},
     "toy": {"strength": 0.5},
     **{name: {"beta": 2.0, "gamma": 0.5, "class_weight_power": 0.7} for name in STRUCTURES},
+    "sade": {"tau": 0.7},
+    "sade_mbib": {"beta": 2.0, "gamma": 0.5, "tau": 1.0, "observation_weights": [0.2, 0.5, 0.9]},
 }
 
 
@@ -205,7 +242,9 @@ def test_the_loss_is_its_equation_written_out(name, changed, epoch):
 
 
 @pytest.mark.parametrize("epoch", [0, EPOCHS - 1])
-@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].soft_targets])
+@pytest.mark.parametrize(
+    "name", [name for name in TRAINED if METHODS[name].soft_targets and METHODS[name].forward is Method.forward]
+)
 def test_soft_targets_of_quarters_count_as_four_images_with_a_label_each(name, epoch):
     """Whatever the method: of four copies of each image, as many have a label as the target has quarters of it."""
     method = make(name).double()
@@ -283,6 +322,11 @@ def test_gradients_are_finite_where_something_trains_and_nowhere_else(name, part
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
+def offsets_by_head(method):
+    """Of every head with a weight, one for all or one for each."""
+    return method.log_counts.expand(len(method.head_weights), 1, -1)[:, 0]
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_gradients_agree_with_finite_differences(name):
     method = make(name, gamma=0.5) if name in OF_OBSERVATIONS else make(name)
@@ -298,8 +342,8 @@ def test_gradients_agree_with_finite_differences(name):
         if name not in OF_OBSERVATIONS:
             return method.loss(given, targets)["loss"]
         total = sum(
-            weight * adjusted_cross_entropy(given[head], targets, offset=method.log_counts, weight=method.class_weights)
-            for head, weight in method.head_weights.items()
+            weight * adjusted_cross_entropy(given[head], targets, offset=offset, weight=method.class_weights)
+            for (head, weight), offset in zip(method.head_weights.items(), offsets_by_head(method), strict=True)
         )
         return total + method.settings.beta * sum(
             edge.weight * self_distillation(frozen[edge.teacher], given[edge.student], method.temperatures)
@@ -404,7 +448,7 @@ def test_the_toys_state_is_kept_and_state_of_other_keys_is_refused():
             other.load_checkpoint_state(state["state_dict"], wrong)
 
 
-@pytest.mark.parametrize("name", [*OF_OBSERVATIONS, "ce", "bsce", "ldam_drw", "focal"])
+@pytest.mark.parametrize("name", [*OF_OBSERVATIONS, "ce", "bsce", "ldam_drw", "focal", "sade"])
 def test_constants_that_settings_give_stay_out_of_the_state(name):
     method = make(name)
     assert not {key for key in method.state_dict() if not key.startswith("trainable_module.")}
@@ -516,10 +560,7 @@ def test_a_method_says_what_it_is(name):
     assert inspect.getdoc(kind)
     assert kind.__doc__, "of its own, not its parent's"
     assert sys.modules[kind.__module__].__doc__ or name not in OURS
-    assert make(name, OBSERVATIONS if name in OF_OBSERVATIONS and name != "bib" else None).logit_prior in (
-        "train",
-        "uniform",
-    )
+    assert make(name).logit_prior in ("train", "uniform")
     assert kind.part in ("all", "classifier")
     assert kind.frozen_bn in (None, "train", "eval")
 
@@ -579,7 +620,7 @@ def test_a_setting_that_is_almost_right_is_named():
         resolve_method({"name": "ldam_drw", "effective_beta": 1})  # 0/0
 
 
-@pytest.mark.parametrize("name", ["bsce", "ldam_drw", "toy", *OF_OBSERVATIONS])
+@pytest.mark.parametrize("name", ["bsce", "ldam_drw", "toy", "sade", *OF_OBSERVATIONS])
 def test_a_class_without_training_images_is_refused(name):
     with pytest.raises(MbibError, match=r"classes without: \[1\]"):
         make(name, counts=[5, 0, 3])
@@ -1089,6 +1130,8 @@ def test_a_setting_of_a_method_that_is_not_settable_is_refused_when_it_is_regist
 RUNS = {
     **{name: {"model": "cifar_resnet20"} for name in OURS if name not in OF_OBSERVATIONS},
     **{name: {"model": "bib_resnet20" if name == "bib" else "mbib_resnet20"} for name in OF_OBSERVATIONS},
+    "sade": {"model": "experts_resnet20"},
+    "sade_mbib": {"model": "mbib_experts_resnet20"},
     "ldam_drw on several heads": {"method": "ldam_drw", "model": "mbib_resnet20"},
     "ldam_drw on a model of timm's": {"method": "ldam_drw", "model": "resnet10t", "img_size": 32},
     "tau_norm of mbib": {"method": "tau_norm", "model": "mbib_resnet20"},

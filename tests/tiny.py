@@ -15,6 +15,8 @@ from mbib_timm.recipe import Recipe
 from mbib_timm.training.run_folder import RunFolder
 
 OBSERVATIONS = ("v1", "v2", "v3", "z")
+EXPERTS = ("expert1", "expert2", "expert3")
+MBIB_EXPERTS = tuple(f"{expert}_{head}" for expert in EXPERTS for head in OBSERVATIONS)
 
 
 class Cosine(nn.Module):
@@ -35,6 +37,10 @@ class Tiny(nn.Module):
         super().__init__()
         self.head_names, self.prediction_heads = heads, heads[-2:]
         self.bottleneck_head = "z" if "z" in heads else None
+        experts = dict.fromkeys(name.partition("_")[0] for name in heads if name.startswith("expert"))
+        self.expert_heads = {e: tuple(name for name in heads if name.partition("_")[0] == e) for e in experts}
+        if experts:
+            self.prediction_heads = tuple(name for e in experts for name in self.expert_heads[e][-2:])
         self.conv, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
         self.mixed = nn.ModuleDict({name: nn.Linear(width, width) for name in heads})
         self.classifiers = nn.ModuleDict()

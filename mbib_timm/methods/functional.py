@@ -97,7 +97,7 @@ def adjusted_cross_entropy(
     Args:
         logits: z, (B, K), or those of H heads, (H, B, K).
         targets: y, (B,), or t, (B, K).
-        offset: b, (K,), added to the logits.
+        offset: b, (K,), added to the logits; or one for each head, (H, 1, K).
         divisor: a, (K,), divides them.
         margin: m, (K,), taken from the logit of the image's own class.
         weight: w, (K,), of the image's class (eq. 7).

@@ -122,12 +122,7 @@ class Bottleneck(Method):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         counts, settings = self.facts.class_counts, self.settings
-        bottleneck = getattr(self.get_eval_model(), "bottleneck_head", None)
-        if bottleneck is None or len(self.head_names) < 2:
-            raise MbibError(
-                f"method {self.name!r} needs a model with observations and a bottleneck, such as mbib_resnet50; "
-                f"this one returns only {', '.join(self.head_names)}"
-            )
+        self.check_network()
         self.edges = tuple(self.graph(self.head_names))
         self.head_weights: dict[str, float] = {}
         for edge in self.edges:
@@ -136,10 +131,27 @@ class Bottleneck(Method):
         # As tensors, so that other weights and another beta need no other compiled code.
         self._constant("bsc_weights", torch.tensor([*self.head_weights.values()]))
         self._constant("vsd_weights", settings.beta * torch.tensor([edge.weight for edge in self.edges]))
-        log_counts = as_counts(counts).log().float()
-        self._constant("log_counts", log_counts if settings.logit_adjustment else 0 * log_counts)
+        offsets = self.offsets()
+        self._constant("log_counts", offsets if settings.logit_adjustment else 0 * offsets)
         self._constant("class_weights", class_weights(counts, settings.class_weight_power))
         self._constant("temperatures", class_temperatures(counts, settings.gamma) if settings.gamma else None)
+
+    def check_network(self) -> None:
+        """Raise MbibError for a network without observations or bottleneck."""
+        bottleneck = getattr(self.get_eval_model(), "bottleneck_head", None)
+        if bottleneck is None or len(self.head_names) < 2:
+            raise self.unfit("a model with observations and a bottleneck", "mbib_resnet50")
+
+    def unfit(self, needed: str, example: str) -> MbibError:
+        """Return the error for a network that is not what is needed."""
+        return MbibError(
+            f"method {self.name!r} needs {needed}, such as {example}; this one returns only "
+            f"{', '.join(self.head_names)}"
+        )
+
+    def offsets(self) -> Tensor:
+        """Return what is added to logits (eq. 4), (K,); or for each head of `head_weights`, (H, 1, K)."""
+        return as_counts(self.facts.class_counts).log().float()
 
     def _constant(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)
