@@ -147,7 +147,7 @@ def test_a_recipe_that_is_named_after_a_model_builds_that_model_by_that_method()
         assert timm.is_model(architecture)
         method = recipe.method["name"]
         assert tag.startswith(f"{method}_") or architecture.startswith(f"{method}_")
-        data = tag.removeprefix(f"{method}_").removeprefix("strong_")
+        data = tag.removeprefix(f"{method}_").removeprefix("strong_").removeprefix("from_mbib_")
         assert data == "digits" or data.startswith(("cifar100_lt_if", "imagenet_lt", "inat2018_"))
 
 
