@@ -51,7 +51,7 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     runs = plan(sweep, {})
     assert sweep.title
     assert len(runs) == 3 * len(runs_of(name)), "three seeds"
-    assert {run.epochs for run in runs} == {60 if name == "experts_views_teachers", "methods" else 200}
+    assert {run.epochs for run in runs} == {60 if name == "methods" else 200}
     assert f"sweeps/{name}" not in list_recipes()
     path = recipes_folder() / "sweeps" / f"{name}.yaml"
     assert all(line.startswith("#") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
@@ -190,7 +190,7 @@ def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
 
 
 def test_all_methods_of_the_package_are_in_the_sweep_over_them():
-    runs = runs_of("experts_views_teachers", "methods")
+    runs = runs_of("methods")
     assert [recipe.method["name"] for recipe in runs.values()] == [name for (name,) in runs]
     assert {name for (name,) in runs} == {name for name in METHODS if METHODS[name].__module__.startswith("mbib_timm.")}
     assert all(method_title(name) != name for (name,) in runs)
