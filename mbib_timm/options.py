@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError, unknown_name
@@ -36,7 +37,8 @@ def option(
         maximum: largest value accepted.
         below: value that must not be reached.
         choices: the strings accepted.
-        metadata: what else is known of it.
+        metadata: what else is known of it; ``place=True`` of a method's setting: it names trained models, and a folder
+            among them is kept as an absolute path, and published by its last part.
     """
     metadata |= dict(help=help, minimum=minimum, above=above, maximum=maximum, below=below, choices=choices)
     if isinstance(default, list | dict):
@@ -73,9 +75,17 @@ def check_options(instance: Any, where: str) -> None:
             continue
         place = where.format(item.name)
         value = _typed(place, getattr(instance, item.name), expected[item.name])
+        if item.metadata.get("place"):
+            value = [_absolute(each) for each in value]
         object.__setattr__(instance, item.name, value)
         for each in value if isinstance(value, list) else (value,):
             _check_range(place, each, item.metadata)
+
+
+def _absolute(place: str) -> str:
+    """Return an existing folder as an absolute path: the same from anywhere. Anything else is a name."""
+    folder = Path(place.removeprefix("local-dir:"))
+    return str(folder.resolve()) if folder.is_dir() else place
 
 
 def build_options(declared: type, values: Mapping[str, Any], owner: str) -> Any:
@@ -107,6 +117,8 @@ def _typed(where: str, value: Any, expected: Any) -> Any:
         if value is None:
             return None
         return _typed(where, value, arguments[0])
+    if expected == list[str] and isinstance(value, str):
+        return [value]
     if origin is list and isinstance(value, list | tuple):
         return [_typed(where, item, arguments[0]) for item in value]
     if origin is dict and isinstance(value, Mapping):

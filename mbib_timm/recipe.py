@@ -155,7 +155,7 @@ class Recipe:
     cutmix: float = _mixing(0.0, "alpha of CutMix, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
     cutmix_sampler: str | None = _mixing(
         None,
-        "sampler that draws the images that CutMix pastes: reverse for CMO; those of the same batch when not given",
+        "sampler of the images that CutMix pastes, reverse or balanced for CMO; those of the same batch when not given",
     )
     mixup_prob: float = _mixing(1.0, "probability that a batch is mixed", above=0, maximum=1)
     mixup_switch_prob: float = _mixing(
@@ -187,8 +187,8 @@ class Recipe:
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew where weights are given: none, classifier, or a regular expression of names; the "
-        "method's own when not given",
+        "the part that starts anew where weights are given: none, classifier, all, or a regular expression of names; "
+        "the method's own when not given",
     )
     frozen_bn: str | None = _method(
         None,

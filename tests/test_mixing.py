@@ -322,6 +322,18 @@ def test_foregrounds_come_by_their_sampler_and_backgrounds_as_ever(sampler):
         assert drawn.argmax() == CLASSES - 1
 
 
+@pytest.mark.parametrize("loader", ["resident", "timm"])
+def test_foregrounds_have_an_order_and_an_augmentation_of_their_own(loader):
+    mixed = loader_of(recipe(cutmix=1.0, cutmix_sampler="instance", loader=loader))
+    plain = {
+        int(i): image for (b,) in loader_of(recipe(loader=loader)) for i, image in zip(b.index, b.images, strict=True)
+    }
+    foregrounds = {int(i): image for b in mixed.foregrounds for i, image in zip(b.index, b.images, strict=True)}
+    assert sorted(foregrounds) == sorted(plain)
+    assert list(foregrounds) != list(plain)
+    assert sum(torch.equal(plain[i], foregrounds[i]) for i in plain) < len(plain) // 4
+
+
 # When nothing is mixed
 
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.errors import MbibError
@@ -128,7 +129,7 @@ def test_model_method_and_optimisation_of_every_stage_fit_together(name):
         with torch.device("meta"):
             network = build_network(recipe, num_classes)
         kind, settings = resolve_method(recipe.method)
-        facts = Facts(np.arange(num_classes, 0, -1), recipe.epochs)
+        facts = Facts(1000 * np.arange(num_classes, 0, -1), recipe.epochs, previous_run(num_classes))
         method = kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
         method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
         optimizer = create_optimizer(recipe, method)
@@ -146,14 +147,14 @@ def test_a_recipe_that_is_named_after_a_model_builds_that_model_by_that_method()
         assert timm.is_model(architecture)
         method = recipe.method["name"]
         assert tag.startswith(f"{method}_") or architecture.startswith(f"{method}_")
-        data = tag.removeprefix(f"{method}_").removeprefix("strong_")
+        data = tag.removeprefix(f"{method}_").removeprefix("strong_").removeprefix("from_mbib_")
         assert data == "digits" or data.startswith(("cifar100_lt_if", "imagenet_lt", "inat2018_"))
 
 
 @pytest.mark.parametrize("factor", [100, 50, 10])
 def test_cifar_recipes_differ_in_model_and_method_only(factor):
-    names = [name for name in PAPERS if name.endswith(f"cifar100_lt_if{factor}")]
-    assert len(names) == 8
+    names = [f"cifar_resnet32.{method}_cifar100_lt_if{factor}" for method in OF_SMALL_NETWORKS]
+    names += [f"{method}_resnet32.cifar100_lt_if{factor}" for method in ("bib", "mbib")]
     recipes = [load(name) for name in names]
     firsts = [recipe.chain()[0].keys() for recipe in recipes]
     differing = {key for keys in firsts for key in keys if keys[key] != firsts[0][key]}

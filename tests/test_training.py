@@ -140,6 +140,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(finished,
     assert not same_weights(folder, train(digits(tmp_path, seed=1), "other")["folder"])
 
 
+def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys):
+    keys = dict(epochs=2, model_ema=True)
+    same = train(digits(tmp_path, **keys, model_ema_decay=0.0), "same")
+    assert same["raw"]["heads"] == same["result"]["heads"], "without memory the average is the weights"
+    slow = train(digits(tmp_path, **keys, model_ema_decay=0.9999), "slow")
+    assert slow["raw"] == same["raw"], "the average changes nothing of what trains"
+    assert slow["raw"]["heads"] != slow["result"]["heads"]
+    raw = slow["raw"]["heads"]["prediction"]
+    assert f"Weights without the moving average: {raw['top1']:.2f} (many {raw['many']:.2f}" in capsys.readouterr().out
+    with (tmp_path / "slow" / "summary.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["raw_top1"]) == raw["top1"]
+    assert float(last["val_top1"]) == slow["result"]["heads"]["prediction"]["top1"]
+    assert train(digits(tmp_path, epochs=2), "plain")["raw"] is None
+
+
 class CrashError(Exception):
     """Stands for a crash."""
 
@@ -166,6 +182,7 @@ def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, load
     assert same_weights(whole["folder"], resumed["folder"])
     assert whole["result"] == resumed["result"]
     assert whole["best"] == resumed["best"]
+    assert whole["raw"] == resumed["raw"]
 
     def without_seconds(folder):
         with (Path(folder) / "summary.csv").open() as file:

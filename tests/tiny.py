@@ -1,10 +1,18 @@
 """The smallest networks that a method trains: a convolution with BatchNorm, and a classifier for each head."""
 
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mbib_timm.data.batch import Batch
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.run_folder import RunFolder
 
 OBSERVATIONS = ("v1", "v2", "v3", "z")
 EXPERTS = ("expert1", "expert2", "expert3")
@@ -67,3 +75,22 @@ def batches(sizes=(8, 8, 5), classes=5, seed=1, device="cpu", size=6, views=1, s
         return Batch(images, targets.to(device), torch.arange(n).to(device))
 
     return [tuple(batch(n) for _ in range(streams)) for n in sizes]
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="mbib_previous.")  # removed at the end of the process
+
+
+@functools.cache
+def previous_run(classes, model="cifar_resnet20", size=(3, 16, 16), seed=0, names=None, **keys):
+    """The folder of a stage before, with a model of random weights; what is else in a run's folder is not there."""
+    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = timm.create_model(model, num_classes=classes, in_chans=size[0])
+        for module in network.modules():  # as after some training: neither 0 and 1, nor alike
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+    settings = dict(input_size=size, recipe=Recipe(**keys), class_counts=np.arange(classes, 0, -1), class_names=names)
+    RunFolder(folder).write_model(network, **settings, logit_prior="uniform", tag="made_up")
+    return folder

@@ -15,7 +15,9 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
   process of its own, which nothing that is set here can speed up. Against it the same backbone, batch and precision
   here: resident, compiled, on CUDA captured. Decoding, once a run, is not included. The convolutions alone, forward and
   backward, say what the machine allows.
-- step-*: the training step alone, on one batch on the device.
+- step-*: the training step alone, on one batch on the device; step-methods: that of each method's recipe beside the
+  step of cross-entropy on the plain backbone.
+- augmentation: whole epochs with strong augmentation beside crop and flip alone.
 - memory-*: peak memory of two eager training steps and the model, beyond what was taken before the model was built:
   on CUDA the allocator's, on the CPU the resident memory of a fresh process for each figure.
 - evaluate-*: evaluation from resident images, all heads counted, and the plain forward pass alone on one batch.

@@ -2,6 +2,10 @@
 
 Batches are mixed on the device once they are augmented and normalised, the same with every loader, and outside the
 training step, whose shapes stay the same: with any of this on, targets are (B, K) in every batch, mixed or not.
+
+CMO (Park et al. 2022) is CutMix whose pasted images come from a second stream that favours rare classes, with
+probability 0.5 and not in the first and last 3 epochs. With ``cutmix_sampler: reverse`` that stream draws class k by
+1/n_k; the authors' code weighs images, not classes, by 1/n_k, which is ``balanced``.
 """
 
 from collections.abc import Iterator, Sequence

@@ -30,11 +30,23 @@ class Facts(NamedTuple):
         class_counts: training images of each class, (K,), int64.
         epochs: of the stage.
         previous: folder of the stage before; None for the first.
+        input_size: of the images (C, H, W); None where nobody has said.
+        mean: of each channel, which the images are normalised with; of one for all, or three.
+        std: of each channel.
+        class_names: in label order, where they are known.
+        streamed: the source streams, and batches do not say which images they hold.
+        mixed: images are mixed with one another.
     """
 
     class_counts: np.ndarray
     epochs: int
     previous: Path | None = None
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    class_names: tuple[str, ...] | None = None
+    streamed: bool = False
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,13 @@ class Method(TrainingTask):
         return dict(zip(self.head_names, output if isinstance(output, tuple) else (output,), strict=True))
 
     # When something happens beside the step. Nothing here may branch inside a step: it may have been captured.
+
+    def begin(self, data: Passes) -> None:
+        """Prepare a stage, once, before its first epoch; once more where a run is resumed, with the same effect.
+
+        Args:
+            data: passes over the training images, as an evaluation preprocesses them, and over held-out ones.
+        """
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare an epoch, counted from 0: write into buffers, in place."""

@@ -162,12 +162,12 @@ def _loss_of_each_label(
     return (1 - eps) * each + eps * mean
 
 
-def tempered_log_probabilities(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
-    """Return ``log softmax(t/T)``, what self-distillation compares (eq. 8): of the raw logits, without log n.
+def tempered_log_probabilities(logits: Tensor, temperatures: Tensor | float | None = None) -> Tensor:
+    """Return ``log softmax(t/T)``, what distillation compares (eq. 8): of the raw logits, without log n.
 
     Args:
         logits: t, (..., K).
-        temperatures: T, (K,), each dividing its class's logit; None for 1.
+        temperatures: T, (K,), each dividing its class's logit, or one for all classes; None for 1.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = _full_precision(logits)
@@ -179,7 +179,7 @@ def distillation_divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
     Args:
         teacher: log p, (B, K), or those of E pairs, (E, B, K).
-        student: log q, of the same shape.
+        student: log q, of the same shape; one teacher may have E students.
 
     Returns:
         A scalar, or one divergence per pair, (E,).

@@ -1,7 +1,7 @@
 """SADE + MBIB: MBIB's loss on each of three experts, under the class frequencies that SADE trains it towards.
 
 The paper reports such a combination (Table 8) and says only that MBIB is incorporated into each expert. What stands
-here is this project's proposal, with the fewest choices that fit both papers (METHODS 4.4):
+here is this project's proposal, with the fewest choices that fit both papers:
 
     L = sum over experts e of  a BIB_e(v1, z_e) + b BIB_e(v2_e, z_e) + BIB_e(v3_e, z_e)
 

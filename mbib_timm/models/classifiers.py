@@ -1,8 +1,8 @@
 """Classifiers on pooled features f (B, D): linear, cosine and scaled, from one factory.
 
 linear    z = W f + b
-cosine    z_j = s <f / |f|, W_j / |W_j|>, without bias (METHODS 0.1; LDAM, RIDE, SADE)
-scaled    z_j = s_j (W_j f + b_j), s learnable and 1 at first (METHODS 3.2; LWS)
+cosine    z_j = s <f / |f|, W_j / |W_j|>, without bias (LDAM, RIDE, SADE)
+scaled    z_j = s_j (W_j f + b_j), s learnable and 1 at first (LWS)
 """
 
 from typing import Any
@@ -103,7 +103,7 @@ def create_classifier(
 
 @torch.no_grad()
 def init_classifier(classifier: nn.Module) -> None:
-    """Initialise a classifier anew: Kaiming-normal weights and zero bias; cosine as LDAM does (METHODS 2.4)."""
+    """Initialise a classifier anew: Kaiming-normal weights and zero bias; cosine as LDAM does."""
     if isinstance(classifier, CosineClassifier):
         weight = nn.init.uniform_(classifier.weight, -1.0, 1.0)
         weight.copy_(F.normalize(weight, dim=-1))

@@ -5,8 +5,8 @@
                    +-> stage 2 -> stage 3 -> pooling -> cosine classifier    expert 3
 
 The trunk is the stem and the first stage of a CIFAR ResNet, or the stem and the first two stages of a ResNet or ResNeXt
-(METHODS 1.4). Experts have 3/4 of the usual width, unless the network is not `reduced`. The prediction is the mean of
-the experts' logits. With MBIB's heads an expert is an MBIB network of its own behind the trunk (METHODS 4.4):
+(RIDE, SADE). Experts have 3/4 of the usual width, unless the network is not `reduced`. The prediction is the mean of
+the experts' logits. With MBIB's heads an expert is an MBIB network of its own behind the trunk:
 
     trunk -> v1 -> stage 2 -> v2 -> stage 3 -> v3 -> FC -> z
              h(v1)            u(v2)            f(v3)       g(z)
@@ -271,7 +271,7 @@ class Experts(_ExpertModel):
 
 
 class MBIBExperts(_ExpertModel):
-    """Experts on a shared trunk, each with MBIB's observations, bottleneck and classifiers (METHODS 4.4).
+    """Experts on a shared trunk, each with MBIB's observations, bottleneck and classifiers.
 
     All experts observe the trunk's map as their v1, under a normalisation and a classifier of their own, and the maps
     of their own stages as v2 and v3. In training, `forward` returns the logits of every head of every expert, (B, K)

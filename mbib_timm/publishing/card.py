@@ -15,7 +15,7 @@ from mbib_timm.names import data_of
 from mbib_timm.publishing.record import FIGURES, Record
 from mbib_timm.recipe import Recipe, find_recipe, recipe_claims
 from mbib_timm.training.public import public_model
-from mbib_timm.training.report import chosen_text, stages_text
+from mbib_timm.training.report import chosen_text, raw_text, stages_text
 
 COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
 METRICS = {
@@ -178,6 +178,8 @@ def _results(record: Record) -> str:
     ]
     if chosen := chosen_text(record.metrics):
         lines += ["", f"{chosen}."]
+    if raw := raw_text(record.metrics):
+        lines += ["", f"{raw}."]
     if len(runs) > 1:
         seeds = ", ".join(str(metrics["seed"]) for metrics in runs)
         lines += [
@@ -199,7 +201,8 @@ def _results(record: Record) -> str:
         ]
     if record.in_zoo:
         claims = recipe_claims(find_recipe(ZooModel(record.name).recipe))
-        lines += ["", f"The paper reports {claims['Paper']}."]
+        if "Paper" in claims:
+            lines += ["", f"The paper reports {claims['Paper']}."]
     return "\n".join(lines)
 
 
@@ -273,8 +276,19 @@ def _stage(stage: Recipe) -> str:
     plural = "s" if stage.epochs > 1 else ""
     return (
         f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {stage.opt}, learning rate "
-        f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`"
+        f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`{_strength(stage)}"
     )
+
+
+def _strength(stage: Recipe) -> str:
+    """Return what makes a stage's training stronger than a plain one: its policy, holes, mixing and average."""
+    strong = {
+        key: getattr(stage, key)
+        for key in ("aa", "cutout", "mixup", "cutmix", "cutmix_sampler", "smoothing", "model_ema_decay")
+        if key != "model_ema_decay" or stage.model_ema
+    }
+    named = [f"{key} {value}" for key, value in strong.items() if value]
+    return f", {', '.join(named)}" if named else ""
 
 
 def _use(record: Record) -> str:

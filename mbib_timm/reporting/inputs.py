@@ -13,7 +13,7 @@ from mbib_timm.paper import RESULTS, PaperResult
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.sweeps.results import FILE, SAME_RESULT, SweepResults, read_results
 from mbib_timm.sweeps.table import mean_of
-from mbib_timm.training.public import public_metrics
+from mbib_timm.training.public import public_method, public_metrics
 from mbib_timm.training.run_folder import read_history
 
 
@@ -201,7 +201,7 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
         values = {key: getattr(stage, key) for key, item in KEYS.items() if not item.metadata["location"]}
-        method = dict(values.pop("method"))
+        method = public_method(values.pop("method"))
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
         prefix = f"stage{number}." if recipe.stage else ""
         found |= {f"{prefix}{address}": value for address, value in values.items()}

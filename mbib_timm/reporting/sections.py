@@ -19,7 +19,7 @@ from mbib_timm.reporting.page import Section
 from mbib_timm.sweeps.figure import sweep_figure
 from mbib_timm.sweeps.results import SweepResults, cells, headline
 from mbib_timm.sweeps.table import closest_to_the_paper, header, mean_and_deviation, signed, table_row, what_was_run
-from mbib_timm.training.report import chosen_text, run_figures, stages_text
+from mbib_timm.training.report import chosen_text, raw_text, run_figures, stages_text
 
 
 def run_section(group: RunGroup) -> Section:
@@ -43,6 +43,8 @@ def run_section(group: RunGroup) -> Section:
     for member in group.runs:
         if chosen := chosen_text(member.metrics):
             section.paragraphs([f"{chosen} (seed {member.metrics['seed']})."])
+        if raw := raw_text(member.metrics):
+            section.paragraphs([f"{raw} (seed {member.metrics['seed']})."])
     if best is not None:
         best_top1 = best["heads"]["prediction"]["top1"]
         section.paragraphs(

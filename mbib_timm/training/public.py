@@ -1,5 +1,6 @@
 """What a run wrote, without what it says of the machine: its folders, devices, workers."""
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mbib_timm.methods import METHODS
 from mbib_timm.recipe import KEYS, STAGES, TYPES, load_recipe
 
 
@@ -21,10 +23,22 @@ def public_recipe(file: Path) -> bytes:
     for keys in (computation, *computation.get(STAGES, ())):
         if "model" in keys:
             keys["model"] = public_model(keys["model"])
+        if "method" in keys:
+            keys["method"] = public_method(keys["method"])
     start = recipe.chain()[0].initial_checkpoint
     if start is not None:
         computation["initial_checkpoint"] = Path(start).name
     return yaml.safe_dump(computation, sort_keys=False, allow_unicode=True).encode()
+
+
+def public_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method with its settings, of folders of trained models the last part alone."""
+    settings = dataclasses.fields(METHODS[method["name"]].Settings)
+    places = {item.name for item in settings if item.metadata.get("place")}
+    return {
+        name: [public_text(public_model(place)) for place in value] if name in places else value
+        for name, value in method.items()
+    }
 
 
 def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -91,10 +91,8 @@ def print_report(folder: Path, metrics: Mapping[str, Any]) -> None:
     print(results_table(result["heads"], np.array(metrics["class_counts"])))
     if chosen := chosen_text(metrics):
         print(chosen)
-    if metrics["raw"] is not None:
-        raw = metrics["raw"]["heads"]["prediction"]
-        groups = ", ".join(f"{name} {raw[name]:.2f}" for name in SHOT_METRICS[1:] if raw[name] is not None)
-        print(f"Weights without the moving average: {raw['top1']:.2f} ({groups})")
+    if raw := raw_text(metrics):
+        print(raw)
     if best is not None:
         best_top1 = best["heads"]["prediction"]["top1"]
         print(f"Best epoch on {best['selected_on']}: {best['epoch']} with {best_top1:.2f} (not the result)")
@@ -117,6 +115,15 @@ def chosen_text(metrics: Mapping[str, Any]) -> str:
     chosen = ", ".join(f"{name} {value:g}" for name, value in metrics["chosen"].items())
     where = f", on {metrics['chosen_on']}" if metrics.get("chosen_on") else ""
     return f"Chosen by {method_title(metrics['method'])}: {chosen}{where}" if chosen else ""
+
+
+def raw_text(metrics: Mapping[str, Any]) -> str:
+    """Return the accuracy of the last weights where the result is their moving average; empty for no average."""
+    if metrics.get("raw") is None:
+        return ""
+    accuracies = metrics["raw"]["heads"]["prediction"]
+    groups = [f"{name} {accuracies[name]:.2f}" for name in SHOT_METRICS[1:] if accuracies[name] is not None]
+    return f"Weights without the moving average: {accuracies['top1']:.2f} ({', '.join(groups)})"
 
 
 def stages_text(metrics: Mapping[str, Any]) -> str:

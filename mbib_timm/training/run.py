@@ -5,24 +5,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Splits, check_sampler, choose_loader, create_loaders, create_passes
+from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, create_passes
 from mbib_timm.data.loaders import Place
 from mbib_timm.environment import World, describe_environment
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import CheckpointError
 from mbib_timm.evaluation import evaluate
-from mbib_timm.methods import Facts, Method, resolve_method
+from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
-from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, round_learning_rates
+from mbib_timm.training.optimization import round_learning_rates
 from mbib_timm.training.report import SHOT_METRICS, draw_figures, epoch_line, print_report
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.seeding import seed_generators
-from mbib_timm.training.setup import build_network, input_size
+from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
 
@@ -63,27 +62,12 @@ class Run:
     ) -> None:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
-        check_sampler(recipe.choice("sampler"), self.splits, recipe.cutmix_sampler)
-        kind, given = resolve_method(recipe.method)
-        settings = kind.Settings(**given)
-        if kind.needs_held_out(settings):
-            self.splits.require_held_out()
-        seed_generators(recipe.seed, -1, 0, recipe.stage)  # every process starts from the same weights
-        network = build_network(recipe, self.splits.num_classes, previous)
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
-        network = self._synchronized(network)
-        self.input_size = input_size(recipe, network)
+        setup = set_up(recipe, self.splits, world, previous)
+        self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
+        self.optimizer, self.schedule = setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
-        chosen = world.gather([choose_loader(self.splits, recipe, self.input_size, world.device)])
+        chosen = world.gather([setup.loader])
         self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
-        facts = Facts(self.splits.class_counts, recipe.epochs, previous)
-        self.method: Method = kind(network, settings, facts, world.device)
-        self.method.to(world.device)
-        self.method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
-        self.optimizer = create_optimizer(recipe, self.method)
-        self.schedule = create_schedule(recipe, self.optimizer)
-        self.precision = Precision.of(recipe, world.device)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
         self.done = TrainState()
@@ -111,13 +95,6 @@ class Run:
         self.saved_at = time.monotonic()
         self.best_weights: dict[str, Tensor] | None = None  # of the best epoch, where not yet written
 
-    def _synchronized(self, network: nn.Module) -> nn.Module:
-        if self.world.world_size == 1 or not self.recipe.sync_bn:
-            return network
-        if self.world.device.type != "cuda":
-            raise MbibError(f"sync_bn needs CUDA devices; torch has no such layer for {self.world.device.type}")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-
     # The run
 
     def execute(self) -> dict[str, Any]:
@@ -131,6 +108,8 @@ class Run:
                 self._save()
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
         try:
+            if done.epoch < recipe.epochs and type(self.method).begin is not Method.begin:
+                self.method.begin(self._passes())
             for epoch in range(done.epoch, recipe.epochs):
                 self._train_epoch(epoch)
         finally:
@@ -175,6 +154,11 @@ class Run:
             for tracker in self.trackers:
                 tracker.log(row)
             self.progress.say(epoch_line(row, recipe.epochs))
+
+    def _passes(self) -> Passes:
+        """The images for a method that looks at them beside training."""
+        place = Place(self.world.device, self.world.rank, self.world.world_size)
+        return create_passes(self.splits, self.recipe, self.input_size, place, self.pool)
 
     def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, dict[str, Any]]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""
@@ -247,8 +231,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
-            place = Place(self.world.device, self.world.rank, self.world.world_size)
-            self.method.finish(create_passes(splits, recipe, self.input_size, place, self.pool))
+            self.method.finish(self._passes())
             done.last = {"epoch": recipe.epochs - 1, "heads": self._evaluate(self.loaders.val)}
         elif done.last is None:  # of no epoch
             done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from mbib_timm.data.loaders import channelwise
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
@@ -181,8 +182,8 @@ class RunFolder:
             config["label_names"] = list(class_names)
         data_config = {
             "input_size": input_size,
-            "mean": tuple(recipe.mean),
-            "std": tuple(recipe.std),
+            "mean": channelwise(recipe.mean, input_size[0]),
+            "std": channelwise(recipe.std, input_size[0]),
             "crop_pct": 1.0 if recipe.train_crop_mode == "pad" else recipe.crop_pct,
             "interpolation": "bilinear" if recipe.interpolation == "random" else recipe.interpolation,
         }

@@ -1,5 +1,6 @@
-"""What a stage trains: the network of its method, with its input size and the weights that it starts from."""
+"""What a stage trains with: network, method, optimizer and schedule, checked as a whole before anything begins."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,78 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from mbib_timm.data import Splits, check_sampler, choose_loader
+from mbib_timm.data.augment import check_augmentation
+from mbib_timm.environment import World
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
-from mbib_timm.methods import part_of, resolve_method
+from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.models.load import find_source
 from mbib_timm.recipe import Recipe
+from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
+from mbib_timm.training.seeding import seed_generators
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a stage trains with.
+
+    Attributes:
+        method: around its network, on the device, with what does not train frozen.
+        input_size: of the images, (C, H, W).
+        loader: ``resident`` or ``timm``, as this process would choose.
+        optimizer: of what trains.
+        schedule: of the optimizer's learning rates.
+        precision: of a step.
+    """
+
+    method: Method
+    input_size: tuple[int, int, int]
+    loader: str
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    precision: Precision
+
+
+def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None = None) -> Setup:
+    """Build what a stage trains with, a function of recipe and data: every process starts from the same weights.
+
+    Args:
+        recipe: of the stage.
+        splits: its data.
+        world: device and processes.
+        previous: folder of the stage before.
+
+    Raises:
+        MbibError: what recipe, data and weights do not allow.
+    """
+    check_sampler(recipe.choice("sampler"), splits, recipe.cutmix_sampler)
+    kind, given = resolve_method(recipe.method)
+    settings = kind.Settings(**given)
+    if kind.needs_held_out(settings):
+        splits.require_held_out()
+    seed_generators(recipe.seed, -1, 0, recipe.stage)
+    network = build_network(recipe, splits.num_classes, previous)
+    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    network = _synchronized(network, recipe, world)
+    size = input_size(recipe, network)
+    for view in recipe.augmentations():
+        check_augmentation(view, size)
+    loader = choose_loader(splits, recipe, size, world.device)
+    method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
+    method.to(world.device, memory_format=memory_format)
+    method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
+    optimizer = create_optimizer(recipe, method)
+    schedule = create_schedule(recipe, optimizer)
+    return Setup(method, size, loader, optimizer, schedule, Precision.of(recipe, world.device))
+
+
+def _synchronized(network: nn.Module, recipe: Recipe, world: World) -> nn.Module:
+    if world.world_size == 1 or not recipe.sync_bn:
+        return network
+    if world.device.type != "cuda":
+        raise MbibError(f"sync_bn needs CUDA devices; torch has no such layer for {world.device.type}")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None) -> nn.Module:
@@ -50,7 +119,7 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
         torch.set_rng_state(state)
         weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
     own = model.state_dict()
-    check_fit(own, weights, anew, str(previous or recipe.initial_checkpoint or recipe.model))
+    check_fit(own, weights, anew, previous.name if previous else str(recipe.initial_checkpoint or recipe.model))
     model.load_state_dict({name: own[name] if name in anew else weights[name] for name in own})
     return model
 
@@ -58,12 +127,16 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
 def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str], source: str) -> None:
     """Raise CheckpointError unless weights have the names and shapes of a model, but for what starts anew.
 
+    Where all of it starts anew, the weights may be another model's.
+
     Args:
         own: the model's.
         weights: to start from.
         anew: names of what starts anew.
         source: of the weights, for the message.
     """
+    if anew == own.keys():
+        return
     differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
@@ -140,3 +213,25 @@ def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
     channels, height, width = cfg.get("input_size", (3, 224, 224))
     channels = recipe.model_kwargs.get("in_chans", channels)
     return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
+
+
+def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previous: Path | None = None) -> Facts:
+    """Return what a stage's method may know.
+
+    Args:
+        recipe: of the stage.
+        splits: its data.
+        size: of the images (C, H, W).
+        previous: folder of the stage before.
+    """
+    return Facts(
+        splits.class_counts,
+        recipe.epochs,
+        previous,
+        size,
+        tuple(recipe.mean),
+        tuple(recipe.std),
+        splits.class_names,
+        streamed=splits.train.stream is not None,
+        mixed=recipe.mixup > 0 or recipe.cutmix > 0,
+    )

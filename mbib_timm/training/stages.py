@@ -1,21 +1,18 @@
 """A run of one stage or several: each stage is a run of its own, and starts from the weights of the one before."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mbib_timm.data import DataPool, check_sampler, choose_loader
+from mbib_timm.data import DataPool
 from mbib_timm.environment import World, join_world, leave_world
 from mbib_timm.errors import CheckpointError, MbibError
-from mbib_timm.methods import Facts, part_of, resolve_method
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.checkpoint import load_checkpoint, load_newest
-from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 from mbib_timm.training.run import Run
 from mbib_timm.training.run_folder import RunFolder, same_computation
-from mbib_timm.training.setup import build_network, check_fit, input_size
+from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 
 
@@ -41,33 +38,39 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, 
     try:
         pool = pool or DataPool()
         if recipe.previous is not None:
-            _check_stages(recipe, pool, world)
+            with tempfile.TemporaryDirectory() as folder:
+                _check_stages(recipe, pool, world, Path(folder))
         return _train(recipe, name, world, pool)
     finally:
         leave_world()
 
 
-def _check_stages(recipe: Recipe, pool: DataPool, world: World) -> None:
-    """Raise MbibError for what would stop a later stage, before the first begins."""
-    before: dict[str, Tensor] | None = None
+def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:
+    """Raise MbibError for what would stop a later stage, before the first begins.
+
+    Each stage finds a stage before it as it will: a folder with a model, though of weights that nobody has trained.
+
+    Args:
+        folder: an empty one, for these.
+    """
+    previous: Path | None = None
     for stage in recipe.chain():
         splits = pool.open(stage)
-        check_sampler(stage.choice("sampler"), splits, stage.cutmix_sampler)
-        kind, settings = resolve_method(stage.method)
-        values = kind.Settings(**settings)
-        if kind.needs_held_out(values):
-            splits.require_held_out()
-        network = build_network(stage, splits.num_classes).to(world.device)
-        choose_loader(splits, stage, input_size(stage, network), world.device)
-        method = kind(network, values, Facts(splits.class_counts, stage.epochs), world.device)
-        model = method.result_model()
-        if before is not None:
-            check_fit(model.state_dict(), before, part_of(model, stage.choice("reset")), f"stage {stage.stage}")
-        before = model.state_dict()
-        method.freeze_all_but(stage.choice("train"), stage.choice("frozen_bn"))
-        optimizer = create_optimizer(stage, method)
-        create_schedule(stage, optimizer)
-        create_step(stage, method, optimizer, Precision.of(stage, world.device), world)
+        setup = set_up(stage, splits, world, previous)
+        method = setup.method
+        create_step(stage, method, setup.optimizer, setup.precision, world)
+        if stage is not recipe:
+            previous = folder / f"stage {stage.stage + 1}"
+            previous.mkdir()
+            RunFolder(previous).write_model(
+                method.result_model(),
+                input_size=setup.input_size,
+                recipe=stage,
+                class_counts=splits.class_counts,
+                class_names=splits.class_names,
+                logit_prior=method.logit_prior,
+                tag=previous.name,
+            )
 
 
 def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> dict[str, Any]:

@@ -48,17 +48,25 @@ def subject_recipe(subject: str, model: str, world: World, compiled: bool) -> Re
         compiled: compile training and evaluation.
     """
     name, backbone = SUBJECTS[subject]
-    recipe = load_recipe(find_recipe(name)).replace(
-        # A rate at which the loss on noise stays finite without a warm-up.
-        lr=0.01,
-        workers=2,
-        loader="resident",
-        image_cache="none",
-        device=str(world.device),
-        torchcompile=compiled,
-        cuda_graph=compiled and world.device.type == "cuda",
+    recipe = _on_noise(load_recipe(find_recipe(name)), world).replace(
+        torchcompile=compiled, cuda_graph=compiled and world.device.type == "cuda"
     )
     return recipe if model == "mbib" else recipe.replace(model=backbone, method="ce")
+
+
+def method_recipe(name: str, world: World) -> Recipe:
+    """Return a recipe of a method, of several stages the last, for eager steps on noise; a teacher is the packaged
+    MBIB network."""
+    recipe = load_recipe(find_recipe(name))
+    method = dict(recipe.method)
+    if "teacher" in method:
+        method["teacher"] = [SUBJECTS["resnet32"][0]]
+    return _on_noise(recipe.replace_previous(None, method=method), world).replace(torchcompile=False)
+
+
+def _on_noise(recipe: Recipe, world: World) -> Recipe:
+    # A rate at which the loss on noise stays finite without a warm-up.
+    return recipe.replace(lr=0.01, workers=2, loader="resident", image_cache="none", device=str(world.device))
 
 
 class Trainer:
@@ -87,7 +95,8 @@ class Trainer:
     def take_steps(self, images: Tensor, targets: Tensor, steps: int) -> None:
         """Train on one batch, again and again."""
         self.method.train()
-        batches = (Batch((images,), targets, torch.arange(len(targets), device=targets.device)),)
+        views = (images,) * len(self.recipe.choice("views"))
+        batches = (Batch(views, targets, torch.arange(len(targets), device=targets.device)),)
         for _ in range(steps):
             self.step(batches)
 

@@ -21,13 +21,14 @@ from benchmarking.contestants import (
     SUBJECTS,
     Convolutions,
     Trainer,
+    method_recipe,
     peak_memory,
     require_compiled,
     subject_recipe,
     timm_contestant,
 )
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise
-from benchmarking.table import ratios
+from benchmarking.table import METHOD_RECIPES, ratios
 from benchmarking.turns import OwnProcess, Record, Settings, take_turns, timed
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.create import data_key
@@ -98,6 +99,60 @@ def step(subject: str, settings: Settings) -> Iterator[Record]:
         yield Record(
             row, f"seconds for {steps} steps", figures, {row: ratios(figures["mbib"], figures["plain"])}, described
         )
+
+
+def step_of_methods(settings: Settings) -> Iterator[Record]:
+    """Measure the training step of each method's recipe beside that of cross-entropy, on one batch on the device."""
+    world, device = settings.world, settings.world.device
+    batch_size, size, steps = batch_of("resnet32", settings)
+    steps = settings.steps or steps
+    counts = class_counts("resnet32")
+    recipes = {"CE": subject_recipe("resnet32", "plain", world, compiled=False)}
+    recipes |= {title: method_recipe(name, world) for title, name in METHOD_RECIPES.items()}
+    images, targets = normalized_noise(batch_size, size, len(counts), device)
+    contestants = {}
+    for title, recipe in recipes.items():
+        trainer = Trainer(recipe, counts, world)
+        trainer.take_steps(images, targets, WARM_UP_STEPS + 1 if settings.on_cuda else 1)
+        contestants[title] = timed(partial(trainer.take_steps, images, targets, steps), device)
+    figures = take_turns(contestants, settings.repeats)
+    rows = {f"step-methods-{title}": ratios(figures[title], figures["CE"]) for title in METHOD_RECIPES}
+    described = describe(recipes["CE"], batch_size=batch_size, size=size, steps=steps, recipes=METHOD_RECIPES)
+    yield Record("step-methods", f"seconds for {steps} steps", figures, rows, described)
+
+
+def augmentation(settings: Settings) -> Iterator[Record]:
+    """Measure whole epochs with strong and with plain augmentation, and batches of two views without training."""
+    world, device = settings.world, settings.world.device
+    splits = cifar_like(settings.pass_images)
+    pool = DataPool()
+    plain = subject_recipe("resnet32", "plain", world, settings.torchcompile)
+    strong = plain.replace(aa="cifar10", cutout=16)
+    two_views = method_recipe(METHOD_RECIPES["PaCo"], world)
+    views = two_views.augmentations()
+    loaders = {
+        "plain": create_loaders(splits, plain, (3, 32, 32), device, pool=pool).train,
+        "strong": create_loaders(splits, strong, (3, 32, 32), device, pool=pool).train,
+        "two views": create_loaders(splits, two_views, (3, 32, 32), device, pool=pool, views=views).train,
+    }
+    trainer = Trainer(plain, splits.class_counts, world)
+    epochs = {f"{name} epoch": partial(trainer.train_epoch, loaders[name]) for name in ("plain", "strong")}
+    batches = {f"{name} batches": partial(through, loaders[name]) for name in ("plain", "two views")}
+    contestants = {name: timed(action, device) for name, action in (epochs | batches).items()}
+    figures = take_turns(contestants, settings.repeats, settings.pass_warm_ups)
+    require_compiled()
+    rows = {
+        "augmentation": ratios(figures["strong epoch"], figures["plain epoch"]),
+        "augmentation-views": ratios(figures["two views batches"], figures["plain batches"]),
+    }
+    yield Record("augmentation", "seconds a pass", figures, rows, describe(plain, images=len(splits.train)))
+
+
+def through(loader: TrainLoader) -> None:
+    """Go through the batches of an epoch."""
+    loader.set_epoch(0)
+    for _ in loader:
+        pass
 
 
 def memory(subject: str, settings: Settings) -> Iterator[Record]:
@@ -281,6 +336,8 @@ def describe(recipe: Any, **settings: Any) -> dict[str, Any]:
 MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "pipeline": pipeline,
     **{f"step-{subject}": partial(step, subject) for subject in SUBJECTS},
+    "step-methods": step_of_methods,
+    "augmentation": augmentation,
     **{f"memory-{subject}": partial(memory, subject) for subject in SUBJECTS},
     **{f"evaluate-{subject}": partial(evaluation, subject) for subject in SUBJECTS},
     "epochs-200": epochs,

@@ -50,6 +50,17 @@ def both(cpu: float, cuda: float) -> dict[str, float]:
     return {"cpu": cpu, "cuda": cuda}
 
 
+# Methods whose step is measured against that of cross-entropy: the name of each one's row, and its recipe.
+METHOD_RECIPES = {
+    "BSCE": "cifar_resnet32.bsce_cifar100_lt_if100",
+    "LDAM-DRW": "cifar_resnet32.ldam_drw_cifar100_lt_if100",
+    "MBIB": "mbib_resnet32.cifar100_lt_if100",
+    "DiVE": "cifar_resnet32.dive_cifar100_lt_if100",
+    "PaCo": "cifar_resnet32.paco_cifar100_lt_if100",
+    "SADE": "experts_resnet32.sade_cifar100_lt_if100",
+    "SADE + MBIB": "mbib_experts_resnet32.sade_mbib_cifar100_lt_if100",
+}
+
 ROWS = {
     "pipeline": Row(
         "pipeline",
@@ -61,6 +72,16 @@ ROWS = {
     "pipeline-convolutions": Row("pipeline", "ResNet32's convolutions alone over the same: the ceiling", {}),
     "step-resnet32": Row("step-resnet32", "MBIB step / plain step, ResNet32, compiled", both(1.05, 1.15)),
     "step-resnet32-eager": Row("step-resnet32", "the same, eager", {}),
+    **{
+        f"step-methods-{title}": Row("step-methods", f"{title} step / cross-entropy step, ResNet32, eager", {})
+        for title in METHOD_RECIPES
+    },
+    "augmentation": Row(
+        "augmentation",
+        "ResNet32, cross-entropy: an epoch with AutoAugment and Cutout / one with crop and flip alone",
+        both(1.1, 1.1),
+    ),
+    "augmentation-views": Row("augmentation", "batches of PaCo's two views / of crop and flip alone, no training", {}),
     "step-resnext50": Row(
         "step-resnext50",
         "MBIB step / plain step, ResNeXt50 at 224 px, compiled",
