@@ -1,4 +1,4 @@
-"""The command line: train, sweep, validate, analyze, report, predict, export, demo, publish, models, methods, recipes.
+"""The command line: train, sweep, validate, aggregate, analyze, report, predict, export, demo, publish, and the lists.
 
 Bad input ends with one line and exit status 2, an interrupted run with status 130.
 """
@@ -198,6 +198,29 @@ def build_parser(shown: Recipe | None = None) -> Parser:
     validate.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     evaluated = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
     add_recipe_flags(validate, evaluated)
+
+    aggregate = commands.add_parser(
+        "aggregate",
+        help="weigh a model's experts on test sets of other class distributions",
+        usage=usage.format("aggregate MODEL"),
+        allow_abbrev=False,
+    )
+    aggregate.add_argument("target", help="a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name")
+    aggregate.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
+    aggregate.add_argument("--split", help="split the test sets are drawn from; that of the run's result if not given")
+    aggregate.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="class distributions: forward50, ..., forward2, uniform, backward2, ..., backward50; all when not given",
+    )
+    aggregate.add_argument("--seed", dest="aggregation_seed", type=int, default=0, metavar="N", help="of all draws (0)")
+    aggregate.add_argument(
+        "--results",
+        type=Path,
+        help="write the results to this JSON file; by default aggregation.json in the run's folder",
+    )
+    add_recipe_flags(aggregate, evaluated)
 
     analyze = commands.add_parser(
         "analyze", help="look into trained models", usage=usage.format("analyze MODEL [MODEL ...]"), allow_abbrev=False
@@ -403,6 +426,18 @@ def run(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             inference_only=arguments.inference_only,
             dry_run=arguments.dry_run,
+        )
+    elif arguments.command == "aggregate":
+        from mbib_timm.evaluation.aggregate import aggregate
+
+        aggregate(
+            arguments.target,
+            recipe=arguments.recipe,
+            overrides=recipe_overrides(arguments),
+            split=arguments.split,
+            distributions=arguments.targets,
+            seed=arguments.aggregation_seed,
+            results_file=arguments.results,
         )
     elif arguments.command == "validate":
         from mbib_timm.evaluation.validate import validate

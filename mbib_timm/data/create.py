@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from mbib_timm.data.decode import DecodedImages
@@ -236,6 +237,32 @@ def create_passes(
 ) -> Passes:
     """Offer a method the training images and the held-out images; see `Passes`."""
     return Passes(splits, recipe, input_size, place, pool or DataPool())
+
+
+def build_views_loader(
+    recipe: Recipe, split: Split, views: Sequence[Recipe], *, input_size: tuple[int, int, int], device: torch.device
+) -> Loader:
+    """Make batches of random views of a split's images, in a random order that knows nothing of their labels.
+
+    Args:
+        recipe: names the preprocessing, the batch size and the seed.
+        split: indexed images.
+        views: the recipe of each view of an image.
+        input_size: (C, H, W) of the model.
+        device: where the batches go.
+
+    Raises:
+        MbibError: an augmentation that images of this size have no use for.
+        DataError: fewer than two images.
+    """
+    place = Place(device)
+    order = training_sampler(np.zeros(len(split), dtype=np.int64), 1, recipe, place)
+    # Not for the next run: nobody else sees these images like this.
+    if not fits(decoded_bytes(split, recipe, input_size, training=True), device):
+        return timm_train_loader(split, recipe, input_size, place, order, views=views)
+    unkept = recipe.replace(image_cache="none")
+    images = decode_split(split, unkept, input_size, device, training=True, replace_broken=True)
+    return resident_loader(images, recipe, input_size, place, order, views)
 
 
 def build_eval_loader(

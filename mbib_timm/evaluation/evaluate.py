@@ -20,6 +20,13 @@ def reported_heads(model: nn.Module) -> tuple[str, ...]:
     return (*heads, *_experts(model)) if len(heads) > 1 else ()
 
 
+def predicting_parts(model: nn.Module) -> tuple[str, ...]:
+    """Return what a prediction is the mean of: the experts, or the heads, by name; none for a model of one head."""
+    if not reported_heads(model):
+        return ()
+    return tuple(getattr(model, "expert_heads", ())) or tuple(model.prediction_heads)  # type: ignore[arg-type]
+
+
 def _experts(model: nn.Module) -> dict[str, list[str]]:
     """Return the heads that an expert predicts with, by its name, of experts that have several heads."""
     experts: dict[str, tuple[str, ...]] = getattr(model, "expert_heads", {})

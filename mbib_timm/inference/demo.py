@@ -10,6 +10,7 @@ from PIL import Image
 from mbib_timm.data.loaders import pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.evaluate import predicting_parts
 from mbib_timm.inference.predict import PREDICTION, Predictor
 from mbib_timm.models.load import LoadedModel, load_model
 
@@ -29,8 +30,7 @@ def class_labels(model: LoadedModel) -> list[str]:
 
 def shown_heads(model: LoadedModel) -> dict[str, str]:
     """Return what the page shows, with its titles: the prediction, and the experts or the heads whose mean it is."""
-    heads: tuple[str, ...] = tuple(getattr(model.module, "prediction_heads", ()))
-    parts = tuple(getattr(model.module, "expert_heads", ())) or heads
+    parts = predicting_parts(model.module)
     if len(parts) < 2:
         return {PREDICTION: "Prediction"}
     mean = f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,212 @@
+"""`mbib aggregate`: a model of several experts on test sets of other class distributions, with weights learnt there."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mbib_timm.data import build_views_loader, open_split
+from mbib_timm.data.images import Split
+from mbib_timm.data.loaders import Loader
+from mbib_timm.environment import describe_environment, join_world, leave_world
+from mbib_timm.errors import DataError, MbibError, unknown_name
+from mbib_timm.evaluation import aggregation
+from mbib_timm.evaluation.aggregation import DISTRIBUTIONS, draw_test_set, learn_weights, weighted_logits
+from mbib_timm.evaluation.evaluate import head_logits, predicting_parts
+from mbib_timm.evaluation.table import aligned
+from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.public import public_environment
+from mbib_timm.training.seeding import seed_generators
+
+FILE = "aggregation.json"
+# The random views, as keys of a recipe, whose crop and flip they keep.
+COLOURS = {"color_jitter": 0.4, "hue": 0.1, "color_jitter_prob": 0.8, "grayscale_prob": 0.2}
+VIEW = {"rotation": 0.0, "aa": None, "cutout": 0, "gaussian_blur_prob": 0.2, **COLOURS}
+
+
+def aggregate(
+    target: str,
+    *,
+    recipe: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    distributions: Sequence[str] | None = None,
+    seed: int = 0,
+    results_file: Path | None = None,
+) -> dict[str, Any]:
+    """Learn the weights of a model's experts on test sets of several class distributions, and print their accuracies.
+
+    Learning sees random views of a test set's images, and no label; the accuracies are of the images as an evaluation
+    sees them.
+
+    Args:
+        target: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
+        recipe: name of the recipe that says which data; a run's folder and a published model have their own.
+        overrides: recipe keys to replace.
+        split: split that the test sets are drawn from; by default the one that the run's result is on.
+        distributions: some of `DISTRIBUTIONS`; by default all that the split has images enough for.
+        seed: of the test sets, their order and the views.
+        results_file: where to write the results as JSON; by default ``aggregation.json`` in the run's folder, if the
+            target is one.
+
+    Returns:
+        What is written: for each test set its images, the top-1 accuracy in percent of each expert, of their mean
+        and with the weights learnt, and these.
+
+    Raises:
+        MbibError: a model of one head, several processes, an unknown distribution, or data that do not fit the model.
+        DataError: too few test images for a distribution that was asked for.
+    """
+    for name in distributions or ():
+        if name not in DISTRIBUTIONS:
+            raise unknown_name("test distribution", name, DISTRIBUTIONS)
+    found = find_target(target, recipe, overrides)
+    world = join_world(found.recipe.device)
+    try:
+        if world.world_size > 1:
+            raise MbibError(f"mbib aggregate runs in one process, not in {world.world_size}: leave torchrun out")
+        opened = open_target(found, world, split)
+        parts = predicting_parts(opened.model)
+        if len(parts) < 2:
+            raise MbibError(
+                f"{target}: {type(opened.model).__name__} has one head, and there is nothing to weigh; mbib aggregate "
+                "is for the experts of a model such as experts_resnet32"
+            )
+        images = open_split(found.recipe, opened.split)
+        if images.targets is None:
+            raise DataError(f"split {opened.split!r} streams: test sets are drawn from sources that can be indexed")
+        test_sets = _draw(distributions, images.targets, opened.class_counts, seed)
+        rows = _measure(opened, parts, images, test_sets, found.recipe, seed)
+        results = {
+            "target": target,
+            "split": opened.split,
+            "seed": seed,
+            "test_sets": rows,
+            "environment": public_environment(describe_environment(world)),
+        }
+    finally:
+        leave_world()
+    print(f"{target} on {opened.split}, top-1, %:")
+    print(table(rows, parts))
+    source = found.source
+    if results_file is None and source.folder is not None and source.name.startswith("local-dir:"):
+        results_file = source.folder / FILE
+    if results_file is not None:
+        results_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        print(results_file)
+    return results
+
+
+def _draw(
+    distributions: Sequence[str] | None, targets: np.ndarray, class_counts: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """Return the places of each test set's images; where nothing was asked for, of all test sets that can be drawn."""
+    if distributions:
+        return {name: draw_test_set(name, targets, class_counts, seed) for name in distributions}
+    chosen = {}
+    for name in DISTRIBUTIONS:
+        try:
+            chosen[name] = draw_test_set(name, targets, class_counts, seed)
+        except DataError as error:
+            print(f"left out: {name}: {error}")
+    return chosen
+
+
+def _measure(
+    opened: OpenTarget,
+    parts: Sequence[str],
+    images: Split,
+    test_sets: Mapping[str, np.ndarray],
+    recipe: Recipe,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Return for each test set, whose images stand in these places, what `aggregate` writes."""
+    device = next(opened.model.parameters()).device
+    augmented = recipe.replace(seed=seed, batch_size=aggregation.BATCH_SIZE)
+    learnt = {}
+    for name, places in test_sets.items():
+        views = view_recipes(augmented, opened.input_size[0])
+        loader = build_views_loader(
+            augmented, images.subset(places), views, input_size=opened.input_size, device=device
+        )
+        learnt[name] = learn_weights(_epochs(opened.model, loader, parts, augmented), len(parts), device)
+    equal = torch.full((len(parts),), 1 / len(parts))
+    alone = dict(zip(parts, torch.eye(len(parts)), strict=True))
+    weights = {**alone, "mean": equal, **{name: each.weights.cpu() for name, each in learnt.items()}}
+    correct = _correct(opened, parts, recipe.channels_last, weights)
+    return [
+        {
+            "test_set": name,
+            "images": len(places),
+            "top1": {column: 100.0 * float(correct[column][places].mean()) for column in (*parts, "mean")}
+            | {"learnt": 100.0 * float(correct[name][places].mean())},
+            "weights": dict(zip(parts, learnt[name].weights.tolist(), strict=True)),
+            "epochs": learnt[name].epochs,
+        }
+        for name, places in test_sets.items()
+    ]
+
+
+def view_recipes(recipe: Recipe, channels: int) -> list[Recipe]:
+    """Return the recipes of two random views of an image of so many channels: grey ones have no colour to change."""
+    view = VIEW if channels > 1 else {**VIEW, "hue": 0.0, "grayscale_prob": 0.0}
+    return [recipe.replace(**view)] * 2
+
+
+@torch.no_grad()
+def expert_logits(model: nn.Module, images: Tensor, parts: Sequence[str], channels_last: bool) -> Tensor:
+    """Return the logits (E, B, K) of the named parts of a model in evaluation mode, for images (B, C, H, W)."""
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    logits = head_logits(model, images)
+    return torch.stack([logits[part] for part in parts])
+
+
+def _epochs(
+    model: nn.Module, loader: Loader, parts: Sequence[str], recipe: Recipe
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Give the experts' logits for both views of every batch, epoch by epoch."""
+    for epoch in range(aggregation.EPOCHS):
+        seed_generators(recipe.seed, epoch, rank=0)
+        loader.set_epoch(epoch)
+        yield (
+            tuple(expert_logits(model, view, parts, recipe.channels_last) for view in batch.views)  # type: ignore[misc]
+            for batch in loader
+        )
+
+
+@torch.no_grad()
+def _correct(
+    opened: OpenTarget, parts: Sequence[str], channels_last: bool, weights: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Return which of the split's images, (N,), are predicted correctly with each of several weights, by their name."""
+    device = next(opened.model.parameters()).device
+    rows = torch.stack([*weights.values()]).to(device)
+    correct, index = [], []
+    for batch in opened.loader:
+        logits = expert_logits(opened.model, batch.images, parts, channels_last).float()
+        guesses = torch.stack([weighted_logits(logits, row).argmax(dim=-1) for row in rows])
+        correct.append((guesses == batch.targets).cpu())
+        index.append(batch.index.cpu())
+    in_order = torch.cat(correct, dim=1)[:, torch.cat(index).argsort()]
+    return dict(zip(weights, in_order.numpy(), strict=True))
+
+
+def table(rows: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
+    """Return the results as a text table.
+
+    Args:
+        rows: of `aggregate`.
+        parts: names of the experts.
+    """
+    cells = [["test set", "images", *parts, "mean", "learnt", "weights"]]
+    for row in rows:
+        accuracies = [f"{value:.2f}" for value in row["top1"].values()]
+        weights = " ".join(f"{weight:.2f}" for weight in row["weights"].values())
+        cells.append([row["test_set"], f"{row['images']:,}", *accuracies, weights])
+    return "\n".join(aligned(cells))
