@@ -35,6 +35,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.head_names, self.prediction_heads = heads, heads[-2:]
         self.bottleneck_head = "z" if "z" in heads else None
+        self.head_hidden_size = width
         self.conv, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
         self.mixed = nn.ModuleDict({name: nn.Linear(width, width) for name in heads})
         self.classifiers = nn.ModuleDict()
@@ -47,9 +48,18 @@ class Tiny(nn.Module):
         classifiers = tuple(self.classifiers.values())
         return classifiers if len(classifiers) > 1 else classifiers[0]
 
+    def forward_features(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+    def forward_head(self, x, pre_logits=False):
+        """Of a network of one head."""
+        ((name, mix),) = self.mixed.items()
+        pooled = mix(x.mean(dim=(2, 3)))
+        return pooled if pre_logits else self.classifiers[name](pooled)
+
     def features(self, x):
         """What the classifiers see, by head, (B, D) each."""
-        pooled = F.relu(self.norm(self.conv(x))).mean(dim=(2, 3))
+        pooled = self.forward_features(x).mean(dim=(2, 3))
         return {name: mix(pooled) for name, mix in self.mixed.items()}
 
     def forward(self, x):
