@@ -85,10 +85,14 @@ def heads_of(name):
     return ("v1", "z") if name == "bib" else OBSERVATIONS
 
 
+# Where a default does not fit a handful of images.
+SMALL = {"paco": {"queue": 20}}
+
+
 def make(name, heads=None, counts=COUNTS, epochs=EPOCHS, seed=0, **settings):
     """Build a method around a network of its own, as a run does."""
     kind = METHODS[name] if isinstance(name, str) else name
-    built = build_options(kind.Settings, settings, f"method {kind.name!r}")
+    built = build_options(kind.Settings, {**SMALL.get(kind.name, {}), **settings}, f"method {kind.name!r}")
     torch.manual_seed(seed)
     heads = heads_of(name) if heads is None else heads
     network = kind.build_network(built, lambda **kwargs: Tiny(len(counts), heads, **kwargs))
@@ -1175,6 +1179,7 @@ def results(tmp_path_factory):
         for run, changes in RUNS.items():
             recipe = {**keys, "method": run, **changes}
             kind = METHODS[recipe["method"]]
+            recipe["method"] = {"name": kind.name, **SMALL.get(kind.name, {})}
             if kind.needs_start or issubclass(kind, Taught):
                 last = {"method": recipe.pop("method"), "epochs": 0 if kind.post_hoc else 1}
                 first = "mbib" if recipe["model"] == "mbib_resnet20" else "ce"

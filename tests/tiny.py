@@ -41,6 +41,7 @@ class Tiny(nn.Module):
         self.expert_heads = {e: tuple(name for name in heads if name.partition("_")[0] == e) for e in experts}
         if experts:
             self.prediction_heads = tuple(name for e in experts for name in self.expert_heads[e][-2:])
+        self.head_hidden_size = width
         self.conv, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
         self.mixed = nn.ModuleDict({name: nn.Linear(width, width) for name in heads})
         self.classifiers = nn.ModuleDict()
@@ -53,9 +54,18 @@ class Tiny(nn.Module):
         classifiers = tuple(self.classifiers.values())
         return classifiers if len(classifiers) > 1 else classifiers[0]
 
+    def forward_features(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+    def forward_head(self, x, pre_logits=False):
+        """Of a network of one head."""
+        ((name, mix),) = self.mixed.items()
+        pooled = mix(x.mean(dim=(2, 3)))
+        return pooled if pre_logits else self.classifiers[name](pooled)
+
     def features(self, x):
         """What the classifiers see, by head, (B, D) each."""
-        pooled = F.relu(self.norm(self.conv(x))).mean(dim=(2, 3))
+        pooled = self.forward_features(x).mean(dim=(2, 3))
         return {name: mix(pooled) for name, mix in self.mixed.items()}
 
     def forward(self, x):
