@@ -76,7 +76,8 @@ def check_options(instance: Any, where: str) -> None:
         place = where.format(item.name)
         value = _typed(place, getattr(instance, item.name), expected[item.name])
         if item.metadata.get("place"):
-            value = [_absolute(each) for each in value]
+            own = default_of(item)
+            value = [each if each in own else _absolute(each) for each in value]
         object.__setattr__(instance, item.name, value)
         for each in value if isinstance(value, list) else (value,):
             _check_range(place, each, item.metadata)

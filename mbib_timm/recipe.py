@@ -17,7 +17,7 @@ stages:                                 # runs one after another, each from the 
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -282,16 +282,14 @@ class Recipe:
 
     def _check_mixing(self, kind: "type[Method]") -> None:
         on = [key for key in ("mixup", "cutmix") if getattr(self, key) > 0]
-        # What a key needs to have an effect, in words, and whether it is there.
-        needs = {
-            "cutmix_sampler": ("CutMix, and cutmix is 0; 1 is its usual alpha", "cutmix" in on),
-            "mixup_prob": ("mixup or cutmix, and both are 0", bool(on)),
-            "mixup_switch_prob": ("both mixup and cutmix above 0", len(on) == 2),
-            "mixup_off_epochs": ("mixup or cutmix, and both are 0", bool(on)),
-        }
-        for key, (needed, there) in needs.items():
-            if getattr(self, key) != default_of(KEYS[key]) and not there:
-                raise MbibError(f"recipe key {key!r}: has an effect only with {needed}")
+        self._require_effect(
+            {
+                "cutmix_sampler": ("CutMix, and cutmix is 0; 1 is its usual alpha", "cutmix" in on),
+                "mixup_prob": ("mixup or cutmix, and both are 0", bool(on)),
+                "mixup_switch_prob": ("both mixup and cutmix above 0", len(on) == 2),
+                "mixup_off_epochs": ("mixup or cutmix, and both are 0", bool(on)),
+            }
+        )
         if 2 * self.mixup_off_epochs >= self.epochs > 0 and on:
             raise MbibError(
                 f"recipe key 'mixup_off_epochs': {self.mixup_off_epochs} at either end leaves none of the "
@@ -335,20 +333,33 @@ class Recipe:
         if self.sched == "multistep" and sorted(self.decay_milestones) != self.decay_milestones:
             raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {self.decay_milestones}")
 
-    def _check_augmentation(self) -> None:
-        """Raise MbibError for a key that another one leaves without effect."""
+    def _check_augmentation(self, given: Iterable[str]) -> None:
+        """Raise MbibError for a key, of those that were given, that has no effect, and for an unknown policy."""
         rrc = self.train_crop_mode == "rrc"
-        idle = {
-            "scale": (not rrc, "train_crop_mode: rrc"),
-            "ratio": (not rrc, "train_crop_mode: rrc"),
-            "color_jitter_prob": (not (self.color_jitter or self.hue), "color_jitter or hue"),
+        needs = {
+            "scale": ("train_crop_mode: rrc", rrc),
+            "ratio": ("train_crop_mode: rrc", rrc),
+            "hflip": ("train_crop_mode: pad or rrc", self.train_crop_mode != "none" or self.hflip == 0),
+            "color_jitter_prob": ("color_jitter or hue", self.color_jitter > 0 or self.hue > 0),
         }
-        for key, (is_idle, needed) in idle.items():
-            if is_idle and getattr(self, key) != default_of(KEYS[key]):
+        self._require_effect({key: need for key, need in needs.items() if key in given})
+        if self.aa is not None and "aa" in given:
+            from mbib_timm.data.policies import create_policy
+
+            create_policy(self.aa)
+
+    def _require_effect(self, needs: Mapping[str, tuple[str, bool]]) -> None:
+        """Raise MbibError for a key that is not its default, and has no effect.
+
+        Args:
+            needs: what a key needs to have one, in words, and whether it is there.
+        """
+        for key, (needed, there) in needs.items():
+            if not there and getattr(self, key) != default_of(KEYS[key]):
                 raise MbibError(f"recipe key {key!r} has no effect without {needed}")
 
     def _check_views(self, kind: "type[Method]") -> None:
-        self._check_augmentation()
+        self._check_augmentation(KEYS)
         if self.views is not None and len(self.views) != len(kind.views):
             raise MbibError(
                 f"recipe key 'views': method {kind.name!r} takes {len(kind.views)} of each image, got {len(self.views)}"
@@ -369,7 +380,7 @@ class Recipe:
             object.__setattr__(view, key, value)
         check_options(view, "recipe key {!r}")
         view._check_ranges()
-        view._check_augmentation()
+        view._check_augmentation(differing)
         # Views are cut from the images that the run holds: whole ones after pad, of any size after rrc.
         if view.train_crop_mode != self.train_crop_mode != "pad":
             raise MbibError(
@@ -388,6 +399,14 @@ class Recipe:
             for key in ("initial_checkpoint", "pretrained"):
                 if getattr(self, key):
                     raise MbibError(f"recipe key {key!r}: stage {self.stage + 1} starts from the stage before")
+        if self.choice("reset") == "all":
+            for key in ("initial_checkpoint", "pretrained"):
+                if getattr(self, key):
+                    hint = "; the model to learn from is its setting 'teacher'" if "teacher" in self.method else ""
+                    raise MbibError(
+                        f"recipe key {key!r} has no effect: with method {kind.name!r} the whole network starts "
+                        f"anew{hint}"
+                    )
         if kind.needs_start and not starts:
             raise MbibError(
                 f"method {kind.name!r} starts from a trained model, and this recipe gives none: put a stage before it "

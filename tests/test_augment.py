@@ -93,7 +93,6 @@ def test_pairs_probabilities_and_signs_of_the_cifar10_policy():
     policy = AutoAugmentCifar10()
     operations, arguments = policy.draw(60_000, generator())
     assert operations.shape == arguments.shape == (60_000, 2)
-    # Pair 9 alone equalises twice, each time with .6 and .5; pairs 19 and 23 do so with .6 and .4, .6 and .6.
     rotated = operations[:, 0] == NUMBER["rotate"]
     assert stats.binomtest(int(rotated.sum()), 60_000, 0.7 / 25).pvalue > 1e-3
     assert set(arguments[rotated, 0].round(decimals=4).tolist()) == {-6.6667, 6.6667}
@@ -110,7 +109,6 @@ def test_pairs_probabilities_and_signs_of_the_cifar10_policy():
 @pytest.mark.parametrize("increasing", [False, True])
 def test_randaugments_arguments_are_timms(increasing):
     names = timms._RAND_INCREASING_TRANSFORMS if increasing else timms._RAND_TRANSFORMS
-    ours = {}
     for magnitude in (0.0, 3.7, 9.0, 10.0):
         operations, arguments = RandAugment(magnitude, 3, increasing=increasing, probability=1).draw(3000, generator())
         for name in names:
@@ -165,7 +163,7 @@ def test_whole_images_look_as_after_timms_randaugment():
 )
 def test_policies_that_only_timm_has(aa):
     assert create_policy(aa) is None
-    transform = train_transform(recipe(aa=aa), 20, 20)
+    transform = train_transform(recipe(aa=aa), (3, 20, 20))
     picture = Image.fromarray(noise(1, 20, 20)[0].numpy())
     changed = torch.stack([transform(picture) for _ in range(12)])
     assert changed.shape == (12, 3, 20, 20)
@@ -313,7 +311,7 @@ STRONG = dict(aa="cifar10", cutout=6, rotation=10, color_jitter=0.3, hue=0.1, ga
 
 
 def test_both_loaders_augment_alike():
-    """The mean image and the spread over an epoch of one class's images agree, pixel by pixel."""
+    """The mean and the spread of the images of four epochs agree, pixel by pixel."""
     means = []
     for kind in ("resident", "timm"):
         _, loader = loader_of(kind, STRONG)
@@ -357,10 +355,10 @@ def test_an_epoch_is_a_function_of_seed_and_number(kind):
 def test_resident_epochs_do_not_depend_on_pieces(monkeypatch):
     from mbib_timm.data import resident
 
-    whole = [batch.images for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
+    whole = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
     monkeypatch.setattr(resident, "PIECE_BYTES", 1)
-    pieces = [batch.images for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
-    assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
+    pieces = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
+    assert all(torch.equal(*pair) for both in zip(whole, pieces, strict=True) for pair in zip(*both, strict=True))
 
 
 def test_policies_of_timms_take_timms_loader():

@@ -360,7 +360,7 @@ def test_unknown_sources_are_refused(dataset):
 def test_pad_crop_is_a_window_of_the_padded_image_or_its_mirror():
     _, images = arrays(1)
     image = images[0]
-    transform = train_transform(recipe(), 16, 16)
+    transform = train_transform(recipe(), (3, 16, 16))
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
     windows = {}
     for y in range(5):
@@ -392,7 +392,7 @@ def test_evaluation_resizes_and_crops_the_centre():
 @pytest.mark.parametrize("mode", ["rrc", "none", "pad"])
 def test_every_crop_mode_gives_uint8_of_the_size(mode):
     keys = {"color_jitter": 0.4, "aa": "rand-m9-mstd0.5"}
-    result = train_transform(recipe(train_crop_mode=mode, **keys), 16, 24)(picture(0, (50, 40)))
+    result = train_transform(recipe(train_crop_mode=mode, **keys), (3, 16, 24))(picture(0, (50, 40)))
     assert result.shape == (3, 16, 24)
     assert result.dtype == torch.uint8
 

@@ -18,7 +18,7 @@ from mbib_timm.data.crops import Crop, Draws, create_crop
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.loaders import channelwise, send
 from mbib_timm.data.operations import affine, apply_operations, change_some, cut_out, rotations
-from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, Policy, create_policy
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, Policy, create_policy, mean_color
 from mbib_timm.data.transforms import BLUR_RADIUS, BLUR_SIGMAS
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
@@ -119,11 +119,10 @@ def _policy_operation(aa: str, recipe: Recipe, channels: int) -> Operation:
     policy = create_policy(aa)
     if policy is None:
         raise MbibError(f"recipe key 'aa': {aa!r} works on single images; use loader: timm")
-    # As timm has it: what comes in from outside has the mean colour.
-    mean = tuple(min(255, round(255 * value)) for value in channelwise(recipe.mean, channels))
     if aa == CIFAR10:
         return PolicyOperation(policy, (CIFAR10_FILL,) * channels, "nearest")
-    return PolicyOperation(policy, mean, "bicubic" if recipe.interpolation == "bicubic" else "bilinear")
+    interpolation = "bicubic" if recipe.interpolation == "bicubic" else "bilinear"
+    return PolicyOperation(policy, mean_color(channelwise(recipe.mean, channels)), interpolation)
 
 
 class Rotation:
@@ -151,7 +150,7 @@ class PolicyOperation:
 
     Args:
         policy: draws the operations.
-        fill: levels of what comes in from outside, one a channel.
+        fill: value outside the image, one a channel.
         interpolation: of geometric operations.
     """
 

@@ -14,8 +14,8 @@ LUMA_ONE = 65536.0
 CPU_BLOCK_BYTES = 2 << 20
 BLOCK_BYTES = 256 << 20
 
-# The enhancements, by number.
-BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS, HUE = range(5)
+# The enhancements, by number; in a colour jitter 3 is the hue.
+BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS = range(4)
 
 
 def draw_color_jitter(
@@ -60,7 +60,6 @@ def color_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
         (n, H, W, C), uint8.
     """
     factors, orders = factors[..., None, None, None], orders[..., None, None, None]
-    kinds = torch.tensor([BRIGHTNESS, CONTRAST, SATURATION, HUE], device=images.device)
 
     def change(pixels: Tensor, block: slice) -> Tensor:
         for chosen in orders[block].unbind(1):
@@ -68,9 +67,8 @@ def color_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
             if factors.shape[1] == 3:
                 pixels = enhanced(pixels, chosen, factor)
                 continue
-            of_hue = kinds[chosen] == HUE
             changed = enhanced(pixels, chosen, factor)
-            pixels = torch.where(of_hue, shifted_hue(pixels, factor), changed)
+            pixels = torch.where(chosen == 3, shifted_hue(pixels, factor), changed)
         return pixels
 
     return in_blocks(images, change)
@@ -173,7 +171,7 @@ def shifted_hue(pixels: Tensor, shifts: Tensor) -> Tensor:
         (green - blue) / divisor,
         torch.where(largest == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=pixels.device)[:, None, None]
+    offsets = torch.arange(5, 0, -2, device=pixels.device)[:, None, None]
     k = (offsets + sixths + 6 * shifts).remainder(6)
     return (largest - spread * torch.minimum(k, 4 - k).clamp_(0, 1)).round_()
 

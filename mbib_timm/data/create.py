@@ -184,8 +184,8 @@ def create_loaders(
 
 
 class Passes:
-    """Images for a method that looks at them once training is done: preprocessed as for an evaluation, in order, every
-    image once over all processes. A loader is made when it is first asked for. A broken image is replaced, as in
+    """Images for a method that looks at them before or after training: preprocessed as for an evaluation, in order,
+    every image once over all processes. A loader is made when it is first asked for. A broken image is replaced, as in
     training.
 
     Args:

@@ -66,7 +66,7 @@ def apply_operations(
         images: (n, H, W, C), uint8.
         operations: numbers of the operations, (n,), int64, or `NOTHING`; in host memory.
         arguments: see `ARGUMENTS`, (n,), float64, in host memory.
-        fill: levels of what comes in from outside, one a channel.
+        fill: value outside the image, one a channel.
         interpolation: of geometric operations: ``nearest``, ``bilinear`` or ``bicubic``.
     """
     height, width = images.shape[1:3]
@@ -161,7 +161,7 @@ def affine(images: Tensor, matrices: Tensor, fill: tuple[int, ...], interpolatio
     Args:
         images: (n, H, W, C), uint8.
         matrices: see `affine_matrices`, (n, 6), float64, in host memory.
-        fill: levels of what comes in from outside, one a channel.
+        fill: value outside the image, one a channel.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (PIL's, whose parameter is -1).
 
     Returns:
@@ -169,7 +169,7 @@ def affine(images: Tensor, matrices: Tensor, fill: tuple[int, ...], interpolatio
     """
     n, height, width, channels = images.shape
     device = images.device
-    outside = torch.tensor(fill, dtype=torch.uint8, device=device)
+    outside = send(torch.tensor(fill, dtype=torch.uint8), device)
     a, b, c, d, e, f = matrices.unbind(1)
     at_centres = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2], dim=1)
     # In fixed point, places are the same on every device.

@@ -6,6 +6,7 @@ timm's notation. timm's other policies work on single images, and so on timm's l
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,12 @@ _CIFAR10_LEVELS = {
     "color": (1.0, 0.9),
     "sharpness": (1.0, 0.9),
 }
+
+
+def mean_color(mean: Sequence[float]) -> tuple[int, ...]:
+    """Return the fill value outside the image of policies other than `CIFAR10`, as timm has it: the mean of each
+    channel, of images in 0..1."""
+    return tuple(min(255, round(255 * value)) for value in mean)
 
 
 class Policy(Protocol):

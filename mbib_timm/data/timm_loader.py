@@ -83,12 +83,12 @@ def timm_train_loader(
         stage: of the run, 0 for the first.
         views: the recipe of each view of an image; that of the run alone when not given.
     """
-    channels, height, width = input_size
+    channels = input_size[0]
     views = views or (recipe,)
     for view in views:
         check_augmentation(view, input_size)
     whole = recipe.train_crop_mode == "pad"
-    transform = Views([train_transform(view, height, width, whole) for view in views])
+    transform = Views([train_transform(view, input_size, whole) for view in views])
     if split.stream is not None:
         stream = split.stream(True, pil_mode(channels))
         loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform, len(views))

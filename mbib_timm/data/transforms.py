@@ -12,7 +12,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_inter
 from torch import Tensor
 from torchvision import transforms
 
-from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL
+from mbib_timm.data.loaders import channelwise
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color
 from mbib_timm.recipe import Recipe
 
 LONGEST_SIDE = 500
@@ -20,7 +21,7 @@ LONGEST_SIDE = 500
 BLUR_RADIUS, BLUR_SIGMAS = 11, (0.1, 2.0)
 
 
-def train_transform(recipe: Recipe, height: int, width: int, whole: bool = False) -> Callable[..., Any]:
+def train_transform(recipe: Recipe, input_size: tuple[int, int, int], whole: bool = False) -> Callable[..., Any]:
     """Build the training transform of a recipe: timm's and torchvision's own of what `mbib_timm.data.augment` has for
     batches.
 
@@ -29,10 +30,10 @@ def train_transform(recipe: Recipe, height: int, width: int, whole: bool = False
 
     Args:
         recipe: which crop, and what follows it.
-        height: of the crop.
-        width: of the crop.
+        input_size: (C, H, W) of what it gives.
         whole: cut it from the whole image resized to height x width, as ``pad`` always does.
     """
+    channels, height, width = input_size
     steps: list[Callable[..., Any]] = []
     if whole or recipe.train_crop_mode == "pad":
         steps.append(_resize(recipe, height, width))
@@ -45,17 +46,17 @@ def train_transform(recipe: Recipe, height: int, width: int, whole: bool = False
         steps += [eval_transform(recipe, height, width), torch.as_tensor, transforms.ToPILImage()]
     if recipe.train_crop_mode != "none":
         steps.append(transforms.RandomHorizontalFlip(recipe.hflip))
-    return transforms.Compose([*steps, *_operations(recipe, min(height, width)), transforms.PILToTensor()])
+    return transforms.Compose([*steps, *_operations(recipe, channels, min(height, width)), transforms.PILToTensor()])
 
 
-def _operations(recipe: Recipe, side: int) -> Iterator[Callable[..., Any]]:
-    """Yield what follows the crop, in the order of `mbib_timm.data.augment`, for images of a smaller side `side`."""
+def _operations(recipe: Recipe, channels: int, side: int) -> Iterator[Callable[..., Any]]:
+    """Yield what follows the crop, in the order of `mbib_timm.data.augment`. `side` is the images' shorter one."""
     if recipe.rotation:
         yield transforms.RandomRotation(recipe.rotation)
     if recipe.aa == CIFAR10:
         yield transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=CIFAR10_FILL)
     elif recipe.aa is not None:
-        yield timm_policy(recipe.aa, recipe, side)
+        yield timm_policy(recipe.aa, recipe, channels, side)
     if recipe.color_jitter or recipe.hue:
         jitter = transforms.ColorJitter(*[recipe.color_jitter] * 3, recipe.hue)
         yield transforms.RandomApply([jitter], recipe.color_jitter_prob)
@@ -92,14 +93,13 @@ class Views:
         return torch.cat([transform(image) for transform in self.transforms])
 
 
-def timm_policy(aa: str, recipe: Recipe, side: int) -> Callable[[Image.Image], Image.Image]:
-    """Build an augmentation policy of timm's as its `create_transform` does, for images of a smaller side `side`."""
+def timm_policy(aa: str, recipe: Recipe, channels: int, side: int) -> Callable[[Image.Image], Image.Image]:
+    """Build an augmentation policy of timm's as its `create_transform` does. `side` is the images' shorter one."""
     settings: dict[str, Any] = {
         "translate_const": int(0.45 * side),
-        "img_mean": tuple(min(255, round(255 * value)) for value in recipe.mean),
+        "img_mean": mean_color(channelwise(recipe.mean, channels)),
+        "interpolation": str_to_pil_interp(_fixed_interpolation(recipe)),
     }
-    if recipe.interpolation != "random":
-        settings["interpolation"] = str_to_pil_interp(recipe.interpolation)
     kind = aa.partition("-")[0]
     if kind == "augmix":
         settings["translate_pct"] = 0.3

@@ -115,7 +115,7 @@ class Bottleneck(Method):
 
     bsc_weights: Tensor
     vsd_weights: Tensor
-    log_counts: Tensor
+    logit_offsets: Tensor
     class_weights: Tensor
     temperatures: Tensor | None
 
@@ -131,8 +131,8 @@ class Bottleneck(Method):
         # As tensors, so that other weights and another beta need no other compiled code.
         self._constant("bsc_weights", torch.tensor([*self.head_weights.values()]))
         self._constant("vsd_weights", settings.beta * torch.tensor([edge.weight for edge in self.edges]))
-        offsets = self.offsets()
-        self._constant("log_counts", offsets if settings.logit_adjustment else 0 * offsets)
+        offsets = self.head_offsets()
+        self._constant("logit_offsets", offsets if settings.logit_adjustment else 0 * offsets)
         self._constant("class_weights", class_weights(counts, settings.class_weight_power))
         self._constant("temperatures", class_temperatures(counts, settings.gamma) if settings.gamma else None)
 
@@ -149,7 +149,7 @@ class Bottleneck(Method):
             f"{', '.join(self.head_names)}"
         )
 
-    def offsets(self) -> Tensor:
+    def head_offsets(self) -> Tensor:
         """Return what is added to logits (eq. 4), (K,); or for each head of `head_weights`, (H, 1, K)."""
         return as_counts(self.facts.class_counts).log().float()
 
@@ -193,7 +193,7 @@ class Bottleneck(Method):
         bsc = adjusted_cross_entropy(
             stacked,
             targets,
-            offset=self.log_counts,
+            offset=self.logit_offsets,
             weight=self.class_weights,
             normalize=self.settings.normalize_class_weights,
         )

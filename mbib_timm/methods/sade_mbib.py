@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mbib_timm.errors import MbibError
 from mbib_timm.methods.mbib import CITATION, Bottleneck, Edge, MbibSettings, mbib_edges
 from mbib_timm.methods.registry import register
 from mbib_timm.methods.sade import expert_offsets, experts_of
@@ -43,7 +44,13 @@ class SadeMBIB(Bottleneck):
     Settings = SadeMbibSettings
 
     def check_network(self) -> None:
-        """Raise MbibError unless the network has three experts with observations and a bottleneck each."""
+        """Raise MbibError unless the network has three experts with observations and a bottleneck each, whose offsets
+        differ."""
+        if not self.settings.logit_adjustment:
+            raise MbibError(
+                f"setting 'logit_adjustment' of method {self.name!r}: without it all experts would learn the same "
+                "class frequencies, and tau would have no effect"
+            )
         if any(len(heads) < 2 for heads in experts_of(self).values()):
             raise self.unfit(
                 "a model of three experts with observations and a bottleneck each", "mbib_experts_resnet32"
@@ -57,7 +64,7 @@ class SadeMBIB(Bottleneck):
             for edge in mbib_edges(of_expert, self.observation_weights(of_expert[:-1]))
         ]
 
-    def offsets(self) -> Tensor:
+    def head_offsets(self) -> Tensor:
         """Return the offset of the expert that a head belongs to, (H, 1, K), of the heads in `head_weights`."""
         offsets = expert_offsets(self.facts.class_counts, self.settings.tau)
         of_head = {

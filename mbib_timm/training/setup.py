@@ -65,8 +65,12 @@ def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None =
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
     size = input_size(recipe, network)
-    for view in recipe.augmentations():
-        check_augmentation(view, size)
+    views = recipe.augmentations()
+    for number, view in enumerate(views, start=1):
+        try:
+            check_augmentation(view, size)
+        except MbibError as error:
+            raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
     loader = choose_loader(splits, recipe, size, world.device)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)

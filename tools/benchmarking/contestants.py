@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarking.noise import cifar_like, normalized_noise
+from benchmarking.noise import cifar_like, normalized_noise, single_image
 from benchmarking.turns import timed, wait
 from mbib_timm.data import Splits
 from mbib_timm.data.batch import Batch
@@ -22,12 +22,11 @@ from mbib_timm.environment import World, keep_freed_memory
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits, head_logits
-from mbib_timm.methods import Facts, Method, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch
-from mbib_timm.training.optimization import Precision, create_optimizer
-from mbib_timm.training.setup import build_network
+from mbib_timm.training.optimization import Precision
+from mbib_timm.training.setup import build_network, set_up
 from mbib_timm.training.step import compiled_loss_parts, create_step
 
 # The recipe of MBIB, and the name of its plain backbone.
@@ -55,13 +54,15 @@ def subject_recipe(subject: str, model: str, world: World, compiled: bool) -> Re
 
 
 def method_recipe(name: str, world: World) -> Recipe:
-    """Return a recipe of a method, of several stages the last, for eager steps on noise; a teacher is the packaged
-    MBIB network."""
+    """Return a recipe of a method, of several stages the last, for steps on noise that are eager on a CPU, where
+    compiling takes minutes a method, and else compiled and captured. A teacher is the packaged MBIB network."""
     recipe = load_recipe(find_recipe(name))
     method = dict(recipe.method)
     if "teacher" in method:
         method["teacher"] = [SUBJECTS["resnet32"][0]]
-    return _on_noise(recipe.replace_previous(None, method=method), world).replace(torchcompile=False)
+    on_cuda = world.device.type == "cuda"
+    recipe = _on_noise(recipe.replace_previous(None, method=method), world)
+    return recipe.replace(torchcompile=on_cuda, cuda_graph=on_cuda)
 
 
 def _on_noise(recipe: Recipe, world: World) -> Recipe:
@@ -79,16 +80,10 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, counts: np.ndarray, world: World) -> None:
-        torch.manual_seed(0)
         self.recipe, self.counts, self.device = recipe, counts, world.device
-        self.model = build_network(recipe, len(counts))
-        self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        kind, settings = resolve_method(recipe.method)
-        facts = Facts(counts, recipe.epochs)
-        self.method: Method = kind(self.model, kind.Settings(**settings), facts, world.device)
-        self.method.to(world.device)
-        self.optimizer = create_optimizer(recipe, self.method)
-        self.precision = Precision.of(recipe, world.device)
+        setup = set_up(recipe, single_image(counts), world)
+        self.method, self.optimizer, self.precision = setup.method, setup.optimizer, setup.precision
+        self.model = self.method.result_model()
         self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
         self.epochs = 0
 
@@ -158,7 +153,7 @@ class TimmLoop:
         self.optimizer = create_optimizer_v2(
             self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
-        transform = train_transform(recipe, 32, 32)
+        transform = train_transform(recipe, (3, 32, 32))
         dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=False)
         self.loader = create_loader(
             dataset,

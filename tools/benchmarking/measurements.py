@@ -107,7 +107,7 @@ def step_of_methods(settings: Settings) -> Iterator[Record]:
     batch_size, size, steps = batch_of("resnet32", settings)
     steps = settings.steps or steps
     counts = class_counts("resnet32")
-    recipes = {"CE": subject_recipe("resnet32", "plain", world, compiled=False)}
+    recipes = {"CE": subject_recipe("resnet32", "plain", world, compiled=settings.on_cuda)}
     recipes |= {title: method_recipe(name, world) for title, name in METHOD_RECIPES.items()}
     images, targets = normalized_noise(batch_size, size, len(counts), device)
     contestants = {}

@@ -33,6 +33,12 @@ def cifar_like(limit: int | None) -> Splits:
     return Splits(split(train[:limit]), split(np.arange(10_000)[:limit] % len(counts)), None, counts, None)
 
 
+def single_image(counts: np.ndarray) -> Splits:
+    """Return splits of one image, where training images of each class (K,) are all that is asked for."""
+    split = Split(ArrayReader(np.zeros((1, 32, 32, 3), np.uint8), "noise"), np.zeros(1, np.int64))
+    return Splits(split, split, None, counts, None)
+
+
 def decoded_noise(images: int, height: int, width: int, classes: int, device: torch.device) -> DecodedImages:
     """Return images on the device, as the resident loader holds them."""
     pixels = torch.randint(0, 256, (1 + images * height * width, 3), dtype=torch.uint8, device=device)

@@ -73,7 +73,7 @@ ROWS = {
     "step-resnet32": Row("step-resnet32", "MBIB step / plain step, ResNet32, compiled", both(1.05, 1.15)),
     "step-resnet32-eager": Row("step-resnet32", "the same, eager", {}),
     **{
-        f"step-methods-{title}": Row("step-methods", f"{title} step / cross-entropy step, ResNet32, eager", {})
+        f"step-methods-{title}": Row("step-methods", f"{title} step / CE step, ResNet32; on the CPU eager", {})
         for title in METHOD_RECIPES
     },
     "augmentation": Row(
