@@ -13,10 +13,12 @@ import math
 import subprocess
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -1260,3 +1262,46 @@ def test_ldams_constants_reach_the_networks_classifier():
     torch.testing.assert_close(network(images), before)
     with pytest.raises(MbibError, match="method 'ldam_drw' sets classifier_scale to 11"):
         build_network(recipe.replace(model_kwargs={"classifier_scale": 3.0}), 10)
+
+
+# What goes together
+
+
+NETWORKS = ("cifar_resnet20", "mbib_resnet20", "experts_resnet20", "mbib_experts_resnet20")
+
+
+def table_of_what_goes_together():
+    """The rows of docs/methods.md: for each method what it says of each kind of network, and of mixing."""
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    lines = text.partition("## What goes together")[2].partition("## Teachers")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {name.strip("` "): cells for names, *cells in rows for name in names.split(",")}
+
+
+def test_what_goes_together_is_said_of_every_method():
+    ours = {name for name in OURS if name != "toy"}
+    assert table_of_what_goes_together().keys() == ours
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "toy"])
+def test_what_goes_together_is_as_the_documentation_says(name):
+    *networks, mixing = table_of_what_goes_together()[name]
+    kind = METHODS[name]
+    settings = build_options(kind.Settings, SMALL.get(name, {}), name)
+    facts = Facts(np.array(COUNTS), EPOCHS, previous_run(len(COUNTS)))
+    for model, said in zip(NETWORKS, networks, strict=True):
+
+        def build(model=model):
+            network = kind.build_network(settings, partial(timm.create_model, model, num_classes=len(COUNTS)))
+            return kind(network, settings, facts, CPU)
+
+        if said == "yes":
+            method = build()
+            if not kind.post_hoc:
+                batch = Batch((torch.randn(6, 3, 32, 32),) * len(kind.views), torch.arange(6) % 5, torch.arange(6))
+                method(batch)["loss"].backward()
+        else:
+            assert said.startswith("no: ")
+            with pytest.raises(MbibError, match=f"method '{name}' (needs|compares)"):
+                build()
+    assert mixing == ("trains nothing" if kind.post_hoc else "yes" if kind.soft_targets else "no: it needs labels")
