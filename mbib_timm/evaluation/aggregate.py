@@ -14,9 +14,9 @@ from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import Loader
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import DataError, MbibError, unknown_name
-from mbib_timm.evaluation import aggregation
-from mbib_timm.evaluation.aggregation import DISTRIBUTIONS, draw_test_set, learn_weights, weighted_logits
+from mbib_timm.evaluation import expert_weights
 from mbib_timm.evaluation.evaluate import head_logits, predicting_parts
+from mbib_timm.evaluation.expert_weights import DISTRIBUTIONS, draw_test_set, learn_weights, weighted_logits
 from mbib_timm.evaluation.table import aligned
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
 from mbib_timm.recipe import Recipe
@@ -127,7 +127,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Return for each test set, whose images stand in these places, what `aggregate` writes."""
     device = next(opened.model.parameters()).device
-    augmented = recipe.replace(seed=seed, batch_size=aggregation.BATCH_SIZE)
+    augmented = recipe.replace(seed=seed, batch_size=expert_weights.BATCH_SIZE)
     learnt = {}
     for name, places in test_sets.items():
         views = view_recipes(augmented, opened.input_size[0])
@@ -171,7 +171,7 @@ def _epochs(
     model: nn.Module, loader: Loader, parts: Sequence[str], recipe: Recipe
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """Give the experts' logits for both views of every batch, epoch by epoch."""
-    for epoch in range(aggregation.EPOCHS):
+    for epoch in range(expert_weights.EPOCHS):
         seed_generators(recipe.seed, epoch, rank=0)
         loader.set_epoch(epoch)
         yield (

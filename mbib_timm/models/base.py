@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.classifiers import renew_classifier
+from mbib_timm.models.heads import Observation
 from mbib_timm.models.taps import PREFIX, prefixed_groups
 from mbib_timm.models.weights import classifier_names
 
@@ -94,6 +95,9 @@ class MultiHeadModel(BackboneModel):
         head_names: tuple[str, ...]
         prediction_heads: tuple[str, ...]
         num_classes: int
+        num_features: int
+        head_hidden_size: int
+        drop_rate: float
         training_logits: str
         feature_info: list[dict[str, Any]]
         classifier_kind: str
@@ -151,6 +155,29 @@ class MultiHeadModel(BackboneModel):
         kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
         for head in self._heads():
             head.classifier = renew_classifier(head.classifier, kind, head.num_features, num_classes, scale, **dd)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what lies behind the last chosen level, and the heads with it.
+
+        What is left is the backbone, with a classifier on its pooled last map where `reset_classifier` asks for one.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        if not prune_head and last == len(self.feature_info) - 1:
+            return take
+        self.backbone.prune_intermediate_layers(take, prune_norm=prune_norm)
+        self.feature_info = self.feature_info[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        head = Observation(self.num_features, 0, norm=False, drop_rate=self.drop_rate)
+        self._replace_heads(head.train(self.training), last)
+        self.reset_classifier(0, "")
+        return take
+
+    def _replace_heads(self, head: Observation, level: int) -> None:
+        """Leave a single head, on the whole of the map at a level."""
+        raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, (B, C, H, W)."""

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import timm
 import torch
 from timm.layers import get_device_dtype
-from timm.models._features import feature_take_indices
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -36,6 +35,8 @@ __all__ = ["Experts", "MBIBExperts"]
 
 class ExpertStage(nn.Module):
     """A stage of every expert: what they give, side by side along the channels.
+
+    One after another: on a CPU the same as grouped convolutions takes 18 to 21 % longer in channels-last or compiled.
 
     Args:
         experts: the stage of each.
@@ -225,27 +226,7 @@ class _ExpertModel(MultiHeadModel):
         parts = self.global_pool(self.forward_features(x)).chunk(len(self.heads), dim=1)
         return tuple(head(parts[i]) for i, head in enumerate(self.heads))
 
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what lies behind the last chosen level, and the heads with it.
-
-        What is left is the backbone, with a classifier on its pooled last map where `reset_classifier` asks for one.
-        """
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        if not prune_head and last == len(self.feature_info) - 1:
-            return take
-        self.backbone.prune_intermediate_layers(take, prune_norm=prune_norm)
-        self.feature_info = self.feature_info[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        self._replace_heads(
-            Observation(self.num_features, 0, norm=False, drop_rate=self.drop_rate).train(self.training)
-        )
-        self.reset_classifier(0, "")
-        return take
-
-    def _replace_heads(self, head: nn.Module) -> None:
+    def _replace_heads(self, head: Observation, level: int) -> None:
         """Leave a single head, on the whole of the last map."""
         self.heads = nn.ModuleList([head])
         self.expert_heads = {}
@@ -340,8 +321,8 @@ class MBIBExperts(_ExpertModel):
             for each in (*shallow[i * of_each : (i + 1) * of_each], head, head.bottleneck)
         ]
 
-    def _replace_heads(self, head: nn.Module) -> None:
-        super()._replace_heads(head)
+    def _replace_heads(self, head: Observation, level: int) -> None:
+        super()._replace_heads(head, level)
         self.training_heads = nn.ModuleDict()
 
     @torch.jit.ignore

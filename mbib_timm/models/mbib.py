@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
@@ -181,28 +180,13 @@ class MBIB(MultiHeadModel):
             logits.append(self.bottleneck(v))
         return tuple(logits)
 
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what lies behind the last chosen level, and the heads with it.
-
-        What is left is the backbone, with a classifier on its pooled last map where `reset_classifier` asks for one.
-        """
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        if not prune_head and last == len(self.feature_info) - 1:
-            return take
-        self.backbone.prune_intermediate_layers(take, prune_norm=prune_norm)
-        self.feature_info = self.feature_info[: last + 1]
-        self.taps, self.observes_input = (last,), False
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+    def _replace_heads(self, head: Observation, level: int) -> None:
+        """Leave a single observation, of a level."""
+        self.taps, self.observes_input = (level,), False
         self.training_heads = nn.ModuleDict()
-        self.observation = Observation(self.num_features, 0, norm=False, drop_rate=self.drop_rate).train(self.training)
-        self.bottleneck = nn.Identity()
+        self.observation, self.bottleneck = head, nn.Identity()
         self.predicts_from_v, self.predicts_from_z, self.bottleneck_head = True, False, None
         self.head_names = self.prediction_heads = ("v1",)
-        self.reset_classifier(0, "")
-        return take
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the model to torch.jit.script, which cannot follow ``forward_intermediates`` and takes its last map
