@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.data import Batch
@@ -64,7 +65,8 @@ def create_method(recipe):
     """The method of a recipe with its network; as for a first stage, whatever it starts from."""
     kind, settings = resolve_method(recipe.method)
     network = build_network(recipe.replace(reset="none"), CLASSES)
-    return kind(network, kind.Settings(**settings), Facts(np.arange(CLASSES, 0, -1), 1), torch.device("cpu"))
+    facts = Facts(np.arange(CLASSES, 0, -1), 1, previous_run(CLASSES))
+    return kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
 
 
 def distinct():
@@ -83,7 +85,8 @@ def test_every_network_and_method_trains(key, recipe):
     torch.manual_seed(0)
     method = create_method(recipe)
     method.start_epoch(0)
-    batch = Batch((torch.randn(4, 3, 16, 16),), torch.tensor([0, 1, 50, 99]), torch.arange(4))
+    views = tuple(torch.randn(4, 3, 16, 16) for _ in range(method.views))
+    batch = Batch(views, torch.tensor([0, 1, 50, 99]), torch.arange(4))
     parts = method(batch)
     parts["loss"].backward()
     assert all(part.isfinite() for part in parts.values())
