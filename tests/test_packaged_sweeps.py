@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.data import Batch
@@ -65,7 +66,8 @@ def create_method(recipe):
     """The method of a recipe with its network; as for a first stage, whatever it starts from."""
     kind, settings = resolve_method(recipe.method)
     network = build_network(recipe.replace(reset="none"), CLASSES)
-    return kind(network, kind.Settings(**settings), Facts(np.arange(CLASSES, 0, -1), 1), torch.device("cpu"))
+    facts = Facts(np.arange(CLASSES, 0, -1), 1, previous_run(CLASSES))
+    return kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
 
 
 def distinct():

@@ -64,6 +64,12 @@ def test_table_1_is_the_papers(shared, row, name):
     assert numbers == [RESULTS[f"{name}cifar100_lt_if{f}"][0].accuracies["overall"] for f in (100, 50, 10)]
 
 
+def test_of_a_row_of_table_1_there_may_be_recipes_for_some_factors(shared):
+    text = next((shared / "paper").glob("*.txt")).read_text(encoding="utf-8")
+    assert "DiVE\t45.4\t51.1\t<u>62.0</u>" in text
+    assert RESULTS["cifar_resnet32.dive_cifar100_lt_if100"][0].accuracies == {"overall": 45.4}
+
+
 def test_table_9_is_the_papers(shared):
     text = next((shared / "paper").glob("*.txt")).read_text(encoding="utf-8")
     table_9 = RESULTS["mbib_resnet32.cifar100_lt_if100"][1]

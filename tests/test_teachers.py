@@ -253,7 +253,14 @@ def test_a_table_of_logits_is_the_teachers_evaluation_of_the_same_images():
 def test_a_table_of_images_that_are_never_the_same_is_refused(facts, message):
     with pytest.raises(MbibError, match=message):
         dive(facts=facts._replace(previous=previous_run(5)), teacher_pass="once")
-    dive(facts=facts._replace(previous=previous_run(5, mean=(0.31,), std=(0.35,))))
+    dive(facts=facts._replace(previous=previous_run(5)))
+
+
+def test_a_table_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr("mbib_timm.methods.teacher.fits", lambda needed, device: needed < 4 * 672 * 5)
+    with pytest.raises(MbibError, match=r"the logits of 672 images, 5 each, take 0\.0 GB, which do not fit onto cpu"):
+        dive(teacher_pass="once")
+    dive(counts=COUNTS - 1, teacher_pass="once")
 
 
 # Runs
@@ -404,6 +411,12 @@ def test_the_packaged_recipes_take_their_teacher_from_the_run_of_bsce():
         constants = {"temperature": 2.0, "power": 0.5, "alpha": 0.5, "teacher": ["previous"], "teacher_pass": "step"}
         assert recipe.method == {"name": "dive", **constants}
         assert recipe.choice("reset") == "all"
+    # With two flags MBIB's run teaches.
+    flags = {"stage1.method.name": "mbib", "stage1.model": "mbib_resnet32"}
+    taught = load_recipe(find_recipe("cifar_resnet32.dive_cifar100_lt_if100"), flags)
+    mbib = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
+    assert taught.previous.computation() == mbib.computation()
+    assert taught.model == "cifar_resnet32"
 
 
 # What cannot be, said before anything is trained

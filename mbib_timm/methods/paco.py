@@ -68,7 +68,8 @@ class Projected(nn.Module):
                 "method 'paco' compares images and classes on the features of one classifier; this model has "
                 f"{len(heads)}: {', '.join(heads)}. Use a model of one head, such as cifar_resnet32"
             )
-        missing = [name for name in ("forward_features", "forward_head", "get_classifier") if not hasattr(model, name)]
+        needed = ("forward_features", "forward_head", "get_classifier", "head_hidden_size")
+        missing = [name for name in needed if not hasattr(model, name)]
         if missing:
             raise MbibError(f"method 'paco' needs a timm model; {type(model).__name__} has no {missing[0]}")
         if not isinstance(model.get_classifier(), nn.Module):

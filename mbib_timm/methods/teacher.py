@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes
 from mbib_timm.data.loaders import channelwise
+from mbib_timm.data.memory import fits
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Facts, Method
 from mbib_timm.models.load import LoadedModel, load_model
@@ -118,11 +119,12 @@ class Taught(Method):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         if self.settings.teacher_pass == "once":
-            self._require_constant_images()
+            self._require_table()
         self.teachers = Teachers(self.settings.teacher, self.facts, self.name)
         self.register_buffer("table", None, persistent=False)
 
-    def _require_constant_images(self) -> None:
+    def _require_table(self) -> None:
+        images, classes = int(self.facts.class_counts.sum()), len(self.facts.class_counts)
         obstacles = {
             "the data source streams, and does not say which images a batch holds": self.facts.streamed,
             "the recipe mixes images": self.facts.mixed,
@@ -133,6 +135,11 @@ class Taught(Method):
                     f"setting 'teacher_pass' of method {self.name!r}: 'once' needs the same images in every epoch, but "
                     f"{obstacle}; use teacher_pass: step"
                 )
+        if not fits(4 * images * classes, self.device):
+            raise MbibError(
+                f"setting 'teacher_pass' of method {self.name!r}: the logits of {images:,} images, {classes:,} each, "
+                f"take {4e-9 * images * classes:.1f} GB, which do not fit onto {self.device}; use teacher_pass: step"
+            )
 
     @torch.no_grad()
     def begin(self, data: Passes) -> None:
