@@ -14,6 +14,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
 )  # fmt: skip
 # Further ones, at least as far from those, and from one another, as those are.
 BROWN, MINT, INDIGO = "#6B4226", "#B8E6C9", "#332288"
+# And for bars with their names below: nearer to one of them each.
+WINE, OLIVE, PINK, CYAN = "#882255", "#999933", "#FF9DA7", "#00C5D5"
 GROUP_COLORS = {"many": BLUE, "medium": GREEN, "few": VERMILION}
 # The same method has the same colour in every figure, by its title.
 METHOD_COLORS = {
@@ -24,6 +26,10 @@ METHOD_COLORS = {
     "LDAM-DRW": BROWN,
     "cRT": MINT,
     "tau-norm": INDIGO,
+    "DiVE": WINE,
+    "PaCo": OLIVE,
+    "SADE": PINK,
+    "SADE + MBIB (ours)": CYAN,
     "BIB": ORANGE,
     "MBIB": BLUE,
     "SE-MBIB": VERMILION,

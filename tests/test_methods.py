@@ -330,7 +330,7 @@ def test_gradients_are_finite_where_something_trains_and_nowhere_else(name, part
 
 def offsets_by_head(method):
     """Of every head with a weight, one for all or one for each."""
-    return method.log_counts.expand(len(method.head_weights), 1, -1)[:, 0]
+    return method.logit_offsets.expand(len(method.head_weights), 1, -1)[:, 0]
 
 
 @pytest.mark.parametrize("name", KNOWN)
