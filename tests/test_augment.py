@@ -13,6 +13,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from mbib_timm.data import choose_loader, create_loaders, open_data
 from mbib_timm.data.augment import (
     Augmentation,
+    ColorJitter,
     Cutout,
     GaussianBlur,
     Grayscale,
@@ -194,6 +195,30 @@ def test_they_follow_one_another_in_the_order_that_the_module_says():
 def test_angles_are_uniform():
     degrees = Rotation(15).draw(5000, generator())["degrees"]
     assert stats.kstest(degrees.numpy(), stats.uniform(-15, 30).cdf).pvalue > 1e-3
+
+
+def test_jittered_images_are_torchvisions_in_every_order():
+    from torchvision.transforms import functional as tv
+
+    jitter = ColorJitter(0.4, 0.1, 0.8)
+    draws = jitter.draw(120, generator())
+    assert len(draws["orders"].unique(dim=0)) == 24
+    images = noise(120, 8, 8)
+    changed = jitter(images.clone(), draws)
+    unchanged = 0
+    for before, after, factors, order in zip(images, changed, draws["factors"], draws["orders"].tolist(), strict=True):
+        if factors.tolist() == [1, 1, 1, 0]:
+            unchanged += 1
+            assert torch.equal(before, after)
+            continue
+        pixels = before.permute(2, 0, 1)
+        for step in order:
+            change = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[step]
+            pixels = change(pixels, float(factors[step]))
+        difference = (pixels.permute(1, 2, 0).int() - after.int()).abs()
+        assert difference.float().mean() < 0.7, "each of four steps may round to another level"
+        assert difference.max() <= 6
+    assert stats.binomtest(unchanged, 120, 0.2).pvalue > 1e-3
 
 
 def test_grey_and_blurred_images():

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mbib_timm.data.color import SATURATION, blur, color_jitter, draw_color_jitter, enhance
+from mbib_timm.data.color import SATURATION, UNCHANGED, blur, color_jitter, draw_color_jitter, enhance
 from mbib_timm.data.crops import Crop, Draws, create_crop
 from mbib_timm.data.decode import DecodedImages
 from mbib_timm.data.loaders import channelwise, send
@@ -188,7 +188,21 @@ class ColorJitter:
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Return images (n, H, W, C), jittered."""
-        return color_jitter(images, send(draws["factors"], images.device), send(draws["orders"], images.device))
+        factors, orders = draws["factors"], draws["orders"]
+        device = images.device
+        if not self.hue:
+            return color_jitter(images, send(factors, device), send(orders, device))
+        # Together those whose hue has the same place in the order: it takes longer than the other three.
+        is_hue = orders == 3
+        others = orders[~is_hue].view(-1, 3)
+        for place, chosen in enumerate(is_hue.unbind(1)):
+
+            def jitter(some: Tensor, places: Tensor, place: int = place) -> Tensor:
+                own = send(factors[places], device)
+                return color_jitter(some, own[:, :3], send(others[places], device), own[:, 3], place)
+
+            change_some(images, chosen & (factors != UNCHANGED).any(dim=1), jitter)
+        return images
 
 
 class Grayscale:

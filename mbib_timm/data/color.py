@@ -14,7 +14,9 @@ LUMA_ONE = 65536.0
 CPU_BLOCK_BYTES = 2 << 20
 BLOCK_BYTES = 256 << 20
 
-# The enhancements, by number; in a colour jitter 3 is the hue.
+# Factors of brightness, contrast and saturation, and the shift of the hue, that change nothing.
+UNCHANGED = torch.tensor([1.0, 1.0, 1.0, 0.0])
+# The enhancements, by number.
 BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS = range(4)
 
 
@@ -32,7 +34,7 @@ def draw_color_jitter(
 
     Returns:
         Factors of brightness, contrast and saturation, (n, 3), float32, and with `hue` its shifts, (n, 4); and the
-        order in which they are applied, a random permutation for each image, (n, 3) or (n, 4), int64.
+        order in which they are applied, a random permutation for each image, (n, 3) or (n, 4), int64; 3 is the hue.
     """
     low, high = max(0.0, 1 - strength), 1 + strength
     factors = low + (high - low) * torch.rand(n, 3, generator=generator)
@@ -41,20 +43,23 @@ def draw_color_jitter(
     orders = torch.rand(factors.shape, generator=generator).argsort(dim=1)
     if probability < 1:
         unchanged = torch.rand(n, 1, generator=generator) >= probability
-        factors = torch.where(unchanged, torch.tensor([1.0, 1.0, 1.0, 0.0][: factors.shape[1]]), factors)
+        factors = torch.where(unchanged, UNCHANGED[: factors.shape[1]], factors)
     return factors, orders
 
 
-def color_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation, and the hue where it has a shift, each image's in its own order.
+def color_jitter(
+    images: Tensor, factors: Tensor, orders: Tensor, hues: Tensor | None = None, hue_at: int = 0
+) -> Tensor:
+    """Change brightness, contrast and saturation, each image's in its own order, and the hue at one place in it.
 
     The first three blend the image with another, see `enhanced`.
 
     Args:
         images: (n, H, W, C), uint8; C is 3 (RGB), or 1, where saturation and hue have no effect.
-        factors: of brightness, contrast and saturation, and shifts of the hue, (n, 3) or (n, 4), float32, with the
-            images.
-        orders: which of them comes first, second, ..., (n, 3) or (n, 4), int64, with the images.
+        factors: of brightness, contrast and saturation, (n, 3), float32, with the images.
+        orders: which of the three comes first, second and third, (n, 3), int64, with the images.
+        hues: shifts of the hue, (n,), float32, with the images; None for none.
+        hue_at: how many of the three come before the hue.
 
     Returns:
         (n, H, W, C), uint8.
@@ -62,13 +67,12 @@ def color_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
     factors, orders = factors[..., None, None, None], orders[..., None, None, None]
 
     def change(pixels: Tensor, block: slice) -> Tensor:
-        for chosen in orders[block].unbind(1):
-            factor = factors[block].gather(1, chosen[:, None])[:, 0]
-            if factors.shape[1] == 3:
-                pixels = enhanced(pixels, chosen, factor)
-                continue
-            changed = enhanced(pixels, chosen, factor)
-            pixels = torch.where(chosen == 3, shifted_hue(pixels, factor), changed)
+        for step in range(4):
+            if hues is not None and step == hue_at:
+                pixels = shifted_hue(pixels, hues[block, None, None, None])
+            if step < 3:
+                chosen = orders[block, step]
+                pixels = enhanced(pixels, chosen, factors[block].gather(1, chosen[:, None])[:, 0])
         return pixels
 
     return in_blocks(images, change)
