@@ -90,9 +90,14 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**31 - 1)
 
 
+def is_distributed() -> bool:
+    """Return whether this process works in a group with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def leave_world() -> None:
     """Take this process out of its group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.destroy_process_group()
 
 

@@ -72,9 +72,8 @@ def loader_of(settings, data=None, rank=0, world_size=1, epoch=0, **keys):
 
 def mixing_of(**keys):
     """The mixing of a stage of ten epochs of five classes."""
-    given = dict(mixup=0.0, cutmix=0.0, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_off_epochs=0, smoothing=0.0)
-    rest = dict(num_classes=CLASSES, epochs=10, seed=(0, 0, 0), own_stream=False)
-    return Mixing(**{**given, **rest, **keys})
+    stage = {name: keys.pop(name) for name in ("rank", "stage") if name in keys}
+    return Mixing(Recipe(epochs=10, **keys), CLASSES, 10, **stage)
 
 
 def random_batch(size=9, views=1, seed=0):
@@ -160,7 +159,7 @@ def test_a_batch_stays_as_it_was_and_its_memory_format_too():
     batch = random_batch()
     format_of = torch.channels_last
     kept = batch.map(torch.clone)
-    for way in ({"mixup": 1.0}, {"cutmix": 1.0}, {"cutmix": 1.0, "own_stream": True}):
+    for way in ({"mixup": 1.0}, {"cutmix": 1.0}, {"cutmix": 1.0, "cutmix_sampler": "reverse"}):
         mixing = mixing_of(**way)
         generator = mixing.generator(0)
         for images in (batch.images, batch.images.contiguous(memory_format=format_of)):
@@ -606,7 +605,7 @@ def test_a_step_on_soft_targets_compiles_as_one_graph(name):
 
 def test_mixing_waits_for_no_device():
     batch, foregrounds = random_batch(), random_batch(12)
-    for way in ({"mixup": 1.0, "cutmix": 1.0}, {"cutmix": 1.0, "own_stream": True}):
+    for way in ({"mixup": 1.0, "cutmix": 1.0}, {"cutmix": 1.0, "cutmix_sampler": "reverse"}):
         mixing = mixing_of(**way)
         generator = mixing.generator(0)
         with NoWaiting():

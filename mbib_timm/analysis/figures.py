@@ -30,6 +30,7 @@ from mbib_timm.drawing import (
     ink,
     text_on,
 )
+from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.evaluation.figures import drawn_heads, shot_groups_figure
 from mbib_timm.paper import TABLE_5, TABLE_5_EPOCHS
 
@@ -159,7 +160,7 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
     parts = [
         name
         for name in drawn_heads(name for name in heads if name != "prediction")
-        if name in predicting or any(head.startswith(f"{name}_") for head in predicting)
+        if name in predicting or heads_of_expert(name, predicting)
     ]
     shown = ["prediction", *parts]
     figure, (curve, images) = canvas(5.2, 6.2, rows=2)

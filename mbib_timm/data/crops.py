@@ -77,9 +77,8 @@ class ResizedCrop:
 
     def __init__(self, height: int, width: int, recipe: Recipe) -> None:
         self.height, self.width, self.recipe = height, width, recipe
-        self.bytes_an_image = (
-            24 * LONGEST_SIDE**2 + WORK_BYTES * height * width
-        )  # what `resized_crops` takes for the largest box
+        # First what `resized_crops` takes for the largest box.
+        self.bytes_an_image = 24 * LONGEST_SIDE**2 + WORK_BYTES * height * width
 
     def draw(self, sizes: Tensor, generator: torch.Generator) -> Draws:
         """Draw for n images of height and width `sizes` (n, 2)."""

@@ -105,51 +105,47 @@ def paste(images: Tensor, patches: Tensor, box: Box) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How a stage's batches are mixed; fields without a line here are the recipe's keys.
+    """How a stage's batches are mixed.
 
     Attributes:
+        recipe: of the stage: its mixing keys and its seed.
         num_classes: K.
         epochs: of the stage.
-        seed: seed, rank and stage, which the draws are a function of, with the epoch and the stream.
-        own_stream: CutMix's foregrounds come from a stream of their own.
+        rank: of this process.
+        stage: of the run, 0 for the first.
     """
 
-    mixup: float
-    cutmix: float
-    mixup_prob: float
-    mixup_switch_prob: float
-    mixup_off_epochs: int
-    smoothing: float
+    recipe: Recipe
     num_classes: int
     epochs: int
-    seed: tuple[int, int, int]
-    own_stream: bool
+    rank: int = 0
+    stage: int = 0
 
     def mixes(self, epoch: int) -> bool:
         """Return whether batches of an epoch, counted from 0, are mixed."""
-        off = self.mixup_off_epochs
-        return (self.mixup > 0 or self.cutmix > 0) and off <= epoch < self.epochs - off
+        off = self.recipe.mixup_off_epochs
+        return (self.recipe.mixup > 0 or self.recipe.cutmix > 0) and off <= epoch < self.epochs - off
 
     def generator(self, epoch: int, stream: int = 0) -> np.random.RandomState:
         """Return what the batches of an epoch's stream are drawn with, one after another.
 
         numpy has frozen this kind of generator, so that draws outlive numpy's versions.
         """
-        seed, rank, stage = self.seed
-        entropy = np.random.SeedSequence([seed, epoch, rank, stage, stream], spawn_key=SPAWN_KEY)
+        entropy = np.random.SeedSequence([self.recipe.seed, epoch, self.rank, self.stage, stream], spawn_key=SPAWN_KEY)
         return np.random.RandomState(np.random.MT19937(entropy))
 
     def draw(self, generator: np.random.RandomState, images: torch.Size) -> Mix | None:
         """Draw how a batch of images (B, C, H, W) is mixed; None for not at all."""
-        if generator.random_sample() >= self.mixup_prob:
+        recipe = self.recipe
+        if generator.random_sample() >= recipe.mixup_prob:
             return None
-        cuts = self.cutmix > 0
-        if cuts and self.mixup > 0:
-            cuts = generator.random_sample() < self.mixup_switch_prob
-        alpha = self.cutmix if cuts else self.mixup
+        cuts = recipe.cutmix > 0
+        if cuts and recipe.mixup > 0:
+            cuts = generator.random_sample() < recipe.mixup_switch_prob
+        alpha = recipe.cutmix if cuts else recipe.mixup
         share = float(generator.beta(alpha, alpha))
         size, _, height, width = images
-        order = None if cuts and self.own_stream else generator.permutation(size)
+        order = None if cuts and recipe.cutmix_sampler is not None else generator.permutation(size)
         if not cuts:
             return Mix(share, order, None)
         centre = int(generator.randint(height)), int(generator.randint(width))
@@ -158,7 +154,7 @@ class Mixing:
 
     def soften(self, batch: Batch) -> Batch:
         """Return a batch as it is, with soft targets."""
-        return batch._replace(targets=soft_targets(batch.targets, self.num_classes, self.smoothing))
+        return batch._replace(targets=soft_targets(batch.targets, self.num_classes, self.recipe.smoothing))
 
     def apply(self, batch: Batch, mix: Mix, foregrounds: Batch | None = None) -> Batch:
         """Mix a batch; all views of an image with the same views of one other image, by the same share and box.
@@ -177,8 +173,8 @@ class Mixing:
             views = tuple(mixup(view, other[chosen], mix.share) for view, other in pairs)
         else:
             views = tuple(paste(view, box.crop(other)[chosen], box) for view, other in pairs)
-        own = soft_targets(batch.targets, self.num_classes, self.smoothing)
-        others = soft_targets(source.targets[chosen], self.num_classes, self.smoothing)
+        own = soft_targets(batch.targets, self.num_classes, self.recipe.smoothing)
+        others = soft_targets(source.targets[chosen], self.num_classes, self.recipe.smoothing)
         return Batch(views, mixup(own, others, mix.share), batch.index)
 
 
@@ -251,16 +247,5 @@ def train_loader(
     """
     if not recipe.soft_targets:
         return TrainLoader(streams)
-    mixing = Mixing(
-        recipe.mixup,
-        recipe.cutmix,
-        recipe.mixup_prob,
-        recipe.mixup_switch_prob,
-        recipe.mixup_off_epochs,
-        recipe.smoothing,
-        num_classes,
-        epochs,
-        (recipe.seed, rank, stage),
-        foregrounds is not None,
-    )
+    mixing = Mixing(recipe, num_classes, epochs, rank, stage)
     return MixedTrainLoader(streams, mixing, foregrounds)

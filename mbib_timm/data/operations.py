@@ -37,7 +37,8 @@ NAMES = tuple(ARGUMENTS)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 NOTHING = -1
 
-_ENHANCEMENTS = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "color": SATURATION, "sharpness": SHARPNESS}
+# The enhancements' numbers by those of the operations, from brightness on.
+_ENHANCEMENTS = torch.tensor([BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS])
 FIXED_ONE = 65536  # PIL computes the places of nearest neighbours in 16-bit fixed point
 
 
@@ -76,11 +77,8 @@ def apply_operations(
         return affine(some, matrices, fill, interpolation)
 
     def enhancing(some: Tensor, places: Tensor) -> Tensor:
-        kinds = torch.full((len(NAMES),), NOTHING)
-        for name, kind in _ENHANCEMENTS.items():
-            kinds[NUMBER[name]] = kind
-        factors = arguments[places].float()
-        return enhance(some, send(kinds[operations[places]], some.device), send(factors, some.device))
+        kinds = _ENHANCEMENTS[operations[places] - NUMBER["brightness"]]
+        return enhance(some, send(kinds, some.device), send(arguments[places].float(), some.device))
 
     change_some(images, (operations >= 0) & (operations <= NUMBER["rotate"]), geometric)
     enhancements = (operations >= NUMBER["brightness"]) & (operations <= NUMBER["sharpness"])

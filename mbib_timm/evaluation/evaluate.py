@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
+from mbib_timm.environment import is_distributed
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 
@@ -34,6 +35,11 @@ def _experts(model: nn.Module) -> dict[str, list[str]]:
     return {
         expert: [head for head in heads if head in predicting] for expert, heads in experts.items() if len(heads) > 1
     }
+
+
+def heads_of_expert(expert: str, names: Iterable[str]) -> list[str]:
+    """Return those of some heads' names that are an expert's: ``expert1_v3`` of ``expert1``; none for other names."""
+    return [name for name in names if name.startswith(f"{expert}_")]
 
 
 def _mean(logits: list[Tensor]) -> Tensor:
@@ -103,7 +109,7 @@ def evaluate(
             sums = counted if sums is None else sums + counted
     finally:
         model.train(was_training)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         if sums is None:  # this process had no share; it adds nothing, under the same names
             names = ("prediction", *reported_heads(model))
             nothing = torch.zeros(len(names), 0, len(class_counts), device=device)

@@ -3,7 +3,7 @@
     w = softmax(a),  maximise  mean_i cos( softmax(sum_e w_e z_e(x_i')), softmax(sum_e w_e z_e(x_i'')) )
 
 Two random views x' and x'' of an image should get one prediction: an expert is the more consistent the better it knows
-the classes that the images come from (METHODS 4.3).
+the classes that the images come from.
 """
 
 from collections.abc import Iterable

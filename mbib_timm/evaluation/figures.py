@@ -20,6 +20,7 @@ from mbib_timm.drawing import (
     canvas,
     ink,
 )
+from mbib_timm.evaluation.evaluate import heads_of_expert
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
@@ -195,12 +196,13 @@ def drawn_heads(names: Iterable[str]) -> list[str]:
     """Return the heads that a figure has room for: of experts with several heads each, the experts alone.
 
     Args:
-        names: of all heads; those of an expert start with its name, as ``expert1_v3``.
+        names: of all heads.
     """
     names = list(names)
     if len(names) <= len(HEAD_COLORS):
         return names
-    return [name for name in names if not any(name.startswith(f"{expert}_") for expert in names)]
+    of_experts = {head for name in names for head in heads_of_expert(name, names)}
+    return [name for name in names if name not in of_experts]
 
 
 def shot_groups_figure(results: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbib_timm.environment import is_distributed
+
 NO_LABEL = -1
-
-
-def is_distributed() -> bool:
-    """Return whether several processes train together."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class MomentumCopy(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
+from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Method, Passes
 from mbib_timm.methods.registry import register
@@ -99,7 +100,7 @@ class TauNorm(Method):
         finally:
             for hook in hooks:
                 hook.remove()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             torch.distributed.all_reduce(counts)
         *correct_by_tau, total = counts.double()
         present = total > 0

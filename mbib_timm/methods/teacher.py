@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mbib_timm.data import Batch, Passes
 from mbib_timm.data.loaders import channelwise
 from mbib_timm.data.memory import fits
+from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Facts, Method
 from mbib_timm.models.load import LoadedModel, load_model
@@ -155,7 +156,7 @@ class Taught(Method):
         for batch in data.train:
             table[batch.index] = self.teachers(batch.images).to(table.dtype)
             seen[batch.index] = 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             # Each process has seen its share; a replacement of a broken image may be in the shares of two.
             torch.distributed.all_reduce(table)
             torch.distributed.all_reduce(seen)

@@ -8,6 +8,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.zoo import DATASETS, ZooModel
@@ -132,7 +133,7 @@ def _papers(record: Record) -> list[str]:
 def _heads(record: Record) -> list[str]:
     # An expert of several heads has its row in the results, and no classifier but theirs.
     names = [head for head in record.metrics["result"]["heads"] if head != "prediction"]
-    return [name for name in names if not any(other.startswith(f"{name}_") for other in names)]
+    return [name for name in names if not heads_of_expert(name, names)]
 
 
 def _listed(names: Sequence[str]) -> str:
