@@ -44,6 +44,17 @@ def name_value(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
+def mapping(text: str) -> dict[str, Any]:
+    """Parse a YAML mapping, such as ``{cutout: 8}``."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as {{cutout: 8}}, got {text!r}")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -102,7 +113,10 @@ def _add_flag(group: Any, name: str, expected: Any, item: dataclasses.Field, val
     elif name == "plugin":
         options |= {"action": "append", "metavar": "FILE"}
     elif typing.get_origin(expected) is list:
-        options |= {"nargs": "+", "type": typing.get_args(expected)[0], "metavar": "X"}
+        (item_type,) = typing.get_args(expected)
+        of_mappings = typing.get_origin(item_type) is dict
+        options |= {"nargs": "+", "type": mapping if of_mappings else item_type}
+        options["metavar"] = "{KEY: VALUE}" if of_mappings else "X"
     elif typing.get_origin(expected) is dict:
         options |= {"nargs": "*", "type": name_value, "metavar": "NAME=VALUE"}
     else:

@@ -85,6 +85,9 @@ def fails(tmp_path, capsys):
         (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
         (["train", "--frozen-bn", "evil"], "did you mean 'eval'"),
         (["train", "--holdout", "1"], "recipe key 'holdout': expected at most 0.9, got 1"),
+        (["train", "--views", "8"], "argument --views: expected a mapping such as {cutout: 8}, got '8'"),
+        (["train", "--views", "{cutout: [}"], "argument --views: expected a mapping"),
+        (["train", "--views", "{cutot: 8}"], "unknown key of view 1 'cutot'"),
         (["train", "--plugin", "no/such/plugin.py"], "plugin no/such/plugin.py: there is no such file"),
         (["train", "--plugin", "no_such_module"], "plugin no_such_module does not import"),
         (["train", "--opt", "sdg"], "did you mean 'sgd"),
@@ -267,6 +270,8 @@ def test_settings_and_stages_are_flags():
     assert recipe_overrides(arguments) == {
         "lr": 0.5, "method.beta": 3, "stage2.method.observation_weights": [1, 2],
     }  # fmt: skip
+    views = parse(["train", "--views", "{}", "{cutout: 8, aa: null}"])
+    assert recipe_overrides(views) == {"views": [{}, {"cutout": 8, "aa": None}]}
     assert recipe_overrides(parse(["train", "--plugin", "a.py", "--plugin", "b.py"])) == {"plugin": ["a.py", "b.py"]}
     assert recipe_overrides(parse(["train", "--train", "classifier", "--reset", "none"])) == {
         "train": "classifier", "reset": "none",
