@@ -345,7 +345,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; returns the exit status."""
     if arguments.command == "recipes":
-        from mbib_timm.sweeps.definition import list_sweeps
+        from mbib_timm.sweeps.sweep import list_sweeps
 
         print("\n".join([*list_recipes(), "", "for mbib sweep:", *list_sweeps()]))
     elif arguments.command == "methods":
@@ -367,9 +367,8 @@ def run(arguments: argparse.Namespace) -> int:
         name = recipe_name(path, recipe.method["name"] if "method" in vars(arguments) else None)
         train(recipe, name)
     elif arguments.command == "sweep":
-        from mbib_timm.sweeps.definition import find_sweep
-        from mbib_timm.sweeps.plan import on_recipe
-        from mbib_timm.sweeps.run import run_sweep
+        from mbib_timm.sweeps.sweep import find_sweep
+        from mbib_timm.sweeps.sweep_runs import on_recipe, run_sweep
 
         sweep = find_sweep(arguments.sweep)
         if arguments.recipe is not None:

@@ -31,7 +31,7 @@ from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 from mbib_timm.training.optimization import create_optimizer, round_learning_rates
-from mbib_timm.training.run_folder import read_history
+from mbib_timm.results.record import read_history
 from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.step import create_step, loss_parts
 

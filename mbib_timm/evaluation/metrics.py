@@ -5,7 +5,6 @@ training images; a group's accuracy is the mean of its classes' accuracies.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,17 +90,47 @@ def expected_calibration_error(bins: np.ndarray) -> float:
     return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
 
 
-def summarize(statistics: Statistics, class_counts: np.ndarray) -> dict[str, Any]:
-    """Return the metrics, as plain Python numbers; None where there is nothing to measure.
+@dataclass(frozen=True)
+class HeadMetrics:
+    """What a head achieves on a set of images; None where there is nothing to measure.
+
+    Attributes:
+        top1: accuracy over the images, in percent, as all accuracies here.
+        top5: the same, of the label being among the five largest logits.
+        macro: mean of the classes' accuracies.
+        many: mean accuracy of the classes with more than 100 training images.
+        medium: of those with 20 to 100.
+        few: of those with fewer than 20.
+        ece: expected calibration error, in percent.
+        nll: negative log-likelihood per image, in nats.
+        images: how many were evaluated.
+        classes: how many classes each shot group has.
+        per_class: accuracy of each class, K of them.
+    """
+
+    top1: float
+    top5: float
+    macro: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    ece: float
+    nll: float
+    images: int
+    classes: dict[str, int]
+    per_class: list[float | None]
+
+    def by_group(self) -> dict[str, float | None]:
+        """Return the accuracies that every table shows: ``overall``, then those of the shot groups."""
+        return {"overall": self.top1, "many": self.many, "medium": self.medium, "few": self.few}
+
+
+def summarize(statistics: Statistics, class_counts: np.ndarray) -> HeadMetrics:
+    """Return the metrics of what was counted.
 
     Args:
         statistics: of one head and at least one image.
         class_counts: training images of each class, (K,), which decide the shot groups.
-
-    Returns:
-        In percent: ``top1`` and ``top5`` over the images, ``macro`` over the classes, ``many``, ``medium``, ``few``
-        over the classes of each group, ``per_class``, ``ece``. In nats: ``nll``. ``images``: how many.
-        ``classes``: how many classes each group has.
     """
     total, correct = statistics.total.cpu().numpy(), statistics.correct.cpu().numpy()
     images = int(total.sum())
@@ -114,14 +143,14 @@ def summarize(statistics: Statistics, class_counts: np.ndarray) -> dict[str, Any
         return float(measured.mean()) if len(measured) else None
 
     groups = shot_groups(class_counts)
-    return {
-        "top1": 100.0 * int(correct.sum()) / images,
-        "top5": 100.0 * int(statistics.correct_top5.sum()) / images,
-        "macro": mean(np.arange(len(total))),
+    return HeadMetrics(
+        top1=100.0 * int(correct.sum()) / images,
+        top5=100.0 * int(statistics.correct_top5.sum()) / images,
+        macro=mean(np.arange(len(total))),
         **{name: mean(classes) for name, classes in groups.items()},
-        "ece": 100.0 * expected_calibration_error(statistics.bins.cpu().numpy()),
-        "nll": float(statistics.negative_log_likelihood) / images,
-        "images": images,
-        "classes": {name: len(classes) for name, classes in groups.items()},
-        "per_class": [float(value) if ok else None for value, ok in zip(accuracy, seen, strict=True)],
-    }
+        ece=100.0 * expected_calibration_error(statistics.bins.cpu().numpy()),
+        nll=float(statistics.negative_log_likelihood) / images,
+        images=images,
+        classes={name: len(classes) for name, classes in groups.items()},
+        per_class=[float(value) if ok else None for value, ok in zip(accuracy, seen, strict=True)],
+    )

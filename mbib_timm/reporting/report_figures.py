@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mbib_timm.drawing import CYCLE, GREY, HATCHES, LINE_STYLES, METHOD_COLORS, background, canvas, ink
-from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.methods import method_title
-from mbib_timm.reporting.inputs import RunGroup
-from mbib_timm.sweeps.figure import write_number
-from mbib_timm.sweeps.results import SweepResults
+from mbib_timm.results.runs import RunGroup
+from mbib_timm.results.tables import COLUMNS
+from mbib_timm.sweeps.show_sweep import write_number
+from mbib_timm.sweeps.sweep_results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
 
 
 def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
     """Return a colour for each group of runs, its method's, and which group of the method it is, from 0."""
-    methods = [method_title(group.first.metrics["method"]) for group in groups]
+    methods = [method_title(group.first.record.method) for group in groups]
     return [(METHOD_COLORS.get(method, GREY), methods[:place].count(method)) for place, method in enumerate(methods)]
 
 
@@ -56,7 +56,7 @@ def comparison_curves(groups: Sequence[RunGroup]) -> Any:
     """Draw the accuracy after each evaluated epoch, of the first run of each group."""
     curves = {}
     for group in groups:
-        rows = [(row["epoch"] + 1, row["val_top1"]) for row in group.first.history if row.get("val_top1") is not None]
+        rows = [(row.epoch + 1, row.val["top1"] or 0.0) for row in group.first.history if row.val is not None]
         if rows:
             curves[group.title] = rows
     looks = {
@@ -70,9 +70,9 @@ def sweep_curves(results: SweepResults) -> Any:
     """Draw the accuracy after each evaluated epoch of every configuration of a sweep, the mean over its seeds."""
     collected: dict[str, dict[int, list[float]]] = {}
     for run in results.runs:
-        title = ", ".join(method_title(value) for value in run["coordinates"].values())
+        title = ", ".join(method_title(value) for value in run.coordinates.values())
         points = collected.setdefault(title, {})
-        for epoch, value in zip(run["curve"]["epoch"], run["curve"]["val_top1"], strict=True):
+        for epoch, value in zip(run.curve.epoch, run.curve.val_top1, strict=True):
             if value is not None:
                 points.setdefault(epoch + 1, []).append(value)
     curves = {
