@@ -27,11 +27,11 @@ from mbib_timm.errors import DataError, MbibError
 from mbib_timm.methods import METHODS, Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, in_proportion, load_recipe
+from mbib_timm.results.record import read_history
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 from mbib_timm.training.optimization import create_optimizer, round_learning_rates
-from mbib_timm.results.record import read_history
 from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.step import create_step, loss_parts
 
@@ -508,8 +508,8 @@ DIGITS = dict(
 )
 
 
-def weights(metrics):
-    return torch.load(f"{metrics['folder']}/last.ckpt", weights_only=True)["state_dict"]
+def weights(run):
+    return torch.load(run.folder / "last.ckpt", weights_only=True)["state_dict"]
 
 
 class CrashError(Exception):
@@ -542,16 +542,16 @@ def test_a_run_that_mixes_resumes_bit_identically(tmp_path, monkeypatch, method,
     one, other = weights(whole), weights(resumed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert whole["result"] == resumed["result"]
+    assert whole.record.result == resumed.record.result
 
 
 def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
     keys = {**DIGITS, "mixup": 1.0, "smoothing": 0.1, "output": str(tmp_path)}
-    metrics = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
-    losses = [row["train_loss"] for row in read_history(tmp_path / "mixed")]
+    run = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
+    losses = [row.losses["loss"] for row in read_history(tmp_path / "mixed")]
     assert losses == sorted(losses, reverse=True)
-    assert set(metrics["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
+    assert set(run.record.result.heads) == {"prediction", "v1", "v2", "v3", "z"}
     written = yaml.safe_load((tmp_path / "mixed" / "recipe.yaml").read_text())
     assert (written["mixup"], written["smoothing"], written["cutmix_sampler"]) == (1.0, 0.1, None)
 
