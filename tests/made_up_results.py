@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from mbib_timm.results.tables import COLUMNS
-from mbib_timm.sweeps.sweep import Sweep
-from mbib_timm.sweeps.sweep_runs import plan
-from mbib_timm.sweeps.sweep_results import SweepResults
 
 from mbib_timm.methods import head_names
+from mbib_timm.results.tables import COLUMNS
+from mbib_timm.sweeps.sweep import Sweep
+from mbib_timm.sweeps.sweep_results import SweepResults
+from mbib_timm.sweeps.sweep_runs import plan
 
 Accuracy = Callable[[int, int, str], float | None]
 

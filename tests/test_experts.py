@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from mbib_timm.results.run_figures import drawn_heads
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn
@@ -15,6 +14,7 @@ from mbib_timm.evaluation.evaluate import head_logits, reported_heads
 from mbib_timm.inference.export import for_inference, largest_difference
 from mbib_timm.models import count_macs, count_parameters
 from mbib_timm.models.heads import Bottleneck, Observation
+from mbib_timm.results.run_figures import drawn_heads
 
 SHALLOW = ("v1", "v2")
 

@@ -14,7 +14,6 @@ import yaml
 from huggingface_hub import HfApi
 from loopback_hub import TestHub
 from mbib_timm.publishing.record import read_record
-from mbib_timm.results.redact import redact_command, redact_text
 
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
@@ -23,6 +22,7 @@ from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import git_oid, make_release
 from mbib_timm.recipe import load_recipe
+from mbib_timm.results.redact import redact_command, redact_text
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {

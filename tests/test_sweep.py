@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
-from mbib_timm.sweeps.sweep_runs import on_recipe, plan
-from mbib_timm.sweeps.sweep_results import read_results
-from mbib_timm.sweeps.sweep_runs import run_sweep
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.sweeps import run as sweep_module
 from mbib_timm.sweeps import table as table_module
+from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
+from mbib_timm.sweeps.sweep_results import read_results
+from mbib_timm.sweeps.sweep_runs import on_recipe, plan, run_sweep
 from mbib_timm.training import run as run_module
 
 DIGITS = "mbib_resnet20.digits"

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import yaml
-from mbib_timm.results.redact import redact_command
 from tiny import Tiny, batches, previous_run
 
 from mbib_timm.data.batch import Batch
@@ -22,6 +21,7 @@ from mbib_timm.models.load import load_model
 from mbib_timm.options import build_options
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.results.redact import redact_command
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 

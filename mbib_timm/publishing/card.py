@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.evaluation.evaluate import heads_of_expert
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.zoo import DATASETS, ZOO
 from mbib_timm.names import data_of
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.paper import RESULTS
+from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_model
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.results.paper import RESULTS, PaperResult
-from mbib_timm.results.record import Epoch, RunRecord, read_history, read_record
+from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
 from mbib_timm.results.redact import redact_method, redact_record
 from mbib_timm.results.tables import mean_of
 

@@ -9,21 +9,28 @@ from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, create_passes
 from mbib_timm.data.loaders import Place
-from mbib_timm.environment import World, describe_environment
+from mbib_timm.environment import World, describe_environment, seed_generators
 from mbib_timm.errors import CheckpointError
-from mbib_timm.evaluation import HeadMetrics, evaluate
+from mbib_timm.evaluation import evaluate
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
-from mbib_timm.results.record import Epoch, Evaluation, RunRecord, epoch_metrics, write_history, write_record
+from mbib_timm.results.record import (
+    Epoch,
+    Evaluation,
+    HeadMetrics,
+    RunRecord,
+    epoch_metrics,
+    write_history,
+    write_record,
+)
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import round_learning_rates
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
-from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
