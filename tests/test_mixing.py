@@ -508,7 +508,7 @@ DIGITS = dict(
 
 
 def weights(metrics):
-    return torch.load(f"{metrics['folder']}/last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(f"{metrics.folder}/last.ckpt", weights_only=True)["state_dict"]
 
 
 class CrashError(Exception):
@@ -541,7 +541,7 @@ def test_a_run_that_mixes_resumes_bit_identically(tmp_path, monkeypatch, method,
     one, other = weights(whole), weights(resumed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert whole["result"] == resumed["result"]
+    assert whole.record.result == resumed.record.result
 
 
 def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypatch):
@@ -550,7 +550,7 @@ def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypat
     metrics = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
     losses = [row["train_loss"] for row in read_history(tmp_path / "mixed")]
     assert losses == sorted(losses, reverse=True)
-    assert set(metrics["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
+    assert set(metrics.record.result.heads) == {"prediction", "v1", "v2", "v3", "z"}
     written = yaml.safe_load((tmp_path / "mixed" / "recipe.yaml").read_text())
     assert (written["mixup"], written["smoothing"], written["cutmix_sampler"]) == (1.0, 0.1, None)
 
