@@ -1,6 +1,5 @@
 """Sources, transforms and loaders, on small data that the tests make and on the real files where they are."""
 
-import io
 import itertools
 import json
 import sys
@@ -311,41 +310,6 @@ def test_hugging_face_datasets_through_timm(tmp_path):
         assert sum(len(batch.targets) for batch in batches) == 2
     finally:
         patch.undo()
-
-
-def write_shards(folder):
-    import webdataset
-
-    folder.mkdir()
-    for split, count in {"train": 12, "validation": 5}.items():
-        with webdataset.TarWriter(str(folder / f"demo-{split}-000.tar")) as sink:
-            for i in range(count):
-                buffer = io.BytesIO()
-                picture(i).save(buffer, "PNG")
-                sink.write({"__key__": f"{i:03}", "png": buffer.getvalue(), "cls": i % 2})
-    splits = {
-        split: {"name": split, "filenames": [f"demo-{split}-000.tar"], "shard_lengths": [count], "num_samples": count}
-        for split, count in {"train": 12, "validation": 5}.items()
-    }
-    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
-
-
-def test_webdataset_through_timm_with_counts_from_a_file(tmp_path):
-    pytest.importorskip("webdataset")
-    write_shards(tmp_path / "shards")
-    settings = recipe(dataset="wds/demo", data_dir=str(tmp_path / "shards"), batch_size=4, workers=1)
-    with pytest.raises(DataError, match=r"streams and cannot be counted: .*--class-counts FILE"):
-        open_data(settings)
-    (tmp_path / "counts.txt").write_text("6\n6\n")
-    settings = settings.replace(class_counts=str(tmp_path / "counts.txt"))
-    data = open_data(settings)
-    assert data.class_counts.tolist() == [6, 6]
-    loaders = create_loaders(data, settings, SIZE, CPU.device)
-    assert sum(len(batch.targets) for batch in loaders.val) == 5
-    (batch,) = next(iter(loaders.train))
-    assert batch.images.shape[1:] == SIZE
-    assert set(batch.targets.tolist()) <= {0, 1}
-    assert batch.index.tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize("dataset", ["cifar100", "hfd/x", "folders"])

@@ -375,17 +375,12 @@ def test_what_fits_is_resident_and_what_does_not_is_not(monkeypatch):
     assert choose_loader(data, recipe(loader="timm"), SIZE, CPU) == "timm"
 
 
-def test_streams_and_single_image_policies_take_timms_loader():
+def test_single_image_policies_take_timms_loader():
     data = splits()
     policy = dict(train_crop_mode="rrc", aa="augmix-m3-w3")
     assert choose_loader(data, recipe(loader="auto", **policy), SIZE, CPU) == "timm"
     with pytest.raises(MbibError, match=r"loader: resident .* 'aa'.* use loader: timm"):
         choose_loader(data, recipe(**policy), SIZE, CPU)
-    stream = Split(None, None, stream=lambda training, mode: None)
-    streaming = Splits(stream, data.val, None, data.class_counts, None)
-    assert choose_loader(streaming, recipe(loader="auto", dataset="wds"), SIZE, CPU) == "timm"
-    with pytest.raises(MbibError, match=r"loader: resident .* 'wds' streams; use loader: timm"):
-        choose_loader(streaming, recipe(dataset="wds"), SIZE, CPU)
 
 
 def test_the_memory_that_images_take(folder):

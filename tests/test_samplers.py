@@ -357,14 +357,6 @@ def test_names_that_are_none(name, message):
         create_loaders(splits(small()), recipe(), SIZE, CPU, sampler=name)
 
 
-@pytest.mark.parametrize("name", [*NAMES[1:], "instance+instance"])
-def test_what_a_streamed_source_cannot_serve(name):
-    stream = Split(None, None, stream=lambda training, mode: None)
-    data = Splits(stream, splits(small()).val, None, np.array([30, 9, 3]), None)
-    with pytest.raises(MbibError, match=f"sampler '{name}'.* streams: .*use sampler: instance".replace("+", r"\+")):
-        create_loaders(data, recipe(loader="timm"), SIZE, CPU, sampler=name)
-
-
 def test_a_class_without_images():
     train = splits(small()).train
     data = Splits(train, train, None, np.array([30, 9, 3, 0]), ("ant", "bee", "cat", "dog"))

@@ -15,7 +15,7 @@ class Batch(NamedTuple):
             mixes images or smooths labels.
         index: positions in the split (B,), int64; in training in the training subset. A broken image that was replaced
             has the position of its replacement, so that ``split.targets[index]`` are the labels; a mixed image that of
-            the image that another one was mixed into. -1 where the source streams.
+            the image that another one was mixed into.
     """
 
     views: tuple[Tensor, ...]

@@ -82,18 +82,17 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
     """Return which loader a recipe's data take: ``resident`` or ``timm``.
 
     Raises:
-        MbibError: the recipe asks for resident data, which its source or its augmentation does not allow.
+        MbibError: the recipe asks for resident data, which its augmentation does not allow.
     """
-    obstacle = None
-    if splits.train.stream is not None or splits.val.stream is not None:
-        obstacle = f"data source {recipe.dataset!r} streams"
-    elif any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations()):
-        obstacle = "a policy of timm's (recipe key 'aa') works on single images"
-    if recipe.loader == "resident" and obstacle is not None:
-        raise MbibError(f"loader: resident holds all images in memory, but {obstacle}; use loader: timm")
+    by_image = any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations())
+    if recipe.loader == "resident" and by_image:
+        raise MbibError(
+            "loader: resident augments images in batches, but a policy of timm's (recipe key 'aa') works on single "
+            "images; use loader: timm"
+        )
     if recipe.loader != "auto":
         return recipe.loader
-    if obstacle is not None:
+    if by_image:
         return "timm"
     evaluated = [split for split in (splits.val, splits.test) if split is not None]
     needed = sum(decoded_bytes(split, recipe, input_size, training=False) for split in evaluated)
@@ -145,20 +144,18 @@ def create_loaders(
     shared = recipe.replace(workers=-(-recipe.workers // streams))
 
     def stream(number: int, name: str) -> Loader:
-        order = None
-        if splits.train.targets is not None:
-            order = training_sampler(
-                splits.train.targets,
-                splits.num_classes,
-                recipe,
-                place,
-                name,
-                epochs=epochs,
-                stage=stage,
-                stream=number,
-            )
+        order = training_sampler(
+            splits.train.targets,
+            splits.num_classes,
+            recipe,
+            place,
+            name,
+            epochs=epochs,
+            stage=stage,
+            stream=number,
+        )
         if not resident:
-            return timm_train_loader(splits.train, shared, input_size, place, order, stage, views)
+            return timm_train_loader(splits.train, shared, input_size, place, order, views)
         images = pool.decode("train", splits.train, recipe, input_size, device, training=True, replace_broken=True)
         return resident_loader(images, recipe, input_size, place, order, views)
 
@@ -219,8 +216,7 @@ class Passes:
     def _loader(self, name: str, split: Split, replace_broken: bool) -> Loader:
         recipe, size, place = self.recipe, self.input_size, self.place
         # Both kinds give the same batches, so that each process may choose by its own memory.
-        resident = recipe.loader == "resident" and split.stream is None
-        if resident and fits(decoded_bytes(split, recipe, size, training=False), place.device):
+        if recipe.loader == "resident" and fits(decoded_bytes(split, recipe, size, training=False), place.device):
             images = self.pool.decode(
                 name, split, recipe, size, place.device, training=False, replace_broken=replace_broken
             )
@@ -246,7 +242,7 @@ def build_views_loader(
 
     Args:
         recipe: names the preprocessing, the batch size and the seed.
-        split: indexed images.
+        split: the images.
         views: the recipe of each view of an image.
         input_size: (C, H, W) of the model.
         device: where the batches go.

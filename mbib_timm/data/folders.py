@@ -44,7 +44,6 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
     if any(find_split(root, name) for name in ("train", "validation")):
         raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
     whole = _read(root)
-    assert whole.targets is not None
     held_out = hold_out(whole.targets, val_fraction, np.random.RandomState(seed))
     return whole.subset(np.flatnonzero(~held_out if split in SYNONYMS["train"] else held_out))
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from mbib_timm.errors import DataError
 
@@ -37,28 +37,24 @@ class Split:
     """One split of a data source: which images, with which labels.
 
     Attributes:
-        reader: gives the images; None for a stream.
-        targets: labels (N,), int64; None for a stream.
+        reader: gives the images.
+        targets: labels (N,), int64.
         indices: the reader's index of each image, (N,).
         class_names: in label order, where the source knows them.
-        stream: makes the data set of a source that cannot be indexed, given whether it is for training, and the PIL
-            mode of its images.
     """
 
-    reader: Reader | None
-    targets: np.ndarray | None
+    reader: Reader
+    targets: np.ndarray
     indices: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
-    stream: Callable[[bool, str], IterableDataset] | None = None
 
     def subset(self, kept: np.ndarray) -> "Split":
         """Return the split of the images at these places."""
-        assert self.targets is not None
         indices = kept if self.indices is None else self.indices[kept]
         return replace(self, targets=self.targets[kept], indices=indices)
 
     def __len__(self) -> int:
-        return 0 if self.targets is None else len(self.targets)
+        return len(self.targets)
 
 
 class ImageDataset(Dataset):
@@ -67,15 +63,13 @@ class ImageDataset(Dataset):
     timm's collate function makes one tensor (B, 2) of these, which reaches the device with the images.
 
     Args:
-        split: an indexed split.
+        split: which images, with which labels.
         mode: PIL mode that every image is converted to: ``RGB``, or ``L`` for one channel.
         transform: applied to each image.
         replace_broken: give the next image for one that cannot be decoded, and remember it; else raise.
     """
 
     def __init__(self, split: Split, mode: str, transform: Callable[[Image.Image], Any], replace_broken: bool) -> None:
-        assert split.reader is not None
-        assert split.targets is not None
         self.reader, self.targets = split.reader, split.targets
         self.indices = np.arange(len(split)) if split.indices is None else split.indices
         self.mode, self.transform, self.replace_broken = mode, transform, replace_broken

@@ -20,7 +20,7 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
     """Return the memory that a split's decoded images take; where they keep their own sizes, by a sample of them.
 
     Args:
-        split: indexed images.
+        split: the images.
         recipe: preprocessing.
         input_size: (C, H, W).
         training: the split is trained on.
@@ -28,7 +28,6 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
     channels, height, width = input_size
     if not (training and recipe.train_crop_mode == "rrc"):
         return len(split) * channels * height * width
-    assert split.reader is not None
     indices = np.arange(len(split)) if split.indices is None else split.indices
     areas = []
     for index in indices[np.linspace(0, len(indices) - 1, num=min(SAMPLED_IMAGES, len(indices)), dtype=np.int64)]:

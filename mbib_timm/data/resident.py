@@ -129,7 +129,7 @@ def decode_split(
     """Bring a split's images onto the device, decoded and through the fixed part of the preprocessing.
 
     Args:
-        split: indexed images.
+        split: the images.
         recipe: preprocessing, cache folder, workers.
         input_size: (C, H, W).
         device: where they go.

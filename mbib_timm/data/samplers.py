@@ -95,13 +95,13 @@ class Sampler:
         weights: of the classes; see `ClassWeights`.
         order: of the images; see `Order`.
         number: what the name may say after a colon; None for nothing.
-        any_source: it looks at no labels, and so serves classes without images, and sources that stream.
+        serves_empty_classes: it looks at no labels, so that a class may be without images.
     """
 
     weights: ClassWeights
     order: Order
     number: Number | None
-    any_source: bool
+    serves_empty_classes: bool
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler")
@@ -153,7 +153,7 @@ def class_cycles(classes: ClassIndex, probabilities: np.ndarray, number: float, 
 
 
 def sampler(
-    name: str, *, order: Order = by_class_then_image, number: Number | None = None, any_source: bool = False
+    name: str, *, order: Order = by_class_then_image, number: Number | None = None, serves_empty_classes: bool = False
 ) -> Callable[[ClassWeights], ClassWeights]:
     """Decorator that files a sampler under `name`, given its class weights.
 
@@ -161,17 +161,17 @@ def sampler(
         name: in recipes.
         order: what makes indices of them.
         number: that the name may give after a colon.
-        any_source: it does not look at labels.
+        serves_empty_classes: it does not look at labels.
     """
 
     def decorate(weights: ClassWeights) -> ClassWeights:
-        SAMPLERS.register(name)(Sampler(weights, order, number, any_source))
+        SAMPLERS.register(name)(Sampler(weights, order, number, serves_empty_classes))
         return weights
 
     return decorate
 
 
-@sampler("instance", order=shuffled, any_source=True)
+@sampler("instance", order=shuffled, serves_empty_classes=True)
 def instance(counts: np.ndarray, progress: float, number: float) -> np.ndarray:
     """Every image once: q_k of n_k."""
     return counts
@@ -275,25 +275,13 @@ def check_sampler(text: str, splits: Splits, foregrounds: str | None = None) -> 
         foregrounds: the sampler of the images that CutMix pastes, where it has one.
 
     Raises:
-        MbibError: an unknown sampler, or one that the source cannot serve.
+        MbibError: an unknown sampler.
         DataError: a class without images.
     """
-    names, train = parse_sampler(text), splits.train
-    if train.targets is None:
-        if names != ("instance",):
-            raise MbibError(
-                f"sampler {text!r} chooses images by their class, but the data source streams: images come in the "
-                "order of its shards; use sampler: instance"
-            )
-        if foregrounds is not None:
-            raise MbibError(
-                f"recipe key 'cutmix_sampler': {foregrounds!r} draws a second stream of images, but the data source "
-                "streams: it has one, in the order of its shards; without this key CutMix pastes images of the batch"
-            )
-        return
+    names = parse_sampler(text)
     if foregrounds is not None:
         check_sampler(foregrounds, splits)
-    if all(_find(name)[0].any_source for name in names):
+    if all(_find(name)[0].serves_empty_classes for name in names):
         return
     empty = np.flatnonzero(np.asarray(splits.class_counts) == 0)
     if len(empty):

@@ -11,13 +11,13 @@ from timm.data.readers import create_reader
 from mbib_timm.data.digits import open_digits
 from mbib_timm.data.folders import open_folder
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, first_line
-from mbib_timm.data.lists import open_inaturalist, open_list, read_class_names
+from mbib_timm.data.lists import open_inaturalist, open_list
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 from mbib_timm.registry import Registry
 
 SOURCES: Registry[Callable[[Recipe, str], Split]] = Registry("data source")
-HFDS_PREFIX, WDS_PREFIX = "hfds/", "wds"
+HFDS_PREFIX = "hfds/"
 
 
 def open_split(recipe: Recipe, split: str) -> Split:
@@ -33,8 +33,6 @@ def open_split(recipe: Recipe, split: str) -> Split:
     """
     if recipe.dataset.startswith(HFDS_PREFIX):
         return SOURCES["hfds/NAME"](recipe, split)
-    if recipe.dataset.startswith(WDS_PREFIX):
-        return SOURCES["wds"](recipe, split)
     return SOURCES[recipe.dataset](recipe, split)
 
 
@@ -101,17 +99,3 @@ def _hugging_face(recipe: Recipe, split: str) -> Split:
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
     inside = f"{recipe.dataset} {split}"
     return Split(TimmReader(reader, inside), targets.astype(np.int64), class_names=tuple(map(str, names)) or None)
-
-
-@SOURCES.register("wds")
-def _webdataset(recipe: Recipe, split: str) -> Split:
-    if recipe.data_dir is None or not Path(recipe.data_dir).exists():
-        raise DataError(f"data_dir {recipe.data_dir} does not exist: the folder of the shards")
-
-    try:
-        # Imported here: it needs webdataset.
-        from mbib_timm.data.shards import ShardStream
-    except ImportError:
-        raise DataError("wds needs webdataset: pip install 'mbib-timm[wds]'") from None
-
-    return Split(None, None, class_names=read_class_names(recipe.class_map), stream=partial(ShardStream, recipe, split))

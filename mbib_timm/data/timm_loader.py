@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from timm.data import create_loader
-from torch.utils.data import Dataset
 
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.batch import Batch
@@ -16,9 +14,6 @@ from mbib_timm.data.transforms import Views, eval_transform, train_transform
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
-# A stage's epochs are told to a stream as numbers of their own, so that its shards come in another order.
-EPOCHS_OF_A_STAGE = 1 << 20
-
 
 class TimmLoader:
     """The `Loader` of data of any size: worker processes decode and augment, image by image.
@@ -26,25 +21,17 @@ class TimmLoader:
     Args:
         loader: timm's loader.
         dataset: what it loads.
-        sampler: chooses the order; None for streams, which do that themselves.
-        first_epoch: number of a stream's epoch 0.
+        sampler: chooses the order.
         views: augmented copies of each image, which come as its channels.
     """
 
-    def __init__(
-        self, loader: Any, dataset: Any, sampler: IndexSampler | None, first_epoch: int = 0, views: int = 1
-    ) -> None:
-        self.loader, self.dataset, self.sampler, self.first_epoch = loader, dataset, sampler, first_epoch
-        self.views = views
+    def __init__(self, loader: Any, dataset: ImageDataset, sampler: IndexSampler, views: int = 1) -> None:
+        self.loader, self.dataset, self.sampler, self.views = loader, dataset, sampler, views
 
     def __iter__(self) -> Iterator[Batch]:
         try:
             for images, targets in self.loader:
-                views = images.chunk(self.views, dim=1)
-                if self.sampler is None:
-                    yield Batch(views, targets, torch.full_like(targets, -1))
-                else:
-                    yield Batch(views, *targets.T.contiguous().unbind())
+                yield Batch(images.chunk(self.views, dim=1), *targets.T.contiguous().unbind())
         except DataError as error:
             raise from_worker(error) from None
 
@@ -53,10 +40,7 @@ class TimmLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
-        if self.sampler is None:
-            self.dataset.set_epoch(self.first_epoch + epoch)
-        else:
-            self.sampler.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that were replaced because they could not be read."""
@@ -68,8 +52,7 @@ def timm_train_loader(
     recipe: Recipe,
     input_size: tuple[int, int, int],
     place: Place,
-    sampler: TrainingSampler | None,
-    stage: int = 0,
+    sampler: TrainingSampler,
     views: Sequence[Recipe] = (),
 ) -> TimmLoader:
     """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
@@ -79,8 +62,7 @@ def timm_train_loader(
         recipe: augmentation, batch size, workers.
         input_size: (C, H, W).
         place: device and processes.
-        sampler: chooses the order; None for a source that streams.
-        stage: of the run, 0 for the first.
+        sampler: chooses the order.
         views: the recipe of each view of an image; that of the run alone when not given.
     """
     channels = input_size[0]
@@ -89,12 +71,6 @@ def timm_train_loader(
         check_augmentation(view, input_size)
     whole = recipe.train_crop_mode == "pad"
     transform = Views([train_transform(view, input_size, whole) for view in views])
-    if split.stream is not None:
-        stream = split.stream(True, pil_mode(channels))
-        loader = _through_timm(stream, recipe, input_size, place, recipe.batch_size, None, transform, len(views))
-        loader.first_epoch = stage * EPOCHS_OF_A_STAGE
-        return loader
-    assert sampler is not None
     dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken=True)
     loader = _through_timm(dataset, recipe, input_size, place, recipe.batch_size, sampler, transform, len(views))
     loader.loader.batch_sampler.drop_last = drops_last(len(sampler), recipe.batch_size)
@@ -111,25 +87,22 @@ def timm_eval_loader(
         recipe: preprocessing, batch size, workers.
         input_size: (C, H, W).
         place: device and processes.
-        replace_broken: give the next image for one that cannot be read; else that is an error. Streams always raise.
+        replace_broken: give the next image for one that cannot be read; else that is an error.
     """
     channels, height, width = input_size
     transform = eval_transform(recipe, height, width)
-    if split.stream is not None:
-        stream = split.stream(False, pil_mode(channels))
-        return _through_timm(stream, recipe, input_size, place, recipe.validation_batch_size, None, transform)
     dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken)
     sampler = ShardSampler(len(dataset), place.rank, place.world_size)
     return _through_timm(dataset, recipe, input_size, place, recipe.validation_batch_size, sampler, transform)
 
 
 def _through_timm(
-    dataset: Dataset,
+    dataset: ImageDataset,
     recipe: Recipe,
     input_size: tuple[int, int, int],
     place: Place,
     batch_size: int,
-    sampler: IndexSampler | None,
+    sampler: IndexSampler,
     transform: Any,
     views: int = 1,
 ) -> TimmLoader:
@@ -146,7 +119,6 @@ def _through_timm(
         persistent_workers=False,  # workers that live on would keep the random state of the epoch before
         device=place.device,
     )
-    dataset.transform = transform  # type: ignore[attr-defined]  # create_loader has put its own
-    if sampler is not None:
-        loader.batch_sampler.sampler = sampler
+    dataset.transform = transform  # create_loader has put its own
+    loader.batch_sampler.sampler = sampler
     return TimmLoader(loader, dataset, sampler, views=views)

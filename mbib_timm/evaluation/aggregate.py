@@ -78,8 +78,6 @@ def aggregate(
                 "is for the experts of a model such as experts_resnet32"
             )
         images = open_split(found.recipe, opened.split)
-        if images.targets is None:
-            raise DataError(f"split {opened.split!r} streams: test sets are drawn from sources that can be indexed")
         test_sets = _draw(distributions, images.targets, opened.class_counts, seed)
         rows = _measure(opened, parts, images, test_sets, found.recipe, seed)
         results = {
