@@ -201,9 +201,9 @@ def test_plans_of_inaturalist_take_no_time():
     for name in NAMES:
         seconds = []
         for epoch in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             assert len(epoch_plan(name, classes, Key(0, epoch, 1), 10)) == 437_513
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         assert min(seconds) < 1, name
 
 

@@ -29,10 +29,9 @@ from timm.utils.misc import natural_key
 
 from mbib_timm.cli import Parser, add_recipe_flags, recipe_overrides
 from mbib_timm.data import Split, Splits, open_data
-from mbib_timm.data.archives import SUFFIXES
-from mbib_timm.data.images import first_line
+from mbib_timm.data.folders import SUFFIXES
 from mbib_timm.data.long_tail import long_tailed_indices
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import DataError, MbibError, first_line
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, load_recipe
 from mbib_timm.training.checkpoint import write_atomically

@@ -14,13 +14,15 @@ A further sampler is one decorated function, from class counts to class probabil
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from mbib_timm.data.splits import Splits
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.recipe import Recipe
 from mbib_timm.registry import Registry
 
 
@@ -326,6 +328,19 @@ def epoch_plan(name: str, classes: ClassIndex, key: Key, epochs: int) -> np.ndar
     return found.order(classes, class_probabilities(name, classes.counts, key.epoch, epochs), number, key)
 
 
+class IndexSampler(Protocol):
+    """Gives the indices of a pass, one by one."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Give the indices of a pass."""
+
+    def __len__(self) -> int:
+        """Return how many those are."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+
+
 class TrainingSampler:
     """A process's share of the plans of a stage: each gets as many indices, so a few come twice.
 
@@ -355,3 +370,63 @@ class TrainingSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan of an epoch."""
         self.key = self.key._replace(epoch=epoch)
+
+
+def training_sampler(
+    targets: np.ndarray,
+    num_classes: int,
+    recipe: Recipe,
+    world: World,
+    name: str = "instance",
+    *,
+    epochs: int = 1,
+    stage: int = 0,
+    stream: int = 0,
+) -> TrainingSampler:
+    """Return what orders the training images: a plan of each epoch, the same with every loader.
+
+    Args:
+        targets: labels (N,) of the training images.
+        num_classes: classes K.
+        recipe: gives the seed.
+        world: this process among those that share the images.
+        name: of one sampler, with its number if need be.
+        epochs: of the stage.
+        stage: of the run, 0 for the first.
+        stream: 0, or 1 for the second of two streams.
+
+    Raises:
+        DataError: fewer than two images per process, which BatchNorm cannot train on.
+    """
+    sampler = TrainingSampler(
+        name,
+        ClassIndex.of(targets, num_classes),
+        Key(recipe.seed, 0, stage, stream),
+        epochs,
+        world.rank,
+        world.world_size,
+    )
+    if len(sampler) < 2:
+        raise DataError(f"{len(targets)} training images are too few for {world.world_size} processes")
+    return sampler
+
+
+class ShardSampler:
+    """Every `world_size`-th image in order, from `rank` on: together the ranks see each image once, none twice."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.places = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the order of an evaluation is always the same."""
+
+
+def drops_last(images: int, batch_size: int) -> bool:
+    """Return whether the last short batch of training is left out: only that of a single image is."""
+    return images % batch_size == 1

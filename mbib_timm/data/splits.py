@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbib_timm.data.class_counts import count_classes
 from mbib_timm.data.images import Split
-from mbib_timm.data.long_tail import PROFILES, hold_out, largest_class, long_tailed_indices
+from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices
 from mbib_timm.data.sources import open_split
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data import build_views_loader, open_split
+from mbib_timm.data.batch import Loader
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import Loader
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation import expert_weights

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 
 ECE_BINS = 15
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from mbib_timm.data import build_eval_loader, open_data
-from mbib_timm.data.loaders import Loader
+from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.models.load import Source, create_trained, find_source

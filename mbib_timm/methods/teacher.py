@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes
-from mbib_timm.data.loaders import channelwise
-from mbib_timm.data.memory import fits
+from mbib_timm.data.decoding import fits
+from mbib_timm.data.images import channelwise
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Facts, Method

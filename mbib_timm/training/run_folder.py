@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from mbib_timm.data.loaders import channelwise
+from mbib_timm.data.images import channelwise
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
