@@ -8,12 +8,9 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from functools import cache
 
 import pytest
-import yaml
-from PIL import Image
 
 from mbib_timm.cli import flag, main, parse, recipe_overrides
 from mbib_timm.methods import METHODS
@@ -276,32 +273,6 @@ def test_settings_and_stages_are_flags():
     assert recipe_overrides(parse(["train", "--train", "classifier", "--reset", "none"])) == {
         "train": "classifier", "reset": "none",
     }  # fmt: skip
-
-
-def test_a_sampler_that_a_streamed_source_cannot_serve(fails, tmp_path):
-    pytest.importorskip("webdataset")
-    (tmp_path / "shards").mkdir()
-    for split in ("train", "validation"):
-        with tarfile.open(tmp_path / "shards" / f"demo-{split}-000.tar", "w") as tar:
-            for number in range(4):
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), (number, 0, 0)).save(image, "PNG")
-                for kind, content in (("png", image.getvalue()), ("cls", str(number % 2).encode())):
-                    member = tarfile.TarInfo(f"{number}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    info = {
-        split: dict(name=split, filenames=[f"demo-{split}-000.tar"], shard_lengths=[4], num_samples=4)
-        for split in ("train", "validation")
-    }
-    (tmp_path / "shards" / "_info.json").write_text(json.dumps({"splits": info}))
-    (tmp_path / "counts.txt").write_text("2\n2\n")
-    keys = {"dataset": "wds", "data_dir": str(tmp_path / "shards"), "class_counts": str(tmp_path / "counts.txt")}
-    keys |= {"batch_size": 2, "img_size": 16, "model": "cifar_resnet20", "epochs": 1, "workers": 0}
-    start = tmp_path / "stages.yaml"
-    start.write_text(yaml.safe_dump({**keys, "stages": [{"method": "ce"}, {"method": "crt"}]}))
-    message = fails("train", str(start))
-    assert "sampler 'balanced' chooses images by their class, but the data source streams" in message
 
 
 def test_the_installed_command_answers(tmp_path):

@@ -4,7 +4,6 @@ import collections
 import copy
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
