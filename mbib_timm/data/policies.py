@@ -15,7 +15,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from torch import Tensor
 
 from mbib_timm.data.operations import NOTHING, NUMBER
-from mbib_timm.errors import MbibError
+from mbib_timm.recipe.checks import unknown_policy
 
 CIFAR10, CIFAR10_FILL = "cifar10", 128
 # Operation, probability in tenths and level 0 to 9, twice for each pair.
@@ -167,7 +167,4 @@ def _require_timms(aa: str) -> None:
     try:
         build(aa, {"translate_const": 1, "img_mean": (0, 0, 0)})
     except Exception:  # timm asserts and raises of all kinds
-        raise MbibError(
-            f"recipe key 'aa': unknown policy {aa!r}; expected cifar10, rand-m9-n2-mstd0.5-inc1, or one of timm's: "
-            "original, originalr, v0, v0r, 3a, augmix-m3-w3"
-        ) from None
+        raise unknown_policy(aa) from None
