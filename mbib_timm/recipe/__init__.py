@@ -33,6 +33,7 @@ from mbib_timm.recipe.files import (
 from mbib_timm.recipe.keys import (
     DATA_KEYS,
     KEYS,
+    OPEN_CHOICES,
     STAGES,
     TYPES,
     Recipe,
@@ -47,6 +48,7 @@ __all__ = [
     "DATA_KEYS",
     "DEFAULT_RECIPE",
     "KEYS",
+    "OPEN_CHOICES",
     "STAGES",
     "TYPES",
     "Recipe",

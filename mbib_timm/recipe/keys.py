@@ -12,6 +12,8 @@ from mbib_timm.recipe.checks import check_recipe, view_of
 from mbib_timm.recipe.declared import find_method, load_plugin, resolve_settings
 
 STAGES = "stages"
+# Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
+OPEN_CHOICES = {"loader": "auto", "amp": None}
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
@@ -282,6 +284,14 @@ class Recipe:
         for name in changes:
             require_key(name)
         return dataclasses.replace(self, previous=previous, **changes)
+
+    def with_choices_of(self, run: "Recipe") -> "Recipe":
+        """Return a copy with what a run has chosen, stage by stage, of the `OPEN_CHOICES` of this recipe."""
+        before = self.previous
+        if before is not None and run.previous is not None:
+            before = before.with_choices_of(run.previous)
+        chosen = {key: getattr(run, key) for key, value in OPEN_CHOICES.items() if getattr(self, key) == value}
+        return self.replace_previous(before, **chosen)
 
     def keys(self) -> dict[str, Any]:
         """Return this stage's keys and values."""
