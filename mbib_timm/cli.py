@@ -48,32 +48,38 @@ class Command:
     """A command of ``mbib``.
 
     Attributes:
-        help: one line.
+        add_flags: adds its flags to a parser, and returns what it does with them. Its docstring is the command's help.
         usage: its arguments, where those that argparse would list are too many to read.
         epilog: text below the help.
-        add_flags: adds its flags to a parser, and returns what it does with them.
     """
 
-    help: str
+    add_flags: Callable[[Parser], Action]
     usage: str
     epilog: str
-    add_flags: Callable[[Parser], Action]
+
+    @property
+    def help(self) -> str:
+        """What it does, in a line."""
+        text = (self.add_flags.__doc__ or "").rstrip(".")
+        return text[:1].lower() + text[1:]
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(help: str, usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], Action]], None]:
+def command(usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], Action]], Callable[[Parser], Action]]:
     """Decorator that files a command under its function's name; see `Command`."""
 
-    def decorate(add_flags: Callable[[Parser], Action]) -> None:
-        COMMANDS[add_flags.__name__] = Command(help, usage, epilog, add_flags)
+    def decorate(add_flags: Callable[[Parser], Action]) -> Callable[[Parser], Action]:
+        COMMANDS[add_flags.__name__] = Command(add_flags, usage, epilog)
+        return add_flags
 
     return decorate
 
 
-@command("train a recipe", "[RECIPE] [flags]", TRAINING_EPILOG)
+@command("[RECIPE] [flags]", TRAINING_EPILOG)
 def train(flags: Parser) -> Action:
+    """Train a recipe."""
     flags.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
     add_recipe_flags(flags, KEYS)
 
@@ -88,8 +94,9 @@ def train(flags: Parser) -> Action:
     return run
 
 
-@command("train many recipes in one process", "SWEEP | RECIPE [RECIPE ...] [flags]", TRAINING_EPILOG)
+@command("SWEEP | RECIPE [RECIPE ...] [flags]", TRAINING_EPILOG)
 def sweep(flags: Parser) -> Action:
+    """Train many recipes in one process."""
     from mbib_timm.sweeps.sweep import PER_RUN, find_sweep
 
     flags.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
@@ -117,8 +124,9 @@ def sweep(flags: Parser) -> Action:
     return run
 
 
-@command("evaluate a trained model", "MODEL [flags]")
+@command("MODEL [flags]")
 def validate(flags: Parser) -> Action:
+    """Evaluate a trained model."""
     flags.add_argument("target", help=MODEL)
     flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
     flags.add_argument("--split", help="split to evaluate; the one of the run's result when not given")
@@ -134,8 +142,9 @@ def validate(flags: Parser) -> Action:
     return run
 
 
-@command("weigh a model's experts on test sets of other class distributions", "MODEL [flags]")
+@command("MODEL [flags]")
 def aggregate(flags: Parser) -> Action:
+    """Weigh a model's experts on test sets of other class distributions."""
     flags.add_argument("target", help=MODEL)
     flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
     flags.add_argument("--split", help="split the test sets are drawn from; that of the run's result if not given")
@@ -170,8 +179,9 @@ def aggregate(flags: Parser) -> Action:
     return run
 
 
-@command("look into trained models", "MODEL [MODEL ...] [flags]")
+@command("MODEL [MODEL ...] [flags]")
 def analyze(flags: Parser) -> Action:
+    """Look into trained models."""
     flags.add_argument(
         "runs",
         nargs="+",
@@ -204,8 +214,9 @@ def analyze(flags: Parser) -> Action:
     return run
 
 
-@command("put runs and sweeps into one HTML file")
+@command()
 def report(flags: Parser) -> Action:
+    """Put runs and sweeps into one HTML file."""
     flags.add_argument(
         "results",
         nargs="+",
@@ -222,8 +233,9 @@ def report(flags: Parser) -> Action:
     return run
 
 
-@command("classify images with a trained model")
+@command()
 def predict(flags: Parser) -> Action:
+    """Classify images with a trained model."""
     flags.add_argument("model", help=MODEL)
     flags.add_argument("images", nargs="+", help="image files, folders and tars")
     flags.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes of each image (5)")
@@ -269,8 +281,9 @@ def predict(flags: Parser) -> Action:
     return run
 
 
-@command("write a trained model in another format")
+@command()
 def export(flags: Parser) -> Action:
+    """Write a trained model in another format."""
     flags.add_argument("model", help=MODEL)
     flags.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="of the file")
     flags.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
@@ -283,8 +296,9 @@ def export(flags: Parser) -> Action:
     return run
 
 
-@command("try a trained model in the browser")
+@command()
 def demo(flags: Parser) -> Action:
+    """Try a trained model in the browser."""
     flags.add_argument("model", help=MODEL)
     flags.add_argument("--port", type=positive, metavar="N", help="of the page; a free one when not given")
     flags.add_argument("--device", help=DEVICE)
@@ -297,8 +311,9 @@ def demo(flags: Parser) -> Action:
     return run
 
 
-@command("put a finished run on the Hub")
+@command()
 def publish(flags: Parser) -> Action:
+    """Put a finished run on the Hub."""
     flags.add_argument("run", type=Path, help="the run's folder")
     flags.add_argument("--repo-id", metavar="ORG/NAME", help="repository; a model of the zoo has its own")
     flags.add_argument(
@@ -332,8 +347,10 @@ def publish(flags: Parser) -> Action:
     return run
 
 
-@command("list the zoo: what is trained, how well, how large")
+@command()
 def models(flags: Parser) -> Action:
+    """List the zoo: what is trained, how well, how large."""
+
     def run(given: Namespace) -> None:
         from mbib_timm.inference.catalogue import catalogue, text_table
 
@@ -342,8 +359,10 @@ def models(flags: Parser) -> Action:
     return run
 
 
-@command("list the methods of training")
+@command()
 def methods(flags: Parser) -> Action:
+    """List the methods of training."""
+
     def run(given: Namespace) -> None:
         load_entry_points()
         print(_aligned([[name, method.title, method.citation] for name, method in known_methods().items()]))
@@ -351,8 +370,10 @@ def methods(flags: Parser) -> Action:
     return run
 
 
-@command("list the packaged recipes and sweeps")
+@command()
 def recipes(flags: Parser) -> Action:
+    """List the packaged recipes and sweeps."""
+
     def run(given: Namespace) -> None:
         rows = [_recipe_row(name, load_recipe(path)) for name, path in packaged_recipes().items()]
         print(_aligned([["recipe", "data", "method", "epochs"], *rows]))

@@ -97,7 +97,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     """Read a recipe file and apply overrides.
 
     Args:
-        path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as the module's description has them.
+        path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them.
         overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
             part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
             without stage holds for all stages that do not set it themselves, as in the file.
