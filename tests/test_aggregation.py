@@ -176,7 +176,7 @@ def run(tmp_path_factory) -> Path:
     recipe = load_recipe(
         find_recipe("experts_resnet32.sade_digits"), {**settings, "output": str(tmp_path_factory.mktemp("runs"))}
     )
-    return Path(train(recipe, "experts")["folder"])
+    return train(recipe, "experts").folder
 
 
 CPU = {"device": "cpu", "workers": 0}

@@ -95,7 +95,7 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
         find_recipe("cifar_resnet20.ce_digits"),
         dict(epochs=1, warmup_epochs=0, device="cpu", output=str(tmp_path / "runs"), seed=5),
     )
-    plain = train(recipe, "cifar_resnet20.ce_digits")["folder"]
+    plain = train(recipe, "cifar_resnet20.ce_digits").folder
     capsys.readouterr()
     output = tmp_path / "analyses"
     options = dict(overrides={"device": "cpu"}, output=output, classes=[2, 9], images_per_class=6)
@@ -146,10 +146,11 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
         analyze_run(str(tmp_path), overrides=cpu)
     with pytest.raises(MbibError, match=r"is no run's folder: say with --output DIR"):
         analyze_run("mbib_resnet32.cifar100_lt_if100", overrides=cpu)
-    counts = tmp_path / "counts.txt"
-    counts.write_text("50\n" * 7)
+    other = shutil.copytree(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "class_counts": [50] * 7}))
     with pytest.raises(MbibError, match="tells 10 classes apart, but the data have 7"):
-        analyze_run(str(run), overrides={**cpu, "class_counts": str(counts)}, output=tmp_path / "new")
+        analyze_run(str(other), overrides=cpu, output=tmp_path / "new")
     monkeypatch.setattr(analyze_module, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
     with pytest.raises(MbibError, match="one process, not in 2"):
         analyze_run(str(run), overrides=cpu, output=tmp_path / "new")

@@ -23,7 +23,7 @@ from mbib_timm.data.augment import (
     create_augmentation,
     create_operations,
 )
-from mbib_timm.data.operations import NAMES, NOTHING, NUMBER
+from mbib_timm.data.pixels import NAMES, NOTHING, NUMBER
 from mbib_timm.data.policies import AutoAugmentCifar10, RandAugment, create_policy
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.errors import MbibError
@@ -379,10 +379,10 @@ def test_an_epoch_is_a_function_of_seed_and_number(kind):
 
 
 def test_resident_epochs_do_not_depend_on_pieces(monkeypatch):
-    from mbib_timm.data import resident
+    from mbib_timm.data import loaders
 
     whole = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
-    monkeypatch.setattr(resident, "PIECE_BYTES", 1)
+    monkeypatch.setattr(loaders, "PIECE_BYTES", 1)
     pieces = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
     assert all(torch.equal(*pair) for both in zip(whole, pieces, strict=True) for pair in zip(*both, strict=True))
 

@@ -8,12 +8,9 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from functools import cache
 
 import pytest
-import yaml
-from PIL import Image
 
 from mbib_timm.cli import COMMANDS, main, parse
 from mbib_timm.flags import flag, recipe_overrides
@@ -75,6 +72,7 @@ BAD_FLAGS = [
     (["train", "cifar_resnet32.crt_digits", "--stage3.lr", "1"], "crt_digits.yaml has 2 stages"),
     (["train", "cifar_resnet32.crt_digits", "--stage2.method.tau", "1"], "unknown setting 'tau': method 'crt' has"),
     (["train", "--sampler", "balance"], "unknown sampler 'balance': did you mean 'balanced'"),
+    (["train", "--sampler", "sqrt+sqrt+sqrt"], "expected one sampler, or two side by side, got 3"),
     (["train", "--sampler", "instance+reverse"], "method 'mbib' takes one stream of images"),
     (["train", "--frozen-bn", "evil"], "did you mean 'eval'"),
     (["train", "--holdout", "1"], "recipe key 'holdout': expected at most 0.9, got 1"),
@@ -108,7 +106,7 @@ BAD_RUNS = [
     (["train", "--method.observation-weights", "[1, 2]"], "expected 3 numbers, one for each of v1, v2, v3"),
     (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
     (["train", "--sampler", "class_aware:x"], "class_aware:x"),
-    (["train", "--sampler", "sqrt+sqrt+sqrt"], "expected one sampler, or two side by side, got 3"),
+    (["train", "--aa", "rand-x9"], "recipe key 'aa': unknown policy 'rand-x9'"),
     (["train", "--train", "layer9"], "part 'layer9' is in no parameter's name"),
     (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
     (["train", "--opt", "sdg"], "did you mean 'sgd"),
@@ -407,32 +405,6 @@ def test_settings_and_stages_are_flags():
     assert recipe_overrides(parse(["train", "--train", "classifier", "--reset", "none"])) == {
         "train": "classifier", "reset": "none",
     }  # fmt: skip
-
-
-def test_a_sampler_that_a_streamed_source_cannot_serve(fails, tmp_path):
-    pytest.importorskip("webdataset")
-    (tmp_path / "shards").mkdir()
-    for split in ("train", "validation"):
-        with tarfile.open(tmp_path / "shards" / f"demo-{split}-000.tar", "w") as tar:
-            for number in range(4):
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), (number, 0, 0)).save(image, "PNG")
-                for kind, content in (("png", image.getvalue()), ("cls", str(number % 2).encode())):
-                    member = tarfile.TarInfo(f"{number}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    info = {
-        split: dict(name=split, filenames=[f"demo-{split}-000.tar"], shard_lengths=[4], num_samples=4)
-        for split in ("train", "validation")
-    }
-    (tmp_path / "shards" / "_info.json").write_text(json.dumps({"splits": info}))
-    (tmp_path / "counts.txt").write_text("2\n2\n")
-    keys = {"dataset": "wds", "data_dir": str(tmp_path / "shards"), "class_counts": str(tmp_path / "counts.txt")}
-    keys |= {"batch_size": 2, "img_size": 16, "model": "cifar_resnet20", "epochs": 1, "workers": 0}
-    start = tmp_path / "stages.yaml"
-    start.write_text(yaml.safe_dump({**keys, "stages": [{"method": "ce"}, {"method": "crt"}]}))
-    message = fails("train", str(start))
-    assert "sampler 'balanced' chooses images by their class, but the data source streams" in message
 
 
 def test_the_installed_command_answers(tmp_path):

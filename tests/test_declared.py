@@ -5,18 +5,13 @@ import dataclasses
 import pytest
 
 from mbib_timm.data import SAMPLERS, parse_sampler
+from mbib_timm.data.policies import create_policy
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS
 from mbib_timm.options import default_of, option_types
 from mbib_timm.recipe import Recipe
-from mbib_timm.recipe.checks import _PLAIN_POLICY, _POLICIES
-from mbib_timm.recipe.declared import (
-    count_streams,
-    find_method,
-    known_methods,
-    packaged_methods,
-    packaged_samplers,
-)
+from mbib_timm.recipe.checks import POLICIES
+from mbib_timm.recipe.declared import find_method, known_methods, packaged_methods, packaged_samplers, stream_names
 
 OURS = [name for name in METHODS if METHODS[name].__module__.startswith("mbib_timm.methods.")]
 
@@ -58,32 +53,28 @@ def test_every_sampler_of_the_package_is_read():
     assert list(packaged_samplers()) == ours
 
 
-@pytest.mark.parametrize("name", ["instance", "effective:0.9", "instance + reverse", "class_aware:2+sqrt"])
-def test_streams_are_counted_as_the_samplers_do(name):
-    assert count_streams(name) == len(parse_sampler(name))
+def test_the_names_of_streams_are_told_apart_and_their_numbers_left_to_the_samplers():
+    assert stream_names("instance") == ("instance",)
+    assert stream_names("class_aware:2 + sqrt") == parse_sampler("class_aware:2+sqrt") == ("class_aware:2", "sqrt")
+    assert stream_names("effective:2") == ("effective:2",)
+    with pytest.raises(MbibError, match="beta is a number of at least 0 and less than 1, not '2'"):
+        parse_sampler("effective:2")
 
 
-@pytest.mark.parametrize("name", ["balance", "effective:2", "sqrt:3", "sqrt+sqrt+sqrt", "", "class_aware:x"])
-def test_what_is_no_sampler_is_refused_as_the_samplers_do(name):
-    with pytest.raises(MbibError) as theirs:
-        parse_sampler(name)
-    with pytest.raises(MbibError) as ours:
-        count_streams(name)
-    assert str(ours.value) == str(theirs.value)
+@pytest.mark.parametrize("name", ["balance", "", "sqrt+sqrt+sqrt", "instance+balance"])
+def test_what_is_no_sampler_is_refused(name):
+    with pytest.raises(MbibError, match=r"unknown sampler|expected one sampler, or two"):
+        stream_names(name)
 
 
-@pytest.mark.parametrize("aa", ["cifar10", "rand", "rand-m9-n2-mstd0.5-inc1", "rand-m9-mstd101", "rand-p0.6"])
-def test_plain_policies_are_policies(aa):
-    from mbib_timm.data.policies import create_policy
-
-    assert _PLAIN_POLICY.fullmatch(aa)
+@pytest.mark.parametrize("aa", [*POLICIES, "rand-m9-n2-mstd0.5-inc1", "augmix-m3-w3", "original-mstd0.5"])
+def test_a_recipe_takes_the_policies_that_there_are(aa):
+    assert Recipe(aa=aa).aa == aa
     create_policy(aa)  # raises for what is none
 
 
-@pytest.mark.parametrize(
-    "aa", ["original-mstd0.5", "originalr", "v0", "v0r", "3a", "augmix-m3-w3", "rand-mmax12-tweights"]
-)
-def test_policies_that_timm_has_to_say_are_policies(aa):
-    assert not _PLAIN_POLICY.fullmatch(aa)
-    assert aa.partition("-")[0] in _POLICIES
-    assert Recipe(aa=aa).aa == aa
+@pytest.mark.parametrize("aa", ["cifar", "rnd-m9", ""])
+def test_a_recipe_takes_no_others(aa):
+    for check in (create_policy, lambda aa: Recipe(aa=aa)):
+        with pytest.raises(MbibError, match=f"recipe key 'aa': unknown policy '{aa}'; expected cifar10, rand-"):
+            check(aa)

@@ -1189,7 +1189,7 @@ def results(tmp_path_factory):
                 recipe["stages"] = [{"method": first}, last]
             file = path / "own.yaml"
             file.write_text(yaml.safe_dump(recipe))
-            folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_"))["folder"]
+            folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_")).folder
     torch.save({folder: images[folder] for folder in folders.values()}, path / "images.pt")
     arguments = [str(path / "images.pt"), str(path / "logits.pt")]
     command = [sys.executable, "-c", LOAD, *arguments]
@@ -1233,7 +1233,7 @@ def test_a_run_of_two_streams_draws_each_by_its_own_sampler(tmp_path):
         metrics = train(load_recipe(file), "run")
     finally:
         METHODS.remove("pair")
-    counts, steps = metrics["class_counts"], len(seen) // 2
+    counts, steps = metrics.record.class_counts, len(seen) // 2
     first, second = (torch.cat([pair[i] for pair in seen[:steps]]) for i in range(2))
     assert torch.bincount(first, minlength=10).tolist() == counts
     n, inverse = len(second), 1 / np.array(counts)

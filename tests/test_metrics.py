@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.evaluation import batch_statistics, summarize
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])

@@ -118,7 +118,7 @@ def cube_root(counts, progress, number):
     keys = dict(base="digits", model="cifar_resnet20", plugin=[str(path)], method="drawn", sampler="cube_root")
     keys |= dict(epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0, output=str(tmp_path / "runs"))
     metrics = train(load_recipe(write("own.yaml", yaml.safe_dump(keys))), "run")
-    assert metrics["method"] == "drawn"
+    assert metrics.record.method == "drawn"
     from mbib_timm.data import SAMPLERS
 
     SAMPLERS.remove("cube_root")
@@ -258,7 +258,7 @@ def test_the_documented_method_is_short_and_trains_in_two_stages(tmp_path):
     done = run(tmp_path, "train", "tempered.yaml", *flags)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
-    assert metrics["stages"] == ["tempered", "crt"]
+    assert metrics.record.stages == ["tempered", "crt"]
     shown = run(tmp_path, "train", "tempered.yaml", "--help")
     assert "stage1.method: tempered (Tempered LA):" in shown.stdout
     assert "--stage1.method.warm-up FLOAT" in shown.stdout

@@ -38,7 +38,6 @@ class Facts(NamedTuple):
         mean: of each channel, which the images are normalised with; of one for all, or three.
         std: of each channel.
         class_names: in label order, where they are known.
-        streamed: the source streams, and batches do not say which images they hold.
         mixed: images are mixed with one another.
     """
 
@@ -49,7 +48,6 @@ class Facts(NamedTuple):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] | None = None
-    streamed: bool = False
     mixed: bool = False
 
 

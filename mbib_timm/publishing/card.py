@@ -8,7 +8,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION

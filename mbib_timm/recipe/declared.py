@@ -182,21 +182,27 @@ def packaged_samplers() -> tuple[str, ...]:
     )
 
 
-def count_streams(sampler: str) -> int:
-    """Return how many streams of images a recipe's sampler asks for, 1 or 2.
+def stream_names(sampler: str) -> tuple[str, ...]:
+    """Return the names of the streams that a recipe's sampler asks for: one, or two joined by ``+``.
+
+    The number that a name may have behind a colon is for the sampler to check: `mbib_timm.data.samplers`.
+
+    Args:
+        sampler: e.g. ``balanced``, ``effective:0.999``, ``instance+reverse``.
 
     Raises:
-        MbibError: an unknown sampler, a number that it does not take, or more than two streams.
+        MbibError: an unknown sampler, or more than two streams.
     """
-    names = [name.strip() for name in sampler.split("+")]
-    unknown = [name for name in names if name not in packaged_samplers()]
-    if not unknown and len(names) <= 2:
-        return len(names)
-    samplers = "mbib_timm.data.samplers"
-    if unknown and ":" not in unknown[0] and samplers not in sys.modules:
-        raise unknown_name("sampler", unknown[0], packaged_samplers())
-    # A plugin's sampler, or a number behind a colon, which the sampler alone knows.
-    return len(importlib.import_module(samplers).parse_sampler(sampler))
+    names = tuple(name.strip() for name in sampler.split("+"))
+    if len(names) > 2:
+        raise MbibError(f"sampler {sampler!r}: expected one sampler, or two side by side, got {len(names)}")
+    # Plugins may have registered others; whoever does imports the registry.
+    registered = getattr(sys.modules.get("mbib_timm.data.samplers"), "SAMPLERS", ())
+    known = dict.fromkeys([*packaged_samplers(), *registered])
+    for name in names:
+        if name.partition(":")[0] not in known:
+            raise unknown_name("sampler", name.partition(":")[0], known)
+    return names
 
 
 # Methods from outside

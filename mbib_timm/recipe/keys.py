@@ -39,7 +39,7 @@ class Recipe:
 
     # Data
     dataset: str = _data(
-        "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, list, inat2018, hfds/NAME, wds"
+        "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, list, inat2018, hfds/NAME"
     )
     data_dir: str | None = _data(None, "root folder (or .tar) of the data", location=True)
     dataset_download: bool = _data(False, "let torchvision download the data set into data_dir", location=True)
@@ -50,10 +50,7 @@ class Recipe:
     val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)
     test_list: str | None = _data(None, "test list file, evaluated once at the end (dataset: list)", location=True)
     class_map: str | None = _data(
-        None, "file with one class name a line, in label order (dataset: list, wds)", location=True
-    )
-    class_counts: str | None = _data(
-        None, "file with the training images of each class, for sources that stream", location=True
+        None, "file with one class name a line, in label order (dataset: list)", location=True
     )
     val_fraction: float = _data(
         0.2, "share of each class held out where the data have no validation split", above=0, maximum=0.9

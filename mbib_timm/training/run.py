@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, create_passes
-from mbib_timm.data.loaders import Place
+from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.environment import World, describe_environment, seed_generators
 from mbib_timm.errors import CheckpointError
 from mbib_timm.evaluation import evaluate
@@ -166,8 +165,7 @@ class Run:
 
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
-        place = Place(self.world.device, self.world.rank, self.world.world_size)
-        return create_passes(self.splits, self.recipe, self.input_size, place, self.pool)
+        return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool)
 
     def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, HeadMetrics]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""

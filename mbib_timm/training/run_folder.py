@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from mbib_timm.data.loaders import channelwise
+from mbib_timm.data.images import channelwise
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.files import to_json, write_bytes
