@@ -193,11 +193,11 @@ def test_the_command_writes_a_table_of_every_distribution(run, capsys):
         assert all(f"{value:.2f}" in printed for value in row["top1"].values())
     uniform = content["test_sets"][1]
     assert uniform["images"] == 340
-    heads = validate(str(run), overrides=CPU)["heads"]
+    heads = validate(str(run), overrides=CPU).heads
     # As an evaluation sees the images, not as training does.
-    expected = {name: heads[name]["top1"] for name in ("expert1", "expert2", "expert3")}
+    expected = {name: heads[name].top1 for name in ("expert1", "expert2", "expert3")}
     assert {name: uniform["top1"][name] for name in expected} == pytest.approx(expected)
-    assert uniform["top1"]["mean"] == pytest.approx(heads["prediction"]["top1"])
+    assert uniform["top1"]["mean"] == pytest.approx(heads["prediction"].top1)
     assert str(run / "aggregation.json") in printed
 
 

@@ -56,12 +56,12 @@ def test_the_file_holds_what_is_returned(run, result):
 def test_accuracies_are_those_of_validate(run, result, capsys):
     validated = validate(str(run), overrides={"device": "cpu"})
     assert list(result["heads"]) == HEADS
-    for head, values in validated["heads"].items():
+    for head, values in validated.heads.items():
         for metric in ("top1", "macro", "many", "medium", "few", "nll", "ece"):
-            assert result["heads"][head][metric] == pytest.approx(values[metric], rel=1e-5)
-        assert result["heads"][head]["per_class"] == pytest.approx(values["per_class"], rel=1e-5)
-        assert result["reliability"][head]["ece"] == pytest.approx(values["ece"], rel=1e-4)
-    assert result["class_counts"] == validated["class_counts"]
+            assert result["heads"][head][metric] == pytest.approx(getattr(values, metric), rel=1e-5)
+        assert result["heads"][head]["per_class"] == pytest.approx(values.per_class, rel=1e-5)
+        assert result["reliability"][head]["ece"] == pytest.approx(values.ece, rel=1e-4)
+    assert result["class_counts"] == validated.class_counts
 
 
 def test_the_parts_agree_with_one_another(result):

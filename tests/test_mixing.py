@@ -509,7 +509,7 @@ def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypat
     monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
     keys = {**DIGITS, "mixup": 1.0, "smoothing": 0.1, "output": str(tmp_path)}
     metrics = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
-    losses = [row["train_loss"] for row in read_history(tmp_path / "mixed")]
+    losses = [epoch.losses["loss"] for epoch in read_history(tmp_path / "mixed")]
     assert losses == sorted(losses, reverse=True)
     assert set(metrics.record.result.heads) == {"prediction", "v1", "v2", "v3", "z"}
     written = yaml.safe_load((tmp_path / "mixed" / "recipe.yaml").read_text())
