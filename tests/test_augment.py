@@ -28,6 +28,7 @@ from mbib_timm.data.policies import AutoAugmentCifar10, RandAugment, create_poli
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe.checks import view_of
 
 CPU = torch.device("cpu")
 
@@ -322,7 +323,7 @@ def loader_of(kind, keys, views=(), seed=0):
         find_recipe("mbib_resnet20.digits"), dict(loader=kind, workers=0, device="cpu", seed=seed, **keys)
     )
     splits = open_data(settings)
-    views = [settings._view(view) for view in views] or [settings]
+    views = [view_of(settings, view) for view in views] or [settings]
     return settings, create_loaders(splits, settings, (3, 16, 16), CPU, views=views).train
 
 

@@ -11,8 +11,8 @@ import mbib_timm
 PACKAGE = Path(mbib_timm.__file__).parent
 # Folders in the order in which data flow: each imports from those before it alone.
 ORDER = (
-    "data", "models", "methods", "results", "evaluation", "training", "sweeps", "analysis", "reporting", "inference",
-    "publishing",
+    "recipe", "data", "models", "methods", "results", "evaluation", "training", "sweeps", "analysis", "reporting",
+    "inference", "publishing",
 )  # fmt: skip
 MODULES = {
     ".".join(("mbib_timm", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file

@@ -27,12 +27,12 @@ import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from mbib_timm.cli import Parser, add_recipe_flags, recipe_overrides
 from mbib_timm.data import Split, Splits, open_data
 from mbib_timm.data.folders import SUFFIXES
 from mbib_timm.data.long_tail import long_tailed_indices
 from mbib_timm.errors import DataError, MbibError, first_line
 from mbib_timm.files import write_atomically
+from mbib_timm.flags import Parser, add_recipe_flags, recipe_overrides
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, load_recipe
 

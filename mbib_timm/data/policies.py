@@ -17,7 +17,7 @@ from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor
 
 from mbib_timm.data.pixels import NOTHING, NUMBER
-from mbib_timm.errors import MbibError
+from mbib_timm.recipe.checks import unknown_policy
 
 CIFAR10, CIFAR10_FILL = "cifar10", 128
 # Operation, probability in tenths and level 0 to 9, twice for each pair.
@@ -184,8 +184,5 @@ def timm_policy(
     try:
         policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
     except Exception:  # timm asserts and raises of all kinds
-        raise MbibError(
-            f"recipe key 'aa': unknown policy {aa!r}; expected cifar10, rand-m9-n2-mstd0.5-inc1, or one of timm's: "
-            "original, originalr, v0, v0r, 3a, augmix-m3-w3"
-        ) from None
+        raise unknown_policy(aa) from None
     return policy

@@ -23,6 +23,7 @@ from mbib_timm.data.splits import Splits
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.declared import stream_names
 from mbib_timm.registry import Registry
 
 
@@ -236,9 +237,7 @@ def parse_sampler(text: str) -> tuple[str, ...]:
     Raises:
         MbibError: an unknown sampler, a number that it does not take, or more than two streams.
     """
-    names = tuple(name.strip() for name in text.split("+"))
-    if len(names) > 2:
-        raise MbibError(f"sampler {text!r}: expected one sampler, or two side by side, got {len(names)}")
+    names = stream_names(text)
     for name in names:
         _find(name)
     return names

@@ -74,9 +74,9 @@ class Run:
         setup = set_up(recipe, self.splits, world, previous)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
-        # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
-        chosen = world.gather([setup.loader])
-        self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
+        # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
+        loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
+        self.recipe = recipe = recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
         self.done = TrainState()
@@ -256,6 +256,7 @@ class Run:
             prediction_heads=list(getattr(self._result_model(), "prediction_heads", ())),
             dataset=recipe.dataset,
             loader=recipe.loader,
+            precision=self.precision.name,
             epochs=recipe.epochs,
             seed=recipe.seed,
             class_counts=splits.class_counts.tolist(),
