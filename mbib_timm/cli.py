@@ -356,7 +356,7 @@ def run(arguments: argparse.Namespace) -> int:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         print("\n".join(f"{name:<{widths[0]}}  {title:<{widths[1]}}  {text}".rstrip() for name, title, text in rows))
     elif arguments.command == "models":
-        from mbib_timm.inference.catalogue import catalogue, text_table
+        from mbib_timm.models.catalogue import catalogue, text_table
 
         print(text_table(catalogue()))
     elif arguments.command == "train":

@@ -23,7 +23,7 @@ from benchmarking.table import markdown, read_results
 from mbib_timm.analysis.figures import analysis_figures
 from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
-from mbib_timm.inference.catalogue import catalogue, markdown_table
+from mbib_timm.models.catalogue import catalogue, markdown_table
 from mbib_timm.recipe import Recipe, load_recipe, longest_epochs
 from mbib_timm.reporting.inputs import packaged_recipe
 from mbib_timm.sweeps.results import epochs_run, listed

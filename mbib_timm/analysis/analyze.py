@@ -14,7 +14,7 @@ from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import Target, find_target, open_target
-from mbib_timm.models.load import Source
+from mbib_timm.models.weights import Source
 from mbib_timm.training.public import public_environment, public_model
 
 

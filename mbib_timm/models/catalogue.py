@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 
-from mbib_timm.models import count_macs, count_parameters
+from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.zoo import ZOO, ZooModel
 
 GROUPS = ("top1", "many", "medium", "few")
