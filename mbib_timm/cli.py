@@ -345,7 +345,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; returns the exit status."""
     if arguments.command == "recipes":
-        from mbib_timm.sweeps.definition import list_sweeps
+        from mbib_timm.sweeps.sweep import list_sweeps
 
         print("\n".join([*list_recipes(), "", "for mbib sweep:", *list_sweeps()]))
     elif arguments.command == "methods":
@@ -356,7 +356,7 @@ def run(arguments: argparse.Namespace) -> int:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         print("\n".join(f"{name:<{widths[0]}}  {title:<{widths[1]}}  {text}".rstrip() for name, title, text in rows))
     elif arguments.command == "models":
-        from mbib_timm.models.catalogue import catalogue, text_table
+        from mbib_timm.results.catalogue import catalogue, text_table
 
         print(text_table(catalogue()))
     elif arguments.command == "train":
@@ -367,9 +367,8 @@ def run(arguments: argparse.Namespace) -> int:
         name = recipe_name(path, recipe.method["name"] if "method" in vars(arguments) else None)
         train(recipe, name)
     elif arguments.command == "sweep":
-        from mbib_timm.sweeps.definition import find_sweep
-        from mbib_timm.sweeps.plan import on_recipe
-        from mbib_timm.sweeps.run import run_sweep
+        from mbib_timm.sweeps.sweep import find_sweep
+        from mbib_timm.sweeps.sweep_runs import on_recipe, run_sweep
 
         sweep = find_sweep(arguments.sweep)
         if arguments.recipe is not None:

@@ -1,15 +1,15 @@
-"""Where a run happens: device, processes, and the record of versions and hardware that goes with every result."""
+"""Where a run happens: device, processes, random generators, and the versions and hardware beside every result."""
 
 import contextlib
 import ctypes
 import os
 import platform
+import random
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import timm
@@ -101,26 +101,90 @@ def leave_world() -> None:
         torch.distributed.destroy_process_group()
 
 
-def describe_environment(world: World) -> dict[str, Any]:
-    """Return versions, hardware, command and commit, as plain values."""
+def seed_generators(seed: int, epoch: int, rank: int, stage: int = 0) -> None:
+    """Seed Python's, numpy's and torch's generators (all devices), so that a run resumes bit-identically.
+
+    The global generators belong to the running program here; data sets and subsets use generators of their own.
+
+    Args:
+        seed: the recipe's seed.
+        epoch: the epoch that starts, 0 for the first; -1 for the initialisation of the model.
+        rank: this process among the distributed ones.
+        stage: the number of stages before this one.
+    """
+    state = numpy.random.SeedSequence([seed, epoch + 1, rank, *([stage] if stage else [])]).generate_state(3)
+    random.seed(int(state[0]))
+    numpy.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what something was computed.
+
+    Attributes:
+        mbib_timm: version.
+        commit: of the checkout, with ``-dirty`` where files differed from it; None outside a checkout.
+        torch: version.
+        timm: version.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        hardware: name of the accelerator, or of the processor.
+        processes: that worked together.
+        command: the command line.
+        python: version.
+        torchvision: version.
+        numpy: version.
+        cpu_count: processors of the machine.
+        threads: that torch used in each process.
+        platform: operating system.
+    """
+
+    mbib_timm: str
+    commit: str | None
+    torch: str
+    timm: str
+    device: str
+    hardware: str
+    processes: int
+    command: str
+    # What was not always recorded.
+    python: str | None = None
+    torchvision: str | None = None
+    numpy: str | None = None
+    cpu_count: int | None = None
+    threads: int | None = None
+    platform: str | None = None
+
+    @property
+    def versions(self) -> str:
+        """Versions of what decides numbers, side by side."""
+        return f"mbib_timm {self.mbib_timm}, torch {self.torch}, timm {self.timm}"
+
+    @property
+    def machine(self) -> str:
+        """Hardware and kind of device, as tables name them."""
+        return f"{self.hardware} ({self.device})"
+
+
+def describe_environment(world: World) -> Environment:
+    """Return versions, hardware, command and commit."""
     device = world.device
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return {
-        "mbib_timm": mbib_timm.__version__,
-        "commit": current_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-        "device": device.type,
-        "hardware": accelerator,
-        "processes": world.world_size,
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.system(),
-        "command": shlex.join(["mbib", *sys.argv[1:]]),
-    }
+    return Environment(
+        mbib_timm=mbib_timm.__version__,
+        commit=current_commit(),
+        torch=str(torch.__version__),
+        timm=timm.__version__,
+        device=device.type,
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        processes=world.world_size,
+        command=shlex.join(["mbib", *sys.argv[1:]]),
+        python=platform.python_version(),
+        torchvision=torchvision.__version__,
+        numpy=numpy.__version__,
+        cpu_count=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        platform=platform.system(),
+    )
 
 
 def processor_name() -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 import timm
 
-from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.methods import head_names
-from mbib_timm.sweeps.definition import Sweep
-from mbib_timm.sweeps.plan import plan
-from mbib_timm.sweeps.results import SweepResults
+from mbib_timm.results.tables import COLUMNS
+from mbib_timm.sweeps.sweep import Sweep
+from mbib_timm.sweeps.sweep_results import SweepResults
+from mbib_timm.sweeps.sweep_runs import plan
 
 Accuracy = Callable[[int, int, str], float | None]
 

@@ -17,7 +17,7 @@ from mbib_timm.analysis.results import rounded
 from mbib_timm.analysis.trend import accuracy_trend
 from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render
 from mbib_timm.errors import MbibError
-from mbib_timm.paper import TABLE_5, TABLE_6
+from mbib_timm.results.paper import TABLE_5, TABLE_6
 
 GROUPS = ["all", "many", "medium", "few"]
 FIGURES = [

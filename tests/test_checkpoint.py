@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.files import write_atomically
 from mbib_timm.training import checkpoint
-from mbib_timm.training.checkpoint import load_checkpoint, load_newest, save_checkpoint, write_atomically
+from mbib_timm.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
 
 
 def state(epoch):

@@ -11,10 +11,10 @@ from torch import nn
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation.evaluate import head_logits, reported_heads
-from mbib_timm.evaluation.figures import drawn_heads
 from mbib_timm.inference.export import for_inference, largest_difference
 from mbib_timm.models import count_macs, count_parameters
 from mbib_timm.models.heads import Bottleneck, Observation
+from mbib_timm.results.run_figures import drawn_heads
 
 SHALLOW = ("v1", "v2")
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation import figures
-from mbib_timm.training.report import draw_figures, run_figures
+from mbib_timm.results import run_figures as figures
+from mbib_timm.results.run_figures import draw_figures, run_figures
 
 pytestmark = pytest.mark.filterwarnings("error")
 

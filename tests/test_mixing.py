@@ -22,17 +22,16 @@ from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.mixing import Box, MixedTrainLoader, Mixing, cutmix_box, mixup, paste, soft_targets
 from mbib_timm.data.samplers import class_probabilities
 from mbib_timm.data.splits import Splits
-from mbib_timm.environment import World
+from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.methods import METHODS, Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, in_proportion, load_recipe
+from mbib_timm.results.record import read_history
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 from mbib_timm.training.optimization import create_optimizer, round_learning_rates
-from mbib_timm.training.run_folder import read_history
-from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.step import create_step, loss_parts
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.data import Batch
 from mbib_timm.methods import METHODS, Facts, head_names, method_title, resolve_method
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipe_claims, recipes_folder
-from mbib_timm.sweeps.definition import find_sweep, list_sweeps
-from mbib_timm.sweeps.plan import plan
+from mbib_timm.sweeps.sweep import find_sweep, list_sweeps
+from mbib_timm.sweeps.sweep_runs import plan
 from mbib_timm.training.setup import build_network
 
 SWEEPS = list_sweeps()

@@ -13,16 +13,16 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from loopback_hub import TestHub
+from mbib_timm.publishing.record import read_record
 
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
-from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import git_oid, make_release
 from mbib_timm.recipe import load_recipe
-from mbib_timm.training.public import public_command, public_text
+from mbib_timm.results.redact import redact_command, redact_text
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {
@@ -271,15 +271,15 @@ def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(fin
 
 def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir '/home/me/my images' --lr 0.1 --output=/x --sync-bn --workers 8 --seed 1"
-    assert public_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
+    assert redact_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
     command = "mbib train r.yaml --stage2.workers 4 --stage2.lr 0.1 --plugin /home/me/mine.py"
-    assert public_command(command) == "mbib train r.yaml --stage2.lr 0.1 --plugin mine.py"
+    assert redact_command(command) == "mbib train r.yaml --stage2.lr 0.1 --plugin mine.py"
     # A flag takes one value at most: what comes after it stays.
-    assert public_command("mbib sweep --device cuda:1 methods --seeds 0 1") == "mbib sweep methods --seeds 0 1"
-    assert public_command("mbib train --dataset-download --no-pin-mem digits/a --lr 1") == "mbib train digits/a --lr 1"
-    assert public_command("mbib train r --model-kwargs file=/home/me/w.pt") == "mbib train r --model-kwargs file=w.pt"
-    assert public_command("mbib train it's.yaml") == shlex.join(["mbib", "train", "it's.yaml"])
-    assert public_command("mbib train /home/me/r.yaml --seed 1") == "mbib train r.yaml --seed 1"
+    assert redact_command("mbib sweep --device cuda:1 methods --seeds 0 1") == "mbib sweep methods --seeds 0 1"
+    assert redact_command("mbib train --dataset-download --no-pin-mem digits/a --lr 1") == "mbib train digits/a --lr 1"
+    assert redact_command("mbib train r --model-kwargs file=/home/me/w.pt") == "mbib train r --model-kwargs file=w.pt"
+    assert redact_command("mbib train it's.yaml") == shlex.join(["mbib", "train", "it's.yaml"])
+    assert redact_command("mbib train /home/me/r.yaml --seed 1") == "mbib train r.yaml --seed 1"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_commands_lose_their_paths():
     ],
 )
 def test_messages_keep_the_last_part_of_a_path(text, expected):
-    assert public_text(text) == expected
+    assert redact_text(text) == expected
 
 
 def test_of_a_folder_that_training_started_from_the_name_is_left(finished_run, tmp_path):

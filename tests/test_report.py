@@ -13,14 +13,13 @@ from browser import open_page
 from mbib_timm.analysis.analyze import analyze_run
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
-from mbib_timm.paper import RESULTS
 from mbib_timm.recipe import find_recipe, list_recipes, recipe_claims, recipe_name
 from mbib_timm.reporting import page as page_module
 from mbib_timm.reporting.differences import differences, sampling_error
-from mbib_timm.reporting.inputs import group_runs, read_inputs, read_run
-from mbib_timm.reporting.page import Section, inline, render_page, unique_anchors
-from mbib_timm.reporting.sections import run_section
-from mbib_timm.training.report import print_report
+from mbib_timm.reporting.report import group_runs, read_inputs, read_run
+from mbib_timm.reporting.sections import Section, inline, render_page, run_section, unique_anchors
+from mbib_timm.results.paper import RESULTS
+from mbib_timm.results.run_text import print_report
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"

@@ -16,10 +16,9 @@ from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.sweeps import run as sweep_module
 from mbib_timm.sweeps import table as table_module
-from mbib_timm.sweeps.definition import Paper, Sweep, find_sweep, load_sweep
-from mbib_timm.sweeps.plan import on_recipe, plan
-from mbib_timm.sweeps.results import read_results
-from mbib_timm.sweeps.run import run_sweep
+from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
+from mbib_timm.sweeps.sweep_results import read_results
+from mbib_timm.sweeps.sweep_runs import on_recipe, plan, run_sweep
 from mbib_timm.training import run as run_module
 
 DIGITS = "mbib_resnet20.digits"

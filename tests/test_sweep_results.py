@@ -17,11 +17,10 @@ from matplotlib.container import BarContainer
 
 from mbib_timm.drawing import DARK, METHOD_COLORS, render
 from mbib_timm.errors import MbibError
-from mbib_timm.sweeps.definition import Paper, Sweep, find_sweep, list_sweeps
-from mbib_timm.sweeps.figure import sweep_figure
-from mbib_timm.sweeps.plan import on_recipe
-from mbib_timm.sweeps.results import read_results
-from mbib_timm.sweeps.table import markdown, mean_and_deviation, runs_csv, write_results
+from mbib_timm.sweeps.show_sweep import markdown, mean_and_deviation, runs_csv, sweep_figure, write_results
+from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, list_sweeps
+from mbib_timm.sweeps.sweep_results import read_results
+from mbib_timm.sweeps.sweep_runs import on_recipe
 
 GROUPS = ("overall", "many", "medium", "few")
 SMALL = Sweep(

@@ -21,9 +21,9 @@ from mbib_timm.models.weights import load_model
 from mbib_timm.options import build_options
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.results.redact import redact_command
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.public import public_command
 
 CPU = torch.device("cpu")
 COUNTS = np.array([500, 120, 40, 9, 3])
@@ -401,7 +401,7 @@ def test_of_a_teachers_folder_the_name_is_published(taught, tmp_path):
     assert str(taught[0]).encode() not in b"".join(release.files.values())
     (tmp_path / "public.yaml").write_bytes(release.files["recipe.yaml"])
     assert load_recipe(tmp_path / "public.yaml").method["name"] == "dive"
-    assert public_command(f"mbib train r --method.teacher={teacher}") == "mbib train r --method.teacher=stage1-bsce"
+    assert redact_command(f"mbib train r --method.teacher={teacher}") == "mbib train r --method.teacher=stage1-bsce"
 
 
 def test_the_packaged_recipes_take_their_teacher_from_the_run_of_bsce():

@@ -17,10 +17,10 @@ from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.models import count_parameters
-from mbib_timm.models.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.models.weights import load_model
 from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe
+from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
 
 ROOT = Path(__file__).parents[1]
 TRAINED = [model for model in ZOO if model.is_trained]

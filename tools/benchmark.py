@@ -32,6 +32,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.torchcompile,
         arguments.torchcompile_large,
     )
-    environment = describe_environment(world) | {"command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]])}
+    environment = asdict(describe_environment(world)) | {
+        "command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    }
     name = device_name(world, environment)
     file = arguments.results / f"benchmark-{name}.json"
     results = read_results(file) if file.is_file() else None

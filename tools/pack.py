@@ -33,9 +33,9 @@ from mbib_timm.data.archives import SUFFIXES
 from mbib_timm.data.images import first_line
 from mbib_timm.data.long_tail import long_tailed_indices
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.files import write_atomically
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, load_recipe
-from mbib_timm.training.checkpoint import write_atomically
 
 ENCODINGS: dict[str, dict[str, Any]] = {
     "png": {"optimize": True},

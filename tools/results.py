@@ -12,7 +12,6 @@ written. The README's marker of a sweep names the one whose table stands there.
 """
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -23,16 +22,17 @@ from benchmarking.table import markdown, read_results
 from mbib_timm.analysis.figures import analysis_figures
 from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
-from mbib_timm.models.catalogue import catalogue, markdown_table
-from mbib_timm.recipe import Recipe, load_recipe, longest_epochs
-from mbib_timm.reporting.inputs import packaged_recipe
-from mbib_timm.sweeps.results import epochs_run, listed
-from mbib_timm.sweeps.results import read_results as read_sweep
-from mbib_timm.sweeps.table import markdown as sweep_markdown
-from mbib_timm.sweeps.table import write_results
-from mbib_timm.training.public import public_metrics, public_recipe
-from mbib_timm.training.report import draw_figures
-from mbib_timm.training.run_folder import read_history
+from mbib_timm.recipe import longest_epochs
+from mbib_timm.results.catalogue import catalogue, markdown_table
+from mbib_timm.results.record import HISTORY, RECORD, write_record
+from mbib_timm.results.redact import redact_recipe
+from mbib_timm.results.run_figures import draw_figures
+from mbib_timm.results.runs import FinishedRun, packaged_recipe, read_run
+from mbib_timm.results.tables import COLUMNS, Table, cells
+from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
+from mbib_timm.sweeps.show_sweep import write_results
+from mbib_timm.sweeps.sweep_results import epochs_run, listed
+from mbib_timm.sweeps.sweep_results import read_results as read_sweep
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
@@ -40,7 +40,6 @@ MODELS = ("<!-- zoo: tools/results.py table -->\n", "<!-- end of zoo -->")
 SPEED = ("<!-- benchmark: tools/results.py table -->\n", "<!-- end of benchmark -->")
 SWEEPS = ("<!-- sweeps: tools/results.py table -->\n", "<!-- end of sweeps -->")
 SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- end of sweep -->)", re.DOTALL)
-GROUPS = ("top1", "many", "medium", "few")
 
 
 def add(run: Path, results: Path) -> Path:
@@ -56,60 +55,46 @@ def add(run: Path, results: Path) -> Path:
     Raises:
         MbibError: the run has no final metrics.
     """
-    if not (run / "metrics.json").is_file():
-        raise MbibError(f"{run} has no metrics.json: the run is not finished")
-    metrics = json.loads((run / "metrics.json").read_text())
-    target = results / kept_name(metrics["name"], load_recipe(run / "recipe.yaml"))
+    finished = read_run(run)  # the repository is public: nothing in it says where on a machine things were
+    target = results / kept_name(finished)
     target.mkdir(parents=True, exist_ok=True)
-    # The repository is public: nothing in it says where on a machine things were.
-    (target / "metrics.json").write_text(json.dumps(public_metrics(metrics), indent=2) + "\n")
-    (target / "recipe.yaml").write_bytes(public_recipe(run / "recipe.yaml"))
-    if (run / "summary.csv").is_file():
-        shutil.copyfile(run / "summary.csv", target / "summary.csv")
-    if (run / "analysis" / "analysis.json").is_file():
-        shutil.copyfile(run / "analysis" / "analysis.json", target / "analysis.json")
+    write_record(target, finished.record)
+    (target / "recipe.yaml").write_bytes(redact_recipe(run / "recipe.yaml"))
+    for source in (run / HISTORY, run / "analysis" / "analysis.json"):
+        if source.is_file():
+            shutil.copyfile(source, target / source.name)
     draw(target)
     return target
 
 
-def kept_name(name: str, recipe: Recipe) -> str:
+def kept_name(run: FinishedRun) -> str:
     """Return the name of the folder that keeps a run's results; the epochs are those of the longest stage."""
-    return f"{name}-{longest_epochs(recipe)}e-seed{recipe.seed}"
+    return f"{run.name}-{longest_epochs(run.recipe)}e-seed{run.recipe.seed}"
 
 
 def draw(result: Path) -> None:
-    """Draw a result's figures from its metrics and its summary."""
-    metrics = json.loads((result / "metrics.json").read_text())
-    draw_figures(result, read_history(result), metrics)
-    if (result / "analysis.json").is_file():
-        write_illustrations(result / "figures", analysis_figures(json.loads((result / "analysis.json").read_text())))
+    """Draw a result's figures from its record, its history and its analysis."""
+    run = read_run(result)
+    draw_figures(result, run.history, run.record)
+    if run.analysis is not None:
+        write_illustrations(result / "figures", analysis_figures(run.analysis))
 
 
 def table(results: Path) -> str:
     """Return the Markdown table of all results, the last epoch's, with the epochs of the schedule beside them."""
-    lines = [
-        "| run | epochs | seed | overall | many | medium | few | test images |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for file in sorted(results.glob("*/metrics.json")):
-        metrics = json.loads(file.read_text())
-        prediction = metrics["result"]["heads"]["prediction"]
-        numbers = ["–" if prediction[group] is None else f"{prediction[group]:.1f}" for group in GROUPS]
-        cells = [
-            f"[{metrics['name']}](results/{file.parent.name})",
-            epochs(metrics["name"], load_recipe(file.parent / "recipe.yaml")),
-            metrics["seed"],
-            *numbers,
-            prediction["images"],
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for file in sorted(results.glob(f"*/{RECORD}")):
+        run = read_run(file.parent)
+        prediction = run.record.result.prediction
+        link = f"[{run.name}](results/{file.parent.name})"
+        rows.append([link, epochs(run), str(run.record.seed), *cells(prediction), str(prediction.images)])
+    return Table(["run", "epochs", "seed", *COLUMNS, "test images"], rows).markdown() + "\n"
 
 
-def epochs(name: str, recipe: Recipe) -> str:
+def epochs(run: FinishedRun) -> str:
     """Return a run's epochs, of the longest stage, beside those of the recipe that it is named after."""
-    own = packaged_recipe(name)
-    return f"{longest_epochs(recipe)}" + (f" of {longest_epochs(own)}" if own is not None else "")
+    own = packaged_recipe(run.name)
+    return f"{longest_epochs(run.recipe)}" + (f" of {longest_epochs(own)}" if own is not None else "")
 
 
 def speed_table(results: Path) -> str:
@@ -119,14 +104,14 @@ def speed_table(results: Path) -> str:
 
 def sweeps_table(results: Path) -> str:
     """Return the Markdown table of all sweeps that were run: what, how long, how often."""
-    lines = ["| sweep | what | epochs | seeds | runs | hardware |", "|---|---|---|---|---|---|"]
+    rows = []
     for file in sorted(results.glob("*/sweep.json")):
         sweep = read_sweep(file)
-        hardware = sorted({f"{run['environment']['hardware']} ({run['environment']['device']})" for run in sweep.runs})
+        hardware = sorted({run.environment.machine for run in sweep.runs})
+        link = f"[{sweep.name}](results/{file.parent.name}/table.md)"
         runs = f"{len(sweep.runs)} of {sweep.planned}"
-        cells = [f"[{sweep.name}](results/{file.parent.name}/table.md)", sweep.title, epochs_run(sweep)]
-        lines.append(f"| {' | '.join([*cells, listed(sweep.seeds), runs, listed(hardware)])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([link, sweep.title, epochs_run(sweep), listed(sweep.seeds), runs, listed(hardware)])
+    return Table(["sweep", "what", "epochs", "seeds", "runs", "hardware"], rows).markdown() + "\n"
 
 
 def sweep_table(folder: Path) -> str:
@@ -164,7 +149,7 @@ def main() -> None:
         for run in arguments.run:
             print(add(run, ROOT / "results"))
     elif arguments.command == "redraw":
-        for file in (ROOT / "results").glob("*/metrics.json"):
+        for file in (ROOT / "results").glob(f"*/{RECORD}"):
             draw(file.parent)
         for file in (ROOT / "results").glob("*/sweep.json"):
             write_results(file.parent, read_sweep(file))

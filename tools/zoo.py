@@ -10,16 +10,16 @@ A card is rendered from `results/<arch.tag>-<epochs>e-seed<seed>/` of the packag
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.zoo import ZOO, ZooModel
 from mbib_timm.publishing.card import render_card
-from mbib_timm.publishing.record import read_record
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import find_recipe, load_recipe, longest_epochs
+from mbib_timm.results.record import RECORD
+from mbib_timm.results.runs import read_run, read_seeds
 
 ROOT = Path(__file__).parents[1]
 LARGEST_PACKAGED_BYTES = 8 << 20
@@ -34,19 +34,17 @@ def add(run: Path) -> Path:
     Raises:
         MbibError: a run that is no recipe's, or not finished, or shorter than its recipe.
     """
-    record = read_record(run)
+    finished = read_run(run)
     models = {model.name: model for model in ZOO}
-    if record.name not in models:
-        raise unknown_name("model of the zoo", record.name, models)
-    model = models[record.name]
-    asked_for = load_recipe(find_recipe(model.recipe))
-    if longest_epochs(record.recipe) != longest_epochs(asked_for):
-        raise MbibError(
-            f"{run} has {longest_epochs(record.recipe)} epochs; the recipe asks for {longest_epochs(asked_for)}"
-        )
+    if finished.name not in models:
+        raise unknown_name("model of the zoo", finished.name, models)
+    model = models[finished.name]
+    epochs, asked_for = longest_epochs(finished.recipe), longest_epochs(load_recipe(find_recipe(model.recipe)))
+    if epochs != asked_for:
+        raise MbibError(f"{run} has {epochs} epochs; the recipe asks for {asked_for}")
     files = make_release(run, model.repository).files
     model.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "recipe.yaml", "metrics.json", "model.safetensors"):
+    for name in ("config.json", "recipe.yaml", RECORD, "model.safetensors"):
         if len(files[name]) <= LARGEST_PACKAGED_BYTES:
             (model.folder / name).write_bytes(files[name])
     return model.folder
@@ -58,16 +56,16 @@ def render(model: ZooModel) -> str:
     Raises:
         MbibError: there are no results of the seed whose weights are published.
     """
-    epochs, seed = longest_epochs(load_recipe(model.folder / "recipe.yaml")), model.metrics["seed"]
+    packaged = read_run(model.folder)
+    epochs, seed = longest_epochs(packaged.recipe), packaged.record.seed
     results = sorted((ROOT / "results").glob(f"{model.name}-{epochs}e-seed*"))
     own = ROOT / "results" / f"{model.name}-{epochs}e-seed{seed}"
     if own not in results:
         raise MbibError(f"{own} is missing: python tools/results.py add RUN")
-    published = json.loads((own / "metrics.json").read_text(encoding="utf-8"))
-    if published["result"] != model.metrics["result"]:
+    run, *others = read_seeds(own, [result for result in results if result != own])
+    if run.record.result != packaged.record.result:
         raise MbibError(f"{own} and {model.folder} hold results of different runs")
-    record = read_record(own, [result for result in results if result != own])
-    return render_card(record, model.repository, figures=f"../results/{own.name}/figures")
+    return render_card(run, model.repository, others, figures=f"../results/{own.name}/figures")
 
 
 def write_cards() -> list[Path]:

@@ -1,7 +1,7 @@
 """`mbib analyze`: everything the analyses say of trained models, as JSON, as a short text and as figures."""
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import Target, find_target, open_target
+from mbib_timm.files import read_json
 from mbib_timm.models.weights import Source
-from mbib_timm.training.public import public_environment, public_model
+from mbib_timm.results.record import RECORD, RunRecord
+from mbib_timm.results.redact import redact_environment, redact_model
 
 
 def analyze(
@@ -134,7 +136,7 @@ def _analyze(
             "class_counts": counts.tolist(),
             "prediction_heads": list(getattr(model, "prediction_heads", ())),
             **all_analyses(model, outputs, counts, opened.input_size, classes, images_per_class),
-            "environment": public_environment(describe_environment(world)),
+            "environment": asdict(redact_environment(describe_environment(world))),
         }
     finally:
         leave_world()
@@ -160,15 +162,15 @@ def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
 
 def _description(source: Source) -> dict[str, Any]:
     """Return what is known of the run: its name, model, class names, epochs and seed; None for what is not."""
-    config, file = source.config(), source.file("metrics.json")
-    metrics = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-    architecture = config.get("architecture") or metrics.get("model") or source.name.partition(".")[0]
+    config, file = source.config(), source.file(RECORD)
+    record = None if file is None else read_json(RunRecord, file, "the record of a run")
+    architecture = config.get("architecture") or (record.model if record else source.name.partition(".")[0])
     tag = config.get("pretrained_cfg", {}).get("tag")
-    names = config.get("label_names") or metrics.get("class_names")
+    names = config.get("label_names") or (record.class_names if record else None)
     return {
-        "name": metrics.get("name") or (f"{architecture}.{tag}" if tag else public_model(source.name)),
+        "name": record.name if record else f"{architecture}.{tag}" if tag else redact_model(source.name),
         "model": architecture,
-        "epochs": metrics.get("epochs"),
-        "seed": metrics.get("seed"),
+        "epochs": record.epochs if record else None,
+        "seed": record.seed if record else None,
         "class_names": None if names is None else list(names),
     }

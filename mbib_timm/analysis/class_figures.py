@@ -21,7 +21,7 @@ from mbib_timm.drawing import (
     canvas,
     ink,
 )
-from mbib_timm.evaluation.figures import class_bars, class_bars_title, name_classes, neighbours, shortened
+from mbib_timm.results.run_figures import class_bars, class_bars_title, name_classes, neighbours, shortened
 
 # Eight colours and seven shapes, counted up together, filled in the first round of colours and hollow after it.
 CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)  # and ink

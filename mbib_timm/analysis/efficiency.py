@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mbib_timm.models.complexity import count_macs, count_parameters
-from mbib_timm.paper import TABLE_6
+from mbib_timm.results.paper import TABLE_6
 
 TABLE_6_SIZE = (640, 640)
 COUNTS_TENSORS = "bytes of all live tensors: parameters, buffers, image and activations; no kernel workspace"

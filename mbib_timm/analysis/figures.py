@@ -31,8 +31,10 @@ from mbib_timm.drawing import (
     text_on,
 )
 from mbib_timm.evaluation.evaluate import heads_of_expert
-from mbib_timm.evaluation.figures import drawn_heads, shot_groups_figure
-from mbib_timm.paper import TABLE_5, TABLE_5_EPOCHS
+from mbib_timm.files import from_plain
+from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS
+from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.run_figures import drawn_heads, shot_groups_figure
 
 # Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
 PARTS = (SKY, ORANGE, GREEN, PURPLE, VERMILION)
@@ -49,7 +51,7 @@ def analysis_figures(analysis: Mapping[str, Any]) -> list[Illustration]:
         (
             "accuracy_by_head", "Accuracy by shot group and head",
             "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
-            lambda run: shot_groups_figure(run["heads"]),
+            lambda run: shot_groups_figure(from_plain(dict[str, HeadMetrics], run["heads"])),
         ),
         (
             "trend", "Accuracy of a class by its training images",

@@ -19,6 +19,7 @@ from mbib_timm.evaluation.evaluate import head_logits, reported_heads
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 from mbib_timm.models.heads import Bottleneck
 from mbib_timm.models.mbib_network import MBIB
+from mbib_timm.results.record import HeadMetrics
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Outputs:
     labels: Tensor
     features: dict[str, Tensor]
     heads: dict[str, HeadOutputs]
-    metrics: dict[str, dict[str, Any]]
+    metrics: dict[str, HeadMetrics]
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def collect_outputs(
     if sums is None or not labels:
         raise DataError("there is no image to analyze")
     metrics = {name: summarize(sums[i], class_counts) for i, name in enumerate(heads)}
-    broken = [name for name, values in metrics.items() if not math.isfinite(values["nll"])]
+    broken = [name for name, values in metrics.items() if not math.isfinite(values.nll)]
     if broken:
         raise MbibError(f"analysis: logits of {', '.join(broken)} are not finite; the weights have diverged")
     return Outputs(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mbib_timm.analysis.embedding import choose_images, perplexity_for, spread_c
 from mbib_timm.analysis.outputs import Outputs
 from mbib_timm.analysis.posterior import mean_positive_posterior
 from mbib_timm.analysis.trend import accuracy_trend
-from mbib_timm.training.checkpoint import write_atomically
+from mbib_timm.files import write_bytes
 
 FILE = "analysis.json"
 SEED = 0  # of the images that are shown and of t-SNE
@@ -46,7 +47,7 @@ def all_analyses(
     labels = outputs.labels.numpy()
     predicted = {name: head.predicted.numpy() for name, head in outputs.heads.items()}
     return {
-        "heads": outputs.metrics,
+        "heads": {name: asdict(metrics) for name, metrics in outputs.metrics.items()},
         "positive_posterior": {
             name: mean_positive_posterior(head.positive_posterior.numpy(), labels, len(counts)).tolist()
             for name, head in outputs.heads.items()
@@ -58,7 +59,7 @@ def all_analyses(
             for name, head in outputs.heads.items()
         },
         "confusion": group_confusion(labels, predicted["prediction"], counts),
-        "trend": accuracy_trend(outputs.metrics["prediction"]["per_class"], counts),
+        "trend": accuracy_trend(outputs.metrics["prediction"].per_class, counts),
         "efficiency": efficiency(model, input_size),
     }
 
@@ -95,4 +96,4 @@ def write_analysis(folder: Path, content: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    write_atomically(folder / FILE, lambda file: file.write(text.encode()))
+    write_bytes(folder / FILE, text.encode())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.analysis.posterior import mean_by_shot_group, posterior_difference
-from mbib_timm.evaluation.table import aligned
+from mbib_timm.results.tables import Table
 
 GROUPS = ("all", "many", "medium", "few")
 
@@ -23,7 +23,10 @@ def summary_text(analysis: Mapping[str, Any]) -> str:
         rows.append([f"rho of {name}", *_cells({group: groups[group]["rho"] for group in GROUPS}, "{:.3f}")])
     posterior = as_array(analysis["positive_posterior"]["prediction"])
     rows.append(["mean positive posterior", *_cells(mean_by_shot_group(posterior, counts), "{:.3f}")])
-    lines = [f"{analysis['name']} on {analysis['split']}: {analysis['images']} images", *aligned(rows)]
+    lines = [
+        f"{analysis['name']} on {analysis['split']}: {analysis['images']} images",
+        *Table(rows[0], rows[1:]).lines(),
+    ]
 
     confusion = [
         ["of the true group, %", "correct", "wrong to many", "medium", "few", "(evenly: many", "medium", "few)"]
@@ -32,7 +35,7 @@ def summary_text(analysis: Mapping[str, Any]) -> str:
         if shares is not None:
             even = list(analysis["confusion"]["even"][group].values())[1:]
             confusion.append([group, *(f"{value:.1f}" for value in [*shares.values(), *even])])
-    lines += ["", *aligned(confusion), ""]
+    lines += ["", *Table(confusion[0], confusion[1:]).lines(), ""]
 
     trend = analysis["trend"]
     if trend["slope"] is not None:
@@ -61,7 +64,7 @@ def comparison_text(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     posteriors = [as_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
     difference = mean_by_shot_group(posterior_difference(*posteriors), np.array(first["class_counts"]))
     title = f"mean positive posterior, {run_title(other)} minus {run_title(first)}"
-    return "\n".join([title, *aligned([["", *GROUPS], ["difference", *_cells(difference, "{:+.3f}")]])]) + "\n"
+    return "\n".join([title, *Table(["", *GROUPS], [["difference", *_cells(difference, "{:+.3f}")]]).lines()]) + "\n"
 
 
 def run_title(analysis: Mapping[str, Any]) -> str:

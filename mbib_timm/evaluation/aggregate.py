@@ -1,7 +1,7 @@
 """`mbib aggregate`: a model of several experts on test sets of other class distributions, with weights learnt there."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,59 @@ from torch import Tensor, nn
 from mbib_timm.data import build_views_loader, open_split
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import Loader
-from mbib_timm.environment import describe_environment, join_world, leave_world
+from mbib_timm.environment import Environment, describe_environment, join_world, leave_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation import expert_weights
 from mbib_timm.evaluation.evaluate import head_logits, predicting_parts
 from mbib_timm.evaluation.expert_weights import DISTRIBUTIONS, draw_test_set, learn_weights, weighted_logits
-from mbib_timm.evaluation.table import aligned
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
+from mbib_timm.files import to_json
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.public import public_environment
-from mbib_timm.training.seeding import seed_generators
+from mbib_timm.results.redact import redact_environment
+from mbib_timm.results.tables import Table
 
 FILE = "aggregation.json"
 # The random views, as keys of a recipe, whose crop and flip they keep.
 COLOURS = {"color_jitter": 0.4, "hue": 0.1, "color_jitter_prob": 0.8, "grayscale_prob": 0.2}
 VIEW = {"rotation": 0.0, "aa": None, "cutout": 0, "gaussian_blur_prob": 0.2, **COLOURS}
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The experts on a test set of some class distribution.
+
+    Attributes:
+        test_set: name of the distribution.
+        images: how many it has.
+        top1: accuracy in percent of each expert, of their ``mean``, and with the weights ``learnt``.
+        weights: that were learnt, by expert.
+        epochs: of learning.
+    """
+
+    test_set: str
+    images: int
+    top1: dict[str, float]
+    weights: dict[str, float]
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What `aggregate` finds.
+
+    Attributes:
+        target: the model, as it was asked for.
+        split: that the test sets were drawn from.
+        seed: of the test sets, their order and the views.
+        test_sets: in the order of `DISTRIBUTIONS`.
+        environment: versions, hardware, command.
+    """
+
+    target: str
+    split: str
+    seed: int
+    test_sets: list[TestSet]
+    environment: Environment
 
 
 def aggregate(
@@ -38,7 +76,7 @@ def aggregate(
     distributions: Sequence[str] | None = None,
     seed: int = 0,
     results_file: Path | None = None,
-) -> dict[str, Any]:
+) -> Aggregation:
     """Learn the weights of a model's experts on test sets of several class distributions, and print their accuracies.
 
     Learning sees random views of a test set's images, and no label; the accuracies are of the images as an evaluation
@@ -55,8 +93,7 @@ def aggregate(
             target is one.
 
     Returns:
-        What is written: for each test set its images, the top-1 accuracy in percent of each expert, of their mean
-        and with the weights learnt, and these.
+        What the file holds.
 
     Raises:
         MbibError: a model of one head, several processes, an unknown distribution, or data that do not fit the model.
@@ -82,13 +119,8 @@ def aggregate(
             raise DataError(f"split {opened.split!r} streams: test sets are drawn from sources that can be indexed")
         test_sets = _draw(distributions, images.targets, opened.class_counts, seed)
         rows = _measure(opened, parts, images, test_sets, found.recipe, seed)
-        results = {
-            "target": target,
-            "split": opened.split,
-            "seed": seed,
-            "test_sets": rows,
-            "environment": public_environment(describe_environment(world)),
-        }
+        environment = redact_environment(describe_environment(world))
+        results = Aggregation(target, opened.split, seed, rows, environment)
     finally:
         leave_world()
     print(f"{target} on {opened.split}, top-1, %:")
@@ -97,7 +129,7 @@ def aggregate(
     if results_file is None and source.folder is not None and source.name.startswith("local-dir:"):
         results_file = source.folder / FILE
     if results_file is not None:
-        results_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        results_file.write_bytes(to_json(results))
         print(results_file)
     return results
 
@@ -124,8 +156,8 @@ def _measure(
     test_sets: Mapping[str, np.ndarray],
     recipe: Recipe,
     seed: int,
-) -> list[dict[str, Any]]:
-    """Return for each test set, whose images stand in these places, what `aggregate` writes."""
+) -> list[TestSet]:
+    """Return the results on each test set, whose images stand in these places."""
     device = next(opened.model.parameters()).device
     augmented = recipe.replace(seed=seed, batch_size=expert_weights.BATCH_SIZE)
     learnt = {}
@@ -140,14 +172,14 @@ def _measure(
     weights = {**alone, "mean": equal, **{name: each.weights.cpu() for name, each in learnt.items()}}
     correct = _correct(opened, parts, recipe.channels_last, weights)
     return [
-        {
-            "test_set": name,
-            "images": len(places),
-            "top1": {column: 100.0 * float(correct[column][places].mean()) for column in (*parts, "mean")}
+        TestSet(
+            test_set=name,
+            images=len(places),
+            top1={column: 100.0 * float(correct[column][places].mean()) for column in (*parts, "mean")}
             | {"learnt": 100.0 * float(correct[name][places].mean())},
-            "weights": dict(zip(parts, learnt[name].weights.tolist(), strict=True)),
-            "epochs": learnt[name].epochs,
-        }
+            weights=dict(zip(parts, learnt[name].weights.tolist(), strict=True)),
+            epochs=learnt[name].epochs,
+        )
         for name, places in test_sets.items()
     ]
 
@@ -197,16 +229,16 @@ def _correct(
     return dict(zip(weights, in_order.numpy(), strict=True))
 
 
-def table(rows: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
+def table(rows: Sequence[TestSet], parts: Sequence[str]) -> str:
     """Return the results as a text table.
 
     Args:
         rows: of `aggregate`.
         parts: names of the experts.
     """
-    cells = [["test set", "images", *parts, "mean", "learnt", "weights"]]
+    cells = []
     for row in rows:
-        accuracies = [f"{value:.2f}" for value in row["top1"].values()]
-        weights = " ".join(f"{weight:.2f}" for weight in row["weights"].values())
-        cells.append([row["test_set"], f"{row['images']:,}", *accuracies, weights])
-    return "\n".join(aligned(cells))
+        accuracies = [f"{value:.2f}" for value in row.top1.values()]
+        weights = " ".join(f"{weight:.2f}" for weight in row.weights.values())
+        cells.append([row.test_set, f"{row.images:,}", *accuracies, weights])
+    return Table(["test set", "images", *parts, "mean", "learnt", "weights"], cells).text()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.results.record import HeadMetrics
 
 
 def reported_heads(model: nn.Module) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     compile: bool = False,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, HeadMetrics]:
     """Evaluate a model; with several processes each takes its share, and every image counts once.
 
     Args:
@@ -86,7 +86,7 @@ def evaluate(
         compile: compile the forward pass.
 
     Returns:
-        ``summarize`` for ``"prediction"`` and for each of `reported_heads`, by name.
+        The metrics of ``"prediction"`` and for each of `reported_heads`, by name.
 
     Raises:
         DataError: no image at all, or what the loader raises for a broken one.
@@ -119,7 +119,7 @@ def evaluate(
         raise DataError("there is no image to evaluate")
     results = {name: summarize(sums[i], class_counts) for i, name in enumerate(names)}
     # Only here, where the sums have come off the device; one bad logit makes its head's sum bad.
-    broken = [name for name, metrics in results.items() if not math.isfinite(metrics["nll"])]
+    broken = [name for name, metrics in results.items() if not math.isfinite(metrics.nll)]
     if broken:
         raise MbibError(
             f"evaluation: logits of {', '.join(broken)} are not finite; the weights have diverged, or "

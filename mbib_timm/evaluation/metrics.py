@@ -5,13 +5,13 @@ training images; a group's accuracy is the mean of its classes' accuracies.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.results.record import HeadMetrics
 
 ECE_BINS = 15
 
@@ -91,17 +91,12 @@ def expected_calibration_error(bins: np.ndarray) -> float:
     return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
 
 
-def summarize(statistics: Statistics, class_counts: np.ndarray) -> dict[str, Any]:
-    """Return the metrics, as plain Python numbers; None where there is nothing to measure.
+def summarize(statistics: Statistics, class_counts: np.ndarray) -> HeadMetrics:
+    """Return the metrics of what was counted.
 
     Args:
         statistics: of one head and at least one image.
         class_counts: training images of each class, (K,), which decide the shot groups.
-
-    Returns:
-        In percent: ``top1`` and ``top5`` over the images, ``macro`` over the classes, ``many``, ``medium``, ``few``
-        over the classes of each group, ``per_class``, ``ece``. In nats: ``nll``. ``images``: how many.
-        ``classes``: how many classes each group has.
     """
     total, correct = statistics.total.cpu().numpy(), statistics.correct.cpu().numpy()
     images = int(total.sum())
@@ -114,14 +109,14 @@ def summarize(statistics: Statistics, class_counts: np.ndarray) -> dict[str, Any
         return float(measured.mean()) if len(measured) else None
 
     groups = shot_groups(class_counts)
-    return {
-        "top1": 100.0 * int(correct.sum()) / images,
-        "top5": 100.0 * int(statistics.correct_top5.sum()) / images,
-        "macro": mean(np.arange(len(total))),
+    return HeadMetrics(
+        top1=100.0 * int(correct.sum()) / images,
+        top5=100.0 * int(statistics.correct_top5.sum()) / images,
+        macro=mean(np.arange(len(total))),
         **{name: mean(classes) for name, classes in groups.items()},
-        "ece": 100.0 * expected_calibration_error(statistics.bins.cpu().numpy()),
-        "nll": float(statistics.negative_log_likelihood) / images,
-        "images": images,
-        "classes": {name: len(classes) for name, classes in groups.items()},
-        "per_class": [float(value) if ok else None for value, ok in zip(accuracy, seen, strict=True)],
-    }
+        ece=100.0 * expected_calibration_error(statistics.bins.cpu().numpy()),
+        nll=float(statistics.negative_log_likelihood) / images,
+        images=images,
+        classes={name: len(classes) for name, classes in groups.items()},
+        per_class=[float(value) if ok else None for value, ok in zip(accuracy, seen, strict=True)],
+    )

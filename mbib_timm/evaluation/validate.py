@@ -1,14 +1,35 @@
 """`mbib validate`: evaluate a run's folder, an exported folder, a published name, or any timm model."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.environment import describe_environment, join_world, leave_world
+from mbib_timm.environment import Environment, describe_environment, join_world, leave_world
 from mbib_timm.evaluation.evaluate import evaluate
-from mbib_timm.evaluation.table import results_table
 from mbib_timm.evaluation.target import find_target, open_target
+from mbib_timm.files import to_json
+from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.tables import accuracy_table
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a trained model achieves on a split.
+
+    Attributes:
+        target: the model, as it was asked for.
+        split: of the images.
+        class_counts: training images of each class, which decide the shot groups.
+        heads: metrics of ``prediction``, and of each head and expert where there are several.
+        environment: versions, hardware, command.
+    """
+
+    target: str
+    split: str
+    class_counts: list[int]
+    heads: dict[str, HeadMetrics]
+    environment: Environment
 
 
 def validate(
@@ -18,7 +39,7 @@ def validate(
     overrides: Mapping[str, Any] | None = None,
     split: str | None = None,
     results_file: Path | None = None,
-) -> dict[str, Any]:
+) -> Validation:
     """Evaluate a trained model and print its table.
 
     Args:
@@ -29,7 +50,7 @@ def validate(
         results_file: where to write the metrics as JSON.
 
     Returns:
-        Metrics by head, with the split, the counts and the environment they belong to.
+        What the file holds.
 
     Raises:
         MbibError: nothing there to evaluate, or data that do not fit the model.
@@ -42,18 +63,12 @@ def validate(
         heads = evaluate(
             opened.model, opened.loader, opened.class_counts, device=world.device, channels_last=channels_last
         )
-        results = {
-            "target": target,
-            "split": opened.split,
-            "class_counts": opened.class_counts.tolist(),
-            "heads": heads,
-            "environment": describe_environment(world),
-        }
+        results = Validation(target, opened.split, opened.class_counts.tolist(), heads, describe_environment(world))
         if world.is_main:
             print(f"{target} on {opened.split}:")
-            print(results_table(heads, opened.class_counts))
+            print(accuracy_table(heads, opened.class_counts))
             if results_file is not None:
-                results_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+                results_file.write_bytes(to_json(results))
         return results
     finally:
         leave_world()

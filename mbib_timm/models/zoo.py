@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -116,12 +115,6 @@ class ZooModel:
         """The weights' file in the package; None where they are on the Hub, or nowhere."""
         file = self.folder / "model.safetensors"
         return file if self.is_trained and file.is_file() else None
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        """The ``metrics.json`` of the run that the weights come from."""
-        content: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
-        return content
 
     def source(self) -> dict[str, Any]:
         """Return the entries of a timm cfg that say where the weights are; none of them where there are no weights."""

@@ -1,29 +1,38 @@
-"""The card of a trained model, rendered from what its runs wrote: recipe.yaml and metrics.json, and nothing else."""
+"""The card of a trained model, rendered from what its runs wrote, and nothing else."""
 
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
 
+import jinja2
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
 
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
-from mbib_timm.models.zoo import DATASETS, ZooModel
+from mbib_timm.models.zoo import DATASETS, ZOO
 from mbib_timm.names import data_of
-from mbib_timm.publishing.record import FIGURES, Record
-from mbib_timm.recipe import Recipe, find_recipe, recipe_claims
-from mbib_timm.training.public import public_model
-from mbib_timm.training.report import chosen_text, raw_text, stages_text
+from mbib_timm.recipe import Recipe
+from mbib_timm.results.paper import RESULTS
+from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.redact import redact_model
+from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
+from mbib_timm.results.runs import FinishedRun
+from mbib_timm.results.tables import COLUMNS, NOTHING, Table, mean_and_deviation, percent
 
-COLUMNS = {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}
+# Metadata of the Hub: names of the accuracies of `HeadMetrics.by_group`.
 METRICS = {
-    "top1": "Top-1 accuracy, %",
+    "overall": "Top-1 accuracy, %",
     "many": "Top-1 accuracy on many-shot classes, %",
     "medium": "Top-1 accuracy on medium-shot classes, %",
     "few": "Top-1 accuracy on few-shot classes, %",
+}
+FIGURES = {
+    "class_accuracy.png": "Accuracy of each class, in the order of its training images.",
+    "shot_groups.png": "Accuracy by head and shot group.",
+    "training_curves.png": "Training loss, learning rate, and accuracy after each evaluated epoch.",
 }
 PAPER = "https://openreview.net/forum?id=9eiALSuZGA"
 BIBTEX = f"""```bibtex
@@ -37,102 +46,155 @@ BIBTEX = f"""```bibtex
 ```"""
 
 
-def render_card(record: Record, repository: str, figures: str = "figures", inference_only: bool = False) -> str:
-    """Return the card as Markdown, with its metadata as YAML at the top.
+def render_card(
+    run: FinishedRun,
+    repository: str,
+    others: Sequence[FinishedRun] = (),
+    figures: str = "figures",
+    inference_only: bool = False,
+) -> str:
+    """Return the card as Markdown, with its metadata as YAML at the top. What runs say is escaped.
 
     Args:
-        record: what the card is about.
+        run: whose weights these are.
         repository: on the Hub, ``organisation/name``.
+        others: further runs, which differ in the seed alone.
         figures: folder of the figures, relative to the card.
         inference_only: the weights lack the heads that serve training only.
     """
-    metadata = card_metadata(record).to_yaml()
-    sections = [
-        f"---\n{metadata}\n---",
-        f"# {record.name}",
-        _what(record, inference_only),
-        _how_to_load(record, repository),
-        _results(record),
-        _figures(record, figures),
-        _data(record),
-        _training(record),
-        _use(record),
-        _licence(record),
-        _citation(record),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    record, recipe = run.record, run.recipe
+    heads, counts = record.result.heads, np.array(record.class_counts)
+    runs = sorted((run, *others), key=lambda each: each.record.seed)
+    epochs = _epochs(recipe)
+    citations = [BIBTEX if paper == CITATION else f"{paper}." for paper in _papers(run)]
+    return _template().render(
+        metadata=Markup(card_metadata(run).to_yaml()),
+        name=run.name,
+        what=_what(run, inference_only),
+        repository=repository,
+        record=record,
+        result=record.result,
+        when=stages_text(record.stages) if record.result.epoch is None else f"the last epoch ({epochs})",
+        results=_table(run, lambda head: [percent(value, 2) for value in heads[head].by_group().values()]),
+        chosen=chosen_text(record),
+        raw=raw_text(record),
+        seeds=[each.record.seed for each in runs],
+        spread=_table(run, lambda head: _spread([each.heads[head] for each in runs])),
+        best=record.best,
+        paper=_paper_text(run) if in_zoo(run) else "",
+        figures=[(f"{figures}/{name}", FIGURES[name]) for name in figures_of(run)],
+        dataset=dataset_title(run),
+        counts=counts,
+        groups=_groups(counts),
+        stages=[_stage(stage) for stage in recipe.chain()],
+        duration=_duration(record.training_seconds),
+        environment=record.environment,
+        few=len(shot_groups(counts)["few"]),
+        licence=DATASETS[_data_name(run)].licence if in_zoo(run) else "",
+        citations=citations,
+    )
 
 
-def card_metadata(record: Record) -> ModelCardData:
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mbib_timm.publishing", "."),
+        undefined=jinja2.StrictUndefined,
+        # Jinja escapes for HTML alone, which would show in Markdown's code.
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(str(value).replace("<", "&lt;")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["fenced"] = _fenced
+    return environment.get_template("card.md.j2")
+
+
+def _fenced(text: str, language: str) -> Markup:
+    """Return a block of code behind a fence that is longer than any in it."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return Markup(f"{fence}{language}\n{text}\n{fence}")
+
+
+def in_zoo(run: FinishedRun) -> bool:
+    """Return whether a run has a published name; False for somebody's own."""
+    return run.name in {model.name for model in ZOO}
+
+
+def figures_of(run: FinishedRun) -> list[str]:
+    """Return the figures of a card that the run's folder holds."""
+    return [name for name in FIGURES if (run.folder / "figures" / name).is_file()]
+
+
+def card_metadata(run: FinishedRun) -> ModelCardData:
     """Return the card's metadata, the results in the form of the Hub's model-index."""
-    prediction = record.metrics["result"]["heads"]["prediction"]
+    result = run.record.result
     results = [
         EvalResult(
             task_type="image-classification",
             task_name="Long-tailed image classification",
-            dataset_type=_data_name(record),
-            dataset_name=dataset_title(record).strip("`"),
-            dataset_split=record.metrics["result"]["split"],
+            dataset_type=_data_name(run),
+            dataset_name=dataset_title(run).strip("`"),
+            dataset_split=result.split,
             metric_type="accuracy",
-            metric_name=name,
-            metric_value=round(float(prediction[metric]), 2),
+            metric_name=METRICS[column],
+            metric_value=round(value, 2),
         )
-        for metric, name in METRICS.items()
-        if prediction[metric] is not None
+        for column, value in result.prediction.by_group().items()
+        if value is not None
     ]
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        license="apache-2.0" if record.in_zoo else None,
+        license="apache-2.0" if in_zoo(run) else None,
         tags=["image-classification", "timm", "mbib-timm", "long-tailed-recognition", "class-imbalance"],
         metrics=["accuracy"],
-        model_name=record.name,
+        model_name=run.name,
         eval_results=results,
     )
 
 
-def dataset_title(record: Record) -> str:
-    """Return what people call the data set of a record; images of one's own have no name but the recipe's."""
-    data = _data_name(record)
+def dataset_title(run: FinishedRun) -> str:
+    """Return what people call the data set of a run; images of one's own have no name but the recipe's."""
+    data = _data_name(run)
     return DATASETS[data].title if data in DATASETS else f"`{data}`"
 
 
-def _data_name(record: Record) -> str:
-    return data_of(record.name) or record.recipe.dataset
+def _data_name(run: FinishedRun) -> str:
+    return data_of(run.name) or run.recipe.dataset
 
 
-def _what(record: Record, inference_only: bool) -> str:
-    metrics, first = record.metrics, record.recipe.chain()[0]
-    start = f", started from the weights of `{public_model(first.model)}`," if first.pretrained else ""
-    epochs = _epochs(record)
-    data = dataset_title(record)
+def _what(run: FinishedRun, inference_only: bool) -> str:
+    first = run.recipe.chain()[0]
+    start = f", started from the weights of `{redact_model(first.model)}`," if first.pretrained else ""
+    epochs = _epochs(run.recipe)
+    data = dataset_title(run)
     how = f"trained on {data} for {epochs} with" if epochs else f"changed on {data} by"
-    text = f"`{record.name.partition('.')[0]}`{start} {how} {stages_text(metrics)}, by `mbib_timm`."
-    papers = _papers(record)
+    text = f"`{run.name.partition('.')[0]}`{start} {how} {stages_text(run.record.stages)}, by `mbib_timm`."
+    papers = _papers(run)
     if papers:
         listing = "; ".join(f"[{paper}]({PAPER})" if paper == CITATION else paper for paper in papers)
         text += f" The method is that of {listing}; the implementation is independent of the authors'."
-    if len(_heads(record)) > 1:
-        text += f" Each of the heads {_listed(_heads(record))} has a classifier. {_prediction(record)}"
+    if len(_heads(run)) > 1:
+        text += f" Each of the heads {_listed(_heads(run))} has a classifier. {_prediction(run)}"
     if inference_only:
         text += " These weights lack the classifiers that serve training only."
     return text
 
 
-def _epochs(record: Record) -> str:
+def _epochs(recipe: Recipe) -> str:
     """Return the epochs of the stages that have any: ``200 epochs``, ``200 + 30 epochs``; empty where none has."""
-    epochs = [str(stage.epochs) for stage in record.recipe.chain() if stage.epochs]
+    epochs = [str(stage.epochs) for stage in recipe.chain() if stage.epochs]
     return f"{' + '.join(epochs)} epochs" if epochs else ""
 
 
-def _papers(record: Record) -> list[str]:
+def _papers(run: FinishedRun) -> list[str]:
     """Return the papers of the methods, each once."""
-    return list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in record.metrics["stages"]))))
+    return list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
 
 
-def _heads(record: Record) -> list[str]:
+def _heads(run: FinishedRun) -> list[str]:
     # An expert of several heads has its row in the results, and no classifier but theirs.
-    names = [head for head in record.metrics["result"]["heads"] if head != "prediction"]
+    names = [head for head in run.heads if head != "prediction"]
     return [name for name in names if not heads_of_expert(name, names)]
 
 
@@ -140,133 +202,49 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _prediction(record: Record) -> str:
-    heads = record.metrics["prediction_heads"]
+def _prediction(run: FinishedRun) -> str:
+    heads = run.record.prediction_heads
     return f"The prediction is the mean of the logits of {_listed(heads)}." if len(heads) > 1 else ""
 
 
-def _how_to_load(record: Record, repository: str) -> str:
-    return f"""## How to load it
-
-```python
-import mbib_timm  # registers the models; without it timm says "Unknown model"
-import timm
-
-model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(image).unsqueeze(0))  # of a PIL image
-```
-
-Or from the command line, after `pip install mbib-timm`:
-
-```sh
-mbib predict hf-hub:{repository} my_images/
-```"""
+def _table(run: FinishedRun, cells: Callable[[str], list[str]]) -> Table:
+    """Return a table of the heads, the prediction first, with the cells of each."""
+    heads = ["prediction", *(head for head in run.heads if head != "prediction")]
+    return Table(["head", *COLUMNS], [[head, *cells(head)] for head in heads])
 
 
-def _results(record: Record) -> str:
-    result, runs = record.metrics["result"], record.runs
-    images = result["heads"]["prediction"]["images"]
-    when = f"the last epoch ({_epochs(record)})" if result["epoch"] >= 0 else stages_text(record.metrics)
-    lines = [
-        "## Results",
-        "",
-        f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}`, after {when}, "
-        f"of these weights (seed {record.metrics['seed']}). Shot groups are by training images per class: many more "
-        "than 100, medium 20 to 100, few fewer than 20.",
-        "",
-        *_table(result["heads"], lambda head, metric: _percent(result["heads"][head][metric])),
-    ]
-    if chosen := chosen_text(record.metrics):
-        lines += ["", f"{chosen}."]
-    if raw := raw_text(record.metrics):
-        lines += ["", f"{raw}."]
-    if len(runs) > 1:
-        seeds = ", ".join(str(metrics["seed"]) for metrics in runs)
-        lines += [
-            "",
-            f"Mean ± sample standard deviation over n = {len(runs)} runs (seeds {seeds}):",
-            "",
-            *_table(
-                result["heads"], lambda head, metric: _spread([run["result"]["heads"][head][metric] for run in runs])
-            ),
-        ]
-    else:
-        lines += ["", "One run: the spread between seeds has not been measured."]
-    best = record.metrics["best"]
-    if best is not None:
-        lines += [
-            "",
-            f"The best of the evaluated epochs on `{best['selected_on']}` was epoch {best['epoch'] + 1} with "
-            f"{best['heads']['prediction']['top1']:.2f} %; the accuracy reported here is the last epoch's.",
-        ]
-    if record.in_zoo:
-        claims = recipe_claims(find_recipe(ZooModel(record.name).recipe))
-        if "Paper" in claims:
-            lines += ["", f"The paper reports {claims['Paper']}."]
-    return "\n".join(lines)
+def _spread(runs: Sequence[HeadMetrics]) -> list[str]:
+    return [mean_and_deviation([metrics.by_group()[column] for metrics in runs], digits=2) for column in COLUMNS]
 
 
-def _table(heads: Mapping[str, Any], cell: Any) -> list[str]:
-    order = ["prediction", *(head for head in heads if head != "prediction")]
-    rows = [f"| {head} | {' | '.join(cell(head, metric) for metric in COLUMNS.values())} |" for head in order]
-    return [f"| head | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}", *rows]
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    measured = [value for value in values if value is not None]
-    if not measured:
-        return "–"
-    return f"{statistics.mean(measured):.2f} ± {statistics.stdev(measured):.2f}"
-
-
-def _figures(record: Record, folder: str) -> str:
-    return "\n\n".join(f"![{FIGURES[name]}]({folder}/{name})" for name in record.figures)
-
-
-def _data(record: Record) -> str:
-    counts = np.array(record.metrics["class_counts"])
+def _groups(counts: np.ndarray) -> Table:
     rows = [
-        f"| {group} | {len(classes)} | {counts[classes].sum():,} | "
-        + (f"{counts[classes].min()} to {counts[classes].max()} |" if len(classes) else "– |")
+        [
+            group,
+            str(len(classes)),
+            f"{counts[classes].sum():,}",
+            f"{counts[classes].min()} to {counts[classes].max()}" if len(classes) else NOTHING,
+        ]
         for group, classes in shot_groups(counts).items()
     ]
-    return "\n".join(
-        [
-            "## Training data",
-            "",
-            f"{dataset_title(record)}: {counts.sum():,} training images in {len(counts):,} classes, the largest "
-            f"{counts.max() / counts.min():.0f} times as large as the smallest.",
-            "",
-            "| classes | number | training images | per class |",
-            "|---|---|---|---|",
-            *rows,
-        ]
-    )
+    return Table(["classes", "number", "training images", "per class"], rows)
 
 
-def _training(record: Record) -> str:
-    environment, recipe = record.metrics["environment"], record.recipe
-    seconds = record.metrics["training_seconds"]
-    cost = f"{seconds:.0f} seconds"
-    if seconds >= 60:
-        cost = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-    machine = f"{environment['hardware']} ({environment['device']}, processes: {environment['processes']})"
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("mbib_timm", "torch", "timm"))
-    stages = [_stage(stage) for stage in recipe.chain()]
-    how = f"{stages[0]}."
-    if len(stages) > 1:
-        how = "\n".join(f"{number}. {stage}" for number, stage in enumerate(stages, start=1)) + "\n"
-    which = "The last stage" if len(stages) > 1 else "It"
-    return (
-        f"## Training\n\n{how}\nEvery setting is in `recipe.yaml`. {which} took {cost} on {machine}, evaluation "
-        f"included, with {versions}, at commit {environment['commit'] or 'unknown'}:\n\n"
-        f"```sh\n{environment['command']}\n```"
-    )
+def _paper_text(run: FinishedRun) -> str:
+    """Return what the paper reports of such a run: ``47.5 (Table 1), 47.0 (Table 9; many 64.1, ...)``."""
+    said = []
+    for result in RESULTS.get(run.name, ()):
+        groups = [f"{name} {value:.1f}" for name, value in result.accuracies.items() if name != "overall"]
+        details = "; ".join(filter(None, [result.source, ", ".join(groups), result.setting]))
+        overall = result.accuracies.get("overall")
+        said.append(f"{overall:.1f} ({details})" if overall is not None else details)
+    return ", ".join(said)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _stage(stage: Recipe) -> str:
@@ -290,31 +268,3 @@ def _strength(stage: Recipe) -> str:
     }
     named = [f"{key} {value}" for key, value in strong.items() if value]
     return f", {', '.join(named)}" if named else ""
-
-
-def _use(record: Record) -> str:
-    few = len(shot_groups(np.array(record.metrics["class_counts"]))["few"])
-    text = (
-        "## Intended use and limits\n\nFor research on long-tailed recognition, for comparison, and as a start for "
-        "fine-tuning. It knows the classes of its training data and no others: an image of anything else gets one of "
-        "them, often with a high probability."
-    )
-    if few:
-        text += (
-            f" {few} classes were learnt from fewer than 20 images each; look at the accuracy of the few-shot group "
-            "before relying on them."
-        )
-    return text
-
-
-def _licence(record: Record) -> str:
-    if not record.in_zoo:
-        return "## Licence\n\nNeither the terms of these weights nor those of the training images are stated here."
-    return f"## Licence\n\nThe weights are under Apache-2.0. {DATASETS[_data_name(record)].licence}"
-
-
-def _citation(record: Record) -> str:
-    cited = [BIBTEX if paper == CITATION else f"{paper}." for paper in _papers(record)]
-    if not cited:
-        return ""
-    return "\n\n".join(["## Citation", *cited])

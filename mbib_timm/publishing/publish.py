@@ -16,8 +16,9 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # that of
 
 from mbib_timm.errors import MbibError
 from mbib_timm.models.zoo import ZooModel
-from mbib_timm.publishing.record import read_record
+from mbib_timm.publishing.card import in_zoo
 from mbib_timm.publishing.release import Release, git_oid, make_release
+from mbib_timm.results.runs import read_run
 
 Result = TypeVar("Result")
 
@@ -60,10 +61,10 @@ def publish(
         PublishError: the Hub refuses, or cannot be reached.
     """
     if repository is None:
-        record = read_record(run)
-        if not record.in_zoo:
-            raise MbibError(f"{record.name} is no model of the zoo: say where to, --repo-id YOU/{record.name}")
-        repository = ZooModel(record.name).repository
+        finished = read_run(run)
+        if not in_zoo(finished):
+            raise MbibError(f"{finished.name} is no model of the zoo: say where to, --repo-id YOU/{finished.name}")
+        repository = ZooModel(finished.name).repository
     release = make_release(run, repository, others, inference_only)
     if dry_run:
         print(f"{release.repository} would get:\n\n{release.listing()}\n\nREADME.md:\n")
@@ -87,7 +88,7 @@ class Publisher:
 
     def publish(self, private: bool, revision: str | None) -> str:
         """Commit what has changed, and tag it. Returns the address of the tag."""
-        self._persist(
+        self._retry(
             "create the repository", lambda: self.api.create_repo(self.repository, private=private, exist_ok=True)
         )
         head, files = self._remote()
@@ -100,7 +101,7 @@ class Publisher:
             head = self._commit(changes, head)
         if tag not in tags:
             target = head
-            self._persist(
+            self._retry(
                 "tag the commit",
                 lambda: self.api.create_tag(self.repository, tag=tag, revision=target, exist_ok=True),
             )
@@ -110,9 +111,9 @@ class Publisher:
 
     def _remote(self) -> tuple[str, dict[str, str]]:
         """Return the head of the main branch, and the digest of each of its files."""
-        info = self._persist("read the repository", lambda: self.api.model_info(self.repository))
+        info = self._retry("read the repository", lambda: self.api.model_info(self.repository))
         head = str(info.sha)
-        entries = self._persist(
+        entries = self._retry(
             "list the repository",
             lambda: list(self.api.list_repo_tree(self.repository, revision=head, recursive=True)),
         )
@@ -125,7 +126,7 @@ class Publisher:
         return head, digests
 
     def _tags(self) -> dict[str, str]:
-        refs = self._persist("list the revisions", lambda: self.api.list_repo_refs(self.repository))
+        refs = self._retry("list the revisions", lambda: self.api.list_repo_refs(self.repository))
         return {tag.name: tag.target_commit for tag in refs.tags}
 
     def _next_tag(self, tags: dict[str, str], head: str | None) -> str:
@@ -162,9 +163,9 @@ class Publisher:
             done = self.api.create_commit(self.repository, operations, commit_message=message, parent_commit=parent)
             return str(done.oid)
 
-        return self._persist("commit", commit)
+        return self._retry("commit", commit)
 
-    def _persist(self, what: str, call: Callable[[], Result]) -> Result:
+    def _retry(self, what: str, call: Callable[[], Result]) -> Result:
         """Call the Hub; try again, with growing waits, where it is busy or cannot be reached.
 
         Raises:

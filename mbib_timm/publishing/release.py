@@ -10,9 +10,11 @@ from typing import Any
 from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
-from mbib_timm.publishing.card import render_card
-from mbib_timm.publishing.record import read_record
-from mbib_timm.training.public import public_recipe
+from mbib_timm.files import to_json
+from mbib_timm.publishing.card import figures_of, render_card
+from mbib_timm.results.record import RECORD
+from mbib_timm.results.redact import redact_recipe
+from mbib_timm.results.runs import read_seeds
 
 TRAINING_HEADS = "training_heads"
 
@@ -54,7 +56,7 @@ def make_release(run: Path, repository: str, others: Sequence[Path] = (), infere
     Raises:
         MbibError: a run that is not finished.
     """
-    record = read_record(run, others)
+    own, *rest = read_seeds(run, others)
     for name in ("model.safetensors", "config.json"):
         if not (run / name).is_file():
             raise MbibError(f"{run} has no {name}: the run is not finished")
@@ -63,18 +65,14 @@ def make_release(run: Path, repository: str, others: Sequence[Path] = (), infere
     if inference_only:
         config, weights = without_training_heads(config, weights)
     files = {
-        "README.md": render_card(record, repository, inference_only=inference_only).encode(),
-        "config.json": _json(config),
+        "README.md": render_card(own, repository, rest, inference_only=inference_only).encode(),
+        "config.json": to_json(config),
         "model.safetensors": weights,
-        "recipe.yaml": public_recipe(run / "recipe.yaml"),
-        "metrics.json": _json(record.metrics),
+        "recipe.yaml": redact_recipe(run / "recipe.yaml"),
+        RECORD: to_json(own.record),
     }
-    files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in record.figures}
-    return Release(record.name, repository, files)
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+    files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in figures_of(own)}
+    return Release(own.name, repository, files)
 
 
 def without_training_heads(config: dict[str, Any], weights: bytes) -> tuple[dict[str, Any], bytes]:

@@ -7,8 +7,8 @@ import numpy as np
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
-from mbib_timm.paper import PaperResult
-from mbib_timm.reporting.inputs import ReportedRun, RunGroup
+from mbib_timm.results.paper import PaperResult
+from mbib_timm.results.runs import FinishedRun, RunGroup
 
 # Differences beyond this many points get a paragraph.
 NOTABLE = 1.0
@@ -58,7 +58,7 @@ def _paragraph(group: RunGroup, column: str, mean: float, number: float, result:
     return text
 
 
-def sampling_error(run: ReportedRun, column: str) -> float:
+def sampling_error(run: FinishedRun, column: str) -> float:
     """Return the standard error in points of a mean accuracy over classes, from the number of test images alone.
 
     Each image is taken for right or wrong independently: the variance of a class's accuracy p over n images is
@@ -73,22 +73,22 @@ def sampling_error(run: ReportedRun, column: str) -> float:
     return float(100 * np.sqrt((share * (1 - share) / images).sum()) / len(share))
 
 
-def _accuracies(run: ReportedRun, column: str) -> tuple[np.ndarray, np.ndarray]:
+def _accuracies(run: FinishedRun, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the accuracy in percent of each class of a group with test images, and how many it has.
 
     The results keep the images of the whole test set alone; classes are taken to have equally many.
     """
-    prediction = run.heads["prediction"]
-    counts = np.array(run.metrics["class_counts"])
+    prediction = run.record.result.prediction
+    counts = np.array(run.record.class_counts)
     classes = np.arange(len(counts)) if column == "overall" else shot_groups(counts)[column]
-    measured = [value for value in prediction["per_class"] if value is not None]
-    each = prediction["images"] / len(measured)
-    chosen = [prediction["per_class"][label] for label in classes]
+    measured = [value for value in prediction.per_class if value is not None]
+    each = prediction.images / len(measured)
+    chosen = [prediction.per_class[label] for label in classes]
     accuracies = np.array([value for value in chosen if value is not None])
     return accuracies, np.full(len(accuracies), each)
 
 
-def _images(run: ReportedRun, column: str) -> int:
+def _images(run: FinishedRun, column: str) -> int:
     return round(float(_accuracies(run, column)[1].sum()))
 
 
@@ -109,7 +109,7 @@ def known_differences(group: RunGroup) -> str:
         f"{differing}The paper leaves open how the layers are initialised, and whether the last epoch or the best is "
         "reported. "
     )
-    if METHODS[group.first.metrics["method"]].citation == CITATION:
+    if METHODS[group.first.record.method].citation == CITATION:
         text += (
             "It also leaves open whether z is rectified, how wide it is, and whether the class weights are normalised "
             "in the batch, which the sweep `open_choices` varies. "

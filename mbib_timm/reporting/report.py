@@ -5,10 +5,19 @@ from pathlib import Path
 
 import mbib_timm
 from mbib_timm.errors import MbibError
-from mbib_timm.reporting.inputs import read_inputs
-from mbib_timm.reporting.page import Section, render_page, unique_anchors
-from mbib_timm.reporting.sections import comparison_section, run_section, sweep_section
-from mbib_timm.training.checkpoint import write_atomically
+from mbib_timm.files import write_bytes
+from mbib_timm.models.zoo import ZOO
+from mbib_timm.reporting.sections import (
+    Section,
+    comparison_section,
+    give_unique_anchors,
+    render_page,
+    run_section,
+    sweep_section,
+)
+from mbib_timm.results.record import RECORD, is_finished
+from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, read_run
+from mbib_timm.sweeps.sweep_results import FILE, SweepResults, read_results
 
 
 def report(names: Sequence[str], output: Path, title: str | None = None) -> Path:
@@ -31,13 +40,14 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     sections = [comparison_section(groups)] if len(groups) > 1 else []
     sections += [run_section(group) for group in groups]
     sections += [sweep_section(results) for results in sweeps]
+    give_unique_anchors(sections)
     titles = [*(group.title for group in groups), *(results.name for results in sweeps)]
     page = render_page(title or "Report: " + ", ".join(titles), _lead(), sections)
     folder = output.with_name(f"{output.stem}_figures")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _write_figures(folder, sections)
-        write_atomically(output, lambda file: file.write(page.encode()))
+        write_bytes(output, page.encode())
     except OSError as error:
         raise MbibError(f"cannot write {error.filename or output}: {error.strerror}") from None
     figures = sum(len(section.figures) for section in sections)
@@ -46,18 +56,54 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     return output
 
 
-def _lead() -> list[str]:
-    return [
+def read_inputs(names: Sequence[str]) -> tuple[list[RunGroup], list[SweepResults]]:
+    """Read runs and sweeps by their folders or names.
+
+    Args:
+        names: folders of runs, or of kept results; folders of sweeps' results, or the sweep's name where they lie in
+            ``results``; names of published models.
+
+    Raises:
+        MbibError: something that is none of these, or a run that is not finished.
+    """
+    runs: list[FinishedRun] = []
+    sweeps: list[SweepResults] = []
+    for name in names:
+        folder = _folder(name)
+        if (folder / FILE).is_file():
+            sweeps.append(read_results(folder))
+        else:
+            runs.append(read_run(folder))
+    return group_runs(runs), sweeps
+
+
+def _folder(name: str) -> Path:
+    published = [model.folder for model in ZOO if model.name == name and model.is_trained]
+    for folder in (Path(name), Path("results") / name, *published):
+        if (folder / FILE).is_file() or is_finished(folder):
+            return folder
+    if Path(name).is_dir():
+        raise MbibError(f"{name} holds neither {RECORD} nor {FILE}: no finished run, and no sweep's results")
+    if Path(name).exists():
+        raise MbibError(f"{name} is a file: expected the folder of a run, of kept results or of a sweep's results")
+    raise MbibError(
+        f"there is no {name}: expected the folder of a run, of kept results or of a sweep's results, or a published "
+        "name"
+    )
+
+
+def _lead() -> str:
+    return (
         f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files that the runs left. Results are "
         "those of the last epoch, or of what a method makes of a trained model. "
         "Many-shot classes have more than 100 training images, medium-shot 20 to 100, and "
         "few-shot fewer than 20; a group's accuracy is the mean of its classes' accuracies."
-    ]
+    )
 
 
 def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
-    for anchor, section in zip(unique_anchors(sections), sections, strict=True):
+    for section in sections:
         for name, files in section.figures.items():
             folder.mkdir(parents=True, exist_ok=True)
             for form, content in files.items():
-                (folder / f"{anchor}-{name}.{form}").write_bytes(content)
+                (folder / f"{section.anchor}-{name}.{form}").write_bytes(content)

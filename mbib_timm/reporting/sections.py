@@ -1,25 +1,139 @@
-"""From runs and sweeps to the sections of a report."""
+"""The sections of a report, from runs and sweeps, and the page that holds them."""
 
+import base64
+import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 
 from mbib_timm.analysis.figures import analysis_figures, comparison_figures
-from mbib_timm.drawing import Illustration
-from mbib_timm.evaluation.table import COLUMNS
+from mbib_timm.drawing import DARK, Illustration, render
+from mbib_timm.environment import Environment
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.reporting.differences import differences
-from mbib_timm.reporting.figures import CURVES, comparison_bars, comparison_curves, sweep_curves
-from mbib_timm.reporting.inputs import RunGroup
-from mbib_timm.reporting.page import Section
-from mbib_timm.sweeps.figure import sweep_figure
-from mbib_timm.sweeps.results import SweepResults, cells, headline
-from mbib_timm.sweeps.table import closest_to_the_paper, header, mean_and_deviation, signed, table_row, what_was_run
-from mbib_timm.training.report import chosen_text, raw_text, run_figures, stages_text
+from mbib_timm.reporting.report_figures import CURVES, comparison_bars, comparison_curves, sweep_curves
+from mbib_timm.results.run_figures import run_figures
+from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
+from mbib_timm.results.runs import RunGroup
+from mbib_timm.results.tables import COLUMNS, Table, mean_and_deviation, percent, signed
+from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
+from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a section: its kind, which the template knows, and what it shows."""
+
+    kind: str
+    content: Any
+
+
+@dataclass(frozen=True)
+class DrawnFigure:
+    """A figure as SVG on light and on dark paper, with its title and how to read it."""
+
+    title: str
+    reading: str
+    light: bytes
+    dark: bytes
+
+
+@dataclass
+class Section:
+    """A part of the page, and what it shows.
+
+    Attributes:
+        title: above it, and in the table of contents.
+        anchor: name for links, and of the section's figures' files.
+        blocks: one after another. Text is plain, with code in back quotes.
+        figures: that were added, with the files that were drawn of them.
+    """
+
+    title: str
+    anchor: str = ""
+    blocks: list[Block] = field(default_factory=list)
+    figures: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.anchor = self.anchor or re.sub(r"[^\w.]+", "-", self.title).strip("-")
+
+    def heading(self, text: str) -> None:
+        """Add a heading within the section."""
+        self.blocks.append(Block("heading", text))
+
+    def paragraphs(self, texts: Iterable[str]) -> None:
+        """Add paragraphs."""
+        self.blocks.extend(Block("paragraph", text) for text in texts)
+
+    def command(self, text: str) -> None:
+        """Add a command line."""
+        self.blocks.append(Block("command", text))
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Add terms and what they stand for."""
+        self.blocks.append(Block("facts", facts))
+
+    def table(self, table: Table) -> None:
+        """Add a table that slides where the page is narrow; a row's kind is ``paper``, ``difference`` or empty."""
+        self.blocks.append(Block("table", table))
+
+    def figure(self, illustration: Illustration) -> None:
+        """Draw a figure, in light and in dark, and add it with how to read it.
+
+        Raises:
+            MbibError: matplotlib is not installed.
+        """
+        drawn = render(illustration.draw, ("png", "pdf", "svg"))
+        dark = render(illustration.draw, ("svg",), DARK)["svg"]
+        self.figures[illustration.name] = {form: drawn[form] for form in ("png", "pdf")}
+        self.blocks.append(Block("figure", DrawnFigure(illustration.title, illustration.reading, drawn["svg"], dark)))
+
+
+def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """Return the page: one HTML file without network and script, light and dark. Whatever is text is escaped.
+
+    Args:
+        title: of the page.
+        lead: paragraph under it.
+        sections: its parts, each with an anchor of its own.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mbib_timm.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"inline": inline, "breakable": _breakable, "data_url": _data_url}
+    return environment.get_template("report.html.j2").render(title=title, lead=lead, sections=sections)
+
+
+def inline(text: str) -> Markup:
+    """Return text as HTML: escaped, and with ``<code>`` for what stands in back quotes."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _breakable(text: str) -> Markup:
+    """Return a title as HTML that may break after the underscores and dots of names."""
+    return Markup(re.sub(r"([_.])(?=\w)", r"\1<wbr>", str(escape(text))))
+
+
+def _data_url(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def give_unique_anchors(sections: Sequence[Section]) -> None:
+    """End the anchors of sections that are alike in the section's place."""
+    names = [section.anchor for section in sections]
+    for place, section in enumerate(sections, start=1):
+        if names.count(section.anchor) > 1:
+            section.anchor += f"-{place}"
 
 
 def run_section(group: RunGroup) -> Section:
@@ -27,38 +141,37 @@ def run_section(group: RunGroup) -> Section:
     section = Section(group.title)
     run = group.first
     section.facts(_facts(group))
-    section.command(run.metrics["environment"]["command"])
+    section.command(run.record.environment.command)
 
     section.heading("Result")
-    result, best = run.metrics["result"], run.metrics["best"]
-    when = f"the last epoch, {result['epoch'] + 1}" if result["epoch"] >= 0 else method_title(run.metrics["method"])
+    result, best = run.record.result, run.record.best
+    when = method_title(run.record.method) if result.epoch is None else f"the last epoch, {result.epochs_done}"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
-    images = run.heads["prediction"]["images"]
+    images = result.prediction.images
     section.paragraphs(
-        [f"Top-1 accuracy in percent on {images:,} images of the split `{result['split']}` after {when}{spread}."]
+        [f"Top-1 accuracy in percent on {images:,} images of the split `{result.split}` after {when}{spread}."]
     )
     heads = ["prediction", *(head for head in run.heads if head != "prediction")]
     rows = [[head, *(mean_and_deviation(group.values(column, head)) for column in COLUMNS)] for head in heads]
-    section.table(["head", *COLUMNS], rows)
+    section.table(Table(["head", *COLUMNS], rows))
     for member in group.runs:
-        if chosen := chosen_text(member.metrics):
-            section.paragraphs([f"{chosen} (seed {member.metrics['seed']})."])
-        if raw := raw_text(member.metrics):
-            section.paragraphs([f"{raw} (seed {member.metrics['seed']})."])
+        if chosen := chosen_text(member.record):
+            section.paragraphs([f"{chosen} (seed {member.record.seed})."])
+        if raw := raw_text(member.record):
+            section.paragraphs([f"{raw} (seed {member.record.seed})."])
     if best is not None:
-        best_top1 = best["heads"]["prediction"]["top1"]
         section.paragraphs(
             [
-                f"The best of the evaluated epochs was {best['epoch'] + 1} with {best_top1:.1f} %; it was chosen on "
-                f"the split `{best['selected_on']}`, and is not the result."
+                f"The best of the evaluated epochs was {best.epochs_done} with {best.prediction.top1:.1f} %; it was "
+                f"chosen on the split `{best.split}`, and is not the result."
             ]
         )
     if group.paper:
         section.heading("Beside the paper")
-        section.table(["", *COLUMNS], *_beside_the_paper(group))
+        section.table(_beside_the_paper(group))
         section.paragraphs(differences(group))
     section.paragraphs(run.notes)
-    illustrations = run_figures(run.history, run.metrics)
+    illustrations = run_figures(run.history, run.record)
     if run.analysis is not None:
         # The analysis has the same figure, of the same numbers.
         illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
@@ -72,18 +185,18 @@ def run_section(group: RunGroup) -> Section:
 
 def _facts(group: RunGroup) -> list[tuple[str, str]]:
     run = group.first
-    counts = np.array(run.metrics["class_counts"])
-    environment = run.metrics["environment"]
-    papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.metrics["stages"]))))
-    seeds = ", ".join(str(member.metrics["seed"]) for member in group.runs)
-    hours = statistics.mean(member.metrics["training_seconds"] for member in group.runs) / 3600
+    counts = np.array(run.record.class_counts)
+    environment = run.record.environment
+    papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
+    seeds = ", ".join(str(member.record.seed) for member in group.runs)
+    hours = statistics.mean(member.record.training_seconds for member in group.runs) / 3600
     epochs = " + ".join(str(stage.epochs) for stage in run.recipe.chain())
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: compares with no other schedule"
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
     return [
-        ("model", f"`{run.metrics['model']}`"),
-        ("method", stages_text(run.metrics) + (f" ({'; '.join(papers)})" if papers else "")),
+        ("model", f"`{run.record.model}`"),
+        ("method", stages_text(run.record.stages) + (f" ({'; '.join(papers)})" if papers else "")),
         (
             "training data",
             f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} per class",
@@ -92,30 +205,28 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
         *([("set otherwise than in the recipe", settings)] if settings else []),
         ("seeds", f"{seeds} (n = {len(group.runs)})"),
         ("time", f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"),
-        ("hardware", f"{environment['hardware']} ({environment['device']})"),
+        ("hardware", environment.machine),
         (
             "software",
-            ", ".join(f"{name} {environment[name]}" for name in ("mbib_timm", "torch", "timm"))
-            + f", commit {environment['commit'] or 'unknown'}",
+            f"{environment.versions}, commit {environment.commit or 'unknown'}",
         ),
     ]
 
 
-def _beside_the_paper(group: RunGroup) -> tuple[list[list[str]], list[str]]:
-    """Return the rows of the table, and the kind of each."""
+def _beside_the_paper(group: RunGroup) -> Table:
     rows = [[f"this run (n = {len(group.runs)})", *(mean_and_deviation(group.values(column)) for column in COLUMNS)]]
     kinds = [""]
     for result in group.paper:
         setting = f", {result.setting}" if result.setting else ""
         numbers = [result.accuracies.get(column) for column in COLUMNS]
         means = [group.mean(column) for column in COLUMNS]
-        rows.append([f"{result.source}{setting}", *("–" if n is None else f"{n:.1f}" for n in numbers)])
+        rows.append([f"{result.source}{setting}", *map(percent, numbers)])
         kinds.append("paper")
         if not group.is_short:
             pairs = zip(means, numbers, strict=True)
             rows.append(["difference", *("–" if n is None or m is None else signed(m - n) for m, n in pairs)])
             kinds.append("difference")
-    return rows, kinds
+    return Table(["", *COLUMNS], rows, kinds)
 
 
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
@@ -130,7 +241,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in COLUMNS]
         rows.append([group.title, epochs, str(len(group.runs)), *accuracies, paper, difference])
-    section.table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows)
+    section.table(Table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows))
     section.figure(
         Illustration(
             "accuracy",
@@ -140,7 +251,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
             partial(comparison_bars, groups),
         )
     )
-    if any(row.get("val_top1") is not None for group in groups for row in group.first.history):
+    if any(row.val is not None for group in groups for row in group.first.history):
         section.figure(
             Illustration(
                 "curves",
@@ -171,10 +282,10 @@ def sweep_section(results: SweepResults) -> Section:
         )
     )
     rows = cells(results)
-    section.table(header(results), [table_row(results, row) for row in rows])
+    section.table(sweep_table(results, rows))
     section.paragraphs(filter(None, [closest_to_the_paper(results, rows)]))
     section.paragraphs(f"Failed: {label}: {reason}" for label, reason in results.failed.items())
-    configurations = {run["configuration"] for run in results.runs}
+    configurations = {run.configuration for run in results.runs}
     if len(configurations) <= CURVES:
         section.figure(
             Illustration(
@@ -186,13 +297,13 @@ def sweep_section(results: SweepResults) -> Section:
             )
         )
     section.heading("Commands")
-    for command in dict.fromkeys(_command(run["environment"]) for run in results.runs):
+    for command in dict.fromkeys(_command(run.environment) for run in results.runs):
         section.command(command)
     return section
 
 
-def _command(environment: dict[str, Any]) -> str:
-    return f"{environment['command']}  # commit {environment['commit'] or 'unknown'}, torch {environment['torch']}"
+def _command(environment: Environment) -> str:
+    return f"{environment.command}  # commit {environment.commit or 'unknown'}, torch {environment.torch}"
 
 
 def _how_to_read(results: SweepResults) -> str:

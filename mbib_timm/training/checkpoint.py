@@ -3,53 +3,21 @@
 A checkpoint holds tensors and plain Python values only, so that torch loads it with ``weights_only``.
 """
 
-import errno
 import io
 import os
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import CheckpointError
+from mbib_timm.files import write_atomically
 
 FORMAT = "mbib_timm training state, version 2"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` holds either its old content or all of the new.
-
-    Args:
-        path: the file to replace.
-        write: writes the content to the open file it is given.
-
-    Raises:
-        MbibError: no space left on the device.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MbibError(f"no space left to write {path}; what was there before is untouched") from None
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):
-        # The rename itself must reach the disk too.
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """One stage of a run, from its recipe to its results: resumable after any epoch."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,28 @@ from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, create_passes
 from mbib_timm.data.loaders import Place
-from mbib_timm.environment import World, describe_environment
+from mbib_timm.environment import World, describe_environment, seed_generators
 from mbib_timm.errors import CheckpointError
 from mbib_timm.evaluation import evaluate
+from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
+from mbib_timm.results.record import (
+    Epoch,
+    Evaluation,
+    HeadMetrics,
+    RunRecord,
+    epoch_metrics,
+    write_history,
+    write_record,
+)
+from mbib_timm.results.run_figures import draw_figures
+from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import round_learning_rates
-from mbib_timm.training.report import SHOT_METRICS, draw_figures, epoch_line, print_report
-from mbib_timm.training.run_folder import RunFolder
-from mbib_timm.training.seeding import seed_generators
+from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
@@ -31,9 +41,9 @@ class TrainState:
     """How far a stage has come: what a checkpoint holds beside the weights."""
 
     epoch: int = 0  # epochs done
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
+    history: list[Epoch] = field(default_factory=list)
+    best: Evaluation | None = None
+    last: Evaluation | None = None
     seconds: float = 0.0
 
 
@@ -97,7 +107,7 @@ class Run:
 
     # The run
 
-    def execute(self) -> dict[str, Any]:
+    def execute(self) -> RunRecord:
         """Train what is left to train, and write the results."""
         recipe, done = self.recipe, self.done
         steps = len(self.loaders.train)
@@ -136,17 +146,16 @@ class Run:
             self.progress,
             after_update=self.method.update_ema,
         )
-        row = {"epoch": epoch, "lr": learning_rate} | {f"train_{name}": value for name, value in losses.items()}
+        row = Epoch(epoch, learning_rate, 0.0, losses)
         if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.epochs:
             heads = self._evaluate(self.loaders.val)
-            row |= {f"val_{name}": heads["prediction"][name] for name in SHOT_METRICS}
+            row.val = epoch_metrics(heads["prediction"])
             if recipe.model_ema:
-                raw = self._evaluate(self.loaders.val, raw=True)["prediction"]
-                row |= {f"raw_{name}": raw[name] for name in SHOT_METRICS}
+                row.raw = epoch_metrics(self._evaluate(self.loaders.val, raw=True)["prediction"])
             self._note_best(epoch, heads)
         self.schedule.step(epoch + 1)
-        row["seconds"] = time.perf_counter() - start
-        done.epoch, done.seconds = epoch + 1, done.seconds + row["seconds"]
+        row.seconds = time.perf_counter() - start
+        done.epoch, done.seconds = epoch + 1, done.seconds + row.seconds
         done.history.append(row)
         if self.world.is_main:
             if done.epoch == recipe.epochs or time.monotonic() - self.saved_at >= recipe.checkpoint_seconds:
@@ -160,7 +169,7 @@ class Run:
         place = Place(self.world.device, self.world.rank, self.world.world_size)
         return create_passes(self.splits, self.recipe, self.input_size, place, self.pool)
 
-    def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, dict[str, Any]]:
+    def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, HeadMetrics]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""
         model = self.method.get_eval_model() if raw else self._result_model()
         assert model is not None
@@ -178,11 +187,11 @@ class Run:
         """The model whose weights are the result: the moving average where there is one."""
         return self.method.result_model()
 
-    def _note_best(self, epoch: int, heads: dict[str, dict[str, Any]]) -> None:
+    def _note_best(self, epoch: int, heads: dict[str, HeadMetrics]) -> None:
         done = self.done
-        done.last = {"epoch": epoch, "heads": heads}
-        if done.best is None or heads["prediction"]["top1"] > done.best["heads"]["prediction"]["top1"]:
-            done.best = done.last
+        done.last = Evaluation(self.recipe.val_split, heads, epoch)
+        if done.best is None or done.last.prediction.top1 > done.best.prediction.top1:
+            done.best = replace(done.last, weights=BEST_WEIGHTS)
             weights = self._result_model().state_dict()
             self.best_weights = {name: value.clone() for name, value in weights.items()}
 
@@ -191,15 +200,15 @@ class Run:
     def _save(self) -> None:
         """Write what the run has come to; the checkpoint last, since it stands for all of it."""
         if self.best_weights is not None:
-            self.folder.write_weights("best.safetensors", self.best_weights)
+            self.folder.write_weights(BEST_WEIGHTS, self.best_weights)
             self.best_weights = None
         if self.done.history:
-            self.folder.write_summary(self.done.history)
+            write_history(self.folder.path, self.done.history)
         state = {
             **self.method.get_checkpoint_state(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "progress": vars(self.done),
+            "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
         }
         if self.recipe.model_ema:
@@ -222,51 +231,46 @@ class Run:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
             if self.precision.scaler is not None:
                 self.precision.scaler.load_state_dict(state["scaler"])
+            self.done = from_plain(TrainState, state["progress"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
-        self.done = TrainState(**state["progress"])
 
     # The results
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> RunRecord:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
             self.method.finish(self._passes())
-            done.last = {"epoch": recipe.epochs - 1, "heads": self._evaluate(self.loaders.val)}
+            done.last = Evaluation(recipe.val_split, self._evaluate(self.loaders.val), recipe.epochs - 1)
         elif done.last is None:  # of no epoch
-            done.last = {"epoch": -1, "heads": self._evaluate(self.loaders.val)}
-        test = self._evaluate(self.loaders.test) if self.loaders.test is not None else None
-        evaluated = self.loaders.val if self.loaders.test is None else self.loaders.test
-        raw = self._evaluate(evaluated, raw=True) if recipe.model_ema else None
-        on_split = recipe.test_split or "test" if test is not None else recipe.val_split
+            done.last = Evaluation(recipe.val_split, self._evaluate(self.loaders.val))
+        result, on_split = done.last, self.loaders.val
+        if self.loaders.test is not None:
+            on_split = self.loaders.test
+            result = Evaluation(recipe.test_split or "test", self._evaluate(on_split), done.last.epoch)
+        raw = Evaluation(result.split, self._evaluate(on_split, raw=True), result.epoch) if recipe.model_ema else None
         chosen = self.method.report()
-        metrics: dict[str, Any] = {
-            "name": self.name,
-            "model": recipe.model,
-            "method": recipe.method["name"],
-            "stages": [stage.method["name"] for stage in recipe.chain()],
-            "prediction_heads": list(getattr(self._result_model(), "prediction_heads", ())),
-            "dataset": recipe.dataset,
-            "loader": recipe.loader,
-            "epochs": recipe.epochs,
-            "seed": recipe.seed,
-            "num_classes": splits.num_classes,
-            "class_counts": splits.class_counts.tolist(),
-            "class_names": None if splits.class_names is None else list(splits.class_names),
-            "result": {
-                "epoch": done.last["epoch"],
-                "weights": "model.safetensors",
-                "split": on_split,
-                "heads": test if test is not None else done.last["heads"],
-            },
-            "raw": None if raw is None else {"split": on_split, "heads": raw},
-            "best": done.best and {**done.best, "weights": "best.safetensors", "selected_on": recipe.val_split},
-            "chosen": chosen,
-            "chosen_on": splits.held_out_from if chosen else None,
-            "training_seconds": done.seconds,
-            "replaced_images": self.world.gather(self.loaders.broken_images()),
-            "environment": describe_environment(self.world),
-        }
+        record = RunRecord(
+            name=self.name,
+            model=recipe.model,
+            method=recipe.method["name"],
+            stages=[stage.method["name"] for stage in recipe.chain()],
+            prediction_heads=list(getattr(self._result_model(), "prediction_heads", ())),
+            dataset=recipe.dataset,
+            loader=recipe.loader,
+            epochs=recipe.epochs,
+            seed=recipe.seed,
+            class_counts=splits.class_counts.tolist(),
+            class_names=None if splits.class_names is None else list(splits.class_names),
+            result=replace(result, weights=WEIGHTS),
+            raw=raw,
+            best=done.best,
+            chosen=chosen,
+            chosen_on=splits.held_out_from if chosen else None,
+            training_seconds=done.seconds,
+            replaced_images=self.world.gather(self.loaders.broken_images()),
+            environment=describe_environment(self.world),
+        )
         if self.world.is_main:
             self.folder.write_model(
                 self._result_model(),
@@ -277,7 +281,7 @@ class Run:
                 logit_prior=self.method.logit_prior,
                 tag=self.name.partition(".")[2],
             )
-            self.folder.write_json("metrics.json", metrics)
-            draw_figures(self.folder.path, done.history, metrics)
-            print_report(self.folder.path, metrics)
-        return {**metrics, "folder": str(self.folder.path)}
+            write_record(self.folder.path, record)
+            draw_figures(self.folder.path, done.history, record)
+            print_report(self.folder.path, record)
+        return record

@@ -9,9 +9,6 @@ figures/            training curves, accuracy by class and by shot group
 """
 
 import contextlib
-import csv
-import io
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,19 +21,13 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from mbib_timm.data.loaders import channelwise
+from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
-from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, write_atomically
+from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
 
-HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "val_top1", "val_many", "val_medium", "val_few", "seconds")
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's ``summary.csv``: numbers, and None for what an epoch has not; none without epochs."""
-    if not (folder / "summary.csv").is_file():
-        return []
-    with (folder / "summary.csv").open(encoding="utf-8") as file:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 
 
 def with_loaders_of(recipe: Recipe, other: Recipe) -> Recipe:
@@ -113,7 +104,7 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another --output")
         return recipe
 
-    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+    def begin(self, recipe: Recipe, environment: Environment) -> None:
         """Make the folder, keep other processes out until `end`, and record what is about to run.
 
         Raises:
@@ -131,33 +122,17 @@ class RunFolder:
         if self._checkpoints() != self._seen:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} meanwhile; run the command again")
-        content = dump_recipe(recipe)
-        write_atomically(self.path / "recipe.yaml", lambda file: file.write(content))
-        self.write_json("environment.json", environment)
+        write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
+        write_bytes(self.path / "environment.json", to_json(environment))
 
     def end(self) -> None:
         """Let other processes in."""
         self._lock.release()
 
-    def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file; NaN and infinity are refused."""
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
-
-    def write_summary(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write ``summary.csv`` anew from the history, so that a resumed run has every epoch once."""
-        extra = [key for row in history for key in row if key not in HISTORY_COLUMNS]
-        columns = [*HISTORY_COLUMNS, *dict.fromkeys(extra)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in history)
-        write_atomically(self.path / "summary.csv", lambda file: file.write(text.getvalue().encode()))
-
     def write_weights(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
         """Write weights as safetensors."""
         content = save_tensors({key: value.detach().cpu().contiguous() for key, value in state_dict.items()})
-        write_atomically(self.path / name, lambda file: file.write(content))
+        write_bytes(self.path / name, content)
 
     def write_model(
         self,
@@ -191,5 +166,5 @@ class RunFolder:
             file = Path(beside) / "config.json"
             save_config_for_hf(model, str(file), model_config=config, data_config=data_config)
             text = file.read_bytes()
-        self.write_weights("model.safetensors", model.state_dict())
-        write_atomically(self.path / "config.json", lambda file: file.write(text))
+        self.write_weights(WEIGHTS, model.state_dict())
+        write_bytes(self.path / "config.json", text)

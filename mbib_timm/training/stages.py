@@ -9,14 +9,16 @@ from mbib_timm.data import DataPool
 from mbib_timm.environment import World, join_world, leave_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import Recipe
+from mbib_timm.results.record import RECORD, is_finished
+from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint, load_newest
 from mbib_timm.training.run import Run
-from mbib_timm.training.run_folder import RunFolder, same_computation
+from mbib_timm.training.run_folder import WEIGHTS, RunFolder, same_computation
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 
 
-def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRun:
     """Train a recipe to the end, stage by stage, and write its results.
 
     A stage before the last is trained in a folder inside the run's, unless a finished run beside it has computed the
@@ -28,7 +30,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> dict[str, 
         pool: holds opened data and resident images for the next run of this process.
 
     Returns:
-        The content of ``metrics.json`` of the last stage, with the run's folder under ``folder``.
+        The run, with the record of its last stage.
 
     Raises:
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
@@ -73,13 +75,15 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
             )
 
 
-def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> dict[str, Any]:
+def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> FinishedRun:
     recipe, folder, state = _find_folder(recipe, name, world)
     previous = None if recipe.previous is None else _previous(recipe, folder.path, world, pool)
     try:
         if recipe.previous is not None and world.is_main:
             print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
-        return Run(recipe, name, world, folder, state, pool, previous).execute()
+        run = Run(recipe, name, world, folder, state, pool, previous)
+        record = run.execute()
+        return FinishedRun(folder.path, record, run.recipe)
     finally:
         folder.end()
 
@@ -109,9 +113,9 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
 
 def _finished(wanted: Recipe, path: Path, own: Path) -> Iterator[Path]:
     """Yield the folders of finished runs that have computed the same, the run's own first."""
-    beside = sorted(path.parent.glob("*/metrics.json")) + sorted(path.parent.glob("*/stage*-*/metrics.json"))
+    beside = sorted(path.parent.glob(f"*/{RECORD}")) + sorted(path.parent.glob(f"*/stage*-*/{RECORD}"))
     for folder in (own, *(file.parent for file in beside)):
-        if not (folder / "metrics.json").is_file() or not (folder / "model.safetensors").is_file():
+        if not is_finished(folder) or not (folder / WEIGHTS).is_file():
             continue
         try:
             if same_computation(wanted, RunFolder(folder).recipe()):

@@ -6,12 +6,13 @@ from typing import Any, Protocol
 
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
+from mbib_timm.results.record import Epoch
 
 
 class Tracker(Protocol):
-    """Receives a row an epoch."""
+    """Is told the numbers of every epoch."""
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, epoch: Epoch) -> None:
         """Record an epoch's numbers."""
 
     def close(self) -> None:
@@ -28,11 +29,11 @@ class TensorBoard:
             raise MbibError("log_tensorboard needs TensorBoard: pip install 'mbib-timm[tensorboard]'") from None
         self.writer: Any = SummaryWriter(folder / "tensorboard")
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, epoch: Epoch) -> None:
         """Record an epoch's numbers."""
-        for name, value in row.items():
+        for name, value in epoch.row().items():
             if name != "epoch" and value is not None:
-                self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+                self.writer.add_scalar(name.replace("_", "/", 1), value, epoch.epoch)
 
     def close(self) -> None:
         """Flush and end."""
@@ -49,9 +50,9 @@ class WeightsAndBiases:
             raise MbibError("log_wandb needs Weights & Biases: pip install 'mbib-timm[wandb]'") from None
         self.run: Any = wandb.init(project="mbib_timm", name=name, dir=str(folder), config=dict(config))
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, epoch: Epoch) -> None:
         """Record an epoch's numbers."""
-        self.run.log({key: value for key, value in row.items() if value is not None}, step=row["epoch"])
+        self.run.log({key: value for key, value in epoch.row().items() if value is not None}, step=epoch.epoch)
 
     def close(self) -> None:
         """Flush and end."""

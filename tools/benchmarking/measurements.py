@@ -224,8 +224,8 @@ def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
 
     def run(count: int) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            metrics = train(recipe.replace(epochs=count, output=folder), "benchmark", pool)
-        inside.append(metrics["training_seconds"])
+            done = train(recipe.replace(epochs=count, output=folder), "benchmark", pool)
+        inside.append(done.record.training_seconds)
 
     run(recipe.warmup_epochs + 1)
     whole = take_turns({"mbib": timed(partial(run, number), settings.world.device)}, settings.repeats, warm_ups=0)

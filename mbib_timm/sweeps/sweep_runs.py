@@ -1,13 +1,18 @@
-"""From a sweep to its runs: every recipe resolved, every folder named."""
+"""The runs of a sweep: every recipe resolved, every folder named, and one trained after another in one process.
+
+The runs share opened data, resident images and the compiled step.
+"""
 
 import itertools
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.errors import MbibError
+from mbib_timm.data import DataPool
+from mbib_timm.errors import BusyFolderError, MbibError
 from mbib_timm.recipe import (
     KEYS,
     STAGES,
@@ -19,7 +24,13 @@ from mbib_timm.recipe import (
     read_recipe,
     recipe_name,
 )
-from mbib_timm.sweeps.definition import PER_RUN, Sweep, key_of
+from mbib_timm.results.record import is_finished, read_history
+from mbib_timm.results.redact import redact_text
+from mbib_timm.results.runs import read_run
+from mbib_timm.sweeps.show_sweep import write_results
+from mbib_timm.sweeps.sweep import PER_RUN, Sweep, key_of
+from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
+from mbib_timm.training import train
 from mbib_timm.training.run_folder import RunFolder
 
 
@@ -56,7 +67,7 @@ class PlannedRun:
 
     def is_done(self) -> bool:
         """Return whether the run has come to its end."""
-        return (self.folder().path / "metrics.json").is_file()
+        return is_finished(self.folder().path)
 
     def status(self) -> str:
         """Return ``done``, ``partial`` or ``missing``. Raises CheckpointError for another recipe's run."""
@@ -187,3 +198,141 @@ def _at(stage: Recipe, address: str) -> Any:
 def _in_a_path(value: str) -> str:
     """Return a value as part of a folder's name."""
     return "_".join(value.replace("/", "_").split())
+
+
+def run_sweep(
+    sweep: Sweep,
+    overrides: Mapping[str, Any],
+    results: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    only: str = "",
+    dry_run: bool = False,
+) -> bool:
+    """Run what is missing of a sweep; write its results after every run, and print its table.
+
+    Several processes may work on one sweep, each on a device of its own: a run that another process trains is left
+    to it.
+
+    Args:
+        sweep: what to run.
+        overrides: of all runs, by address.
+        results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are.
+        seeds: run these in the place of the sweep's own.
+        only: run only those whose label contains this.
+        dry_run: list the runs, and stop.
+
+    Returns:
+        True if every run came to its end.
+
+    Raises:
+        MbibError: the sweep cannot be; nothing has been run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MbibError("a sweep is one process: start one for each device, with --device, not torchrun")
+    chosen = sweep.seeds if seeds is None else seeds
+    whole = plan(replace(sweep, seeds=list(dict.fromkeys([*sweep.seeds, *chosen]))), overrides)
+    runs = [run for run in whole if only in run.label and run.recipe.seed in chosen]
+    if not runs:
+        raise MbibError(f"sweep {sweep.name} has no run whose name contains {only!r}")
+    states = [run.status() for run in whole]
+    done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
+    if dry_run:
+        for run, state in zip(whole, states, strict=True):
+            if run in runs:
+                print(f"{state:<8} {run.label}")
+        return True
+    folder = results / Path(whole[0].recipe.output).name
+    pool, text = DataPool(), ""
+    failed: dict[str, str] = {}
+    busy: list[PlannedRun] = []
+
+    def write() -> str:
+        # What is done by now, here or by another process: the table is always that of the whole sweep. Again where
+        # another process has finished a run while this one drew: its table would be replaced by one without that run.
+        content, written = "", 0
+        while len(finished := [run for run in whole if run.label in done or run.is_done()]) > written:
+            labels = {run.label for run in finished}  # what failed here may have come to its end elsewhere
+            left = {label: reason for label, reason in failed.items() if label not in labels}
+            content = write_results(folder, _collect(sweep, finished, len(whole), left))
+            written = len(finished)
+        return content
+
+    for number, run in enumerate(runs, start=1):
+        print(f"run {number} of {len(runs)}: {run.label}" + (" (done)" if run.label in done else ""), flush=True)
+        if run.label in done:
+            continue
+        try:
+            if run.status() != "done":  # another process may have done it meanwhile
+                train(run.recipe, run.name, pool)
+        except BusyFolderError:
+            busy.append(run)
+            print("another process trains it", flush=True)
+            continue
+        except MbibError as error:
+            failed[run.label] = str(error)
+            print(f"failed: {error}", flush=True)
+        text = write()
+    if busy or not text:
+        text = write()
+    if text:
+        print(f"\n{text}\n{folder}")
+    left = [run.label for run in busy if not run.is_done()]
+    for label in left:
+        print(f"left to another process: {label}")
+    for label, reason in failed.items():
+        print(f"failed: {label}: {reason}")
+    return not failed and not left
+
+
+def _collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Mapping[str, str]) -> SweepResults:
+    """Read what finished runs have written.
+
+    Args:
+        sweep: their sweep.
+        runs: the finished ones.
+        planned: how many the whole sweep has.
+        failed: why others did not finish, by label.
+    """
+    paper = sweep.paper
+    return SweepResults(
+        name=Path(runs[0].recipe.output).name,
+        title=sweep.title,
+        recipe=redact_text(sweep.recipe),
+        axes={axis: [value.name for value in sweep.values(axis)] for axis in sweep.axes},
+        labels={axis: sweep.label(axis) for axis in sweep.axes},
+        heads=sweep.heads,
+        figure=sweep.figure,
+        paper=None if paper is None else replace(paper, recipe=redact_text(paper.recipe or sweep.recipe)),
+        planned=planned,
+        runs=[_sweep_run(run) for run in runs],
+        failed={label: redact_text(reason) for label, reason in failed.items()},
+    )
+
+
+def _sweep_run(planned: PlannedRun) -> SweepRun:
+    """Return what a sweep keeps of a finished run."""
+    record = read_run(planned.folder().path).record
+    history = read_history(planned.folder().path)
+    return SweepRun(
+        label=planned.label,
+        configuration=planned.configuration,
+        coordinates=planned.coordinates,
+        seed=record.seed,
+        method=record.method,
+        stages=record.stages,
+        chosen=record.chosen,
+        epochs=planned.epochs,
+        recipe_epochs=planned.recipe_epochs,
+        settings=planned.settings,
+        dataset=record.dataset,
+        test_images=record.result.prediction.images,
+        heads={head: metrics.by_group() for head, metrics in record.result.heads.items()},
+        curve=Curve(
+            epoch=[row.epoch for row in history],
+            train_loss=[float(f"{row.losses['loss']:.5g}") for row in history],
+            val_top1=[None if row.val is None else row.val["top1"] for row in history],
+        ),
+        training_seconds=round(record.training_seconds, 1),
+        environment=record.environment,
+    )

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import timm
 
 from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.zoo import ZOO, ZooModel
+from mbib_timm.results.record import read_record
+from mbib_timm.results.tables import COLUMNS, NOTHING, Table, cells
 
-GROUPS = ("top1", "many", "medium", "few")
-HEADER = ("model", "params, M", "MACs, G", "input", "data", "overall", "many", "medium", "few", "weights")
+HEADER = ("model", "params, M", "MACs, G", "input", "data", *COLUMNS, "weights")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class Entry:
 
     def _accuracies(self) -> list[str]:
         if not self.model.is_trained:
-            return ["–"] * len(GROUPS)
-        prediction: dict[str, Any] = self.model.metrics["result"]["heads"]["prediction"]
-        return ["–" if prediction[group] is None else f"{prediction[group]:.1f}" for group in GROUPS]
+            return [NOTHING] * len(COLUMNS)
+        return cells(read_record(self.model.folder).result.prediction)
 
     def _weights(self) -> str:
         if not self.model.is_trained:
@@ -66,19 +65,15 @@ def catalogue() -> list[Entry]:
 
 def text_table(entries: Sequence[Entry]) -> str:
     """Return the zoo as aligned text."""
-    rows = [list(HEADER), *(entry.cells() for entry in entries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return Table(HEADER, [entry.cells() for entry in entries]).text()
 
 
 def markdown_table(entries: Sequence[Entry]) -> str:
     """Return the zoo as a Markdown table."""
-    rows = [list(HEADER), ["---"] * len(HEADER)]
+    rows = []
     for entry in entries:
         name, *rest, weights = entry.cells()
         card = f"[`{name}`](model_cards/{name}.md)" if entry.model.is_trained else f"`{name}`"
         before, colon, command = weights.partition(": ")
         rows.append([card, *rest, f"{before}: `{command}`" if colon else weights])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return Table(HEADER, rows).markdown() + "\n"

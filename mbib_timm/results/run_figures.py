@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,69 @@ from mbib_timm.drawing import (
     SKY,
     VERMILION,
     YELLOW,
+    Illustration,
     canvas,
     ink,
+    render,
 )
+from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import heads_of_expert
+from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
 BARS = 150  # as many bars as can be told apart
+
+
+def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> None:
+    """Draw a run's figures under ``figures/``; says so where matplotlib is not installed.
+
+    Args:
+        folder: the run's.
+        history: its epochs.
+        record: of the run.
+    """
+    target = folder / "figures"
+    target.mkdir(exist_ok=True)
+    try:
+        for illustration in run_figures(history, record):
+            (target / f"{illustration.name}.png").write_bytes(render(illustration.draw)["png"])
+    except MbibError as error:
+        print(f"no figures: {error}")
+
+
+def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustration]:
+    """Return the figures of a run; the curves where there is a history.
+
+    Args:
+        history: its epochs.
+        record: of the run.
+    """
+    heads, counts = record.result.heads, np.array(record.class_counts)
+    curves = Illustration(
+        "training_curves",
+        "Training",
+        "On the left the loss falls as the learning rate does; on the right the accuracy of each shot group is that on "
+        "the evaluated split, and that of the last epoch is reported.",
+        lambda: training_curves(history),
+    )
+    return [
+        *([curves] if history else []),
+        Illustration(
+            "class_accuracy",
+            "Accuracy by class",
+            "Each bar is a class, from the most to the fewest training images (the line): the less the bars fall from "
+            "left to right, the better the tail is learnt.",
+            lambda: class_accuracy(heads, counts, record.class_names),
+        ),
+        Illustration(
+            "shot_groups",
+            "Accuracy by head and shot group",
+            "Each colour is a head of the network, and the prediction, in ink, is what the model answers; a balanced "
+            "model has groups of one height.",
+            lambda: shot_groups_figure(heads),
+        ),
+    ]
 
 
 def _second_axis(axes: Any, label: str, color: str) -> Any:
@@ -35,16 +91,16 @@ def _second_axis(axes: Any, label: str, color: str) -> Any:
     return second
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> Any:
+def training_curves(history: Sequence[Epoch]) -> Any:
     """Draw loss, learning rate and accuracy over the epochs.
 
     Args:
-        history: rows of ``summary.csv``: ``epoch``, ``lr``, ``train_loss``, and where evaluated ``val_*``.
+        history: the run's epochs, at least one.
     """
-    epochs = [row["epoch"] for row in history]
-    losses = [row["train_loss"] for row in history]
-    rates = [row["lr"] for row in history]
-    evaluated = [row for row in history if row.get("val_top1") is not None]
+    epochs = [row.epoch for row in history]
+    losses = [row.losses["loss"] for row in history]
+    rates = [row.lr for row in history]
+    evaluated = [(row.epoch, row.val) for row in history if row.val is not None]
     figure, (left, right) = canvas(9.5, 3.5, columns=2)
     for axes in (left, right):
         # Half an epoch of room at each end, so that a single epoch has a width too.
@@ -64,7 +120,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Any:
 
     right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
     for name, color in {**GROUP_COLORS, "top1": ink()}.items():
-        points = [(row["epoch"], row[f"val_{name}"]) for row in evaluated if row[f"val_{name}"] is not None]
+        points = [(epoch, values[name]) for epoch, values in evaluated if values[name] is not None]
         if points:
             marker, label = "o" if len(points) == 1 else None, "all" if name == "top1" else name
             right.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
@@ -76,7 +132,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def class_accuracy(
-    results: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, HeadMetrics],
     class_counts: np.ndarray,
     class_names: Sequence[str] | None = None,
 ) -> Any:
@@ -89,7 +145,7 @@ def class_accuracy(
         class_counts: training images of each class, (K,).
         class_names: labels of the classes, shown where they fit.
     """
-    accuracy = np.array([np.nan if v is None else v for v in results["prediction"]["per_class"]])
+    accuracy = np.array([np.nan if v is None else v for v in results["prediction"].per_class])
     figure, axes = canvas(9, 3.8)
     classes_a_bar = class_bars(axes, accuracy, class_counts)
     axes.set(title=class_bars_title("Accuracy of the prediction by class", classes_a_bar))
@@ -205,7 +261,7 @@ def drawn_heads(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in of_experts]
 
 
-def shot_groups_figure(results: Mapping[str, Mapping[str, Any]]) -> Any:
+def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
     """Draw the accuracy of the heads, see `drawn_heads`, on all classes and on each shot group.
 
     Args:
@@ -219,14 +275,14 @@ def shot_groups_figure(results: Mapping[str, Mapping[str, Any]]) -> Any:
     for i, head in enumerate(heads):
         color = ink() if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
         for place, metric in enumerate(columns.values()):
-            value = results[head][metric]
+            value = getattr(results[head], metric)
             x = place + (i - (len(heads) - 1) / 2) * bar
             axes.bar(x, value or 0.0, bar * 0.92, color=color, label=head if place == 0 else None)
             number = "–" if value is None else f"{value:.1f}".replace("100.0", "100")
             axes.annotate(
                 number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7
             )
-    classes = results["prediction"]["classes"]
+    classes = results["prediction"].classes
     total = sum(classes.values())
     labels = [f"{name}\n{(n := classes.get(name, total))} class{'es' * (n != 1)}" for name in columns]
     axes.set_xticks(range(len(columns)), labels)

@@ -1,4 +1,4 @@
-"""What a run wrote, without what it says of the machine: its folders, devices, workers."""
+"""Redaction: what a run wrote, without what it says of the machine: its folders, devices, workers."""
 
 import dataclasses
 import re
@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
+from mbib_timm.environment import Environment
 from mbib_timm.methods import METHODS
 from mbib_timm.recipe import KEYS, STAGES, TYPES, load_recipe
+from mbib_timm.results.record import RunRecord
 
 
-def public_recipe(file: Path) -> bytes:
+def redact_recipe(file: Path) -> bytes:
     """Return a run's recipe without the keys that say where it ran: folders, devices, workers.
 
     Of what it started from the name is left.
@@ -22,41 +24,41 @@ def public_recipe(file: Path) -> bytes:
     computation = recipe.computation()
     for keys in (computation, *computation.get(STAGES, ())):
         if "model" in keys:
-            keys["model"] = public_model(keys["model"])
+            keys["model"] = redact_model(keys["model"])
         if "method" in keys:
-            keys["method"] = public_method(keys["method"])
+            keys["method"] = redact_method(keys["method"])
     start = recipe.chain()[0].initial_checkpoint
     if start is not None:
         computation["initial_checkpoint"] = Path(start).name
     return yaml.safe_dump(computation, sort_keys=False, allow_unicode=True).encode()
 
 
-def public_method(method: Mapping[str, Any]) -> dict[str, Any]:
+def redact_method(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method with its settings, of folders of trained models the last part alone."""
     settings = dataclasses.fields(METHODS[method["name"]].Settings)
     places = {item.name for item in settings if item.metadata.get("place")}
     return {
-        name: [public_text(public_model(place)) for place in value] if name in places else value
+        name: [redact_text(redact_model(place)) for place in value] if name in places else value
         for name, value in method.items()
     }
 
 
-def public_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's metrics without paths of the machine that it ran on."""
-    return {
-        **metrics,
-        "model": public_model(metrics["model"]),
-        "environment": public_environment(metrics["environment"]),
-        "replaced_images": [Path(path).name for path in metrics["replaced_images"]],
-    }
+def redact_record(record: RunRecord) -> RunRecord:
+    """Return a run's record without paths of the machine that it ran on."""
+    return dataclasses.replace(
+        record,
+        model=redact_model(record.model),
+        environment=redact_environment(record.environment),
+        replaced_images=[Path(path).name for path in record.replaced_images],
+    )
 
 
-def public_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return versions, hardware, commit and command, the latter without paths of the machine."""
-    return {**environment, "command": public_command(environment["command"])}
+def redact_environment(environment: Environment) -> Environment:
+    """Return an environment whose command has no paths of the machine."""
+    return dataclasses.replace(environment, command=redact_command(environment.command))
 
 
-def public_command(command: str) -> str:
+def redact_command(command: str) -> str:
     """Return a command line without the flags, and their values, that say where a run reads and writes.
 
     Of any absolute path the last part is left.
@@ -81,16 +83,16 @@ def public_command(command: str) -> str:
         elif flag.replace("--no-", "--") in places:
             skip = not equals and places[flag.replace("--no-", "--")] not in (bool, bool | None)
         else:
-            kept.append(public_text(word))
+            kept.append(redact_text(word))
     return shlex.join(kept)
 
 
-def public_text(text: str) -> str:
+def redact_text(text: str) -> str:
     """Return a message, or a file's name, with the last part alone of every absolute path in it."""
     return re.sub(r"(?<![\w./:])/(?:[^\s/'\":]+/)+", "", text)
 
 
-def public_model(name: str) -> str:
+def redact_model(name: str) -> str:
     """Return a model's name, of a folder on this machine the last part alone."""
     scheme, colon, place = name.partition(":")
     return f"{scheme}:{Path(place).name}" if colon and scheme == "local-dir" else name

@@ -12,22 +12,25 @@ seeds: [0, 1, 2]
 set: {val_interval: 10}                                 # for all runs, by address
 labels: {method.beta: beta}
 figure: {kind: lines, x: method.beta, color: imbalance_factor, style: method}
-paper: {source: Table 1, numbers: [{method: bib, imbalance_factor: 100, method.beta: 5, overall: 44.9}]}
+paper: Table 1                                          # numbers of mbib_timm/results/paper.yaml to stand beside; or
+# paper: {source: Somebody (2024), numbers: [{method: bib, imbalance_factor: 100, method.beta: 5, overall: 44.9}]}
 ```
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.evaluation.table import COLUMNS
 from mbib_timm.recipe import KEYS, find_recipe, list_recipes, recipes_folder
+from mbib_timm.results.paper import ABLATIONS, RESULTS
+from mbib_timm.results.tables import COLUMNS
 
 # Recipe keys that a sweep sets by itself.
 PER_RUN = ("seed", "experiment", "resume")
@@ -253,23 +256,46 @@ def load_sweep(path: Path) -> Sweep:
     Raises:
         MbibError: an unknown key, or a value of another kind.
     """
-    kinds = dict(
-        title=str, recipe=str, axes=dict, seeds=list, set=dict, labels=dict, heads=dict, figure=dict, paper=dict
+    kinds: dict[str, type | tuple[type, ...]] = dict(
+        title=str, recipe=str, axes=dict, seeds=list, set=dict, labels=dict, heads=dict, figure=dict, paper=(str, dict)
     )
     content = _checked(_read(path), kinds, str(path))
     if "recipe" not in content:
         raise MbibError(f"{path}: a sweep needs the key 'recipe'")
-    if "paper" in content:
-        content["paper"] = Paper(**_checked(content["paper"], dict(source=str, recipe=str, numbers=list), str(path)))
-    return Sweep(path.stem, **content)
+    paper = content.pop("paper", None)
+    if isinstance(paper, dict):
+        content["paper"] = Paper(**_checked(paper, dict(source=str, recipe=str, numbers=list), str(path)))
+    sweep = Sweep(path.stem, **content)
+    return replace(sweep, paper=_published(paper, sweep)) if isinstance(paper, str) else sweep
 
 
-def _checked(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+def _published(table: str, sweep: Sweep) -> Paper:
+    """Return the numbers of a table of the paper: those of an ablation, or of the runs that a sweep's axes name."""
+    if table in ABLATIONS:
+        return Paper(table, ABLATIONS[table].recipe, ABLATIONS[table].numbers)
+    axes = sweep.placeholders()
+    numbers = []
+    for point in itertools.product(*(sweep.values(axis) for axis in axes)):
+        name = sweep.recipe
+        for axis, value in zip(axes, point, strict=True):
+            name = name.replace(f"{{{axis}}}", value.text)
+        for result in RESULTS.get(name, ()):
+            if result.source == table:
+                numbers.append({axis: value.name for axis, value in zip(axes, point, strict=True)} | result.accuracies)
+    if not numbers:
+        sources = {result.source for results in RESULTS.values() for result in results}
+        raise unknown_name(f"table of the paper with numbers for sweep {sweep.name}", table, {*ABLATIONS, *sources})
+    return Paper(table, None, numbers)
+
+
+def _checked(content: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MbibError(f"{where}: expected 'key: value' lines, got a {type(content).__name__}")
     for key, value in content.items():
         if key not in kinds:
             raise unknown_name(f"key in {Path(where).name}", str(key), kinds)
         if not isinstance(value, kinds[key]):
-            raise MbibError(f"{where}: key {key!r}: expected a {kinds[key].__name__}, got {value!r}")
+            kind = kinds[key]
+            expected = " or a ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise MbibError(f"{where}: key {key!r}: expected a {expected}, got {value!r}")
     return content

@@ -1,50 +1,110 @@
-"""What a report is made of: finished runs with their history and their analysis, and sweeps' results."""
+"""Finished runs as reports, cards and tools read them: the record with recipe, history and analysis, and runs of
+several seeds put together. Nothing here says where on a machine a run was made."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.table import COLUMNS
-from mbib_timm.models.zoo import ZOO
-from mbib_timm.paper import RESULTS, PaperResult
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
-from mbib_timm.sweeps.results import FILE, SAME_RESULT, SweepResults, read_results
-from mbib_timm.sweeps.table import mean_of
-from mbib_timm.training.public import public_method, public_metrics
-from mbib_timm.training.run_folder import read_history
+from mbib_timm.results.paper import RESULTS, PaperResult
+from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
+from mbib_timm.results.redact import redact_method, redact_record
+from mbib_timm.results.tables import mean_of
+
+# Recipe keys that say how a result is reached and reported, and leave it as it is.
+SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "cuda_graph", "channels_last"}
 
 
 @dataclass(frozen=True)
-class ReportedRun:
-    """A finished run.
+class FinishedRun:
+    """A finished run, or what was kept of it.
 
     Attributes:
-        metrics: content of ``metrics.json``, without paths of the machine.
+        folder: of the run, or of kept results.
+        record: its ``metrics.json``.
         recipe: as it was run.
-        history: rows of ``summary.csv``; empty where it was not kept.
-        analysis: content of ``analysis.json``; None where it was not analyzed.
-        notes: paragraphs of ``notes.md``, by whoever ran it.
     """
 
-    metrics: Mapping[str, Any]
+    folder: Path
+    record: RunRecord
     recipe: Recipe
-    history: Sequence[Mapping[str, Any]]
-    analysis: Mapping[str, Any] | None
-    notes: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """``arch.tag``."""
-        return str(self.metrics["name"])
+        return self.record.name
 
     @property
-    def heads(self) -> Mapping[str, Any]:
+    def heads(self) -> Mapping[str, HeadMetrics]:
         """The result's metrics by head."""
-        heads: Mapping[str, Any] = self.metrics["result"]["heads"]
-        return heads
+        return self.record.result.heads
+
+    @cached_property
+    def history(self) -> list[Epoch]:
+        """The epochs of ``summary.csv``; none where it was not kept."""
+        return read_history(self.folder)
+
+    @cached_property
+    def analysis(self) -> Mapping[str, Any] | None:
+        """Content of ``analysis.json``; None where the run was not analyzed."""
+        for place in (self.folder / "analysis" / "analysis.json", self.folder / "analysis.json"):
+            if place.is_file():
+                try:
+                    content: Mapping[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise MbibError(f"{place} does not hold an analysis: {error}") from None
+                return content
+        return None
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Paragraphs of ``notes.md``, by whoever ran it."""
+        file = self.folder / "notes.md"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return tuple(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a finished run, or what was kept of it, without paths of the machine that it ran on.
+
+    Raises:
+        MbibError: a run that is not finished, or files that hold something else.
+    """
+    record = redact_record(read_record(folder))
+    if not (folder / "recipe.yaml").is_file():
+        raise MbibError(f"{folder} has no recipe.yaml: it is no run's folder")
+    return FinishedRun(folder, record, load_recipe(folder / "recipe.yaml"))
+
+
+def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
+    """Read a run and further ones that differ from it in the seed alone.
+
+    Returns:
+        The run, then the others.
+
+    Raises:
+        MbibError: another recipe's run among the others, or a seed that is there twice.
+    """
+    first, *rest = runs = [read_run(path) for path in (folder, *others)]
+    for run in rest:
+        if _without_seed(run.recipe) != _without_seed(first.recipe):
+            raise MbibError(f"{run.folder} is a run of another recipe than {folder}: more than the seed differs")
+    _require_other_seeds(runs)
+    return runs
+
+
+def _without_seed(recipe: Recipe) -> dict[str, Any]:
+    return recipe.everywhere(seed=0).computation()
+
+
+def _require_other_seeds(runs: Sequence[FinishedRun]) -> None:
+    seeds = [run.record.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise MbibError(f"two of the runs of {runs[0].name} have the same seed: {', '.join(map(str, seeds))}")
 
 
 @dataclass(frozen=True)
@@ -59,12 +119,12 @@ class RunGroup:
     """
 
     title: str
-    runs: tuple[ReportedRun, ...]
+    runs: tuple[FinishedRun, ...]
     packaged: Recipe | None
     settings: Mapping[str, Any]
 
     @property
-    def first(self) -> ReportedRun:
+    def first(self) -> FinishedRun:
         """The run whose figures are shown."""
         return self.runs[0]
 
@@ -90,7 +150,7 @@ class RunGroup:
 
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
         """Return a head's accuracy in percent of each run: ``overall``, ``many``, ``medium`` or ``few``."""
-        return [run.heads[head][COLUMNS[column]] for run in self.runs]
+        return [run.heads[head].by_group()[column] for run in self.runs]
 
     def mean(self, column: str) -> float | None:
         """Return the prediction's mean accuracy in percent; None for a group without classes."""
@@ -102,77 +162,20 @@ class RunGroup:
         return RESULTS.get(self.first.name, ())
 
 
-def read_inputs(names: Sequence[str]) -> tuple[list[RunGroup], list[SweepResults]]:
-    """Read runs and sweeps by their folders or names.
-
-    Args:
-        names: folders of runs, or of kept results; folders of sweeps' results, or the sweep's name where they lie in
-            ``results``; names of published models.
+def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
+    """Put runs together that differ in the seed alone, in the order in which they were given.
 
     Raises:
-        MbibError: something that is none of these, or a run that is not finished.
+        MbibError: two runs of one recipe and seed.
     """
-    runs: list[ReportedRun] = []
-    sweeps: list[SweepResults] = []
-    for name in names:
-        folder = _folder(name)
-        if (folder / FILE).is_file():
-            sweeps.append(read_results(folder))
-        else:
-            runs.append(read_run(folder))
-    return group_runs(runs), sweeps
-
-
-def _folder(name: str) -> Path:
-    published = [model.folder for model in ZOO if model.name == name and model.is_trained]
-    for folder in (Path(name), Path("results") / name, *published):
-        if (folder / FILE).is_file() or (folder / "metrics.json").is_file():
-            return folder
-    if Path(name).is_dir():
-        raise MbibError(f"{name} holds neither metrics.json nor {FILE}: no finished run, and no sweep's results")
-    if Path(name).exists():
-        raise MbibError(f"{name} is a file: expected the folder of a run, of kept results or of a sweep's results")
-    raise MbibError(
-        f"there is no {name}: expected the folder of a run, of kept results or of a sweep's results, or a published "
-        "name"
-    )
-
-
-def read_run(folder: Path) -> ReportedRun:
-    """Read a finished run, or what was kept of it.
-
-    Raises:
-        MbibError: files that are missing or broken.
-    """
-    try:
-        metrics = public_metrics(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-        history = read_history(folder)
-        places = [
-            place for place in (folder / "analysis" / "analysis.json", folder / "analysis.json") if place.is_file()
-        ]
-        analysis = json.loads(places[0].read_text(encoding="utf-8")) if places else None
-        notes = (folder / "notes.md").read_text(encoding="utf-8") if (folder / "notes.md").is_file() else ""
-    except OSError as error:
-        raise MbibError(f"cannot read {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError) as error:
-        raise MbibError(f"{folder} holds no run's results: {error}") from None
-    paragraphs = tuple(" ".join(text.split()) for text in notes.split("\n\n") if text.strip())
-    return ReportedRun(metrics, load_recipe(folder / "recipe.yaml"), history, analysis, paragraphs)
-
-
-def group_runs(runs: Sequence[ReportedRun]) -> list[RunGroup]:
-    """Put runs together that differ in the seed alone, in the order in which they were given."""
-    grouped: dict[str, list[ReportedRun]] = {}
+    grouped: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        computed = run.recipe.everywhere(seed=0).computation()
-        grouped.setdefault(json.dumps([run.name, computed], sort_keys=True), []).append(run)
+        grouped.setdefault(json.dumps([run.name, _without_seed(run.recipe)], sort_keys=True), []).append(run)
     groups = []
     for members in grouped.values():
-        seeds = [run.metrics["seed"] for run in members]
-        if len(set(seeds)) < len(seeds):
-            raise MbibError(f"two of the runs of {members[0].name} have the same seed: {seeds}")
+        _require_other_seeds(members)
         own = packaged_recipe(members[0].name)
-        ordered = tuple(sorted(members, key=lambda run: run.metrics["seed"]))
+        ordered = tuple(sorted(members, key=lambda run: run.record.seed))
         settings = {} if own is None else _settings(members[0].recipe, own)
         groups.append(RunGroup(_title(members[0], runs), ordered, own, settings))
     return groups
@@ -201,14 +204,14 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
         values = {key: getattr(stage, key) for key, item in KEYS.items() if not item.metadata["location"]}
-        method = public_method(values.pop("method"))
+        method = redact_method(values.pop("method"))
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
         prefix = f"stage{number}." if recipe.stage else ""
         found |= {f"{prefix}{address}": value for address, value in values.items()}
     return found
 
 
-def _title(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
+def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
     """Return the run's name, and the settings that differ among the runs of this name."""
     own = _by_address(run.recipe)
     others = [_by_address(other.recipe) for other in runs if other.name == run.name]

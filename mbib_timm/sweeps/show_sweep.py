@@ -1,18 +1,176 @@
-"""A sweep's figure in the paper's form: bars, lines over a parameter, or a heat map of two."""
+"""How a sweep is shown: its runs as CSV, means beside the paper's numbers as a table, a figure in the paper's form.
 
+The figure has bars, lines over a parameter, or a heat map of two.
+"""
+
+import csv
+import io
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, background, canvas, ink, text_on
-from mbib_timm.evaluation.table import COLUMNS
+import numpy as np
+
+from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar, render
+from mbib_timm.errors import MbibError
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import method_title
-from mbib_timm.sweeps.definition import GROUP, HEAD
-from mbib_timm.sweeps.results import Cell, SweepResults, cells, short_headline
+from mbib_timm.results.tables import COLUMNS, NOTHING, Table, mean_and_deviation, mean_of, signed
+from mbib_timm.sweeps.sweep import GROUP, HEAD
+from mbib_timm.sweeps.sweep_results import (
+    FILE,
+    Cell,
+    SweepResults,
+    cells,
+    epochs_run,
+    headline,
+    listed,
+    short_headline,
+)
 
 ACCURACY = "top-1 accuracy, %"
 PAPER = "the paper"
+
+
+def write_results(folder: Path, results: SweepResults) -> str:
+    """Write ``sweep.json``, ``runs.csv``, ``table.md``, ``figure.png`` and ``figure.pdf``.
+
+    Args:
+        folder: of the sweep's results.
+        results: what the sweep has found so far.
+
+    Returns:
+        The text of ``table.md``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(results)
+    files = {
+        FILE: to_json(results, indent=1),
+        "runs.csv": runs_csv(results).encode(),
+        "table.md": text.encode(),
+    }
+    _write(folder, files)  # before anything is drawn: no figure is worth the numbers
+    try:
+        drawn = render(lambda: sweep_figure(results), ("png", "pdf"))
+        _write(folder, {f"figure.{form}": content for form, content in drawn.items()})
+    except MbibError as error:
+        print(f"no figure: {error}")
+    return text
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+
+
+def runs_csv(results: SweepResults) -> str:
+    """Return a row per run: place, prediction by shot group, each head's top-1 accuracy, choices, seconds, commit."""
+    rows = []
+    for run in results.runs:
+        heads = {f"head_{head}": values["overall"] for head, values in run.heads.items() if head != "prediction"}
+        rows.append(
+            {
+                **{results.labels[axis]: value for axis, value in run.coordinates.items()},
+                "seed": run.seed,
+                "epochs": run.epochs,
+                **run.heads["prediction"],
+                **heads,
+                **{f"chosen_{name}": value for name, value in run.chosen.items()},
+                "training_seconds": run.training_seconds,
+                "hardware": run.environment.hardware,
+                "commit": run.environment.commit,
+                "run": run.label,
+            }
+        )
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
+
+
+def markdown(results: SweepResults) -> str:
+    """Return the sweep's table as Markdown, under a title that says what was run."""
+    rows = cells(results)
+    lines = [f"# {headline(results)}", "", *(f"{sentence}\n" for sentence in what_was_run(results))]
+    lines.append(sweep_table(results, rows).markdown())
+    if closest := closest_to_the_paper(results, rows):
+        lines += ["", closest]
+    lines += ["", *(f"Failed: {label}: {reason}" for label, reason in results.failed.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def what_was_run(results: SweepResults) -> list[str]:
+    """Return what has to be known to read the table, in sentences."""
+    seeds = listed(results.seeds)
+    images = sorted({run.test_images for run in results.runs})
+    machines = sorted({run.environment.machine for run in results.runs})
+    said = [
+        f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} test images: mean ± sample standard "
+        f"deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
+        f"`{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
+    ]
+    if results.settings:
+        listing = listed([f"`{key}` {value}" for key, value in results.settings.items()])
+        said.append(f"Set otherwise than in the recipe: {listing}.")
+    if results.is_short:
+        said.append(
+            "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. The rows "
+            "compare with one another, and with nothing else."
+        )
+    if results.paper is not None and results.paper.recipe != results.recipe:
+        said.append(f"The paper's numbers are for another setting, `{results.paper.recipe}`.")
+    return said
+
+
+def sweep_table(results: SweepResults, rows: Sequence[Cell]) -> Table:
+    """Return the sweep's table: axes, n, accuracies, the paper's number and the difference from it."""
+    return Table(_header(results), [_row(results, row) for row in rows])
+
+
+def _header(results: SweepResults) -> list[str]:
+    axes = [results.labels[axis] for axis in results.axes]
+    paper = _paper_columns(results)
+    source = results.paper.source if results.paper else ""
+    columns = [*axes, *([HEAD] if results.heads else []), "n", *COLUMNS]
+    for column in paper:
+        columns.append(f"paper: {column} ({source})")
+        if results.is_papers:
+            columns.append("difference" if len(paper) == 1 else f"difference: {column}")
+    return columns
+
+
+def _row(results: SweepResults, cell: Cell) -> list[str]:
+    axes = [method_title(cell.coordinates[axis]) for axis in results.axes]
+    row = [*axes, *([cell.coordinates[HEAD]] if results.heads else []), str(cell.n)]
+    row += [mean_and_deviation(cell.values[column]) for column in COLUMNS]
+    for column in _paper_columns(results):
+        number = cell.paper.get(column)
+        row.append(NOTHING if number is None else f"{number:.1f}")
+        if results.is_papers:
+            mean = mean_of(cell.values[column])
+            row.append(NOTHING if number is None or mean is None else signed(mean - number))
+    return row
+
+
+def closest_to_the_paper(results: SweepResults, rows: Sequence[Cell]) -> str:
+    """Return which row comes closest to the paper, where all rows stand beside the same number; else nothing."""
+    numbers = {row.paper.get("overall") for row in rows}
+    if len(numbers) > 1 or None in numbers or not results.is_papers or len(rows) < 2:
+        return ""
+    number = numbers.pop()
+    assert number is not None
+    nearest = min(rows, key=lambda row: abs((mean_of(row.values["overall"]) or 0.0) - number))
+    named = ", ".join(f"{results.labels[axis]} {method_title(nearest.coordinates[axis])}" for axis in results.axes)
+    mean = mean_and_deviation(nearest.values["overall"])
+    return f"Closest to the paper's {number:.1f}: {named}, with {mean} (n = {nearest.n})."
+
+
+def _paper_columns(results: SweepResults) -> list[str]:
+    numbers = results.paper.numbers if results.paper else []
+    return [column for column in COLUMNS if any(column in number for number in numbers)]
 
 
 def sweep_figure(results: SweepResults) -> Any:
@@ -46,7 +204,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     places, names = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
     colors, hatches = _colors(names), _hatches(names)
     if names == [""]:  # all of one kind: variants of the base recipe's method
-        methods = {run["method"] for run in results.runs}
+        methods = {run.method for run in results.runs}
         colors[""] = METHOD_COLORS.get(method_title(methods.pop()), colors[""]) if len(methods) == 1 else colors[""]
     # Bars of one kind beside one another have the colour of the method that each place names, if it names one.
     look = {(place, name): colors[name] if name else METHOD_COLORS.get(place, colors[name]) for place, name in bars}
@@ -57,22 +215,12 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     figure, axes = canvas(min(10.0, max(6.0, 2.5 + wide)), 4.0)
     share = 0.84 / len(names)
     legend: dict[str, Any] = {}
-    mark = dict(marker="D", linestyle="", color=ink(), markerfacecolor=background(), markersize=4.5)
     for (place, name), (values, number) in bars.items():
-        measured = [value for value in values if value is not None]
-        if not measured:
-            continue
         at = places.index(place) + (names.index(name) - (len(names) - 1) / 2) * share
-        mean = statistics.mean(measured)
-        deviation = statistics.stdev(measured) if len(measured) > 1 else None
-        legend[name] = axes.bar(
-            at, mean, share * 0.9, color=look[place, name], hatch=hatches[name], edgecolor=background(), linewidth=0,
-            yerr=deviation, ecolor=ink(), capsize=2,
-        )  # fmt: skip
         marked = number if results.is_papers else None
-        if marked is not None:
-            (legend[PAPER],) = axes.plot(at, marked, **mark)
-        write_number(axes, at, mean, deviation or 0.0, marked, look[place, name])
+        bar, mark = mean_bar(axes, at, values, share * 0.9, look[place, name], hatches[name], marked)
+        legend |= {name: bar} if bar is not None else {}
+        legend |= {PAPER: mark} if mark is not None else {}
     characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
     axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places])
     axes.tick_params(axis="x", length=0)
@@ -126,8 +274,6 @@ def _lines(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
 
 def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     """The accuracy over two numbers, written into the map."""
-    import numpy as np
-
     x, y = results.figure["x"], results.figure["y"]
     grid = np.full((len(results.axes[y]), len(results.axes[x])), np.nan)
     for row in rows:
@@ -147,26 +293,6 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=ACCURACY)
     return figure, axes
-
-
-def write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
-    """Write a bar's mean over it; into it where the paper's mark is in the way.
-
-    Args:
-        axes: with the bar.
-        at: the bar's place.
-        mean: its height, in percent.
-        deviation: half the length of its error bar.
-        marked: height of the paper's mark; None for none.
-        color: of the bar.
-    """
-    text = dict(textcoords="offset points", ha="center", fontsize=7)
-    if marked is None or not -2 < marked - mean - deviation < 6:
-        axes.annotate(f"{mean:.1f}", (at, mean + deviation), (0, 2), va="bottom", **text)
-        return
-    below = (at, min(mean - deviation, marked))
-    box = dict(facecolor=color, linewidth=0, pad=0.5)
-    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=text_on(color), bbox=box, **text)
 
 
 def _wrapped(text: str, characters: int) -> str:

@@ -1,0 +1,125 @@
+"""Files that are written whole or not at all, and the plain values of JSON as typed objects."""
+
+import dataclasses
+import errno
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from mbib_timm.errors import MbibError
+
+T = TypeVar("T")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that `path` holds either its old content or all of the new.
+
+    Args:
+        path: the file to replace.
+        write: writes the content to the open file it is given.
+
+    Raises:
+        MbibError: no space left on the device.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MbibError(f"no space left to write {path}; what was there before is untouched") from None
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):
+        # The rename itself must reach the disk too.
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file's content atomically."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+def to_json(content: Any, indent: int = 2) -> bytes:
+    """Return a dataclass or plain values as JSON; NaN and infinity are refused."""
+    plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
+    return (json.dumps(plain, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def read_json(kind: type[T], file: Path, what: str) -> T:
+    """Read a dataclass that `to_json` has written.
+
+    Args:
+        kind: the dataclass.
+        file: to read.
+        what: the file should hold, for messages, such as ``results of a run``.
+
+    Raises:
+        MbibError: the file cannot be read, or holds something else; names the field.
+    """
+    try:
+        return from_plain(kind, json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise MbibError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:  # of JSON, of UTF-8, or ours
+        raise MbibError(f"{file} does not hold {what}: {error}") from None
+
+
+def from_plain(kind: Any, value: Any, place: str = "") -> Any:
+    """Return plain values as an instance of a type: a dataclass, a container of one, or a plain type.
+
+    Fields of a dataclass that are missing take their default.
+
+    Args:
+        kind: a dataclass; ``str``, ``int``, ``float``, ``bool``; ``list``, ``tuple`` or ``dict`` of such; a union with
+            None.
+        value: as JSON or YAML gives it.
+        place: of the value, for messages.
+
+    Raises:
+        ValueError: a value of another type, an unknown field, or one that is missing; names it.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else from_plain(arguments[0], value, place)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _from_mapping(kind, value, place)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: from_plain(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(from_plain(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = getattr(kind, "__name__", str(kind))
+    raise ValueError(f"{place.lstrip('.') or 'content'}: expected {expected}, got {str(value)[:40]!r}")
+
+
+def _from_mapping(kind: Any, content: Mapping[str, Any], place: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind) if item.init}
+    if unknown := [name for name in content if name not in fields]:
+        raise ValueError(f"{f'{place}.{unknown[0]}'.lstrip('.')}: unknown field")
+    missing = [name for name, item in fields.items() if name not in content and not _has_default(item)]
+    if missing:
+        raise ValueError(f"{f'{place}.{missing[0]}'.lstrip('.')}: missing")
+    return kind(**{name: from_plain(hints[name], value, f"{place}.{name}") for name, value in content.items()})
+
+
+def _has_default(item: "dataclasses.Field[Any]") -> bool:
+    return item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING

@@ -1,0 +1,230 @@
+"""The record of a finished run: ``metrics.json``, and the history of its epochs, ``summary.csv``."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mbib_timm.environment import Environment
+from mbib_timm.errors import MbibError
+from mbib_timm.files import read_json, to_json, write_bytes
+
+RECORD, HISTORY = "metrics.json", "summary.csv"
+# Accuracies that an epoch's row keeps, as the columns of ``summary.csv`` call them.
+EPOCH_METRICS = ("top1", "many", "medium", "few")
+
+
+@dataclass(frozen=True)
+class HeadMetrics:
+    """What a head achieves on a set of images; None where there is nothing to measure.
+
+    Attributes:
+        top1: accuracy over the images, in percent, as all accuracies here.
+        top5: the same, of the label being among the five largest logits.
+        macro: mean of the classes' accuracies.
+        many: mean accuracy of the classes with more than 100 training images.
+        medium: of those with 20 to 100.
+        few: of those with fewer than 20.
+        ece: expected calibration error, in percent.
+        nll: negative log-likelihood per image, in nats.
+        images: how many were evaluated.
+        classes: how many classes each shot group has.
+        per_class: accuracy of each class, K of them.
+    """
+
+    top1: float
+    top5: float
+    macro: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    ece: float
+    nll: float
+    images: int
+    classes: dict[str, int]
+    per_class: list[float | None]
+
+    def by_group(self) -> dict[str, float | None]:
+        """Return the accuracies that every table shows: ``overall``, then those of the shot groups."""
+        return {"overall": self.top1, "many": self.many, "medium": self.medium, "few": self.few}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What weights achieve on a split.
+
+    Attributes:
+        split: of the images.
+        heads: metrics of ``prediction``, and by name of each head and expert where there are several.
+        epoch: after which, from 0; None where the weights are of no epoch of the run.
+        weights: file in the run's folder; None where they are not kept.
+    """
+
+    split: str
+    heads: dict[str, HeadMetrics]
+    epoch: int | None = None
+    weights: str | None = None
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of training behind the weights."""
+        return 0 if self.epoch is None else self.epoch + 1
+
+    @property
+    def prediction(self) -> HeadMetrics:
+        """Metrics of the model's answer."""
+        return self.heads["prediction"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is known of a run when it is done.
+
+    Attributes:
+        name: ``arch.tag``.
+        model: name of the network.
+        method: name of the method, of several stages the last.
+        stages: names of the methods of all stages.
+        prediction_heads: heads whose logits' mean is the prediction; empty for a network of one head.
+        dataset: the recipe's.
+        loader: ``resident`` or ``timm``.
+        epochs: of the last stage.
+        seed: of the run.
+        class_counts: training images of each class.
+        class_names: in the same order; None where the data have none.
+        result: the last epoch's weights.
+        raw: the weights without their moving average, where the result is that; else None.
+        best: the best evaluated epoch, on the split that chose it; None where no epoch was evaluated.
+        chosen: what the method has chosen by itself, by name.
+        chosen_on: the images that it chose on.
+        training_seconds: of the last stage, with its evaluations.
+        replaced_images: broken training images, for which others stood in.
+        environment: versions, hardware, command.
+    """
+
+    name: str
+    model: str
+    method: str
+    stages: list[str]
+    prediction_heads: list[str]
+    dataset: str
+    loader: str
+    epochs: int
+    seed: int
+    class_counts: list[int]
+    class_names: list[str] | None
+    result: Evaluation
+    raw: Evaluation | None
+    best: Evaluation | None
+    chosen: dict[str, float]
+    chosen_on: str | None
+    training_seconds: float
+    replaced_images: list[str]
+    environment: Environment
+
+
+@dataclass
+class Epoch:
+    """An epoch of a run.
+
+    Attributes:
+        epoch: its number, from 0.
+        lr: largest learning rate.
+        seconds: it took, with its evaluation.
+        losses: means over the epoch, by name; ``loss`` is what was minimised.
+        val: accuracies in percent under the names of `EPOCH_METRICS`; None where it was not evaluated.
+        raw: the same of the weights without their moving average; None without one.
+    """
+
+    epoch: int
+    lr: float
+    seconds: float
+    losses: dict[str, float] = field(default_factory=dict)
+    val: dict[str, float | None] | None = None
+    raw: dict[str, float | None] | None = None
+
+    def row(self) -> dict[str, float | None]:
+        """Return the row of ``summary.csv``: a number for each column that the epoch has."""
+        return {
+            "epoch": self.epoch,
+            "lr": self.lr,
+            **{f"train_{name}": value for name, value in self.losses.items()},
+            **{f"val_{name}": value for name, value in (self.val or {}).items()},
+            **{f"raw_{name}": value for name, value in (self.raw or {}).items()},
+            "seconds": self.seconds,
+        }
+
+
+def epoch_metrics(metrics: HeadMetrics) -> dict[str, float | None]:
+    """Return what an epoch's row keeps of a head's metrics."""
+    return {name: getattr(metrics, name) for name in EPOCH_METRICS}
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds the record of a finished run."""
+    return (folder / RECORD).is_file()
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read the record in the folder of a run, or of kept results.
+
+    Raises:
+        MbibError: there is none, or the file holds something else.
+    """
+    if not is_finished(folder):
+        raise MbibError(f"{folder} has no {RECORD}: the run is not finished, and has no result")
+    return read_json(RunRecord, folder / RECORD, "the record of a run")
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write ``metrics.json``."""
+    write_bytes(folder / RECORD, to_json(record))
+
+
+def read_history(folder: Path) -> list[Epoch]:
+    """Read the epochs of ``summary.csv``; none where there is no such file.
+
+    Raises:
+        MbibError: the file holds something else.
+    """
+    if not (folder / HISTORY).is_file():
+        return []
+    try:
+        with (folder / HISTORY).open(encoding="utf-8") as file:
+            return [
+                _epoch({key: float(value) if value else None for key, value in row.items()})
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MbibError(f"{folder / HISTORY} does not hold the epochs of a run: {error}") from None
+
+
+def _epoch(row: dict[str, float | None]) -> Epoch:
+    def named(prefix: str) -> dict[str, float | None]:
+        return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+    def accuracies(prefix: str) -> dict[str, float | None] | None:
+        found = named(prefix)
+        return found if found.get("top1") is not None else None
+
+    def number(name: str) -> float:
+        value = row[name]
+        if value is None:
+            raise ValueError(f"column {name} is empty")
+        return value
+
+    losses = {name: value for name, value in named("train_").items() if value is not None}
+    return Epoch(int(number("epoch")), number("lr"), number("seconds"), losses, accuracies("val_"), accuracies("raw_"))
+
+
+def write_history(folder: Path, history: Sequence[Epoch]) -> None:
+    """Write ``summary.csv`` anew, so that a resumed run has every epoch once."""
+    rows = [epoch.row() for epoch in history]
+    columns = ["epoch", "lr", "train_loss", *(f"val_{name}" for name in EPOCH_METRICS), "seconds"]
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+    write_bytes(folder / HISTORY, text.getvalue().encode())

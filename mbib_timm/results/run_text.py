@@ -1,0 +1,73 @@
+"""What a run says of itself on the terminal: a line per epoch, and the result."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mbib_timm.methods import method_title
+from mbib_timm.results.record import EPOCH_METRICS, Epoch, RunRecord
+from mbib_timm.results.tables import accuracy_table, percent
+
+
+def epoch_line(epoch: Epoch, epochs: int) -> str:
+    """Return an epoch's numbers as one line.
+
+    Args:
+        epoch: the epoch.
+        epochs: epochs of the run.
+    """
+    line = f"epoch {epoch.epoch:>3}/{epochs}  lr {epoch.lr:.2e}  loss {epoch.losses['loss']:.3f}"
+    if epoch.val is not None:
+        line += "".join(f"  {name} {percent(epoch.val[name])}" for name in EPOCH_METRICS)
+    return f"{line}  {epoch.seconds:.1f} s"
+
+
+def print_report(folder: Path, record: RunRecord) -> None:
+    """Print the result's table, what the method has chosen, the best epoch for what it is, and where everything lies.
+
+    Args:
+        folder: the run's.
+        record: of the run.
+    """
+    print(f"\n{_when(record)}, on {record.result.split}:")
+    print(accuracy_table(record.result.heads, np.array(record.class_counts)))
+    if chosen := chosen_text(record):
+        print(chosen)
+    if raw := raw_text(record):
+        print(raw)
+    if (best := record.best) is not None:
+        print(f"Best epoch on {best.split}: {best.epoch} with {best.prediction.top1:.2f} (not the result)")
+    if record.replaced_images:
+        print(f"{len(record.replaced_images)} broken training images were replaced: see metrics.json")
+    print(f"\n{folder}")
+
+
+def _when(record: RunRecord) -> str:
+    """Return when in a run its result was measured: ``Epoch 59 (the last)``, ``After tau-norm``."""
+    epoch, stages = record.result.epoch, record.stages
+    if epoch is None:
+        return f"After {method_title(record.method)}"
+    stage = f" of stage {len(stages)}, {method_title(stages[-1])}" if len(stages) > 1 else ""
+    return f"Epoch {epoch} (the last{stage})"
+
+
+def chosen_text(record: RunRecord) -> str:
+    """Return what the method has chosen by itself, as ``Chosen by tau-norm: tau 0.7, on ...``; empty for nothing."""
+    chosen = ", ".join(f"{name} {value:g}" for name, value in record.chosen.items())
+    where = f", on {record.chosen_on}" if record.chosen_on else ""
+    return f"Chosen by {method_title(record.method)}: {chosen}{where}" if chosen else ""
+
+
+def raw_text(record: RunRecord) -> str:
+    """Return the accuracy of the last weights where the result is their moving average; empty for no average."""
+    if record.raw is None:
+        return ""
+    overall, *groups = record.raw.prediction.by_group().items()
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in groups if value is not None)
+    return f"Weights without the moving average: {overall[1]:.2f} ({listed})"
+
+
+def stages_text(stages: Sequence[str]) -> str:
+    """Return the methods of a run's stages by their titles: ``CE, then cRT``."""
+    return ", then ".join(method_title(stage) for stage in stages)

@@ -1,0 +1,99 @@
+"""One table for text, Markdown and HTML, and how the numbers in its cells are written."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.results.record import HeadMetrics
+
+# Accuracies that every table shows, as `HeadMetrics.by_group` names them.
+COLUMNS = ("overall", "many", "medium", "few")
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of cells that are text.
+
+    Attributes:
+        header: names of the columns.
+        rows: cells, as many in each row.
+        kinds: of each row a word by which HTML is styled; all plain when empty.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kinds: Sequence[str] = ()
+
+    def text(self) -> str:
+        """Return aligned lines: the first column to the left, the others to the right."""
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """Return the lines of `text`, the header's first."""
+        cells = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return [
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+            for first, *others in cells
+        ]
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, without a line break at its end."""
+        cells = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+    def kind(self, row: int) -> str:
+        """Return the kind of a row."""
+        return self.kinds[row] if self.kinds else ""
+
+
+def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -> str:
+    """Return top-1 accuracies in percent by head as text, with the training counts that the shot groups come from.
+
+    Args:
+        heads: metrics by head, as `evaluate` returns them.
+        class_counts: training images of each class, (K,).
+    """
+    groups = {"overall": np.arange(len(class_counts)), **shot_groups(class_counts)}
+    counts = [class_counts[groups[column]] for column in COLUMNS]
+    rows = [
+        ["classes", *(str(len(group)) for group in counts)],
+        ["training images", *(str(group.sum()) for group in counts)],
+        ["  per class", *(f"{group.min()}-{group.max()}" if len(group) else NOTHING for group in counts)],
+        *([head, *cells(heads[head], digits=2)] for head in [*(h for h in heads if h != "prediction"), "prediction"]),
+    ]
+    lines = Table(["top-1, %", *COLUMNS], rows).lines()
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:4], rule, *lines[4:]])
+
+
+def cells(metrics: HeadMetrics, digits: int = 1) -> list[str]:
+    """Return the accuracies of `COLUMNS` in percent."""
+    return [percent(value, digits) for value in metrics.by_group().values()]
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a percentage without its sign; a dash where there is nothing to measure."""
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Return the mean of what was measured; None where nothing was."""
+    measured = [value for value in values if value is not None]
+    return statistics.mean(measured) if measured else None
+
+
+def mean_and_deviation(values: Sequence[float | None], digits: int = 1) -> str:
+    """Return ``mean ± sample standard deviation`` of percentages, of one the value alone; a dash of none."""
+    measured = [value for value in values if value is not None]
+    mean = percent(mean_of(measured), digits)
+    return f"{mean} ± {statistics.stdev(measured):.{digits}f}" if len(measured) > 1 else mean
+
+
+def signed(difference: float) -> str:
+    """Return a difference in points, with its sign."""
+    return f"{difference:+.1f}".replace("-", "−")

@@ -1,0 +1,212 @@
+"""What a sweep has found so far: ``sweep.json``, of which its tables, figure and reports are made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.environment import Environment
+from mbib_timm.files import read_json
+from mbib_timm.names import data_of
+from mbib_timm.results.runs import SAME_RESULT
+from mbib_timm.results.tables import COLUMNS
+from mbib_timm.sweeps.sweep import HEAD, Paper
+
+FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run over its epochs.
+
+    Attributes:
+        epoch: numbers, from 0.
+        train_loss: mean of each epoch.
+        val_top1: accuracy after it in percent; None where it was not evaluated.
+    """
+
+    epoch: list[int]
+    train_loss: list[float]
+    val_top1: list[float | None]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """What a sweep keeps of a finished run.
+
+    Attributes:
+        label: name of its folder.
+        configuration: the label without the seed.
+        coordinates: the value of each axis, by the axis's name.
+        seed: of the run.
+        method: of the last stage.
+        stages: methods of all stages.
+        chosen: what the method has chosen by itself.
+        epochs: of the longest stage.
+        recipe_epochs: the same, as the recipe asks for them.
+        settings: what was set from outside and computes something else, by address.
+        dataset: the recipe's.
+        test_images: how many the result is on.
+        heads: accuracies in percent by head, under ``overall``, ``many``, ``medium`` and ``few``.
+        curve: of the last stage.
+        training_seconds: of the last stage.
+        environment: versions, hardware, command.
+    """
+
+    label: str
+    configuration: str
+    coordinates: dict[str, str]
+    seed: int
+    method: str
+    stages: list[str]
+    chosen: dict[str, float]
+    epochs: int
+    recipe_epochs: int
+    settings: dict[str, Any]
+    dataset: str
+    test_images: int
+    heads: dict[str, dict[str, float | None]]
+    curve: Curve
+    training_seconds: float
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep's finished runs, with all that their table and their figure need.
+
+    Attributes:
+        name: of the sweep's folder.
+        title: what the sweep shows.
+        recipe: the base recipe.
+        axes: values of each axis, in order, by the axis's name.
+        labels: how the axes are called.
+        heads: rows for the heads of a run, with their titles.
+        figure: its kind, and the axes' roles.
+        paper: source, recipe and numbers of the paper; None where there are none.
+        planned: runs that the whole sweep has.
+        runs: the finished ones, in the order of the plan.
+        failed: why runs did not finish, by their label.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    axes: dict[str, list[str]]
+    labels: dict[str, str]
+    heads: dict[str, str]
+    figure: dict[str, str]
+    paper: Paper | None
+    planned: int
+    runs: list[SweepRun]
+    failed: dict[str, str]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the finished runs."""
+        return sorted({run.seed for run in self.runs})
+
+    @property
+    def is_short(self) -> bool:
+        """True if a run had other epochs than its recipe asks for."""
+        return any(run.epochs != run.recipe_epochs for run in self.runs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was set from outside in any of the runs, by address."""
+        return {key: value for run in self.runs for key, value in run.settings.items()}
+
+    @property
+    def is_papers(self) -> bool:
+        """True if the sweep is the paper's: its recipe as it stands, in full. Then a difference from it counts."""
+        if self.paper is None or self.recipe != self.paper.recipe or self.is_short:
+            return False
+        # The same images in files of their own are the benchmark still, and so is any other way to the same numbers.
+        return self.settings.keys() <= SAME_RESULT or (
+            self.settings.keys() <= {*SAME_RESULT, "dataset"} and self.settings["dataset"] == "folder"
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the runs of one configuration have in common, for one head.
+
+    Attributes:
+        coordinates: value of each axis by its name, and under ``head`` the head's title where rows are heads.
+        values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one a seed.
+        paper: the paper's numbers under the same names.
+    """
+
+    coordinates: dict[str, str]
+    values: dict[str, list[float | None]]
+    paper: dict[str, float]
+
+    @property
+    def n(self) -> int:
+        """Number of runs."""
+        return len(self.values["overall"])
+
+
+def cells(results: SweepResults) -> list[Cell]:
+    """Return the rows of a sweep's table: a configuration, or one head of it, with the paper's numbers for it."""
+    grouped: dict[str, list[SweepRun]] = {}
+    by_place = sorted(
+        results.runs, key=lambda run: [values.index(run.coordinates[axis]) for axis, values in results.axes.items()]
+    )
+    for run in by_place:
+        grouped.setdefault(run.configuration, []).append(run)
+    rows = []
+    for runs in grouped.values():
+        available = runs[0].heads
+        heads = [head for head in results.heads if head in available] if len(available) > 1 else []
+        for head in heads or ["prediction"]:
+            coordinates = dict(runs[0].coordinates)
+            if results.heads:
+                coordinates[HEAD] = results.heads[head] if heads else ""
+            values = {column: [run.heads[head][column] for run in runs] for column in COLUMNS}
+            rows.append(Cell(coordinates, values, _paper_numbers(results, coordinates)))
+    return rows
+
+
+def _paper_numbers(results: SweepResults, coordinates: Mapping[str, str]) -> dict[str, float]:
+    for number in results.paper.numbers if results.paper else ():
+        if all(str(value) == coordinates.get(axis) for axis, value in number.items() if axis not in COLUMNS):
+            return {column: float(number[column]) for column in COLUMNS if column in number}
+    return {}
+
+
+def headline(results: SweepResults) -> str:
+    """Return the title: name, what it shows, and what was run."""
+    return f"{results.name}: {short_headline(results)}"
+
+
+def short_headline(results: SweepResults) -> str:
+    """Return what a sweep shows, and what was run: ``Structures (cifar100_lt_if100, 20 epochs of 200, n = 1)``."""
+    numbers = sorted({row.n for row in cells(results)})
+    done = len(results.runs)
+    some = f", {done} of {results.planned} runs" if done < results.planned else ""
+    data = data_of(results.recipe)
+    said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {listed(numbers)}{some}"
+    return f"{results.title} ({said})" if results.title else said
+
+
+def epochs_run(results: SweepResults) -> str:
+    """Return the epochs, with those that the recipes ask for where they differ: ``20 epochs of 200``."""
+    epochs = sorted({run.epochs for run in results.runs})
+    asked_for = sorted({run.recipe_epochs for run in results.runs})
+    own = f" of {listed(asked_for)}" if results.is_short else ""
+    return f"{listed(epochs)} epoch{'s' if epochs != [1] else ''}{own}"
+
+
+def listed(values: Sequence[Any], form: str = "") -> str:
+    """Return values side by side."""
+    return ", ".join(format(value, form) for value in values)
+
+
+def read_results(path: Path) -> SweepResults:
+    """Read ``sweep.json``, given it or its folder.
+
+    Raises:
+        MbibError: it is missing, or no sweep's.
+    """
+    return read_json(SweepResults, path / FILE if path.is_dir() else path, "results of a sweep")
