@@ -352,7 +352,7 @@ def models(flags: Parser) -> Action:
     """List the zoo: what is trained, how well, how large."""
 
     def run(given: Namespace) -> None:
-        from mbib_timm.inference.catalogue import catalogue, text_table
+        from mbib_timm.results.catalogue import catalogue, text_table
 
         print(text_table(catalogue()))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 from mbib_timm.cli import main
 from mbib_timm.data.long_tail import exponential_profile

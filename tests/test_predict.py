@@ -15,7 +15,7 @@ from mbib_timm.cli import main
 from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference.predict import Broken, Prediction, Predictor, find_images, predict, read_class_counts
-from mbib_timm.models.load import load_model
+from mbib_timm.models.weights import load_model
 
 
 @pytest.fixture(scope="module")

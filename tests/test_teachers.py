@@ -17,7 +17,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.methods import METHODS, Facts, resolve_method
 from mbib_timm.methods.teacher import Renormalized
-from mbib_timm.models.load import load_model
+from mbib_timm.models.weights import load_model
 from mbib_timm.options import build_options
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import find_recipe, load_recipe

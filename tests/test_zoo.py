@@ -11,16 +11,16 @@ import timm
 import torch
 import zoo as zoo_tool
 from safetensors.torch import load_file
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation.validate import validate
-from mbib_timm.inference.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.models import count_parameters
-from mbib_timm.models.load import load_model
+from mbib_timm.models.weights import load_model
 from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe
+from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.results.record import read_record
 
 ROOT = Path(__file__).parents[1]

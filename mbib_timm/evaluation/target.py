@@ -11,7 +11,7 @@ from mbib_timm.data import build_eval_loader, open_data
 from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.models.load import Source, create_trained, find_source
+from mbib_timm.models.weights import Source, create_trained, find_source
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 

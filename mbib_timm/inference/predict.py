@@ -22,7 +22,7 @@ from mbib_timm.data.images import Reader, pil_mode
 from mbib_timm.environment import join_world, leave_world
 from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
 from mbib_timm.evaluation.evaluate import head_logits, reported_heads
-from mbib_timm.models.load import LoadedModel, load_model
+from mbib_timm.models.weights import LoadedModel, load_model
 
 PREDICTION = "prediction"
 

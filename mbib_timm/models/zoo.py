@@ -15,9 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import timm
-from timm.models import build_model_with_cfg
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
 from mbib_timm.errors import CheckpointError
 from mbib_timm.recipe import list_recipes

@@ -15,7 +15,7 @@ from mbib_timm.data.augment import check_augmentation
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
-from mbib_timm.models.load import find_source
+from mbib_timm.models.weights import find_source
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 

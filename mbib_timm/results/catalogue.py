@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import timm
 
-from mbib_timm.models import count_macs, count_parameters
+from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.zoo import ZOO, ZooModel
 from mbib_timm.results.record import read_record
 from mbib_timm.results.tables import COLUMNS, NOTHING, Table, cells

@@ -24,11 +24,9 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.base import MultiHeadModel, create_pool
-from mbib_timm.models.cifar_resnet import CifarResNet
-from mbib_timm.models.classifiers import create_classifier
-from mbib_timm.models.heads import Observation, ObservationWithBottleneck
-from mbib_timm.models.taps import prefixed_levels, skeleton
+from mbib_timm.models.backbones import MultiHeadModel, create_pool, prefixed_levels, skeleton
+from mbib_timm.models.heads import Observation, ObservationWithBottleneck, create_classifier
+from mbib_timm.models.plain_resnets import CifarResNet
 
 __all__ = ["Experts", "MBIBExperts"]
 

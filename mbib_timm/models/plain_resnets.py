@@ -1,7 +1,9 @@
-"""The CIFAR ResNets of He et al. (2016, section 4.2): a 3x3 stem and three stages of 16, 32 and 64 channels.
+"""The ResNets of the long-tail benchmarks that timm lacks: CIFAR's, and the classic ResNet-10.
 
-Their shortcuts have no parameters (option A): where a block halves the map and doubles the channels, the input is
-subsampled with stride 2 and padded with zero channels.
+CIFAR's are those of He et al. (2016, section 4.2): a 3x3 stem and three stages of 16, 32 and 64 channels. Their
+shortcuts have no parameters (option A): where a block halves the map and doubles the channels, the input is subsampled
+with stride 2 and padded with zero channels. The ResNet-10 of ImageNet-LT has the classic 7x7 stem and one BasicBlock
+per stage, where timm has `resnet10t`.
 """
 
 from collections.abc import Sequence
@@ -10,18 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
-from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._pretrained import PretrainedCfg
-from timm.models.resnet import BasicBlock
+from timm.models import PretrainedCfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from mbib_timm.models.classifiers import create_classifier, init_classifier, renew_classifier
+from mbib_timm.models.backbones import feature_take_indices
+from mbib_timm.models.heads import create_classifier, init_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published, published_cfgs
 
-__all__ = ["CifarResNet"]
+__all__ = ["CifarResNet", "ClassicResNet"]
 
 STAGE_CHANNELS = (16, 32, 64)
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -203,22 +205,65 @@ class CifarResNet(nn.Module):
         return take_indices
 
 
-def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return the entries of a CIFAR ResNet's cfg."""
-    return dict(
-        num_classes=100,
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
-        crop_pct=1.0,
-        interpolation="bicubic",
-        mean=CIFAR_MEAN,
-        std=CIFAR_STD,
-        first_conv="conv1",
-        classifier="fc",
-        license="apache-2.0",
-        **kwargs,
-    )
+class ClassicResNet(ResNet):
+    """timm's ResNet of BasicBlocks with 64 to 512 channels, and a classifier of any kind.
 
+    Args:
+        layers: blocks in each of the four stages.
+        num_classes: classes of the classifier; 0 for none.
+        classifier: its kind, see `create_classifier`.
+        classifier_scale: of a cosine classifier.
+        kwargs: further arguments of timm's ResNet.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int, int],
+        num_classes: int = 1000,
+        classifier: str = "linear",
+        classifier_scale: float | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(BasicBlock, layers, num_classes=num_classes, device=device, dtype=dtype, **kwargs)
+        self.classifier_kind, self.classifier_scale = classifier, classifier_scale
+        width = self.head_hidden_size
+        self.fc = create_classifier(classifier, width, num_classes, classifier_scale, device=device, dtype=dtype)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by one of the same kind; the pooling stays as it is when `global_pool` is None."""
+        old = self.fc
+        super().reset_classifier(0, global_pool)
+        self.num_classes = num_classes
+        kind, scale, width = self.classifier_kind, self.classifier_scale, self.head_hidden_size
+        self.fc = renew_classifier(old, kind, width, num_classes, scale, **get_device_dtype(self))
+
+
+_CIFAR_CFG = PretrainedCfg(
+    num_classes=100,
+    input_size=(3, 32, 32),
+    pool_size=(8, 8),
+    crop_pct=1.0,
+    interpolation="bicubic",
+    mean=CIFAR_MEAN,
+    std=CIFAR_STD,
+    first_conv="conv1",
+    classifier="fc",
+    license="apache-2.0",
+)
+_CLASSIC_CFG = PretrainedCfg(
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    pool_size=(7, 7),
+    crop_pct=0.875,
+    interpolation="bilinear",
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+    first_conv="conv1",
+    classifier="fc",
+    license="apache-2.0",
+)
 
 DEPTHS = (20, 32, 44, 56)
 
@@ -226,10 +271,9 @@ default_cfgs = generate_default_cfgs(
     {
         name: cfg
         for architecture in (f"cifar_resnet{depth}" for depth in DEPTHS)
-        for name, cfg in (
-            published_cfgs(architecture, PretrainedCfg(**cifar_cfg())) or {architecture: PretrainedCfg(**cifar_cfg())}
-        ).items()
+        for name, cfg in (published_cfgs(architecture, _CIFAR_CFG) or {architecture: _CIFAR_CFG}).items()
     }
+    | {"classic_resnet10": _CLASSIC_CFG}
 )
 
 
@@ -268,3 +312,10 @@ def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56 for CIFAR."""
     return _create("cifar_resnet56", pretrained, **kwargs)
+
+
+@register_model
+def classic_resnet10(pretrained: bool = False, **kwargs: Any) -> ClassicResNet:
+    """ResNet-10 with BasicBlocks [1, 1, 1, 1] and 64 to 512 channels."""
+    args = dict(layers=(1, 1, 1, 1), pretrained_filter_fn=filter_state_dict)
+    return create_published(ClassicResNet, "classic_resnet10", pretrained, **dict(args, **kwargs))

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.base import MultiHeadModel, create_pool
-from mbib_timm.models.classifiers import create_classifier
-from mbib_timm.models.heads import Bottleneck, Observation
-from mbib_timm.models.taps import create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.backbones import MultiHeadModel, create_pool, create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
 
 __all__ = ["MBIB"]
 
