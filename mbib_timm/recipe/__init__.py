@@ -16,7 +16,19 @@ stages:                                 # runs one after another, each from the 
 Nothing here imports torch or timm, unless a plugin does: the command line answers at once.
 """
 
-from mbib_timm.recipe.files import (
+from mbib_timm.recipe.keys import (
+    DATA_KEYS,
+    KEYS,
+    OPEN_CHOICES,
+    STAGES,
+    TYPES,
+    Recipe,
+    check_key,
+    in_proportion,
+    longest_epochs,
+    require_key,
+)
+from mbib_timm.recipe.recipe_files import (
     BASE,
     DEFAULT_RECIPE,
     data_of,
@@ -29,18 +41,6 @@ from mbib_timm.recipe.files import (
     read_recipe,
     recipe_name,
     recipes_folder,
-)
-from mbib_timm.recipe.keys import (
-    DATA_KEYS,
-    KEYS,
-    OPEN_CHOICES,
-    STAGES,
-    TYPES,
-    Recipe,
-    check_key,
-    in_proportion,
-    longest_epochs,
-    require_key,
 )
 
 __all__ = [
