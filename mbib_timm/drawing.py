@@ -1,6 +1,7 @@
 """How every figure looks: colours that anyone can tell apart, light and dark, and the formats that it is written in."""
 
 import io
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,67 @@ def text_on(color: str) -> str:
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+
+
+def mean_bar(
+    axes: Any,
+    at: float,
+    values: Sequence[float | None],
+    width: float,
+    color: str,
+    hatch: str = "",
+    marked: float | None = None,
+) -> tuple[Any, Any]:
+    """Draw the mean of percentages as a bar with its number, its standard deviation, and a diamond beside it.
+
+    Args:
+        axes: where to draw.
+        at: place along x.
+        values: of the seeds; None for what was not measured.
+        width: of the bar.
+        color: of the bar.
+        hatch: of the bar.
+        marked: height of the diamond, a published number; None for none.
+
+    Returns:
+        The bar and the diamond, for a legend; None for what was not drawn.
+    """
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return None, None
+    mean = statistics.mean(measured)
+    deviation = statistics.stdev(measured) if len(measured) > 1 else None
+    bar = axes.bar(
+        at, mean, width, color=color, hatch=hatch, edgecolor=background(), linewidth=0,
+        yerr=deviation, ecolor=ink(), capsize=2,
+    )  # fmt: skip
+    mark = None
+    if marked is not None:
+        (mark,) = axes.plot(
+            at, marked, marker="D", linestyle="", color=ink(), markerfacecolor=background(), markersize=4.5
+        )
+    _write_number(axes, at, mean, deviation or 0.0, marked, color)
+    return bar, mark
+
+
+def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
+    """Write a bar's mean over it; into it where the paper's mark is in the way.
+
+    Args:
+        axes: with the bar.
+        at: the bar's place.
+        mean: its height, in percent.
+        deviation: half the length of its error bar.
+        marked: height of the paper's mark; None for none.
+        color: of the bar.
+    """
+    text = dict(textcoords="offset points", ha="center", fontsize=7)
+    if marked is None or not -2 < marked - mean - deviation < 6:
+        axes.annotate(f"{mean:.1f}", (at, mean + deviation), (0, 2), va="bottom", **text)
+        return
+    below = (at, min(mean - deviation, marked))
+    box = dict(facecolor=color, linewidth=0, pad=0.5)
+    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=text_on(color), bbox=box, **text)
 
 
 @dataclass(frozen=True)

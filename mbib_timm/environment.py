@@ -1,9 +1,10 @@
-"""Where a run happens: device, processes, and the record of versions and hardware that goes with every result."""
+"""Where a run happens: device, processes, random generators, and the versions and hardware beside every result."""
 
 import contextlib
 import ctypes
 import os
 import platform
+import random
 import shlex
 import subprocess
 import sys
@@ -98,6 +99,23 @@ def leave_world() -> None:
     """Take this process out of its group."""
     if is_distributed():
         torch.distributed.destroy_process_group()
+
+
+def seed_generators(seed: int, epoch: int, rank: int, stage: int = 0) -> None:
+    """Seed Python's, numpy's and torch's generators (all devices), so that a run resumes bit-identically.
+
+    The global generators belong to the running program here; data sets and subsets use generators of their own.
+
+    Args:
+        seed: the recipe's seed.
+        epoch: the epoch that starts, 0 for the first; -1 for the initialisation of the model.
+        rank: this process among the distributed ones.
+        stage: the number of stages before this one.
+    """
+    state = numpy.random.SeedSequence([seed, epoch + 1, rank, *([stage] if stage else [])]).generate_state(3)
+    random.seed(int(state[0]))
+    numpy.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
 
 
 @dataclass(frozen=True)

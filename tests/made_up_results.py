@@ -10,9 +10,8 @@ from typing import Any
 import timm
 
 from mbib_timm.environment import Environment
-from mbib_timm.evaluation import HeadMetrics
 from mbib_timm.methods import head_names
-from mbib_timm.results.record import Evaluation, RunRecord
+from mbib_timm.results.record import Evaluation, HeadMetrics, RunRecord
 from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.sweep import Sweep
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
@@ -53,6 +52,7 @@ def made_up_record(heads: dict[str, HeadMetrics], class_counts: list[int], **fie
         training_seconds=12.5,
         replaced_images=[],
         environment=ENVIRONMENT,
+        precision="float32",
     )
     return replace(record, **fields)
 

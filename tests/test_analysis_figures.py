@@ -18,8 +18,8 @@ from mbib_timm.analysis.results import rounded
 from mbib_timm.analysis.trend import accuracy_trend
 from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation import HeadMetrics
 from mbib_timm.results.paper import TABLE_5, TABLE_6
+from mbib_timm.results.record import HeadMetrics
 
 GROUPS = ["all", "many", "medium", "few"]
 FIGURES = [

@@ -18,7 +18,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.inference import demo as demo_module
 from mbib_timm.inference.demo import build_page, class_labels, classify, shown_heads
 from mbib_timm.inference.predict import Predictor
-from mbib_timm.models.load import LoadedModel, load_model
+from mbib_timm.models.weights import LoadedModel, load_model
 
 
 @pytest.fixture

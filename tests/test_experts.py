@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 from mbib_timm.cli import main

@@ -12,9 +12,8 @@ from PIL import Image
 
 from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation import HeadMetrics
 from mbib_timm.results import run_figures as figures
-from mbib_timm.results.record import Epoch
+from mbib_timm.results.record import Epoch, HeadMetrics
 from mbib_timm.results.run_figures import draw_figures, run_figures
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.methods import METHODS, Facts, Method, load_plugin, part_of, register, resolve_method
+from mbib_timm.methods import METHODS, Facts, Method, part_of, register, resolve_method
 from mbib_timm.methods.functional import adjusted_cross_entropy, self_distillation
 from mbib_timm.methods.mbib import Bottleneck, Edge
 from mbib_timm.methods.tau_norm import CANDIDATES
@@ -49,6 +49,7 @@ from mbib_timm.methods.teacher import Taught
 from mbib_timm.options import build_options, default_of, option_types
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.training import train
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer

@@ -1,9 +1,6 @@
 """Mixing against loops over images and against timm's and torch's own; its draws by distribution; what is refused."""
 
-import io
-import json
 import random
-import tarfile
 
 import numpy as np
 import pytest
@@ -22,7 +19,7 @@ from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.mixing import Box, MixedTrainLoader, Mixing, cutmix_box, mixup, paste, soft_targets
 from mbib_timm.data.samplers import class_probabilities
 from mbib_timm.data.splits import Splits
-from mbib_timm.environment import World
+from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.methods import METHODS, Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy
@@ -32,7 +29,6 @@ from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 from mbib_timm.training.optimization import create_optimizer, round_learning_rates
-from mbib_timm.training.seeding import seed_generators
 from mbib_timm.training.step import create_step, loss_parts
 
 CPU = torch.device("cpu")
@@ -462,42 +458,6 @@ def test_broken_foregrounds_are_reported(tmp_path):
 # Inside a run
 
 
-def streamed(tmp_path):
-    """The keys of a source that streams: two classes of four images."""
-    pytest.importorskip("webdataset")
-    for split in ("train", "validation"):
-        with tarfile.open(tmp_path / f"demo-{split}-000.tar", "w") as tar:
-            for number in range(8):
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(image, "PNG")
-                for kind, content in (("png", image.getvalue()), ("cls", str(number % 2).encode())):
-                    member = tarfile.TarInfo(f"{number}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    info = {
-        split: dict(name=split, filenames=[f"demo-{split}-000.tar"], shard_lengths=[8], num_samples=8)
-        for split in ("train", "validation")
-    }
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
-    (tmp_path / "counts.txt").write_text("4\n4\n")
-    keys = {"dataset": "wds", "data_dir": str(tmp_path), "class_counts": str(tmp_path / "counts.txt")}
-    return {**keys, "loader": "timm", "batch_size": 4}
-
-
-def test_a_source_that_streams_is_mixed_within_its_batches_only(tmp_path):
-    settings = recipe(**streamed(tmp_path), mixup=1.0, cutmix=1.0)
-    data = open_data(settings)
-    batches = [batch for (batch,) in loader_of(settings, data)]
-    assert {batch.targets.shape[1] for batch in batches} == {2}
-    assert any((batch.targets.max(dim=1).values < 1).any() for batch in batches)
-    message = r"recipe key 'cutmix_sampler': 'instance' draws a second stream of images, but the data source streams"
-    with pytest.raises(MbibError, match=message):
-        loader_of(settings.replace(cutmix_sampler="instance"), data)
-    with pytest.raises(MbibError, match=message):
-        train(settings.replace(cutmix_sampler="instance", device="cpu", output=str(tmp_path / "runs")), "run")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_foregrounds_of_a_class_without_images_are_refused():
     with pytest.raises(DataError, match="sampler 'reverse': no training images of class 4"):
         loader_of(recipe(cutmix=1.0, cutmix_sampler="reverse"), splits([5, 4, 3, 2, 0]))
@@ -681,3 +641,12 @@ def test_epochs_without_mixing_move_in_proportion(epochs, off):
     scaled = whole.replace(**in_proportion(whole, epochs))
     assert (scaled.epochs, scaled.mixup_off_epochs) == (epochs, off)
     assert "mixup_off_epochs" not in {key for key, value in in_proportion(recipe(), epochs).items() if value}
+
+
+@pytest.mark.parametrize(("epochs", "decay"), [(200, 0.999), (400, 0.9995), (100, 0.998), (20, 0.99), (1, 0.8)])
+def test_the_memory_of_the_moving_average_moves_in_proportion(epochs, decay):
+    whole = recipe(model_ema=True, model_ema_decay=0.999, epochs=200)
+    scaled = whole.replace(**in_proportion(whole, epochs))
+    assert scaled.model_ema_decay == pytest.approx(decay)
+    assert (1 - scaled.model_ema_decay) * epochs == pytest.approx((1 - 0.999) * 200)
+    assert "model_ema_decay" not in in_proportion(whole.replace(model_ema=False), epochs)

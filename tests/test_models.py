@@ -14,19 +14,17 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.models import group_parameters, register_model
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._hub import save_for_hf
+from timm.models import group_parameters, register_model, resolve_pretrained_cfg, save_for_hf
 
 import mbib_timm
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import CLASSIFIERS, count_macs, count_parameters, create_classifier, prefix_backbone
 
-MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet", "with_classifier", "experts_resnet")
+MODULES = ("mbib_variants", "plain_resnets", "with_classifier")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
-EXPERTS = timm.list_models(module="experts_resnet")
-WRAPPED = [*timm.list_models(module="mbib_resnet"), *EXPERTS]
+WRAPPED = timm.list_models(module="mbib_variants")
+EXPERTS = [name for name in WRAPPED if name.removeprefix("mbib_").startswith("experts")]
 DEPTHS = (20, 32, 44, 56, 10, 18, 34, 50, 101, 152)
 VARIANTS = [f"resnet{depth}" for depth in DEPTHS] + ["resnext50", "resnext101"]
 # A full pass through the deepest ones says nothing that the shallow ones do not.

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import yaml
 from browser import open_page
+from headers import header
 
 from mbib_timm.analysis.analyze import analyze_run
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import find_recipe, list_recipes, recipe_claims, recipe_name
+from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences, sampling_error
 from mbib_timm.reporting.report import read_inputs
@@ -45,9 +46,7 @@ def html_of(section):
 
 
 def test_the_papers_numbers_are_those_that_the_recipes_claim():
-    claims = {
-        recipe_name(find_recipe(name)): recipe_claims(find_recipe(name)).get("Paper", "") for name in list_recipes()
-    }
+    claims = {recipe_name(path): header(path).get("Paper", "") for path in packaged_recipes().values()}
     assert RESULTS.keys() == {name for name, claim in claims.items() if "(Table" in claim or "Table 2" in claim}
     for name, results in RESULTS.items():
         claimed = {float(number) for number in re.findall(r"\d\d\.\d", claims[name])}

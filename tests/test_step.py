@@ -18,9 +18,10 @@ from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
-from mbib_timm.methods import Facts, load_plugin, resolve_method
+from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from mbib_timm.data import create_loaders, open_data
+from mbib_timm.environment import seed_generators
 from mbib_timm.methods import METHODS, Method, register
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import train
-from mbib_timm.training.seeding import seed_generators
 
 SIZE = (3, 16, 16)
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from benchmarking.table import markdown, read_results
 from mbib_timm.analysis.figures import analysis_figures
 from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
-from mbib_timm.inference.catalogue import catalogue, markdown_table
 from mbib_timm.recipe import longest_epochs
+from mbib_timm.results.catalogue import catalogue, markdown_table
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures

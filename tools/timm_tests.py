@@ -20,7 +20,7 @@ import timm
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.models.zoo import ZOO
 
-MODULES = ("mbib_resnet", "cifar_resnet", "classic_resnet", "with_classifier", "experts_resnet")
+MODULES = ("mbib_variants", "plain_resnets", "with_classifier")
 # timm's tests that hold for any convolutional network, by the further parameters that they take beside a model's name.
 TESTS: dict[str, tuple[Any, ...]] = {
     "test_model_forward": (),

@@ -15,7 +15,7 @@ from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import Target, find_target, open_target
 from mbib_timm.files import read_json
-from mbib_timm.models.load import Source
+from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_environment, redact_model
 

@@ -31,9 +31,9 @@ from mbib_timm.drawing import (
     text_on,
 )
 from mbib_timm.evaluation.evaluate import heads_of_expert
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.files import from_plain
 from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS
+from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_figures import drawn_heads, shot_groups_figure
 
 # Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.evaluate import head_logits, reported_heads
-from mbib_timm.evaluation.metrics import HeadMetrics, Statistics, batch_statistics, summarize
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 from mbib_timm.models.heads import Bottleneck
-from mbib_timm.models.mbib import MBIB
+from mbib_timm.models.mbib_network import MBIB
+from mbib_timm.results.record import HeadMetrics
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.metrics import HeadMetrics, Statistics, batch_statistics, summarize
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.results.record import HeadMetrics
 
 
 def reported_heads(model: nn.Module) -> tuple[str, ...]:

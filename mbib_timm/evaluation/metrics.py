@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.results.record import HeadMetrics
 
 ECE_BINS = 15
 
@@ -88,41 +89,6 @@ def expected_calibration_error(bins: np.ndarray) -> float:
         bins: images, sum of confidences and number correct of each bin, (15, 3).
     """
     return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
-
-
-@dataclass(frozen=True)
-class HeadMetrics:
-    """What a head achieves on a set of images; None where there is nothing to measure.
-
-    Attributes:
-        top1: accuracy over the images, in percent, as all accuracies here.
-        top5: the same, of the label being among the five largest logits.
-        macro: mean of the classes' accuracies.
-        many: mean accuracy of the classes with more than 100 training images.
-        medium: of those with 20 to 100.
-        few: of those with fewer than 20.
-        ece: expected calibration error, in percent.
-        nll: negative log-likelihood per image, in nats.
-        images: how many were evaluated.
-        classes: how many classes each shot group has.
-        per_class: accuracy of each class, K of them.
-    """
-
-    top1: float
-    top5: float
-    macro: float | None
-    many: float | None
-    medium: float | None
-    few: float | None
-    ece: float
-    nll: float
-    images: int
-    classes: dict[str, int]
-    per_class: list[float | None]
-
-    def by_group(self) -> dict[str, float | None]:
-        """Return the accuracies that every table shows: ``overall``, then those of the shot groups."""
-        return {"overall": self.top1, "many": self.many, "medium": self.medium, "few": self.few}
 
 
 def summarize(statistics: Statistics, class_counts: np.ndarray) -> HeadMetrics:

@@ -7,9 +7,9 @@ from typing import Any
 
 from mbib_timm.environment import Environment, describe_environment, join_world, leave_world
 from mbib_timm.evaluation.evaluate import evaluate
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.evaluation.target import find_target, open_target
 from mbib_timm.files import to_json
+from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.tables import accuracy_table
 
 

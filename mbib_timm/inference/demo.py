@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mbib_timm.data.loaders import pil_mode
+from mbib_timm.data.images import pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import predicting_parts
 from mbib_timm.inference.predict import PREDICTION, Predictor
-from mbib_timm.models.load import LoadedModel, load_model
+from mbib_timm.models.weights import LoadedModel, load_model
 
 LOOPBACK = "127.0.0.1"
 TOP = 5

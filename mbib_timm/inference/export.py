@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.load import LoadedModel, load_model
+from mbib_timm.models.weights import LoadedModel, load_model
 
 Forward = Callable[[Tensor], Tensor]
 

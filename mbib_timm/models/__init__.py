@@ -1,11 +1,11 @@
-"""Models: CIFAR and classic ResNets that timm lacks, classifiers, MBIB, experts, what is registered, and the zoo."""
+"""Models: ResNets that timm lacks, classifiers, MBIB, experts, what is registered, trained weights, and the zoo."""
 
-from mbib_timm.models import cifar_resnet, classic_resnet, experts_resnet, mbib_resnet, with_classifier
-from mbib_timm.models.cifar_resnet import CifarResNet
-from mbib_timm.models.classifiers import CLASSIFIERS, create_classifier
+from mbib_timm.models import mbib_variants, plain_resnets, with_classifier
 from mbib_timm.models.complexity import count_macs, count_parameters
-from mbib_timm.models.experts import Experts, MBIBExperts
-from mbib_timm.models.mbib import MBIB
+from mbib_timm.models.expert_networks import Experts, MBIBExperts
+from mbib_timm.models.heads import CLASSIFIERS, create_classifier
+from mbib_timm.models.mbib_network import MBIB
+from mbib_timm.models.plain_resnets import CifarResNet
 from mbib_timm.models.weights import filter_state_dict, prefix_backbone
 
 __all__ = [
@@ -14,14 +14,12 @@ __all__ = [
     "CifarResNet",
     "Experts",
     "MBIBExperts",
-    "cifar_resnet",
-    "classic_resnet",
     "count_macs",
     "count_parameters",
     "create_classifier",
-    "experts_resnet",
     "filter_state_dict",
-    "mbib_resnet",
+    "mbib_variants",
+    "plain_resnets",
     "prefix_backbone",
     "with_classifier",
 ]

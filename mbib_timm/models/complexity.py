@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbib_timm.models.classifiers import CosineClassifier
+from mbib_timm.models.heads import CosineClassifier
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -9,14 +9,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import get_device_dtype
-from timm.models import generate_default_cfgs, register_model
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.models.base import BackboneModel
-from mbib_timm.models.classifiers import create_classifier, renew_classifier
-from mbib_timm.models.taps import FeatureNet, backbone_cfg, prefixed_levels
+from mbib_timm.models.backbones import BackboneModel, FeatureNet, backbone_cfg, prefixed_levels
+from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
 

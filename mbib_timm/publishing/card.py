@@ -8,15 +8,14 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.evaluation.evaluate import heads_of_expert
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
-from mbib_timm.models.zoo import DATASETS, ZOO
-from mbib_timm.names import data_of
-from mbib_timm.recipe import Recipe
+from mbib_timm.models.zoo import DATASETS, ZOO, split_tag
+from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.paper import RESULTS
+from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_model
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
@@ -160,7 +159,7 @@ def dataset_title(run: FinishedRun) -> str:
 
 
 def _data_name(run: FinishedRun) -> str:
-    return data_of(run.name) or run.recipe.dataset
+    return split_tag(run.name.partition(".")[2])[1] or data_of(run.name) or run.recipe.dataset
 
 
 def _what(run: FinishedRun, inference_only: bool) -> str:

@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbib_timm.drawing import CYCLE, GREY, HATCHES, LINE_STYLES, METHOD_COLORS, background, canvas, ink
+from mbib_timm.drawing import CYCLE, GREY, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar
 from mbib_timm.methods import method_title
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import COLUMNS
-from mbib_timm.sweeps.show_sweep import write_number
+from mbib_timm.sweeps.show_sweep import PAPER
 from mbib_timm.sweeps.sweep_results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
@@ -24,31 +24,23 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
     """Draw the mean accuracy of each group of runs by shot group; the paper's numbers as diamonds."""
     figure, axes = canvas(6.5, 3.6 + 0.22 * len(groups))
     share = 0.84 / len(groups)
-    shown = False
+    legend: dict[str, Any] = {}
     for place, (group, (color, sibling)) in enumerate(zip(groups, group_colors(groups), strict=True)):
-        look = dict(color=color, hatch=HATCHES[sibling % len(HATCHES)], edgecolor=background(), linewidth=0)
         for column_place, column in enumerate(COLUMNS):
             at = column_place + (place - (len(groups) - 1) / 2) * share
-            measured = [value for value in group.values(column) if value is not None]
-            if not measured:
-                continue
-            deviation = statistics.stdev(measured) if len(measured) > 1 else None
-            mean = statistics.mean(measured)
-            axes.bar(at, mean, share * 0.9, yerr=deviation, ecolor=ink(), capsize=2, **look)
             marked = group.paper[0].accuracies.get(column) if group.is_papers else None
-            write_number(axes, at, mean, deviation or 0.0, marked, color)
-            if marked is not None:
-                axes.plot(at, marked, "D", color=ink(), markerfacecolor=background(), markersize=5)
-                shown = True
-        axes.bar(0, 0, **look, label=f"{group.title} (n = {len(group.runs)})")
-    if shown:
-        axes.plot([], [], "D", color=ink(), markerfacecolor=background(), markersize=5, label="the paper", linestyle="")
+            hatch = HATCHES[sibling % len(HATCHES)]
+            bar, mark = mean_bar(axes, at, group.values(column), share * 0.9, color, hatch, marked)
+            legend |= {f"{group.title} (n = {len(group.runs)})": bar} if bar is not None else {}
+            legend |= {PAPER: mark} if mark is not None else {}
+    if PAPER in legend:  # last
+        legend[PAPER] = legend.pop(PAPER)
     axes.set_xticks(range(len(COLUMNS)), ["all", *list(COLUMNS)[1:]])
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="classes", ylabel="top-1 accuracy, %")
     axes.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=1)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1)
     return figure
 
 

@@ -8,12 +8,46 @@ from pathlib import Path
 
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.files import read_json, to_json, write_bytes
 
 RECORD, HISTORY = "metrics.json", "summary.csv"
 # Accuracies that an epoch's row keeps, as the columns of ``summary.csv`` call them.
 EPOCH_METRICS = ("top1", "many", "medium", "few")
+
+
+@dataclass(frozen=True)
+class HeadMetrics:
+    """What a head achieves on a set of images; None where there is nothing to measure.
+
+    Attributes:
+        top1: accuracy over the images, in percent, as all accuracies here.
+        top5: the same, of the label being among the five largest logits.
+        macro: mean of the classes' accuracies.
+        many: mean accuracy of the classes with more than 100 training images.
+        medium: of those with 20 to 100.
+        few: of those with fewer than 20.
+        ece: expected calibration error, in percent.
+        nll: negative log-likelihood per image, in nats.
+        images: how many were evaluated.
+        classes: how many classes each shot group has.
+        per_class: accuracy of each class, K of them.
+    """
+
+    top1: float
+    top5: float
+    macro: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    ece: float
+    nll: float
+    images: int
+    classes: dict[str, int]
+    per_class: list[float | None]
+
+    def by_group(self) -> dict[str, float | None]:
+        """Return the accuracies that every table shows: ``overall``, then those of the shot groups."""
+        return {"overall": self.top1, "many": self.many, "medium": self.medium, "few": self.few}
 
 
 @dataclass(frozen=True)
@@ -55,6 +89,7 @@ class RunRecord:
         prediction_heads: heads whose logits' mean is the prediction; empty for a network of one head.
         dataset: the recipe's.
         loader: ``resident`` or ``timm``.
+        precision: of the training step: ``float32``, or of mixed precision ``bfloat16`` or ``float16``.
         epochs: of the last stage.
         seed: of the run.
         class_counts: training images of each class.
@@ -88,6 +123,8 @@ class RunRecord:
     training_seconds: float
     replaced_images: list[str]
     environment: Environment
+    # What was not always recorded.
+    precision: str | None = None
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
     GREEN,
@@ -25,8 +25,7 @@ from mbib_timm.drawing import (
 )
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import heads_of_expert
-from mbib_timm.evaluation.metrics import HeadMetrics
-from mbib_timm.results.record import Epoch, RunRecord
+from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.metrics import HeadMetrics
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.results.paper import RESULTS, PaperResult
-from mbib_timm.results.record import Epoch, RunRecord, read_history, read_record
+from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
 from mbib_timm.results.redact import redact_method, redact_record
 from mbib_timm.results.tables import mean_of
 
@@ -191,7 +190,7 @@ def packaged_recipe(name: str) -> Recipe | None:
 def _settings(recipe: Recipe, own: Recipe) -> dict[str, Any]:
     """Return what has other values than in the packaged recipe; the same images in files are the same data."""
     elsewhere = {"dataset"} if recipe.dataset == "folder" and own.imbalance == recipe.imbalance == "exp" else set()
-    before, now = _by_address(own), _by_address(recipe)
+    before, now = _by_address(own.with_choices_of(recipe)), _by_address(recipe)
     return {
         address: now.get(address)
         for address in {**now, **before}

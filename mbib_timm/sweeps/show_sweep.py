@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, background, canvas, ink, render, text_on
+from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar, render
 from mbib_timm.errors import MbibError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import method_title
@@ -215,22 +215,12 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     figure, axes = canvas(min(10.0, max(6.0, 2.5 + wide)), 4.0)
     share = 0.84 / len(names)
     legend: dict[str, Any] = {}
-    mark = dict(marker="D", linestyle="", color=ink(), markerfacecolor=background(), markersize=4.5)
     for (place, name), (values, number) in bars.items():
-        measured = [value for value in values if value is not None]
-        if not measured:
-            continue
         at = places.index(place) + (names.index(name) - (len(names) - 1) / 2) * share
-        mean = statistics.mean(measured)
-        deviation = statistics.stdev(measured) if len(measured) > 1 else None
-        legend[name] = axes.bar(
-            at, mean, share * 0.9, color=look[place, name], hatch=hatches[name], edgecolor=background(), linewidth=0,
-            yerr=deviation, ecolor=ink(), capsize=2,
-        )  # fmt: skip
         marked = number if results.is_papers else None
-        if marked is not None:
-            (legend[PAPER],) = axes.plot(at, marked, **mark)
-        write_number(axes, at, mean, deviation or 0.0, marked, look[place, name])
+        bar, mark = mean_bar(axes, at, values, share * 0.9, look[place, name], hatches[name], marked)
+        legend |= {name: bar} if bar is not None else {}
+        legend |= {PAPER: mark} if mark is not None else {}
     characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
     axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places])
     axes.tick_params(axis="x", length=0)
@@ -303,26 +293,6 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=ACCURACY)
     return figure, axes
-
-
-def write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
-    """Write a bar's mean over it; into it where the paper's mark is in the way.
-
-    Args:
-        axes: with the bar.
-        at: the bar's place.
-        mean: its height, in percent.
-        deviation: half the length of its error bar.
-        marked: height of the paper's mark; None for none.
-        color: of the bar.
-    """
-    text = dict(textcoords="offset points", ha="center", fontsize=7)
-    if marked is None or not -2 < marked - mean - deviation < 6:
-        axes.annotate(f"{mean:.1f}", (at, mean + deviation), (0, 2), va="bottom", **text)
-        return
-    below = (at, min(mean - deviation, marked))
-    box = dict(facecolor=color, linewidth=0, pad=0.5)
-    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=text_on(color), bbox=box, **text)
 
 
 def _wrapped(text: str, characters: int) -> str:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
-from mbib_timm.environment import World
+from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
-from mbib_timm.models.load import find_source
+from mbib_timm.models.weights import find_source
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
-from mbib_timm.training.seeding import seed_generators
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,5 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         tuple(recipe.mean),
         tuple(recipe.std),
         splits.class_names,
-        streamed=splits.train.stream is not None,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
     )

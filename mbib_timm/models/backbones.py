@@ -1,0 +1,369 @@
+"""A timm backbone inside a model: where it is observed, and what all models around one have in common.
+
+The backbone is timm's model itself, under the keys ``backbone.<timm's key>``; what is the backbone's is left to it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.layers import SelectAdaptivePool2d, get_device_dtype
+from timm.models import PretrainedCfg
+
+# timm gives these two no public name: the feature net over `forward_intermediates`, of which ours is a subclass, and
+# how timm's models read the `indices` of that method. Whatever else needs them imports them from here.
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from torch import Tensor, nn
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.heads import Observation, renew_classifier
+
+# What a model that holds a backbone calls it: the first part of the backbone's keys.
+PREFIX = "backbone."
+
+
+def skeleton(backbone: str, backbone_args: Mapping[str, Any]) -> nn.Module:
+    """Build the plain backbone on the meta device, without memory, to read its levels and its keys.
+
+    Raises:
+        MbibError: timm does not know the backbone.
+    """
+    if not timm.is_model(backbone):
+        raise unknown_name("backbone", backbone, timm.list_models())
+    return timm.create_model(backbone, device="meta", **backbone_args)
+
+
+def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return taps as ascending indices into the backbone's ``feature_info``.
+
+    Args:
+        backbone: timm model name.
+        taps: indices, negative ones from the end, or names of the levels' modules.
+        backbone_args: keyword arguments of the backbone.
+
+    Raises:
+        MbibError: an unknown backbone or tap, a backbone that timm cannot tap, no tap, or taps that are not in order
+            of depth.
+    """
+    plain = skeleton(backbone, backbone_args)
+    if not hasattr(plain, "forward_intermediates") or not getattr(plain, "feature_info", None):
+        raise MbibError(f"backbone {backbone!r} cannot be tapped: it has no forward_intermediates, as timm's models do")
+    feature_info: Any = plain.feature_info
+    modules = [info["module"] for info in feature_info]
+    levels = []
+    for tap in taps:
+        if isinstance(tap, str):
+            if tap not in modules:
+                raise unknown_name(f"tap of {backbone}", tap, modules)
+            levels.append(modules.index(tap))
+        elif -len(modules) <= tap < len(modules):
+            levels.append(tap % len(modules))
+        else:
+            listing = ", ".join(f"{i}: {name}" for i, name in enumerate(modules))
+            raise MbibError(f"unknown tap {tap} of {backbone}: its levels are {listing}")
+    if not levels or levels != sorted(set(levels)):
+        raise MbibError(f"taps of {backbone} must be one or more levels in order of depth, got {list(taps)}")
+    return tuple(levels)
+
+
+def create_tapped(backbone: str, levels: Sequence[int], **kwargs: Any) -> Any:
+    """Build a backbone that ends at its last tapped level, under timm's own keys.
+
+    timm's ``features_only`` prunes what lies behind that level; the model inside its feature net is returned, and its
+    ``forward_intermediates`` gives the maps.
+
+    Raises:
+        MbibError: timm builds the features-only form of this backbone as another network.
+    """
+    try:
+        net = timm.create_model(backbone, features_only=True, feature_cls="getter", out_indices=tuple(levels), **kwargs)
+    except TypeError as error:
+        if "feature_cls" not in str(error):
+            raise
+        raise MbibError(f"backbone {backbone!r} cannot be tapped: its features_only takes no feature class") from None
+    return net.model
+
+
+class FeatureNet(FeatureGetterNet):
+    """timm's feature net over ``forward_intermediates``, with gradient checkpointing: `features_only` of our models."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.model.set_grad_checkpointing(enable)
+
+
+def prefixed_levels(feature_info: Any) -> list[dict[str, Any]]:
+    """Return a backbone's ``feature_info`` as that of the model that holds it."""
+    return [dict(info, module=PREFIX + info["module"]) for info in feature_info]
+
+
+def prefixed_groups(backbone: Any, coarse: bool) -> Any:
+    """Return a backbone's ``group_matcher`` as that of the model that holds it; what follows the backbone comes last.
+
+    timm matches a pattern from the start of a name: ``^`` says nothing there and is left out, except in ``[^...]``. A
+    backbone that has no groups is one.
+    """
+
+    def prefixed(pattern: str) -> str:
+        unanchored = re.sub(r"(?<!\[)\^", "", pattern)
+        return f"^{re.escape(PREFIX)}(?:{unanchored})"
+
+    if not hasattr(backbone, "group_matcher"):
+        return {"stem": prefixed("")}
+    matcher = backbone.group_matcher(coarse=coarse)
+    if callable(matcher):
+        return lambda name: matcher(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else float("inf")
+    return {
+        name: prefixed(spec) if isinstance(spec, str) else [(prefixed(pattern), suffix) for pattern, suffix in spec]
+        for name, spec in matcher.items()
+        if spec is not None
+    }
+
+
+def prefixed_names(names: str | Sequence[str] | None) -> Any:
+    """Return a cfg's name or names of a backbone's layers as those of the model that holds it."""
+    if names is None or isinstance(names, str):
+        return PREFIX + names if names else None
+    return tuple(PREFIX + name for name in names)
+
+
+def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCfg:
+    """Return the cfg of a backbone, with its weights' location, as that of the model that holds it.
+
+    Args:
+        backbone: timm model name, with or without tag.
+        classifier: name or names of the model's classifiers.
+    """
+    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
+    return dataclasses.replace(
+        cfg,
+        url=None,
+        architecture=None,
+        tag=None,
+        classifier=classifier if isinstance(classifier, str) else tuple(classifier),
+        first_conv=prefixed_names(cfg.first_conv),
+    )
+
+
+POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
+
+
+class PoolingError(MbibError, AssertionError):
+    """A pooling type that the model cannot take; an AssertionError as well, as timm's callers expect."""
+
+
+class BackboneModel(nn.Module):
+    """A model that holds a timm backbone.
+
+    Attributes:
+        backbone: timm's model.
+        backbone_name: its name, without tag.
+        backbone_args: keyword arguments that it was built with.
+    """
+
+    if TYPE_CHECKING:  # TorchScript reads a class's annotations, and takes few
+        backbone: Any
+        backbone_name: str
+        backbone_args: dict[str, Any]
+
+    @torch.jit.ignore
+    def plain_key(self, key: str) -> str:
+        """Return the key of the plain backbone's weights that a key of `backbone` starts from."""
+        return key
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters that take no weight decay."""
+        return {PREFIX + name for name in getattr(self.backbone, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Return the backbone's parameter groups, in order of depth; what follows the backbone comes last."""
+        return prefixed_groups(self.backbone, coarse)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last map and the maps of the chosen levels: the backbone's own."""
+        return self.backbone.forward_intermediates(
+            x,
+            indices=indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+
+class MultiHeadModel(BackboneModel):
+    """A model with several classifiers: in training it returns the logits of each, in evaluation their prediction.
+
+    Attributes:
+        head_names: of the logits that training returns, in order.
+        prediction_heads: those whose mean is the prediction.
+        training_logits: see `set_training_logits`.
+        global_pool: of every map that a head is on.
+        feature_info: the backbone's levels, up to the last that is used.
+    """
+
+    if TYPE_CHECKING:
+        global_pool: SelectAdaptivePool2d
+        head_names: tuple[str, ...]
+        prediction_heads: tuple[str, ...]
+        num_classes: int
+        num_features: int
+        head_hidden_size: int
+        drop_rate: float
+        training_logits: str
+        feature_info: list[dict[str, Any]]
+        classifier_kind: str
+        classifier_scale: float | None
+
+    def _heads(self) -> Sequence[Any]:
+        """Return the heads, in the order of `head_names`: each has a `classifier` on `num_features`."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_training_logits(self, mode: str) -> None:
+        """Choose what training returns.
+
+        Args:
+            mode: ``"all"``: the logits of every head; ``"mean"``: what evaluation returns. With ``"mean"`` the
+                training-only heads get no gradient; build the model with ``training_heads=False`` for DDP.
+        """
+        if mode not in ("all", "mean"):
+            raise unknown_name("training_logits", str(mode), ("all", "mean"))
+        self.training_logits = mode
+
+    @torch.jit.ignore
+    def name_classifiers(self) -> None:
+        """Write the classifiers' names into the model's cfg, where it has one: they depend on its arguments."""
+        cfg: Any = getattr(self, "pretrained_cfg", None)
+        if cfg is not None and self.num_classes > 0:
+            cfg["classifier"] = classifier_names(self)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """Return the classifiers, in the order of `head_names`."""
+        return tuple(head.classifier for head in self._heads())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace every classifier by one of the same kind.
+
+        Args:
+            num_classes: classes K; with 0, `forward` returns the pooled features, (B, `head_hidden_size`).
+            global_pool: pooling type; None keeps it, ``""`` (with no classes) returns the unpooled map. Classes after
+                ``""``, without a type, are on average-pooled maps.
+
+        Raises:
+            PoolingError: a pooling type that the heads cannot take.
+        """
+        if global_pool is None and self.global_pool.pool_type == "" and num_classes > 0:
+            global_pool = "avg"
+        if global_pool is not None:
+            self.global_pool = create_pool(global_pool, num_classes).train(self.training)
+        self.num_classes = num_classes
+        kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
+        for head in self._heads():
+            head.classifier = renew_classifier(head.classifier, kind, head.num_features, num_classes, scale, **dd)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what lies behind the last chosen level, and the heads with it.
+
+        What is left is the backbone, with a classifier on its pooled last map where `reset_classifier` asks for one.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        if not prune_head and last == len(self.feature_info) - 1:
+            return take
+        self.backbone.prune_intermediate_layers(take, prune_norm=prune_norm)
+        self.feature_info = self.feature_info[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        head = Observation(self.num_features, 0, norm=False, drop_rate=self.drop_rate)
+        self._replace_heads(head.train(self.training), last)
+        self.reset_classifier(0, "")
+        return take
+
+    def _replace_heads(self, head: Observation, level: int) -> None:
+        """Leave a single head, on the whole of the map at a level."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last map, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the prediction (B, K) from the last map; with `pre_logits` the features (B, C)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the prediction (B, K); in training the logits of every head."""
+        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
+            return self.forward_heads(x)
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last map and the maps of the chosen levels (all of them by default), as timm's models do.
+
+        The levels are those of `feature_info`.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        kwargs: dict[str, Any] = dict(norm=norm, stop_early=stop_early, output_fmt=output_fmt, intermediates_only=True)
+        if intermediates_only:
+            return self.backbone.forward_intermediates(x, indices=take, **kwargs)
+        end = last if stop_early else len(self.feature_info) - 1
+        levels = sorted({*take, end})
+        maps = self.backbone.forward_intermediates(x, indices=levels, **kwargs)
+        return maps[-1], [m for level, m in zip(levels, maps, strict=True) if level in take]
+
+
+def create_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
+    """Return a pooling of maps to vectors; with ``""`` none.
+
+    Raises:
+        PoolingError: the heads cannot take what it gives.
+    """
+    if pool_type == "" and num_classes > 0:
+        raise PoolingError("the classifiers need pooled maps: global_pool='' goes with num_classes=0")
+    if pool_type not in (*POOL_TYPES, ""):
+        error = unknown_name("global_pool (of the types that keep the width)", str(pool_type), POOL_TYPES)
+        raise PoolingError(str(error))
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+
+
+def classifier_names(model: Any) -> tuple[str, ...]:
+    """Return the names of a model's classifiers, in the order in which it gives their logits."""
+    classifiers = model.get_classifier()
+    names = {id(module): name for name, module in model.named_modules()}
+    return tuple(names[id(c)] for c in (classifiers if isinstance(classifiers, tuple) else (classifiers,)))

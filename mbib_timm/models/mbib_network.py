@@ -1,0 +1,212 @@
+"""The MBIB network: a backbone tapped at several depths, a bottleneck z, and a classifier on each.
+
+    x -> CNN1 -> v1 -> CNN2 -> v2 -> CNN3 -> v3 -> FC -> z        (figure 2)
+                 |            |            |            |
+               h(v1)        u(v2)        f(v3)        g(z)
+
+The prediction is the mean of the logits f(v3) and g(z). All other classifiers serve training only; evaluation
+does not compute them. BIB is the same network with v3 alone (figure 1).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.backbones import MultiHeadModel, create_pool, create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
+
+__all__ = ["MBIB"]
+
+PREDICTIONS = ("mean", "v", "z")
+
+
+class MBIB(MultiHeadModel):
+    """Mixture of Balanced Information Bottlenecks on any timm backbone that has ``forward_intermediates``.
+
+    In training, `forward` returns the logits of every head, (B, K) each, as a tuple in the order of `head_names`. In
+    evaluation it returns one tensor (B, K), the mean of the last observation's and z's logits.
+
+    `backbone` is timm's model itself, without what follows its last tap: the keys of its weights are
+    ``backbone.<timm's key>``. The levels of `feature_info` are the backbone's.
+
+    Args:
+        backbone: timm model that is tapped, e.g. ``resnet50`` or ``convnext_tiny``.
+        taps: levels to observe, in order of depth: indices into the backbone's ``feature_info`` (negative ones
+            count from the end), names of its modules (``layer2.4``), and first, if wanted, ``"input"``.
+        num_classes: classes K; 0 for none.
+        in_chans: channels of the images.
+        global_pool: timm pooling type of every observation; those that keep the width.
+        bottleneck_features: width of z; that of the last observation when None.
+        bottleneck_act: ReLU after z's normalisation.
+        observation_norm: normalise the pooled observations.
+        prediction: what predicts: the ``"mean"`` of the last observation's and z's logits; or ``"v"`` or ``"z"``, a
+            network whose last observation, or whose z, is the only one of the two to have a classifier. With balanced
+            softmax cross-entropy and one tap these are BSCE and BSCE_MLP of Tables 5 and 7.
+        training_heads: build the classifiers that serve training only.
+        training_logits: ``"all"``, or ``"mean"`` to return the mean in training too, for training loops that
+            expect one tensor, such as timm's train.py; see `set_training_logits`.
+        drop_rate: dropout before the classifiers.
+        drop_path_rate: stochastic depth of the backbone.
+        classifier: kind of every classifier, see `create_classifier`.
+        classifier_scale: of cosine classifiers.
+        img_size: image size, for backbones whose parameters depend on it.
+        backbone_args: further keyword arguments of the backbone.
+
+    Raises:
+        MbibError: unknown taps, pooling, prediction or classifier, with the valid ones.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        taps: Sequence[int | str] = (-3, -2, -1),
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        bottleneck_features: int | None = None,
+        bottleneck_act: bool = True,
+        observation_norm: bool = True,
+        prediction: str = "mean",
+        training_heads: bool = True,
+        training_logits: str = "all",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        classifier: str = "linear",
+        classifier_scale: float | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        backbone_args: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.global_pool = create_pool(global_pool, num_classes)
+        if prediction not in PREDICTIONS:
+            raise unknown_name("prediction", str(prediction), PREDICTIONS)
+        self.backbone_name = backbone
+        self.backbone_args = dict(backbone_args or {})
+        if img_size is not None:
+            self.backbone_args["img_size"] = img_size
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.observes_input = len(taps) > 0 and taps[0] == "input"
+        self.taps = resolve_taps(backbone, taps[1:] if self.observes_input else taps, self.backbone_args)
+        optional = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+        self.backbone = create_tapped(backbone, self.taps, in_chans=in_chans, **optional, **self.backbone_args, **dd)
+        self.feature_info = prefixed_levels(self.backbone.feature_info)[: self.taps[-1] + 1]
+
+        channels = [self.feature_info[level]["num_chs"] for level in self.taps]
+        names = [*["x"] * self.observes_input, *(f"v{i}" for i in range(1, len(channels) + 1))]
+        widths = dict(zip(names, [in_chans] * self.observes_input + channels, strict=True))
+        shallow = names[:-1] if training_heads else []
+        self.predicts_from_v, self.predicts_from_z = prediction != "z", prediction != "v"
+        self.bottleneck_head: str | None = "z" if self.predicts_from_z else None
+        self.prediction_heads = (names[-1],) * self.predicts_from_v + ("z",) * self.predicts_from_z
+        self.head_names = (*shallow, *self.prediction_heads)
+        self.set_training_logits(training_logits)
+
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.classifier_kind, self.classifier_scale = classifier, classifier_scale
+        create = partial(create_classifier, classifier, scale=classifier_scale)
+        self.training_heads = nn.ModuleDict(
+            {
+                name: Observation(widths[name], num_classes, observation_norm, drop_rate, create, **dd)
+                for name in shallow
+            }
+        )
+        # Without a classifier of its own the last observation is what z is made of.
+        observed_classes = num_classes if self.predicts_from_v else 0
+        self.observation = Observation(channels[-1], observed_classes, observation_norm, drop_rate, create, **dd)
+        self.bottleneck: nn.Module = nn.Identity()
+        if self.predicts_from_z:
+            width = bottleneck_features or channels[-1]
+            self.bottleneck = Bottleneck(channels[-1], width, num_classes, bottleneck_act, drop_rate, create, **dd)
+
+    @torch.jit.ignore
+    def remove_training_heads(self) -> None:
+        """Remove the classifiers that serve training only; the prediction stays the same."""
+        self.training_heads = nn.ModuleDict()
+        self.head_names = self.prediction_heads
+        self.name_classifiers()
+
+    def _heads(self) -> list[Any]:
+        predicting = [self.observation] * self.predicts_from_v + [self.bottleneck] * self.predicts_from_z
+        return [*self.training_heads.values(), *predicting]
+
+    @torch.jit.ignore
+    def _maps(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """Return the backbone's maps (B, C, H, W) at some levels, in order of depth."""
+        return self.backbone.forward_intermediates(x, indices=list(levels), output_fmt="NCHW", intermediates_only=True)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last tapped map, (B, C, H, W)."""
+        if not torch.jit.is_scripting():
+            return self._maps(x, self.taps[-1:])[0]
+        return self.backbone.forward_features(x)  # see __prepare_scriptable__
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the prediction (B, K) from the last map; with `pre_logits` the last observation v (B, C)."""
+        x = self.global_pool(x)
+        if self.global_pool.pool_type == "":
+            return x
+        v = self.observation.norm(x)
+        if pre_logits or self.num_classes == 0:
+            return v
+        if not self.predicts_from_z:
+            return self.observation.classifier(self.observation.drop(v))
+        if not self.predicts_from_v:
+            return self.bottleneck(v)
+        return (self.observation.classifier(self.observation.drop(v)) + self.bottleneck(v)) / 2
+
+    @torch.jit.ignore
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
+        maps = self._maps(x, self.taps if len(self.training_heads) else self.taps[-1:])
+        logits = []
+        if len(self.training_heads):
+            pooled = [self.global_pool(m) for m in ([x] if self.observes_input else []) + maps[:-1]]
+            logits = [head(p) for head, p in zip(self.training_heads.values(), pooled, strict=True)]
+        v = self.observation.norm(self.global_pool(maps[-1]))
+        if self.predicts_from_v:
+            logits.append(self.observation.classifier(self.observation.drop(v)))
+        if self.predicts_from_z:
+            logits.append(self.bottleneck(v))
+        return tuple(logits)
+
+    def _replace_heads(self, head: Observation, level: int) -> None:
+        """Leave a single observation, of a level."""
+        self.taps, self.observes_input = (level,), False
+        self.training_heads = nn.ModuleDict()
+        self.observation, self.bottleneck = head, nn.Identity()
+        self.predicts_from_v, self.predicts_from_z, self.bottleneck_head = True, False, None
+        self.head_names = self.prediction_heads = ("v1",)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the model to torch.jit.script, which cannot follow ``forward_intermediates`` and takes its last map
+        from the backbone's ``forward_features``.
+
+        Raises:
+            MbibError: that is another map, as in transformers.
+        """
+        cfg: Any = getattr(self, "pretrained_cfg", {})
+        size = self.backbone_args.get("img_size") or cfg.get("input_size", (3, 224, 224))[1:]
+        height, width = (size, size) if isinstance(size, int) else size
+        reference = next(self.parameters())
+        x = torch.rand(1, self.in_chans, height, width, device=reference.device, dtype=reference.dtype)
+        training = [module for module in self.backbone.modules() if module.training]
+        self.backbone.eval()
+        with torch.no_grad():
+            expected, given = self._maps(x, self.taps[-1:])[0], self.backbone.forward_features(x)
+        for module in training:
+            module.training = True
+        if expected.shape != given.shape or not (reference.is_meta or torch.equal(expected, given)):
+            raise MbibError(
+                f"torch.jit.script: forward_features of backbone {self.backbone_name!r} is not its last tap; "
+                "use torch.export or torch.jit.trace"
+            )
+        return self
