@@ -641,3 +641,12 @@ def test_epochs_without_mixing_move_in_proportion(epochs, off):
     scaled = whole.replace(**in_proportion(whole, epochs))
     assert (scaled.epochs, scaled.mixup_off_epochs) == (epochs, off)
     assert "mixup_off_epochs" not in {key for key, value in in_proportion(recipe(), epochs).items() if value}
+
+
+@pytest.mark.parametrize(("epochs", "decay"), [(200, 0.999), (400, 0.9995), (100, 0.998), (20, 0.99), (1, 0.8)])
+def test_the_memory_of_the_moving_average_moves_in_proportion(epochs, decay):
+    whole = recipe(model_ema=True, model_ema_decay=0.999, epochs=200)
+    scaled = whole.replace(**in_proportion(whole, epochs))
+    assert scaled.model_ema_decay == pytest.approx(decay)
+    assert (1 - scaled.model_ema_decay) * epochs == pytest.approx((1 - 0.999) * 200)
+    assert "model_ema_decay" not in in_proportion(whole.replace(model_ema=False), epochs)
