@@ -34,7 +34,7 @@ def finished_run(tmp_path_factory) -> Path:
     from mbib_timm.training import train
 
     settings = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0, output=str(tmp_path_factory.mktemp("runs")))
-    return Path(train(load_recipe(find_recipe("mbib_resnet20.digits"), settings), "mbib_resnet20.digits")["folder"])
+    return train(load_recipe(find_recipe("mbib_resnet20.digits"), settings), "mbib_resnet20.digits").folder
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def post_hoc_run(tmp_path_factory) -> Path:
     name = "cifar_resnet32.tau_norm_digits"
     places = dict(device="cpu", output=str(tmp_path_factory.mktemp("post_hoc")))
     recipe = load_recipe(find_recipe(name), {"stage1.epochs": 3, "stage1.warmup_epochs": 1, **places})
-    return Path(train(recipe, name)["folder"])
+    return train(recipe, name).folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,6 @@ from mbib_timm.data.long_tail import exponential_profile
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import aggregate as command
 from mbib_timm.evaluation.aggregate import aggregate, view_recipes
-from mbib_timm.evaluation.evaluate import predicting_parts
 from mbib_timm.evaluation.expert_weights import (
     DISTRIBUTIONS,
     draw_test_set,
@@ -26,6 +25,7 @@ from mbib_timm.evaluation.expert_weights import (
     weighted_logits,
 )
 from mbib_timm.evaluation.validate import validate
+from mbib_timm.models.head_outputs import predicting_parts
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import train
 
@@ -176,7 +176,7 @@ def run(tmp_path_factory) -> Path:
     recipe = load_recipe(
         find_recipe("experts_resnet32.sade_digits"), {**settings, "output": str(tmp_path_factory.mktemp("runs"))}
     )
-    return Path(train(recipe, "experts")["folder"])
+    return train(recipe, "experts").folder
 
 
 CPU = {"device": "cpu", "workers": 0}
@@ -193,11 +193,11 @@ def test_the_command_writes_a_table_of_every_distribution(run, capsys):
         assert all(f"{value:.2f}" in printed for value in row["top1"].values())
     uniform = content["test_sets"][1]
     assert uniform["images"] == 340
-    heads = validate(str(run), overrides=CPU)["heads"]
+    heads = validate(str(run), overrides=CPU).heads
     # As an evaluation sees the images, not as training does.
-    expected = {name: heads[name]["top1"] for name in ("expert1", "expert2", "expert3")}
+    expected = {name: heads[name].top1 for name in ("expert1", "expert2", "expert3")}
     assert {name: uniform["top1"][name] for name in expected} == pytest.approx(expected)
-    assert uniform["top1"]["mean"] == pytest.approx(heads["prediction"]["top1"])
+    assert uniform["top1"]["mean"] == pytest.approx(heads["prediction"].top1)
     assert str(run / "aggregation.json") in printed
 
 
@@ -219,23 +219,23 @@ def test_weights_do_not_depend_on_labels_and_the_model_stays_as_it_is(run, tmp_p
         return original_loader(recipe, blank, views, **kwargs)
 
     monkeypatch.setattr(command, "build_views_loader", without_labels)
-    assert aggregate(str(run), **keys)["test_sets"] == first["test_sets"]
-    assert aggregate(str(run), **keys, seed=1)["test_sets"] != first["test_sets"]
-    assert first["test_sets"][0]["weights"] != dict.fromkeys(("expert1", "expert2", "expert3"), 1 / 3)
+    assert aggregate(str(run), **keys).test_sets == first.test_sets
+    assert aggregate(str(run), **keys, seed=1).test_sets != first.test_sets
+    assert first.test_sets[0].weights != dict.fromkeys(("expert1", "expert2", "expert3"), 1 / 3)
 
 
 def test_both_loaders_serve(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mbib_timm.data.create.fits", lambda *args: False)
     keys = dict(overrides=CPU, distributions=["forward5"], results_file=tmp_path / "out.json")
-    (row,) = aggregate(str(run), **keys)["test_sets"]
-    assert row["images"] > 100
-    assert row["epochs"] == 5
+    (row,) = aggregate(str(run), **keys).test_sets
+    assert row.images > 100
+    assert row.epochs == 5
 
 
 def test_test_sets_for_which_there_are_too_few_images_are_left_out_or_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "learn_weights", lambda epochs, experts, device: learn_weights([], experts, device))
-    content = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")
-    names = [row["test_set"] for row in content["test_sets"]]
+    found = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")
+    names = [row.test_set for row in found.test_sets]
     assert names == [name for name in DISTRIBUTIONS if not name.endswith("50")]
     assert "left out: forward50: imbalance factor 50 leaves no image" in capsys.readouterr().out
     with pytest.raises(DataError, match="imbalance factor 50"):

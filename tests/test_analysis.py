@@ -27,8 +27,8 @@ from mbib_timm.data import Batch
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate
-from mbib_timm.evaluation.evaluate import head_logits
 from mbib_timm.models import MBIB
+from mbib_timm.models.head_outputs import head_logits
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 GROUP_OF = ["many", "many", "medium", "medium", "medium", "few", "few"]
@@ -108,7 +108,7 @@ def test_equal_logits_are_ranked_as_evaluate_ranks_them():
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     for name, head in outputs.heads.items():
         correct = 100 * float((head.predicted == outputs.labels).double().mean())
-        assert correct == pytest.approx(outputs.metrics[name]["top1"])
+        assert correct == pytest.approx(outputs.metrics[name].top1)
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def test_reliability_against_a_naive_loop_and_the_metrics():
                 continue
             assert result["accuracy"][b] == pytest.approx(100 * sum(map(int, correct[inside])) / len(inside))
             assert result["confidence"][b] == pytest.approx(100 * float(head.confidence[inside].double().mean()))
-        assert result["ece"] == pytest.approx(outputs.metrics[name]["ece"], rel=1e-9)
+        assert result["ece"] == pytest.approx(outputs.metrics[name].ece, rel=1e-9)
         assert result["images"] == batch_statistics(logits[name], y).bins[:, 0].tolist()
 
 
@@ -494,7 +494,7 @@ def loader(images):
 
 counts = np.linspace(1000, 2, K).astype(int)
 outputs = collect_outputs(Wide(), loader(N), counts, device=torch.device("cpu"))
-assert outputs.metrics["prediction"]["images"] == N
+assert outputs.metrics["prediction"].images == N
 features = {"v": outputs.features["v"], "z": torch.randn(N, C)}
 rho = {name: distances(values, torch.arange(N) % K, counts) for name, values in features.items()}
 # Three standard normal images a class: 2/3 of the pairs are d apart, centres d / sqrt(3).

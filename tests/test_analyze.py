@@ -56,12 +56,12 @@ def test_the_file_holds_what_is_returned(run, result):
 def test_accuracies_are_those_of_validate(run, result, capsys):
     validated = validate(str(run), overrides={"device": "cpu"})
     assert list(result["heads"]) == HEADS
-    for head, values in validated["heads"].items():
+    for head, values in validated.heads.items():
         for metric in ("top1", "macro", "many", "medium", "few", "nll", "ece"):
-            assert result["heads"][head][metric] == pytest.approx(values[metric], rel=1e-5)
-        assert result["heads"][head]["per_class"] == pytest.approx(values["per_class"], rel=1e-5)
-        assert result["reliability"][head]["ece"] == pytest.approx(values["ece"], rel=1e-4)
-    assert result["class_counts"] == validated["class_counts"]
+            assert result["heads"][head][metric] == pytest.approx(getattr(values, metric), rel=1e-5)
+        assert result["heads"][head]["per_class"] == pytest.approx(values.per_class, rel=1e-5)
+        assert result["reliability"][head]["ece"] == pytest.approx(values.ece, rel=1e-4)
+    assert result["class_counts"] == validated.class_counts
 
 
 def test_the_parts_agree_with_one_another(result):
@@ -95,7 +95,7 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
         find_recipe("cifar_resnet20.ce_digits"),
         dict(epochs=1, warmup_epochs=0, device="cpu", output=str(tmp_path / "runs"), seed=5),
     )
-    plain = train(recipe, "cifar_resnet20.ce_digits")["folder"]
+    plain = str(train(recipe, "cifar_resnet20.ce_digits").folder)
     capsys.readouterr()
     output = tmp_path / "analyses"
     options = dict(overrides={"device": "cpu"}, output=output, classes=[2, 9], images_per_class=6)

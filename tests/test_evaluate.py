@@ -1,6 +1,6 @@
 """Evaluation of models: every head, every image once, and the table of the result."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +9,11 @@ import torch
 
 from mbib_timm.data import Batch
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation import batch_statistics, evaluate, results_table, summarize
-from mbib_timm.evaluation.evaluate import head_logits
+from mbib_timm.evaluation import batch_statistics, evaluate, summarize
+from mbib_timm.files import to_json
 from mbib_timm.models import MBIB
+from mbib_timm.models.head_outputs import head_logits
+from mbib_timm.results.tables import accuracy_table
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 CPU = torch.device("cpu")
@@ -40,9 +42,10 @@ def test_every_head_and_the_prediction(model):
         heads = {"prediction": model(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
     for name, logits in heads.items():
         expected = summarize(batch_statistics(logits, y), COUNTS)
-        assert results[name]["per_class"] == expected["per_class"]
-        assert results[name]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
-    json.dumps(results, allow_nan=False)
+        assert results[name].per_class == expected.per_class
+        assert results[name].nll == pytest.approx(expected.nll, rel=1e-5)
+    for metrics in results.values():
+        to_json(metrics)  # refuses what is not finite
 
 
 @pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
@@ -59,7 +62,7 @@ def test_a_plain_model_has_a_prediction_alone():
     results = evaluate(model, loader, COUNTS, device=CPU)
     assert list(results) == ["prediction"]
     correct = (model(x).argmax(1) == y).sum().item()
-    assert results["prediction"]["top1"] == pytest.approx(100 * correct / len(y))
+    assert results["prediction"].top1 == pytest.approx(100 * correct / len(y))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -88,9 +91,9 @@ def test_channels_last_and_autocast(model):
     last = evaluate(model.to(memory_format=torch.channels_last), loader, COUNTS, device=CPU, channels_last=True)
     half = evaluate(model, loader, COUNTS, device=CPU, amp_dtype=torch.bfloat16)
     for name in plain:
-        assert last[name]["nll"] == pytest.approx(plain[name]["nll"], rel=1e-4)
-        assert half[name]["nll"] == pytest.approx(plain[name]["nll"], rel=0.05)
-    assert half["prediction"]["nll"] != plain["prediction"]["nll"]
+        assert last[name].nll == pytest.approx(plain[name].nll, rel=1e-4)
+        assert half[name].nll == pytest.approx(plain[name].nll, rel=0.05)
+    assert half["prediction"].nll != plain["prediction"].nll
 
 
 def test_no_image_is_an_error(model):
@@ -131,21 +134,21 @@ def test_the_table_shows_groups_counts_and_heads():
     _, x, y = batches()
     logits = x.flatten(1)[:, :7]
     result = summarize(batch_statistics(logits, y), COUNTS)
-    empty = {**result, "few": None}
-    lines = results_table({"prediction": result, "v3": result, "z": empty}, COUNTS).splitlines()
+    empty = replace(result, few=None)
+    lines = accuracy_table({"prediction": result, "v3": result, "z": empty}, COUNTS).splitlines()
     assert lines[0].split() == ["top-1,", "%", "overall", "many", "medium", "few"]
     assert lines[2].split() == ["classes", "7", "2", "3", "2"]
     assert lines[3].split() == ["training", "images", "803", "601", "180", "22"]
-    assert lines[4].split() == ["of", "a", "class", "3-500", "101-500", "20-100", "3-19"]
+    assert lines[4].split() == ["per", "class", "3-500", "101-500", "20-100", "3-19"]
     assert [line.split()[0] for line in lines[6:]] == ["v3", "z", "prediction"]
-    assert lines[6].split()[1] == f"{result['top1']:.2f}"
-    assert lines[7].split()[-1] == "-"
+    assert lines[6].split()[1] == f"{result.top1:.2f}"
+    assert lines[7].split()[-1] == "–"
     assert len({len(line) for line in lines}) == 1
 
 
 def test_the_table_of_data_without_few_shot_classes():
     _, x, y = batches()
     counts = np.full(7, 300)
-    lines = results_table({"prediction": summarize(batch_statistics(x.flatten(1)[:, :7], y), counts)}, counts)
-    assert [line.split()[-1] for line in lines.splitlines()[2:5]] == ["0", "0", "-"]
-    assert lines.splitlines()[-1].split()[-2:] == ["-", "-"]
+    lines = accuracy_table({"prediction": summarize(batch_statistics(x.flatten(1)[:, :7], y), counts)}, counts)
+    assert [line.split()[-1] for line in lines.splitlines()[2:5]] == ["0", "0", "–"]
+    assert lines.splitlines()[-1].split()[-2:] == ["–", "–"]

@@ -1,7 +1,5 @@
 """Metrics against scikit-learn and naive loops."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from sklearn import metrics as reference
 
 from mbib_timm.data.class_counts import shot_groups
 from mbib_timm.evaluation import batch_statistics, summarize
+from mbib_timm.files import to_json
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 
@@ -26,16 +25,16 @@ def test_against_scikit_learn():
     result = summarize(batch_statistics(logits, targets), COUNTS)
     y, p = targets.numpy(), logits.argmax(1).numpy()
     probabilities = logits.double().softmax(1).numpy()
-    assert result["top1"] == pytest.approx(100 * reference.accuracy_score(y, p))
-    assert result["top5"] == pytest.approx(100 * reference.top_k_accuracy_score(y, probabilities, k=5))
-    assert result["macro"] == pytest.approx(100 * reference.balanced_accuracy_score(y, p))
-    assert result["nll"] == pytest.approx(reference.log_loss(y, probabilities), rel=1e-6)
-    assert result["per_class"] == pytest.approx(100 * reference.recall_score(y, p, average=None))
+    assert result.top1 == pytest.approx(100 * reference.accuracy_score(y, p))
+    assert result.top5 == pytest.approx(100 * reference.top_k_accuracy_score(y, probabilities, k=5))
+    assert result.macro == pytest.approx(100 * reference.balanced_accuracy_score(y, p))
+    assert result.nll == pytest.approx(reference.log_loss(y, probabilities), rel=1e-6)
+    assert result.per_class == pytest.approx(100 * reference.recall_score(y, p, average=None))
     for name, classes in shot_groups(COUNTS).items():
         expected = 100 * reference.recall_score(y, p, average="macro", labels=classes)
-        assert result[name] == pytest.approx(expected)
-    assert result["images"] == 211
-    assert result["classes"] == {"many": 2, "medium": 3, "few": 2}
+        assert getattr(result, name) == pytest.approx(expected)
+    assert result.images == 211
+    assert result.classes == {"many": 2, "medium": 3, "few": 2}
 
 
 def test_ece_against_a_naive_loop():
@@ -50,7 +49,7 @@ def test_ece_against_a_naive_loop():
             mean = sum(confidence[i] for i in inside) / len(inside)
             error += len(inside) / len(targets) * abs(accuracy - mean)
     result = summarize(batch_statistics(logits, targets), COUNTS)
-    assert result["ece"] == pytest.approx(100 * float(error), abs=1e-4)
+    assert result.ece == pytest.approx(100 * float(error), abs=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 211])
@@ -63,23 +62,23 @@ def test_batches_add_up(batch):
     whole = summarize(batch_statistics(logits, targets), COUNTS)
     parts = summarize(total, COUNTS)
     for key in ("top1", "top5", "macro", "many", "medium", "few", "per_class"):
-        assert parts[key] == whole[key]
-    assert parts["nll"] == pytest.approx(whole["nll"])
-    assert parts["ece"] == pytest.approx(whole["ece"])
+        assert getattr(parts, key) == getattr(whole, key)
+    assert parts.nll == pytest.approx(whole.nll)
+    assert parts.ece == pytest.approx(whole.ece)
 
 
 def test_what_cannot_be_measured_is_none():
     logits, targets = predictions(classes=4)
     result = summarize(batch_statistics(logits, targets), np.array([300, 200, 150, 120]))
-    assert result["medium"] is None
-    assert result["few"] is None
-    assert result["classes"] == {"many": 4, "medium": 0, "few": 0}
+    assert result.medium is None
+    assert result.few is None
+    assert result.classes == {"many": 4, "medium": 0, "few": 0}
     only_first = summarize(batch_statistics(logits[targets == 0], targets[targets == 0]), np.array([300, 5, 50, 50]))
-    assert only_first["few"] is None
-    assert only_first["classes"]["few"] == 1
-    assert only_first["per_class"][1:] == [None] * 3
-    assert only_first["macro"] == only_first["top1"]
-    json.dumps(only_first, allow_nan=False)
+    assert only_first.few is None
+    assert only_first.classes["few"] == 1
+    assert only_first.per_class[1:] == [None] * 3
+    assert only_first.macro == only_first.top1
+    to_json(only_first)  # refuses what is not finite
 
 
 @pytest.mark.parametrize(

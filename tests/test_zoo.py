@@ -21,6 +21,7 @@ from mbib_timm.models.weights import load_model
 from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe
 from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
+from mbib_timm.results.record import read_record
 
 ROOT = Path(__file__).parents[1]
 TRAINED = [model for model in ZOO if model.is_trained]
@@ -141,8 +142,8 @@ def test_what_the_package_knows_of_its_models(model):
     loaded = load_model(model.name)
     assert len(loaded.class_names) == loaded.num_classes == len(loaded.class_counts) == model.dataset.num_classes
     assert loaded.prior == ("train" if ".ce_" in model.name else "uniform")
-    assert loaded.class_counts.tolist() == model.metrics["class_counts"]
-    assert model.metrics["name"] == model.name
+    assert loaded.class_counts.tolist() == read_record(model.folder).class_counts
+    assert read_record(model.folder).name == model.name
     assert model.weights.stat().st_size < 8 << 20
 
 
@@ -150,10 +151,10 @@ def test_what_the_package_knows_of_its_models(model):
 def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys):
     """On all 10,000 test images, where they are at hand: to the last digit."""
     data = {"dataset": "folder", "data_dir": str(shared / "data" / "cifar100"), "device": "cpu", "workers": 0}
-    heads = validate(model.name, overrides=data)["heads"]
-    for head, metrics in model.metrics["result"]["heads"].items():
+    heads = validate(model.name, overrides=data).heads
+    for head, metrics in read_record(model.folder).result.heads.items():
         for name in ("top1", "many", "medium", "few"):
-            assert heads[head][name] == metrics[name], (head, name)
+            assert getattr(heads[head], name) == getattr(metrics, name), (head, name)
 
 
 @pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.name)

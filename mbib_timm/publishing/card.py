@@ -9,9 +9,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from mbib_timm.data.class_counts import shot_groups
-from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
+from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import DATASETS, ZOO
 from mbib_timm.names import data_of
 from mbib_timm.recipe import Recipe
