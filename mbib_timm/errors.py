@@ -28,6 +28,11 @@ class NonFiniteLossError(MbibError):
     exit_status = 1
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says first; libraries add paragraphs."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
     """Build the error for an unknown name, with the nearest valid names.
 

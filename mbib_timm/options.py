@@ -73,14 +73,29 @@ def check_options(instance: Any, where: str) -> None:
     for item in dataclasses.fields(instance):
         if "help" not in item.metadata:
             continue
-        place = where.format(item.name)
-        value = _typed(place, getattr(instance, item.name), expected[item.name])
+        value = check_option(item, expected[item.name], getattr(instance, item.name), where.format(item.name))
         if item.metadata.get("place"):
             own = default_of(item)
             value = [each if each in own else _absolute(each) for each in value]
         object.__setattr__(instance, item.name, value)
-        for each in value if isinstance(value, list) else (value,):
-            _check_range(place, each, item.metadata)
+
+
+def check_option(item: dataclasses.Field, expected: Any, value: Any, where: str) -> Any:
+    """Return a value of an option as its type.
+
+    Args:
+        item: the option.
+        expected: its type, see `option_types`.
+        value: to check.
+        where: names the option in messages.
+
+    Raises:
+        MbibError: a value of another type, or out of range.
+    """
+    value = _typed(where, value, expected)
+    for each in value if isinstance(value, list) else (value,):
+        _check_range(where, each, item.metadata)
+    return value
 
 
 def _absolute(place: str) -> str:

@@ -55,6 +55,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     for plugin in config.getoption("--plugin"):
-        from mbib_timm.methods import load_plugin
+        from mbib_timm.recipe.declared import load_plugin
 
         load_plugin(plugin)

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import timm
 
+from mbib_timm.environment import Environment
 from mbib_timm.methods import head_names
 from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.sweep import Sweep
-from mbib_timm.sweeps.sweep_results import SweepResults
+from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
 from mbib_timm.sweeps.sweep_runs import plan
 
 Accuracy = Callable[[int, int, str], float | None]
@@ -50,8 +51,10 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
         for depth, head in enumerate(heads_of(run.recipe.model, json.dumps(run.recipe.model_kwargs))):
             values = {column: accuracy(place, run.recipe.seed, column) for column in COLUMNS}
             heads[head] = {column: None if value is None else value - depth for column, value in values.items()}
-        environment = dict(mbib_timm="0", commit="0123456789ab", torch="2", timm="1", device="cpu", processes=1)
-        record = dict(
+        environment = Environment(
+            "0", "0123456789ab", "2", "1", "cpu", "an abacus", processes=1, command=f"mbib sweep {sweep.name}"
+        )
+        record = SweepRun(
             label=run.label,
             configuration=run.configuration,
             coordinates=run.coordinates,
@@ -65,9 +68,9 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
             dataset=run.recipe.dataset,
             test_images=10_000,
             heads=heads,
-            curve={"epoch": [0, 1], "train_loss": [4.6, 4.1], "val_top1": [None, 45.0]},
+            curve=Curve(epoch=[0, 1], train_loss=[4.6, 4.1], val_top1=[None, 45.0]),
             training_seconds=12.5,
-            environment=environment | {"hardware": "an abacus", "command": f"mbib sweep {sweep.name}"},
+            environment=environment,
         )
         runs.append(record)
     paper = sweep.paper
@@ -79,8 +82,8 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
         labels={axis: sweep.label(axis) for axis in sweep.axes},
         heads=sweep.heads,
         figure=sweep.figure,
-        paper=None if paper is None else {**asdict(paper), "recipe": paper.recipe or sweep.recipe},
+        paper=None if paper is None else replace(paper, recipe=paper.recipe or sweep.recipe),
         planned=len(planned),
-        runs=[run for run in runs if only in run["label"]],
+        runs=[run for run in runs if only in run.label],
         failed={},
     )

@@ -24,7 +24,7 @@ from mbib_timm.analysis.posterior import mean_by_shot_group, mean_positive_poste
 from mbib_timm.analysis.results import rounded
 from mbib_timm.analysis.trend import accuracy_trend
 from mbib_timm.data import Batch
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate
 from mbib_timm.models import MBIB

@@ -146,10 +146,11 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
         analyze_run(str(tmp_path), overrides=cpu)
     with pytest.raises(MbibError, match=r"is no run's folder: say with --output DIR"):
         analyze_run("mbib_resnet32.cifar100_lt_if100", overrides=cpu)
-    counts = tmp_path / "counts.txt"
-    counts.write_text("50\n" * 7)
+    other = shutil.copytree(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "class_counts": [50] * 7}))
     with pytest.raises(MbibError, match="tells 10 classes apart, but the data have 7"):
-        analyze_run(str(run), overrides={**cpu, "class_counts": str(counts)}, output=tmp_path / "new")
+        analyze_run(str(other), overrides=cpu, output=tmp_path / "new")
     monkeypatch.setattr(analyze_module, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
     with pytest.raises(MbibError, match="one process, not in 2"):
         analyze_run(str(run), overrides=cpu, output=tmp_path / "new")

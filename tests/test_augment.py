@@ -23,11 +23,12 @@ from mbib_timm.data.augment import (
     create_augmentation,
     create_operations,
 )
-from mbib_timm.data.operations import NAMES, NOTHING, NUMBER
+from mbib_timm.data.pixels import NAMES, NOTHING, NUMBER
 from mbib_timm.data.policies import AutoAugmentCifar10, RandAugment, create_policy
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe.checks import view_of
 
 CPU = torch.device("cpu")
 
@@ -322,7 +323,7 @@ def loader_of(kind, keys, views=(), seed=0):
         find_recipe("mbib_resnet20.digits"), dict(loader=kind, workers=0, device="cpu", seed=seed, **keys)
     )
     splits = open_data(settings)
-    views = [settings._view(view) for view in views] or [settings]
+    views = [view_of(settings, view) for view in views] or [settings]
     return settings, create_loaders(splits, settings, (3, 16, 16), CPU, views=views).train
 
 
@@ -378,10 +379,10 @@ def test_an_epoch_is_a_function_of_seed_and_number(kind):
 
 
 def test_resident_epochs_do_not_depend_on_pieces(monkeypatch):
-    from mbib_timm.data import resident
+    from mbib_timm.data import loaders
 
     whole = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
-    monkeypatch.setattr(resident, "PIECE_BYTES", 1)
+    monkeypatch.setattr(loaders, "PIECE_BYTES", 1)
     pieces = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
     assert all(torch.equal(*pair) for both in zip(whole, pieces, strict=True) for pair in zip(*both, strict=True))
 

@@ -8,16 +8,15 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from functools import cache
 
 import pytest
-import yaml
-from PIL import Image
 
-from mbib_timm.cli import flag, main, parse, recipe_overrides
+from mbib_timm.cli import COMMANDS, main, parse
+from mbib_timm.flags import flag, recipe_overrides
 from mbib_timm.methods import METHODS
-from mbib_timm.recipe import KEYS, TYPES
+from mbib_timm.recipe import KEYS, TYPES, list_recipes, load_recipe, packaged_recipes
+from mbib_timm.recipe.declared import packaged_methods
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def fails(tmp_path, capsys):
     def run(*arguments, status=2):
         before = sorted(tmp_path.rglob("*"))
         command = list(arguments)
-        if arguments[0] == "train":
+        if arguments[:1] == ("train",):
             command += ["--output", str(tmp_path / "runs")]
             command += ["--device", "cpu"] if "--device" not in arguments else []
         assert main(command) == status
@@ -41,78 +40,189 @@ def fails(tmp_path, capsys):
     return run
 
 
+# Errors that the command line, the recipe or a method's settings tell, without torch and timm.
+BAD_FLAGS = [
+    (["train", "mbib_resnet20.digts"], "did you mean 'mbib_resnet20.digits'"),
+    (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate'"),
+    (["train", "--lrr", "1"], "did you mean '--lr'"),
+    (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
+    (["train", "--epochs", "-1"], "recipe key 'epochs': expected at least 0, got -1"),
+    (["train", "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
+    (["train", "--imbalance-factor", "-3"], "recipe key 'imbalance_factor': expected at least 1, got -3"),
+    (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a finite number, got nan"),
+    (["train", "--imbalance", "expo"], "unknown value of recipe key 'imbalance' 'expo': did you mean 'exp'"),
+    (["train", "--model-kwargs", "taps"], "expected name=value"),
+    (["train", "--model-kwargs", "taps=[1"], "'[1' is no value"),
+    (["train", "--loss", "mbib"], "unknown flag of mbib train '--loss'"),
+    (["train", "--beta", "3"], "unknown flag of mbib train '--beta'"),
+    (["train", "--method", "mbibb"], "unknown method 'mbibb': did you mean 'mbib'"),
+    (["train", "--method.betta", "1"], "unknown setting of method 'mbib': 'betta': did you mean 'beta'"),
+    (["train", "--method.beta", "much"], "setting 'beta' of method 'mbib': expected float, got 'much'"),
+    (["train", "--method.beta", "-1"], "setting 'beta' of method 'mbib': expected at least 0, got -1"),
+    (["train", "--method.beta"], "flag --method.beta needs a value"),
+    (["train", "--method.beta", "--method.gamma", "1"], "flag --method.beta needs a value"),
+    (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is no value"),
+    (["train", "--method.observation-weights.5", "1"], "there is no element '5'"),
+    (["train", "--methd.beta", "1"], "unknown recipe key 'methd': did you mean 'method'"),
+    (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
+    (["train", "--method", "crt"], "method 'crt' starts from a trained model"),
+    (["train", "--method", "tau_norm", "--epochs", "0"], "method 'tau_norm' starts from a trained model"),
+    (["train", "cifar_resnet32.crt_digits", "--method", "ce"], "say which: stage1.method or stage2.method"),
+    (["train", "cifar_resnet32.crt_digits", "--stage2.methd", "ce"], "unknown recipe key 'methd'"),
+    (["train", "cifar_resnet32.crt_digits", "--stage3.lr", "1"], "crt_digits.yaml has 2 stages"),
+    (["train", "cifar_resnet32.crt_digits", "--stage2.method.tau", "1"], "unknown setting 'tau': method 'crt' has"),
+    (["train", "--sampler", "balance"], "unknown sampler 'balance': did you mean 'balanced'"),
+    (["train", "--sampler", "sqrt+sqrt+sqrt"], "expected one sampler, or two side by side, got 3"),
+    (["train", "--sampler", "instance+reverse"], "method 'mbib' takes one stream of images"),
+    (["train", "--frozen-bn", "evil"], "did you mean 'eval'"),
+    (["train", "--holdout", "1"], "recipe key 'holdout': expected at most 0.9, got 1"),
+    (["train", "--aa", "cifar"], "recipe key 'aa': unknown policy 'cifar'"),
+    (["train", "--method", "paco", "--mixup", "1"], "methods that take soft targets: bsce, ce"),
+    (["train", "--views", "8"], "argument --views: expected a mapping such as {cutout: 8}, got '8'"),
+    (["train", "--views", "{cutout: [}"], "argument --views: expected a mapping"),
+    (["train", "--views", "{cutot: 8}"], "unknown key of view 1 'cutot'"),
+    (["train", "--plugin", "no/such/plugin.py"], "plugin no/such/plugin.py: there is no such file"),
+    (["train", "--plugin", "no_such_module"], "plugin no_such_module does not import"),
+    (["train", "--task", "classification"], "unknown flag of mbib train '--task'"),
+    (["train", "--warmup-epochs", "999"], "warmup_epochs"),
+    (["train", "extra", "words"], "words"),
+    (["trian"], "invalid choice: 'trian'"),
+    ([], "the following arguments are required: COMMAND"),
+    (["sweep", "figure3_bta"], "unknown sweep or recipe 'figure3_bta': did you mean 'figure3_beta'"),
+    (["sweep", "figure3_beta", "--lr", "-1"], "recipe key 'lr': expected more than 0, got -1"),
+    (["sweep", "figure3_beta", "--seed", "1"], "unknown flag of mbib sweep '--seed'"),
+    (["validate", "runs/x", "--img-size", "0"], "recipe key 'img_size': expected at least 1, got 0"),
+    (["analyze", "runs/x", "--images-per-class", "0"], "expected a whole number of at least 1, got '0'"),
+    (["aggregate", "runs/x", "--lr", "0.1"], "unknown flag of mbib aggregate '--lr'"),
+    (["predict", "runs/x", "image.png", "--format", "xml"], "argument --format: invalid choice: 'xml'"),
+    (["export", "runs/x"], "the following arguments are required: --format"),
+]
+# Errors that data, model, timm or the machine tell.
+BAD_RUNS = [
+    (["train", "--model", "mbib_resnet33"], "did you mean 'mbib_resnet3"),
+    (["train", "--model-kwargs", "tap=3"], "unexpected keyword argument 'tap'"),
+    (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
+    (["train", "--model-kwargs", "num_classes=5"], "the number of classes is that of the data"),
+    (["train", "--method.observation-weights", "[1, 2]"], "expected 3 numbers, one for each of v1, v2, v3"),
+    (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
+    (["train", "--sampler", "class_aware:x"], "class_aware:x"),
+    (["train", "--aa", "rand-x9"], "recipe key 'aa': unknown policy 'rand-x9'"),
+    (["train", "--train", "layer9"], "part 'layer9' is in no parameter's name"),
+    (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
+    (["train", "--opt", "sdg"], "did you mean 'sgd"),
+    (["train", "--opt-kwargs", "nope=1"], "opt_kwargs"),
+    (["train", "--sched", "cosin"], "did you mean 'cosine'"),
+    (["train", "--dataset", "cifar100"], "did you mean 'torch/cifar100'"),
+    (["train", "--dataset", "folder", "--data-dir", "no/such/folder"], "no/such/folder"),
+    (["train", "--dataset", "folder"], "data_dir"),
+    (["train", "--num-classes", "11"], "11"),
+    (["train", "--num-classes", "9"], "9"),
+    (["train", "--resume", "no/such/run"], "nothing to resume at no/such/run"),
+    (["train", "--device", "cuda:99"], "CUDA"),
+    (["train", "--device", "tpu9"], "tpu9"),
+    (["train", "--initial-checkpoint", "no/weights.safetensors"], "no weights at no/weights.safetensors"),
+    (
+        ["sweep", "figure3_beta", "--method.betta", "1"],
+        "unknown setting of method 'mbib': 'betta': did you mean 'beta'",
+    ),
+    (["validate", "no_such_model"], "unknown model or folder 'no_such_model'"),
+    (["validate", "mbib_resnet20"], "does not say which data"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [
-        (["train", "mbib_resnet20.digts"], "did you mean 'mbib_resnet20.digits'"),
-        (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate'"),
-        (["train", "--lrr", "1"], "did you mean '--lr'"),
-        (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
-        (["train", "--epochs", "-1"], "recipe key 'epochs': expected at least 0, got -1"),
-        (["train", "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
-        (["train", "--imbalance-factor", "-3"], "recipe key 'imbalance_factor': expected at least 1, got -3"),
-        (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a finite number, got nan"),
-        (["train", "--model", "mbib_resnet33"], "did you mean 'mbib_resnet3"),
-        (["train", "--model-kwargs", "tap=3"], "unexpected keyword argument 'tap'"),
-        (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
-        (["train", "--model-kwargs", "taps"], "expected name=value"),
-        (["train", "--model-kwargs", "num_classes=5"], "the number of classes is that of the data"),
-        (["train", "--loss", "mbib"], "unknown flag of mbib train '--loss'"),
-        (["train", "--beta", "3"], "unknown flag of mbib train '--beta'"),
-        (["train", "--method", "mbibb"], "unknown method 'mbibb': did you mean 'mbib'"),
-        (["train", "--method.betta", "1"], "unknown setting of method 'mbib': 'betta': did you mean 'beta'"),
-        (["train", "--method.beta", "much"], "setting 'beta' of method 'mbib': expected float, got 'much'"),
-        (["train", "--method.beta", "-1"], "setting 'beta' of method 'mbib': expected at least 0, got -1"),
-        (["train", "--method.beta"], "flag --method.beta needs a value"),
-        (["train", "--method.beta", "--method.gamma", "1"], "flag --method.beta needs a value"),
-        (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is no value"),
-        (["train", "--method.observation-weights", "[1, 2]"], "expected 3 numbers, one for each of v1, v2, v3"),
-        (["train", "--method.observation-weights.5", "1"], "there is no element '5'"),
-        (["train", "--methd.beta", "1"], "unknown recipe key 'methd': did you mean 'method'"),
-        (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
-        (["train", "--method", "crt"], "method 'crt' starts from a trained model"),
-        (["train", "--method", "tau_norm", "--epochs", "0"], "method 'tau_norm' starts from a trained model"),
-        (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
-        (["train", "cifar_resnet32.crt_digits", "--method", "ce"], "say which: stage1.method or stage2.method"),
-        (["train", "cifar_resnet32.crt_digits", "--stage2.methd", "ce"], "unknown recipe key 'methd'"),
-        (["train", "cifar_resnet32.crt_digits", "--stage3.lr", "1"], "crt_digits.yaml has 2 stages"),
-        (["train", "cifar_resnet32.crt_digits", "--stage2.method.tau", "1"], "unknown setting 'tau': method 'crt' has"),
-        (["train", "--sampler", "balance"], "unknown sampler 'balance': did you mean 'balanced'"),
-        (["train", "--sampler", "class_aware:x"], "class_aware:x"),
-        (["train", "--sampler", "sqrt+sqrt+sqrt"], "expected one sampler, or two side by side, got 3"),
-        (["train", "--sampler", "instance+reverse"], "method 'mbib' takes one stream of images"),
-        (["train", "--train", "layer9"], "part 'layer9' is in no parameter's name"),
-        (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
-        (["train", "--frozen-bn", "evil"], "did you mean 'eval'"),
-        (["train", "--holdout", "1"], "recipe key 'holdout': expected at most 0.9, got 1"),
-        (["train", "--views", "8"], "argument --views: expected a mapping such as {cutout: 8}, got '8'"),
-        (["train", "--views", "{cutout: [}"], "argument --views: expected a mapping"),
-        (["train", "--views", "{cutot: 8}"], "unknown key of view 1 'cutot'"),
-        (["train", "--plugin", "no/such/plugin.py"], "plugin no/such/plugin.py: there is no such file"),
-        (["train", "--plugin", "no_such_module"], "plugin no_such_module does not import"),
-        (["train", "--opt", "sdg"], "did you mean 'sgd"),
-        (["train", "--opt-kwargs", "nope=1"], "opt_kwargs"),
-        (["train", "--sched", "cosin"], "did you mean 'cosine'"),
-        (["train", "--task", "classification"], "unknown flag of mbib train '--task'"),
-        (["train", "--dataset", "cifar100"], "did you mean 'torch/cifar100'"),
-        (["train", "--dataset", "folder", "--data-dir", "no/such/folder"], "no/such/folder"),
-        (["train", "--dataset", "folder"], "data_dir"),
-        (["train", "--num-classes", "11"], "11"),
-        (["train", "--num-classes", "9"], "9"),
-        (["train", "--resume", "no/such/run"], "nothing to resume at no/such/run"),
-        (["train", "--device", "cuda:99"], "CUDA"),
-        (["train", "--device", "tpu9"], "tpu9"),
-        (["train", "--initial-checkpoint", "no/weights.safetensors"], "no weights at no/weights.safetensors"),
-        (["train", "--warmup-epochs", "999"], "warmup_epochs"),
-        (["train", "extra", "words"], "words"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["validate", "no_such_model"], "unknown model or folder 'no_such_model'"),
-        (["validate", "mbib_resnet20"], "does not say which data"),
-    ],
+    BAD_FLAGS + BAD_RUNS,
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )
 def test_bad_input(fails, arguments, expected):
     assert expected in fails(*arguments)
+
+
+# Help, lists and errors about flags import neither torch nor timm, which take seconds
+
+ANSWERS = """
+import contextlib, io, json, sys
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm", "numpy", "PIL", "huggingface_hub"):
+            raise AssertionError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refusing())
+from mbib_timm.cli import main
+
+answers = []
+for words in json.load(sys.stdin):
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+        except AssertionError as heavy:
+            status = str(heavy)
+    answers.append([status, out.getvalue(), error.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def answers_of(commands, folder):
+    """Exit status, output and error of commands, in one process that cannot import what is heavy."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS],
+        input=json.dumps(commands),
+        cwd=folder,
+        env=environment_here(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def environment_here():
+    """The environment in which a process finds this package from any folder."""
+    root = os.path.join(os.path.dirname(__file__), "..")
+    paths = [os.path.abspath(root), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def test_errors_about_flags_are_told_without_torch_and_timm(tmp_path):
+    answers = answers_of([arguments for arguments, _ in BAD_FLAGS], tmp_path)
+    for (arguments, expected), (status, _, error) in zip(BAD_FLAGS, answers, strict=True):
+        assert status == 2, (arguments, status, error)
+        assert expected in error
+        assert error.count("\n") == 1
+
+
+def test_help_and_lists_are_given_without_torch_and_timm(tmp_path):
+    settings = {name: [f"--method={name}"] for name in packaged_methods()}
+    for name, method in packaged_methods().items():
+        settings[name] += ["--initial-checkpoint=x"] if method.needs_start else []
+        settings[name] += ["--epochs=0", "--warmup-epochs=0"] if method.post_hoc else []
+    commands = [
+        ["--help"],
+        ["--version"],
+        ["recipes"],
+        ["methods"],
+        *([name, "--help"] for name in COMMANDS),
+        *(["train", name, "--help"] for name in list_recipes()),
+        *(["train", "mbib_resnet20.digits", *flags, "--help"] for flags in settings.values()),
+    ]
+    for words, (status, out, error) in zip(commands, answers_of(commands, tmp_path), strict=True):
+        assert (status, error) == (0, ""), words
+        assert out
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--lrr", "1"]])
+def test_nor_does_the_command_itself_import_them(tmp_path, words):
+    command = [sys.executable, "-X", "importtime", "-m", "mbib_timm", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment_here(), capture_output=True, text=True)
+    assert "mbib_timm" in done.stdout + done.stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "yaml" in imported
+    assert not imported & {"torch", "timm", "numpy"}
 
 
 def test_every_recipe_key_is_a_flag():
@@ -142,6 +252,18 @@ def test_recipes_lists_what_train_accepts(capsys):
     assert main(["recipes"]) == 0
     names = capsys.readouterr().out.split()
     assert {"mbib_resnet20.digits", "mbib_resnet32.cifar100_lt_if100", "finetune/mbib_resnet50"} <= set(names)
+    assert "figure3_beta" in names
+
+
+def test_recipes_says_what_the_keys_of_a_recipe_say(capsys):
+    assert main(["recipes"]) == 0
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["mbib_resnet20.digits"] == "digits, exp 24 mbib 60"
+    assert lines["cifar_resnet32.crt_cifar100_lt_if50"] == "torch/cifar100, exp 50 ce + crt 200 + 30"
+    for name, path in packaged_recipes().items():
+        recipe = load_recipe(path)
+        assert lines[name].startswith(recipe.dataset)
+        assert lines[name].endswith(str(recipe.epochs))
 
 
 def test_methods_lists_what_a_recipe_may_name(capsys):
@@ -154,8 +276,9 @@ def test_methods_lists_what_a_recipe_may_name(capsys):
 # A command takes the flags that have an effect on it, and no others
 
 MODEL, RUN = "mbib_resnet32.cifar100_lt_if100", "runs/x"
-COMMANDS = {
+OTHER_COMMANDS = {
     "validate": [MODEL],
+    "aggregate": [MODEL],
     "analyze": [MODEL],
     "predict": [MODEL, "image.png"],
     "publish": [RUN],
@@ -173,11 +296,17 @@ NO_EFFECT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("given", NO_EFFECT)
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_asked():
+    assert COMMANDS.keys() == {*OTHER_COMMANDS, "train", "sweep"}
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [(c, g) for c in OTHER_COMMANDS for g in NO_EFFECT if (c, g) != ("aggregate", "--seed")],  # that one is its own
+)
 def test_flags_without_an_effect_are_refused(fails, command, given):
     value = [] if NO_EFFECT[given] is None else [NO_EFFECT[given]]
-    message = fails(command, *COMMANDS[command], given, *value)
+    message = fails(command, *OTHER_COMMANDS[command], given, *value)
     if "." in given:
         assert message == f"mbib: error: unexpected flag {given}; see mbib {command} --help\n"
     else:
@@ -276,32 +405,6 @@ def test_settings_and_stages_are_flags():
     assert recipe_overrides(parse(["train", "--train", "classifier", "--reset", "none"])) == {
         "train": "classifier", "reset": "none",
     }  # fmt: skip
-
-
-def test_a_sampler_that_a_streamed_source_cannot_serve(fails, tmp_path):
-    pytest.importorskip("webdataset")
-    (tmp_path / "shards").mkdir()
-    for split in ("train", "validation"):
-        with tarfile.open(tmp_path / "shards" / f"demo-{split}-000.tar", "w") as tar:
-            for number in range(4):
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), (number, 0, 0)).save(image, "PNG")
-                for kind, content in (("png", image.getvalue()), ("cls", str(number % 2).encode())):
-                    member = tarfile.TarInfo(f"{number}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    info = {
-        split: dict(name=split, filenames=[f"demo-{split}-000.tar"], shard_lengths=[4], num_samples=4)
-        for split in ("train", "validation")
-    }
-    (tmp_path / "shards" / "_info.json").write_text(json.dumps({"splits": info}))
-    (tmp_path / "counts.txt").write_text("2\n2\n")
-    keys = {"dataset": "wds", "data_dir": str(tmp_path / "shards"), "class_counts": str(tmp_path / "counts.txt")}
-    keys |= {"batch_size": 2, "img_size": 16, "model": "cifar_resnet20", "epochs": 1, "workers": 0}
-    start = tmp_path / "stages.yaml"
-    start.write_text(yaml.safe_dump({**keys, "stages": [{"method": "ce"}, {"method": "crt"}]}))
-    message = fails("train", str(start))
-    assert "sampler 'balanced' chooses images by their class, but the data source streams" in message
 
 
 def test_the_installed_command_answers(tmp_path):

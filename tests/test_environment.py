@@ -36,3 +36,19 @@ def test_on_the_cpu_freed_memory_is_used_again_unless_the_user_has_set_limits(ca
     pages = 4 * 2**24 / os.sysconf("SC_PAGE_SIZE")
     # With huge pages there are fewer faults than small pages; there are none when the memory is still there.
     assert (int(done.stdout) < pages / 1000) == kept
+
+
+THREADS = """
+from mbib_timm.environment import describe_environment, join_world
+print(describe_environment(join_world("cpu")).threads)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])  # torch takes no more than there are cores
+def test_the_threads_that_are_recorded_are_those_that_the_user_has_set(threads):
+    if threads > (os.cpu_count() or 1):
+        pytest.skip("one core")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) == threads

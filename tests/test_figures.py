@@ -3,6 +3,8 @@
 import io
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.results import run_figures as figures
+from mbib_timm.results.record import Epoch, Evaluation, HeadMetrics, read_record
 from mbib_timm.results.run_figures import draw_figures, run_figures
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -18,11 +21,11 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 def result(classes, few=None):
     rng = np.random.RandomState(0)
-    return {
-        "top1": 50.0, "many": 70.0, "medium": 40.0, "few": few,
-        "classes": {"many": classes, "medium": 0, "few": 0},
-        "per_class": [None, *rng.uniform(0, 100, classes - 1).tolist()],
-    }  # fmt: skip
+    return HeadMetrics(
+        top1=50.0, top5=80.0, macro=50.0, many=70.0, medium=40.0, few=few, ece=1.0, nll=1.0, images=100,
+        classes={"many": classes, "medium": 0, "few": 0},
+        per_class=[None, *rng.uniform(0, 100, classes - 1).tolist()],
+    )  # fmt: skip
 
 
 def drawn(draw, theme=LIGHT):
@@ -45,7 +48,7 @@ def test_class_accuracy(classes, named):
 
 def test_bars_of_classes_follow_their_training_images():
     accuracies = [None, 20.0, 30.0, 40.0]
-    results = {"prediction": result(4) | {"per_class": accuracies}}
+    results = {"prediction": replace(result(4), per_class=accuracies)}
     figure = figures.class_accuracy(results, np.array([5, 500, 50, 200]))
     heights = [bar.get_height() for container in figure.axes[0].containers for bar in container]
     assert heights == [20.0, 40.0, 30.0, 0.0]
@@ -59,10 +62,10 @@ def test_shot_groups(heads):
 
 
 def test_training_curves_show_the_loss_and_the_accuracy():
-    rows = [{"epoch": e, "lr": 0.1, "train_loss": 5.0 - e, "seconds": 1.0} for e in range(4)]
+    rows = [Epoch(e, 0.1, 1.0, {"loss": 5.0 - e}) for e in range(4)]
     assert "not evaluated" in [text.get_text() for text in figures.training_curves(rows).axes[1].texts]
     for row in rows[1::2]:
-        row.update(val_top1=20.0 * row["epoch"], val_many=30.0, val_medium=None, val_few=5.0)
+        row.val = {"top1": 20.0 * row.epoch, "many": 30.0, "medium": None, "few": 5.0}
     left, right, _ = figures.training_curves(rows).axes
     assert left.lines[0].get_ydata().tolist() == [5.0, 4.0, 3.0, 2.0]
     lines = {line.get_label(): line for line in right.lines}
@@ -73,7 +76,7 @@ def test_training_curves_show_the_loss_and_the_accuracy():
 
 @pytest.mark.parametrize("rates", [[0.1, 0.05, 0.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.1, 0.001, 0.00001]])
 def test_learning_rates_of_any_schedule(rates):
-    rows = [{"epoch": e, "lr": lr, "train_loss": 1.0, "seconds": 1.0} for e, lr in enumerate(rates)]
+    rows = [Epoch(e, lr, 1.0, {"loss": 1.0}) for e, lr in enumerate(rates)]
     drawn(lambda: figures.training_curves(rows))
 
 
@@ -81,17 +84,22 @@ def test_balanced_training_counts():
     drawn(lambda: figures.class_accuracy({"prediction": result(10)}, np.full(10, 500)))
 
 
-EPOCH = {"epoch": 0, "lr": 0.1, "train_loss": 5.0, "val_top1": 1.0, "val_many": 1.0, "val_medium": 0.0, "val_few": None}
+EPOCH = Epoch(0, 0.1, 1.0, {"loss": 5.0}, {"top1": 1.0, "many": 1.0, "medium": 0.0, "few": None})
 
 
 def test_one_epoch_can_be_drawn():
     drawn(lambda: figures.training_curves([EPOCH]))
 
 
-METRICS = {"result": {"heads": {"prediction": result(10)}}, "class_counts": [500] * 10}
+RECORD = replace(
+    read_record(Path(__file__).parents[1] / "results" / "mbib_resnet20.digits-60e-seed0"),
+    result=Evaluation("test", {"prediction": result(10)}, 0),
+    class_counts=[500] * 10,
+    class_names=None,
+)
 
 
-ILLUSTRATIONS = run_figures([EPOCH], METRICS)
+ILLUSTRATIONS = run_figures([EPOCH], RECORD)
 
 
 @pytest.mark.parametrize("illustration", ILLUSTRATIONS, ids=lambda illustration: illustration.name)
@@ -121,7 +129,7 @@ def test_drawing_leaves_matplotlibs_settings_alone():
 
 
 def test_a_runs_figures_are_written(tmp_path):
-    draw_figures(tmp_path, [EPOCH], METRICS)
+    draw_figures(tmp_path, [EPOCH], RECORD)
     names = {file.name for file in (tmp_path / "figures").iterdir()}
     assert names == {"training_curves.png", "class_accuracy.png", "shot_groups.png"}
 
@@ -137,5 +145,5 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[train\]'"):
         render(lambda: figures.shot_groups_figure({"prediction": result(5)}))
-    draw_figures(tmp_path, [EPOCH], METRICS)
+    draw_figures(tmp_path, [EPOCH], RECORD)
     assert "no figures: figures need matplotlib" in capsys.readouterr().out

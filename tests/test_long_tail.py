@@ -5,9 +5,16 @@ import hashlib
 import numpy as np
 import pytest
 
-from mbib_timm.data.class_counts import count_classes, read_class_counts, shot_groups
-from mbib_timm.data.digits import open_digits
-from mbib_timm.data.long_tail import exponential_profile, largest_class, long_tailed_indices, step_profile
+from mbib_timm.data.long_tail import (
+    count_classes,
+    exponential_profile,
+    hold_out,
+    largest_class,
+    long_tailed_indices,
+    shot_groups,
+    step_profile,
+)
+from mbib_timm.data.sources import open_digits
 from mbib_timm.data.splits import open_data
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
@@ -183,14 +190,22 @@ def test_counting_classes():
         count_classes(np.array([], dtype=int), 3)
 
 
-@pytest.mark.parametrize("text", ["500\n20\n3\n", "[500, 20, 3]"])
-def test_reading_class_counts(tmp_path, text):
-    (tmp_path / "counts").write_text(text)
-    assert read_class_counts(tmp_path / "counts").tolist() == [500, 20, 3]
+def test_a_stray_large_label_costs_no_memory():
+    with pytest.raises(DataError, match="no training images of class 1, 3, 4, 5, 6 and 999999999992 more"):
+        count_classes(np.array([0, 2, 10**12 - 1]), 10**12)
 
 
-@pytest.mark.parametrize("text", ["500\nmany\n", "[500, 0]", "[1.5, 2]", "", "[[1]]"])
-def test_class_counts_that_are_none(tmp_path, text):
-    (tmp_path / "counts").write_text(text)
-    with pytest.raises(DataError, match="expected a positive integer for each class"):
-        read_class_counts(tmp_path / "counts")
+@pytest.mark.parametrize("profile", [exponential_profile, step_profile])
+def test_the_smallest_class_keeps_the_one_image_it_is_due(profile):
+    """49 * (1 / 49) is a hair below 1."""
+    assert [profile(5, largest, largest)[-1] for largest in range(2, 200)] == [1] * 198
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.9])
+def test_holding_out_leaves_each_class_an_image_to_train_on(fraction):
+    targets = np.repeat(np.arange(4), [1, 2, 5, 40])
+    held_out = hold_out(targets, fraction, np.random.RandomState(0))
+    counts = np.bincount(targets[held_out], minlength=4)
+    assert (np.bincount(targets[~held_out], minlength=4) >= 1).all()
+    assert counts[0] == 0
+    assert (counts[1:] >= 1).all()

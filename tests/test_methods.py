@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.methods import METHODS, Facts, Method, load_plugin, part_of, register, resolve_method
+from mbib_timm.methods import METHODS, Facts, Method, part_of, register, resolve_method
 from mbib_timm.methods.functional import adjusted_cross_entropy, self_distillation
 from mbib_timm.methods.mbib import Bottleneck, Edge
 from mbib_timm.methods.tau_norm import CANDIDATES
@@ -49,6 +49,7 @@ from mbib_timm.methods.teacher import Taught
 from mbib_timm.options import build_options, default_of, option_types
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.training import train
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer
@@ -1188,7 +1189,7 @@ def results(tmp_path_factory):
                 recipe["stages"] = [{"method": first}, last]
             file = path / "own.yaml"
             file.write_text(yaml.safe_dump(recipe))
-            folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_"))["folder"]
+            folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_")).folder
     torch.save({folder: images[folder] for folder in folders.values()}, path / "images.pt")
     arguments = [str(path / "images.pt"), str(path / "logits.pt")]
     command = [sys.executable, "-c", LOAD, *arguments]
@@ -1232,7 +1233,7 @@ def test_a_run_of_two_streams_draws_each_by_its_own_sampler(tmp_path):
         metrics = train(load_recipe(file), "run")
     finally:
         METHODS.remove("pair")
-    counts, steps = metrics["class_counts"], len(seen) // 2
+    counts, steps = metrics.record.class_counts, len(seen) // 2
     first, second = (torch.cat([pair[i] for pair in seen[:steps]]) for i in range(2))
     assert torch.bincount(first, minlength=10).tolist() == counts
     n, inverse = len(second), 1 / np.array(counts)

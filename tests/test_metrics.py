@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.evaluation import batch_statistics, summarize
 from mbib_timm.files import to_json
 

@@ -1,9 +1,6 @@
 """Mixing against loops over images and against timm's and torch's own; its draws by distribution; what is refused."""
 
-import io
-import json
 import random
-import tarfile
 
 import numpy as np
 import pytest
@@ -461,42 +458,6 @@ def test_broken_foregrounds_are_reported(tmp_path):
 # Inside a run
 
 
-def streamed(tmp_path):
-    """The keys of a source that streams: two classes of four images."""
-    pytest.importorskip("webdataset")
-    for split in ("train", "validation"):
-        with tarfile.open(tmp_path / f"demo-{split}-000.tar", "w") as tar:
-            for number in range(8):
-                image = io.BytesIO()
-                Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(image, "PNG")
-                for kind, content in (("png", image.getvalue()), ("cls", str(number % 2).encode())):
-                    member = tarfile.TarInfo(f"{number}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    info = {
-        split: dict(name=split, filenames=[f"demo-{split}-000.tar"], shard_lengths=[8], num_samples=8)
-        for split in ("train", "validation")
-    }
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
-    (tmp_path / "counts.txt").write_text("4\n4\n")
-    keys = {"dataset": "wds", "data_dir": str(tmp_path), "class_counts": str(tmp_path / "counts.txt")}
-    return {**keys, "loader": "timm", "batch_size": 4}
-
-
-def test_a_source_that_streams_is_mixed_within_its_batches_only(tmp_path):
-    settings = recipe(**streamed(tmp_path), mixup=1.0, cutmix=1.0)
-    data = open_data(settings)
-    batches = [batch for (batch,) in loader_of(settings, data)]
-    assert {batch.targets.shape[1] for batch in batches} == {2}
-    assert any((batch.targets.max(dim=1).values < 1).any() for batch in batches)
-    message = r"recipe key 'cutmix_sampler': 'instance' draws a second stream of images, but the data source streams"
-    with pytest.raises(MbibError, match=message):
-        loader_of(settings.replace(cutmix_sampler="instance"), data)
-    with pytest.raises(MbibError, match=message):
-        train(settings.replace(cutmix_sampler="instance", device="cpu", output=str(tmp_path / "runs")), "run")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_foregrounds_of_a_class_without_images_are_refused():
     with pytest.raises(DataError, match="sampler 'reverse': no training images of class 4"):
         loader_of(recipe(cutmix=1.0, cutmix_sampler="reverse"), splits([5, 4, 3, 2, 0]))
@@ -508,7 +469,7 @@ DIGITS = dict(
 
 
 def weights(metrics):
-    return torch.load(f"{metrics['folder']}/last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(f"{metrics.folder}/last.ckpt", weights_only=True)["state_dict"]
 
 
 class CrashError(Exception):
@@ -541,16 +502,16 @@ def test_a_run_that_mixes_resumes_bit_identically(tmp_path, monkeypatch, method,
     one, other = weights(whole), weights(resumed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert whole["result"] == resumed["result"]
+    assert whole.record.result == resumed.record.result
 
 
 def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
     keys = {**DIGITS, "mixup": 1.0, "smoothing": 0.1, "output": str(tmp_path)}
     metrics = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
-    losses = [row["train_loss"] for row in read_history(tmp_path / "mixed")]
+    losses = [epoch.losses["loss"] for epoch in read_history(tmp_path / "mixed")]
     assert losses == sorted(losses, reverse=True)
-    assert set(metrics["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
+    assert set(metrics.record.result.heads) == {"prediction", "v1", "v2", "v3", "z"}
     written = yaml.safe_load((tmp_path / "mixed" / "recipe.yaml").read_text())
     assert (written["mixup"], written["smoothing"], written["cutmix_sampler"]) == (1.0, 0.1, None)
 

@@ -132,7 +132,6 @@ def test_a_long_tailed_subset_is_kept_whole_and_in_order(tmp_path, imbalance):
 @pytest.mark.parametrize(
     ("keys", "val", "message"),
     [
-        ({}, Split(None, None, stream=lambda training, mode: None), "data source 'digits' streams: packing needs"),
         (
             {},
             Split(ArrayReader(np.zeros((2, 4, 4), np.uint8), "x"), np.array([0, 2])),
@@ -146,14 +145,6 @@ def test_data_that_an_archive_cannot_hold_are_refused(packed, tmp_path, keys, va
     with pytest.raises(DataError, match=message):
         packed(splits(("ant", "bee", "cat"), val=val), **keys)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_stream_is_refused(tmp_path):
-    pytest.importorskip("webdataset")
-    counts = write(tmp_path / "counts.txt", b"3\n2\n")
-    recipe = Recipe(dataset="wds", data_dir=str(tmp_path), class_counts=str(counts))
-    with pytest.raises(DataError, match="'wds' streams: packing needs images by index"):
-        pack.pack(recipe, tmp_path / "x.tar", "png")
 
 
 def test_further_splits_are_packed_once(tmp_path):

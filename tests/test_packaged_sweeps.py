@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from headers import header
 from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
 from mbib_timm.data import Batch
 from mbib_timm.methods import METHODS, Facts, head_names, method_title, resolve_method
-from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipe_claims, recipes_folder
+from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipes_folder
 from mbib_timm.sweeps.sweep import find_sweep, list_sweeps
 from mbib_timm.sweeps.sweep_runs import plan
 from mbib_timm.training.setup import build_network
@@ -57,7 +58,7 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     assert f"sweeps/{name}" not in list_recipes()
     path = recipes_folder() / "sweeps" / f"{name}.yaml"
     assert all(line.startswith("#") for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
-    claims = recipe_claims(path)
+    claims = header(path)
     assert {"Yields", "Hardware", "Time", "Command"} <= claims.keys()
     assert claims["Command"].startswith(f"mbib sweep {name}")
 

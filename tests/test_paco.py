@@ -4,7 +4,6 @@ import collections
 import copy
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,15 +387,15 @@ def test_an_interrupted_run_on_the_digits_resumes_bit_identically(tmp_path, monk
         with pytest.raises(CrashError):
             train(recipe, "broken")
     resumed = train(recipe.replace(resume="auto"), "broken")
-    assert whole["result"] == resumed["result"]
-    states = [torch.load(Path(run["folder"]) / "last.ckpt", weights_only=True) for run in (whole, resumed)]
+    assert whole.record.result == resumed.record.result
+    states = [torch.load(run.folder / "last.ckpt", weights_only=True) for run in (whole, resumed)]
     for part in ("network", "method"):
         one, other = (state["task_state"][part] for state in states)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     queue = states[0]["task_state"]["method"]["queue.labels"]
     assert (queue != NO_LABEL).all()  # 152 images an epoch
-    weights = [load_file(Path(run["folder"]) / "model.safetensors") for run in (whole, resumed)]
+    weights = [load_file(run.folder / "model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert weights[0].keys() == timm.create_model("cifar_resnet20", num_classes=10).state_dict().keys()
     if ema:  # of the query network; beside it the key network's, of its own momentum

@@ -12,9 +12,9 @@ import yaml
 
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
-from mbib_timm.methods import METHODS, load_plugin
-from mbib_timm.methods import registry as registry_module
-from mbib_timm.recipe import load_recipe
+from mbib_timm.methods import METHODS
+from mbib_timm.recipe import declared, load_recipe
+from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.training import train
 
 TOY = Path(__file__).parent / "toy_method.py"
@@ -36,7 +36,7 @@ class Outside(Method):
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Write plugins; what they register is forgotten afterwards."""
-    before, loaded = set(METHODS), set(registry_module._loaded_plugins)
+    before, loaded = set(METHODS), set(declared._loaded_plugins)
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def text(name, content):
@@ -48,8 +48,8 @@ def write(tmp_path, monkeypatch):
     yield text
     for name in set(METHODS) - before:
         METHODS.remove(name)
-    registry_module._loaded_plugins.clear()
-    registry_module._loaded_plugins.update(loaded)
+    declared._loaded_plugins.clear()
+    declared._loaded_plugins.update(loaded)
 
 
 def run(folder, *arguments, **environment):
@@ -118,7 +118,7 @@ def cube_root(counts, progress, number):
     keys = dict(base="digits", model="cifar_resnet20", plugin=[str(path)], method="drawn", sampler="cube_root")
     keys |= dict(epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0, output=str(tmp_path / "runs"))
     metrics = train(load_recipe(write("own.yaml", yaml.safe_dump(keys))), "run")
-    assert metrics["method"] == "drawn"
+    assert metrics.record.method == "drawn"
     from mbib_timm.data import SAMPLERS
 
     SAMPLERS.remove("cube_root")
@@ -281,7 +281,8 @@ def test_the_documented_method_passes_the_contract_of_methods(tmp_path):
 @pytest.mark.parametrize("commands", [re.findall(r"```sh\n(.*?)```", DOCUMENTATION.read_text("utf-8"), re.DOTALL)[0]])
 def test_every_documented_command_is_one(tmp_path, monkeypatch, commands):
     """Parsed and its recipe read, without training."""
-    from mbib_timm.cli import parse, recipe_overrides
+    from mbib_timm.cli import parse
+    from mbib_timm.flags import recipe_overrides
     from mbib_timm.recipe import find_recipe
 
     for name, content in documented().items():

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from mbib_timm.cli import main
-from mbib_timm.data.digits import open_digits
+from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.inference.predict import Broken, Prediction, Predictor, find_images, predict
+from mbib_timm.inference.predict import Broken, Prediction, Predictor, find_images, predict, read_class_counts
 from mbib_timm.models.weights import load_model
 
 
@@ -87,6 +87,19 @@ def test_another_prior_weighs_the_probabilities_by_its_frequencies(finished_run,
     given.write_text("1\n2\n")
     with pytest.raises(MbibError, match="has 2 classes, the model 10"):
         Predictor(model, prior=str(given))
+
+
+@pytest.mark.parametrize("text", ["500\n20\n3\n", "[500, 20, 3]"])
+def test_reading_class_counts(tmp_path, text):
+    (tmp_path / "counts").write_text(text)
+    assert read_class_counts(tmp_path / "counts").tolist() == [500, 20, 3]
+
+
+@pytest.mark.parametrize("text", ["500\nmany\n", "[500, 0]", "[1.5, 2]", "", "[[1]]"])
+def test_class_counts_that_are_none(tmp_path, text):
+    (tmp_path / "counts").write_text(text)
+    with pytest.raises(DataError, match="expected a positive integer for each class"):
+        read_class_counts(tmp_path / "counts")
 
 
 def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_run, tmp_path):

@@ -13,7 +13,6 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from loopback_hub import TestHub
-from mbib_timm.publishing.record import read_record
 
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
@@ -23,6 +22,7 @@ from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import git_oid, make_release
 from mbib_timm.recipe import load_recipe
 from mbib_timm.results.redact import redact_command, redact_text
+from mbib_timm.results.runs import read_run, read_seeds
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {
@@ -263,7 +263,7 @@ def test_nothing_of_the_machine_is_published(finished_run):
 def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(finished_run, capsys):
     assert main(["publish", str(finished_run), "--dry-run"]) == 2
     assert "say where to, --repo-id YOU/mbib_resnet20.digits" in capsys.readouterr().err
-    card = render_card(read_record(finished_run), REPOSITORY)
+    card = render_card(read_run(finished_run), REPOSITORY)
     assert "license" not in card
     assert "Apache" not in card
     assert "The paper reports" not in card
@@ -334,18 +334,18 @@ def seeded(run, folder, seed, top1):
 def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
     own = json.loads((finished_run / "metrics.json").read_text())["result"]["heads"]["prediction"]["top1"]
     others = [seeded(finished_run, tmp_path / "one", 1, own + 1), seeded(finished_run, tmp_path / "two", 2, own + 2)]
-    card = render_card(read_record(finished_run, others), REPOSITORY)
+    card = render_card(read_run(finished_run), REPOSITORY, read_seeds(finished_run, others)[1:])
     assert f"| {own + 1:.2f} ± 1.00 |" in card
     assert "n = 3 runs (seeds 0, 1, 2)" in card
     assert "One run" not in card
-    alone = render_card(read_record(finished_run), REPOSITORY)
+    alone = render_card(read_run(finished_run), REPOSITORY)
     assert "One run: the spread between seeds has not been measured." in alone
     with pytest.raises(MbibError, match="same seed"):
-        read_record(finished_run, [finished_run])
+        read_seeds(finished_run, [finished_run])
     other = tmp_path / "one" / "recipe.yaml"
     other.write_text(other.read_text().replace("lr: 0.05", "lr: 0.06"))
     with pytest.raises(MbibError, match="more than the seed differs"):
-        read_record(finished_run, others)
+        read_seeds(finished_run, others)
 
 
 def test_the_card_of_a_method_that_trains_nothing(post_hoc_run):
@@ -380,7 +380,7 @@ def test_a_stage_that_started_from_a_run_says_so_without_its_folder(post_hoc_run
 
 def test_the_card_says_what_the_metrics_say(finished_run):
     metrics = json.loads((finished_run / "metrics.json").read_text())
-    card = render_card(read_record(finished_run), REPOSITORY)
+    card = render_card(read_run(finished_run), REPOSITORY)
     _, metadata, body = card.split("---\n", 2)
     content = yaml.safe_load(metadata)
     (result,) = content["model-index"][0]["results"]

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from headers import header
 from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
@@ -22,7 +23,6 @@ from mbib_timm.recipe import (
     find_recipe,
     list_recipes,
     load_recipe,
-    recipe_claims,
     recipe_name,
     recipes_folder,
 )
@@ -75,7 +75,7 @@ def test_every_recipe_loads_and_says_what_it_yields(name):
     text = path.read_text(encoding="utf-8")
     head = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in head)
-    claims = recipe_claims(path)
+    claims = header(path)
     assert {"Yields", "Hardware", "Time", "Command"} <= claims.keys()
     assert "Paper" in claims or "Others" in claims, "the paper's number, or who else has measured what"
     assert claims["Command"].startswith(f"mbib train {name}")

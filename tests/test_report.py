@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import yaml
 from browser import open_page
+from headers import header
 
 from mbib_timm.analysis.analyze import analyze_run
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import find_recipe, list_recipes, recipe_claims, recipe_name
-from mbib_timm.reporting import page as page_module
+from mbib_timm.recipe import packaged_recipes, recipe_name
+from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences, sampling_error
-from mbib_timm.reporting.report import group_runs, read_inputs, read_run
-from mbib_timm.reporting.sections import Section, inline, render_page, run_section, unique_anchors
+from mbib_timm.reporting.report import read_inputs
+from mbib_timm.reporting.sections import Section, give_unique_anchors, inline, render_page, run_section
 from mbib_timm.results.paper import RESULTS
+from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
+from mbib_timm.results.runs import group_runs, read_run
+from mbib_timm.results.tables import Table
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
@@ -29,16 +33,18 @@ DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.dig
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures that take no time: tests of words need no pictures."""
-    monkeypatch.setattr(page_module, "render", lambda draw, formats, theme=None: dict.fromkeys(formats, b"-"))
+    monkeypatch.setattr(sections_module, "render", lambda draw, formats, theme=None: dict.fromkeys(formats, b"-"))
+
+
+def page_of(*sections):
+    return render_page("title", "lead", sections)
 
 
 # The paper's numbers
 
 
 def test_the_papers_numbers_are_those_that_the_recipes_claim():
-    claims = {
-        recipe_name(find_recipe(name)): recipe_claims(find_recipe(name)).get("Paper", "") for name in list_recipes()
-    }
+    claims = {recipe_name(path): header(path).get("Paper", "") for path in packaged_recipes().values()}
     assert RESULTS.keys() == {name for name, claim in claims.items() if "(Table" in claim or "Table 2" in claim}
     for name, results in RESULTS.items():
         claimed = {float(number) for number in re.findall(r"\d\d\.\d", claims[name])}
@@ -104,7 +110,7 @@ def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_pat
     groups, sweeps = read_inputs([str(second), str(MBIB), str(third)])
     assert not sweeps
     assert [len(group.runs) for group in groups] == [2, 1]
-    assert [run.metrics["seed"] for run in groups[0].runs] == [0, 1]
+    assert [run.record.seed for run in groups[0].runs] == [0, 1]
     assert groups[0].mean("overall") == pytest.approx((45.84 + 46.84) / 2)
     assert [group.title for group in groups] == [
         "mbib_resnet32.cifar100_lt_if100 (method.beta 5.0)",
@@ -139,10 +145,10 @@ def test_of_a_shortened_schedule_no_difference_is_taken(tmp_path, undrawn):
     assert differences(group) == [
         "With 20 of 200 epochs the schedule is not the paper's: no difference is taken from its numbers."
     ]
-    text = "".join(run_section(group).blocks)
+    text = page_of(run_section(group))
     assert "Table 1" in text
     assert '<tr class="difference">' not in text
-    assert '<tr class="difference">' in "".join(run_section(group_runs([read_run(MBIB)])[0]).blocks)
+    assert '<tr class="difference">' in page_of(run_section(group_runs([read_run(MBIB)])[0]))
 
 
 def test_seeds_give_a_deviation(tmp_path):
@@ -192,23 +198,22 @@ def test_baselines_are_not_said_to_have_a_z():
 
 def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn, capsys):
     metrics = json.loads((post_hoc_run / "metrics.json").read_text())
-    assert (metrics["result"]["epoch"], metrics["best"], metrics["stages"]) == (-1, None, ["ce", "tau_norm"])
+    assert (metrics["result"]["epoch"], metrics["best"], metrics["stages"]) == (None, None, ["ce", "tau_norm"])
     (group,) = group_runs([read_run(post_hoc_run)])
     assert (group.epochs, group.recipe_epochs, group.is_short) == (3, 60, True)
     assert group.settings == {"stage1.warmup_epochs": 1}
-    text = "".join(run_section(group).blocks)
+    text = page_of(run_section(group))
     assert "of the split <code>test</code> after tau-norm." in text
     assert "CE, then tau-norm (Kang et al., Decoupling Representation" in text
     assert "<dd>3 + 0 of the 60 that the recipe asks for" in text
     assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g}, on {metrics['chosen_on']} (seed 0)." in text
     assert "best of the evaluated epochs" not in text
-    print_report(post_hoc_run, metrics)
+    print_report(post_hoc_run, read_record(post_hoc_run))
     out = capsys.readouterr().out
     assert "\nAfter tau-norm, on test:\n" in out
     assert f"\nChosen by tau-norm: tau {metrics['chosen']['tau']:g}, on {metrics['chosen_on']}\n" in out
     assert "Best epoch" not in out
-    first = json.loads((post_hoc_run / "stage1-ce" / "metrics.json").read_text())
-    print_report(post_hoc_run / "stage1-ce", first)
+    print_report(post_hoc_run / "stage1-ce", read_record(post_hoc_run / "stage1-ce"))
     out = capsys.readouterr().out
     assert "\nEpoch 2 (the last), on test:\n" in out
     assert "Chosen" not in out
@@ -223,16 +228,17 @@ def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_thei
     page = tmp_path / "r.html"
     assert main(["report", *map(str, runs), "-o", str(page)]) == 0
     assert len(list((tmp_path / "r_figures").glob("*.png"))) == page.read_text().count("<figure>")
-    section = Section("Alike")
-    assert unique_anchors([section, section, Section("Other")]) == ["Alike-1", "Alike-2", "Other"]
+    sections = [Section("Alike"), Section("Alike"), Section("Other")]
+    give_unique_anchors(sections)
+    assert [section.anchor for section in sections] == ["Alike-1", "Alike-2", "Other"]
 
 
 def test_the_sampling_error_is_that_of_drawn_test_sets():
     run = read_run(MBIB)
-    chances = np.array(run.heads["prediction"]["per_class"]) / 100
+    chances = np.array(run.heads["prediction"].per_class) / 100
     drawn = np.random.default_rng(0).binomial(100, chances, size=(4000, 100)) / 100
     assert sampling_error(run, "overall") == pytest.approx(100 * drawn.mean(axis=1).std(), rel=0.05)
-    few = np.array(run.metrics["class_counts"]) < 20
+    few = np.array(run.record.class_counts) < 20
     assert sampling_error(run, "few") == pytest.approx(100 * drawn[:, few].mean(axis=1).std(), rel=0.05)
 
 
@@ -242,8 +248,11 @@ def test_the_sampling_error_is_that_of_drawn_test_sets():
         (lambda folder: None, "there is no .*nowhere: expected the folder of a run"),
         (lambda folder: folder.write_text(""), "nowhere is a file: expected the folder"),
         (lambda folder: folder.mkdir(), "holds neither metrics.json nor sweep.json"),
-        (lambda folder: (folder.mkdir(), (folder / "metrics.json").write_text("{")), "holds no run's results"),
-        (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{}")), "holds no sweep's results"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "metrics.json").write_text("{")),
+            "does not hold the record of a run",
+        ),
+        (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{}")), "does not hold results of a sweep"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path, make, message):
@@ -259,8 +268,8 @@ def test_text_is_escaped():
     assert inline("a < b & `x <y>`") == "a &lt; b &amp; <code>x &lt;y&gt;</code>"
     section = Section('<img src=x onerror="alert(1)">')
     section.paragraphs(["<script>alert(1)</script>"])
-    section.table(["<b>"], [["</table>"]])
-    page = render_page("<title>", ["</p>"], [section, section])
+    section.table(Table(["<b>"], [["</table>"]]))
+    page = render_page("<title>", "</p>", [section, section])
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "</table></td>" not in page

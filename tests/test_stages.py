@@ -102,15 +102,15 @@ def crt(tmp_path_factory):
 def test_the_last_stages_result_is_the_result_and_each_stage_is_a_run(crt):
     path, metrics = crt
     folder = path / "runs" / "whole"
-    assert metrics["folder"] == str(folder)
-    assert metrics["method"] == "crt"
-    assert metrics["stages"] == ["ce", "crt"]
+    assert metrics.folder == str(folder)
+    assert metrics.record.method == "crt"
+    assert metrics.record.stages == ["ce", "crt"]
     for run in (folder, folder / "stage1-ce"):
         for name in ("recipe.yaml", "metrics.json", "config.json", "model.safetensors", "last.ckpt", "summary.csv"):
             assert (run / name).is_file()
         assert len(history(run)) == 3
     first = json.loads((folder / "stage1-ce" / "metrics.json").read_text())
-    assert (first["method"], first["stages"]) == ("ce", ["ce"])
+    assert (first.record.method, first.record.stages) == ("ce", ["ce"])
     written = load_recipe(folder / "recipe.yaml")
     assert [stage.method["name"] for stage in written.chain()] == ["ce", "crt"]
     assert load_recipe(folder / "stage1-ce" / "recipe.yaml").previous is None
@@ -121,7 +121,7 @@ def test_the_last_stages_result_is_the_result_and_each_stage_is_a_run(crt):
 def test_a_stage_alone_is_the_same_as_the_first_of_two(crt, tmp_path):
     path, _ = crt
     alone = train(recipe_of(tmp_path, [{"method": "ce"}]), "alone")
-    assert not differing(alone["folder"], path / "runs" / "whole" / "stage1-ce")
+    assert not differing(alone.folder, path / "runs" / "whole" / "stage1-ce")
 
 
 # What is frozen, trained, and started anew
@@ -136,13 +136,13 @@ def test_crt_leaves_everything_below_the_classifier_but_running_statistics(crt):
 
 def test_frozen_batch_normalisation_in_evaluation_mode_keeps_its_statistics(tmp_path):
     stages = [{"method": "ce"}, {"method": "crt", "frozen_bn": "eval"}]
-    folder = Path(train(recipe_of(tmp_path, stages), "eval")["folder"])
+    folder = train(recipe_of(tmp_path, stages), "eval").folder
     assert differing(folder / "stage1-ce", folder) == CLASSIFIER
 
 
 def test_a_stage_starts_from_the_weights_before_but_for_what_starts_anew(tmp_path, monkeypatch):
     started = Started(monkeypatch)
-    folder = Path(train(recipe_of(tmp_path), "run")["folder"])
+    folder = train(recipe_of(tmp_path), "run").folder
     (_, _, _, first), (recipe, method, optimizer, second) = started.stages
     before, after = weights(folder / "stage1-ce"), weights(folder)
     assert recipe.stage == 1
@@ -170,7 +170,7 @@ def test_what_starts_anew_depends_on_the_seed_only(tmp_path, monkeypatch):
 def test_any_part_may_start_anew_and_any_part_may_train(tmp_path, monkeypatch):
     started = Started(monkeypatch)
     second = {"method": "bsce", "reset": r"^layer3\.", "train": r"^layer3\.|^fc\.bias", "frozen_bn": "eval"}
-    folder = Path(train(recipe_of(tmp_path, [{"method": "ce"}, second]), "run")["folder"])
+    folder = train(recipe_of(tmp_path, [{"method": "ce"}, second]), "run").folder
     before, after, start = weights(folder / "stage1-ce"), weights(folder), started.stages[1][3]
     anew = {name for name in before if not torch.equal(before[name], start[name])}
     layer3 = {name for name in before if name.startswith("layer3.")}
@@ -183,11 +183,11 @@ def test_any_part_may_start_anew_and_any_part_may_train(tmp_path, monkeypatch):
 
 def test_without_epochs_and_without_anything_anew_a_stage_predicts_as_the_one_before(tmp_path):
     metrics = train(recipe_of(tmp_path, [{"method": "ce"}, {"method": "bsce", "epochs": 0}]), "run")
-    folder = Path(metrics["folder"])
+    folder = metrics.folder
     assert not differing(folder / "stage1-ce", folder)
     first = json.loads((folder / "stage1-ce" / "metrics.json").read_text())
-    assert metrics["result"]["heads"] == first["result"]["heads"]
-    assert metrics["epochs"] == 0
+    assert metrics.record.result.heads == first.record.result.heads
+    assert metrics.record.epochs == 0
 
 
 def test_a_stage_has_a_schedule_and_a_sampler_of_its_own(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_stage_has_a_schedule_and_a_sampler_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "train_one_epoch", recorded)
     stages = [{"method": "ce"}, {"method": "crt", "epochs": 2, "lr": 0.2, "sched": "constant", "warmup_epochs": 0}]
     metrics = train(recipe_of(tmp_path, stages), "run")
-    counts = metrics["class_counts"]
+    counts = metrics.record.class_counts
     for stage, drawn, index in seen:
         assert len(index) == sum(counts)
         if stage == 0:
@@ -212,9 +212,9 @@ def test_a_stage_has_a_schedule_and_a_sampler_of_its_own(tmp_path, monkeypatch):
             n, k = sum(counts), len(counts)
             assert np.abs(np.array(drawn) - n / k).max() < 5 * np.sqrt(n / k * (1 - 1 / k))
     assert seen[0][2] != seen[1][2]
-    rates = [float(row["lr"]) for row in history(metrics["folder"])]
+    rates = [float(row["lr"]) for row in history(metrics.folder)]
     assert rates == pytest.approx([0.2, 0.2])
-    assert len(history(Path(metrics["folder"]) / "stage1-ce")) == 3
+    assert len(history(metrics.folder / "stage1-ce")) == 3
 
 
 # Resumed
@@ -269,7 +269,7 @@ def test_a_run_that_was_interrupted_in_any_stage_gives_the_same_weights(
     done = epoch  # that epoch is lost, since its checkpoint was not yet written
     rest = [("ce", 0, e) for e in range(done, 3)] if stage == 0 else []
     assert epochs == rest + [("crt", 1, e) for e in range(done if stage == 1 else 0, 3)]
-    same_runs(crt[0] / "runs" / "whole", resumed["folder"])
+    same_runs(crt[0] / "runs" / "whole", resumed.folder)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -284,14 +284,14 @@ def test_a_plugins_state_an_average_and_adam_resume_bit_identically_in_both_stag
         train(recipe, "run")
     monkeypatch.undo()
     resumed = train(recipe.everywhere(resume="auto"), "run")
-    same_runs(whole["folder"], resumed["folder"])
-    last = [torch.load(Path(m["folder"]) / "last.ckpt", weights_only=True) for m in (whole, resumed)]
+    same_runs(whole.folder, resumed.folder)
+    last = [torch.load(m.folder / "last.ckpt", weights_only=True) for m in (whole, resumed)]
     own = [state["task_state"]["method"] for state in last]
     assert own[0].keys() == {"offset", "updates", "scale"}
     assert own[0]["updates"].item() == 15  # of this stage; five steps in each of three epochs
     assert own[0]["scale"].item() != 1.0
     # What the start of the last epoch has written.
-    torch.testing.assert_close(own[0]["offset"], 2.0 * torch.tensor(whole["class_counts"]).log())
+    torch.testing.assert_close(own[0]["offset"], 2.0 * torch.tensor(whole.record.class_counts).log())
     assert all(torch.equal(own[0][key], own[1][key]) for key in own[0])
 
 
@@ -316,7 +316,7 @@ def test_kill_9_in_the_second_stage_and_resume_auto(crt, tmp_path):
 def test_a_finished_run_of_two_stages_resumes_to_the_same_result(crt, monkeypatch):
     path, metrics = crt
     epochs = trained_epochs(monkeypatch)
-    assert train(recipe_of(path).everywhere(resume="auto"), "whole")["result"] == metrics["result"]
+    assert train(recipe_of(path).everywhere(resume="auto"), "whole").record.result == metrics.record.result
     assert epochs == []
     other = recipe_of(path, [{"method": "ce"}, {"method": "crt", "lr": 0.3}])
     with pytest.raises(CheckpointError, match="holds a run of another recipe"):
@@ -332,15 +332,15 @@ def test_crt_and_tau_normalisation_share_one_run_of_cross_entropy(tmp_path, monk
     second = train(recipe_of(tmp_path, CE_TAU), "tau")
     assert [epoch for epoch in epochs if epoch[0] == "ce"] == [("ce", 0, e) for e in range(3)]
     assert not list((tmp_path / "runs" / "tau").glob("stage*"))
-    start = weights(Path(first["folder"]) / "stage1-ce")
-    end = weights(second["folder"])
+    start = weights(first.folder / "stage1-ce")
+    end = weights(second.folder)
     assert {name for name in end if not torch.equal(start[name], end[name])} <= CLASSIFIER
-    assert second["stages"] == ["ce", "tau_norm"]
+    assert second.record.stages == ["ce", "tau_norm"]
     # Resumed, it finds the same run again.
     epochs.clear()
     again = train(recipe_of(tmp_path, CE_TAU).everywhere(resume="auto"), "tau")
     assert epochs == []
-    assert again["result"] == second["result"]
+    assert again.record.result == second.record.result
 
 
 def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_same(tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     train(recipe_of(tmp_path, CE_TAU, seed=1), "other_seed")
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
     epochs.clear()
-    (Path(ce["folder"]) / "metrics.json").unlink()  # as if it had been killed
+    (ce.folder / "metrics.json").unlink()  # as if it had been killed
     train(recipe_of(tmp_path, CE_TAU), "not_taken")
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
 
@@ -364,20 +364,20 @@ def test_a_post_hoc_stage_equals_a_run_that_starts_from_the_weights_by_hand(tmp_
     stages = [{"method": "ce"}, {"method": {"name": "tau_norm", "tau": 0.7}, "epochs": 0}]
     together = train(recipe_of(tmp_path / "one", stages), "run")
     ce = train(recipe_of(tmp_path / "two", [stages[0]]), "ce")
-    by_hand = recipe_of(tmp_path / "two", [{**stages[1], "initial_checkpoint": ce["folder"], "warmup_epochs": 0}])
+    by_hand = recipe_of(tmp_path / "two", [{**stages[1], "initial_checkpoint": ce.folder, "warmup_epochs": 0}])
     tau = train(by_hand, "tau")
-    assert not differing(together["folder"], tau["folder"])
-    assert together["result"] == tau["result"]
+    assert not differing(together.folder, tau.folder)
+    assert together.record.result == tau.record.result
 
 
 def test_two_stages_equal_two_runs_by_hand(crt, tmp_path, monkeypatch):
     """But for what the stage's number decides: its random order is another one. Here the second run has number 1."""
     ce = train(recipe_of(tmp_path, [{"method": "ce"}]), "ce")
-    by_hand = recipe_of(tmp_path, [{"method": "crt", "initial_checkpoint": ce["folder"]}])
+    by_hand = recipe_of(tmp_path, [{"method": "crt", "initial_checkpoint": ce.folder}])
     monkeypatch.setattr(Recipe, "stage", property(lambda self: 1))
     crt_by_hand = train(by_hand, "crt")
-    assert not differing(crt[1]["folder"], crt_by_hand["folder"])
-    assert history(crt[1]["folder"]) == history(crt_by_hand["folder"])
+    assert not differing(crt[1].folder, crt_by_hand.folder)
+    assert history(crt[1].folder) == history(crt_by_hand.folder)
 
 
 # tau-normalisation
@@ -423,14 +423,14 @@ def test_choosing_tau_reads_no_image_that_the_result_is_measured_on(tmp_path, mo
     recipe = recipe_of(tmp_path, CE_TAU, **keys)
     metrics = train(recipe, "tau")
     assert state["reads"] > 0
-    assert metrics["chosen"].keys() == {"tau"}
-    assert metrics["chosen"]["tau"] in [i / 10 for i in range(21)]
+    assert metrics.record.chosen.keys() == {"tau"}
+    assert metrics.record.chosen["tau"] in [i / 10 for i in range(21)]
     splits = DataPool().open(recipe)
     assert len(state["held_out"]) == len(splits.held_out)
-    rows = weights(metrics["folder"])["fc.weight"].norm(dim=1)
-    before = load_file(next(Path(metrics["folder"]).glob("stage1-*")) / "model.safetensors")["fc.weight"].norm(dim=1)
-    torch.testing.assert_close(rows, before ** (1 - metrics["chosen"]["tau"]))
-    assert not weights(metrics["folder"])["fc.bias"].any()
+    rows = weights(metrics.folder)["fc.weight"].norm(dim=1)
+    before = load_file(next(metrics.folder.glob("stage1-*")) / "model.safetensors")["fc.weight"].norm(dim=1)
+    torch.testing.assert_close(rows, before ** (1 - metrics.record.chosen["tau"]))
+    assert not weights(metrics.folder)["fc.bias"].any()
 
 
 def indices(split):
@@ -452,8 +452,8 @@ def test_held_out_images_are_neither_trained_nor_tested_on(tmp_path):
 def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
     stages = [{"method": "mbib"}, {"method": "crt"}, {"method": {"name": "tau_norm", "tau": 1.0}, "epochs": 0}]
     metrics = train(recipe_of(tmp_path, stages, model="mbib_resnet20"), "run")
-    folder = Path(metrics["folder"])
-    assert metrics["stages"] == ["mbib", "crt", "tau_norm"]
+    folder = metrics.folder
+    assert metrics.record.stages == ["mbib", "crt", "tau_norm"]
     second = next(folder.glob("stage2-*"))
     first = next(second.glob("stage1-*"))
     changed = differing(first, second)

@@ -18,9 +18,10 @@ from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
-from mbib_timm.methods import Facts, load_plugin, resolve_method
+from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
@@ -139,7 +140,7 @@ def test_compiled_evaluation_counts_the_same():
     compiled = evaluate(model, evaluated(), np.array(COUNTS), device=CPU.device, compile=True)
     assert not compiled_head_logits.failed
     for head in plain:
-        assert compiled[head]["top1"] == plain[head]["top1"]
+        assert compiled[head].top1 == plain[head].top1
         assert compiled[head]["nll"] == pytest.approx(plain[head]["nll"], rel=1e-5)
 
 

@@ -67,7 +67,7 @@ def test_one_seed_has_no_deviation_and_unequal_numbers_of_seeds_are_told():
     assert table_of(alone)[0]["overall"] == f"{scattered(0, 1, 'overall'):.1f}"
     assert title_of(alone) == "# small: A trial (cifar100_lt, 200 epochs, n = 1)"
     results = made_up(SMALL, scattered)
-    fewer = replace(results, runs=[run for run in results.runs if run["label"] != results.runs[0]["label"]])
+    fewer = replace(results, runs=[run for run in results.runs if run.label != results.runs[0].label])
     assert [row["n"] for row in table_of(fewer)] == ["2", "3", "3", "3"]
     assert title_of(fewer) == "# small: A trial (cifar100_lt, 200 epochs, n = 2, 3, 11 of 12 runs)"
     assert "11 of 12 runs" in markdown(fewer)
@@ -108,7 +108,7 @@ def test_a_shortened_sweep_differs_from_nothing():
     results = made_up(SMALL, epochs=20)
     assert not [column for column in table_of(results)[0] if "difference" in column]
     assert table_of(results)[3]["paper: overall (Table 0)"] == "41.4"
-    one = results.runs[0] | {"epochs": 20}
+    one = replace(results.runs[0], epochs=20)
     mixed = made_up(SMALL)
     assert not [c for c in table_of(replace(mixed, runs=[one, *mixed.runs[1:]]))[0] if "difference" in c]
 
@@ -155,12 +155,12 @@ def test_methods_are_called_by_their_titles():
 def test_every_run_is_a_row_of_the_csv():
     results = made_up(find_sweep(["table7_heads"]), scattered)
     rows = list(csv.DictReader(io.StringIO(runs_csv(results))))
-    assert [row["run"] for row in rows] == [run["label"] for run in results.runs]
+    assert [row["run"] for row in rows] == [run.label for run in results.runs]
     assert len(rows) == 9
     for row, run in zip(rows, results.runs, strict=True):
-        assert (row["method"], int(row["seed"])) == (run["coordinates"]["method"], run["seed"])
+        assert (row["method"], int(row["seed"])) == (run.coordinates["method"], run.seed)
         place = ["BSCE", "BSCE_MLP", "BIB"].index(row["method"])
-        assert [float(row[column]) for column in GROUPS] == [scattered(place, run["seed"], c) for c in GROUPS]
+        assert [float(row[column]) for column in GROUPS] == [scattered(place, run.seed, c) for c in GROUPS]
         assert (row["head_v1"] != "") == (row["method"] == "BIB")
 
 
@@ -192,7 +192,7 @@ def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": "x"}'])
 def test_a_file_that_holds_no_sweep_is_refused(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(MbibError, match=r"sweep\.json holds no sweep's results"):
+    with pytest.raises(MbibError, match=r"sweep\.json does not hold results of a sweep"):
         read_results(tmp_path)
     with pytest.raises(MbibError, match="cannot read the sweep's results"):
         read_results(tmp_path / "nowhere")

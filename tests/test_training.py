@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def same_weights(first, second):
 def finished(tmp_path_factory):
     """An uninterrupted short run."""
     metrics = train(digits(tmp_path_factory.mktemp("finished")), "whole")
-    return Path(metrics["folder"]), metrics
+    return metrics.folder, metrics
 
 
 def test_a_run_leaves_its_results(finished):
@@ -65,11 +66,11 @@ def test_a_run_leaves_its_results(finished):
         "figures/class_accuracy.png", "figures/shot_groups.png", ".lock",
     }  # fmt: skip
     written = json.loads((folder / "metrics.json").read_text())
-    assert written == {key: value for key, value in metrics.items() if key != "folder"}
+    assert written == asdict(metrics.record)
     assert written["class_counts"] == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
     assert set(written["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
     assert written["result"]["epoch"] == 2
-    assert written["best"]["selected_on"] == "test"
+    assert written["best"]["split"] == "test"
     assert written["environment"]["torch"] == torch.__version__
     with (folder / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -83,7 +84,7 @@ def test_the_saved_model_loads_with_timm_and_gives_the_result(finished):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert model.pretrained_cfg["input_size"] == [3, 16, 16] or tuple(model.pretrained_cfg["input_size"]) == (3, 16, 16)
     assert model.pretrained_cfg["label_names"][3] == "3"
-    assert json.loads((folder / "config.json").read_text())["class_counts"] == metrics["class_counts"]
+    assert json.loads((folder / "config.json").read_text())["class_counts"] == metrics.record.class_counts
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in weights(folder))
 
 
@@ -136,24 +137,24 @@ def test_the_first_steps_of_every_method_are_those_of_the_loss_before(tmp_path, 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(finished, tmp_path):
     folder, _ = finished
-    assert same_weights(folder, train(digits(tmp_path), "again")["folder"])
-    assert not same_weights(folder, train(digits(tmp_path, seed=1), "other")["folder"])
+    assert same_weights(folder, train(digits(tmp_path), "again").folder)
+    assert not same_weights(folder, train(digits(tmp_path, seed=1), "other").folder)
 
 
 def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys):
     keys = dict(epochs=2, model_ema=True)
     same = train(digits(tmp_path, **keys, model_ema_decay=0.0), "same")
-    assert same["raw"]["heads"] == same["result"]["heads"], "without memory the average is the weights"
+    assert same.record.raw.heads == same.record.result.heads, "without memory the average is the weights"
     slow = train(digits(tmp_path, **keys, model_ema_decay=0.9999), "slow")
-    assert slow["raw"] == same["raw"], "the average changes nothing of what trains"
-    assert slow["raw"]["heads"] != slow["result"]["heads"]
-    raw = slow["raw"]["heads"]["prediction"]
-    assert f"Weights without the moving average: {raw['top1']:.2f} (many {raw['many']:.2f}" in capsys.readouterr().out
+    assert slow.record.raw == same.record.raw, "the average changes nothing of what trains"
+    assert slow.record.raw.heads != slow.record.result.heads
+    raw = slow.record.raw.prediction
+    assert f"Weights without the moving average: {raw.top1:.2f} (many {raw.many:.2f}" in capsys.readouterr().out
     with (tmp_path / "slow" / "summary.csv").open() as file:
         *_, last = csv.DictReader(file)
-    assert float(last["raw_top1"]) == raw["top1"]
-    assert float(last["val_top1"]) == slow["result"]["heads"]["prediction"]["top1"]
-    assert train(digits(tmp_path, epochs=2), "plain")["raw"] is None
+    assert float(last["raw_top1"]) == raw.top1
+    assert float(last["val_top1"]) == slow.record.result.heads["prediction"].top1
+    assert train(digits(tmp_path, epochs=2), "plain").record.raw is None
 
 
 class CrashError(Exception):
@@ -179,16 +180,16 @@ def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, load
         train(recipe, "broken")
     monkeypatch.undo()
     resumed = train(recipe.replace(resume="auto"), "broken")
-    assert same_weights(whole["folder"], resumed["folder"])
-    assert whole["result"] == resumed["result"]
-    assert whole["best"] == resumed["best"]
-    assert whole["raw"] == resumed["raw"]
+    assert same_weights(whole.folder, resumed.folder)
+    assert whole.record.result == resumed.record.result
+    assert whole.record.best == resumed.record.best
+    assert whole.record.raw == resumed.record.raw
 
     def without_seconds(folder):
         with (Path(folder) / "summary.csv").open() as file:
             return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
-    assert without_seconds(whole["folder"]) == without_seconds(resumed["folder"])
+    assert without_seconds(whole.folder) == without_seconds(resumed.folder)
 
 
 def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
@@ -205,8 +206,8 @@ def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
     saved.clear()
     often = train(digits(tmp_path), "often")
     assert saved == [0, 1, 2, 3]
-    assert same_weights(rare["folder"], often["folder"])
-    best = [load_file(Path(metrics["folder"]) / "best.safetensors") for metrics in (rare, often)]
+    assert same_weights(rare.folder, often.folder)
+    best = [load_file(metrics.folder / "best.safetensors") for metrics in (rare, often)]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
 
 
@@ -232,13 +233,13 @@ def test_kill_9_and_resume_auto(finished, tmp_path):
 def test_a_finished_run_resumes_to_the_same_result(finished, tmp_path):
     folder, metrics = finished
     again = train(digits(folder.parent, resume=str(folder)), "whole")
-    assert again["result"] == metrics["result"]
+    assert again.record.result == metrics.record.result
 
 
 def test_a_resumed_run_keeps_the_loader_that_it_chose(finished, monkeypatch):
     folder, _ = finished
     monkeypatch.setattr("mbib_timm.data.create.fits", lambda needed, device: False)
-    assert train(digits(folder.parent, resume="auto"), "whole")["loader"] == "resident"
+    assert train(digits(folder.parent, resume="auto"), "whole").record.loader == "resident"
     with pytest.raises(CheckpointError, match=r"another recipe: loader \('resident' there, 'timm' asked for\)"):
         train(digits(folder.parent, resume="auto", loader="timm"), "whole")
 
@@ -260,7 +261,7 @@ def test_a_second_process_is_kept_out_of_a_folder(finished):
         with pytest.raises(MbibError, match="another process trains in"):
             train(digits(folder.parent, resume="auto"), "whole")
         other.kill()
-    assert train(digits(folder.parent, resume="auto"), "whole")["result"] == metrics["result"]
+    assert train(digits(folder.parent, resume="auto"), "whole").record.result == metrics.record.result
 
 
 def test_a_run_that_another_process_has_trained_meanwhile_is_not_trained_again(tmp_path):
@@ -318,10 +319,10 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     ids=lambda overrides: "-".join(map(str, overrides.values()))[:40],
 )
 def test_every_way_to_train_runs_and_learns_something(tmp_path, overrides):
-    metrics = train(digits(tmp_path, epochs=2, **overrides), "run")
-    heads = metrics["result"]["heads"]
-    assert all(math.isfinite(head["nll"]) for head in heads.values())
-    assert heads["prediction"]["top1"] > 0
+    run = train(digits(tmp_path, epochs=2, **overrides), "run")
+    assert all(math.isfinite(metrics.nll) for metrics in run.record.result.heads.values())
+    first, last = run.history
+    assert last.losses["loss"] < first.losses["loss"]
 
 
 def test_gradient_accumulation_equals_the_larger_batch():
@@ -345,13 +346,13 @@ def test_validate_reproduces_the_result_to_the_last_digit(finished, tmp_path, ca
     folder, metrics = finished
     assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "results.json")]) == 0
     heads = json.loads((tmp_path / "results.json").read_text())["heads"]
-    assert heads == metrics["result"]["heads"]
+    assert heads == asdict(metrics.record.result)["heads"]
     assert "prediction" in capsys.readouterr().out
 
 
 def test_tensorboard_on_request(tmp_path):
     pytest.importorskip("tensorboard")
-    folder = Path(train(digits(tmp_path, epochs=2, log_tensorboard=True), "run")["folder"])
+    folder = train(digits(tmp_path, epochs=2, log_tensorboard=True), "run").folder
     assert list((folder / "tensorboard").glob("events.*"))
 
 
@@ -394,18 +395,18 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
         (exported / name).write_bytes((folder / name).read_bytes())
     arguments = ["--recipe", "mbib_resnet20.digits", "--device", "cpu"]
     assert main(["validate", f"local-dir:{exported}", *arguments, "--results", str(tmp_path / "results.json")]) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["heads"] == metrics["result"]["heads"]
+    assert json.loads((tmp_path / "results.json").read_text())["heads"] == asdict(metrics.record.result)["heads"]
     assert main(["validate", str(tmp_path), *arguments]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert main(["validate", "mbib_resnet20", *arguments]) == 2
     assert "mbib_resnet20 has no weights of its own" in capsys.readouterr().err
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, "class_counts": [3, 2, 1]}))
+    assert main(["validate", str(exported), *arguments]) == 2
+    assert "tells 10 classes apart, but the data have 3" in capsys.readouterr().err
     (exported / "model.safetensors").write_bytes(b"nonsense")
     assert main(["validate", str(exported), *arguments]) == 2
     assert "cannot load" in capsys.readouterr().err
-    counts = tmp_path / "counts.txt"
-    counts.write_text("3\n2\n1\n")
-    assert main(["validate", str(folder), "--class-counts", str(counts), "--device", "cpu"]) == 2
-    assert "tells 10 classes apart" in capsys.readouterr().err
 
 
 def test_fine_tuning_starts_from_a_run_of_other_classes(finished, tmp_path):
@@ -421,9 +422,9 @@ def test_fine_tuning_starts_from_a_run_of_other_classes(finished, tmp_path):
     keys = dict(dataset="folder", data_dir=str(images), imbalance="none", batch_size=4, val_split="validation")
     recipe = digits(tmp_path, **keys, initial_checkpoint=str(folder), lr=1e-12, epochs=2, warmup_epochs=0)
     metrics = train(recipe, "tuned")
-    tuned, before = weights(metrics["folder"]), weights(folder)
-    assert metrics["class_counts"] == [7, 2, 2]
+    tuned, before = weights(metrics.folder), weights(folder)
+    assert metrics.record.class_counts == [7, 2, 2]
     assert tuned["bottleneck.classifier.weight"].shape[0] == 3
     torch.testing.assert_close(tuned["bottleneck.fc.weight"], before["bottleneck.fc.weight"])
     torch.testing.assert_close(tuned["backbone.conv1.weight"], before["backbone.conv1.weight"])
-    assert json.loads((Path(metrics["folder"]) / "config.json").read_text())["label_names"] == ["ant", "bee", "cat"]
+    assert json.loads((metrics.folder / "config.json").read_text())["label_names"] == ["ant", "bee", "cat"]

@@ -79,6 +79,6 @@ def test_a_method_of_two_views_trains_and_resumes(tmp_path, loader):
         metrics = train(recipe, "two_views")
         rows = (tmp_path / "two_views" / "summary.csv").read_text().splitlines()
         assert "train_apart" in rows[0]
-        assert metrics["method"] == "agreement"
+        assert metrics.record.method == "agreement"
     finally:
         METHODS.remove("agreement")

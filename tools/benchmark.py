@@ -48,9 +48,9 @@ from benchmarking.table import (
 )
 from benchmarking.turns import Settings
 
-from mbib_timm.cli import Parser
 from mbib_timm.environment import World, describe_environment, find_device, join_world
 from mbib_timm.errors import MbibError
+from mbib_timm.flags import Parser
 
 
 def build_parser() -> Parser:

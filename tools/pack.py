@@ -27,13 +27,12 @@ import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from mbib_timm.cli import Parser, add_recipe_flags, recipe_overrides
 from mbib_timm.data import Split, Splits, open_data
-from mbib_timm.data.archives import SUFFIXES
-from mbib_timm.data.images import first_line
+from mbib_timm.data.folders import SUFFIXES
 from mbib_timm.data.long_tail import long_tailed_indices
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import DataError, MbibError, first_line
 from mbib_timm.files import write_atomically
+from mbib_timm.flags import Parser, add_recipe_flags, recipe_overrides
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, load_recipe
 
@@ -79,8 +78,7 @@ def pack(recipe: Recipe, file: Path, image_format: str) -> int:
 
     Raises:
         MbibError: another name, no such folder, or a file that cannot be written.
-        DataError: data that stream or do not fit the recipe, an image that cannot be read, or a split without images
-            of a class.
+        DataError: data that do not fit the recipe, an image that cannot be read, or a split without images of a class.
     """
     if not file.name.lower().endswith(SUFFIXES):
         raise MbibError(f"cannot pack into {file}: expected a name that ends in {', '.join(SUFFIXES)}")
@@ -110,15 +108,13 @@ def plan(recipe: Recipe, data: Splits, image_format: str) -> Iterator[Member]:
     """Name every image.
 
     Raises:
-        DataError: a split that streams, has no images of a class, or the name of another.
+        DataError: a split that has no images of a class, or the name of another.
     """
     classes = folder_names(data.class_names or [str(label) for label in range(data.num_classes)])
     splits = [(recipe.train_split, data.train), (recipe.val_split, data.val)]
     if data.test is not None and recipe.test_split != recipe.val_split:
         splits.append((recipe.test_split or "test", data.test))
     for name, split in splits:
-        if split.targets is None:
-            raise DataError(f"data source {recipe.dataset!r} streams: packing needs images by index")
         if safe_name(name) != name or [other for other, _ in splits].count(name) > 1:
             raise DataError(f"split {name!r} needs a name of its own that can be a folder's")
         counts = np.bincount(split.targets, minlength=len(classes))

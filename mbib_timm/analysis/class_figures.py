@@ -7,7 +7,7 @@ import numpy as np
 
 from mbib_timm.analysis.posterior import mean_by_shot_group, posterior_difference
 from mbib_timm.analysis.summary import as_array, run_title
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
     GREEN,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 
 
 def group_confusion(labels: np.ndarray, predicted: np.ndarray, class_counts: np.ndarray) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.errors import MbibError
 
 

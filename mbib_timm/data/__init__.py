@@ -1,11 +1,21 @@
 """Data: sources, long-tailed subsets, preprocessing and loaders.
 
-`open_data` finds out what there is, and checks it; `create_loaders` makes batches of it for a run, and `create_passes`
-for a method that looks at images once training is done.
+`open_data` finds out what there is, and checks it; `create_loaders` makes batches of it for a run, and `Passes` for a
+method that looks at images before or after training. A file imports from those above it only:
+
+    batch, images           what a loader gives; splits of images with labels, their readers
+    long_tail               class counts, shot groups, long-tailed subsets, images held out
+    folders, sources        image folders and archives; every source by name
+    splits, samplers        the data of a run, opened and checked; what an epoch sees, in which order
+    pixels, policies        operations on the pixels of batches; policies that draw operations
+    transforms              preprocessing and augmentation of single images
+    decoding                resident images: decoded, cached on the disk, measured against the memory
+    crops, augment          augmentation of resident images in batches
+    mixing                  mixup, CutMix, label smoothing: soft targets
+    loaders, create         the resident loader and timm's; which of them a run takes
 """
 
-from mbib_timm.data.batch import Batch
-from mbib_timm.data.class_counts import count_classes, shot_groups
+from mbib_timm.data.batch import Batch, Loader, TrainLoader
 from mbib_timm.data.create import (
     DataPool,
     Loaders,
@@ -14,10 +24,9 @@ from mbib_timm.data.create import (
     build_views_loader,
     choose_loader,
     create_loaders,
-    create_passes,
 )
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import Loader, TrainLoader
+from mbib_timm.data.long_tail import count_classes, shot_groups
 from mbib_timm.data.samplers import SAMPLERS, check_sampler, class_probabilities, parse_sampler, sampler
 from mbib_timm.data.sources import SOURCES, open_split
 from mbib_timm.data.splits import Splits, open_data
@@ -40,7 +49,6 @@ __all__ = [
     "class_probabilities",
     "count_classes",
     "create_loaders",
-    "create_passes",
     "open_data",
     "open_split",
     "parse_sampler",

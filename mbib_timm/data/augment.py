@@ -13,11 +13,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mbib_timm.data.color import SATURATION, UNCHANGED, blur, color_jitter, draw_color_jitter, enhance
+from mbib_timm.data.batch import send
 from mbib_timm.data.crops import Crop, Draws, create_crop
-from mbib_timm.data.decode import DecodedImages
-from mbib_timm.data.loaders import channelwise, send
-from mbib_timm.data.operations import affine, apply_operations, change_some, cut_out, rotations
+from mbib_timm.data.decoding import DecodedImages
+from mbib_timm.data.images import channelwise
+from mbib_timm.data.pixels import (
+    SATURATION,
+    UNCHANGED,
+    affine,
+    apply_operations,
+    blur,
+    change_some,
+    color_jitter,
+    cut_out,
+    draw_color_jitter,
+    enhance,
+    rotations,
+)
 from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, Policy, create_policy, mean_color
 from mbib_timm.data.transforms import BLUR_RADIUS, BLUR_SIGMAS
 from mbib_timm.errors import MbibError
@@ -44,7 +56,7 @@ class Augmentation:
 
     def __init__(self, crop: Crop, operations: Sequence[Operation]) -> None:
         self.crop, self.operations = crop, tuple(operations)
-        self.bytes_an_image = crop.bytes_an_image
+        self.bytes_per_image = crop.bytes_per_image
 
     def draw(self, sizes: Tensor, generator: torch.Generator) -> list[Draws]:
         """Draw for n images of `sizes` (n, 2), on the host: for the crop, then for each operation."""
@@ -150,7 +162,7 @@ class PolicyOperation:
 
     Args:
         policy: draws the operations.
-        fill: value outside the image, one a channel.
+        fill: value outside the image, one per channel.
         interpolation: of geometric operations.
     """
 

@@ -1,8 +1,9 @@
-"""What a loader gives: images, labels, and which images they are."""
+"""What a loader gives: batches of images, labels and positions, on the device; and what a loader is."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ class Batch(NamedTuple):
             mixes images or smooths labels.
         index: positions in the split (B,), int64; in training in the training subset. A broken image that was replaced
             has the position of its replacement, so that ``split.targets[index]`` are the labels; a mixed image that of
-            the image that another one was mixed into. -1 where the source streams.
+            the image that another one was mixed into.
     """
 
     views: tuple[Tensor, ...]
@@ -34,3 +35,53 @@ class Batch(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors in one order."""
         return (*self.views, self.targets, self.index)
+
+
+class Loader(Protocol):
+    """Batches of one stream of images, on the device."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the batches of one pass."""
+
+    def __len__(self) -> int:
+        """Return the number of batches of one pass."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
+
+    def broken_images(self) -> list[str]:
+        """Return the paths of images that were replaced because they could not be read."""
+
+
+class TrainLoader:
+    """What a run trains on: one batch of each stream at a time. A run has one stream, or two side by side.
+
+    Args:
+        streams: as long as one another; over the same images, each with an order and an augmentation of its own.
+    """
+
+    def __init__(self, streams: Sequence[Loader]) -> None:
+        self.streams = tuple(streams)
+
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:
+        """Give the batches of one pass: ``(batch,)``, or ``(batch, other)``."""
+        return zip(*self.streams, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.streams[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
+        for stream in self.streams:
+            stream.set_epoch(epoch)
+
+    def broken_images(self) -> list[str]:
+        """Return the paths of images that were replaced because they could not be read, each once."""
+        return list(dict.fromkeys(path for stream in self.streams for path in stream.broken_images()))
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a device; a copy from memory that is not pinned would wait for the device's earlier work."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

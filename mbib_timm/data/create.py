@@ -8,17 +8,17 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from mbib_timm.data.decode import DecodedImages
+from mbib_timm.data.batch import Loader, TrainLoader
+from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import Loader, Place, TrainLoader, training_sampler
-from mbib_timm.data.memory import decoded_bytes, fits
+from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.mixing import train_loader
 from mbib_timm.data.policies import create_policy
-from mbib_timm.data.resident import decode_split, fixed_preprocessing, resident_loader
-from mbib_timm.data.samplers import check_sampler, parse_sampler
+from mbib_timm.data.samplers import check_sampler, parse_sampler, training_sampler
 from mbib_timm.data.sources import open_split
 from mbib_timm.data.splits import Splits, check_evaluation, open_data
-from mbib_timm.data.timm_loader import timm_eval_loader, timm_train_loader
+from mbib_timm.data.transforms import fixed_preprocessing
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import DATA_KEYS, Recipe
 
@@ -82,18 +82,17 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
     """Return which loader a recipe's data take: ``resident`` or ``timm``.
 
     Raises:
-        MbibError: the recipe asks for resident data, which its source or its augmentation does not allow.
+        MbibError: the recipe asks for resident data, which its augmentation does not allow.
     """
-    obstacle = None
-    if splits.train.stream is not None or splits.val.stream is not None:
-        obstacle = f"data source {recipe.dataset!r} streams"
-    elif any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations()):
-        obstacle = "a policy of timm's (recipe key 'aa') works on single images"
-    if recipe.loader == "resident" and obstacle is not None:
-        raise MbibError(f"loader: resident holds all images in memory, but {obstacle}; use loader: timm")
+    by_image = any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations())
+    if recipe.loader == "resident" and by_image:
+        raise MbibError(
+            "loader: resident augments images in batches, but a policy of timm's (recipe key 'aa') works on single "
+            "images; use loader: timm"
+        )
     if recipe.loader != "auto":
         return recipe.loader
-    if obstacle is not None:
+    if by_image:
         return "timm"
     evaluated = [split for split in (splits.val, splits.test) if split is not None]
     needed = sum(decoded_bytes(split, recipe, input_size, training=False) for split in evaluated)
@@ -134,7 +133,7 @@ def create_loaders(
         MbibError: a loader or a sampler that the data or the recipe do not allow.
         DataError: images that cannot be read, or too few of them.
     """
-    place = Place(device, rank, world_size)
+    world = World(device, rank, world_size)
     pool = pool or DataPool()
     check_sampler(sampler, splits, recipe.cutmix_sampler)
     names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
@@ -145,28 +144,26 @@ def create_loaders(
     shared = recipe.replace(workers=-(-recipe.workers // streams))
 
     def stream(number: int, name: str) -> Loader:
-        order = None
-        if splits.train.targets is not None:
-            order = training_sampler(
-                splits.train.targets,
-                splits.num_classes,
-                recipe,
-                place,
-                name,
-                epochs=epochs,
-                stage=stage,
-                stream=number,
-            )
+        order = training_sampler(
+            splits.train.targets,
+            splits.num_classes,
+            recipe,
+            world,
+            name,
+            epochs=epochs,
+            stage=stage,
+            stream=number,
+        )
         if not resident:
-            return timm_train_loader(splits.train, shared, input_size, place, order, stage, views)
+            return timm_train_loader(splits.train, shared, input_size, world, order, views)
         images = pool.decode("train", splits.train, recipe, input_size, device, training=True, replace_broken=True)
-        return resident_loader(images, recipe, input_size, place, order, views)
+        return resident_loader(images, recipe, input_size, world, order, views)
 
     def evaluated(name: str, split: Split) -> Loader:
         if not resident:
-            return timm_eval_loader(split, recipe, input_size, place)
+            return timm_eval_loader(split, recipe, input_size, world)
         images = pool.decode(name, split, recipe, input_size, device, training=False, replace_broken=False)
-        return resident_loader(images, recipe, input_size, place, None)
+        return resident_loader(images, recipe, input_size, world, None)
 
     return Loaders(
         train=train_loader(
@@ -184,22 +181,29 @@ def create_loaders(
 
 
 class Passes:
-    """Images for a method that looks at them before or after training: preprocessed as for an evaluation, in order,
-    every image once over all processes. A loader is made when it is first asked for. A broken image is replaced, as in
-    training.
+    """Images for a method that looks at them before or after training.
+
+    They are preprocessed as for an evaluation, and come in order, every image once over all processes. A broken image
+    is replaced, as in training. A loader is made when it is first asked for.
 
     Args:
         splits: what `open_data` found.
         recipe: loader, preprocessing, batch size, workers.
         input_size: (C, H, W) of the model.
-        place: device and processes.
+        world: the device, and this process among those that share the data.
         pool: holds resident images for the next run.
     """
 
     def __init__(
-        self, splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], place: Place, pool: DataPool
+        self,
+        splits: Splits,
+        recipe: Recipe,
+        input_size: tuple[int, int, int],
+        world: World,
+        pool: DataPool | None = None,
     ) -> None:
-        self.splits, self.recipe, self.input_size, self.place, self.pool = splits, recipe, input_size, place, pool
+        self.splits, self.recipe, self.input_size, self.world = splits, recipe, input_size, world
+        self.pool = pool or DataPool()
 
     @cached_property
     def train(self) -> Loader:
@@ -217,26 +221,14 @@ class Passes:
         return self._loader("val", val, False) if split is val else self._loader("held_out", split, True)
 
     def _loader(self, name: str, split: Split, replace_broken: bool) -> Loader:
-        recipe, size, place = self.recipe, self.input_size, self.place
+        recipe, size, world = self.recipe, self.input_size, self.world
         # Both kinds give the same batches, so that each process may choose by its own memory.
-        resident = recipe.loader == "resident" and split.stream is None
-        if resident and fits(decoded_bytes(split, recipe, size, training=False), place.device):
+        if recipe.loader == "resident" and fits(decoded_bytes(split, recipe, size, training=False), world.device):
             images = self.pool.decode(
-                name, split, recipe, size, place.device, training=False, replace_broken=replace_broken
+                name, split, recipe, size, world.device, training=False, replace_broken=replace_broken
             )
-            return resident_loader(images, recipe, size, place, None)
-        return timm_eval_loader(split, recipe, size, place, replace_broken)
-
-
-def create_passes(
-    splits: Splits,
-    recipe: Recipe,
-    input_size: tuple[int, int, int],
-    place: Place,
-    pool: DataPool | None = None,
-) -> Passes:
-    """Offer a method the training images and the held-out images; see `Passes`."""
-    return Passes(splits, recipe, input_size, place, pool or DataPool())
+            return resident_loader(images, recipe, size, world, None)
+        return timm_eval_loader(split, recipe, size, world, replace_broken)
 
 
 def build_views_loader(
@@ -246,7 +238,7 @@ def build_views_loader(
 
     Args:
         recipe: names the preprocessing, the batch size and the seed.
-        split: indexed images.
+        split: the images.
         views: the recipe of each view of an image.
         input_size: (C, H, W) of the model.
         device: where the batches go.
@@ -255,14 +247,14 @@ def build_views_loader(
         MbibError: an augmentation that images of this size have no use for.
         DataError: fewer than two images.
     """
-    place = Place(device)
-    order = training_sampler(np.zeros(len(split), dtype=np.int64), 1, recipe, place)
+    world = World(device)
+    order = training_sampler(np.zeros(len(split), dtype=np.int64), 1, recipe, world)
     # Not for the next run: nobody else sees these images like this.
     if not fits(decoded_bytes(split, recipe, input_size, training=True), device):
-        return timm_train_loader(split, recipe, input_size, place, order, views=views)
+        return timm_train_loader(split, recipe, input_size, world, order, views=views)
     unkept = recipe.replace(image_cache="none")
     images = decode_split(split, unkept, input_size, device, training=True, replace_broken=True)
-    return resident_loader(images, recipe, input_size, place, order, views)
+    return resident_loader(images, recipe, input_size, world, order, views)
 
 
 def build_eval_loader(
@@ -293,4 +285,4 @@ def build_eval_loader(
     if opened.class_names is not None and len(opened.class_names) != num_classes:
         raise DataError(f"split {split!r} has {len(opened.class_names)} classes, the model has {num_classes}")
     check_evaluation(split, opened, opened, num_classes)
-    return timm_eval_loader(opened, recipe, input_size, Place(device, rank, world_size))
+    return timm_eval_loader(opened, recipe, input_size, World(device, rank, world_size))

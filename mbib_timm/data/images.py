@@ -1,4 +1,4 @@
-"""Images with labels, and what becomes of a broken one."""
+"""Images with labels, what becomes of a broken one, and the channels of both kinds: colour and grey."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,14 +7,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from mbib_timm.errors import DataError
+from mbib_timm.errors import DataError, first_line
 
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says first; libraries add paragraphs."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+# From an image as it is decoded to the pixels (C, H, W), uint8.
+Transform = Callable[[Image.Image], Tensor]
 
 
 def from_worker(error: DataError) -> DataError:
@@ -37,45 +36,39 @@ class Split:
     """One split of a data source: which images, with which labels.
 
     Attributes:
-        reader: gives the images; None for a stream.
-        targets: labels (N,), int64; None for a stream.
+        reader: gives the images.
+        targets: labels (N,), int64.
         indices: the reader's index of each image, (N,).
         class_names: in label order, where the source knows them.
-        stream: makes the data set of a source that cannot be indexed, given whether it is for training, and the PIL
-            mode of its images.
     """
 
-    reader: Reader | None
-    targets: np.ndarray | None
+    reader: Reader
+    targets: np.ndarray
     indices: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
-    stream: Callable[[bool, str], IterableDataset] | None = None
 
     def subset(self, kept: np.ndarray) -> "Split":
         """Return the split of the images at these places."""
-        assert self.targets is not None
         indices = kept if self.indices is None else self.indices[kept]
         return replace(self, targets=self.targets[kept], indices=indices)
 
     def __len__(self) -> int:
-        return 0 if self.targets is None else len(self.targets)
+        return len(self.targets)
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
     """The images of a split, transformed; each with its label and its position in the split, (2,), int64.
 
     timm's collate function makes one tensor (B, 2) of these, which reaches the device with the images.
 
     Args:
-        split: an indexed split.
+        split: which images, with which labels.
         mode: PIL mode that every image is converted to: ``RGB``, or ``L`` for one channel.
         transform: applied to each image.
         replace_broken: give the next image for one that cannot be decoded, and remember it; else raise.
     """
 
-    def __init__(self, split: Split, mode: str, transform: Callable[[Image.Image], Any], replace_broken: bool) -> None:
-        assert split.reader is not None
-        assert split.targets is not None
+    def __init__(self, split: Split, mode: str, transform: Transform, replace_broken: bool) -> None:
         self.reader, self.targets = split.reader, split.targets
         self.indices = np.arange(len(split)) if split.indices is None else split.indices
         self.mode, self.transform, self.replace_broken = mode, transform, replace_broken
@@ -85,7 +78,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray]:
         unreadable = None
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
@@ -147,3 +140,15 @@ class TimmReader:
         if self.inside is None:
             return str(name)
         return f"{self.inside}/{name}" if name else f"{self.inside}[{index}]"
+
+
+def pil_mode(channels: int) -> str:
+    """Return the PIL mode of images with so many channels. Raises DataError for numbers other than 1 and 3."""
+    if channels not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels, the model takes {channels}")
+    return "L" if channels == 1 else "RGB"
+
+
+def channelwise(values: list[float], channels: int) -> tuple[float, ...]:
+    """Return one value per channel; grey images take the mean of the three."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

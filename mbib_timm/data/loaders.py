@@ -1,158 +1,276 @@
-"""What loaders share: one stream of batches or two, the order of training, shards of an evaluation, the last batch."""
+"""The two loaders: the resident one, whose images lie decoded on the device and are augmented there in batches; and
+timm's, for data of any size.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from timm.data import create_loader
 from torch import Tensor
 
-from mbib_timm.data.batch import Batch
-from mbib_timm.data.samplers import ClassIndex, Key, TrainingSampler
+from mbib_timm.data.augment import Augmentation, check_augmentation, create_augmentation
+from mbib_timm.data.batch import Batch, send
+from mbib_timm.data.decoding import DecodedImages
+from mbib_timm.data.images import ImageDataset, Split, channelwise, from_worker, pil_mode
+from mbib_timm.data.samplers import IndexSampler, ShardSampler, TrainingSampler, drops_last
+from mbib_timm.data.transforms import Views, eval_transform, evaluation_crop, train_transform
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
+# Pieces of an epoch that are augmented at once: all of CIFAR-100, a batch or two of 224-pixel images.
+PIECE_BYTES = 1 << 30
 
-class Loader(Protocol):
-    """Batches of one stream of images, on the device."""
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Give the batches of one pass."""
+class ResidentLoader:
+    """The `Loader` of data that fit into the device's memory.
+
+    Args:
+        images: on the device.
+        sampler: gives the images' indices in the order of the epoch.
+        batch_size: images of a batch.
+        drop_last: leave the last short batch out.
+        augmentations: for training, one for each view of an image; None gives the images as they are, which are then
+            all of one size.
+        mean: of each channel, of images in 0..1.
+        std: of each channel.
+        seed: of the augmentation: seed and rank; and stage and stream where those are not the first.
+        channels_last: memory format of the batches.
+    """
+
+    def __init__(
+        self,
+        images: DecodedImages,
+        sampler: IndexSampler,
+        batch_size: int,
+        *,
+        drop_last: bool,
+        augmentations: Sequence[Augmentation | None],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: tuple[int, ...],
+        channels_last: bool,
+    ) -> None:
+        self.images, self.sampler, self.batch_size = images, sampler, batch_size
+        self.drop_last, self.augmentations, self.seed = drop_last, tuple(augmentations), seed
+        self.channels_last = channels_last
+        self.device = images.pixels.device
+        self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
+        self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
+        self.epoch = 0
 
     def __len__(self) -> int:
-        """Return the number of batches of one pass."""
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
+        """Choose the order and the augmentation of an epoch: functions of the recipe's seed and this number."""
+        self.sampler.set_epoch(epoch)
+        self.epoch = epoch
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that were replaced because they could not be read."""
+        return list(self.images.broken)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
+        if len(order) == 0:  # of a process beyond the last image
+            return
+        on_device = send(order, self.device)
+        targets, index = self.images.targets[on_device], self.images.index[on_device]
+        taken = 0
+        for pieces in zip(*(self._pieces(order, view) for view in range(len(self.augmentations))), strict=True):
+            for views in zip(*(piece.split(self.batch_size) for piece in pieces), strict=True):
+                size = len(views[0])
+                if size == 1 and self.drop_last:
+                    return
+                batch = slice(taken, taken + size)
+                yield Batch(tuple(self._normalize(pixels) for pixels in views), targets[batch], index[batch])
+                taken += size
+
+    def _pieces(self, order: Tensor, view: int) -> Iterator[Tensor]:
+        """Give the images in order as (n, H, W, C), uint8, n a multiple of the batch size but for the last."""
+        size = self._piece_size()
+        augmentation = self.augmentations[view]
+        if augmentation is None:
+            stacked = self.images.stacked()
+            for indices in send(order, self.device).split(size):
+                yield stacked.index_select(0, indices)
+            return
+        seed, rank, *stream = self.seed
+        # The first view's draws are those of a loader of one view.
+        stream = stream if view == 0 else [*(stream or (0, 0)), view]
+        entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        draws = augmentation.draw(self.images.sizes[order], generator)
+        for begin in range(0, len(order), size):
+            piece = slice(begin, begin + size)
+            drawn = [{name: value[piece] for name, value in each.items()} for each in draws]
+            yield augmentation(self.images, order[piece], drawn)
+
+    def _piece_size(self) -> int:
+        """Return how many images are augmented at once, the same for all views: a multiple of the batch size."""
+        needed = sum(augmentation.bytes_per_image for augmentation in self.augmentations if augmentation is not None)
+        return self.batch_size * (max(1, PIECE_BYTES // (needed * self.batch_size)) if needed else 1)
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        # As timm's loader does it, to the last bit.
+        images = pixels.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
+        return images if self.channels_last else images.contiguous()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where batches go: the device, and this process among those that share the data."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-
-class TrainLoader:
-    """What a run trains on: one batch of each stream at a time. A run has one stream, or two side by side.
+def resident_loader(
+    images: DecodedImages,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    world: World,
+    sampler: TrainingSampler | None,
+    views: Sequence[Recipe] = (),
+) -> ResidentLoader:
+    """Build a loader: one stream of training, or of an evaluation.
 
     Args:
-        streams: as long as one another; over the same images, each with an order and an augmentation of its own.
+        images: on the device.
+        recipe: augmentation, normalisation, batch sizes, seed.
+        input_size: (C, H, W).
+        world: the device, and this process among those that share the data.
+        sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
+            processes, in order, as it is.
+        views: of training, the recipe of each view of an image; that of the run alone when not given.
+    """
+    channels = input_size[0]
+    training = sampler is not None
+    order = ShardSampler(len(images), world.rank, world.world_size) if sampler is None else sampler
+    batch_size = recipe.batch_size if training else recipe.validation_batch_size
+    seed: tuple[int, ...] = (recipe.seed, world.rank)
+    if sampler is not None and (sampler.key.stage or sampler.key.stream):
+        seed += (sampler.key.stage, sampler.key.stream)
+    return ResidentLoader(
+        images,
+        order,
+        batch_size,
+        drop_last=training and drops_last(len(order), batch_size),
+        augmentations=[create_augmentation(view, input_size) for view in views or (recipe,)] if training else [None],
+        mean=channelwise(recipe.mean, channels),
+        std=channelwise(recipe.std, channels),
+        seed=seed,
+        channels_last=recipe.channels_last,
+    )
+
+
+class TimmLoader:
+    """The `Loader` of data of any size: worker processes decode and augment, image by image.
+
+    Args:
+        loader: timm's.
+        dataset: what it loads.
+        sampler: chooses the order.
+        views: augmented copies of each image, which come as its channels.
     """
 
-    def __init__(self, streams: Sequence[Loader]) -> None:
-        self.streams = tuple(streams)
+    def __init__(self, loader: Any, dataset: ImageDataset, sampler: IndexSampler, views: int = 1) -> None:
+        self.loader, self.dataset, self.sampler, self.views = loader, dataset, sampler, views
 
-    def __iter__(self) -> Iterator[tuple[Batch, ...]]:
-        """Give the batches of one pass: ``(batch,)``, or ``(batch, other)``."""
-        return zip(*self.streams, strict=True)
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for images, targets in self.loader:
+                yield Batch(images.chunk(self.views, dim=1), *targets.T.contiguous().unbind())
+        except DataError as error:
+            raise from_worker(error) from None
 
     def __len__(self) -> int:
-        return len(self.streams[0])
+        return len(self.loader)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
-        for stream in self.streams:
-            stream.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
 
     def broken_images(self) -> list[str]:
-        """Return the paths of images that were replaced because they could not be read, each once."""
-        return list(dict.fromkeys(path for stream in self.streams for path in stream.broken_images()))
+        """Return the paths of images that were replaced because they could not be read."""
+        return self.dataset.broken()
 
 
-class IndexSampler(Protocol):
-    """Gives the indices of a pass, one by one."""
-
-    def __iter__(self) -> Iterator[int]:
-        """Give the indices of a pass."""
-
-    def __len__(self) -> int:
-        """Return how many those are."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
-
-
-class ShardSampler:
-    """Every `world_size`-th image in order, from `rank` on: together the ranks see each image once, none twice."""
-
-    def __init__(self, length: int, rank: int, world_size: int) -> None:
-        self.places = range(rank, length, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the order of an evaluation is always the same."""
-
-
-def training_sampler(
-    targets: np.ndarray,
-    num_classes: int,
+def timm_train_loader(
+    split: Split,
     recipe: Recipe,
-    place: Place,
-    name: str = "instance",
-    *,
-    epochs: int = 1,
-    stage: int = 0,
-    stream: int = 0,
-) -> TrainingSampler:
-    """Return what orders the training images: a plan of each epoch, the same with every loader.
+    input_size: tuple[int, int, int],
+    world: World,
+    sampler: TrainingSampler,
+    views: Sequence[Recipe] = (),
+) -> TimmLoader:
+    """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
 
     Args:
-        targets: labels (N,) of the training images.
-        num_classes: classes K.
-        recipe: gives the seed.
-        place: this process among those that share the images.
-        name: of one sampler, with its number if need be.
-        epochs: of the stage.
-        stage: of the run, 0 for the first.
-        stream: 0, or 1 for the second of two streams.
-
-    Raises:
-        DataError: fewer images than two a process, which BatchNorm cannot train on.
+        split: training images.
+        recipe: augmentation, batch size, workers.
+        input_size: (C, H, W).
+        world: the device.
+        sampler: chooses the order.
+        views: the recipe of each view of an image; that of the run alone when not given.
     """
-    sampler = TrainingSampler(
-        name,
-        ClassIndex.of(targets, num_classes),
-        Key(recipe.seed, 0, stage, stream),
-        epochs,
-        place.rank,
-        place.world_size,
+    views = views or (recipe,)
+    for view in views:
+        check_augmentation(view, input_size)
+    whole = recipe.train_crop_mode == "pad"
+    transform = Views([train_transform(view, input_size, whole) for view in views])
+    dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken=True)
+    return _through_timm(dataset, recipe, input_size, world, sampler, training=True, views=len(views))
+
+
+def timm_eval_loader(
+    split: Split, recipe: Recipe, input_size: tuple[int, int, int], world: World, replace_broken: bool = False
+) -> TimmLoader:
+    """Build an evaluation loader: in order, every image once over all processes.
+
+    Args:
+        split: images to evaluate.
+        recipe: preprocessing, batch size, workers.
+        input_size: (C, H, W).
+        world: the device, and this process among those that share the images.
+        replace_broken: give the next image for one that cannot be read; else that is an error.
+    """
+    channels, height, width = input_size
+    dataset = ImageDataset(split, pil_mode(channels), eval_transform(recipe, height, width), replace_broken)
+    sampler = ShardSampler(len(dataset), world.rank, world.world_size)
+    return _through_timm(dataset, recipe, input_size, world, sampler, training=False)
+
+
+def _through_timm(
+    dataset: ImageDataset,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    world: World,
+    sampler: IndexSampler,
+    *,
+    training: bool,
+    views: int = 1,
+) -> TimmLoader:
+    channels, height, width = input_size
+    batch_size = recipe.batch_size if training else recipe.validation_batch_size
+    transform = dataset.transform
+    loader = create_loader(
+        dataset,
+        input_size=(views * channels, height, width),
+        batch_size=batch_size,
+        is_training=training,
+        mean=views * channelwise(recipe.mean, channels),
+        std=views * channelwise(recipe.std, channels),
+        num_workers=recipe.workers,
+        pin_memory=world.device.type == "cuda" if recipe.pin_mem is None else recipe.pin_mem,
+        persistent_workers=False,  # workers that live on would keep the random state of the epoch before
+        device=world.device,
+        **evaluation_crop(recipe),
     )
-    if len(sampler) < 2:
-        raise DataError(f"{len(targets)} training images are too few for {place.world_size} processes")
-    return sampler
-
-
-def drops_last(images: int, batch_size: int) -> bool:
-    """Return whether the last short batch of training is left out: only that of a single image is."""
-    return images % batch_size == 1
-
-
-def pil_mode(channels: int) -> str:
-    """Return the PIL mode of images with so many channels. Raises DataError for numbers other than 1 and 3."""
-    if channels not in (1, 3):
-        raise DataError(f"images have 1 or 3 channels, the model takes {channels}")
-    return "L" if channels == 1 else "RGB"
-
-
-def channelwise(values: list[float], channels: int) -> tuple[float, ...]:
-    """Return one value a channel; grey images take the mean of the three."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def send(values: Tensor, device: torch.device) -> Tensor:
-    """Return values on a device; a copy from memory that is not pinned would wait for the device's earlier work."""
-    if values.device.type == "cpu" and device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    # What `create_loader` has no parameters for.
+    # An order that is a function of the recipe's seed, and an evaluation over several processes that sees no image
+    # twice: its own samplers draw from torch's global generator, and repeat images until all processes have as many.
+    loader.batch_sampler.sampler = sampler
+    # The last short batch of training, which it always drops.
+    loader.batch_sampler.drop_last = training and drops_last(len(sampler), batch_size)
+    # Training's transform: several views, padded crops, rotation, hue, AutoAugment's policy for CIFAR, Cutout, and
+    # colour jitter beside a policy. That of an evaluation is made of the parameters above.
+    if training:
+        dataset.transform = transform
+    return TimmLoader(loader, dataset, sampler, views)

@@ -1,4 +1,4 @@
-"""Long-tailed subsets of balanced data: how many images a class keeps, and which; and images held out of training."""
+"""What labels decide: class counts, shot groups, long-tailed subsets, images held out of training."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,6 +6,59 @@ from itertools import pairwise
 import numpy as np
 
 from mbib_timm.errors import DataError
+
+MANY_ABOVE, FEW_BELOW = 100, 20
+
+
+def count_classes(targets: np.ndarray, num_classes: int, class_names: Sequence[str] | None = None) -> np.ndarray:
+    """Count the training images of each class.
+
+    Args:
+        targets: labels (N,), integers.
+        num_classes: classes K.
+        class_names: names for the error message.
+
+    Returns:
+        Counts, (K,), int64.
+
+    Raises:
+        DataError: labels that are no integers or out of range, or a class without training images.
+    """
+    targets = np.asarray(targets)
+    if targets.dtype.kind not in "iu":
+        raise DataError(f"labels must be integers, got {targets.dtype}")
+    if len(targets) == 0:
+        raise DataError("there are no training images")
+    if targets.min() < 0 or targets.max() >= num_classes:
+        raise DataError(
+            f"labels must lie in 0..{num_classes - 1} for {num_classes} classes, got {targets.min()}..{targets.max()}"
+        )
+    present = np.unique(targets)
+    missing = num_classes - len(present)
+    if missing:
+        # A stray label of 10^12 must not allocate as many counts: the first gaps lie among the first few labels.
+        empty = np.setdiff1d(np.arange(len(present) + min(missing, 5)), present)[:5]
+        names = [class_names[i] if class_names is not None else str(i) for i in empty]
+        more = f" and {missing - len(names)} more" if missing > len(names) else ""
+        raise DataError(f"no training images of class {', '.join(names)}{more}")
+    return np.bincount(targets, minlength=num_classes)
+
+
+def shot_groups(class_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the classes of each shot group (Liu et al. 2019).
+
+    Args:
+        class_counts: training images of each class, (K,).
+
+    Returns:
+        Indices of the classes with more than 100 (``many``), 20 to 100 (``medium``) and fewer than 20 (``few``).
+    """
+    counts = np.asarray(class_counts)
+    return {
+        "many": np.flatnonzero(counts > MANY_ABOVE),
+        "medium": np.flatnonzero((counts >= FEW_BELOW) & (counts <= MANY_ABOVE)),
+        "few": np.flatnonzero(counts < FEW_BELOW),
+    }
 
 
 def exponential_profile(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:
@@ -47,6 +100,9 @@ def _check(num_classes: int, largest: int, imbalance_factor: float) -> None:
         raise DataError(f"the imbalance factor must be at least 1, got {imbalance_factor:g}")
     if int(largest / imbalance_factor) < 1:
         raise DataError(f"imbalance factor {imbalance_factor:g} leaves no image of the {largest} to the smallest class")
+
+
+PROFILES = {"exp": exponential_profile, "step": step_profile}
 
 
 def images_by_class(targets: np.ndarray, num_classes: int) -> list[np.ndarray]:
@@ -100,9 +156,6 @@ def long_tailed_indices(targets: np.ndarray, counts: Sequence[int], seed: int) -
         generator.shuffle(indices)
         kept.append(indices[:count])
     return np.concatenate(kept)
-
-
-PROFILES = {"exp": exponential_profile, "step": step_profile}
 
 
 def largest_class(available: np.ndarray, shape: str, imbalance_factor: float) -> int:

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbib_timm.data.batch import Batch
-from mbib_timm.data.loaders import Loader, TrainLoader, send
+from mbib_timm.data.batch import Batch, Loader, TrainLoader, send
 from mbib_timm.recipe import Recipe
 
 # Keeps these draws apart from those of samplers and augmentations, whose generators have seeds of the same numbers.

@@ -6,16 +6,18 @@ timm's notation. timm's other policies work on single images, and so on timm's l
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from PIL import Image
+from timm.data import auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor
 
-from mbib_timm.data.operations import NOTHING, NUMBER
-from mbib_timm.errors import MbibError
+from mbib_timm.data.pixels import NOTHING, NUMBER
+from mbib_timm.recipe.checks import unknown_policy
 
 CIFAR10, CIFAR10_FILL = "cifar10", 128
 # Operation, probability in tenths and level 0 to 9, twice for each pair.
@@ -149,7 +151,7 @@ def create_policy(aa: str) -> Policy | None:
     given = {match[1]: float(match[2]) for match in found if match is not None}
     # timm draws magnitudes uniformly where their deviation is above 100.
     if kind != "rand" or None in found or given.get("mstd", 0.0) > 100:
-        _require_timms(aa)
+        timm_policy(aa, shift=1, color=(0, 0, 0))
         return None
     return RandAugment(
         given.get("m", 10.0),
@@ -160,14 +162,27 @@ def create_policy(aa: str) -> Policy | None:
     )
 
 
-def _require_timms(aa: str) -> None:
-    """Raise MbibError unless timm has the policy."""
+def timm_policy(
+    aa: str, shift: int, color: tuple[int, ...], interpolation: int = Image.Resampling.BILINEAR
+) -> Callable[[Image.Image], Image.Image]:
+    """Build an augmentation policy of timm's, for single images, as its `create_transform` does.
+
+    Args:
+        aa: its name, in timm's notation.
+        shift: the largest translation, in pixels.
+        color: outside the image, a value per channel.
+        interpolation: of geometric operations, PIL's number.
+
+    Raises:
+        MbibError: timm has no such policy.
+    """
     kind = aa.partition("-")[0]
+    settings = {"translate_const": shift, "img_mean": color, "interpolation": interpolation}
+    if kind == "augmix":
+        settings["translate_pct"] = 0.3
     build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
     try:
-        build(aa, {"translate_const": 1, "img_mean": (0, 0, 0)})
+        policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
     except Exception:  # timm asserts and raises of all kinds
-        raise MbibError(
-            f"recipe key 'aa': unknown policy {aa!r}; expected cifar10, rand-m9-n2-mstd0.5-inc1, or one of timm's: "
-            "original, originalr, v0, v0r, 3a, augmix-m3-w3"
-        ) from None
+        raise unknown_policy(aa) from None
+    return policy

@@ -14,13 +14,16 @@ A further sampler is one decorated function, from class counts to class probabil
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from mbib_timm.data.splits import Splits
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.declared import stream_names
 from mbib_timm.registry import Registry
 
 
@@ -95,13 +98,13 @@ class Sampler:
         weights: of the classes; see `ClassWeights`.
         order: of the images; see `Order`.
         number: what the name may say after a colon; None for nothing.
-        any_source: it looks at no labels, and so serves classes without images, and sources that stream.
+        serves_empty_classes: it looks at no labels, so that a class may be without images.
     """
 
     weights: ClassWeights
     order: Order
     number: Number | None
-    any_source: bool
+    serves_empty_classes: bool
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler")
@@ -153,7 +156,7 @@ def class_cycles(classes: ClassIndex, probabilities: np.ndarray, number: float, 
 
 
 def sampler(
-    name: str, *, order: Order = by_class_then_image, number: Number | None = None, any_source: bool = False
+    name: str, *, order: Order = by_class_then_image, number: Number | None = None, serves_empty_classes: bool = False
 ) -> Callable[[ClassWeights], ClassWeights]:
     """Decorator that files a sampler under `name`, given its class weights.
 
@@ -161,17 +164,17 @@ def sampler(
         name: in recipes.
         order: what makes indices of them.
         number: that the name may give after a colon.
-        any_source: it does not look at labels.
+        serves_empty_classes: it does not look at labels.
     """
 
     def decorate(weights: ClassWeights) -> ClassWeights:
-        SAMPLERS.register(name)(Sampler(weights, order, number, any_source))
+        SAMPLERS.register(name)(Sampler(weights, order, number, serves_empty_classes))
         return weights
 
     return decorate
 
 
-@sampler("instance", order=shuffled, any_source=True)
+@sampler("instance", order=shuffled, serves_empty_classes=True)
 def instance(counts: np.ndarray, progress: float, number: float) -> np.ndarray:
     """Every image once: q_k of n_k."""
     return counts
@@ -234,9 +237,7 @@ def parse_sampler(text: str) -> tuple[str, ...]:
     Raises:
         MbibError: an unknown sampler, a number that it does not take, or more than two streams.
     """
-    names = tuple(name.strip() for name in text.split("+"))
-    if len(names) > 2:
-        raise MbibError(f"sampler {text!r}: expected one sampler, or two side by side, got {len(names)}")
+    names = stream_names(text)
     for name in names:
         _find(name)
     return names
@@ -275,25 +276,13 @@ def check_sampler(text: str, splits: Splits, foregrounds: str | None = None) -> 
         foregrounds: the sampler of the images that CutMix pastes, where it has one.
 
     Raises:
-        MbibError: an unknown sampler, or one that the source cannot serve.
+        MbibError: an unknown sampler.
         DataError: a class without images.
     """
-    names, train = parse_sampler(text), splits.train
-    if train.targets is None:
-        if names != ("instance",):
-            raise MbibError(
-                f"sampler {text!r} chooses images by their class, but the data source streams: images come in the "
-                "order of its shards; use sampler: instance"
-            )
-        if foregrounds is not None:
-            raise MbibError(
-                f"recipe key 'cutmix_sampler': {foregrounds!r} draws a second stream of images, but the data source "
-                "streams: it has one, in the order of its shards; without this key CutMix pastes images of the batch"
-            )
-        return
+    names = parse_sampler(text)
     if foregrounds is not None:
         check_sampler(foregrounds, splits)
-    if all(_find(name)[0].any_source for name in names):
+    if all(_find(name)[0].serves_empty_classes for name in names):
         return
     empty = np.flatnonzero(np.asarray(splits.class_counts) == 0)
     if len(empty):
@@ -338,6 +327,19 @@ def epoch_plan(name: str, classes: ClassIndex, key: Key, epochs: int) -> np.ndar
     return found.order(classes, class_probabilities(name, classes.counts, key.epoch, epochs), number, key)
 
 
+class IndexSampler(Protocol):
+    """Gives the indices of a pass, one by one."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Give the indices of a pass."""
+
+    def __len__(self) -> int:
+        """Return how many those are."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+
+
 class TrainingSampler:
     """A process's share of the plans of a stage: each gets as many indices, so a few come twice.
 
@@ -367,3 +369,63 @@ class TrainingSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan of an epoch."""
         self.key = self.key._replace(epoch=epoch)
+
+
+def training_sampler(
+    targets: np.ndarray,
+    num_classes: int,
+    recipe: Recipe,
+    world: World,
+    name: str = "instance",
+    *,
+    epochs: int = 1,
+    stage: int = 0,
+    stream: int = 0,
+) -> TrainingSampler:
+    """Return what orders the training images: a plan of each epoch, the same with every loader.
+
+    Args:
+        targets: labels (N,) of the training images.
+        num_classes: classes K.
+        recipe: gives the seed.
+        world: this process among those that share the images.
+        name: of one sampler, with its number if need be.
+        epochs: of the stage.
+        stage: of the run, 0 for the first.
+        stream: 0, or 1 for the second of two streams.
+
+    Raises:
+        DataError: fewer than two images per process, which BatchNorm cannot train on.
+    """
+    sampler = TrainingSampler(
+        name,
+        ClassIndex.of(targets, num_classes),
+        Key(recipe.seed, 0, stage, stream),
+        epochs,
+        world.rank,
+        world.world_size,
+    )
+    if len(sampler) < 2:
+        raise DataError(f"{len(targets)} training images are too few for {world.world_size} processes")
+    return sampler
+
+
+class ShardSampler:
+    """Every `world_size`-th image in order, from `rank` on: together the ranks see each image once, none twice."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.places = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the order of an evaluation is always the same."""
+
+
+def drops_last(images: int, batch_size: int) -> bool:
+    """Return whether the last short batch of training is left out: only that of a single image is."""
+    return images % batch_size == 1

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbib_timm.data.class_counts import count_classes, read_class_counts
 from mbib_timm.data.images import Split
-from mbib_timm.data.long_tail import PROFILES, hold_out, largest_class, long_tailed_indices
+from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices
 from mbib_timm.data.sources import open_split
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
@@ -68,32 +67,28 @@ def open_data(recipe: Recipe) -> Splits:
     has_test = recipe.test_split is not None or recipe.test_list is not None
     test = open_split(recipe, recipe.test_split or "test") if has_test else None
     held_out, held_out_from = None, "none"
-    if train.targets is None:
-        counts = _declared_counts(recipe)
-    else:
-        num_classes = _num_classes(recipe, train)
-        counts = count_classes(train.targets, num_classes, train.class_names)
-        if recipe.imbalance != "none":
-            kept = _long_tailed(recipe, train.targets, counts)
-            left_out = np.setdiff1d(np.arange(len(train)), kept)
-            if len(left_out):
-                held_out = train.subset(left_out)
-                held_out_from = f"the {len(left_out):,} training images that the long-tailed subset leaves out"
-            train = train.subset(kept)
-        if recipe.holdout > 0:
-            train, held_out = _hold_out(recipe, train)
-            held_out_from = f"{100 * recipe.holdout:g} % of each class's training images, which are not trained on"
-        counts = count_classes(np.asarray(train.targets), num_classes, train.class_names)
+    num_classes = _num_classes(recipe, train)
+    counts = count_classes(train.targets, num_classes, train.class_names)
+    if recipe.imbalance != "none":
+        kept = _long_tailed(recipe, train.targets, counts)
+        left_out = np.setdiff1d(np.arange(len(train)), kept)
+        if len(left_out):
+            held_out = train.subset(left_out)
+            held_out_from = f"the {len(left_out):,} training images that the long-tailed subset leaves out"
+        train = train.subset(kept)
+    if recipe.holdout > 0:
+        train, held_out = _hold_out(recipe, train)
+        held_out_from = f"{100 * recipe.holdout:g} % of each class's training images, which are not trained on"
+    counts = count_classes(train.targets, num_classes, train.class_names)
     for name, split in ((recipe.val_split, val), (recipe.test_split or "test", test)):
         if split is not None:
-            check_evaluation(name, split, train, len(counts))
+            check_evaluation(name, split, train, num_classes)
     if held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     return Splits(train, val, test, counts, train.class_names, held_out, held_out_from)
 
 
 def _num_classes(recipe: Recipe, train: Split) -> int:
-    assert train.targets is not None
     highest = int(train.targets.max()) + 1
     in_data = len(train.class_names) if train.class_names is not None else highest
     if highest > in_data:
@@ -101,22 +96,6 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
     if recipe.num_classes is not None and recipe.num_classes != in_data:
         raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")
     return in_data
-
-
-def _declared_counts(recipe: Recipe) -> np.ndarray:
-    if recipe.class_counts is None:
-        raise DataError(
-            f"data source {recipe.dataset!r} streams and cannot be counted: give its training images of each class "
-            "with --class-counts FILE"
-        )
-    if recipe.imbalance != "none":
-        raise DataError(f"data source {recipe.dataset!r} streams: a long-tailed subset needs images by index")
-    if recipe.holdout > 0:
-        raise DataError(f"data source {recipe.dataset!r} streams: recipe key 'holdout' needs images by index")
-    counts = read_class_counts(recipe.class_counts)
-    if recipe.num_classes is not None and recipe.num_classes != len(counts):
-        raise DataError(f"{recipe.class_counts} counts {len(counts)} classes, 'num_classes' says {recipe.num_classes}")
-    return counts
 
 
 def _long_tailed(recipe: Recipe, targets: np.ndarray, available: np.ndarray) -> np.ndarray:
@@ -128,7 +107,6 @@ def _long_tailed(recipe: Recipe, targets: np.ndarray, available: np.ndarray) -> 
 
 def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
     """Return the images to train on, and those that the recipe holds out."""
-    assert train.targets is not None
     # Seeded through MT19937, it is another stream than that which has drawn the long-tailed subset.
     generator = np.random.RandomState(np.random.MT19937(recipe.subset_seed))
     held_out = hold_out(train.targets, recipe.holdout, generator)
@@ -139,8 +117,6 @@ def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
 
 def check_evaluation(name: str, split: Split, train: Split, num_classes: int) -> None:
     """Raise DataError for a split that is empty, or has other classes than training."""
-    if split.targets is None:
-        return
     if len(split) == 0:
         raise DataError(f"split {name!r} has no images")
     if split.targets.min() < 0 or split.targets.max() >= num_classes:

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
+from timm.data import RandomResizedCropAndInterpolation, create_transform, str_to_interp_mode, str_to_pil_interp
 from torch import Tensor
 from torchvision import transforms
 
-from mbib_timm.data.loaders import channelwise
-from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color
+from mbib_timm.data.images import Transform, channelwise
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color, timm_policy
 from mbib_timm.recipe import Recipe
 
 LONGEST_SIDE = 500
@@ -21,9 +19,8 @@ LONGEST_SIDE = 500
 BLUR_RADIUS, BLUR_SIGMAS = 11, (0.1, 2.0)
 
 
-def train_transform(recipe: Recipe, input_size: tuple[int, int, int], whole: bool = False) -> Callable[..., Any]:
-    """Build the training transform of a recipe: timm's and torchvision's own of what `mbib_timm.data.augment` has for
-    batches.
+def train_transform(recipe: Recipe, input_size: tuple[int, int, int], whole: bool = False) -> Transform:
+    """Build the training transform: what `mbib_timm.data.augment` does to batches, by timm's and torchvision's own.
 
     ``pad``: zero-pad by an eighth, crop at random, flip: 32-crops of the 4-padded image for CIFAR (Cao et al. 2019).
     ``rrc``: timm's random resized crop with flip. ``none``: as in evaluation.
@@ -34,7 +31,7 @@ def train_transform(recipe: Recipe, input_size: tuple[int, int, int], whole: boo
         whole: cut it from the whole image resized to height x width, as ``pad`` always does.
     """
     channels, height, width = input_size
-    steps: list[Callable[..., Any]] = []
+    steps: list[Callable] = []
     if whole or recipe.train_crop_mode == "pad":
         steps.append(_resize(recipe, height, width))
     if recipe.train_crop_mode == "pad":
@@ -46,17 +43,24 @@ def train_transform(recipe: Recipe, input_size: tuple[int, int, int], whole: boo
         steps += [eval_transform(recipe, height, width), torch.as_tensor, transforms.ToPILImage()]
     if recipe.train_crop_mode != "none":
         steps.append(transforms.RandomHorizontalFlip(recipe.hflip))
-    return transforms.Compose([*steps, *_operations(recipe, channels, min(height, width)), transforms.PILToTensor()])
+    steps += _operations(recipe, channels, min(height, width))
+    transform: Transform = transforms.Compose([*steps, transforms.PILToTensor()])
+    return transform
 
 
-def _operations(recipe: Recipe, channels: int, side: int) -> Iterator[Callable[..., Any]]:
+def _operations(recipe: Recipe, channels: int, side: int) -> Iterator[Callable[[Image.Image], Image.Image]]:
     """Yield what follows the crop, in the order of `mbib_timm.data.augment`. `side` is the images' shorter one."""
     if recipe.rotation:
         yield transforms.RandomRotation(recipe.rotation)
     if recipe.aa == CIFAR10:
         yield transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=CIFAR10_FILL)
     elif recipe.aa is not None:
-        yield timm_policy(recipe.aa, recipe, channels, side)
+        yield timm_policy(
+            recipe.aa,
+            int(0.45 * side),
+            mean_color(channelwise(recipe.mean, channels)),
+            str_to_pil_interp(_fixed_interpolation(recipe)),
+        )
     if recipe.color_jitter or recipe.hue:
         jitter = transforms.ColorJitter(*[recipe.color_jitter] * 3, recipe.hue)
         yield transforms.RandomApply([jitter], recipe.color_jitter_prob)
@@ -85,7 +89,7 @@ class Views:
         transforms: one for each view; each gives (C, H, W), uint8.
     """
 
-    def __init__(self, transforms: Sequence[Callable[..., Any]]) -> None:
+    def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = tuple(transforms)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -93,44 +97,44 @@ class Views:
         return torch.cat([transform(image) for transform in self.transforms])
 
 
-def timm_policy(aa: str, recipe: Recipe, channels: int, side: int) -> Callable[[Image.Image], Image.Image]:
-    """Build an augmentation policy of timm's as its `create_transform` does. `side` is the images' shorter one."""
-    settings: dict[str, Any] = {
-        "translate_const": int(0.45 * side),
-        "img_mean": mean_color(channelwise(recipe.mean, channels)),
-        "interpolation": str_to_pil_interp(_fixed_interpolation(recipe)),
-    }
-    kind = aa.partition("-")[0]
-    if kind == "augmix":
-        settings["translate_pct"] = 0.3
-    build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
-    policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
-    return policy
+class EvaluationCrop(TypedDict):
+    """How an evaluation cuts its images, in the names of timm's `create_transform` and `create_loader`."""
+
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
 
 
-def eval_transform(recipe: Recipe, height: int, width: int) -> Callable[..., Any]:
-    """Build the evaluation transform: resize and centre crop; with ``pad`` the whole image."""
+def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
+    """Return what an evaluation sees: the centre of the resized image; with ``pad`` the whole image, squashed."""
+    interpolation = _fixed_interpolation(recipe)
     if recipe.train_crop_mode == "pad":
-        return transforms.Compose([_resize(recipe, height, width), transforms.PILToTensor()])
-    return create_transform(
-        (3, height, width),
-        is_training=False,
-        use_prefetcher=True,
-        crop_pct=recipe.crop_pct,
-        interpolation=_fixed_interpolation(recipe),
-    )
+        return {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": interpolation}
+    return {"crop_pct": recipe.crop_pct, "crop_mode": "center", "interpolation": interpolation}
 
 
-def resident_transform(recipe: Recipe, height: int, width: int, training: bool) -> Callable[..., Any]:
+def eval_transform(recipe: Recipe, height: int, width: int) -> Transform:
+    """Build the transform of an evaluation, see `evaluation_crop`."""
+    transform: Transform = create_transform((3, height, width), use_prefetcher=True, **evaluation_crop(recipe))
+    return transform
+
+
+def resident_transform(recipe: Recipe, height: int, width: int, training: bool) -> Transform:
     """Build the part of the preprocessing that is the same in every epoch, which resident images have behind them.
 
     What random resized crops are cut from keeps its size, but for sides beyond `LONGEST_SIDE`.
     """
-    if not training or recipe.train_crop_mode == "none":
+    if not training or recipe.train_crop_mode != "rrc":
         return eval_transform(recipe, height, width)
-    if recipe.train_crop_mode == "pad":
-        return transforms.Compose([_resize(recipe, height, width), transforms.PILToTensor()])
-    return transforms.Compose([partial(_shrink, interpolation=_fixed_interpolation(recipe)), transforms.PILToTensor()])
+    shrink = partial(_shrink, interpolation=_fixed_interpolation(recipe))
+    transform: Transform = transforms.Compose([shrink, transforms.PILToTensor()])
+    return transform
+
+
+def fixed_preprocessing(recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> str:
+    """Return a description of what decoded images have behind them: images that agree in it are the same."""
+    kept = "whole" if training and recipe.train_crop_mode == "rrc" else "as evaluated"
+    return f"{kept} {recipe.train_crop_mode} {input_size} {recipe.crop_pct} {recipe.interpolation}"
 
 
 def _shrink(image: Image.Image, interpolation: str) -> Image.Image:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data import build_views_loader, open_split
+from mbib_timm.data.batch import Loader
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import Loader
 from mbib_timm.environment import Environment, describe_environment, join_world, leave_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation import expert_weights
@@ -115,8 +115,6 @@ def aggregate(
                 "is for the experts of a model such as experts_resnet32"
             )
         images = open_split(found.recipe, opened.split)
-        if images.targets is None:
-            raise DataError(f"split {opened.split!r} streams: test sets are drawn from sources that can be indexed")
         test_sets = _draw(distributions, images.targets, opened.class_counts, seed)
         rows = _measure(opened, parts, images, test_sets, found.recipe, seed)
         environment = redact_environment(describe_environment(world))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.results.record import HeadMetrics
 
 ECE_BINS = 15

@@ -8,8 +8,7 @@ import numpy as np
 from torch import nn
 
 from mbib_timm.data import build_eval_loader, open_data
-from mbib_timm.data.class_counts import read_class_counts
-from mbib_timm.data.loaders import Loader
+from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.models.weights import Source, create_trained, find_source
@@ -32,9 +31,7 @@ class Target:
     recipe: Recipe
 
     def class_counts(self) -> np.ndarray:
-        """Return the training images of each class: from a file, from the checkpoint, or from the training data."""
-        if self.recipe.class_counts is not None:
-            return read_class_counts(self.recipe.class_counts)
+        """Return the training images of each class: from the checkpoint, or from the training data."""
         counts = self.source.config().get("class_counts")
         return open_data(self.recipe).class_counts if counts is None else np.asarray(counts, dtype=np.int64)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mbib_timm.data.loaders import pil_mode
+from mbib_timm.data.images import pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.predict import Predictor

@@ -17,12 +17,10 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mbib_timm.data.archives import ArchiveReader, image_kinds, is_archive, open_archive
-from mbib_timm.data.class_counts import read_class_counts
-from mbib_timm.data.images import Reader, first_line
-from mbib_timm.data.loaders import pil_mode
+from mbib_timm.data.folders import ArchiveReader, image_kinds, is_archive, open_archive
+from mbib_timm.data.images import Reader, pil_mode
 from mbib_timm.environment import join_world, leave_world
-from mbib_timm.errors import DataError, MbibError, unknown_name
+from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
 from mbib_timm.models.weights import LoadedModel, load_model
 
@@ -202,6 +200,26 @@ def log_prior_shift(model: LoadedModel, prior: str) -> Tensor:
         raise MbibError(f"{prior} has {len(wanted)} classes, the model {len(uniform)}")
     new, old = (torch.log(torch.as_tensor(values / values.sum())) for values in (wanted, known[model.prior]))
     return (new - old).float()
+
+
+def read_class_counts(path: str | Path) -> np.ndarray:
+    """Read training images of each class: a JSON list, or one integer a line.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read the class counts {path}: {error.strerror}") from None
+    try:
+        values = json.loads(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
+        counts = np.array(values)
+        if counts.ndim != 1 or counts.dtype.kind not in "iu" or len(counts) < 2 or counts.min() < 1:
+            raise ValueError
+    except ValueError:
+        raise DataError(f"{path}: expected a positive integer for each class, one a line or a JSON list") from None
+    return counts.astype(np.int64)
 
 
 class Writer:

@@ -19,12 +19,13 @@ import pkgutil
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.data.create import Passes
-from mbib_timm.methods.base import Facts, Method, head_names, part_of
-from mbib_timm.methods.registry import (
+from mbib_timm.methods.base import (
     METHODS,
-    load_entry_points,
-    load_plugin,
+    Facts,
+    Method,
+    head_names,
     method_title,
+    part_of,
     register,
     resolve_method,
 )
@@ -41,8 +42,6 @@ __all__ = [
     "Method",
     "Passes",
     "head_names",
-    "load_entry_points",
-    "load_plugin",
     "method_title",
     "option",
     "part_of",

@@ -1,15 +1,17 @@
-"""What a method is: all that distinguishes one way to train a long-tailed classifier from another, in one class.
+"""What a method is: all that distinguishes one way to train a long-tailed classifier from another, in one class; and
+the registry of methods.
 
 A method is a `TrainingTask` of timm's. Most need a few lines: `head_loss` sees the logits of one head, `loss` those of
 all heads, `forward` whole batches and the network. Everything else (stages, samplers, optimizers, checkpoints,
 evaluation) is the frame's, and reads off the class what the method wants.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes
 from mbib_timm.errors import MbibError
+from mbib_timm.recipe.declared import resolve_settings
+from mbib_timm.registry import Registry
 
 NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
 
@@ -34,7 +38,6 @@ class Facts(NamedTuple):
         mean: of each channel, which the images are normalised with; of one for all, or three.
         std: of each channel.
         class_names: in label order, where they are known.
-        streamed: the source streams, and batches do not say which images they hold.
         mixed: images are mixed with one another.
     """
 
@@ -45,7 +48,6 @@ class Facts(NamedTuple):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] | None = None
-    streamed: bool = False
     mixed: bool = False
 
 
@@ -311,3 +313,38 @@ class Method(TrainingTask):
         network.load_state_dict(given.get("network", {}), strict=False)
         if not ema:
             self.load_state_dict(given.get("method", {}), strict=False)
+
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Decorator that files a `Method` under a name: that of the recipe key ``method``, and of models' tags.
+
+    Raises:
+        MbibError: the name is taken, or the class is no method.
+    """
+
+    def decorate(method: M) -> M:
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise MbibError(f"method {name!r}: expected a subclass of mbib_timm.methods.Method, got {method!r}")
+        if not dataclasses.is_dataclass(method.Settings):
+            raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
+        METHODS.register(name)(method)
+        method.name = name
+        return method
+
+    return decorate
+
+
+def resolve_method(method: Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
+    """Return the class of a recipe's method and all of its settings, checked; see `resolve_settings`."""
+    declared, settings = resolve_settings(method)
+    return METHODS[declared.name], settings
+
+
+def method_title(name: object) -> str:
+    """Return what a method is called in tables; anything else as it is."""
+    return METHODS[str(name)].title or str(name) if str(name) in METHODS else str(name)

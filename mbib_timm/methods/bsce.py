@@ -4,9 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mbib_timm.methods.base import Method
+from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
-from mbib_timm.methods.registry import register
 
 
 @register("bsce")

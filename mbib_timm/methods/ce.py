@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from mbib_timm.methods.base import Method
+from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy
-from mbib_timm.methods.registry import register
 
 
 @register("ce")

@@ -3,8 +3,8 @@
 Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020.
 """
 
+from mbib_timm.methods.base import register
 from mbib_timm.methods.ce import CrossEntropy
-from mbib_timm.methods.registry import register
 
 
 @register("crt")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data import Batch
+from mbib_timm.methods.base import register
 from mbib_timm.methods.functional import (
     adjusted_cross_entropy,
     as_counts,
     distillation_divergence,
     tempered_log_probabilities,
 )
-from mbib_timm.methods.registry import register
 from mbib_timm.methods.teacher import Taught, TeacherSettings
 from mbib_timm.options import option
 

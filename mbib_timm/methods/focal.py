@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mbib_timm.methods.base import Method
+from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import focal_loss
-from mbib_timm.methods.registry import register
 from mbib_timm.options import option
 
 

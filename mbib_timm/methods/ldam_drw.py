@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbib_timm.methods.base import Method
+from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, effective_number_weights, ldam_margins
-from mbib_timm.methods.registry import register
 from mbib_timm.options import option
 
 

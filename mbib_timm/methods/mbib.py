@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.errors import MbibError
-from mbib_timm.methods.base import Method
+from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import (
     adjusted_cross_entropy,
     as_counts,
@@ -27,7 +27,6 @@ from mbib_timm.methods.functional import (
     distillation_divergence,
     tempered_log_probabilities,
 )
-from mbib_timm.methods.registry import register
 from mbib_timm.options import option
 
 CITATION = "Mixture of Balanced Information Bottlenecks for Long-Tailed Visual Recognition, TMLR 2025"

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Batch
 from mbib_timm.errors import MbibError
-from mbib_timm.methods.base import Method, head_names
+from mbib_timm.methods.base import Method, head_names, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
 from mbib_timm.methods.momentum import MomentumCopy, Queue
-from mbib_timm.methods.registry import register
 from mbib_timm.options import option
 
 # The view of the key network, as a recipe's keys: SimCLR's augmentation for CIFAR, with blur.

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.methods.base import Method
+from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
-from mbib_timm.methods.registry import register
 from mbib_timm.options import option
 
 EXPERTS = 3

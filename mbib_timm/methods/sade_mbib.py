@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mbib_timm.errors import MbibError
+from mbib_timm.methods.base import register
 from mbib_timm.methods.mbib import CITATION, Bottleneck, Edge, MbibSettings, mbib_edges
-from mbib_timm.methods.registry import register
 from mbib_timm.methods.sade import expert_offsets, experts_of
 from mbib_timm.options import option
 

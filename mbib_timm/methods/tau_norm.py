@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
-from mbib_timm.methods.base import Method, Passes
-from mbib_timm.methods.registry import register
+from mbib_timm.methods.base import Method, Passes, register
 from mbib_timm.options import option
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes
-from mbib_timm.data.loaders import channelwise
-from mbib_timm.data.memory import fits
+from mbib_timm.data.decoding import fits
+from mbib_timm.data.images import channelwise
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Facts, Method
@@ -126,16 +126,11 @@ class Taught(Method):
 
     def _require_table(self) -> None:
         images, classes = int(self.facts.class_counts.sum()), len(self.facts.class_counts)
-        obstacles = {
-            "the data source streams, and does not say which images a batch holds": self.facts.streamed,
-            "the recipe mixes images": self.facts.mixed,
-        }
-        for obstacle, there in obstacles.items():
-            if there:
-                raise MbibError(
-                    f"setting 'teacher_pass' of method {self.name!r}: 'once' needs the same images in every epoch, but "
-                    f"{obstacle}; use teacher_pass: step"
-                )
+        if self.facts.mixed:
+            raise MbibError(
+                f"setting 'teacher_pass' of method {self.name!r}: 'once' needs the same images in every epoch, but the "
+                "recipe mixes images; use teacher_pass: step"
+            )
         if not fits(4 * images * classes, self.device):
             raise MbibError(
                 f"setting 'teacher_pass' of method {self.name!r}: the logits of {images:,} images, {classes:,} each, "

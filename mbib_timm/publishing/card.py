@@ -8,13 +8,12 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import DATASETS, ZOO
-from mbib_timm.names import data_of
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_model

@@ -4,7 +4,7 @@ import statistics
 
 import numpy as np
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.results.paper import PaperResult

@@ -89,6 +89,7 @@ class RunRecord:
         prediction_heads: heads whose logits' mean is the prediction; empty for a network of one head.
         dataset: the recipe's.
         loader: ``resident`` or ``timm``.
+        precision: of the training step: ``float32``, or of mixed precision ``bfloat16`` or ``float16``.
         epochs: of the last stage.
         seed: of the run.
         class_counts: training images of each class.
@@ -122,6 +123,8 @@ class RunRecord:
     training_seconds: float
     replaced_images: list[str]
     environment: Environment
+    # What was not always recorded.
+    precision: str | None = None
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
     GREEN,

@@ -190,7 +190,7 @@ def packaged_recipe(name: str) -> Recipe | None:
 def _settings(recipe: Recipe, own: Recipe) -> dict[str, Any]:
     """Return what has other values than in the packaged recipe; the same images in files are the same data."""
     elsewhere = {"dataset"} if recipe.dataset == "folder" and own.imbalance == recipe.imbalance == "exp" else set()
-    before, now = _by_address(own), _by_address(recipe)
+    before, now = _by_address(own.with_choices_of(recipe)), _by_address(recipe)
     return {
         address: now.get(address)
         for address in {**now, **before}

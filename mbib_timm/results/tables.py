@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbib_timm.data.class_counts import shot_groups
+from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.results.paper import COLUMNS
 from mbib_timm.results.record import HeadMetrics
 
-# Accuracies that every table shows, as `HeadMetrics.by_group` names them.
-COLUMNS = ("overall", "many", "medium", "few")
 NOTHING = "–"
 
 

@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.recipe import KEYS, find_recipe, list_recipes, recipes_folder
-from mbib_timm.results.paper import ABLATIONS, RESULTS
-from mbib_timm.results.tables import COLUMNS
+from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
+from mbib_timm.results.paper import ABLATIONS, COLUMNS, RESULTS
 
 # Recipe keys that a sweep sets by itself.
 PER_RUN = ("seed", "experiment", "resume")
@@ -208,11 +207,6 @@ def _is_number(text: str) -> bool:
 def plain(value: Any) -> str:
     """Return a value as a table, and a folder's name, has it."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def list_sweeps() -> list[str]:
-    """Return the names of the sweeps that come with the package."""
-    return sorted(path.stem for path in (recipes_folder() / "sweeps").glob("*.yaml"))
 
 
 def find_sweep(names: Sequence[str]) -> Sweep:

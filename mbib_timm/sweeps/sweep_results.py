@@ -7,7 +7,7 @@ from typing import Any
 
 from mbib_timm.environment import Environment
 from mbib_timm.files import read_json
-from mbib_timm.names import data_of
+from mbib_timm.recipe import data_of
 from mbib_timm.results.runs import SAME_RESULT
 from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.sweep import HEAD, Paper

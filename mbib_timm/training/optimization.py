@@ -94,6 +94,11 @@ class Precision:
     autocast_dtype: torch.dtype | None
     scaler: NativeScaler | None
 
+    @property
+    def name(self) -> str:
+        """``float32``, or the type of mixed precision: ``bfloat16`` or ``float16``."""
+        return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device) -> "Precision":
         """Choose from the recipe: mixed precision is on for CUDA unless the recipe says otherwise."""

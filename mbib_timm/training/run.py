@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, create_passes
-from mbib_timm.data.loaders import Place
+from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.environment import World, describe_environment, seed_generators
 from mbib_timm.errors import CheckpointError
 from mbib_timm.evaluation import evaluate
@@ -75,9 +74,9 @@ class Run:
         setup = set_up(recipe, self.splits, world, previous)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
-        # From here on, and in recipe.yaml, the recipe says which loader it is: the same in all processes.
-        chosen = world.gather([setup.loader])
-        self.recipe = recipe = recipe.replace(loader="timm" if "timm" in chosen else "resident")
+        # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
+        loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
+        self.recipe = recipe = recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
         self.done = TrainState()
@@ -166,8 +165,7 @@ class Run:
 
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
-        place = Place(self.world.device, self.world.rank, self.world.world_size)
-        return create_passes(self.splits, self.recipe, self.input_size, place, self.pool)
+        return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool)
 
     def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, HeadMetrics]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""
@@ -258,6 +256,7 @@ class Run:
             prediction_heads=list(getattr(self._result_model(), "prediction_heads", ())),
             dataset=recipe.dataset,
             loader=recipe.loader,
+            precision=self.precision.name,
             epochs=recipe.epochs,
             seed=recipe.seed,
             class_counts=splits.class_counts.tolist(),

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from mbib_timm.data.loaders import channelwise
+from mbib_timm.data.images import channelwise
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.files import to_json, write_bytes
@@ -30,17 +30,9 @@ from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 
 
-def with_loaders_of(recipe: Recipe, other: Recipe) -> Recipe:
-    """Return a recipe with the loaders that another one has chosen, stage by stage, where it leaves them open."""
-    before = recipe.previous
-    if before is not None and other.previous is not None:
-        before = with_loaders_of(before, other.previous)
-    return recipe.replace_previous(before, loader=other.loader if recipe.loader == "auto" else recipe.loader)
-
-
-def same_computation(recipe: Recipe, other: Recipe) -> bool:
-    """Return whether two recipes compute the same; a loader that the first leaves open is the other's."""
-    return with_loaders_of(recipe, other).computation() == other.computation()
+def same_computation(recipe: Recipe, run: Recipe) -> bool:
+    """Return whether a run computed what a recipe asks for; what the recipe leaves open is as the run has it."""
+    return recipe.with_choices_of(run).computation() == run.computation()
 
 
 class RunFolder:
@@ -85,13 +77,13 @@ class RunFolder:
         return load_recipe(file)
 
     def agree(self, recipe: Recipe) -> Recipe:
-        """Return a recipe with the loader that the run here has chosen, where it leaves that open.
+        """Return a recipe with what the run here has chosen, where it leaves that open: loader and precision.
 
         Raises:
             CheckpointError: the run here computes something else.
         """
         there = self.recipe()
-        recipe = with_loaders_of(recipe, there)
+        recipe = recipe.with_choices_of(there)
         before, now = there.computation(), recipe.computation()
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:

@@ -235,6 +235,5 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         tuple(recipe.mean),
         tuple(recipe.std),
         splits.class_names,
-        streamed=splits.train.stream is not None,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
     )

@@ -77,9 +77,12 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
 
 def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> FinishedRun:
     recipe, folder, state = _find_folder(recipe, name, world)
-    previous = None if recipe.previous is None else _previous(recipe, folder.path, world, pool)
+    previous = None
+    if recipe.previous is not None:
+        previous = _previous(recipe, folder.path, world, pool)
+        recipe = recipe.replace_previous(recipe.previous.with_choices_of(RunFolder(previous).recipe()))
     try:
-        if recipe.previous is not None and world.is_main:
+        if previous is not None and world.is_main:
             print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
         run = Run(recipe, name, world, folder, state, pool, previous)
         record = run.execute()
@@ -127,7 +130,7 @@ def _finished(wanted: Recipe, path: Path, own: Path) -> Iterator[Path]:
 def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
     """Return the recipe, the run's folder and the state to resume from, or None to start from the beginning.
 
-    A run that is resumed keeps the loader that it chose when it started.
+    A run that is resumed keeps the loader and the precision that it chose when it started.
     """
     folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
     checkpoint = None

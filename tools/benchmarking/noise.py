@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data import Split, Splits
-from mbib_timm.data.decode import DecodedImages
+from mbib_timm.data.decoding import DecodedImages
 from mbib_timm.data.images import ArrayReader
 from mbib_timm.data.long_tail import exponential_profile
 

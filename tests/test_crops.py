@@ -1,26 +1,30 @@
-"""Batched random resized crops against timm's boxes, by distribution, and PIL's resize, by pixel."""
+"""Batched crops against torchvision's and timm's: boxes by distribution, resized and shifted crops by pixel."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as tv
 from PIL import Image
 from scipy import stats
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from mbib_timm.data import resampling
-from mbib_timm.data.resampling import draw_resized_crops, resized_crops
+from mbib_timm.data import crops as crops_module
+from mbib_timm.data.crops import PadAndCrop, draw_resized_crops, resized_crops, shifted_crops
+from mbib_timm.data.decoding import DecodedImages
+
+# Boxes and resized crops
+
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-WAYS = pytest.mark.parametrize("way", [resampling._by_interpolation, resampling._by_products])
+
+
+WAYS = pytest.mark.parametrize("way", [crops_module._by_interpolation, crops_module._by_products])
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-# Boxes
 
 
 def statistics(boxes):
@@ -73,8 +77,6 @@ def test_a_box_depends_on_its_own_size_and_the_generator_alone():
         draw_resized_crops(drawn_for, SCALE, RATIO, source)
     assert torch.equal(used[0].get_state(), used[1].get_state())
 
-
-# Pixels
 
 # Height and width of an image, and the box: whole images, single pixels, borders, corners.
 CASES = [
@@ -161,7 +163,7 @@ def test_bilinear_crops_are_those_of_one_call_of_pil(way):
 def test_boxes_of_the_results_size_stay_as_they_are():
     images = only(block(3), [6, 6 + len(CASES)])
     pixels = images["pixels"][images["starts"][0] :][: 32 * 24].view(32, 24, 3)
-    for way in (resampling._by_interpolation, resampling._by_products):
+    for way in (crops_module._by_interpolation, crops_module._by_products):
         assert torch.equal(way(**images, height=32, width=24)[0], pixels)
 
 
@@ -176,15 +178,15 @@ def test_a_crop_does_not_depend_on_the_others(way):
 @pytest.mark.parametrize("limit", [1, 30_000_000])
 def test_chunks_do_not_change_the_crops(monkeypatch, limit):
     images = block(3)
-    whole = resampling._by_products(**images, height=20, width=30)
-    monkeypatch.setattr(resampling, "CHUNK_BYTES", limit)
-    assert torch.equal(resampling._by_products(**images, height=20, width=30), whole)
+    whole = crops_module._by_products(**images, height=20, width=30)
+    monkeypatch.setattr(crops_module, "CHUNK_BYTES", limit)
+    assert torch.equal(crops_module._by_products(**images, height=20, width=30), whole)
 
 
 @pytest.mark.parametrize("cubic", [False, True])
 def test_products_add_up_without_rounding(cubic):
     for inputs in (1, 2, 100, 231, 500, 32 * 16):
-        weights = resampling._weights(torch.tensor([[[inputs]]]), inputs, 16, torch.tensor([cubic])).double()
+        weights = crops_module._weights(torch.tensor([[[inputs]]]), inputs, 16, torch.tensor([cubic])).double()
         assert torch.equal(weights * 2**15, (weights * 2**15).round())
         assert weights.abs().sum(dim=2).max() < 2
         assert (weights.sum(dim=2) - 1).abs().max() < 0.5 / 255  # white stays white
@@ -194,7 +196,7 @@ def test_products_add_up_without_rounding(cubic):
 def test_weights_do_not_depend_on_the_padding(cubic):
     for inputs in range(20, 500, 7):
         shapes = torch.tensor([[[inputs]]]), torch.tensor([cubic])
-        alone, padded = (resampling._weights(shapes[0], most, 16, shapes[1]) for most in (inputs, 500))
+        alone, padded = (crops_module._weights(shapes[0], most, 16, shapes[1]) for most in (inputs, 500))
         assert torch.equal(padded[..., :inputs], alone)
         assert not padded[..., inputs:].any()
 
@@ -211,7 +213,7 @@ def test_nothing_on_the_device_is_read():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_crops_on_a_gpu_are_those_of_the_products_on_the_cpu():
     images = block(3)
-    expected = resampling._by_products(**images, height=96, width=64)
+    expected = crops_module._by_products(**images, height=96, width=64)
     images["pixels"] = images["pixels"].cuda()
     resized_crops(**images, height=96, width=64)
     torch.cuda.set_sync_debug_mode("error")
@@ -220,3 +222,38 @@ def test_crops_on_a_gpu_are_those_of_the_products_on_the_cpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(crops.cpu(), expected)
+
+
+# Pad, crop and flip
+
+
+def decoded(images):
+    count, height, width, channels = images.shape
+    pixels = np.concatenate([np.zeros((1, channels), np.uint8), images.reshape(-1, channels)])
+    sizes = torch.tensor([[height, width]]).expand(count, 2)
+    return DecodedImages(torch.from_numpy(pixels), sizes, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+
+
+def test_crops_are_torchvisions_by_pixel():
+    rng = np.random.RandomState(0)
+    images = rng.randint(1, 256, (6, 16, 24, 3), dtype=np.uint8)
+    chosen = torch.tensor([5, 0, 3, 3, 1, 2])
+    tops, lefts = torch.tensor([-2, 2, 0, 1, -1, 2]), torch.tensor([3, -3, 0, 2, -2, -1])
+    flips = torch.tensor([True, False, True, False, False, True])
+    crops = shifted_crops(decoded(images), chosen, 16, 24, tops, lefts, flips)
+    for i in range(6):
+        picture = tv.pad(Image.fromarray(images[chosen[i]]), [3, 2])  # left and right by 24/8, top and bottom by 16/8
+        picture = tv.crop(picture, int(tops[i]) + 2, int(lefts[i]) + 3, 16, 24)
+        picture = tv.hflip(picture) if flips[i] else picture
+        np.testing.assert_array_equal(crops[i].numpy(), np.asarray(picture))
+
+
+def test_crops_and_flips_are_uniform():
+    draws = PadAndCrop(32, 16, 0.3).draw(torch.zeros(20_000, 2), torch.Generator().manual_seed(0))
+    for name, reach in (("tops", 4), ("lefts", 2)):
+        counts = torch.bincount(draws[name] + reach, minlength=2 * reach + 1)
+        assert len(counts) == 2 * reach + 1
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    assert stats.binomtest(int(draws["flips"].sum()), 20_000, 0.3).pvalue > 1e-3
+    table = stats.contingency.crosstab(draws["tops"].numpy(), draws["flips"].numpy()).count
+    assert stats.chi2_contingency(table).pvalue > 1e-3

@@ -1,4 +1,4 @@
-"""Archives against the same images in folders."""
+"""Image folders, and archives against the same images in folders: what is read, and what is refused."""
 
 import gzip
 import io
@@ -6,7 +6,9 @@ import multiprocessing
 import pickle
 import tarfile
 
+import numpy as np
 import pytest
+import torch
 from archive_images import (
     CLASSES,
     SPLITS,
@@ -21,17 +23,164 @@ from archive_images import (
     write,
 )
 from PIL import Image
-from timm.data.readers import create_reader
+from timm.data import create_reader
 from torch.utils.data import DataLoader
 
 from mbib_timm.cli import main
-from mbib_timm.data import open_data
-from mbib_timm.data.archives import open_archive
+from mbib_timm.data import (
+    build_eval_loader,
+    open_data,
+    open_split,
+)
+from mbib_timm.data.folders import open_archive
 from mbib_timm.data.images import ImageDataset
+from mbib_timm.data.loaders import timm_eval_loader
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
 
-# The same images in an archive and in folders
+CPU = torch.device("cpu")
+
+
+# Folders
+
+
+def picture(color, size=(20, 20), mode="RGB"):
+    rng = np.random.RandomState(color)
+    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class folders of 12, 5, 3 and 1 images."""
+    for label, count in {"ant": 12, "bee": 5, "cat": 3, "dog": 1}.items():
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(count):
+            picture(i).save(tmp_path / "images" / label / f"{i}.png")
+    return tmp_path / "images"
+
+
+def save_image(path, color=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (color, 0, 0)).save(path)
+
+
+def folder_recipe(root, **keys):
+    return Recipe(dataset="folder", data_dir=str(root), workers=0, img_size=16, **keys)
+
+
+def test_a_folder_of_classes_is_split_so_that_every_class_trains(folder):
+    data = open_data(Recipe(dataset="folder", data_dir=str(folder), val_fraction=0.2))
+    assert data.class_names == ("ant", "bee", "cat", "dog")
+    assert data.class_counts.tolist() == [10, 4, 2, 1]
+    assert np.bincount(data.val.targets, minlength=4).tolist() == [2, 1, 1, 0]
+    assert not set(data.train.indices) & set(data.val.indices)
+    again = open_data(Recipe(dataset="folder", data_dir=str(folder), val_fraction=0.2))
+    assert (again.val.indices == data.val.indices).all()
+
+
+def test_split_folders_and_tars_are_found_by_synonyms(folder, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    folder.rename(root / "train")
+    with tarfile.open(root / "test.tar", "w") as tar:
+        for label in ("ant", "bee", "cat", "dog"):
+            tar.add(root / "train" / label / "0.png", f"{label}/0.png")
+    data = open_data(Recipe(dataset="folder", data_dir=str(root)))
+    assert data.class_counts.tolist() == [12, 5, 3, 1]
+    assert np.bincount(data.val.targets).tolist() == [1, 1, 1, 1]
+    settings = folder_recipe(root, train_crop_mode="pad")
+    loader = build_eval_loader(settings, "test", input_size=(3, 16, 16), num_classes=4, device=CPU)
+    batch = next(iter(loader))
+    assert batch.images.shape == (4, 3, 16, 16)
+    assert batch.targets.tolist() == batch.index.tolist() == [0, 1, 2, 3]
+
+
+def test_a_test_split_with_other_classes_is_refused(folder, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    folder.rename(root / "train")
+    for label in ("ant", "eel"):
+        (root / "val" / label).mkdir(parents=True)
+        picture(1).save(root / "val" / label / "0.png")
+    with pytest.raises(DataError, match="other classes than training: bee, cat, dog, eel"):
+        open_data(Recipe(dataset="folder", data_dir=str(root)))
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "no images", "one class"])
+def test_folders_that_are_none(tmp_path, make):
+    root = tmp_path / "data"
+    if make != "missing":
+        root.mkdir()
+    if make == "no images":
+        (root / "ant").mkdir()
+        (root / "ant" / "notes.txt").write_text("no image")
+    if make == "one class":
+        (root / "ant").mkdir()
+        picture(1).save(root / "ant" / "1.png")
+    expected = {"missing": "does not exist", "empty": "is empty", "no images": "no images", "one class": "two or more"}
+    with pytest.raises(DataError, match=expected[make]):
+        open_data(Recipe(dataset="folder", data_dir=str(root)))
+
+
+@pytest.mark.parametrize("num_classes", [3, 5])
+def test_another_number_of_classes_than_the_recipes_is_refused(folder, num_classes):
+    with pytest.raises(DataError, match=f"the data have 4 classes, recipe key 'num_classes' says {num_classes}"):
+        open_data(Recipe(dataset="folder", data_dir=str(folder), num_classes=num_classes))
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    for label in ("ant", "cat"):
+        save_image(tmp_path / "train" / label / "1.png")
+    (tmp_path / "train" / "bee").mkdir()
+    (tmp_path / "train" / "bee" / "notes.txt").write_text("no image")
+    save_image(tmp_path / "val" / "ant" / "1.png")
+    with pytest.raises(DataError, match=r"no images of class bee in .*train"):
+        open_data(folder_recipe(tmp_path))
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for label in ("ant", "cat"):
+        for i in range(2):
+            save_image(tmp_path / label / f"{i}.png")
+    (tmp_path / ".cache").mkdir()
+    assert open_data(folder_recipe(tmp_path)).class_names == ("ant", "cat")
+
+
+def test_images_outside_of_class_folders_are_refused(tmp_path):
+    for name in ("ant/1.png", "cat/1.png", "stray.png"):
+        save_image(tmp_path / name)
+    with pytest.raises(DataError, match="holds images outside of class folders"):
+        open_data(folder_recipe(tmp_path))
+
+
+def test_a_damaged_tar_and_a_file_that_is_no_tar(tmp_path):
+    (tmp_path / "train.tar").write_bytes(b"x" * 5000)
+    with pytest.raises(DataError, match=r"cannot read .*train\.tar"):
+        open_data(folder_recipe(tmp_path / "train.tar"))
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(DataError, match=r"no images in class folders under .*notes\.txt"):
+        open_data(folder_recipe(tmp_path / "notes.txt"))
+
+
+def test_a_broken_image_in_a_tar_is_named_with_the_tar(tmp_path):
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for name in ("ant/1.png", "bee/2.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 9
+            tar.addfile(info, io.BytesIO(b"no image."))
+    split = open_split(folder_recipe(tmp_path), "validation")
+    with pytest.raises(DataError, match=r"^cannot read image .*val\.tar/ant/1\.png: "):
+        list(timm_eval_loader(split, folder_recipe(tmp_path), (3, 16, 16), World(CPU)))
+
+
+def test_a_folder_without_the_split_says_what_there_is(tmp_path):
+    save_image(tmp_path / "train" / "ant" / "1.png")
+    with pytest.raises(DataError, match="holds no split 'validation': there is train"):
+        open_split(folder_recipe(tmp_path), "validation")
+
+
+# Archives
 
 
 @pytest.mark.parametrize(
@@ -137,9 +286,6 @@ def test_webp_is_read_in_archives_and_folders(tmp_path):
     assert_same(opened(tmp_path / "x.tar"), opened(unpacked(tmp_path / "folder", entries)))
 
 
-# What is no image
-
-
 def entry_of_type(kind, link=""):
     header = tarfile.TarInfo()
     header.type, header.linkname = kind, link
@@ -184,11 +330,15 @@ def test_of_members_with_one_name_the_last_counts(tmp_path):
     assert contents(split) == pixels(Image.open(io.BytesIO(image)) for image in (png(4, 5), png(2)))
 
 
-# What cannot be read
-
 SOUND = tar_bytes(SPLITS)
+
+
 HEADER = SOUND.index(b"train/c2/9.png")
+
+
 END = len(SOUND.rstrip(b"\0")) // 512 * 512 + 512
+
+
 CLASS_TARS = {f"train/{label}.tar": tar_bytes({"1.png": png(1), "2.png": png(2)}) for label in ("ant", "bee")}
 
 
@@ -267,9 +417,6 @@ def test_no_truncated_tar_passes_for_a_whole_one(tmp_path, cut):
     for name, content in (("x.tar", SOUND[:cut]), ("x.tgz", gzip.compress(SOUND[:cut], 1))):
         with pytest.raises(DataError, match=r"^cannot read "):
             open_archive(write(tmp_path / name, content))
-
-
-# Workers
 
 
 def read_all(split):

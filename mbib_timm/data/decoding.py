@@ -1,0 +1,351 @@
+"""Resident images: decoded once into one block of bytes, kept on the disk for the next run; and whether they fit.
+
+An entry of the cache is a folder named by a digest of everything that decides its bytes: each image's path, size and
+time of change, the labels, the fixed part of the preprocessing, the versions of Pillow and of this format. It is
+written aside and renamed, under a lock that makes a second process wait for the first, and its checksums are compared
+on every load.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mbib_timm.data.images import ImageDataset, Split, from_worker, pil_mode
+from mbib_timm.data.transforms import LONGEST_SIDE, fixed_preprocessing, resident_transform
+from mbib_timm.errors import DataError
+from mbib_timm.progress import Progress
+from mbib_timm.recipe import Recipe
+
+DECODE_BATCH = 64
+# Of the cache: the version of its format, the bytes that a checksum covers, the files of an entry.
+FORMAT = 2
+BLOCK_BYTES = 64 << 20
+PIXELS, INDEX = "pixels.bin", "index.safetensors"
+# What resident images may take of the memory that is free; the rest is for the model and its activations.
+SHARE = 0.5
+SAMPLED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class DecodedImages:
+    """Images of any sizes in one block.
+
+    Attributes:
+        pixels: (P, C), uint8: one black pixel, then image after image, row by row.
+        sizes: height and width of each image, (N, 2), int64, in host memory.
+        targets: labels (N,), int64, on the device of the pixels.
+        index: position in the split of what each image holds, (N,), int64, on the device of the pixels.
+        broken: paths of images that could not be read; each holds pixels, label and position of the one after it.
+        starts: first pixel of each image, (N,), int64, on the device of the pixels; follows from the sizes.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+    targets: Tensor
+    index: Tensor
+    broken: tuple[str, ...] = ()
+    starts: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        areas = self.sizes.prod(dim=1)
+        object.__setattr__(self, "starts", (areas.cumsum(0) - areas + 1).to(self.pixels.device))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def stacked(self) -> Tensor:
+        """Return images of one size as (N, H, W, C), without a copy."""
+        height, width = self.sizes[0].tolist()
+        return self.pixels[1:].view(len(self), height, width, -1)
+
+    def to(self, device: torch.device) -> "DecodedImages":
+        """Return the images on a device."""
+        pixels, targets, index = (values.to(device) for values in (self.pixels, self.targets, self.index))
+        return DecodedImages(pixels, self.sizes, targets, index, self.broken)
+
+
+def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
+    """Decode a data set into host memory.
+
+    Args:
+        dataset: gives images (C, H, W), uint8, after the fixed part of the preprocessing.
+        workers: processes that decode.
+
+    Raises:
+        DataError: an image that cannot be read and may not be replaced.
+    """
+    blocks: list[np.ndarray] = []
+    sizes, labels = [], []
+    for image, label in decoded(dataset, workers):
+        if not blocks:
+            blocks.append(np.zeros(image.shape[-1], dtype=np.uint8))
+        blocks.append(image.reshape(-1))
+        sizes.append(image.shape[:2])
+        labels.append(label)
+    channels = len(blocks[0])
+    pixels = torch.from_numpy(np.concatenate(blocks).reshape(-1, channels))
+    targets, index = torch.from_numpy(np.stack(labels, axis=1))
+    return DecodedImages(pixels, torch.tensor(sizes), targets, index, tuple(dataset.broken()))
+
+
+def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Give the images (H, W, C), uint8, of a data set in order, with label and position (2,); a bar shows how far."""
+    # With a generator of its own, it leaves the global one as it is.
+    loader = DataLoader(dataset, DECODE_BATCH, num_workers=workers, collate_fn=_arrays, generator=torch.Generator())
+    progress = Progress(len(dataset), unit="image")
+    try:
+        for batch in loader:
+            yield from batch
+            progress.step(len(batch))
+    except DataError as error:
+        raise (from_worker(error) if workers else error) from None
+    finally:
+        progress.close()
+
+
+def _arrays(batch: list[tuple[Tensor, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0)), label) for image, label in batch]
+
+
+def decode_split(
+    split: Split,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    training: bool,
+    replace_broken: bool,
+) -> DecodedImages:
+    """Bring a split's images onto the device, decoded and through the fixed part of the preprocessing.
+
+    Args:
+        split: the images.
+        recipe: preprocessing, cache folder, workers.
+        input_size: (C, H, W).
+        device: where they go.
+        training: they are to be augmented.
+        replace_broken: take the next image for one that cannot be read; else that is an error.
+
+    Raises:
+        DataError: an image that cannot be read and may not be replaced.
+    """
+    channels, height, width = input_size
+    transform = resident_transform(recipe, height, width, training)
+    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken)
+    fixed = fixed_preprocessing(recipe, input_size, training)
+    folder = {"auto": default_cache(), "none": None}.get(recipe.image_cache, Path(recipe.image_cache))
+    return cached_decode(dataset, fixed, folder, recipe.workers).to(device)
+
+
+def default_cache() -> Path:
+    """Return this package's folder of decoded images in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbib_timm" / "images"
+
+
+def cached_decode(dataset: ImageDataset, preprocessing: str, folder: Path | None, workers: int) -> DecodedImages:
+    """Return a data set's images, from the disk where they are and into it where they are not.
+
+    Args:
+        dataset: gives the images after the fixed part of the preprocessing.
+        preprocessing: describes that part.
+        folder: of the cache; None for none.
+        workers: processes that decode.
+
+    Raises:
+        DataError: an image that cannot be read and may not be replaced.
+    """
+    key = None if folder is None else entry_key(dataset, preprocessing)
+    if folder is None or key is None:
+        return decode(dataset, workers)
+    entry = folder / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock"):
+            if (images := load_entry(entry)) is not None:
+                return images
+            write_entry(entry, dataset, workers)
+            images = load_entry(entry)
+    except OSError as error:  # no room, no right to write: the run does not depend on it
+        print(f"decoded images are not kept: {error.strerror or error} ({folder})")
+        images = None
+    return decode(dataset, workers) if images is None else images
+
+
+def entry_key(dataset: ImageDataset, preprocessing: str) -> str | None:
+    """Return the digest that names a data set's entry; None for images that are not in files."""
+    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {dataset.mode} {dataset.replace_broken}".encode())
+    digest.update(preprocessing.encode())
+    digest.update(np.ascontiguousarray(dataset.targets, dtype=np.int64).tobytes())
+    archives: dict[str, str | None] = {}
+    in_files = False
+    for index in dataset.indices:
+        path = dataset.reader.path(int(index))
+        state = _file_state(path, archives)
+        in_files = in_files or state is not None
+        digest.update(f"{path}\0{state}\n".encode())
+    return digest.hexdigest()[:32] if in_files else None
+
+
+def _file_state(path: str, archives: dict[str, str | None]) -> str | None:
+    """Return size and time of change of a file, or of the archive that a path leads into; None where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        parent = os.path.dirname(path)
+        if parent not in archives:
+            archives[parent] = _file_state(parent, archives)
+        return archives[parent]
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def write_entry(entry: Path, dataset: ImageDataset, workers: int) -> None:
+    """Decode a data set into an entry, which is there as a whole or not at all.
+
+    Raises:
+        OSError: the disk does not take it.
+        DataError: an image that cannot be read and may not be replaced.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    try:
+        sizes: list[tuple[int, int]] = []
+        labels: list[np.ndarray] = []
+
+        def rows() -> Iterator[bytes]:
+            for image, label in decoded(dataset, workers):
+                if not sizes:
+                    yield bytes(image.shape[-1])  # the black pixel
+                sizes.append(image.shape[:2])
+                labels.append(label)
+                yield image.tobytes()
+
+        checksums = _write_blocks(aside / PIXELS, rows())
+        targets, positions = np.stack(labels, axis=1)
+        index = {
+            "sizes": torch.tensor(sizes, dtype=torch.int64),
+            "targets": torch.from_numpy(targets),
+            "positions": torch.from_numpy(positions),
+            "checksums": torch.tensor(checksums, dtype=torch.int64),
+        }
+        save_file(index, aside / INDEX, metadata={"broken": json.dumps(dataset.broken())})
+        shutil.rmtree(entry, ignore_errors=True)  # what is there has failed to load
+        aside.rename(entry)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_blocks(file: Path, rows: Iterator[bytes]) -> list[int]:
+    """Write bytes to a file and return the CRC-32 of each block of it."""
+    checksums, block = [], bytearray()
+    with file.open("wb") as out:
+        for row in rows:
+            block += row
+            while len(block) >= BLOCK_BYTES:
+                out.write(block[:BLOCK_BYTES])
+                checksums.append(zlib.crc32(block[:BLOCK_BYTES]))
+                del block[:BLOCK_BYTES]
+        if block:
+            out.write(block)
+            checksums.append(zlib.crc32(block))
+        out.flush()
+        os.fsync(out.fileno())
+    return checksums
+
+
+def load_entry(entry: Path) -> DecodedImages | None:
+    """Map an entry into memory; None where there is none, or one that is damaged."""
+    try:
+        with safe_open(entry / INDEX, "pt") as index:
+            names = ("sizes", "targets", "positions", "checksums")
+            sizes, targets, positions, checksums = (index.get_tensor(name) for name in names)
+            broken = json.loads(index.metadata()["broken"])
+        # Processes that map the same file share its memory; what is written to it, if ever, stays with the process.
+        pixels = np.memmap(entry / PIXELS, dtype=np.uint8, mode="c")
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError, KeyError):
+        sizes = targets = positions = checksums = pixels = None
+    if pixels is None or _checksums(pixels) != checksums.tolist():
+        print(f"{entry} is damaged; its images are decoded again")
+        return None
+    channels = len(pixels) // (int(sizes.prod(dim=1).sum()) + 1)
+    return DecodedImages(torch.from_numpy(pixels).view(-1, channels), sizes, targets, positions, tuple(broken))
+
+
+def _checksums(pixels: np.ndarray) -> list[int]:
+    blocks = [pixels[begin : begin + BLOCK_BYTES].data for begin in range(0, len(pixels), BLOCK_BYTES)]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(zlib.crc32, blocks))
+
+
+def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> int:
+    """Return the memory that a split's decoded images take; where they keep their own sizes, by a sample of them.
+
+    Args:
+        split: the images.
+        recipe: preprocessing.
+        input_size: (C, H, W).
+        training: the split is trained on.
+    """
+    channels, height, width = input_size
+    if not (training and recipe.train_crop_mode == "rrc"):
+        return len(split) * channels * height * width
+    indices = np.arange(len(split)) if split.indices is None else split.indices
+    areas = []
+    for index in indices[np.linspace(0, len(indices) - 1, num=min(SAMPLED_IMAGES, len(indices)), dtype=np.int64)]:
+        try:
+            image_width, image_height = split.reader.read(int(index)).size  # reads the header alone
+        except Exception:  # a broken image does not matter here
+            continue
+        scale = min(1.0, LONGEST_SIDE / max(image_width, image_height))
+        areas.append(image_width * image_height * scale**2)
+    area = float(np.mean(areas)) if areas else LONGEST_SIDE**2
+    return int(len(split) * channels * area)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device; on the CPU also within the limit of the control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = _available_to_the_machine()
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or one without a limit
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, but give way.
+        used = int((group / "memory.current").read_text()) - int(statistics["file"])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
+
+
+def _available_to_the_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        # Where the system does not tell what is free: a quarter of what is there, or of 8 GB where it says nothing.
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        return pages // 4
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Return whether so many bytes of images fit onto a device."""
+    return needed <= SHARE * free_memory(device)

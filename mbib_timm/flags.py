@@ -1,0 +1,178 @@
+"""Flags of commands: those of recipe keys and of methods' settings, read off their declarations; and the parser."""
+
+import argparse
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from mbib_timm.errors import MbibError
+from mbib_timm.options import option_types
+from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
+from mbib_timm.recipe.declared import find_method
+
+UNCHANGED = "as the recipe has it, or the model's own recipe, where not given"
+DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.DOTALL)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, with the nearest valid flag.
+
+    Attributes:
+        shown: the recipe whose values the help shows, where there is one.
+    """
+
+    shown: Recipe | None = None
+
+    def error(self, message: str) -> NoReturn:
+        raise MbibError(message)
+
+
+# Types of arguments
+
+
+def name_value(text: str) -> tuple[str, Any]:
+    """Parse ``name=value``, the value as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no value") from None
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """Parse a YAML mapping, such as ``{cutout: 8}``."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as {{cutout: 8}}, got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+# Flags of a recipe's keys
+
+
+def flag(key: str) -> str:
+    """Return the flag of a recipe key: ``--data-dir`` for ``data_dir``."""
+    return f"--{key.replace('_', '-')}"
+
+
+def add_recipe_flags(parser: Parser, keys: Iterable[str]) -> None:
+    """Add the flags of recipe keys, in groups; those that are not given leave the recipe's value.
+
+    Args:
+        parser: of a command.
+        keys: which have an effect on it.
+    """
+    shown = parser.shown
+    for title, names in itertools.groupby(keys, key=lambda name: KEYS[name].metadata["group"]):
+        group = parser.add_argument_group(title, None if shown else UNCHANGED)
+        for name in names:
+            value = None if shown is None else getattr(shown, name)
+            _add_flag(group, name, value["name"] if name == "method" and value else value)
+        if title == "method" and shown is not None:
+            for number, stage in enumerate(shown.chain(), start=1):
+                _add_method_flags(parser, f"stage{number}.method" if shown.stage else "method", stage.method)
+
+
+def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> None:
+    declared = find_method(method["name"])
+    group = parser.add_argument_group(f"{place}: {declared.name} ({declared.title})", declared.citation or None)
+    expected = option_types(declared.Settings)
+    for item in dataclasses.fields(declared.Settings):
+        group.add_argument(
+            f"--{place}.{item.name.replace('_', '-')}",
+            metavar=_type_name(expected[item.name]),
+            default=argparse.SUPPRESS,
+            help=_described(item, method[item.name]),
+        )
+
+
+def _add_flag(group: Any, name: str, value: Any) -> None:
+    item, expected = KEYS[name], _not_none(TYPES[name])
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, value)}
+    if expected is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif name == "method":
+        options["metavar"] = "NAME"
+    elif name == "plugin":
+        options |= {"action": "append", "metavar": "FILE"}
+    elif typing.get_origin(expected) is list:
+        (item_type,) = typing.get_args(expected)
+        of_mappings = typing.get_origin(item_type) is dict
+        options |= {"nargs": "+", "type": mapping if of_mappings else item_type}
+        options["metavar"] = "{KEY: VALUE}" if of_mappings else "X"
+    elif typing.get_origin(expected) is dict:
+        options |= {"nargs": "*", "type": name_value, "metavar": "NAME=VALUE"}
+    else:
+        options |= {"type": expected, "metavar": expected.__name__.upper()}
+    group.add_argument(flag(name), **options)
+
+
+def _not_none(expected: Any) -> Any:
+    """Return a type, of ``X | None`` X."""
+    return typing.get_args(expected)[0] if typing.get_origin(expected) is types.UnionType else expected
+
+
+def _type_name(expected: Any) -> str:
+    expected = _not_none(expected)
+    return getattr(typing.get_origin(expected) or expected, "__name__", "VALUE").upper()
+
+
+def _described(item: dataclasses.Field, value: Any) -> str:
+    """Return an option's help: what it is, what it may be, and what it is now."""
+    text = item.metadata["help"]
+    if item.metadata["choices"]:
+        text += f" ({', '.join(item.metadata['choices'])})"
+    if value is not None and value != [] and value != {}:
+        text += f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
+    return text.replace("%", "%%")
+
+
+def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given as flags, by the address that `load_recipe` takes.
+
+    Raises:
+        MbibError: a value of another type, or out of its key's range.
+    """
+    given = {name: value for name, value in vars(arguments).items() if name in TYPES}
+    overrides = {name: dict(value) if name.endswith("_kwargs") else value for name, value in given.items()}
+    for name, value in overrides.items():
+        check_key(name, {"name": value} if name == "method" else value)
+    return {**overrides, **getattr(arguments, "dotted", {})}
+
+
+def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take flags such as ``--method.beta 3`` and ``--stage2.lr=0.1`` out of a command line; values are YAML."""
+    dotted: dict[str, Any] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        match = DOTTED.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        text = match[2] if match[2] is not None else next(words, None)
+        if text is None or text.startswith("--"):
+            raise MbibError(f"flag --{match[1]} needs a value")
+        try:
+            dotted[match[1].replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise MbibError(f"flag --{match[1]}: {text!r} is no value") from None
+    return dotted, rest

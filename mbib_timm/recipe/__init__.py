@@ -1,0 +1,69 @@
+"""The recipe: every setting of a run, typed and checked: data, model, method, optimisation, machine.
+
+A recipe is a YAML file whose keys are the fields of `Recipe`, named as in timm's train.py where timm has the flag.
+Every key is also a flag of `mbib train`. What a file leaves out keeps its default; what it should not hold is refused,
+with the nearest valid key. Three keys are more than values:
+
+```yaml
+base: cifar100_lt                       # another file, whose keys hold where this one has none of its own
+model: cifar_resnet32
+method: {name: bsce}                    # with settings of its own, checked by the method
+stages:                                 # runs one after another, each from the weights of the one before
+  - {method: ce}                        # a stage's keys win over those outside
+  - {method: crt, epochs: 30, lr: 0.1}
+```
+
+Nothing here imports torch or timm, unless a plugin does: the command line answers at once.
+"""
+
+from mbib_timm.recipe.keys import (
+    DATA_KEYS,
+    KEYS,
+    OPEN_CHOICES,
+    STAGES,
+    TYPES,
+    Recipe,
+    check_key,
+    in_proportion,
+    longest_epochs,
+    require_key,
+)
+from mbib_timm.recipe.recipe_files import (
+    BASE,
+    DEFAULT_RECIPE,
+    data_of,
+    dump_recipe,
+    find_recipe,
+    list_recipes,
+    list_sweeps,
+    load_recipe,
+    packaged_recipes,
+    read_recipe,
+    recipe_name,
+    recipes_folder,
+)
+
+__all__ = [
+    "BASE",
+    "DATA_KEYS",
+    "DEFAULT_RECIPE",
+    "KEYS",
+    "OPEN_CHOICES",
+    "STAGES",
+    "TYPES",
+    "Recipe",
+    "check_key",
+    "data_of",
+    "dump_recipe",
+    "find_recipe",
+    "in_proportion",
+    "list_recipes",
+    "list_sweeps",
+    "load_recipe",
+    "longest_epochs",
+    "packaged_recipes",
+    "read_recipe",
+    "recipe_name",
+    "recipes_folder",
+    "require_key",
+]

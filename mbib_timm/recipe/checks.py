@@ -1,0 +1,210 @@
+"""What a recipe may not say: keys that contradict one another, and keys without an effect.
+
+Types and ranges are those of `mbib_timm.options`; what data, model and weights allow, `mbib_timm.training.setup` finds
+out.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.options import check_options, default_of
+from mbib_timm.recipe.declared import DeclaredMethod, known_methods, stream_names
+
+if TYPE_CHECKING:
+    from mbib_timm.recipe.keys import Recipe
+
+# What the name of a policy begins with, ours or timm's; the rest of the name is for `mbib_timm.data.policies` to read.
+POLICIES = ("cifar10", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+
+
+def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
+    """Check a recipe whose values have their types and lie in their ranges.
+
+    Args:
+        recipe: of a stage.
+        method: of the recipe.
+
+    Raises:
+        MbibError: names the key at fault.
+    """
+    _check_sampler(recipe, method)
+    _check_mixing(recipe, method)
+    _check_values(recipe)
+    _check_views(recipe, method)
+    _check_stage(recipe, method)
+
+
+def _check_sampler(recipe: "Recipe", method: DeclaredMethod) -> None:
+    if recipe.sampler is None:
+        return
+    given, wanted = len(stream_names(recipe.sampler)), len(stream_names(method.sampler))
+    if given != wanted:
+        streams = {1: "one stream", 2: "two streams"}
+        raise MbibError(
+            f"recipe key 'sampler': method {method.name!r} takes {streams[wanted]} of images, as in "
+            f"{method.sampler!r}; {recipe.sampler!r} gives {streams[given]}"
+        )
+
+
+def _check_mixing(recipe: "Recipe", method: DeclaredMethod) -> None:
+    on = [key for key in ("mixup", "cutmix") if getattr(recipe, key) > 0]
+    _require_effect(
+        recipe,
+        {
+            "cutmix_sampler": ("CutMix, and cutmix is 0; 1 is its usual alpha", "cutmix" in on),
+            "mixup_prob": ("mixup or cutmix, and both are 0", bool(on)),
+            "mixup_switch_prob": ("both mixup and cutmix above 0", len(on) == 2),
+            "mixup_off_epochs": ("mixup or cutmix, and both are 0", bool(on)),
+        },
+    )
+    if 2 * recipe.mixup_off_epochs >= recipe.epochs > 0 and on:
+        raise MbibError(
+            f"recipe key 'mixup_off_epochs': {recipe.mixup_off_epochs} at either end leaves none of the "
+            f"{recipe.epochs} epochs to mix in"
+        )
+    if recipe.cutmix_sampler is not None:
+        if len(stream_names(recipe.cutmix_sampler)) > 1:
+            raise MbibError(f"recipe key 'cutmix_sampler': expected one sampler, got {recipe.cutmix_sampler!r}")
+        if len(stream_names(method.sampler)) > 1:
+            raise MbibError(
+                f"recipe key 'cutmix_sampler': method {method.name!r} takes two streams of images already, "
+                f"{recipe.choice('sampler')!r}; without this key CutMix pastes images of the same batch"
+            )
+    if recipe.soft_targets and not method.soft_targets and not method.post_hoc:
+        keys = [*on, *(["smoothing"] if recipe.smoothing else [])]
+        able = [name for name, known in known_methods().items() if known.soft_targets]
+        raise MbibError(
+            f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: targets become soft, each "
+            f"image of several classes, and method {method.name!r} needs labels; methods that take soft targets: "
+            f"{', '.join(able)}"
+        )
+
+
+def _check_values(recipe: "Recipe") -> None:
+    for name in ("scale", "ratio"):
+        low_high = getattr(recipe, name)
+        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+            raise MbibError(f"recipe key {name!r}: expected two numbers, 0 < low <= high, got {low_high}")
+    for name in ("mean", "std"):
+        if len(getattr(recipe, name)) not in (1, 3):
+            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {getattr(recipe, name)}")
+    if min(recipe.std) <= 0:
+        raise MbibError(f"recipe key 'std': expected positive numbers, got {recipe.std}")
+    if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
+        raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {recipe.experiment!r}")
+    if recipe.warmup_epochs >= recipe.epochs > 0 and recipe.warmup_epochs > 0:
+        raise MbibError(f"recipe key 'warmup_epochs': {recipe.warmup_epochs} leaves none of the {recipe.epochs} epochs")
+    if recipe.sched == "multistep" and sorted(recipe.decay_milestones) != recipe.decay_milestones:
+        raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {recipe.decay_milestones}")
+
+
+def _check_augmentation(recipe: "Recipe", given: Iterable[str]) -> None:
+    """Raise MbibError for a key, of those that were given, that has no effect, and for an unknown policy."""
+    rrc = recipe.train_crop_mode == "rrc"
+    needs = {
+        "scale": ("train_crop_mode: rrc", rrc),
+        "ratio": ("train_crop_mode: rrc", rrc),
+        "hflip": ("train_crop_mode: pad or rrc", recipe.train_crop_mode != "none" or recipe.hflip == 0),
+        "color_jitter_prob": ("color_jitter or hue", recipe.color_jitter > 0 or recipe.hue > 0),
+    }
+    _require_effect(recipe, {key: need for key, need in needs.items() if key in given})
+    if recipe.aa is not None and "aa" in given and recipe.aa.partition("-")[0] not in POLICIES:
+        raise unknown_policy(recipe.aa)
+
+
+def unknown_policy(aa: str) -> MbibError:
+    """Build the error for a policy that is neither ours nor timm's."""
+    return MbibError(
+        f"recipe key 'aa': unknown policy {aa!r}; expected cifar10, rand-m9-n2-mstd0.5-inc1, or one of timm's: "
+        "original, originalr, v0, v0r, 3a, augmix-m3-w3"
+    )
+
+
+def _require_effect(recipe: "Recipe", needs: Mapping[str, tuple[str, bool]]) -> None:
+    """Raise MbibError for a key that is not its default, and has no effect.
+
+    Args:
+        recipe: has the values.
+        needs: what a key needs to have one, in words, and whether it is there.
+    """
+    keys = {item.name: item for item in dataclasses.fields(recipe)}
+    for key, (needed, there) in needs.items():
+        if not there and getattr(recipe, key) != default_of(keys[key]):
+            raise MbibError(f"recipe key {key!r} has no effect without {needed}")
+
+
+def _check_views(recipe: "Recipe", method: DeclaredMethod) -> None:
+    _check_augmentation(recipe, [item.name for item in dataclasses.fields(recipe)])
+    if recipe.views is not None and len(recipe.views) != len(method.views):
+        raise MbibError(
+            f"recipe key 'views': method {method.name!r} takes {len(method.views)} of each image, "
+            f"got {len(recipe.views)}"
+        )
+    allowed = [
+        item.name
+        for item in dataclasses.fields(recipe)
+        if item.name == "train_crop_mode" or (item.metadata.get("group") == "augmentation" and item.name != "views")
+    ]
+    for number, differing in enumerate(recipe.choice("views"), start=1):
+        for key in differing:
+            if key not in allowed:
+                raise unknown_name(f"key of view {number}", str(key), allowed)
+        try:
+            view_of(recipe, differing)
+        except MbibError as error:
+            raise MbibError(f"view {number}: {error}") from None
+
+
+def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":
+    """Return a recipe with the augmentation of a view of each image.
+
+    Args:
+        recipe: of the run.
+        differing: values of the augmentation's keys in which the view differs.
+
+    Raises:
+        MbibError: values that cannot be, or that have no effect.
+    """
+    if not differing:
+        return recipe
+    view = copy.copy(recipe)
+    for key, value in differing.items():
+        object.__setattr__(view, key, value)
+    check_options(view, "recipe key {!r}")
+    _check_values(view)
+    _check_augmentation(view, differing)
+    # Views are cut from the images that the run holds: whole ones after pad, of any size after rrc.
+    if view.train_crop_mode != recipe.train_crop_mode != "pad":
+        raise MbibError(
+            f"recipe key 'train_crop_mode': with {recipe.train_crop_mode} all views of an image have it, "
+            f"not {view.train_crop_mode}"
+        )
+    return view
+
+
+def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
+    starts = recipe.previous is not None or recipe.initial_checkpoint is not None or recipe.pretrained
+    if recipe.previous is not None:
+        for key in ("initial_checkpoint", "pretrained"):
+            if getattr(recipe, key):
+                raise MbibError(f"recipe key {key!r}: stage {recipe.stage + 1} starts from the stage before")
+    if recipe.choice("reset") == "all":
+        for key in ("initial_checkpoint", "pretrained"):
+            if getattr(recipe, key):
+                hint = "; the model to learn from is its setting 'teacher'" if "teacher" in recipe.method else ""
+                raise MbibError(
+                    f"recipe key {key!r} has no effect: with method {method.name!r} the whole network starts anew{hint}"
+                )
+    if method.needs_start and not starts:
+        raise MbibError(
+            f"method {method.name!r} starts from a trained model, and this recipe gives none: put a stage before it "
+            "(stages: [{method: ce}, ...]), or give --initial-checkpoint RUN"
+        )
+    if method.post_hoc and recipe.epochs > 0:
+        raise MbibError(f"recipe key 'epochs': method {method.name!r} trains nothing; expected 0, got {recipe.epochs}")
+    if recipe.epochs == 0 and not starts:
+        raise MbibError("recipe key 'epochs': 0 trains nothing, and there are no weights to start from")

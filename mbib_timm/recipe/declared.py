@@ -1,0 +1,276 @@
+"""Methods and samplers that a recipe may name, and what they declare of themselves.
+
+Those of this package are read from their source and not imported: their files import torch and timm, which takes
+seconds, and a misspelt flag is to be answered at once. Of a method's file this module executes what needs no import:
+constants, dataclasses of options, and what classes assign; never a function. `tests/test_declared.py` compares all
+that is read with the classes themselves. Methods of plugins and of installed packages are imported.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.options import build_options, option
+
+ENTRY_POINTS = "mbib_timm.methods"
+_PACKAGE = Path(__file__).parents[1]
+
+_loaded_plugins: set[str] = set()
+
+
+@dataclass(frozen=True)
+class DeclaredMethod:
+    """What a recipe knows of a method: class attributes of `mbib_timm.methods.Method`, which describes them."""
+
+    name: str
+    title: str
+    citation: str
+    Settings: type
+    sampler: str
+    views: tuple[Mapping[str, Any], ...]
+    part: str
+    reset: str
+    frozen_bn: str | None
+    soft_targets: bool
+    needs_start: bool
+    post_hoc: bool
+
+    @classmethod
+    def of(cls, method: type) -> "DeclaredMethod":
+        """Return what a class declares."""
+        return cls(**{item.name: getattr(method, item.name) for item in dataclasses.fields(cls)})
+
+
+@cache
+def packaged_methods() -> Mapping[str, DeclaredMethod]:
+    """Return the methods of this package by name, in the order in which they are registered."""
+    reader = _Reader()
+    for file in sorted((_PACKAGE / "methods").glob("*.py")):
+        reader.names_in(file.stem)
+    return {name: DeclaredMethod.of(method) for name, method in reader.registered.items()}
+
+
+class _Reader:
+    """Executes the declarations in the files of ``methods/``, each file once."""
+
+    def __init__(self) -> None:
+        self.registered: dict[str, type] = {}
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def names_in(self, module: str) -> dict[str, Any]:
+        """Return what a module of ``methods/`` declares, by name."""
+        if module not in self._files:
+            names = {"__name__": __name__, "dataclass": dataclass, "option": option, "register": self._register}
+            self._files[module] = names
+            file = _PACKAGE / "methods" / f"{module}.py"
+            for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+                self._execute(statement, names)
+        return self._files[module]
+
+    def _register(self, name: str) -> Callable[[Any], Any]:
+        def decorate(method: Any) -> Any:
+            method.name = name
+            self.registered[name] = method
+            return method
+
+        return decorate
+
+    def _execute(self, statement: ast.stmt, names: dict[str, Any]) -> None:
+        prefix = "mbib_timm.methods."
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith(prefix):
+            there = self.names_in((statement.module or "").removeprefix(prefix))
+            names.update({each.asname or each.name: there[each.name] for each in statement.names if each.name in there})
+            return
+        if isinstance(statement, ast.ClassDef):
+            _reduce(statement, names)
+        elif isinstance(statement, ast.AnnAssign | ast.Assign):
+            statement = _without_type(statement)
+        else:
+            return
+        module = ast.fix_missing_locations(ast.Module([statement], []))
+        with contextlib.suppress(NameError):  # it needs what has not been imported, and so declares nothing
+            exec(compile(module, "declarations", "exec"), names)
+
+
+def _reduce(node: ast.ClassDef, names: Mapping[str, Any]) -> None:
+    """Leave of a class what it assigns, and bases that are known; a dataclass stays as it is."""
+    if any(ast.unparse(decorator).startswith("dataclass") for decorator in node.decorator_list):
+        return
+    assigned = [each for each in node.body if isinstance(each, ast.AnnAssign | ast.Assign)]
+    node.body = [_without_type(each) for each in assigned] or [ast.Pass()]
+    node.bases = [base for base in node.bases if isinstance(base, ast.Name) and base.id in names]
+
+
+def _without_type(assignment: ast.AnnAssign | ast.Assign) -> ast.stmt:
+    """Return an assignment without annotation, which may need an import; nothing where it assigns nothing."""
+    if isinstance(assignment, ast.Assign):
+        return assignment
+    return ast.Pass() if assignment.value is None else ast.Assign([assignment.target], assignment.value)
+
+
+def known_methods() -> dict[str, DeclaredMethod]:
+    """Return the methods that there are by name: the package's, then those from outside that have been imported."""
+    return {**packaged_methods(), **{name: DeclaredMethod.of(method) for name, method in _outside().items()}}
+
+
+def _outside() -> dict[str, type]:
+    """Return the methods that plugins and installed packages have registered; whoever does imports the registry."""
+    registry = getattr(sys.modules.get("mbib_timm.methods.base"), "METHODS", ())
+    return {name: registry[name] for name in registry if name not in packaged_methods()}
+
+
+def find_method(name: str) -> DeclaredMethod:
+    """Return the method of a name; installed packages are imported where none is known.
+
+    Raises:
+        MbibError: there is none.
+    """
+    if name in packaged_methods():
+        return packaged_methods()[name]
+    if name not in known_methods():
+        load_entry_points()
+    known = known_methods()
+    if name not in known:
+        raise MbibError(f"{unknown_name('method', name, known)} One of your own comes with --plugin FILE.")
+    return known[name]
+
+
+def resolve_settings(method: Mapping[str, Any]) -> tuple[DeclaredMethod, dict[str, Any]]:
+    """Return a recipe's method and all of its settings, checked.
+
+    Args:
+        method: ``name``, and settings by name.
+
+    Raises:
+        MbibError: no name, an unknown one, or a setting that the method has not or does not take.
+    """
+    if not isinstance(method.get("name"), str):
+        raise MbibError(f"recipe key 'method': expected a name, or a mapping with one, got {dict(method)!r}")
+    declared = find_method(method["name"])
+    given = {key: value for key, value in method.items() if key != "name"}
+    return declared, dataclasses.asdict(build_options(declared.Settings, given, f"method {declared.name!r}"))
+
+
+# Samplers
+
+
+@cache
+def packaged_samplers() -> tuple[str, ...]:
+    """Return the names of this package's samplers."""
+    text = (_PACKAGE / "data" / "samplers.py").read_text(encoding="utf-8")
+    decorators = (
+        decorator
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+    )
+    return tuple(
+        ast.literal_eval(each.args[0])
+        for each in decorators
+        if isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and each.func.id == "sampler"
+    )
+
+
+def stream_names(sampler: str) -> tuple[str, ...]:
+    """Return the names of the streams that a recipe's sampler asks for: one, or two joined by ``+``.
+
+    The number that a name may have behind a colon is for the sampler to check: `mbib_timm.data.samplers`.
+
+    Args:
+        sampler: e.g. ``balanced``, ``effective:0.999``, ``instance+reverse``.
+
+    Raises:
+        MbibError: an unknown sampler, or more than two streams.
+    """
+    names = tuple(name.strip() for name in sampler.split("+"))
+    if len(names) > 2:
+        raise MbibError(f"sampler {sampler!r}: expected one sampler, or two side by side, got {len(names)}")
+    # Plugins may have registered others; whoever does imports the registry.
+    registered = getattr(sys.modules.get("mbib_timm.data.samplers"), "SAMPLERS", ())
+    known = dict.fromkeys([*packaged_samplers(), *registered])
+    for name in names:
+        if name.partition(":")[0] not in known:
+            raise unknown_name("sampler", name.partition(":")[0], known)
+    return names
+
+
+# Methods from outside
+
+
+@cache
+def load_entry_points() -> None:
+    """Import what installed packages offer under the group ``mbib_timm.methods``; a broken one is passed over."""
+    from importlib.metadata import entry_points  # reads what is installed, and is seldom asked
+
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # whatever somebody else's package does wrong
+            warnings.warn(f"methods of {entry.value} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)
+
+
+def load_plugin(plugin: str) -> str:
+    """Import a file, or a module by name, that registers methods; once.
+
+    Args:
+        plugin: path of a ``.py`` file, or a module's name.
+
+    Returns:
+        The name by which the same plugin is found from anywhere.
+
+    Raises:
+        MbibError: there is no such file or module, it does not import, or it registers nothing.
+    """
+    path = Path(plugin)
+    is_file = path.suffix == ".py" or path.is_file()
+    where = str(path.resolve()) if is_file else plugin
+    if where in _loaded_plugins:
+        return where
+    if is_file and not path.is_file():
+        raise MbibError(f"plugin {plugin}: there is no such file")
+    before = set(known_methods())
+    try:
+        if is_file:
+            _import_file(path.resolve())
+        else:
+            importlib.import_module(plugin)
+    except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
+        for name in set(known_methods()) - before:
+            sys.modules["mbib_timm.methods"].METHODS.remove(name)
+        text = next(iter(str(error).splitlines()), "")
+        reason = text if isinstance(error, MbibError) else f"{type(error).__name__}: {text}"
+        raise MbibError(f"plugin {plugin} does not import: {reason}") from None
+    module = _module_name(path.resolve()) if is_file else plugin
+    if not any(method.__module__.startswith(module) for method in _outside().values()):
+        raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")
+    _loaded_plugins.add(where)
+    return where
+
+
+def _module_name(path: Path) -> str:
+    return f"mbib_timm_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+
+
+def _import_file(path: Path) -> None:
+    name = _module_name(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

@@ -1,0 +1,357 @@
+"""The keys of a recipe, each typed, ranged, documented and in a group; and a recipe as a value."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mbib_timm.errors import unknown_name
+from mbib_timm.options import check_option, check_options, option, option_types
+from mbib_timm.recipe.checks import check_recipe, view_of
+from mbib_timm.recipe.declared import find_method, load_plugin, resolve_settings
+
+STAGES = "stages"
+# Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
+OPEN_CHOICES = {"loader": "auto", "amp": None}
+
+# What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
+# a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
+_data, _input, _augmentation, _mixing, _model, _method, _optimisation, _machine, _output = (
+    partial(option, group=group, location=False, evaluation=evaluation)
+    for group, evaluation in (
+        ("data", True),
+        ("input", False),
+        ("augmentation", False),
+        ("mixing", False),
+        ("model", False),
+        ("method", False),
+        ("optimisation", False),
+        ("machine", False),
+        ("output", False),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, completely described. Raises MbibError for values that cannot be."""
+
+    # Data
+    dataset: str = _data(
+        "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, list, inat2018, hfds/NAME"
+    )
+    data_dir: str | None = _data(None, "root folder (or .tar) of the data", location=True)
+    dataset_download: bool = _data(False, "let torchvision download the data set into data_dir", location=True)
+    train_split: str = _data("train", "name of the training split")
+    val_split: str = _data("validation", "name of the split that is evaluated during training")
+    test_split: str | None = _data(None, "name of a further split, evaluated once with the last epoch's weights")
+    train_list: str | None = _data(None, "training list file or json (dataset: list, inat2018)", location=True)
+    val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)
+    test_list: str | None = _data(None, "test list file, evaluated once at the end (dataset: list)", location=True)
+    class_map: str | None = _data(
+        None, "file with one class name a line, in label order (dataset: list)", location=True
+    )
+    val_fraction: float = _data(
+        0.2, "share of each class held out where the data have no validation split", above=0, maximum=0.9
+    )
+    num_classes: int | None = _data(None, "number of classes; taken from the data when not given", minimum=2)
+    imbalance: str = _data("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))
+    imbalance_factor: float = _data(100.0, "images of the largest class over images of the smallest", minimum=1)
+    imbalance_max: int | None = _data(
+        None, "images of the largest class; the most that the data allow when not given", minimum=1
+    )
+    holdout: float = _data(
+        0.0,
+        "share of each class's training images that is never trained on, for methods that choose a constant; without "
+        "it they take the images that a long-tailed subset leaves out, or the validation split where a test split is "
+        "evaluated",
+        minimum=0,
+        maximum=0.9,
+        evaluation=False,
+    )
+    subset_seed: int = _data(0, "seed that chooses the images of the long-tailed subset", minimum=0)
+
+    loader: str = _data(
+        "auto",
+        "resident (decoded once, kept and augmented on the device), timm (decoded in every epoch), auto (resident if "
+        "the data fit)",
+        choices=("auto", "resident", "timm"),
+        evaluation=False,
+    )
+    image_cache: str = _data(
+        "auto",
+        "folder that keeps decoded images for the next run; auto: in the user's cache; none",
+        location=True,
+        evaluation=False,
+    )
+
+    # Input
+    img_size: int | None = _input(
+        None, "height and width of the model's input; the model's own when not given", minimum=1, evaluation=True
+    )
+    train_crop_mode: str = _input(
+        "rrc",
+        "training crop: pad (pad by 1/8 and crop), rrc (random resized crop), none",
+        choices=("pad", "rrc", "none"),
+        evaluation=True,
+    )
+    interpolation: str = _input(
+        "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
+    )
+    crop_pct: float = _input(
+        0.875, "share of the resized test image that the centre crop keeps", above=0, maximum=1, evaluation=True
+    )
+    mean: list[float] = _input([0.485, 0.456, 0.406], "channel means of the normalisation", evaluation=True)
+    std: list[float] = _input(
+        [0.229, 0.224, 0.225], "channel standard deviations of the normalisation", evaluation=True
+    )
+
+    # Augmentation
+    scale: list[float] = _augmentation([0.08, 1.0], "area range of the random resized crop")
+    ratio: list[float] = _augmentation([0.75, 1.3333333333333333], "aspect-ratio range of the random resized crop")
+    hflip: float = _augmentation(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    rotation: float = _augmentation(0.0, "largest angle of a random rotation, in degrees", minimum=0, maximum=180)
+    aa: str | None = _augmentation(
+        None,
+        "policy: cifar10 (AutoAugment's for CIFAR), rand-m9-n2-mstd0.5-inc1 (RandAugment), or another one of timm's",
+    )
+    color_jitter: float = _augmentation(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
+    hue: float = _augmentation(0.0, "hue jitter, in turns of the colour wheel", minimum=0, maximum=0.5)
+    color_jitter_prob: float = _augmentation(1.0, "probability of the jitter", above=0, maximum=1)
+    grayscale_prob: float = _augmentation(0.0, "probability that an image turns grey", minimum=0, maximum=1)
+    gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
+    cutout: int = _augmentation(0, "side of a square of each image that is blackened, in pixels", minimum=0)
+    views: list[dict[str, Any]] | None = _augmentation(
+        None,
+        "views of each image: for each a mapping of the augmentation keys in which it differs; the method's own when "
+        "not given",
+    )
+
+    # Mixing: with any of these on, targets are soft
+    mixup: float = _mixing(0.0, "alpha of mixup, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    cutmix: float = _mixing(0.0, "alpha of CutMix, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    cutmix_sampler: str | None = _mixing(
+        None,
+        "sampler of the images that CutMix pastes, reverse or balanced for CMO; those of the same batch when not given",
+    )
+    mixup_prob: float = _mixing(1.0, "probability that a batch is mixed", above=0, maximum=1)
+    mixup_switch_prob: float = _mixing(
+        0.5, "probability of CutMix where a batch is mixed and both are on", above=0, below=1
+    )
+    mixup_off_epochs: int = _mixing(0, "epochs at the beginning, and as many at the end, without mixing", minimum=0)
+    smoothing: float = _mixing(0.0, "label smoothing: share of a target that all classes share", minimum=0, below=1)
+
+    # Model
+    model: str = _model("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
+    model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
+    pretrained: bool = _model(False, "start from the model's published weights")
+    initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
+
+    # Method
+    method: dict[str, Any] = _method(
+        {"name": "mbib"}, "how to train, by name, with the settings of that method; see mbib train RECIPE --help"
+    )
+    plugin: list[str] = _method([], "files or modules that bring methods of their own", location=True)
+    sampler: str | None = _method(
+        None,
+        "what an epoch draws: instance, balanced, sqrt, progressive, reverse, effective[:beta], class_aware[:m], or "
+        "two streams side by side as instance+reverse; the method's own when not given",
+    )
+    train: str | None = _method(
+        None,
+        "the part that trains: all, classifier, or a regular expression of parameters' names; the method's own when "
+        "not given",
+    )
+    reset: str | None = _method(
+        None,
+        "the part that starts anew where weights are given: none, classifier, all, or a regular expression of names; "
+        "the method's own when not given",
+    )
+    frozen_bn: str | None = _method(
+        None,
+        "batch normalisation in the part that does not train: train (its running statistics go on) or eval; the "
+        "method's own when not given",
+        choices=("train", "eval"),
+    )
+
+    # Optimisation
+    epochs: int = _optimisation(200, "epochs of training; 0 for a method that changes a trained model", minimum=0)
+    batch_size: int = _optimisation(128, "training images of a step on one device", minimum=2)
+    validation_batch_size: int = _optimisation(256, "images of an evaluation step", minimum=1, evaluation=True)
+    grad_accum_steps: int = _optimisation(1, "batches whose gradients are added before a step", minimum=1)
+    opt: str = _optimisation("sgd", "timm optimizer")
+    opt_kwargs: dict[str, Any] = _optimisation({}, "further keyword arguments of the optimizer, as name=value")
+    lr: float = _optimisation(0.1, "learning rate", above=0)
+    momentum: float = _optimisation(0.9, "momentum of the optimizer", minimum=0, maximum=1)
+    weight_decay: float = _optimisation(3e-4, "weight decay", minimum=0)
+    filter_bias_and_bn: bool = _optimisation(False, "leave biases and normalisation out of the weight decay")
+    layer_decay: float | None = _optimisation(
+        None, "factor on the learning rate from each layer to the one before it", above=0, maximum=1
+    )
+    clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
+    clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
+    sched: str = _optimisation("cosine", "timm learning-rate schedule")
+    warmup_epochs: int = _optimisation(0, "epochs of linear warm-up", minimum=0)
+    warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", minimum=0)
+    min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0)
+    decay_milestones: list[int] = _optimisation(
+        [161, 181], "timm's milestones: multistep decays from the epoch before each"
+    )
+    decay_rate: float = _optimisation(0.1, "factor of each decay", above=0)
+    model_ema: bool = _optimisation(False, "keep an exponential moving average of the weights, and evaluate it")
+    model_ema_decay: float = _optimisation(0.9998, "decay of that average", minimum=0, maximum=1)
+
+    # Machine
+    device: str | None = _machine(None, "cpu, cuda, cuda:1, mps; found when not given", location=True, evaluation=True)
+    workers: int = _machine(2, "processes that load data", minimum=0, location=True, evaluation=True)
+    pin_mem: bool | None = _machine(
+        None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
+    )
+    amp: bool | None = _machine(None, "mixed precision; on for CUDA when not given")
+    amp_dtype: str = _machine("bfloat16", "precision of mixed precision", choices=("bfloat16", "float16"))
+    channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
+    torchcompile: bool = _machine(False, "compile the training step and the evaluation")
+    cuda_graph: bool = _machine(False, "capture the training step in a CUDA graph")
+    sync_bn: bool = _machine(False, "synchronise batch normalisation across processes")
+    seed: int = _machine(0, "seed of initialisation, sample order and augmentation", minimum=0)
+
+    # Output
+    output: str = _output("runs", "folder of the runs", location=True)
+    experiment: str | None = _output(None, "name of this run's folder; the recipe's name when not given", location=True)
+    resume: str | None = _output(None, "auto, or a run's folder or checkpoint, to continue from", location=True)
+    checkpoint_seconds: float = _output(
+        5.0, "least time between checkpoints, which are written at the end of an epoch", minimum=0, location=True
+    )
+    val_interval: int = _output(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
+    log_interval: int = _output(50, "steps between log lines and checks of the loss", minimum=1, location=True)
+    log_tensorboard: bool = _output(False, "write TensorBoard logs", location=True)
+    log_wandb: bool = _output(False, "log to Weights & Biases", location=True)
+    previous: "Recipe | None" = None
+    """The stage before, whose weights this one starts from."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", {"name": self.method})
+        check_options(self, "recipe key {!r}")
+        object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
+        declared, settings = resolve_settings(self.method)
+        object.__setattr__(self, "method", {"name": declared.name, **settings})
+        check_recipe(self, declared)
+
+    @property
+    def stage(self) -> int:
+        """The number of stages before this one."""
+        return 0 if self.previous is None else self.previous.stage + 1
+
+    @property
+    def soft_targets(self) -> bool:
+        """Whether training targets are (B, K): images are mixed, or labels smoothed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.smoothing > 0
+
+    def choice(self, key: str) -> Any:
+        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset or
+        frozen_bn."""
+        value = getattr(self, key)
+        return getattr(find_method(self.method["name"]), key if key != "train" else "part") if value is None else value
+
+    def augmentations(self) -> "list[Recipe]":
+        """Return the recipe of each view of an image: this one, with what the view has of its own."""
+        return [view_of(self, differing) for differing in self.choice("views")]
+
+    def chain(self) -> "list[Recipe]":
+        """Return the stages in order, this one last."""
+        return [*(self.previous.chain() if self.previous else []), self]
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """Return a copy whose last stage has other values; `everywhere` changes all stages.
+
+        Raises:
+            MbibError: unknown keys and impossible values.
+        """
+        return self.replace_previous(self.previous, **changes)
+
+    def everywhere(self, **changes: Any) -> "Recipe":
+        """Return a copy all of whose stages have other values. Raises MbibError as `replace` does."""
+        before = None if self.previous is None else self.previous.everywhere(**changes)
+        return self.replace_previous(before, **changes)
+
+    def replace_previous(self, previous: "Recipe | None", **changes: Any) -> "Recipe":
+        """Return a copy after another stage, with other values. Raises MbibError as `replace` does."""
+        for name in changes:
+            require_key(name)
+        return dataclasses.replace(self, previous=previous, **changes)
+
+    def with_choices_of(self, run: "Recipe") -> "Recipe":
+        """Return a copy with what a run has chosen, stage by stage, of the `OPEN_CHOICES` of this recipe."""
+        before = self.previous
+        if before is not None and run.previous is not None:
+            before = before.with_choices_of(run.previous)
+        chosen = {key: getattr(run, key) for key, value in OPEN_CHOICES.items() if getattr(self, key) == value}
+        return self.replace_previous(before, **chosen)
+
+    def keys(self) -> dict[str, Any]:
+        """Return this stage's keys and values."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in KEYS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return keys and values as ``recipe.yaml`` has them: what the stages share, then under ``stages`` the rest."""
+        return _fold([stage.keys() for stage in self.chain()])
+
+    def computation(self) -> dict[str, Any]:
+        """Return what decides what is computed: all but paths, device, workers and logging; stages as in `to_dict`."""
+        kept = [name for name, item in KEYS.items() if not item.metadata["location"]]
+        return _fold([{name: getattr(stage, name) for name in kept} for stage in self.chain()])
+
+
+KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fields(Recipe) if item.name != "previous"}
+TYPES: dict[str, Any] = {name: kind for name, kind in option_types(Recipe).items() if name in KEYS}
+# Recipes that agree in these see the same images.
+DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
+
+
+def require_key(name: str) -> None:
+    """Raise MbibError for what is no recipe key, with the nearest valid one."""
+    if name not in KEYS:
+        raise unknown_name("recipe key", name, KEYS)
+
+
+def check_key(name: str, value: Any) -> None:
+    """Raise MbibError for what is no recipe key, and for a value of another type or out of its range."""
+    require_key(name)
+    check_option(KEYS[name], TYPES[name], value, f"recipe key {name!r}")
+
+
+def _fold(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what stages have in common, and what they have not, as one mapping."""
+    if len(stages) == 1:
+        return stages[0]
+    common = {key: value for key, value in stages[0].items() if all(stage[key] == value for stage in stages)}
+    return {**common, STAGES: [{k: v for k, v in stage.items() if k not in common} for stage in stages]}
+
+
+def longest_epochs(recipe: Recipe) -> int:
+    """Return the epochs of a recipe's longest stage: what is meant by a run's epochs where it has several stages."""
+    return max(stage.epochs for stage in recipe.chain())
+
+
+def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
+    """Return overrides by which a recipe takes other epochs; warm-up, milestones and epochs without mixing move along.
+
+    Of several stages the longest takes `epochs`, and the others keep their share.
+    """
+    chain = recipe.chain()
+    longest = longest_epochs(recipe)
+    changes: dict[str, Any] = {}
+    for number, stage in enumerate(chain, start=1):
+        if longest == epochs or stage.epochs == 0:
+            continue
+        share = epochs / longest
+        own = max(1, round(share * stage.epochs))
+        warmup = min(max(1, round(share * stage.warmup_epochs)), own - 1) if stage.warmup_epochs else 0
+        milestones = [max(1, round(share * milestone)) for milestone in stage.decay_milestones]
+        off = min(max(1, round(share * stage.mixup_off_epochs)), (own - 1) // 2) if stage.mixup_off_epochs else 0
+        prefix = f"stage{number}." if len(chain) > 1 else ""
+        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones, "mixup_off_epochs": off}
+        changes |= {f"{prefix}{key}": value for key, value in scaled.items()}
+    return changes

@@ -1,0 +1,233 @@
+"""Recipe files: finding them by name, reading them with their base and stages, changing and writing them."""
+
+import copy
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.options import default_of
+from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
+from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
+
+DEFAULT_RECIPE = "mbib_resnet20.digits"
+BASE = "base"
+# Parses the same ten times as fast, where PyYAML was built with it.
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the recipes that come with the package."""
+    installed = Path(__file__).parents[1] / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package, such as ``mbib_resnet32.cifar100_lt_if100``."""
+    return list(packaged_recipes())
+
+
+@cache
+def packaged_recipes() -> Mapping[str, Path]:
+    """Return the files of the packaged recipes by name, in the order of names.
+
+    A file named ``arch.tag`` has that name, any other one its folder's too.
+    """
+    files = [path for path in recipes_folder().glob("*/*.yaml") if path.parent.name not in ("bases", "sweeps")]
+    return dict(sorted((path.stem if "." in path.stem else f"{path.parent.name}/{path.stem}", path) for path in files))
+
+
+def list_sweeps() -> list[str]:
+    """Return the names of the sweeps that come with the package."""
+    return sorted(path.stem for path in (recipes_folder() / "sweeps").glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe, given the path of a file or the name of a packaged recipe.
+
+    Raises:
+        MbibError: neither exists; the nearest names are given.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = packaged_recipes()
+    if name.removesuffix(".yaml") not in packaged:
+        raise unknown_name("recipe", name, packaged)
+    return packaged[name.removesuffix(".yaml")]
+
+
+def recipe_name(path: Path, method: str | None = None) -> str:
+    """Return a run's name: the file's, where it is a model's arch.tag; else ``<file stem>.<folder>``.
+
+    The recipe.yaml that a run leaves in its folder has the name of that run.
+
+    Args:
+        path: of the recipe.
+        method: another one than the recipe's, which the name then says: ``cifar_resnet32.focal_digits``.
+    """
+    if path.name == "recipe.yaml":
+        return path.resolve().parent.name
+    name = path.stem if "." in path.stem else f"{path.stem}.{path.resolve().parent.name}"
+    own = load_recipe(path).method["name"] if method is not None else None
+    if method == own:
+        return name
+    architecture, _, tag = name.partition(".")
+    return f"{architecture}.{method}_{tag.removeprefix(f'{own}_')}"
+
+
+def data_of(name: str) -> str:
+    """Return what the name of a recipe or of a run says of its data; empty where it says nothing.
+
+    ``cifar100_lt_if100`` of ``cifar_resnet32.bsce_cifar100_lt_if100``; of a sweep's recipe what all runs share:
+    ``cifar100_lt`` of ``{method}cifar100_lt_if{imbalance_factor}``.
+    """
+    folder, _, last = name.rpartition("/")
+    fixed = re.sub(r"_?[a-z]*{.*?}", "", last.removesuffix(".yaml"))
+    if "." not in fixed and "{" not in last:
+        return folder.rpartition("/")[2]
+    tag = fixed.partition(".")[2] if "." in fixed else fixed
+    return next((tag.removeprefix(f"{method}_") for method in known_methods() if tag.startswith(f"{method}_")), tag)
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file and apply overrides.
+
+    Args:
+        path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them.
+        overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
+            part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
+            without stage holds for all stages that do not set it themselves, as in the file.
+
+    Raises:
+        MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
+    """
+    content = read_recipe(path)
+    for address in sorted(overrides or {}, key=lambda address: address.count(".")):
+        _override(content, address, (overrides or {})[address], path)
+    return _resolve(content, path.name)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the content of a recipe file over that of its base, unresolved.
+
+    Raises:
+        MbibError: not a mapping, an unknown key, a base that is missing or has a base of its own.
+    """
+    content = _read_mapping(path)
+    base = content.pop(BASE, None)
+    if base is None:
+        return content
+    beside, packaged = path.parent / f"{base}.yaml", recipes_folder() / "bases" / f"{base}.yaml"
+    files = [file for file in (Path(str(base)), beside, packaged) if file.is_file()]
+    if not files:
+        names = [file.stem for file in packaged.parent.glob("*.yaml")]
+        raise unknown_name(f"base in {path.name}", str(base), names)
+    below = _read_mapping(files[0])
+    for key in (BASE, STAGES):
+        if key in below:
+            raise MbibError(f"{files[0]}: a base has no {key!r} of its own")
+    return {**below, **content}
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _YAML_LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MbibError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
+    _check_keys(content, path.name, (BASE, STAGES))
+    stages = content.get(STAGES, [])
+    if not isinstance(stages, list) or (STAGES in content and not stages):
+        raise MbibError(f"{path}: key 'stages': expected a list of stages, got {stages!r}")
+    for number, stage in enumerate(stages, start=1):
+        if not isinstance(stage, dict):
+            raise MbibError(f"{path}: stage {number}: expected keys and values, got {stage!r}")
+        _check_keys(stage, f"stage {number} of {path.name}")
+    return content
+
+
+def _check_keys(content: Mapping[str, Any], where: str, others: tuple[str, ...] = ()) -> None:
+    for name in content:
+        if name not in KEYS and name not in others:
+            raise unknown_name(f"key in {where}", str(name), [*KEYS, *others])
+
+
+def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
+    """Build the recipe of a file's content, stage by stage; an error in one of several names the stage."""
+    shared = {key: value for key, value in content.items() if key != STAGES}
+    stages = content.get(STAGES, [{}])
+    recipe: Recipe | None = None
+    for number, stage in enumerate(stages, start=1):
+        # What a recipe starts from, its first stage does.
+        keys = {
+            key: value
+            for key, value in shared.items()
+            if number == 1 or key not in ("initial_checkpoint", "pretrained")
+        }
+        try:
+            recipe = Recipe(**{**keys, **stage, "previous": recipe})
+        except MbibError as error:
+            if len(stages) == 1:
+                raise
+            raise MbibError(f"stage {number} of {where}: {error}") from None
+    assert recipe is not None
+    return recipe
+
+
+def _override(content: dict[str, Any], address: str, value: Any, path: Path) -> None:
+    """Set what an address names in a file's content; see `load_recipe`."""
+    first, *rest = address.split(".")
+    stages, target, shared = content.get(STAGES, []), content, content
+    number = re.fullmatch(r"stage(\d+)", first)
+    if number and rest:
+        if not 1 <= int(number[1]) <= len(stages):
+            raise MbibError(f"{address}: {path.name} has {len(stages) or 'no'} stages")
+        target = stages[int(number[1]) - 1]
+        first, *rest = rest
+    require_key(first)
+    if target is content and stages and all(first in stage for stage in stages):
+        flags = " or ".join(f"stage{i}.{'.'.join([first, *rest])}" for i in range(1, len(stages) + 1))
+        raise MbibError(f"every stage of {path.name} sets {first!r} itself; say which: {flags}")
+    if not rest:
+        target[first] = value
+        return
+    whole: Any
+    if first in target or first in shared:
+        whole = copy.deepcopy(target.get(first, shared.get(first)))
+    else:
+        whole = default_of(KEYS[first])
+    if first == "method":
+        whole = {"name": whole} if isinstance(whole, str) else whole
+        if len(rest) > 1:  # an element of a setting, which the file may leave to the method
+            for plugin in target.get("plugin", shared.get("plugin", [])):
+                load_plugin(plugin)
+            whole = {**resolve_settings(whole)[1], **whole}
+    inner = whole
+    for part in rest[:-1]:
+        inner = _element(inner, part, address)
+    _element(inner, rest[-1], address, create=True)
+    inner[int(rest[-1]) if isinstance(inner, list) else rest[-1]] = value
+    target[first] = whole
+
+
+def _element(whole: Any, part: str, address: str, create: bool = False) -> Any:
+    """Return an element of a list or a mapping. Raises MbibError where there is none, and where none can be."""
+    try:
+        if isinstance(whole, list):
+            return whole[int(part)]
+        if isinstance(whole, dict) and (create or part in whole):
+            return whole.get(part)
+    except (ValueError, IndexError):
+        pass
+    raise MbibError(f"{address}: there is no element {part!r} in {whole!r}")
+
+
+def dump_recipe(recipe: Recipe) -> bytes:
+    """Return the resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True).encode()

@@ -1,0 +1,189 @@
+"""The two loaders, each under the same tests; broken images."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mbib_timm.data import Split, create_loaders, open_data, open_split
+from mbib_timm.data.decoding import decode_split
+from mbib_timm.data.images import ArrayReader, ImageDataset
+from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
+from mbib_timm.data.samplers import ShardSampler, training_sampler
+from mbib_timm.environment import World
+from mbib_timm.errors import DataError
+from mbib_timm.recipe import Recipe
+
+CPU = World(torch.device("cpu"))
+SIZE = (3, 16, 16)
+
+
+def picture(color, size=(20, 20), mode="RGB"):
+    rng = np.random.RandomState(color)
+    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class folders of 12, 5, 3 and 1 images."""
+    for label, count in {"ant": 12, "bee": 5, "cat": 3, "dog": 1}.items():
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(count):
+            picture(i).save(tmp_path / "images" / label / f"{i}.png")
+    return tmp_path / "images"
+
+
+def arrays(count=40, classes=4, size=16):
+    rng = np.random.RandomState(0)
+    images = rng.randint(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return Split(ArrayReader(images, "arrays"), np.arange(count) % classes), images
+
+
+def recipe(**keys):
+    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
+
+
+@pytest.fixture(params=["timm", "resident"])
+def build(request):
+    """Build a loader for training or for evaluation."""
+
+    def sampler(split, settings, place, training):
+        classes = int(split.targets.max()) + 1
+        return training_sampler(split.targets, classes, settings, place) if training else None
+
+    def resident(split, settings, size, place, training):
+        images = decode_split(split, settings, size, place.device, training, replace_broken=training)
+        return resident_loader(images, settings, size, place, sampler(split, settings, place, training))
+
+    def timm(split, settings, size, place, training):
+        if not training:
+            return timm_eval_loader(split, settings, size, place)
+        return timm_train_loader(split, settings, size, place, sampler(split, settings, place, training))
+
+    return {"timm": timm, "resident": resident}[request.param]
+
+
+def order(loader, epoch):
+    loader.set_epoch(epoch)
+    return torch.cat([batch.index for batch in loader]).tolist()
+
+
+def numbered(count):
+    images = np.zeros((count, 16, 16, 3), dtype=np.uint8)
+    return Split(ArrayReader(images, "numbered"), np.arange(count))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(build):
+    first = build(numbered(50), recipe(batch_size=8), SIZE, CPU, training=True)
+    second = build(numbered(50), recipe(batch_size=8), SIZE, CPU, training=True)
+    assert order(first, 3) == order(second, 3)
+    assert order(first, 3) != order(first, 4)
+    assert order(first, 3) == order(second, 3)
+    assert order(first, 3) != order(build(numbered(50), recipe(batch_size=8, seed=1), SIZE, CPU, training=True), 3)
+    assert sorted(order(first, 0)) == list(range(50))
+
+
+@pytest.mark.parametrize(("images", "batches"), [(16, [8, 8]), (20, [8, 8, 4]), (17, [8, 8]), (18, [8, 8, 2])])
+def test_the_last_short_batch_is_kept_unless_it_is_a_single_image(build, images, batches):
+    loader = build(numbered(images), recipe(batch_size=8), SIZE, CPU, training=True)
+    assert [len(batch.targets) for batch in loader] == batches
+    assert len(loader) == len(batches)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("images", [1, 10, 20, 41])
+def test_evaluation_sees_every_image_exactly_once(build, images, world_size):
+    seen = []
+    for rank in range(world_size):
+        seen += list(ShardSampler(images, rank, world_size))
+    assert sorted(seen) == list(range(images))
+    loaders = [
+        build(numbered(images), recipe(), SIZE, World(CPU.device, r, world_size), training=False)
+        for r in range(world_size)
+    ]
+    assert sorted(i for loader in loaders for batch in loader for i in batch.index.tolist()) == list(range(images))
+
+
+def test_training_shards_cover_the_data(build):
+    loaders = [
+        build(numbered(40), recipe(batch_size=8), SIZE, World(CPU.device, rank, 2), training=True) for rank in (0, 1)
+    ]
+    assert sorted(order(loaders[0], 1) + order(loaders[1], 1)) == list(range(40))
+
+
+def test_normalisation(build):
+    split, images = arrays(4)
+    settings = recipe(mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 0.2])
+    batch = next(iter(build(split, settings, SIZE, CPU, training=False))).images
+    expected = (images / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 0.2])
+    np.testing.assert_allclose(batch.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA"])
+def test_other_colour_modes_become_rgb_or_grey(tmp_path, mode):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for i in range(2):
+            picture(i).convert(mode if mode != "LA" else "L").convert(mode).save(tmp_path / label / f"{i}.png")
+    settings = recipe(dataset="folder", data_dir=str(tmp_path), val_fraction=0.5)
+    for channels, loader in itertools.product((3, 1), ("timm", "resident")):
+        settings = settings.replace(loader=loader, image_cache="none")
+        loaders = create_loaders(open_data(settings), settings, (channels, 16, 16), CPU.device)
+        for loader in (*loaders.train.streams, loaders.val):
+            assert next(iter(loader)).images.shape == (2, channels, 16, 16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image(build, folder, workers):
+    (folder / "bee" / "1.png").write_bytes(b"not an image")
+    (folder / "ant" / "3.png").write_bytes((folder / "ant" / "3.png").read_bytes()[:200])
+    settings = recipe(dataset="folder", data_dir=str(folder), workers=workers, batch_size=4, image_cache="none")
+    whole = open_split(settings.replace(val_fraction=0.01), "train")
+    loader = build(whole, settings, SIZE, CPU, training=True)
+    assert sum(len(batch.targets) for batch in loader) >= len(whole) - 1
+    broken = {Path(path).relative_to(folder).as_posix() for path in loader.broken_images()}
+    in_training = {Path(whole.reader.path(i)).relative_to(folder).as_posix() for i in whole.indices}
+    assert broken == {"ant/3.png", "bee/1.png"} & in_training
+    assert broken
+    with pytest.raises(DataError, match=r"^cannot read image .*(bee/1|ant/3)\.png: .*$") as caught:
+        list(build(whole, settings, SIZE, CPU, training=False))
+    assert "\n" not in str(caught.value)
+
+
+def test_timms_augmentation_differs_between_workers_and_epochs():
+    split, _ = arrays(8)
+    same = Split(split.reader, split.targets, np.zeros(8, dtype=int))
+    settings = recipe(batch_size=4, workers=2)
+    loader = timm_train_loader(same, settings, SIZE, CPU, training_sampler(same.targets, 4, settings, CPU))
+    torch.manual_seed(0)
+    batches = [batch.images for epoch in range(2) for batch in loader]
+    assert len({image.numpy().tobytes() for images in batches for image in images}) > 8
+
+
+# Images
+
+
+def test_images_that_are_all_broken_are_an_error_in_training_too():
+    class NoReader:
+        def read(self, index):
+            raise OSError(f"truncated\nat {index}")
+
+        def path(self, index):
+            return f"{index}.png"
+
+    dataset = ImageDataset(Split(NoReader(), np.zeros(3, dtype=int)), "RGB", np.asarray, replace_broken=True)
+    with pytest.raises(DataError, match=r"^none of the 3 training images .*cannot read image 0\.png: truncated$"):
+        dataset[1]
+    assert dataset.broken() == ["0.png", "1.png", "2.png"]
+
+
+def test_an_error_of_a_transform_is_no_broken_image():
+    def fail(image):
+        raise ZeroDivisionError
+
+    split = Split(ArrayReader(np.zeros((2, 4, 4, 3), np.uint8), "x"), np.arange(2))
+    with pytest.raises(ZeroDivisionError):
+        ImageDataset(split, "RGB", fail, replace_broken=True)[0]

@@ -1,0 +1,376 @@
+"""Sources: what they give, on small data that the tests make and on the real files where they are; what they refuse."""
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mbib_timm.data import SOURCES, create_loaders, open_data, open_split
+from mbib_timm.data.loaders import timm_eval_loader
+from mbib_timm.data.sources import open_digits, open_inaturalist, open_list
+from mbib_timm.environment import World
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.recipe import Recipe
+
+CPU = torch.device("cpu")
+SIZE = (3, 16, 16)
+
+
+def picture(color, size=(20, 20), mode="RGB"):
+    rng = np.random.RandomState(color)
+    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+
+
+def recipe(**keys):
+    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
+
+
+def save_image(path, color=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (color, 0, 0)).save(path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "hfd/x", "folders"])
+def test_unknown_sources_are_refused(dataset):
+    with pytest.raises(MbibError, match="unknown data source"):
+        open_split(Recipe(dataset=dataset), "train")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_says_in_one_line_that_a_split_is_not_there(name, tmp_path):
+    name = name.replace("NAME", str(tmp_path / "nowhere"))
+    if name.startswith("hfds/"):
+        pytest.importorskip("datasets")
+    with pytest.raises(DataError) as caught:
+        open_split(Recipe(dataset=name, data_dir=str(tmp_path / "nowhere")), "dev")
+    assert "\n" not in str(caught.value)
+
+
+def test_digits():
+    train, test = open_digits("train"), open_digits("test")
+    assert (len(train), len(test)) == (1457, 340)
+    assert np.bincount(test.targets).tolist() == [34] * 10
+    data = open_data(recipe(imbalance="exp", imbalance_factor=24, imbalance_max=144))
+    assert data.class_counts.tolist() == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
+    assert train.reader.read(0).size == (16, 16)
+    from sklearn.datasets import load_digits
+
+    shown = np.concatenate([np.stack([np.asarray(s.reader.read(i)) for i in range(len(s))]) for s in (train, test)])
+    assert shown.shape == (1797, 16, 16)
+    # Enlarging keeps the brightness of the original.
+    assert shown.mean() == pytest.approx(load_digits().images.mean() * 255 / 16, rel=0.02)
+
+
+# Lists and json
+
+
+@pytest.fixture
+def image_list(tmp_path):
+    root = tmp_path / "imagenet"
+    for path in ("train/n01/a.JPEG", "train/n02/b.JPEG", "val/n01/c.JPEG", "val/d.JPEG"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        picture(3).save(root / path)
+    (root / "train.txt").write_text("train/n01/a.JPEG 0\ntrain/n02/b.JPEG 1\n\n")
+    return root
+
+
+def test_lists_and_both_layouts_of_imagenets_validation_images(image_list):
+    (image_list / "test.txt").write_text("val/n01/c.JPEG 0\nval/n02/d.JPEG 1\n")
+    settings = recipe(
+        dataset="list", data_dir=str(image_list), train_list="train.txt", val_list="train.txt", test_list="test.txt"
+    )
+    data = open_data(settings)
+    assert data.class_counts.tolist() == [1, 1]
+    assert data.test.reader.path(0).endswith("val/n01/c.JPEG")
+    assert data.test.reader.path(1).endswith("val/d.JPEG")
+    loaders = create_loaders(data, settings, SIZE, CPU)
+    assert sum(len(batch.targets) for batch in loaders.test) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train/n01/a.JPEG", "line 2: expected '<relative path> <label>'"),
+        ("train/n01/a.JPEG one", "line 2: label 'one' is not an integer"),
+        ("train/n01/a.JPEG 1.5", r"line 2: label '1\.5' is not an integer"),
+        ("train/n01/a.JPEG -1", "line 2: label -1 is negative"),
+        ("/etc/passwd 1", "line 2: '/etc/passwd' must be a path below"),
+        ("../secret.JPEG 1", r"line 2: '\.\./secret.JPEG' must be a path below"),
+        ("train/../../x.JPEG 1", "line 2: .* must be a path below"),
+        ("C:\\x.JPEG 1", "line 2: .* must be a path below"),
+    ],
+)
+def test_bad_lines_are_refused_with_their_number(image_list, line, message):
+    (image_list / "bad.txt").write_text(f"train/n01/a.JPEG 0\n{line}\n")
+    with pytest.raises(DataError, match=message):
+        open_list("bad.txt", str(image_list), "train_list", None)
+
+
+def test_lists_that_fit_nothing(image_list):
+    with pytest.raises(DataError, match=r"'train_list': no file nope\.txt"):
+        open_list("nope.txt", str(image_list), "train_list", None)
+    (image_list / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="lists no images"):
+        open_list("empty.txt", str(image_list), "train_list", None)
+    (image_list / "away.txt").write_text("elsewhere/a.JPEG 0\n")
+    with pytest.raises(DataError, match=r"lists elsewhere/a\.JPEG, which is not under data_dir"):
+        open_list("away.txt", str(image_list), "train_list", None)
+    (image_list / "gap.txt").write_text("train/n01/a.JPEG 0\ntrain/n02/b.JPEG 2\n")
+    with pytest.raises(DataError, match="no training images of class 1"):
+        open_data(Recipe(dataset="list", data_dir=str(image_list), train_list="gap.txt", val_list="train.txt"))
+
+
+def test_a_list_of_437_513_lines(tmp_path):
+    """In a fresh process, whose peak memory is its own."""
+    lines = "".join(f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg {i % 8142}\n" for i in range(437_513))
+    (tmp_path / "train.txt").write_text(lines)
+    first = tmp_path / "train_val2018" / "Plantae" / "0"
+    first.mkdir(parents=True)
+    picture(0).save(first / f"{0:032x}.jpg")
+    script = (
+        "import resource, sys, time\n"
+        "from mbib_timm.data.sources import open_list\n"
+        "from mbib_timm.data.long_tail import count_classes\n"
+        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "start = time.process_time()\n"
+        "split = open_list('train.txt', sys.argv[1], 'train_list', None)\n"
+        "counts = count_classes(split.targets, 8142)\n"
+        "seconds = time.process_time() - start\n"
+        "assert split.reader.name(437512).endswith(f'{437512:032x}.jpg')\n"
+        "print(len(split), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    length, seconds, megabytes = map(float, done.stdout.split())
+    assert length == 437_513
+    assert seconds < 3
+    assert megabytes < 400
+
+
+def test_real_lists(shared, tmp_path):
+    for name, images, classes in [("ImageNet_LT_test.txt", 50_000, 1000), ("iNaturalist18_val.txt", 24_426, 8142)]:
+        file = shared / "data" / "lists" / name
+        first = tmp_path / file.open().readline().split()[0]
+        first.parent.mkdir(parents=True)
+        picture(0).save(first)
+        split = open_list(str(file), str(tmp_path), "val_list", None)
+        assert len(split) == images
+        assert len(np.unique(split.targets)) == classes
+
+
+def test_inaturalists_json(tmp_path):
+    (tmp_path / "train_val2018").mkdir()
+    picture(0).save(tmp_path / "train_val2018" / "a.jpg")
+    content = {
+        "images": [{"id": 7, "file_name": "train_val2018/a.jpg"}, {"id": 3, "file_name": "train_val2018/b.jpg"}],
+        "annotations": [{"image_id": 3, "category_id": 0}, {"image_id": 7, "category_id": 1}],
+        "categories": [{"id": 0, "name": "Aves"}, {"id": 1, "name": "Fungi"}],
+    }
+    (tmp_path / "train2018.json").write_text(json.dumps(content))
+    split = open_inaturalist("train2018.json", str(tmp_path), "train_list")
+    assert split.targets.tolist() == [1, 0]
+    assert split.class_names == ("Aves", "Fungi")
+    content["images"][1]["file_name"] = "../b.jpg"
+    (tmp_path / "train2018.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="must be a path below"):
+        open_inaturalist("train2018.json", str(tmp_path), "train_list")
+    (tmp_path / "train2018.json").write_text("{}")
+    with pytest.raises(DataError, match="is not iNaturalist's json"):
+        open_inaturalist("train2018.json", str(tmp_path), "train_list")
+
+
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [
+        ("val/n01440764/X.JPEG", "val/n01440764/X.JPEG"),
+        ("val/n01440764/X.JPEG", "val/X.JPEG"),
+        ("val/X.JPEG", "val/X.JPEG"),
+        ("val/X.JPEG", "val/n01440764/X.JPEG"),
+    ],
+)
+def test_both_layouts_of_lists_and_of_folders(tmp_path, listed, there):
+    save_image(tmp_path / there)
+    (tmp_path / "test.txt").write_text(f"{listed} 0\n")
+    split = open_list("test.txt", str(tmp_path), "test_list", None)
+    assert split.reader.path(0) == str(tmp_path / there)
+    assert split.reader.read(0).size == (16, 16)
+
+
+def test_lists_are_read_whatever_separates_and_with_spaces_in_names(tmp_path):
+    save_image(tmp_path / "a b.png")
+    (tmp_path / "list.txt").write_text("a b.png\t1\r\n\n  é..png   0\n")
+    split = open_list("list.txt", str(tmp_path), "train_list", None)
+    assert split.targets.tolist() == [1, 0]
+    assert [split.reader.name(i) for i in range(2)] == ["a b.png", "é..png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a.png 0\n\na.png -2\n", r"line 3: label -2 is negative"),
+        (b"a.png 99999999999999999999\n", r"line 1: label 9+ is too large"),
+        (b"a.png 0x1\n", r"line 1: label '0x1' is not an integer"),
+        (b"\\\\host\\a.png 0\n", "line 1: .* must be a path below"),
+        (b"\xff\xd8\xff\xe0\n", "is not a text file"),
+    ],
+)
+def test_more_bad_lists(tmp_path, content, message):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_list("list.txt", str(tmp_path), "train_list", None)
+
+
+def test_one_missing_image_is_a_broken_image_and_no_wrong_folder(tmp_path):
+    save_image(tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\n")
+    settings = Recipe(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt", workers=0)
+    with pytest.raises(DataError, match=r"cannot read image .*a\.png"):
+        list(timm_eval_loader(open_data(settings).val, settings, (3, 16, 16), World(CPU)))
+
+
+def test_a_split_that_no_list_is_for(tmp_path):
+    settings = Recipe(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt")
+    with pytest.raises(DataError, match="there is no list of split 'holdout': the recipe names train, validation"):
+        open_split(settings, "holdout")
+    with pytest.raises(DataError, match="recipe key 'test_list' is needed"):
+        open_split(settings, "test")
+
+
+def test_a_class_map_says_how_many_classes_there_are(tmp_path):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png 0\na.png 1\n")
+    keys = dict(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    with pytest.raises(DataError, match="no training images of class cat"):
+        open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
+    (tmp_path / "names.txt").write_text("ant\n")
+    with pytest.raises(DataError, match="label 1 has no name: the class map names 1 classes"):
+        open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["annotations"].pop(), r"image 3 \(b\.jpg\) has no annotation with a known category"),
+        (lambda c: c["annotations"][0].update(category_id=5), r"image 7 \(a\.jpg\) has no annotation with a known"),
+        (lambda c: c["annotations"][0].update(category_id=0.5), r"image 7 \(a\.jpg\) has no annotation with a known"),
+        (lambda c: c["categories"].pop(0), r"category ids must be 0\.\.0"),
+        (lambda c: c["images"].clear(), "lists no images"),
+        (lambda c: c["images"][0].update(file_name="/a.jpg"), "must be a path below"),
+        (lambda c: c.pop("annotations"), "is not iNaturalist's json"),
+    ],
+)
+def test_bad_inaturalist_json(tmp_path, change, message):
+    save_image(tmp_path / "a.jpg")
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 7, "category_id": 1}, {"image_id": 3, "category_id": 0}],
+        "categories": [{"id": 0, "name": "Aves"}, {"id": 1, "name": "Fungi"}],
+    }
+    change(content)
+    (tmp_path / "train2018.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        open_inaturalist("train2018.json", str(tmp_path), "train_list")
+
+
+# CIFAR
+
+
+def test_cifar_from_tars(shared):
+    """Folder order is label order, and the subset has the benchmark's counts."""
+    settings = Recipe(
+        dataset="folder", data_dir=str(shared / "data" / "cifar100"), val_split="test", imbalance="exp", num_classes=100
+    )
+    data = open_data(settings)
+    assert data.class_counts.sum() == 10_847
+    assert data.class_names[0] == "apple"
+    assert data.class_names[99] == "worm"
+    assert len(data.val) == 10_000
+    settings = recipe(img_size=32, batch_size=128, loader="timm")
+    assert len(create_loaders(data, settings, (3, 32, 32), CPU).train) == 85
+
+
+def test_torchvisions_cifar(tmp_path):
+    """A tiny CIFAR-10 in torchvision's own format."""
+    from torchvision.datasets import CIFAR10
+
+    root = tmp_path / CIFAR10.base_folder
+    root.mkdir()
+    sums = {}
+    for name in [entry[0] for entry in CIFAR10.train_list + CIFAR10.test_list] + [CIFAR10.meta["filename"]]:
+        data = np.random.RandomState(0).randint(0, 256, (20, 3072), dtype=np.uint8)
+        names = [f"class {i}" for i in range(10)]
+        content = pickle.dumps({"data": data, "labels": list(range(10)) * 2, "label_names": names})
+        (root / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+    patch = pytest.MonkeyPatch()
+    for attribute in ("train_list", "test_list"):
+        patch.setattr(CIFAR10, attribute, [[name, sums[name]] for name, _ in getattr(CIFAR10, attribute)])
+    patch.setitem(CIFAR10.meta, "md5", sums[CIFAR10.meta["filename"]])
+    try:
+        data = open_data(Recipe(dataset="torch/cifar10", data_dir=str(tmp_path), imbalance="step", imbalance_factor=5))
+        assert data.class_counts.tolist() == [10] * 5 + [2] * 5
+        assert data.class_names[1] == "class 1"
+        assert len(data.val) == 20
+    finally:
+        patch.undo()
+    with pytest.raises(DataError, match=r"cannot open CIFAR100 .*--dataset-download fetches it"):
+        open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path / "no")), "train")
+
+
+# Hugging Face datasets
+
+
+def test_hugging_face_datasets_through_timm(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for split, labels in {"train": [0, 0, 1], "validation": [0, 1]}.items():
+        for i, label in enumerate(labels):
+            path = tmp_path / "pictures" / split / f"{'ab'[label]}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(i).save(path)
+    assert datasets.__version__
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    try:
+        settings = recipe(dataset=f"hfds/{tmp_path / 'pictures'}")
+        data = open_data(settings)
+        assert data.class_counts.tolist() == [2, 1]
+        assert data.class_names == ("a", "b")
+        batches = list(create_loaders(data, settings, SIZE, CPU).val)
+        assert sum(len(batch.targets) for batch in batches) == 2
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 5], "no training images of class 2, 3, 4"),
+        (["a", "b", "c"], "labels must be integers"),
+        ([0, -1, 1], "-1"),
+    ],
+)
+def test_bad_hugging_face_labels(tmp_path, monkeypatch, labels, message):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    images = [Image.new("RGB", (4, 4))] * 3
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("string" if "a" in labels else "int64"))
+    table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    for split in ("train", "validation"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    with pytest.raises(DataError, match=message):
+        open_data(Recipe(dataset=f"hfds/{tmp_path / 'set'}", data_dir=str(tmp_path / "cache")))
+
+
+def test_hugging_face_set_that_is_not_there(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match="cannot open hfds/"):
+        open_split(Recipe(dataset=f"hfds/{tmp_path / 'nowhere'}", data_dir=str(tmp_path / "cache")), "train")

@@ -1,0 +1,77 @@
+"""The house: data flow one way, no circles, one name per file, and what is known where."""
+
+import ast
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+import mbib_timm
+
+PACKAGE = Path(mbib_timm.__file__).parent
+# Folders in the order in which data flow: each imports from those before it alone.
+ORDER = (
+    "recipe", "data", "models", "methods", "results", "evaluation", "training", "sweeps", "analysis", "reporting",
+    "inference", "publishing",
+)  # fmt: skip
+MODULES = {
+    ".".join(("mbib_timm", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(file: Path, everywhere: bool) -> set[str]:
+    """Modules of the package that a file imports, in functions too or where it is imported alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full = [f"{node.module}.{name.name}" for name in node.names]
+            found |= {name if name in MODULES else node.module for name in full}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found & MODULES.keys()
+
+
+def folder(module: str) -> str:
+    return module.split(".")[1] if module.count(".") > 1 else ""
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if folder(name)])
+def test_data_flow_one_way(module):
+    later = ORDER[ORDER.index(folder(module)) + 1 :]
+    assert not [name for name in imports(MODULES[module], everywhere=True) if folder(name) in later]
+
+
+def test_no_module_needs_itself():
+    edges = {name: imports(file, everywhere=False) for name, file in MODULES.items()}
+    while leaves := [name for name, needed in edges.items() if not needed & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    assert not edges, "these import one another in a circle, or what does"
+
+
+def test_every_file_has_a_name_of_its_own():
+    files = [path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".j2", ".yaml"} and "zoo" not in path.parts]
+    counts = Counter(path.name for path in files if path.name != "__init__.py")
+    assert not [name for name, count in counts.items() if count > 1]
+
+
+def test_only_models_know_the_names_of_their_heads():
+    """Strings that are the name of a head of MBIB's: its network and its method define them."""
+    named = defaultdict(list)
+    for module, file in MODULES.items():
+        if folder(module) == "models" or module == "mbib_timm.methods.mbib":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in ("v", "v1", "v2", "v3", "z"):
+                named[module].append(node.lineno)
+    assert not named
