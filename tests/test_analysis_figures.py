@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mbib_timm.analysis.trend import accuracy_trend
 from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render
 from mbib_timm.errors import MbibError
 from mbib_timm.results.paper import TABLE_5, TABLE_6
+from mbib_timm.results.record import HeadMetrics
 
 GROUPS = ["all", "many", "medium", "few"]
 FIGURES = [
@@ -45,10 +47,11 @@ def made_up(counts, tested, heads=("prediction",), named=False):
     per_class = [100 * float(c / n) if n else None for c, n in zip(correct, images, strict=True)]
     accuracy = mean_by_shot_group(np.array(per_class, dtype=float), counts)
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
-    metrics = {
-        **accuracy, "top1": accuracy["all"], "per_class": per_class,
-        "classes": {name: int(chosen.sum()) for name, chosen in groups.items()},
-    }  # fmt: skip
+    metrics = HeadMetrics(
+        top1=accuracy["all"], top5=accuracy["all"], macro=accuracy["all"], **{name: accuracy[name] for name in groups},
+        ece=5.0, nll=1.5, images=len(labels), per_class=per_class,
+        classes={name: int(chosen.sum()) for name, chosen in groups.items()},
+    )  # fmt: skip
     posterior = mean_positive_posterior(confidence, labels, classes).tolist()
     features = ["v", "z"] if len(heads) > 1 else ["v"]
     embedded = list(dict.fromkeys(tested))[:: max(1, len(tested) // 10)]
@@ -59,7 +62,7 @@ def made_up(counts, tested, heads=("prediction",), named=False):
             "name": "made_up", "epochs": None, "seed": None, "class_counts": counts.tolist(),
             "class_names": [f"a class with a long name {i}" for i in range(classes)] if named else None,
             "prediction_heads": list(heads[-2:]) if len(heads) > 1 else [],
-            "heads": dict.fromkeys(heads, metrics),
+            "heads": dict.fromkeys(heads, asdict(metrics)),
             "positive_posterior": dict.fromkeys(heads, posterior),
             "distances": dict.fromkeys(features, rho),
             "embedding": {

@@ -95,7 +95,7 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
         find_recipe("cifar_resnet20.ce_digits"),
         dict(epochs=1, warmup_epochs=0, device="cpu", output=str(tmp_path / "runs"), seed=5),
     )
-    plain = train(recipe, "cifar_resnet20.ce_digits").folder
+    plain = str(train(recipe, "cifar_resnet20.ce_digits").folder)
     capsys.readouterr()
     output = tmp_path / "analyses"
     options = dict(overrides={"device": "cpu"}, output=output, classes=[2, 9], images_per_class=6)
