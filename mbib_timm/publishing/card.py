@@ -230,13 +230,13 @@ def _groups(counts: np.ndarray) -> Table:
 
 
 def _paper_text(run: FinishedRun) -> str:
-    """Return what the paper reports of such a run: ``47.5 (Table 1), 47.0 (Table 9; many 64.1, ...)``."""
+    """Return what the paper reports of such a run: ``47.5 % (Table 1), 47.0 % (Table 9; many 64.1, ...)``."""
     said = []
     for result in RESULTS.get(run.name, ()):
-        groups = [f"{name} {value:.1f}" for name, value in result.accuracies.items() if name != "overall"]
-        details = "; ".join(filter(None, [result.source, ", ".join(groups), result.setting]))
+        groups = ", ".join(f"{name} {value:.1f}" for name, value in result.accuracies.items() if name != "overall")
         overall = result.accuracies.get("overall")
-        said.append(f"{overall:.1f} ({details})" if overall is not None else details)
+        number, rest = (groups, "") if overall is None else (f"{overall:.1f} %", groups)
+        said.append(f"{number} ({'; '.join(filter(None, [result.source, rest, result.setting]))})")
     return ", ".join(said)
 
 
