@@ -17,7 +17,6 @@ from mbib_timm.data.long_tail import exponential_profile
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import aggregate as command
 from mbib_timm.evaluation.aggregate import aggregate, view_recipes
-from mbib_timm.evaluation.evaluate import predicting_parts
 from mbib_timm.evaluation.expert_weights import (
     DISTRIBUTIONS,
     draw_test_set,
@@ -26,6 +25,7 @@ from mbib_timm.evaluation.expert_weights import (
     weighted_logits,
 )
 from mbib_timm.evaluation.validate import validate
+from mbib_timm.models.head_outputs import predicting_parts
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import train
 

@@ -27,8 +27,8 @@ from mbib_timm.data import Batch
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate
-from mbib_timm.evaluation.evaluate import head_logits
 from mbib_timm.models import MBIB
+from mbib_timm.models.head_outputs import head_logits
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 GROUP_OF = ["many", "many", "medium", "medium", "medium", "few", "few"]

@@ -10,9 +10,9 @@ import torch
 from mbib_timm.data import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate, summarize
-from mbib_timm.evaluation.evaluate import head_logits
 from mbib_timm.files import to_json
 from mbib_timm.models import MBIB
+from mbib_timm.models.head_outputs import head_logits
 from mbib_timm.results.tables import accuracy_table
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])

@@ -10,9 +10,9 @@ from torch import nn
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
-from mbib_timm.evaluation.evaluate import head_logits, reported_heads
 from mbib_timm.inference.export import for_inference, largest_difference
 from mbib_timm.models import count_macs, count_parameters
+from mbib_timm.models.head_outputs import head_logits, head_titles, logits_and_features, reported_heads
 from mbib_timm.models.heads import Bottleneck, Observation
 from mbib_timm.results.run_figures import drawn_heads
 
@@ -240,6 +240,7 @@ def test_evaluation_reports_every_expert():
     x = images("resnet20")
     model = create("experts_resnet20").eval()
     assert reported_heads(model) == ("expert1", "expert2", "expert3")
+    assert head_titles(model) == {"expert1": "Expert 1", "expert2": "Expert 2", "expert3": "Expert 3"}
     logits = head_logits(model, x)
     torch.testing.assert_close(logits["prediction"], model(x))
     torch.testing.assert_close(logits["expert2"], model.forward_heads(x)[1])
@@ -249,6 +250,24 @@ def test_evaluation_reports_every_expert():
     assert tuple(logits) == ("prediction", *model.head_names, "expert1", "expert2", "expert3")
     torch.testing.assert_close(logits["prediction"], model(x))
     torch.testing.assert_close(logits["expert3"], (logits["expert3_v3"] + logits["expert3_z"]) / 2)
+    assert head_titles(model)["expert3"] == "Expert 3"
+    assert head_titles(model)["expert3_z"] == "Head expert3_z"
+
+
+@pytest.mark.parametrize("name", ["experts_resnet20", "mbib_experts_resnet20"])
+@pytest.mark.parametrize("training_heads", [True, False])
+@torch.no_grad()
+def test_features_are_those_of_every_expert_side_by_side(name, training_heads):
+    x = images("resnet20")
+    model = statistics_of_images(create(name), x)
+    if not training_heads and hasattr(model, "remove_training_heads"):
+        model.remove_training_heads()
+    logits, features = logits_and_features(model, x)
+    expected = head_logits(model, x)
+    assert list(logits) == list(expected)
+    assert all(torch.equal(logits[head], expected[head]) for head in expected)
+    assert list(features) == ["v"]
+    assert torch.equal(features["v"], model.forward_head(model.forward_features(x), pre_logits=True))
 
 
 def test_a_figure_of_many_heads_shows_the_experts():

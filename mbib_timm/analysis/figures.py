@@ -30,8 +30,8 @@ from mbib_timm.drawing import (
     ink,
     text_on,
 )
-from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.files import from_plain
+from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_figures import drawn_heads, shot_groups_figure

@@ -4,10 +4,8 @@ The logits of all images are never kept: iNaturalist's 24,426 images of 8,142 cl
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +13,8 @@ from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.evaluate import head_logits, reported_heads
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
-from mbib_timm.models.heads import Bottleneck
-from mbib_timm.models.mbib_network import MBIB
+from mbib_timm.models.head_outputs import logits_and_features
 from mbib_timm.results.record import HeadMetrics
 
 
@@ -43,8 +39,7 @@ class Outputs:
 
     Attributes:
         labels: true classes, (N,), int64.
-        features: ``"v"``, the last observation after its normalisation, (N, C), float32; and where the model has a
-            bottleneck ``"z"``, its embedding after the activation, (N, F), float32.
+        features: what the model calls so, by name, (N, C) each, float32; see `logits_and_features`.
         heads: of ``"prediction"`` and of each of `reported_heads`, by name.
         metrics: what `evaluate` returns.
     """
@@ -88,7 +83,7 @@ def collect_outputs(
             images, targets = batch.images.to(device), batch.targets.to(device)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            logits, embedded = _forward(model, images)
+            logits, embedded = logits_and_features(model, images)
             counted = batch_statistics(torch.stack([*logits.values()]), targets)
             sums = counted if sums is None else sums + counted
             # Off the device at once: the features of a whole split may not fit there.
@@ -111,39 +106,6 @@ def collect_outputs(
         {name: _concatenate(parts) for name, parts in heads.items()},
         metrics,
     )
-
-
-def _forward(model: Any, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the logits (B, K) by head and the features (B, C) of a batch."""
-    if isinstance(model, MBIB):
-        # A network may lack the classifier on v, or z altogether; whatever it has passes through these modules.
-        embedding = {"z": model.bottleneck.act} if isinstance(model.bottleneck, Bottleneck) else {}
-        with _outputs_of({"v": model.observation.norm, **embedding}) as features:
-            logits = head_logits(model, images)
-        return logits, features
-    if reported_heads(model):  # a second pass, since only this one gives the experts' features
-        return head_logits(model, images), {"v": model.forward_head(model.forward_features(images), pre_logits=True)}
-    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
-        raise MbibError(
-            f"{type(model).__name__} does not give its features: expected timm's forward_features and forward_head"
-        )
-    maps = model.forward_features(images)
-    return {"prediction": model.forward_head(maps)}, {"v": model.forward_head(maps, pre_logits=True)}
-
-
-@contextmanager
-def _outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that every forward pass fills with what the modules give."""
-    outputs: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
-        for name, module in modules.items()
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _of_head(logits: Tensor, targets: Tensor) -> HeadOutputs:

@@ -15,10 +15,10 @@ from mbib_timm.data.images import Split
 from mbib_timm.environment import Environment, describe_environment, join_world, leave_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation import expert_weights
-from mbib_timm.evaluation.evaluate import head_logits, predicting_parts
 from mbib_timm.evaluation.expert_weights import DISTRIBUTIONS, draw_test_set, learn_weights, weighted_logits
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
 from mbib_timm.files import to_json
+from mbib_timm.models.head_outputs import head_logits, predicting_parts
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.redact import redact_environment
 from mbib_timm.results.tables import Table

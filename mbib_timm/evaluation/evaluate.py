@@ -5,59 +5,15 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.models.head_outputs import head_logits, reported_heads
 from mbib_timm.results.record import HeadMetrics
-
-
-def reported_heads(model: nn.Module) -> tuple[str, ...]:
-    """Return what is reported of a model beside its prediction: its heads and its experts, where it has several."""
-    heads: tuple[str, ...] = tuple(getattr(model, "head_names", ()))
-    return (*heads, *_experts(model)) if len(heads) > 1 else ()
-
-
-def predicting_parts(model: nn.Module) -> tuple[str, ...]:
-    """Return what a prediction is the mean of: the experts, or the heads, by name; none for a model of one head."""
-    if not reported_heads(model):
-        return ()
-    return tuple(getattr(model, "expert_heads", ())) or tuple(model.prediction_heads)  # type: ignore[arg-type]
-
-
-def _experts(model: nn.Module) -> dict[str, list[str]]:
-    """Return the heads that an expert predicts with, by its name, of experts that have several heads."""
-    experts: dict[str, tuple[str, ...]] = getattr(model, "expert_heads", {})
-    predicting = getattr(model, "prediction_heads", ())
-    return {
-        expert: [head for head in heads if head in predicting] for expert, heads in experts.items() if len(heads) > 1
-    }
-
-
-def heads_of_expert(expert: str, names: Iterable[str]) -> list[str]:
-    """Return those of some heads' names that are an expert's: ``expert1_v3`` of ``expert1``; none for other names."""
-    return [name for name in names if name.startswith(f"{expert}_")]
-
-
-def _mean(logits: list[Tensor]) -> Tensor:
-    return sum(logits[1:], logits[0]) / len(logits)
-
-
-def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the logits (B, K) of the prediction, and of each of `reported_heads`."""
-    if not reported_heads(model):
-        return {"prediction": model(images)}
-    heads = dict(zip(model.head_names, model.forward_heads(images), strict=True))  # type: ignore[operator, arg-type]
-    experts = {expert: _mean([heads[name] for name in names]) for expert, names in _experts(model).items()}
-    return {
-        "prediction": _mean([heads[name] for name in model.prediction_heads]),  # type: ignore[union-attr]
-        **heads,
-        **experts,
-    }
-
 
 # One for the process, as that of the training step.
 compiled_head_logits = CompileOrEager(head_logits, "the evaluation")

@@ -10,8 +10,8 @@ from PIL import Image
 from mbib_timm.data.images import pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.evaluate import predicting_parts
-from mbib_timm.inference.predict import PREDICTION, Predictor
+from mbib_timm.inference.predict import Predictor
+from mbib_timm.models.head_outputs import PREDICTION, head_titles, predicting_parts
 from mbib_timm.models.weights import LoadedModel, load_model
 
 LOOPBACK = "127.0.0.1"
@@ -34,7 +34,8 @@ def shown_heads(model: LoadedModel) -> dict[str, str]:
     if len(parts) < 2:
         return {PREDICTION: "Prediction"}
     mean = f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return {PREDICTION: f"Prediction (mean of {mean})", **{head: f"Head {head}" for head in parts}}
+    titles = head_titles(model.module)
+    return {PREDICTION: f"Prediction (mean of {mean})", **{part: titles[part] for part in parts}}
 
 
 def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Image.Image) -> list[dict[str, float]]:

@@ -21,10 +21,8 @@ from mbib_timm.data.folders import ArchiveReader, image_kinds, is_archive, open_
 from mbib_timm.data.images import Reader, pil_mode
 from mbib_timm.environment import join_world, leave_world
 from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
-from mbib_timm.evaluation.evaluate import head_logits, reported_heads
+from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
 from mbib_timm.models.weights import LoadedModel, load_model
-
-PREDICTION = "prediction"
 
 
 class FileReader:

@@ -239,9 +239,26 @@ class MultiHeadModel(BackboneModel):
         raise NotImplementedError
 
     @torch.jit.ignore
+    def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
+        """Return what `forward_heads` does, and the features by name, in parts (B, C) that stand side by side."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
     def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
-        raise NotImplementedError
+        logits, _ = self._observe(x)
+        return logits
+
+    @torch.jit.ignore
+    def heads_and_features(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Return what `forward_heads` does, and from the same pass the features that the prediction rests on.
+
+        Returns:
+            The logits, and the features by name, (B, C) each, before dropout: ``v``, the last observation as its
+            classifier sees it, of experts side by side; and where the network has one bottleneck ``z``, its embedding.
+        """
+        logits, parts = self._observe(x)
+        return logits, {name: torch.cat(values, dim=1) for name, values in parts.items()}
 
     @torch.jit.ignore
     def set_training_logits(self, mode: str) -> None:

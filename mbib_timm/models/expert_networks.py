@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
 from mbib_timm.models.backbones import MultiHeadModel, create_pool, prefixed_levels, skeleton
+from mbib_timm.models.head_outputs import POOLED, head_of_expert
 from mbib_timm.models.heads import Observation, ObservationWithBottleneck, create_classifier
 from mbib_timm.models.plain_resnets import CifarResNet
 
@@ -219,10 +220,10 @@ class _ExpertModel(MultiHeadModel):
         return total / len(outputs)
 
     @torch.jit.ignore
-    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits (B, K) of every head, in any mode."""
+    def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         parts = self.global_pool(self.forward_features(x)).chunk(len(self.heads), dim=1)
-        return tuple(head(parts[i]) for i, head in enumerate(self.heads))
+        vs = [head.norm(parts[i]) for i, head in enumerate(self.heads)]
+        return tuple(head.classify(vs[i]) for i, head in enumerate(self.heads)), {POOLED: vs}
 
     def _replace_heads(self, head: Observation, level: int) -> None:
         """Leave a single head, on the whole of the last map."""
@@ -284,7 +285,7 @@ class MBIBExperts(_ExpertModel):
         options = (self.num_classes, observation_norm, self.drop_rate, create)
         self.training_heads = nn.ModuleDict(
             {
-                f"{expert}_{name}": Observation(width, *options, **dd)
+                head_of_expert(expert, name): Observation(width, *options, **dd)
                 for expert in experts
                 for name, width in zip(shallow, (trunk, v2), strict=False)
             }
@@ -297,9 +298,11 @@ class MBIBExperts(_ExpertModel):
 
     def _name_heads(self, shallow: Sequence[str]) -> None:
         experts = self._expert_names()
-        self.expert_heads = {expert: tuple(f"{expert}_{v}" for v in (*shallow, *PREDICTING)) for expert in experts}
+        self.expert_heads = {
+            expert: tuple(head_of_expert(expert, head) for head in (*shallow, *PREDICTING)) for expert in experts
+        }
         self.head_names = tuple(name for names in self.expert_heads.values() for name in names)
-        self.prediction_heads = tuple(f"{expert}_{v}" for expert in experts for v in PREDICTING)
+        self.prediction_heads = tuple(head_of_expert(expert, head) for expert in experts for head in PREDICTING)
 
     @torch.jit.ignore
     def remove_training_heads(self) -> None:
@@ -324,10 +327,9 @@ class MBIBExperts(_ExpertModel):
         self.training_heads = nn.ModuleDict()
 
     @torch.jit.ignore
-    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
+    def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         if not self.expert_heads:
-            return super().forward_heads(x)
+            return super()._observe(x)
         end = len(self.feature_info) - 1
         levels = [end - 2, end - 1, end] if len(self.training_heads) else [end]
         maps = self.backbone.forward_intermediates(x, indices=levels, intermediates_only=True)
@@ -338,8 +340,11 @@ class MBIBExperts(_ExpertModel):
             for level, v in zip(levels, pooled, strict=True)
         ]
         logits: list[Tensor] = []
+        vs: list[Tensor] = []
         for expert, name in enumerate(self._expert_names()):
-            for place, v in enumerate(SHALLOW if len(self.training_heads) else ()):
-                logits.append(self.training_heads[f"{name}_{v}"](parts[place][expert]))
-            logits.extend(self.heads[expert].both(parts[-1][expert]))
-        return tuple(logits)
+            for place, shallow in enumerate(SHALLOW if len(self.training_heads) else ()):
+                logits.append(self.training_heads[head_of_expert(name, shallow)](parts[place][expert]))
+            head = self.heads[expert]
+            vs.append(head.norm(parts[-1][expert]))
+            logits += [head.classify(vs[-1]), head.bottleneck(vs[-1])]
+        return tuple(logits), {POOLED: vs}

@@ -158,9 +158,13 @@ class Observation(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.classifier = classifier(channels, num_classes, **dd)
 
+    def classify(self, v: Tensor) -> Tensor:
+        """Return the logits (B, K) of the normalised vector (B, C)."""
+        return self.classifier(self.drop(v))
+
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the logits (B, K) of a pooled map (B, C)."""
-        return self.classifier(self.drop(self.norm(pooled)))
+        return self.classify(self.norm(pooled))
 
 
 class Bottleneck(nn.Module):
@@ -197,9 +201,13 @@ class Bottleneck(nn.Module):
         """Return z (B, F) of an observation v (B, C)."""
         return self.act(self.norm(self.fc(v)))
 
-    def forward(self, v: Tensor) -> Tensor:
+    def classify(self, z: Tensor) -> Tensor:
         """Return the logits g(z) (B, K)."""
-        return self.classifier(self.drop(self.embed(v)))
+        return self.classifier(self.drop(z))
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Return the logits g(z) (B, K) of an observation v (B, C)."""
+        return self.classify(self.embed(v))
 
 
 class ObservationWithBottleneck(Observation):
@@ -225,12 +233,7 @@ class ObservationWithBottleneck(Observation):
         super().__init__(channels, num_classes, norm, drop_rate, classifier, **dd)
         self.bottleneck = Bottleneck(channels, features, num_classes, act, drop_rate, classifier, **dd)
 
-    def both(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits (B, K) of v and those of z, of a pooled map (B, C)."""
-        v = self.norm(pooled)
-        return self.classifier(self.drop(v)), self.bottleneck(v)
-
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the mean (B, K) of the logits of v and z."""
-        of_v, of_z = self.both(pooled)
-        return (of_v + of_z) / 2
+        v = self.norm(pooled)
+        return (self.classify(v) + self.bottleneck(v)) / 2

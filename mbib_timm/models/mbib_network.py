@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.backbones import MultiHeadModel, create_pool, create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.head_outputs import POOLED
 from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
 
 __all__ = ["MBIB"]
 
+# The head on the bottleneck, and the bottleneck among the features.
+BOTTLENECK = "z"
 PREDICTIONS = ("mean", "v", "z")
 
 
@@ -105,8 +108,8 @@ class MBIB(MultiHeadModel):
         widths = dict(zip(names, [in_chans] * self.observes_input + channels, strict=True))
         shallow = names[:-1] if training_heads else []
         self.predicts_from_v, self.predicts_from_z = prediction != "z", prediction != "v"
-        self.bottleneck_head: str | None = "z" if self.predicts_from_z else None
-        self.prediction_heads = (names[-1],) * self.predicts_from_v + ("z",) * self.predicts_from_z
+        self.bottleneck_head: str | None = BOTTLENECK if self.predicts_from_z else None
+        self.prediction_heads = (names[-1],) * self.predicts_from_v + (BOTTLENECK,) * self.predicts_from_z
         self.head_names = (*shallow, *self.prediction_heads)
         self.set_training_logits(training_logits)
 
@@ -158,25 +161,28 @@ class MBIB(MultiHeadModel):
         if pre_logits or self.num_classes == 0:
             return v
         if not self.predicts_from_z:
-            return self.observation.classifier(self.observation.drop(v))
+            return self.observation.classify(v)
         if not self.predicts_from_v:
             return self.bottleneck(v)
-        return (self.observation.classifier(self.observation.drop(v)) + self.bottleneck(v)) / 2
+        return (self.observation.classify(v) + self.bottleneck(v)) / 2
 
     @torch.jit.ignore
-    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
+    def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         maps = self._maps(x, self.taps if len(self.training_heads) else self.taps[-1:])
         logits = []
         if len(self.training_heads):
             pooled = [self.global_pool(m) for m in ([x] if self.observes_input else []) + maps[:-1]]
             logits = [head(p) for head, p in zip(self.training_heads.values(), pooled, strict=True)]
         v = self.observation.norm(self.global_pool(maps[-1]))
+        features = {POOLED: [v]}
         if self.predicts_from_v:
-            logits.append(self.observation.classifier(self.observation.drop(v)))
+            logits.append(self.observation.classify(v))
         if self.predicts_from_z:
-            logits.append(self.bottleneck(v))
-        return tuple(logits)
+            bottleneck: Any = self.bottleneck
+            z = bottleneck.embed(v)
+            logits.append(bottleneck.classify(z))
+            features[BOTTLENECK] = [z]
+        return tuple(logits), features
 
     def _replace_heads(self, head: Observation, level: int) -> None:
         """Leave a single observation, of a level."""

@@ -9,9 +9,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from mbib_timm.data.long_tail import shot_groups
-from mbib_timm.evaluation.evaluate import heads_of_expert
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
+from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import DATASETS, ZOO, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.paper import RESULTS

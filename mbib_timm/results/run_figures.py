@@ -24,7 +24,7 @@ from mbib_timm.drawing import (
     render,
 )
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.evaluate import heads_of_expert
+from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)

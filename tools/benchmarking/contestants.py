@@ -21,7 +21,8 @@ from mbib_timm.data.transforms import train_transform
 from mbib_timm.environment import World, keep_freed_memory
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
-from mbib_timm.evaluation.evaluate import compiled_head_logits, head_logits
+from mbib_timm.evaluation.evaluate import compiled_head_logits
+from mbib_timm.models.head_outputs import head_logits
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch

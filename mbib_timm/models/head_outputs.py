@@ -1,0 +1,97 @@
+"""What a network says of its heads, and what it gives for a batch: logits and features by name.
+
+A network of several heads names them in `head_names`, in `prediction_heads` those whose mean is its prediction, and
+where it has experts in `expert_heads` the heads of each. Any other network has a prediction alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from mbib_timm.errors import MbibError
+
+PREDICTION = "prediction"
+# The features that the classifier of a network's last map sees; after its normalisation, where it has one.
+POOLED = "v"
+
+
+def reported_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return what is reported of a model beside its prediction: its heads and its experts, where it has several."""
+    heads: tuple[str, ...] = tuple(getattr(model, "head_names", ()))
+    return (*heads, *_experts(model)) if len(heads) > 1 else ()
+
+
+def predicting_parts(model: nn.Module) -> tuple[str, ...]:
+    """Return what a prediction is the mean of: the experts, or the heads, by name; none for a model of one head."""
+    if not reported_heads(model):
+        return ()
+    return tuple(getattr(model, "expert_heads", ())) or tuple(model.prediction_heads)  # type: ignore[arg-type]
+
+
+def head_titles(model: nn.Module) -> dict[str, str]:
+    """Return what a page calls each of `reported_heads`: ``Head z``, ``Expert 2``."""
+    experts = getattr(model, "expert_heads", {})
+    return {
+        name: f"Expert {name.removeprefix('expert')}" if name in experts else f"Head {name}"
+        for name in reported_heads(model)
+    }
+
+
+def _experts(model: nn.Module) -> dict[str, list[str]]:
+    """Return the heads that an expert predicts with, by its name, of experts that have several heads."""
+    experts: dict[str, tuple[str, ...]] = getattr(model, "expert_heads", {})
+    predicting = getattr(model, "prediction_heads", ())
+    return {
+        expert: [head for head in heads if head in predicting] for expert, heads in experts.items() if len(heads) > 1
+    }
+
+
+def head_of_expert(expert: str, head: str) -> str:
+    """Return the name of an expert's head, of an expert that has several."""
+    return f"{expert}_{head}"
+
+
+def heads_of_expert(expert: str, names: Iterable[str]) -> list[str]:
+    """Return those of some names that `head_of_expert` has made for an expert; none for what is no expert."""
+    return [name for name in names if name.startswith(head_of_expert(expert, ""))]
+
+
+def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the logits (B, K) of the prediction, and of each of `reported_heads`."""
+    if not reported_heads(model):
+        return {PREDICTION: model(images)}
+    return _by_name(model, model.forward_heads(images))  # type: ignore[operator]
+
+
+def logits_and_features(model: Any, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return `head_logits` and the features (B, C) by name, from one forward pass where the model can.
+
+    Raises:
+        MbibError: a model that does not give its features.
+    """
+    if hasattr(model, "heads_and_features"):
+        logits, features = model.heads_and_features(images)
+        return _by_name(model, logits), features
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+        raise MbibError(
+            f"{type(model).__name__} does not give its features: expected timm's forward_features and forward_head"
+        )
+    maps = model.forward_features(images)
+    pooled = {POOLED: model.forward_head(maps, pre_logits=True)}
+    return head_logits(model, images) if reported_heads(model) else {PREDICTION: model.forward_head(maps)}, pooled
+
+
+def _by_name(model: Any, logits: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the prediction and all that is reported, of the logits of every head in order."""
+    heads = dict(zip(model.head_names, logits, strict=True))
+    prediction = {PREDICTION: _mean([heads[name] for name in model.prediction_heads])}
+    if len(heads) == 1:
+        return prediction
+    experts = {expert: _mean([heads[name] for name in names]) for expert, names in _experts(model).items()}
+    return {**prediction, **heads, **experts}
+
+
+def _mean(logits: list[Tensor]) -> Tensor:
+    return sum(logits[1:], logits[0]) / len(logits)
