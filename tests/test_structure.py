@@ -69,7 +69,8 @@ def test_only_models_know_the_names_of_their_heads():
     """Strings that are the name of a head of MBIB's: its network and its method define them."""
     named = defaultdict(list)
     for module, file in MODULES.items():
-        if folder(module) == "models" or module == "mbib_timm.methods.mbib":
+        # A revision on the Hub is called v1, v2, ... too.
+        if folder(module) == "models" or module in ("mbib_timm.methods.mbib", "mbib_timm.publishing.publish"):
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in ("v", "v1", "v2", "v3", "z"):

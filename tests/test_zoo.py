@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -19,7 +20,8 @@ from mbib_timm.evaluation.validate import validate
 from mbib_timm.models import count_parameters
 from mbib_timm.models.weights import load_model
 from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
-from mbib_timm.recipe import find_recipe, list_recipes, load_recipe
+from mbib_timm.publishing.card import dataset_title
+from mbib_timm.recipe import data_of, find_recipe, list_recipes, load_recipe
 from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.results.record import read_record
 
@@ -51,6 +53,14 @@ def test_recipe_folder_and_repository_share_the_name():
 def test_the_data_set_is_the_end_of_the_tag(name, title):
     assert ZooModel(name) in ZOO
     assert ZooModel(name).dataset.title == title
+
+
+def test_a_card_names_the_data_set_of_every_name():
+    """Also where one method's name begins as another's does, as `sade` and `sade_mbib` do, and where a tag says more."""
+    for model in ZOO:
+        assert dataset_title(SimpleNamespace(name=model.name)) == model.dataset.title
+    assert data_of("mbib_experts_resnet32.sade_mbib_cifar100_lt_if100") == "cifar100_lt_if100"
+    assert data_of("experts_resnet32.sade_cifar100_lt_if100") == "cifar100_lt_if100"
 
 
 def test_a_trained_tag_brings_the_network_of_its_method(tmp_path, monkeypatch):

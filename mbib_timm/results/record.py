@@ -199,7 +199,7 @@ def read_history(folder: Path) -> list[Epoch]:
                 _epoch({key: float(value) if value else None for key, value in row.items()})
                 for row in csv.DictReader(file)
             ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise MbibError(f"{folder / HISTORY} does not hold the epochs of a run: {error}") from None
 
 
@@ -212,6 +212,8 @@ def _epoch(row: dict[str, float | None]) -> Epoch:
         return found if found.get("top1") is not None else None
 
     def number(name: str) -> float:
+        if name not in row:
+            raise ValueError(f"there is no column {name}")
         value = row[name]
         if value is None:
             raise ValueError(f"column {name} is empty")
