@@ -1,4 +1,4 @@
-"""Sweeps' results without their runs: accuracies that follow a rule, in the form in which a sweep keeps them."""
+"""Results without runs: a record, and accuracies that follow a rule in the form in which a sweep keeps them."""
 
 import json
 from collections.abc import Callable
@@ -11,12 +11,50 @@ import timm
 
 from mbib_timm.environment import Environment
 from mbib_timm.methods import head_names
+from mbib_timm.results.record import Evaluation, HeadMetrics, RunRecord
 from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.sweep import Sweep
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
 from mbib_timm.sweeps.sweep_runs import plan
 
+ENVIRONMENT = Environment(
+    mbib_timm="0", commit="0123456789ab", torch="2", timm="1", device="cpu", hardware="an abacus", processes=1,
+    command="mbib train mbib_resnet20.digits",
+)  # fmt: skip
 Accuracy = Callable[[int, int, str], float | None]
+
+
+def made_up_record(heads: dict[str, HeadMetrics], class_counts: list[int], **fields: Any) -> RunRecord:
+    """Return the record of a run that ended after its epoch 2.
+
+    Args:
+        heads: what it found.
+        class_counts: training images of each class.
+        fields: that are to be others.
+    """
+    record = RunRecord(
+        name="mbib_resnet20.digits",
+        model="mbib_resnet20",
+        method="mbib",
+        stages=["mbib"],
+        prediction_heads=["v3", "z"],
+        dataset="digits",
+        loader="resident",
+        epochs=3,
+        seed=0,
+        class_counts=class_counts,
+        class_names=None,
+        result=Evaluation("test", heads, 2, "model.safetensors"),
+        raw=None,
+        best=None,
+        chosen={},
+        chosen_on=None,
+        training_seconds=12.5,
+        replaced_images=[],
+        environment=ENVIRONMENT,
+        precision="float32",
+    )
+    return replace(record, **fields)
 
 
 def pretty(place: int, seed: int, column: str) -> float | None:
@@ -51,28 +89,26 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
         for depth, head in enumerate(heads_of(run.recipe.model, json.dumps(run.recipe.model_kwargs))):
             values = {column: accuracy(place, run.recipe.seed, column) for column in COLUMNS}
             heads[head] = {column: None if value is None else value - depth for column, value in values.items()}
-        environment = Environment(
-            "0", "0123456789ab", "2", "1", "cpu", "an abacus", processes=1, command=f"mbib sweep {sweep.name}"
+        runs.append(
+            SweepRun(
+                label=run.label,
+                configuration=run.configuration,
+                coordinates=run.coordinates,
+                seed=run.recipe.seed,
+                method=run.recipe.method["name"],
+                stages=[stage.method["name"] for stage in run.recipe.chain()],
+                chosen={},
+                epochs=run.epochs,
+                recipe_epochs=run.recipe_epochs,
+                settings=run.settings,
+                dataset=run.recipe.dataset,
+                test_images=10_000,
+                heads=heads,
+                curve=Curve(epoch=[0, 1], train_loss=[4.6, 4.1], val_top1=[None, 45.0]),
+                training_seconds=12.5,
+                environment=replace(ENVIRONMENT, command=f"mbib sweep {sweep.name}"),
+            )
         )
-        record = SweepRun(
-            label=run.label,
-            configuration=run.configuration,
-            coordinates=run.coordinates,
-            seed=run.recipe.seed,
-            method=run.recipe.method["name"],
-            stages=[stage.method["name"] for stage in run.recipe.chain()],
-            chosen={},
-            epochs=run.epochs,
-            recipe_epochs=run.recipe_epochs,
-            settings=run.settings,
-            dataset=run.recipe.dataset,
-            test_images=10_000,
-            heads=heads,
-            curve=Curve(epoch=[0, 1], train_loss=[4.6, 4.1], val_top1=[None, 45.0]),
-            training_seconds=12.5,
-            environment=environment,
-        )
-        runs.append(record)
     paper = sweep.paper
     return SweepResults(
         name=Path(planned[0].recipe.output).name,

@@ -172,7 +172,8 @@ def test_test_sets_that_cannot_be_are_refused():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    settings = dict(model="experts_resnet20", epochs=2, warmup_epochs=0, imbalance_max=48, device="cpu")
+    # Long enough that experts differ and answer more than one class, on any processor.
+    settings = dict(model="experts_resnet20", epochs=4, warmup_epochs=0, imbalance_max=96, batch_size=32, device="cpu")
     recipe = load_recipe(
         find_recipe("experts_resnet32.sade_digits"), {**settings, "output": str(tmp_path_factory.mktemp("runs"))}
     )
@@ -234,8 +235,8 @@ def test_both_loaders_serve(run, tmp_path, monkeypatch):
 
 def test_test_sets_for_which_there_are_too_few_images_are_left_out_or_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "learn_weights", lambda epochs, experts, device: learn_weights([], experts, device))
-    found = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")
-    names = [row.test_set for row in found.test_sets]
+    content = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")
+    names = [row.test_set for row in content.test_sets]
     assert names == [name for name in DISTRIBUTIONS if not name.endswith("50")]
     assert "left out: forward50: imbalance factor 50 leaves no image" in capsys.readouterr().out
     with pytest.raises(DataError, match="imbalance factor 50"):

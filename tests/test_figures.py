@@ -4,16 +4,16 @@ import io
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_results import made_up_record
 from PIL import Image
 
 from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.results import run_figures as figures
-from mbib_timm.results.record import Epoch, Evaluation, HeadMetrics, read_record
+from mbib_timm.results.record import Epoch, HeadMetrics
 from mbib_timm.results.run_figures import draw_figures, run_figures
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 def result(classes, few=None):
     rng = np.random.RandomState(0)
     return HeadMetrics(
-        top1=50.0, top5=80.0, macro=50.0, many=70.0, medium=40.0, few=few, ece=1.0, nll=1.0, images=100,
+        top1=50.0, top5=90.0, macro=45.0, many=70.0, medium=40.0, few=few, ece=5.0, nll=1.5, images=1000,
         classes={"many": classes, "medium": 0, "few": 0},
         per_class=[None, *rng.uniform(0, 100, classes - 1).tolist()],
     )  # fmt: skip
@@ -91,12 +91,7 @@ def test_one_epoch_can_be_drawn():
     drawn(lambda: figures.training_curves([EPOCH]))
 
 
-RECORD = replace(
-    read_record(Path(__file__).parents[1] / "results" / "mbib_resnet20.digits-60e-seed0"),
-    result=Evaluation("test", {"prediction": result(10)}, 0),
-    class_counts=[500] * 10,
-    class_names=None,
-)
+RECORD = made_up_record({"prediction": result(10)}, [500] * 10)
 
 
 ILLUSTRATIONS = run_figures([EPOCH], RECORD)

@@ -1190,13 +1190,13 @@ def results(tmp_path_factory):
             file = path / "own.yaml"
             file.write_text(yaml.safe_dump(recipe))
             folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_")).folder
-    torch.save({folder: images[folder] for folder in folders.values()}, path / "images.pt")
+    torch.save({str(folder): images[str(folder)] for folder in folders.values()}, path / "images.pt")
     arguments = [str(path / "images.pt"), str(path / "logits.pt")]
     command = [sys.executable, "-c", LOAD, *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = torch.load(path / "logits.pt", weights_only=True)
-    return {run: (Path(folder), logits[folder], loaded[folder]) for run, folder in folders.items()}
+    return {run: (folder, logits[str(folder)], loaded[str(folder)]) for run, folder in folders.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -1230,10 +1230,10 @@ def test_a_run_of_two_streams_draws_each_by_its_own_sampler(tmp_path):
         file = tmp_path / "own.yaml"
         keys = dict(base="digits", model="cifar_resnet20", method="pair", epochs=2, warmup_epochs=0, imbalance_max=48)
         file.write_text(yaml.safe_dump({**keys, "device": "cpu", "workers": 0, "output": str(tmp_path)}))
-        metrics = train(load_recipe(file), "run")
+        record = train(load_recipe(file), "run").record
     finally:
         METHODS.remove("pair")
-    counts, steps = metrics.record.class_counts, len(seen) // 2
+    counts, steps = record.class_counts, len(seen) // 2
     first, second = (torch.cat([pair[i] for pair in seen[:steps]]) for i in range(2))
     assert torch.bincount(first, minlength=10).tolist() == counts
     n, inverse = len(second), 1 / np.array(counts)

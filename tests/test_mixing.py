@@ -468,8 +468,8 @@ DIGITS = dict(
 )
 
 
-def weights(metrics):
-    return torch.load(f"{metrics.folder}/last.ckpt", weights_only=True)["state_dict"]
+def weights(run):
+    return torch.load(run.folder / "last.ckpt", weights_only=True)["state_dict"]
 
 
 class CrashError(Exception):
@@ -508,10 +508,10 @@ def test_a_run_that_mixes_resumes_bit_identically(tmp_path, monkeypatch, method,
 def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
     keys = {**DIGITS, "mixup": 1.0, "smoothing": 0.1, "output": str(tmp_path)}
-    metrics = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
-    losses = [epoch.losses["loss"] for epoch in read_history(tmp_path / "mixed")]
+    run = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
+    losses = [row.losses["loss"] for row in read_history(tmp_path / "mixed")]
     assert losses == sorted(losses, reverse=True)
-    assert set(metrics.record.result.heads) == {"prediction", "v1", "v2", "v3", "z"}
+    assert set(run.record.result.heads) == {"prediction", "v1", "v2", "v3", "z"}
     written = yaml.safe_load((tmp_path / "mixed" / "recipe.yaml").read_text())
     assert (written["mixup"], written["smoothing"], written["cutmix_sampler"]) == (1.0, 0.1, None)
 
@@ -641,3 +641,12 @@ def test_epochs_without_mixing_move_in_proportion(epochs, off):
     scaled = whole.replace(**in_proportion(whole, epochs))
     assert (scaled.epochs, scaled.mixup_off_epochs) == (epochs, off)
     assert "mixup_off_epochs" not in {key for key, value in in_proportion(recipe(), epochs).items() if value}
+
+
+@pytest.mark.parametrize(("epochs", "decay"), [(200, 0.999), (400, 0.9995), (100, 0.998), (20, 0.99), (1, 0.8)])
+def test_the_memory_of_the_moving_average_moves_in_proportion(epochs, decay):
+    whole = recipe(model_ema=True, model_ema_decay=0.999, epochs=200)
+    scaled = whole.replace(**in_proportion(whole, epochs))
+    assert scaled.model_ema_decay == pytest.approx(decay)
+    assert (1 - scaled.model_ema_decay) * epochs == pytest.approx((1 - 0.999) * 200)
+    assert "model_ema_decay" not in in_proportion(whole.replace(model_ema=False), epochs)

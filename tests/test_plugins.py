@@ -117,8 +117,8 @@ def cube_root(counts, progress, number):
     path = write("drawn.py", sampler + METHOD.format(name="drawn"))
     keys = dict(base="digits", model="cifar_resnet20", plugin=[str(path)], method="drawn", sampler="cube_root")
     keys |= dict(epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0, output=str(tmp_path / "runs"))
-    metrics = train(load_recipe(write("own.yaml", yaml.safe_dump(keys))), "run")
-    assert metrics.record.method == "drawn"
+    trained = train(load_recipe(write("own.yaml", yaml.safe_dump(keys))), "run")
+    assert trained.record.method == "drawn"
     from mbib_timm.data import SAMPLERS
 
     SAMPLERS.remove("cube_root")

@@ -334,7 +334,8 @@ def seeded(run, folder, seed, top1):
 def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
     own = json.loads((finished_run / "metrics.json").read_text())["result"]["heads"]["prediction"]["top1"]
     others = [seeded(finished_run, tmp_path / "one", 1, own + 1), seeded(finished_run, tmp_path / "two", 2, own + 2)]
-    card = render_card(read_run(finished_run), REPOSITORY, read_seeds(finished_run, others)[1:])
+    run, *rest = read_seeds(finished_run, others)
+    card = render_card(run, REPOSITORY, rest)
     assert f"| {own + 1:.2f} ± 1.00 |" in card
     assert "n = 3 runs (seeds 0, 1, 2)" in card
     assert "One run" not in card

@@ -36,8 +36,10 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(sections_module, "render", lambda draw, formats, theme=None: dict.fromkeys(formats, b"-"))
 
 
-def page_of(*sections):
-    return render_page("title", "lead", sections)
+def html_of(section):
+    """A section as a page shows it."""
+    page = render_page("-", "-", [section])
+    return page[page.index("<main>") : page.index("</main>")]
 
 
 # The paper's numbers
@@ -145,10 +147,10 @@ def test_of_a_shortened_schedule_no_difference_is_taken(tmp_path, undrawn):
     assert differences(group) == [
         "With 20 of 200 epochs the schedule is not the paper's: no difference is taken from its numbers."
     ]
-    text = page_of(run_section(group))
+    text = html_of(run_section(group))
     assert "Table 1" in text
     assert '<tr class="difference">' not in text
-    assert '<tr class="difference">' in page_of(run_section(group_runs([read_run(MBIB)])[0]))
+    assert '<tr class="difference">' in html_of(run_section(group_runs([read_run(MBIB)])[0]))
 
 
 def test_seeds_give_a_deviation(tmp_path):
@@ -202,7 +204,7 @@ def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn
     (group,) = group_runs([read_run(post_hoc_run)])
     assert (group.epochs, group.recipe_epochs, group.is_short) == (3, 60, True)
     assert group.settings == {"stage1.warmup_epochs": 1}
-    text = page_of(run_section(group))
+    text = html_of(run_section(group))
     assert "of the split <code>test</code> after tau-norm." in text
     assert "CE, then tau-norm (Kang et al., Decoupling Representation" in text
     assert "<dd>3 + 0 of the 60 that the recipe asks for" in text
@@ -248,10 +250,7 @@ def test_the_sampling_error_is_that_of_drawn_test_sets():
         (lambda folder: None, "there is no .*nowhere: expected the folder of a run"),
         (lambda folder: folder.write_text(""), "nowhere is a file: expected the folder"),
         (lambda folder: folder.mkdir(), "holds neither metrics.json nor sweep.json"),
-        (
-            lambda folder: (folder.mkdir(), (folder / "metrics.json").write_text("{")),
-            "does not hold the record of a run",
-        ),
+        (lambda folder: (folder.mkdir(), (folder / "metrics.json").write_text("{")), "does not hold the record"),
         (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{}")), "does not hold results of a sweep"),
     ],
 )

@@ -141,7 +141,7 @@ def test_compiled_evaluation_counts_the_same():
     assert not compiled_head_logits.failed
     for head in plain:
         assert compiled[head].top1 == plain[head].top1
-        assert compiled[head]["nll"] == pytest.approx(plain[head]["nll"], rel=1e-5)
+        assert compiled[head].nll == pytest.approx(plain[head].nll, rel=1e-5)
 
 
 class TwoHeadsEvaluated(TwoHeads):

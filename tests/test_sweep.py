@@ -14,8 +14,7 @@ import pytest
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, load_recipe
-from mbib_timm.sweeps import run as sweep_module
-from mbib_timm.sweeps import table as table_module
+from mbib_timm.sweeps import show_sweep, sweep_runs
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.sweeps.sweep_runs import on_recipe, plan, run_sweep
@@ -301,7 +300,7 @@ def test_a_sweep_run_is_the_run_that_train_makes(finished, tmp_path):
 def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
     _, results, arguments = finished
     before = {file.name: file.read_bytes() for file in results.iterdir()}
-    monkeypatch.setattr(sweep_module, "train", None)
+    monkeypatch.setattr(sweep_runs, "train", None)
     assert main(arguments) == 0
     assert {file.name: file.read_bytes() for file in results.iterdir()} == before
     assert capsys.readouterr().out.count("(done)") == 4
@@ -311,7 +310,7 @@ def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
 
 def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finished, monkeypatch, capsys):
     *_, arguments = finished
-    monkeypatch.setattr(sweep_module, "train", None)
+    monkeypatch.setattr(sweep_runs, "train", None)
     assert main([*arguments, "--lr", "1"]) == 2
     assert "holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in capsys.readouterr().err
 
@@ -370,14 +369,14 @@ def test_runs_share_data_and_images(tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
-    original = sweep_module.train
+    original = sweep_runs.train
 
     def diverging(recipe, name, pool):
         if recipe.seed == 1:
             raise NonFiniteLossError("loss part 'loss' became nan")
         return original(recipe, name, pool)
 
-    monkeypatch.setattr(sweep_module, "train", diverging)
+    monkeypatch.setattr(sweep_runs, "train", diverging)
     places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert main(["sweep", DIGITS, "--seeds", "0", "1", "--name", "mine", *places, *FLAGS]) == 1
     out = capsys.readouterr().out
@@ -389,25 +388,25 @@ def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, 
 
 def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monkeypatch):
     results = read_results(finished[1])
-    monkeypatch.setattr(table_module, "sweep_figure", lambda results: 1 / 0)
+    monkeypatch.setattr(show_sweep, "sweep_figure", lambda results: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        table_module.write_results(tmp_path, results)
+        show_sweep.write_results(tmp_path, results)
     assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "runs.csv", "table.md"}
 
 
 def test_a_run_that_another_process_ends_while_this_one_draws_is_in_the_table(tmp_path, monkeypatch):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[1]
-    original = sweep_module.write_results
+    original = sweep_runs.write_results
     written = []
 
     def write(folder, results):
         if not written:
-            sweep_module.train(theirs.recipe, theirs.name)
+            sweep_runs.train(theirs.recipe, theirs.name)
         written.append(len(results.runs))
         return original(folder, results)
 
-    monkeypatch.setattr(sweep_module, "write_results", write)
+    monkeypatch.setattr(sweep_runs, "write_results", write)
     assert run_sweep(sweep, keys, tmp_path, only="seed0")
     assert written == [1, 2]
 
@@ -447,7 +446,7 @@ def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_module, "train", interrupt)
+    monkeypatch.setattr(sweep_runs, "train", interrupt)
     assert main(["sweep", DIGITS, "--output", str(tmp_path), *FLAGS]) == 130
     assert f"with: mbib sweep {DIGITS} --output {tmp_path} --epochs 1" in capsys.readouterr().err
 

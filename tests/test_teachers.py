@@ -298,7 +298,7 @@ def crash_in(monkeypatch, method, epoch):
 
 def test_the_stage_before_teaches_a_student_that_starts_anew(taught, tmp_path, monkeypatch):
     folder = taught[1].folder
-    assert taught[1]["stages"] == ["bsce", "dive"]
+    assert taught[1].record.stages == ["bsce", "dive"]
     assert "train_divergence" in (folder / "summary.csv").read_text().splitlines()[0]
     seen, original = [], run_module.create_step
 
@@ -366,8 +366,7 @@ def test_a_run_of_one_stage_with_a_teacher_equals_two_stages_but_for_the_stages_
         train(recipe, "run")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    metrics = train(recipe.replace(resume="auto"), "run")
-    assert metrics.record.stages == ["dive"]
+    assert train(recipe.replace(resume="auto"), "run").record.stages == ["dive"]
     written = load_recipe(tmp_path / "runs" / "run" / "recipe.yaml")
     assert written.method["teacher"] == expected
     # Another teacher is another computation.

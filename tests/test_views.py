@@ -76,9 +76,9 @@ def test_a_method_of_two_views_trains_and_resumes(tmp_path, loader):
     try:
         keys = dict(method="agreement", loader=loader, device="cpu", workers=0, warmup_epochs=1, checkpoint_seconds=0)
         recipe = load_recipe(find_recipe("cifar_resnet20.ce_digits"), {**keys, "epochs": 2, "output": str(tmp_path)})
-        metrics = train(recipe, "two_views")
+        run = train(recipe, "two_views")
         rows = (tmp_path / "two_views" / "summary.csv").read_text().splitlines()
         assert "train_apart" in rows[0]
-        assert metrics.record.method == "agreement"
+        assert run.record.method == "agreement"
     finally:
         METHODS.remove("agreement")

@@ -81,7 +81,7 @@ class ZooModel:
     @property
     def dataset(self) -> Dataset:
         """What it is trained on."""
-        return DATASETS[_split(self.tag)[1]]
+        return DATASETS[split_tag(self.tag)[1]]
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -123,8 +123,8 @@ class ZooModel:
         return {"hf_hub_id": self.repository} if self.is_trained else {}
 
 
-def _split(tag: str) -> tuple[str, str]:
-    """Split a tag into the method, empty where the architecture says it, and the data; two empty texts for others."""
+def split_tag(tag: str) -> tuple[str, str]:
+    """Split a tag into its start, such as the method, and the key of `DATASETS` it ends in; empty texts for others."""
     found = [name for name in DATASETS if tag == name or tag.endswith(f"_{name}")]
     return (tag.removesuffix(found[0]).rstrip("_"), found[0]) if found else ("", "")
 
@@ -134,11 +134,11 @@ def _published() -> dict[str, list[str]]:
     tags: dict[str, list[str]] = {}
     for name in list_recipes():
         architecture, _, tag = name.partition(".")
-        if _split(tag)[1]:
+        if split_tag(tag)[1]:
             tags.setdefault(architecture, []).append(tag)
 
     def order(tag: str) -> tuple[bool, int, str]:
-        method, dataset = _split(tag)
+        method, dataset = split_tag(tag)
         return method not in ("", "ce"), [*DATASETS].index(dataset), method
 
     return {architecture: sorted(found, key=order) for architecture, found in tags.items()}

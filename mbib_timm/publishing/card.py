@@ -12,7 +12,7 @@ from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.models.zoo import DATASETS, ZOO
+from mbib_timm.models.zoo import DATASETS, ZOO, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.record import HeadMetrics
@@ -159,7 +159,7 @@ def dataset_title(run: FinishedRun) -> str:
 
 
 def _data_name(run: FinishedRun) -> str:
-    return data_of(run.name) or run.recipe.dataset
+    return split_tag(run.name.partition(".")[2])[1] or data_of(run.name) or run.recipe.dataset
 
 
 def _what(run: FinishedRun, inference_only: bool) -> str:
@@ -230,13 +230,13 @@ def _groups(counts: np.ndarray) -> Table:
 
 
 def _paper_text(run: FinishedRun) -> str:
-    """Return what the paper reports of such a run: ``47.5 (Table 1), 47.0 (Table 9; many 64.1, ...)``."""
+    """Return what the paper reports of such a run: ``47.5 % (Table 1), 47.0 % (Table 9; many 64.1, ...)``."""
     said = []
     for result in RESULTS.get(run.name, ()):
-        groups = [f"{name} {value:.1f}" for name, value in result.accuracies.items() if name != "overall"]
-        details = "; ".join(filter(None, [result.source, ", ".join(groups), result.setting]))
+        groups = ", ".join(f"{name} {value:.1f}" for name, value in result.accuracies.items() if name != "overall")
         overall = result.accuracies.get("overall")
-        said.append(f"{overall:.1f} ({details})" if overall is not None else details)
+        number, rest = (groups, "") if overall is None else (f"{overall:.1f} %", groups)
+        said.append(f"{number} ({'; '.join(filter(None, [result.source, rest, result.setting]))})")
     return ", ".join(said)
 
 

@@ -336,9 +336,10 @@ def longest_epochs(recipe: Recipe) -> int:
 
 
 def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """Return overrides by which a recipe takes other epochs; warm-up, milestones and epochs without mixing move along.
+    """Return overrides by which a recipe takes other epochs; what counts in epochs moves along.
 
-    Of several stages the longest takes `epochs`, and the others keep their share.
+    That is the warm-up, milestones, epochs without mixing, and the memory of the weights' moving average. Of several
+    stages the longest takes `epochs`, and the others keep their share.
     """
     chain = recipe.chain()
     longest = longest_epochs(recipe)
@@ -352,6 +353,13 @@ def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
         milestones = [max(1, round(share * milestone)) for milestone in stage.decay_milestones]
         off = min(max(1, round(share * stage.mixup_off_epochs)), (own - 1) // 2) if stage.mixup_off_epochs else 0
         prefix = f"stage{number}." if len(chain) > 1 else ""
-        scaled = {"epochs": own, "warmup_epochs": warmup, "decay_milestones": milestones, "mixup_off_epochs": off}
+        scaled: dict[str, Any] = {
+            "epochs": own,
+            "warmup_epochs": warmup,
+            "decay_milestones": milestones,
+            "mixup_off_epochs": off,
+        }
+        if stage.model_ema:  # its memory, which is 1 / (1 - decay) steps, is as long a part of the training as before
+            scaled["model_ema_decay"] = 1 - min(1.0, (1 - stage.model_ema_decay) / share)
         changes |= {f"{prefix}{key}": value for key, value in scaled.items()}
     return changes

@@ -90,7 +90,8 @@ def data_of(name: str) -> str:
     if "." not in fixed and "{" not in last:
         return folder.rpartition("/")[2]
     tag = fixed.partition(".")[2] if "." in fixed else fixed
-    return next((tag.removeprefix(f"{method}_") for method in known_methods() if tag.startswith(f"{method}_")), tag)
+    methods = [method for method in known_methods() if tag.startswith(f"{method}_")]
+    return tag.removeprefix(f"{max(methods, key=len)}_") if methods else tag
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

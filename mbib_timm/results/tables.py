@@ -43,7 +43,8 @@ class Table:
     def markdown(self) -> str:
         """Return the table as Markdown, without a line break at its end."""
         cells = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
     def kind(self, row: int) -> str:
         """Return the kind of a row."""
