@@ -27,7 +27,7 @@ from mbib_timm.drawing import (
     Illustration,
     background,
     canvas,
-    ink,
+    foreground,
     text_on,
 )
 from mbib_timm.models.complexity import TABLE_6_SIZE, Cost
@@ -128,14 +128,16 @@ def draw_distances(analysis: Analysis) -> Any:
                 text, (at + shift, rho or 0.0), (0, 2), textcoords="offset points", ha="center", path_effects=outline()
             )
             if number is not None:
-                axes.plot(at + 0.37 * share, number, "D", color=ink(), markerfacecolor=background(), markersize=5)
+                axes.plot(
+                    at + 0.37 * share, number, "D", color=foreground(), markerfacecolor=background(), markersize=5
+                )
             highest = max(highest, rho or 0.0, number or 0.0)
     axes.set_xticks(range(len(GROUPS)), GROUPS)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=r"$\rho$ = $D_{intra}$ / $D_{inter}$", ylim=(0, 1.12 * highest or 1))
     axes.set_title("Distances within classes over distances between them")
     if published:
-        axes.plot([], [], "D", color=ink(), markerfacecolor=background(), markersize=5, label="paper (Table 5)")
+        axes.plot([], [], "D", color=foreground(), markerfacecolor=background(), markersize=5, label="paper (Table 5)")
     handles, labels = axes.get_legend_handles_labels()
     bars_first = sorted(zip(handles, labels, strict=True), key=lambda entry: not hasattr(entry[0], "patches"))
     figure.legend(*zip(*bars_first, strict=True), loc="outside lower center", ncols=3)
@@ -160,7 +162,7 @@ def draw_reliability(analysis: Analysis) -> Any:
     curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]
-        color = ink() if name == "prediction" else _part_color(parts.index(name))
+        color = foreground() if name == "prediction" else _part_color(parts.index(name))
         points = zip(bins.confidence, bins.accuracy, bins.images, strict=True)
         confidence, accuracy, number = np.array([point for point in points if point[2]]).T
         curve.plot(

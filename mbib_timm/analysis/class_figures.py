@@ -18,13 +18,13 @@ from mbib_timm.drawing import (
     VERMILION,
     background,
     canvas,
-    ink,
+    foreground,
 )
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.run_figures import class_bars, class_bars_title, name_classes, neighbours, shortened
 
 # Eight colours and seven shapes, counted up together, filled in the first round of colours and hollow after it.
-CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)  # and ink
+CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)  # and the foreground
 CLASS_MARKERS = "o^sDvPX"
 SEPARATE_POINTS = 2000  # with more classes, a point is the mean of neighbours
 TITLE = 70  # as many letters as stand above a figure
@@ -50,7 +50,7 @@ def draw_posterior_change(first: Analysis, other: Analysis) -> Any:
     """
     difference = posterior_difference(other.posterior, first.posterior)
     figure, axes, classes_a_bar = _posterior_bars(first, difference, "{:+.3f}")
-    axes.axhline(0, color=ink(), linewidth=0.8)
+    axes.axhline(0, color=foreground(), linewidth=0.8)
     heights = [1.08 * patch.get_height() for patch in axes.patches]
     # Runs that agree have a flat line, and not an axis of rounding errors.
     axes.set_ylim(min(-0.005, *heights), max(0.005, *heights))
@@ -91,7 +91,7 @@ def _posterior_bars(analysis: Analysis, values: np.ndarray, form: str) -> tuple[
             span = [start, start + len(classes)]
             # Flat ends stay between the group's first and last bar.
             axes.plot(
-                span, [mean, mean], color=ink(), linewidth=1.6, label=label, path_effects=outline(3.2),
+                span, [mean, mean], color=foreground(), linewidth=1.6, label=label, path_effects=outline(3.2),
                 solid_capstyle="butt",
             )  # fmt: skip
             label = "_"
@@ -127,7 +127,7 @@ def draw_accuracy_trend(analysis: Analysis) -> Any:
         ends = np.array([least, most])
         explained = "" if trend.r2 is None else f", $R^2$ = {trend.r2:.2f}"
         axes.plot(
-            ends, trend.intercept + trend.slope * np.log10(ends), color=ink(), linewidth=1.8,
+            ends, trend.intercept + trend.slope * np.log10(ends), color=foreground(), linewidth=1.8,
             label=f"{trend.slope:+.1f} points for ten times the images{explained}".replace("-", "−"),
         )  # fmt: skip
     axes.set_xscale("log")
@@ -149,7 +149,7 @@ def draw_embedding(analysis: Analysis) -> Any:
     shown, counts = analysis.embedding, analysis.class_counts
     labels, names = np.array(shown.labels), analysis.class_names
     classes = sorted(shown.classes, key=lambda label: -counts[label])
-    colors = (*CLASS_COLORS, ink())
+    colors = (*CLASS_COLORS, foreground())
     columns = min(4, len(classes)) if names is None else min(3, len(classes))
     panels = len(shown.points)
     width = 6.5 if panels > 1 else 5.0
