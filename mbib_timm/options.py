@@ -30,7 +30,7 @@ def option(
     """Declare an option: its default, its help text and the values it accepts. For lists, limits hold for each item.
 
     Args:
-        default: value when nobody gives one.
+        default: value when none is given.
         help: one line for ``--help``.
         minimum: smallest value accepted.
         above: value that must be exceeded.

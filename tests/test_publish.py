@@ -195,7 +195,7 @@ def test_what_somebody_else_pushes_meanwhile_is_not_overwritten(hub, finished_ru
         return ours(*arguments, **options)
 
     monkeypatch.setattr(publishing.api, "create_commit", late)
-    with pytest.raises(PublishError, match="somebody else has changed"):
+    with pytest.raises(PublishError, match="was changed by someone else"):
         publishing.publish(private=False, revision=None)
     repo = state(hub)
     assert set(repo["commits"][repo["refs"]["main"]]["tree"]) == {".gitattributes", "README.md"}

@@ -218,7 +218,7 @@ def read_class_counts(path: str | Path) -> np.ndarray:
         if counts.ndim != 1 or counts.dtype.kind not in "iu" or len(counts) < 2 or counts.min() < 1:
             raise ValueError
     except ValueError:
-        raise DataError(f"{path}: expected a positive integer for each class, one a line or a JSON list") from None
+        raise DataError(f"{path}: expected a positive integer for each class, one per line, or a JSON list") from None
     return counts.astype(np.int64)
 
 

@@ -34,7 +34,7 @@ class Facts(NamedTuple):
         class_counts: training images of each class, (K,), int64.
         epochs: of the stage.
         previous: folder of the stage before; None for the first.
-        input_size: of the images (C, H, W); None where nobody has said.
+        input_size: of the images (C, H, W); None where it is not known.
         mean: of each channel, which the images are normalised with; of one for all, or three.
         std: of each channel.
         class_names: in label order, where they are known.

@@ -1,7 +1,8 @@
 """`mbib publish`: a finished run to the Hub, in one commit and a tag.
 
 Either everything of a release is on the Hub or nothing is: files are uploaded first and appear with the commit, which
-names its parent and so never overwrites what somebody else has pushed meanwhile.
+names its parent and so never overwrites what someone else has pushed in the meantime. The Hub client's own
+`upload_folder` would send a slow upload in several commits, so `create_commit` is used.
 """
 
 import hashlib
@@ -155,8 +156,8 @@ class Publisher:
                 if not self._changes(remote):  # it had arrived
                     return head
                 raise PublishError(
-                    f"somebody else has changed {self.repository} meanwhile; nothing was published. Look at it, and "
-                    "publish again"
+                    f"{self.repository} was changed by someone else in the meantime; nothing was published. "
+                    "Look at it, and publish again"
                 )
             message = f"Publish {self.release.name}"
             operations = self._changes(remote)
@@ -180,8 +181,8 @@ class Publisher:
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 if status == 412:
                     raise PublishError(
-                        f"somebody else has changed {self.repository} meanwhile; nothing was published. Look at it, "
-                        "and publish again"
+                        f"{self.repository} was changed by someone else in the meantime; nothing was published. "
+                        "Look at it, and publish again"
                     ) from None
                 if status in (401, 403):
                     raise PublishError(

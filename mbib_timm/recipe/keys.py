@@ -50,7 +50,7 @@ class Recipe:
     val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)
     test_list: str | None = _data(None, "test list file, evaluated once at the end (dataset: list)", location=True)
     class_map: str | None = _data(
-        None, "file with one class name a line, in label order (dataset: list)", location=True
+        None, "file with one class name per line, in label order (dataset: list)", location=True
     )
     val_fraction: float = _data(
         0.2, "share of each class held out where the data have no validation split", above=0, maximum=0.9

@@ -153,7 +153,7 @@ def class_accuracy(
     order = name_classes(axes, class_counts, class_names)
     places = np.arange(1, len(order) + 1)
 
-    counts = _second_axis(axes, "training images a class (line)", foreground())
+    counts = _second_axis(axes, "training images per class (line)", foreground())
     counts.plot(
         places, class_counts[order], color=foreground(), linewidth=1.2, marker="." if len(order) <= 30 else None
     )

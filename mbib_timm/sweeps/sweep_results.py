@@ -133,7 +133,7 @@ class Cell:
 
     Attributes:
         coordinates: value of each axis by its name, and under ``head`` the head's title where rows are heads.
-        values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one a seed.
+        values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one per seed.
         paper: the paper's numbers under the same names.
     """
 

@@ -263,7 +263,7 @@ def run_sweep(
         if run.label in done:
             continue
         try:
-            if run.status() != "done":  # another process may have done it meanwhile
+            if run.status() != "done":  # another process may have done it by now
                 train(run.recipe, run.name, pool)
         except BusyFolderError:
             busy.append(run)

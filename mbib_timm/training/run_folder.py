@@ -113,7 +113,7 @@ class RunFolder:
             raise MbibError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
         if self._checkpoints() != self._seen:
             self._lock.release()
-            raise BusyFolderError(f"another process has trained in {self.path} meanwhile; run the command again")
+            raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
 

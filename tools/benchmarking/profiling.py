@@ -92,7 +92,7 @@ def profiled(epoch: Callable[[], Any], settings: Settings) -> tuple[list[tuple[s
 def section(title: str, operations: list[tuple[str, float, int]], taken: float, steps: int) -> str:
     """Return one profile as Markdown, with a line on what it says."""
     lines = [f"\n## {title}\n", f"{summary(operations, taken, steps)}\n"]
-    lines += ["| operation | own ms a step | share | calls a step |", "|---|---|---|---|"]
+    lines += ["| operation | own ms per step | share | calls per step |", "|---|---|---|---|"]
     for name, own, calls in operations[:TOP]:
         shown = name if len(name) <= 80 else f"{name[:77]}..."
         lines.append(f"| `{shown}` | {1e3 * own / steps:.2f} | {100 * own / taken:.1f} % | {calls / steps:.1f} |")
@@ -111,5 +111,6 @@ def summary(operations: list[tuple[str, float, int]], taken: float, steps: int) 
     rest = 1 - sum(share for share, _ in told)
     spent = [f"{100 * share:.0f} % {kind}" for share, kind in told]
     return (
-        f"{1e3 * taken / steps:.1f} ms a step under the profiler: {', '.join(spent)}; {100 * rest:.0f} % other or idle."
+        f"{1e3 * taken / steps:.1f} ms per step under the profiler: {', '.join(spent)}; "
+        f"{100 * rest:.0f} % other or idle."
     )
