@@ -9,7 +9,7 @@ from typing import Any
 
 from mbib_timm.errors import MbibError
 
-# Okabe and Ito's palette: told apart with any kind of colour vision. Its black is the ink of the theme.
+# Okabe and Ito's palette: told apart with any kind of colour vision. Its black is the foreground of the theme.
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999",
 )  # fmt: skip
@@ -45,19 +45,19 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of paper and ink.
+    """Colours in front and behind.
 
     Attributes:
-        ink: of text, axes, and whatever the figure is about.
-        paper: behind it.
+        foreground: of text, axes, and whatever the figure is about.
+        background: behind it.
     """
 
-    ink: str
-    paper: str
+    foreground: str
+    background: str
 
 
-LIGHT = Theme(ink="#000000", paper="#ffffff")
-DARK = Theme(ink="#e6e6e6", paper="#16191d")
+LIGHT = Theme(foreground="#000000", background="#ffffff")
+DARK = Theme(foreground="#e6e6e6", background="#16191d")
 
 STYLE = {
     "font.size": 9,
@@ -82,8 +82,8 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
 
     Args:
         draw: gives the figure, in the style that is set while it runs.
-        formats: ``png``, ``pdf`` or ``svg``; the last has no paper of its own.
-        theme: colours of paper and ink.
+        formats: ``png``, ``pdf`` or ``svg``; the last has no background of its own.
+        theme: colours in front and behind.
 
     Returns:
         The content of a file in each format.
@@ -101,9 +101,9 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
 
 
 def _colors(theme: Theme) -> dict[str, str]:
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    papered = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    return dict.fromkeys(inked, theme.ink) | dict.fromkeys(papered, theme.paper)
+    in_front = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    behind = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    return dict.fromkeys(in_front, theme.foreground) | dict.fromkeys(behind, theme.background)
 
 
 def _encode(figure: Any, form: str) -> bytes:
@@ -123,15 +123,15 @@ def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tupl
     return figure, figure.subplots(rows, columns)
 
 
-def ink() -> str:
-    """Return the colour of ink in the theme that is being drawn in."""
+def foreground() -> str:
+    """Return the colour of text and axes in the theme that is being drawn in."""
     import matplotlib
 
     return str(matplotlib.rcParams["text.color"])
 
 
 def background() -> str:
-    """Return the colour of paper in the theme that is being drawn in."""
+    """Return the colour behind the figure in the theme that is being drawn in."""
     import matplotlib
 
     return str(matplotlib.rcParams["figure.facecolor"])
@@ -176,12 +176,12 @@ def mean_bar(
     deviation = statistics.stdev(measured) if len(measured) > 1 else None
     bar = axes.bar(
         at, mean, width, color=color, hatch=hatch, edgecolor=background(), linewidth=0,
-        yerr=deviation, ecolor=ink(), capsize=2,
+        yerr=deviation, ecolor=foreground(), capsize=2,
     )  # fmt: skip
     mark = None
     if marked is not None:
         (mark,) = axes.plot(
-            at, marked, marker="D", linestyle="", color=ink(), markerfacecolor=background(), markersize=4.5
+            at, marked, marker="D", linestyle="", color=foreground(), markerfacecolor=background(), markersize=4.5
         )
     _write_number(axes, at, mean, deviation or 0.0, marked, color)
     return bar, mark

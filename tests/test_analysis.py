@@ -14,21 +14,29 @@ from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from mbib_timm.analysis.calibration import reliability
-from mbib_timm.analysis.confusion import group_confusion
-from mbib_timm.analysis.distances import class_distances, distances
-from mbib_timm.analysis.efficiency import efficiency, peak_of_tensors
-from mbib_timm.analysis.embedding import choose_images, perplexity_for, spread_classes, tsne
+from mbib_timm.analysis.analysis_record import six_digits
+from mbib_timm.analysis.embedding import choose_images, embed, perplexity_for, spread_classes, tsne
+from mbib_timm.analysis.measures import (
+    Distances,
+    Trend,
+    accuracy_trend,
+    class_distances,
+    distances,
+    group_confusion,
+    mean_by_shot_group,
+    mean_positive_posterior,
+    posterior_difference,
+    reliability,
+)
 from mbib_timm.analysis.outputs import collect_outputs
-from mbib_timm.analysis.posterior import mean_by_shot_group, mean_positive_posterior, posterior_difference
-from mbib_timm.analysis.results import rounded
-from mbib_timm.analysis.trend import accuracy_trend
 from mbib_timm.data import Batch
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import batch_statistics, evaluate
 from mbib_timm.models import MBIB
+from mbib_timm.models.complexity import efficiency
 from mbib_timm.models.head_outputs import head_logits
+from mbib_timm.results.paper import TABLE_6
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 GROUP_OF = ["many", "many", "medium", "medium", "medium", "few", "few"]
@@ -191,7 +199,7 @@ def naive_distances(features, labels, num_classes):
 @pytest.mark.parametrize("block", [2**22, 40, 1])
 @pytest.mark.parametrize("absent", [(), (3,), (5, 6)])
 def test_distances_against_naive_loops(absent, block, monkeypatch):
-    monkeypatch.setattr("mbib_timm.analysis.distances.BLOCK", block)
+    monkeypatch.setattr("mbib_timm.analysis.measures.BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 7, (80,), generator=generator)
     labels = labels[~torch.isin(labels, torch.tensor(absent, dtype=torch.long))]
@@ -203,25 +211,26 @@ def test_distances_against_naive_loops(absent, block, monkeypatch):
     for group, values in result.items():
         classes = [c for c in intra if group in ("all", GROUP_OF[c])]
         if not classes:
-            assert values == {"intra": None, "inter": None, "rho": None}
+            assert values == Distances(None, None, None)
             continue
         within, between = (sum(by[c] for c in classes) / len(classes) for by in (intra, inter))
-        assert values["intra"] == pytest.approx(within, rel=1e-9)
-        assert values["inter"] == pytest.approx(between, rel=1e-9)
-        assert values["rho"] == pytest.approx(within / between, rel=1e-9)
-    assert ("few" in [g for g, v in result.items() if v["rho"] is None]) == (absent == (5, 6))
+        assert values.intra == pytest.approx(within, rel=1e-9)
+        assert values.inter == pytest.approx(between, rel=1e-9)
+        assert values.rho == pytest.approx(within / between, rel=1e-9)
+    assert ("few" in [g for g, v in result.items() if v.rho is None]) == (absent == (5, 6))
 
 
 def test_one_image_a_class_and_two_classes():
     result = distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([1, 0]), np.array([200, 3]))
-    expected = {"intra": 0.0, "inter": 5.0, "rho": 0.0}
-    assert result == {"all": expected, "many": expected, "medium": dict.fromkeys(expected), "few": expected}
+    expected = Distances(intra=0.0, inter=5.0, rho=0.0)
+    nothing = Distances(None, None, None)
+    assert result == {"all": expected, "many": expected, "medium": nothing, "few": expected}
 
 
 def test_one_class_alone_has_no_distance_to_others():
     result = distances(torch.tensor([[0.0], [4.0]]), torch.tensor([1, 1]), np.array([200, 3]))
-    assert result["few"] == {"intra": 2.0, "inter": None, "rho": None}
-    assert result["many"] == {"intra": None, "inter": None, "rho": None}
+    assert result["few"] == Distances(intra=2.0, inter=None, rho=None)
+    assert result["many"] == Distances(None, None, None)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-3])
@@ -307,6 +316,18 @@ def test_perplexity_is_below_the_number_of_points():
         tsne(np.eye(3), seed=0)
 
 
+def test_every_kind_of_features_shows_the_same_images():
+    labels, counts = np.repeat(np.arange(5), 8), np.array([50, 40, 30, 20, 10])
+    features = {name: torch.randn(40, 6, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("vz")}
+    shown = embed(features, labels, counts, classes=[3, 1, 3], images_per_class=6)
+    assert (shown.classes, shown.labels) == ([3, 1], [3] * 6 + [1] * 6)
+    places = choose_images(labels, [3, 1], 6, shown.seed)
+    for name, values in features.items():
+        np.testing.assert_allclose(shown.points[name], tsne(values[places].numpy(), shown.seed), atol=0.005001)
+    assert shown.perplexity == perplexity_for(12)
+    assert embed(features, labels, counts).classes == spread_classes(labels, counts)
+
+
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
@@ -326,19 +347,19 @@ def test_reliability_against_a_naive_loop_and_the_metrics():
         result = reliability(head.confidence.numpy(), correct)
         for b in range(15):
             inside = [i for i, c in enumerate(head.confidence.double().tolist()) if b / 15 < c <= (b + 1) / 15]
-            assert result["images"][b] == len(inside)
+            assert result.images[b] == len(inside)
             if not inside:
-                assert result["confidence"][b] is result["accuracy"][b] is None
+                assert result.confidence[b] is result.accuracy[b] is None
                 continue
-            assert result["accuracy"][b] == pytest.approx(100 * sum(map(int, correct[inside])) / len(inside))
-            assert result["confidence"][b] == pytest.approx(100 * float(head.confidence[inside].double().mean()))
-        assert result["ece"] == pytest.approx(outputs.metrics[name].ece, rel=1e-9)
-        assert result["images"] == batch_statistics(logits[name], y).bins[:, 0].tolist()
+            assert result.accuracy[b] == pytest.approx(100 * sum(map(int, correct[inside])) / len(inside))
+            assert result.confidence[b] == pytest.approx(100 * float(head.confidence[inside].double().mean()))
+        assert result.ece == pytest.approx(outputs.metrics[name].ece, rel=1e-9)
+        assert result.images == batch_statistics(logits[name], y).bins[:, 0].tolist()
 
 
 def test_borders_of_the_bins():
     confidence = np.array([0.0, 1 / 15, np.nextafter(1 / 15, 1), 1.0])
-    assert reliability(confidence, np.ones(4, dtype=bool))["images"] == [2, 1, *[0] * 12, 1]
+    assert reliability(confidence, np.ones(4, dtype=bool)).images == [2, 1, *[0] * 12, 1]
 
 
 # Confusion.
@@ -352,14 +373,14 @@ def test_group_confusion_against_scikit_learn():
     names = ["many", "medium", "few"]
     expected = metrics.confusion_matrix([GROUP_OF[i] for i in labels], [GROUP_OF[i] for i in predicted], labels=names)
     for i, true in enumerate(names):
-        assert list(result["images"][true].values()) == expected[i].tolist()
+        assert list(result.images[true].values()) == expected[i].tolist()
         right = sum(1 for y, p in zip(labels, predicted, strict=True) if y == p and GROUP_OF[y] == true)
-        assert result["correct"][true] == right
-        assert result["shares"][true]["correct"] == pytest.approx(100 * right / expected[i].sum())
+        assert result.correct[true] == right
+        assert result.shares[true]["correct"] == pytest.approx(100 * right / expected[i].sum())
         for j, group in enumerate(names):
             wrong = expected[i, j] - (right if i == j else 0)
-            assert result["shares"][true][f"wrong_to_{group}"] == pytest.approx(100 * wrong / expected[i].sum())
-        assert sum(result["shares"][true].values()) == pytest.approx(100)
+            assert result.shares[true][f"wrong_to_{group}"] == pytest.approx(100 * wrong / expected[i].sum())
+        assert sum(result.shares[true].values()) == pytest.approx(100)
 
 
 def test_errors_spread_evenly_are_the_baseline():
@@ -368,21 +389,21 @@ def test_errors_spread_evenly_are_the_baseline():
     labels, predicted = np.array(pairs).T
     result = group_confusion(labels, predicted, COUNTS)
     for group in ("many", "medium", "few"):
-        assert result["even"][group] == pytest.approx(result["shares"][group])
+        assert result.even[group] == pytest.approx(result.shares[group])
     drawn = group_confusion(labels, np.where(labels == predicted, predicted, (labels == 0).astype(int)), COUNTS)
-    assert drawn["shares"]["few"]["wrong_to_many"] == pytest.approx(100 * 6 / 7)
-    assert drawn["even"]["few"]["wrong_to_many"] == pytest.approx(100 * 6 / 7 * 2 / 6)
-    assert drawn["even"]["few"]["wrong_to_few"] == pytest.approx(100 * 6 / 7 * 1 / 6)
+    assert drawn.shares["few"]["wrong_to_many"] == pytest.approx(100 * 6 / 7)
+    assert drawn.even["few"]["wrong_to_many"] == pytest.approx(100 * 6 / 7 * 2 / 6)
+    assert drawn.even["few"]["wrong_to_few"] == pytest.approx(100 * 6 / 7 * 1 / 6)
 
 
 def test_confusion_of_groups_without_images_and_of_two_classes():
     result = group_confusion(np.array([0, 0, 0]), np.array([0, 1, 1]), np.array([200, 3]))
-    assert result["images"]["many"] == {"many": 1, "medium": 0, "few": 2}
-    assert result["shares"]["many"] == pytest.approx(
+    assert result.images["many"] == {"many": 1, "medium": 0, "few": 2}
+    assert result.shares["many"] == pytest.approx(
         {"correct": 100 / 3, "wrong_to_many": 0, "wrong_to_medium": 0, "wrong_to_few": 200 / 3}
     )
-    assert result["even"]["many"] == pytest.approx(result["shares"]["many"]), "there is only one other class"
-    assert result["shares"]["few"] is result["even"]["few"] is result["shares"]["medium"] is None
+    assert result.even["many"] == pytest.approx(result.shares["many"]), "there is only one other class"
+    assert result.shares["few"] is result.even["few"] is result.shares["medium"] is None
 
 
 # Trend.
@@ -394,18 +415,19 @@ def test_trend_against_scikit_learn():
     x, y = np.log10(COUNTS[kept])[:, None], np.array([accuracy[i] for i in kept])
     line = linear_model.LinearRegression().fit(x, y)
     result = accuracy_trend(accuracy, COUNTS)
-    assert result["slope"] == pytest.approx(line.coef_[0])
-    assert result["intercept"] == pytest.approx(line.intercept_)
-    assert result["r2"] == pytest.approx(line.score(x, y))
+    assert result.slope == pytest.approx(line.coef_[0])
+    assert result.intercept == pytest.approx(line.intercept_)
+    assert result.r2 == pytest.approx(line.score(x, y))
 
 
 def test_trend_of_little():
-    nothing = {"slope": None, "intercept": None, "r2": None}
+    nothing = Trend(None, None, None)
     assert accuracy_trend([10.0, 20.0, 30.0], np.array([50, 50, 50])) == nothing
     assert accuracy_trend([10.0, None, 30.0], np.array([50, 500, 50])) == nothing
     assert accuracy_trend([None, None], np.array([50, 500])) == nothing
-    assert accuracy_trend([10.0, 20.0], np.array([10, 100])) == pytest.approx({"slope": 10, "intercept": 0, "r2": 1})
-    assert accuracy_trend([33.3, 33.3], np.array([10, 100])) == {"slope": 0.0, "intercept": 33.3, "r2": None}
+    line = accuracy_trend([10.0, 20.0], np.array([10, 100]))
+    assert (line.slope, line.intercept, line.r2) == pytest.approx((10, 0, 1))
+    assert accuracy_trend([33.3, 33.3], np.array([10, 100])) == Trend(slope=0.0, intercept=33.3, r2=None)
 
 
 # Efficiency.
@@ -415,11 +437,11 @@ def test_efficiency_of_table_6():
     model = timm.create_model("mbib_resnet32", num_classes=100)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     result = efficiency(model, (3, 32, 32))
-    assert result["input_size"] == [3, 640, 640]
-    assert result["all_heads"]["parameters"] == 486_016
-    assert result["all_heads"]["macs"] == pytest.approx(result["table_6"]["MBIB"]["macs"], rel=5e-4)
-    assert result["inference"]["parameters"] == 486_016 - 1_700 - 3_300 - 2 * (16 + 32)
-    assert result["inference"]["macs"] < result["all_heads"]["macs"]
+    assert result.input_size == [3, 640, 640]
+    assert result.all_heads.parameters == 486_016
+    assert result.all_heads.macs == pytest.approx(TABLE_6["MBIB"]["macs"], rel=5e-4)
+    assert result.inference.parameters == 486_016 - 1_700 - 3_300 - 2 * (16 + 32)
+    assert result.inference.macs < result.all_heads.macs
     assert model.training
     assert len(model.training_heads) == 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -428,34 +450,14 @@ def test_efficiency_of_table_6():
 
 def test_a_plain_model_costs_the_same_with_all_its_heads():
     result = efficiency(timm.create_model("resnet18", num_classes=5), (3, 224, 224))
-    assert result["inference"] == result["all_heads"]
+    assert result.inference == result.all_heads
 
 
 def test_models_of_a_fixed_size_and_of_grey_images():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5)
-    assert efficiency(vit, (3, 224, 224))["input_size"] == [3, 224, 224]
+    assert efficiency(vit, (3, 224, 224)).input_size == [3, 224, 224]
     grey = timm.create_model("mbib_resnet20", num_classes=5, in_chans=1)
-    assert efficiency(grey, (1, 16, 16))["input_size"] == [1, 640, 640]
-
-
-def test_the_peak_of_live_tensors_counted_by_hand():
-    """Three layers of known widths: the peak is where the input and two neighbouring maps are alive."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 1000), nn.Linear(1000, 2000), nn.Linear(2000, 10))
-    parameters = 48 * 1000 + 1000 + 1000 * 2000 + 2000 + 2000 * 10 + 10
-    assert peak_of_tensors(model, (3, 4, 4)) == 4 * (parameters + 48 + 1000 + 2000)
-    in_place = nn.Sequential(nn.Flatten(), nn.Linear(48, 1000), nn.ReLU(inplace=True))
-    copying = nn.Sequential(nn.Flatten(), nn.Linear(48, 1000), nn.ReLU())
-    assert peak_of_tensors(copying, (3, 4, 4)) - peak_of_tensors(in_place, (3, 4, 4)) == 4 * 1000
-    assert peak_of_tensors(in_place.to("meta"), (3, 4, 4)) == 4 * (49 * 1000 + 48 + 1000)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_peak_on_cuda_is_at_least_that_of_the_tensors():
-    model = timm.create_model("mbib_resnet32", num_classes=100)
-    tensors, cuda = efficiency(model, (3, 32, 32)), efficiency(model.cuda(), (3, 32, 32))
-    for name in ("inference", "all_heads"):
-        assert cuda[name]["macs"] == tensors[name]["macs"]
-        assert 0.9 * tensors[name]["peak_memory"] <= cuda[name]["peak_memory"] <= 2e9
+    assert efficiency(grey, (1, 16, 16)).input_size == [1, 640, 640]
 
 
 # All of it.
@@ -463,14 +465,14 @@ def test_the_peak_on_cuda_is_at_least_that_of_the_tensors():
 
 def test_rounding():
     value = {"a": [1.23456789, np.float64("nan"), 12345678.9, 7], "b": (None, "x", True)}
-    assert rounded(value) == {"a": [1.23457, None, 12345700.0, 7], "b": [None, "x", True]}
+    assert six_digits(value) == {"a": [1.23457, None, 12345700.0, 7], "b": [None, "x", True]}
 
 
 INATURALIST = """
 import resource
 import numpy as np, torch
 from torch import nn
-from mbib_timm.analysis.distances import distances
+from mbib_timm.analysis.measures import distances
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.data import Batch
 
@@ -499,7 +501,7 @@ features = {"v": outputs.features["v"], "z": torch.randn(N, C)}
 rho = {name: distances(values, torch.arange(N) % K, counts) for name, values in features.items()}
 # Three standard normal images a class: 2/3 of the pairs are d apart, centres d / sqrt(3).
 for name in ("v", "z"):
-    assert abs(rho[name]["all"]["rho"] - 2 / 3 * 3**0.5) < 0.01, rho
+    assert abs(rho[name]["all"].rho - 2 / 3 * 3**0.5) < 0.01, rho
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

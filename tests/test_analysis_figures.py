@@ -1,23 +1,29 @@
 """Figures of an analysis hold its numbers, and can be drawn from every shape that it takes."""
 
-import copy
 import re
 import warnings
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mbib_timm.analysis.analyze import analyze_run
-from mbib_timm.analysis.calibration import reliability
+from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures, text_on
+from mbib_timm.analysis.analysis_record import Analysis, rounded
+from mbib_timm.analysis.analyze import analyze
 from mbib_timm.analysis.class_figures import TITLE
-from mbib_timm.analysis.confusion import group_confusion
-from mbib_timm.analysis.figures import analysis_figures, comparison_figures, text_on
-from mbib_timm.analysis.posterior import mean_by_shot_group, mean_positive_posterior
-from mbib_timm.analysis.results import rounded
-from mbib_timm.analysis.trend import accuracy_trend
+from mbib_timm.analysis.embedding import Embedding
+from mbib_timm.analysis.measures import (
+    Distances,
+    accuracy_trend,
+    group_confusion,
+    mean_by_shot_group,
+    mean_positive_posterior,
+    reliability,
+)
 from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render
+from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
+from mbib_timm.models.complexity import Cost, Efficiency
 from mbib_timm.results.paper import TABLE_5, TABLE_6
 from mbib_timm.results.record import HeadMetrics
 
@@ -30,9 +36,9 @@ FIGURES = [
 @pytest.fixture(scope="module")
 def real(finished_run, tmp_path_factory):
     """The digits: four shot groups' columns, five heads, v and z."""
-    return analyze_run(
-        str(finished_run), overrides={"device": "cpu"}, output=tmp_path_factory.mktemp("analysis"), images_per_class=8
-    )
+    output = tmp_path_factory.mktemp("analysis")
+    (analysis,) = analyze([str(finished_run)], overrides={"device": "cpu"}, output=output, images_per_class=8)
+    return analysis
 
 
 def made_up(counts, tested, heads=("prediction",), named=False):
@@ -55,27 +61,27 @@ def made_up(counts, tested, heads=("prediction",), named=False):
     posterior = mean_positive_posterior(confidence, labels, classes).tolist()
     features = ["v", "z"] if len(heads) > 1 else ["v"]
     embedded = list(dict.fromkeys(tested))[:: max(1, len(tested) // 10)]
-    rho = {group: {"intra": 1.0, "inter": 2.0, "rho": None if a is None else 0.5} for group, a in accuracy.items()}
-    cost = {"parameters": 1000, "macs": 10**9, "peak_memory": 2**20}
+    rho = {group: Distances(1.0, 2.0, None if a is None else 0.5) for group, a in accuracy.items()}
+    cost = Cost(parameters=1000, macs=10**9)
     return rounded(
-        {
-            "name": "made_up", "epochs": None, "seed": None, "class_counts": counts.tolist(),
-            "class_names": [f"a class with a long name {i}" for i in range(classes)] if named else None,
-            "prediction_heads": list(heads[-2:]) if len(heads) > 1 else [],
-            "heads": dict.fromkeys(heads, asdict(metrics)),
-            "positive_posterior": dict.fromkeys(heads, posterior),
-            "distances": dict.fromkeys(features, rho),
-            "embedding": {
-                "classes": embedded, "labels": np.repeat(embedded, 2).tolist(),
-                "points": {name: rng.normal(size=(2 * len(embedded), 2)).tolist() for name in features},
-            },
-            "reliability": {head: reliability(confidence, labels == predicted) for head in heads},
-            "confusion": group_confusion(labels, predicted, counts),
-            "trend": accuracy_trend(per_class, counts),
-            "efficiency": {
-                "input_size": [3, 8, 8], "inference": cost, "all_heads": cost, "table_6": TABLE_6,
-            },
-        }
+        Analysis(
+            name="made_up", model="made_up", epochs=None, seed=None, split="test", images=len(labels),
+            class_names=[f"a class with a long name {i}" for i in range(classes)] if named else None,
+            class_counts=counts.tolist(),
+            prediction_heads=list(heads[-2:]) if len(heads) > 1 else [],
+            environment=Environment("0", None, "0", "0", "cpu", "an abacus", 1, "mbib analyze"),
+            heads=dict.fromkeys(heads, metrics),
+            positive_posterior=dict.fromkeys(heads, posterior),
+            distances=dict.fromkeys(features, rho),
+            embedding=Embedding(
+                classes=embedded, labels=np.repeat(embedded, 2).tolist(), perplexity=1.0, seed=0,
+                points={name: rng.normal(size=(2 * len(embedded), 2)).tolist() for name in features},
+            ),
+            reliability={head: reliability(confidence, labels == predicted) for head in heads},
+            confusion=group_confusion(labels, predicted, counts),
+            trend=accuracy_trend(per_class, counts),
+            efficiency=Efficiency([3, 8, 8], cost, cost),
+        )
     )  # fmt: skip
 
 
@@ -125,24 +131,26 @@ def test_every_figure_can_be_drawn(which, theme, request):
 
 def test_a_reading_is_one_sentence(real):
     for illustration in [*analysis_figures(real), *comparison_figures(real, real)]:
-        reading = re.sub(re.escape(f"{real['name']} (seed 0)"), "a run", illustration.reading)
+        reading = re.sub(re.escape(f"{real.name} (seed 0)"), "a run", illustration.reading)
         assert re.fullmatch(r"[A-Z][^.!?]*(\d\.\d[^.!?]*)*\.", reading), reading
         assert len(illustration.title) > 5
 
 
 def test_posterior_bars_follow_the_order_of_training_images(real):
-    shuffled = copy.deepcopy(real)
     order = np.random.default_rng(0).permutation(10)
-    values = real["positive_posterior"]["prediction"]
-    shuffled["class_counts"] = [real["class_counts"][i] for i in order]
-    shuffled["positive_posterior"]["prediction"] = [values[i] for i in order]
-    shuffled["class_names"] = [real["class_names"][i] for i in order]
+    values = real.positive_posterior["prediction"]
+    shuffled = replace(
+        real,
+        class_counts=[real.class_counts[i] for i in order],
+        positive_posterior={"prediction": [values[i] for i in order]},
+        class_names=[real.class_names[i] for i in order],
+    )
     for analysis in (real, shuffled):
         figure = figure_of(analysis, "positive_posterior")
         axes = figure.axes[0]
         assert bars(axes) == pytest.approx(values)  # the digits are sorted
         assert [label.get_text() for label in axes.get_xticklabels()] == [str(i) for i in range(10)]
-        means = mean_by_shot_group(np.array(values), np.array(real["class_counts"]))
+        means = mean_by_shot_group(np.array(values), real.counts)
         lines = [line for line in axes.lines if len(line.get_ydata()) == 2]
         assert [line.get_ydata()[0] for line in lines] == pytest.approx([means[name] for name in GROUPS[1:]])
         assert [tuple(line.get_xdata()) for line in lines] == [(0.5, 2.5), (2.5, 6.5), (6.5, 10.5)]
@@ -154,31 +162,29 @@ def test_posterior_bars_follow_the_order_of_training_images(real):
 
 def test_8142_classes_become_means_of_neighbours():
     analysis = EXTREMES["iNaturalist"]
-    values = np.array(analysis["positive_posterior"]["prediction"], dtype=float)
+    values = np.array(analysis.positive_posterior["prediction"], dtype=float)
     figure = figure_of(analysis, "positive_posterior")
     axes = figure.axes[0]
     assert "mean of 55 neighbours" in axes.get_title()
     assert 148 <= len(bars(axes)) <= 150
-    order = np.argsort(-np.array(analysis["class_counts"]), kind="stable")
-    many = order[: min(55, analysis["heads"]["prediction"]["classes"]["many"])]
+    order = np.argsort(-analysis.counts, kind="stable")
+    many = order[: min(55, analysis.heads["prediction"].classes["many"])]
     assert bars(axes)[0] == pytest.approx(np.nanmean(values[many]))
 
 
 def test_difference_is_other_minus_first(real):
-    other = copy.deepcopy(real)
-    values = np.array(real["positive_posterior"]["prediction"])
+    values = np.array(real.positive_posterior["prediction"])
     changed = np.clip(values + np.linspace(-0.2, 0.3, 10), 0, 1)
-    other["positive_posterior"]["prediction"] = changed.tolist()
-    other["class_counts"] = real["class_counts"][::-1]  # the first's training images decide the order
-    other.update(name="other", seed=None)
+    counts = real.class_counts[::-1]  # the first's training images decide the order
+    posterior = {"prediction": changed.tolist()}
+    other = replace(real, name="other", seed=None, class_counts=counts, positive_posterior=posterior)
     figure = figure_of(real, "positive_posterior_difference", other)
     assert bars(figure.axes[0]) == pytest.approx(changed - values)
     assert figure.axes[0].get_title() == "other\nminus mbib_resnet20.digits (seed 0)"
     assert f"many (2 classes): −{abs((changed - values)[:2].mean()):.3f}" in texts(figure)
     low, high = figure_of(real, "positive_posterior_difference", real).axes[0].get_ylim()
     assert (low, high) == (-0.005, 0.005)  # no axis of rounding errors
-    other["name"] = "x" * 200
-    title = figure_of(real, "positive_posterior_difference", other).axes[0].get_title()
+    title = figure_of(real, "positive_posterior_difference", replace(other, name="x" * 200)).axes[0].get_title()
     assert len(title.splitlines()[0]) == TITLE
     with pytest.raises(MbibError, match="posteriors of 2 and of 10 classes"):
         figure_of(real, "positive_posterior_difference", EXTREMES["two balanced classes"])
@@ -187,14 +193,14 @@ def test_difference_is_other_minus_first(real):
 def test_distances_are_rho_with_the_papers_beside_it(real):
     figure = figure_of(real, "distances")
     heights = bars(figure.axes[0])
-    rhos = [real["distances"][name][group]["rho"] for name in ("v", "z") for group in GROUPS]
+    rhos = [real.distances[name][group].rho for name in ("v", "z") for group in GROUPS]
     assert heights == pytest.approx(rhos)
     assert [text.get_text() for text in figure.axes[0].texts] == [f"{rho:.2f}" for rho in rhos]
     assert (texts(figure), len(figure.axes[0].lines)) == (["v", "z"], 0)
     for name, table in TABLE_5.items():
-        short = figure_of({**real, "name": name}, "distances")
+        short = figure_of(replace(real, name=name), "distances")
         assert not short.axes[0].lines, "the paper's numbers are not for three epochs"
-        figure = figure_of({**real, "name": name, "epochs": 200}, "distances")
+        figure = figure_of(replace(real, name=name, epochs=200), "distances")
         markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
         assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
         assert len(markers) == 7
@@ -204,17 +210,17 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
 def test_embedding_has_a_panel_for_v_and_z(real):
     figure = figure_of(real, "embedding")
     assert [axes.get_title() for axes in figure.axes] == ["v", "z"]
-    shown = real["embedding"]
-    for axes, points in zip(figure.axes, shown["points"].values(), strict=True):
+    shown = real.embedding
+    for axes, points in zip(figure.axes, shown.points.values(), strict=True):
         assert sum(len(line.get_xdata()) for line in axes.lines) == len(points) == 80
         assert not len(axes.get_xticks())
         for label, line in zip(range(10), axes.lines, strict=True):  # the digits are sorted
-            mine = [point for point, of in zip(points, shown["labels"], strict=True) if of == label]
+            mine = [point for point, of in zip(points, shown.labels, strict=True) if of == label]
             assert np.column_stack(line.get_data()).tolist() == mine
     looks = [[(line.get_color(), line.get_marker()) for line in axes.lines] for axes in figure.axes]
     assert looks[0] == looks[1]
     assert len(set(looks[0])) == 10
-    counts = real["class_counts"]
+    counts = real.class_counts
     assert texts(figure) == [f"{i} ({counts[i]})" for i in range(10)]
     assert [axes.get_title() for axes in figure_of(EXTREMES["two balanced classes"], "embedding").axes] == ["v"]
 
@@ -222,13 +228,13 @@ def test_embedding_has_a_panel_for_v_and_z(real):
 def test_reliability_shows_the_prediction_and_the_heads_it_is_made_of(real):
     figure = figure_of(real, "reliability")
     shown = ["prediction", "v3", "z"]
-    eces = [f"{name}: ECE {real['reliability'][name]['ece']:.1f} %" for name in shown]
+    eces = [f"{name}: ECE {real.reliability[name].ece:.1f} %" for name in shown]
     assert texts(figure)[:4] == [*eces, "as often right as claimed"]
     curves = {line.get_label(): line for line in figure.axes[0].lines}
     for name, label in zip(shown, eces, strict=True):
-        bins = real["reliability"][name]
+        bins = real.reliability[name]
         drawn = np.column_stack(curves[label].get_data()).tolist()
-        pairs = zip(bins["confidence"], bins["accuracy"], strict=True)
+        pairs = zip(bins.confidence, bins.accuracy, strict=True)
         assert drawn == [list(pair) for pair in pairs if None not in pair]
     shares = [patch.get_data().values for patch in figure.axes[1].patches if hasattr(patch, "get_data")]
     assert [share.sum() for share in shares] == pytest.approx([100] * 4)  # the prediction's is filled too
@@ -240,8 +246,10 @@ def test_reliability_shows_the_prediction_and_the_heads_it_is_made_of(real):
 def test_confusion_stacks_every_group(real):
     axes = figure_of(real, "confusion").axes[0]
     widths = [patch.get_width() for patch in axes.patches][:24]
-    content = real["confusion"]
-    expected = [value for group in GROUPS[1:] for kind in ("shares", "even") for value in content[kind][group].values()]
+    content = real.confusion
+    expected = [
+        value for group in GROUPS[1:] for kind in ("shares", "even") for value in getattr(content, kind)[group].values()
+    ]
     assert widths == pytest.approx(expected)
     assert axes.get_yticklabels()[0].get_text() == "many\n68 images"
     for place, group in enumerate(GROUPS[1:]):
@@ -261,13 +269,13 @@ def test_trend_has_a_point_for_each_class_and_the_line(real):
     axes = figure.axes[0]
     *groups, line = axes.lines
     points = np.concatenate([np.column_stack(group.get_data()) for group in groups])
-    expected = np.column_stack([real["class_counts"], real["heads"]["prediction"]["per_class"]])
+    expected = np.column_stack([real.class_counts, real.heads["prediction"].per_class])
     np.testing.assert_allclose(points, expected)
     assert [group.get_color() for group in groups] == list(GROUP_COLORS.values())
-    trend = real["trend"]
+    trend = real.trend
     x, y = line.get_data()
-    assert y == pytest.approx(trend["intercept"] + trend["slope"] * np.log10(x))
-    assert texts(figure)[-1].startswith(f"{trend['slope']:+.1f} points".replace("-", "−"))
+    assert y == pytest.approx(trend.intercept + trend.slope * np.log10(x))
+    assert texts(figure)[-1].startswith(f"{trend.slope:+.1f} points".replace("-", "−"))
     assert axes.get_xscale() == "log"
     # Classes without images have no point, balanced ones no line, and many classes are means of neighbours.
     assert len(figure_of(EXTREMES["two classes, one without images"], "trend").axes[0].lines) == 1
@@ -277,16 +285,17 @@ def test_trend_has_a_point_for_each_class_and_the_line(real):
 
 def test_costs_are_ours_beside_table_6(real):
     panels = figure_of(real, "costs").axes
-    ours = [real["efficiency"][name] for name in ("inference", "all_heads")]
-    for axes, key, unit in zip(panels, ("parameters", "macs", "peak_memory"), (1e3, 1e9, 2**20), strict=True):
-        rows = [*ours, *(TABLE_6.values() if key != "peak_memory" else ())]
-        assert [patch.get_width() for patch in axes.patches] == pytest.approx([row[key] / unit for row in rows])
+    rows = [real.efficiency.inference, real.efficiency.all_heads, *(Cost(**values) for values in TABLE_6.values())]
+    for axes, key, unit in zip(panels, ("parameters", "macs"), (1e3, 1e9), strict=True):
+        assert [patch.get_width() for patch in axes.patches] == pytest.approx(
+            [getattr(row, key) / unit for row in rows]
+        )
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names[0] == "this model, inference"
     assert "SADE, paper" in names
     # One head, and another size of image, whose operations Table 6 has not.
     panels = figure_of(EXTREMES["two balanced classes"], "costs").axes
-    assert [len(axes.patches) for axes in panels] == [4, 1, 1]
+    assert [len(axes.patches) for axes in panels] == [4, 1]
 
 
 def test_accuracy_by_head_has_every_head(real):

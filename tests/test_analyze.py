@@ -4,14 +4,16 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 from mbib_timm.analysis import analyze as analyze_module
-from mbib_timm.analysis.analyze import analyze, analyze_run
-from mbib_timm.analysis.figures import analysis_figures
+from mbib_timm.analysis.analysis_figures import analysis_figures
+from mbib_timm.analysis.analysis_record import read_analysis
+from mbib_timm.analysis.analyze import analyze
 from mbib_timm.cli import main
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
@@ -30,7 +32,8 @@ def run(finished_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(run):
-    return analyze_run(str(run), overrides={"device": "cpu"}, images_per_class=8)
+    (analysis,) = analyze([str(run)], overrides={"device": "cpu"}, images_per_class=8)
+    return analysis
 
 
 def refuse(constant):
@@ -39,55 +42,58 @@ def refuse(constant):
 
 def test_the_file_holds_what_is_returned(run, result):
     text = (run / "analysis" / "analysis.json").read_text()
-    assert json.loads(text, parse_constant=refuse) == result
+    content = json.loads(text, parse_constant=refuse)
+    assert content == asdict(result)
+    assert read_analysis(run) == result
+    assert read_analysis(run / "analysis") == result  # as results are kept
     assert sorted(path.name for path in (run / "analysis").iterdir()) == ["analysis.json", "figures"]
     drawn = {f"{figure.name}.{form}" for figure in analysis_figures(result) for form in ("png", "pdf")}
     assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
-    assert list(result) == [
+    assert list(content) == [
         "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "prediction_heads",
-        "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend", "efficiency",
-        "environment",
+        "environment", "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend",
+        "efficiency",
     ]  # fmt: skip
-    assert (result["name"], result["model"]) == ("mbib_resnet20.digits", "mbib_resnet20")
-    assert (result["epochs"], result["seed"], result["split"], result["images"]) == (3, 0, "test", 340)
-    assert result["class_names"] == json.loads((run / "metrics.json").read_text())["class_names"]
+    assert (result.name, result.model) == ("mbib_resnet20.digits", "mbib_resnet20")
+    assert (result.epochs, result.seed, result.split, result.images) == (3, 0, "test", 340)
+    assert result.class_names == json.loads((run / "metrics.json").read_text())["class_names"]
 
 
 def test_accuracies_are_those_of_validate(run, result, capsys):
     validated = validate(str(run), overrides={"device": "cpu"})
-    assert list(result["heads"]) == HEADS
+    assert list(result.heads) == HEADS
     for head, values in validated.heads.items():
         for metric in ("top1", "macro", "many", "medium", "few", "nll", "ece"):
-            assert result["heads"][head][metric] == pytest.approx(getattr(values, metric), rel=1e-5)
-        assert result["heads"][head]["per_class"] == pytest.approx(values.per_class, rel=1e-5)
-        assert result["reliability"][head]["ece"] == pytest.approx(values.ece, rel=1e-4)
-    assert result["class_counts"] == validated.class_counts
+            assert getattr(result.heads[head], metric) == pytest.approx(getattr(values, metric), rel=1e-5)
+        assert result.heads[head].per_class == pytest.approx(values.per_class, rel=1e-5)
+        assert result.reliability[head].ece == pytest.approx(values.ece, rel=1e-4)
+    assert result.class_counts == validated.class_counts
 
 
 def test_the_parts_agree_with_one_another(result):
-    prediction = result["heads"]["prediction"]
-    for group, share in result["confusion"]["shares"].items():
-        assert share["correct"] == pytest.approx(prediction[group], rel=1e-5)  # every class has 34 images
-    slope = np.polyfit(np.log10(result["class_counts"]), prediction["per_class"], 1)[0]
-    assert result["trend"]["slope"] == pytest.approx(slope, rel=1e-4)
+    prediction = result.heads["prediction"]
+    for group, share in result.confusion.shares.items():
+        assert share["correct"] == pytest.approx(getattr(prediction, group), rel=1e-5)  # every class has 34 images
+    slope = np.polyfit(np.log10(result.class_counts), prediction.per_class, 1)[0]
+    assert result.trend.slope == pytest.approx(slope, rel=1e-4)
     for head in HEADS:
-        assert len(result["positive_posterior"][head]) == 10
-        assert all(0 < value < 1 for value in result["positive_posterior"][head])
+        assert len(result.positive_posterior[head]) == 10
+        assert all(0 < value < 1 for value in result.positive_posterior[head])
         # By Jensen's inequality log mean q >= mean log q; all classes have as many images.
-        mean = sum(result["positive_posterior"][head]) / 10
-        assert math.log(mean) >= -result["heads"][head]["nll"]
-    assert list(result["distances"]) == ["v", "z"]
-    for groups in result["distances"].values():
+        mean = sum(result.positive_posterior[head]) / 10
+        assert math.log(mean) >= -result.heads[head].nll
+    assert list(result.distances) == ["v", "z"]
+    for groups in result.distances.values():
         for values in groups.values():
-            assert values["rho"] == pytest.approx(values["intra"] / values["inter"], rel=1e-5)
-    embedding = result["embedding"]
-    assert sorted(embedding["classes"]) == list(range(10))
-    assert embedding["labels"] == [label for label in embedding["classes"] for _ in range(8)]
-    assert embedding["perplexity"] == pytest.approx(79 / 3, rel=1e-5)
-    for points in embedding["points"].values():
+            assert values.rho == pytest.approx(values.intra / values.inter, rel=1e-5)
+    embedding = result.embedding
+    assert sorted(embedding.classes) == list(range(10))
+    assert embedding.labels == [label for label in embedding.classes for _ in range(8)]
+    assert embedding.perplexity == pytest.approx(79 / 3, rel=1e-5)
+    for points in embedding.points.values():
         assert np.array(points).shape == (80, 2)
         assert points == np.round(points, 2).tolist()
-    assert result["efficiency"]["input_size"] == [3, 640, 640]
+    assert result.efficiency.input_size == [3, 640, 640]
 
 
 def test_two_runs_are_compared(run, result, tmp_path, capsys):
@@ -108,24 +114,24 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     ]
     compared = sorted(path.relative_to(output).as_posix() for path in output.rglob("*difference.png"))
     assert compared == [f"cifar_resnet20.ce_digits-{i}/figures/positive_posterior_difference.png" for i in (2, 3)]
-    assert list(results[1]["heads"]) == ["prediction"]
-    assert list(results[1]["distances"]) == list(results[1]["embedding"]["points"]) == ["v"]
-    assert results[0]["embedding"]["classes"] == [2, 9]
+    assert list(results[1].heads) == ["prediction"]
+    assert list(results[1].distances) == list(results[1].embedding.points) == ["v"]
+    assert results[0].embedding.classes == [2, 9]
     # But for the embedding, where it goes changes nothing.
     for part in ("heads", "positive_posterior", "distances", "confusion", "reliability"):
-        assert results[0][part] == result[part]
+        assert getattr(results[0], part) == getattr(result, part)
 
     text = capsys.readouterr().out
     rows = {line.split("  ")[0]: line.split()[-4:] for line in text.splitlines()}
     for name in ("v", "z"):
-        rhos = [result["distances"][name][group]["rho"] for group in ("all", "many", "medium", "few")]
+        rhos = [result.distances[name][group].rho for group in ("all", "many", "medium", "few")]
         assert any(line.split() == ["rho", "of", name, *(f"{x:.3f}" for x in rhos)] for line in text.splitlines())
     title = "mean positive posterior, cifar_resnet20.ce_digits (seed 5) minus mbib_resnet20.digits (seed 0)"
     assert text.count(title) == 2
-    few = [i for i, n in enumerate(result["class_counts"]) if n < 20]
-    first, other = (r["positive_posterior"]["prediction"] for r in results[:2])
+    few = [i for i, n in enumerate(result.class_counts) if n < 20]
+    first, other = (r.positive_posterior["prediction"] for r in results[:2])
     assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"
-    assert f"accuracy: {result['trend']['slope']:+.1f} points for ten times the training images" in text
+    assert f"accuracy: {result.trend.slope:+.1f} points for ten times the training images" in text
 
 
 def test_runs_with_different_numbers_of_classes_are_refused(run, tmp_path):
@@ -141,19 +147,19 @@ def test_runs_with_different_numbers_of_classes_are_refused(run, tmp_path):
 def test_what_is_refused(run, tmp_path, monkeypatch):
     cpu = {"device": "cpu"}
     with pytest.raises(MbibError, match=r"no class 10 to embed: labels lie in 0\.\.9"):
-        analyze_run(str(run), overrides=cpu, output=tmp_path / "new", classes=[3, 10])
+        analyze([str(run)], overrides=cpu, output=tmp_path / "new", classes=[3, 10])
     with pytest.raises(MbibError, match=r"holds no config\.json"):
-        analyze_run(str(tmp_path), overrides=cpu)
+        analyze([str(tmp_path)], overrides=cpu)
     with pytest.raises(MbibError, match=r"is no run's folder: say with --output DIR"):
-        analyze_run("mbib_resnet32.cifar100_lt_if100", overrides=cpu)
+        analyze(["mbib_resnet32.cifar100_lt_if100"], overrides=cpu)
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "class_counts": [50] * 7}))
     with pytest.raises(MbibError, match="tells 10 classes apart, but the data have 7"):
-        analyze_run(str(other), overrides=cpu, output=tmp_path / "new")
+        analyze([str(other)], overrides=cpu, output=tmp_path / "new")
     monkeypatch.setattr(analyze_module, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
     with pytest.raises(MbibError, match="one process, not in 2"):
-        analyze_run(str(run), overrides=cpu, output=tmp_path / "new")
+        analyze([str(run)], overrides=cpu, output=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -161,7 +167,7 @@ def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     monkeypatch.setattr(analyze_module, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
-        analyze_run(str(run), overrides={"device": "cpu"})
+        analyze([str(run)], overrides={"device": "cpu"})
 
 
 def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):

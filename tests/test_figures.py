@@ -29,12 +29,12 @@ def result(classes, few=None):
 
 
 def drawn(draw, theme=LIGHT):
-    """Return the figure's pixels; it must hold more than paper, which is that of the theme."""
+    """Return the figure's pixels; it must hold more than its background, which is the theme's."""
     image = Image.open(io.BytesIO(render(draw, ("png",), theme)["png"])).convert("RGB")
-    paper = np.array([int(theme.paper[i : i + 2], 16) for i in (1, 3, 5)])
+    background = np.array([int(theme.background[i : i + 2], 16) for i in (1, 3, 5)])
     pixels = np.asarray(image).astype(int)
-    assert (pixels[0, 0] == paper).all()
-    assert (np.abs(pixels - paper).max(axis=-1) > 100).mean() > 0.002
+    assert (pixels[0, 0] == background).all()
+    assert (np.abs(pixels - background).max(axis=-1) > 100).mean() > 0.002
     return pixels
 
 
@@ -106,10 +106,10 @@ def test_every_figure_of_a_run_in_every_format_and_theme(illustration):
         assert light[form].startswith(start)
         assert light[form] != dark[form]
     drawn(draw, DARK)
-    # An SVG takes the paper of the page that it stands in, and has ink that is legible there.
+    # An SVG takes the background of the page that it stands in, and a foreground that is legible there.
     for files, theme in ((light, LIGHT), (dark, DARK)):
-        assert theme.paper not in re.findall(r"fill: (#\w{6})", files["svg"].decode())
-    assert DARK.ink in dark["svg"].decode()
+        assert theme.background not in re.findall(r"fill: (#\w{6})", files["svg"].decode())
+    assert DARK.foreground in dark["svg"].decode()
 
 
 def test_drawing_leaves_matplotlibs_settings_alone():

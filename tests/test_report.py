@@ -11,7 +11,7 @@ import yaml
 from browser import open_page
 from headers import header
 
-from mbib_timm.analysis.analyze import analyze_run
+from mbib_timm.analysis.analyze import analyze
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import packaged_recipes, recipe_name
@@ -280,7 +280,7 @@ def reported(tmp_path_factory, finished_run):
     root = tmp_path_factory.mktemp("report")
     run = root / "analyzed"
     shutil.copytree(finished_run, run)
-    analyze_run(str(run), images_per_class=10)
+    analyze([str(run)], images_per_class=10)
     (run / "notes.md").write_text("Trained for a test.\n\nIts `few` classes <are> few.\n")
     flags = ["--epochs", "2", "--device", "cpu", "--output", str(root / "runs"), "--results", str(root / "results")]
     # One seed is enough here: others are for the tests of sweeps.

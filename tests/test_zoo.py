@@ -56,7 +56,7 @@ def test_the_data_set_is_the_end_of_the_tag(name, title):
 
 
 def test_a_card_names_the_data_set_of_every_name():
-    """Also where a method's name begins as another's does, as `sade_mbib` and `sade` do, and where a tag says more."""
+    """Also where one method's name begins as another's does, `sade` and `sade_mbib`, and where a tag says more."""
     for model in ZOO:
         assert dataset_title(SimpleNamespace(name=model.name)) == model.dataset.title
     assert data_of("mbib_experts_resnet32.sade_mbib_cifar100_lt_if100") == "cifar100_lt_if100"

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from benchmarking.table import markdown, read_results
 
-from mbib_timm.analysis.figures import analysis_figures
+from mbib_timm.analysis.analysis_figures import analysis_figures
+from mbib_timm.analysis.analysis_record import read_analysis, write_analysis
 from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import longest_epochs
@@ -60,9 +61,10 @@ def add(run: Path, results: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     write_record(target, finished.record)
     (target / "recipe.yaml").write_bytes(redact_recipe(run / "recipe.yaml"))
-    for source in (run / HISTORY, run / "analysis" / "analysis.json"):
-        if source.is_file():
-            shutil.copyfile(source, target / source.name)
+    if (run / HISTORY).is_file():
+        shutil.copyfile(run / HISTORY, target / HISTORY)
+    if (analysis := read_analysis(run)) is not None:
+        write_analysis(target, analysis)
     draw(target)
     return target
 
@@ -76,8 +78,8 @@ def draw(result: Path) -> None:
     """Draw a result's figures from its record, its history and its analysis."""
     run = read_run(result)
     draw_figures(result, run.history, run.record)
-    if run.analysis is not None:
-        write_illustrations(result / "figures", analysis_figures(run.analysis))
+    if (analysis := read_analysis(result)) is not None:
+        write_illustrations(result / "figures", analysis_figures(analysis))
 
 
 def table(results: Path) -> str:

@@ -1,23 +1,24 @@
 """`mbib analyze`: everything the analyses say of trained models, as JSON, as a short text and as figures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures
+from mbib_timm.analysis.analysis_record import FOLDER, Analysis, Subject, measure, rounded, write_analysis
 from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
-from mbib_timm.analysis.figures import analysis_figures, comparison_figures
+from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group, posterior_difference
 from mbib_timm.analysis.outputs import collect_outputs
-from mbib_timm.analysis.results import all_analyses, rounded, write_analysis
-from mbib_timm.analysis.summary import comparison_text, summary_text
 from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import Target, find_target, open_target
 from mbib_timm.files import read_json
+from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_environment, redact_model
+from mbib_timm.results.tables import Table
 
 
 def analyze(
@@ -29,8 +30,8 @@ def analyze(
     output: Path | None = None,
     classes: Sequence[int] | None = None,
     images_per_class: int = IMAGES_PER_CLASS,
-) -> list[dict[str, Any]]:
-    """Analyze trained models, print a summary of each, and compare each further one with the first.
+) -> list[Analysis]:
+    """Analyze trained models: write ``analysis.json``, print a summary, draw, and compare each model with the first.
 
     Args:
         targets: runs' folders, ``local-dir:FOLDER``, ``hf-hub:REPO``, or timm model names.
@@ -44,10 +45,11 @@ def analyze(
         images_per_class: images of each to embed.
 
     Returns:
-        What `analyze_run` returns, for each target.
+        What the files hold, for each target.
 
     Raises:
-        MbibError: what `analyze_run` raises, and runs with different numbers of classes.
+        MbibError: nothing there to analyze, no place for the results, data that do not fit the model, runs with
+            different numbers of classes, several processes, or no scikit-learn.
     """
     found = [find_target(target, recipe, overrides) for target in targets]
     sizes = [len(target.class_counts()) for target in found]
@@ -58,14 +60,17 @@ def analyze(
             )
     given = _folders(targets, output)
     folders = [folder or _own_folder(target) for folder, target in zip(given, found, strict=True)]
-    results: list[dict[str, Any]] = []
+    analyses: list[Analysis] = []
     for target, folder in zip(found, folders, strict=True):
-        results.append(_analyze(target, folder, split, classes, images_per_class))
-        print(summary_text(results[-1]))
-    for folder, other in zip(folders[1:], results[1:], strict=True):
-        print(comparison_text(results[0], other))
-        _draw(folder, comparison_figures(results[0], other))
-    return results
+        analysis = _analyze(target, split, classes, images_per_class)
+        write_analysis(folder, analysis)
+        _draw(folder, analysis_figures(analysis))
+        print(summary_text(analysis))
+        analyses.append(analysis)
+    for folder, other in zip(folders[1:], analyses[1:], strict=True):
+        print(comparison_text(analyses[0], other))
+        _draw(folder, comparison_figures(analyses[0], other))
+    return analyses
 
 
 def _draw(folder: Path, illustrations: Sequence[Illustration]) -> None:
@@ -84,41 +89,15 @@ def _folders(targets: Sequence[str], output: Path | None) -> Sequence[Path | Non
     return [output / name for name in unique]
 
 
-def analyze_run(
-    target: str,
-    *,
-    recipe: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    split: str | None = None,
-    output: Path | None = None,
-    classes: Sequence[int] | None = None,
-    images_per_class: int = IMAGES_PER_CLASS,
-) -> dict[str, Any]:
-    """Analyze a trained model over a split, write the results as ``analysis.json``, and draw them.
-
-    Args:
-        target: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
-        recipe: name of the recipe that says which data; a run's folder and a published model have their own.
-        overrides: recipe keys to replace.
-        split: split to analyze; by default the one that the run's result is on.
-        output: folder of the file; by default ``analysis`` in the run's folder.
-        classes: labels of the classes to embed; by default ten from the head to the tail.
-        images_per_class: images of each to embed.
-
-    Returns:
-        The file's content: numbers with six digits, and None for what cannot be measured.
-
-    Raises:
-        MbibError: nothing there to analyze, no place for the results, data that do not fit the model, several
-            processes, or no scikit-learn.
-    """
-    found = find_target(target, recipe, overrides)
-    return _analyze(found, output or _own_folder(found), split, classes, images_per_class)
+def _own_folder(target: Target) -> Path:
+    # Not the folder of a published model, which is the package's.
+    source = target.source
+    if source.folder is None or not source.name.startswith("local-dir:"):
+        raise MbibError(f"{target.name} is no run's folder: say with --output DIR where the analysis goes")
+    return source.folder / FOLDER
 
 
-def _analyze(
-    found: Target, folder: Path, split: str | None, classes: Sequence[int] | None, images_per_class: int
-) -> dict[str, Any]:
+def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, images_per_class: int) -> Analysis:
     require_scikit_learn()
     world = join_world(found.recipe.device)
     try:
@@ -129,29 +108,18 @@ def _analyze(
         _check_classes(classes, len(counts))
         channels_last = found.recipe.channels_last
         outputs = collect_outputs(model, opened.loader, counts, device=world.device, channels_last=channels_last)
-        result = {
+        analysis = Analysis(
             **_description(found.source),
-            "split": opened.split,
-            "images": len(outputs.labels),
-            "class_counts": counts.tolist(),
-            "prediction_heads": list(getattr(model, "prediction_heads", ())),
-            **all_analyses(model, outputs, counts, opened.input_size, classes, images_per_class),
-            "environment": asdict(redact_environment(describe_environment(world))),
-        }
+            split=opened.split,
+            images=len(outputs.labels),
+            class_counts=counts.tolist(),
+            prediction_heads=list(getattr(model, "prediction_heads", ())),
+            environment=redact_environment(describe_environment(world)),
+            **measure(Subject(model, outputs, counts, opened.input_size, classes, images_per_class)),
+        )
     finally:
         leave_world()
-    content: dict[str, Any] = rounded(result)
-    write_analysis(folder, content)
-    _draw(folder, analysis_figures(content))
-    return content
-
-
-def _own_folder(target: Target) -> Path:
-    # Not the folder of a published model, which is the package's.
-    source = target.source
-    if source.folder is None or not source.name.startswith("local-dir:"):
-        raise MbibError(f"{target.name} is no run's folder: say with --output DIR where the analysis goes")
-    return source.folder / "analysis"
+    return rounded(analysis)
 
 
 def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
@@ -161,7 +129,7 @@ def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
 
 
 def _description(source: Source) -> dict[str, Any]:
-    """Return what is known of the run: its name, model, class names, epochs and seed; None for what is not."""
+    """Return the fields of `Analysis` that say which run it is; None for what is not known."""
     config, file = source.config(), source.file(RECORD)
     record = None if file is None else read_json(RunRecord, file, "the record of a run")
     architecture = config.get("architecture") or (record.model if record else source.name.partition(".")[0])
@@ -174,3 +142,60 @@ def _description(source: Source) -> dict[str, Any]:
         "seed": record.seed if record else None,
         "class_names": None if names is None else list(names),
     }
+
+
+def summary_text(analysis: Analysis) -> str:
+    """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
+    metrics = analysis.heads[PREDICTION]
+    top1 = {"all": metrics.top1, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
+    groups = Table(
+        ["", *GROUPS],
+        [
+            ["top-1, %", *_cells(top1, "{:.2f}")],
+            *(
+                [f"rho of {name}", *_cells({group: values.rho for group, values in by_group.items()}, "{:.3f}")]
+                for name, by_group in analysis.distances.items()
+            ),
+            ["mean positive posterior", *_cells(mean_by_shot_group(analysis.posterior, analysis.counts), "{:.3f}")],
+        ],
+    )
+    confusion = []
+    for group, shares in analysis.confusion.shares.items():
+        even = analysis.confusion.even[group]
+        if shares is not None and even is not None:
+            evenly = [value for name, value in even.items() if name != "correct"]
+            confusion.append([group, *(f"{value:.1f}" for value in [*shares.values(), *evenly])])
+    header = ["of the true group, %", "correct", "wrong to many", "medium", "few", "(evenly: many", "medium", "few)"]
+    lines = [
+        f"{analysis.name} on {analysis.split}: {analysis.images} images",
+        *groups.lines(),
+        "",
+        *Table(header, confusion).lines(),
+        "",
+    ]
+    trend = analysis.trend
+    if trend.slope is not None:
+        explained = "" if trend.r2 is None else f" (R^2 {trend.r2:.2f})"
+        lines.append(f"accuracy: {trend.slope:+.1f} points for ten times the training images{explained}")
+    errors = [f"{head} {values.ece:.2f}" for head, values in analysis.reliability.items()]
+    lines.append(f"calibration error, %: {', '.join(errors)}")
+    size = "x".join(map(str, analysis.efficiency.input_size))
+    for name, cost in (("inference", analysis.efficiency.inference), ("all heads", analysis.efficiency.all_heads)):
+        lines.append(f"{name} at {size}: {cost.parameters / 1e3:.2f} k parameters, {cost.macs / 1e9:.2f} GMACs")
+    return "\n".join(lines) + "\n"
+
+
+def comparison_text(first: Analysis, other: Analysis) -> str:
+    """Return how the mean positive posterior of a run differs from the first run's, by shot group (figure 7).
+
+    Args:
+        first: its training counts decide the shot groups.
+        other: of another run with as many classes.
+    """
+    difference = mean_by_shot_group(posterior_difference(other.posterior, first.posterior), first.counts)
+    title = f"mean positive posterior, {other.title} minus {first.title}"
+    return "\n".join([title, *Table(["", *GROUPS], [["difference", *_cells(difference, "{:+.3f}")]]).lines()]) + "\n"
+
+
+def _cells(values: Mapping[str, float | None], form: str) -> list[str]:
+    return ["-" if value is None else form.format(value) for value in (values[group] for group in GROUPS)]

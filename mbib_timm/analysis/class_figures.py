@@ -1,12 +1,11 @@
 """Figures of an analysis that show single classes: their posterior, their accuracy and their features."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mbib_timm.analysis.posterior import mean_by_shot_group, posterior_difference
-from mbib_timm.analysis.summary import as_array, run_title
+from mbib_timm.analysis.analysis_record import Analysis, with_nan
+from mbib_timm.analysis.measures import mean_by_shot_group, posterior_difference
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
@@ -19,47 +18,43 @@ from mbib_timm.drawing import (
     VERMILION,
     background,
     canvas,
-    ink,
+    foreground,
 )
+from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.run_figures import class_bars, class_bars_title, name_classes, neighbours, shortened
 
 # Eight colours and seven shapes, counted up together, filled in the first round of colours and hollow after it.
-CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)  # and ink
+CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)  # and the foreground
 CLASS_MARKERS = "o^sDvPX"
 SEPARATE_POINTS = 2000  # with more classes, a point is the mean of neighbours
 TITLE = 70  # as many letters as stand above a figure
 
 
-def positive_posterior(analysis: Mapping[str, Any]) -> Any:
-    """Draw the prediction's mean positive posterior of each class (equation 14 and figure 7 (a) and (d)).
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    values = as_array(analysis["positive_posterior"]["prediction"])
-    figure, axes, classes_a_bar = _posterior_bars(analysis, values, "{:.2f}")
+def draw_positive_posterior(analysis: Analysis) -> Any:
+    """Draw the prediction's mean positive posterior of each class (equation 14 and figure 7 (a) and (d))."""
+    figure, axes, classes_a_bar = _posterior_bars(analysis, analysis.posterior, "{:.2f}")
     axes.set_title(class_bars_title("Mean positive posterior of the prediction", classes_a_bar))
     axes.set(ylabel="mean probability\nof the true class", ylim=(0, 1))
     return figure
 
 
-def posterior_change(first: Mapping[str, Any], other: Mapping[str, Any]) -> Any:
+def draw_posterior_change(first: Analysis, other: Analysis) -> Any:
     """Draw how a run's mean positive posterior differs from another's, by class (figure 7 (b), (c) and (e)).
 
     Args:
-        first: what `analyze_run` returns; its training counts sort the classes.
-        other: that of another run with as many classes.
+        first: its training counts sort the classes.
+        other: of another run with as many classes.
 
     Raises:
         MbibError: different numbers of classes.
     """
-    posteriors = [as_array(run["positive_posterior"]["prediction"]) for run in (other, first)]
-    figure, axes, classes_a_bar = _posterior_bars(first, posterior_difference(*posteriors), "{:+.3f}")
-    axes.axhline(0, color=ink(), linewidth=0.8)
+    difference = posterior_difference(other.posterior, first.posterior)
+    figure, axes, classes_a_bar = _posterior_bars(first, difference, "{:+.3f}")
+    axes.axhline(0, color=foreground(), linewidth=0.8)
     heights = [1.08 * patch.get_height() for patch in axes.patches]
     # Runs that agree have a flat line, and not an axis of rounding errors.
     axes.set_ylim(min(-0.005, *heights), max(0.005, *heights))
-    title = [shortened(run_title(other), TITLE), f"minus {shortened(run_title(first), TITLE)}"]
+    title = [shortened(other.title, TITLE), f"minus {shortened(first.title, TITLE)}"]
     axes.set_title("\n".join([*title, f"mean of {classes_a_bar} neighbours"][: 2 + (classes_a_bar > 1)]))
     axes.set_ylabel("difference of the mean\nprobability of the true class")
     return figure
@@ -76,9 +71,9 @@ def outline(width: float = 2.5) -> list[Any]:
     return [withStroke(linewidth=width, foreground=background())]
 
 
-def _posterior_bars(analysis: Mapping[str, Any], values: np.ndarray, form: str) -> tuple[Any, Any, int]:
+def _posterior_bars(analysis: Analysis, values: np.ndarray, form: str) -> tuple[Any, Any, int]:
     """Draw a bar for each class, and a line at each shot group's mean, which the legend says."""
-    counts = np.array(analysis["class_counts"])
+    counts = analysis.counts
     groups, means = shot_groups(counts), mean_by_shot_group(values, counts)
     labels = {
         name: f"{name} ({_classes(len(groups[name]))})"
@@ -88,7 +83,7 @@ def _posterior_bars(analysis: Mapping[str, Any], values: np.ndarray, form: str) 
     }
     figure, axes = canvas(6.5, 3.8)
     classes_a_bar = class_bars(axes, values, counts, labels)
-    name_classes(axes, counts, analysis["class_names"])
+    name_classes(axes, counts, analysis.class_names)
     start, label = 0.5, "mean of the shot group"
     for name, classes in groups.items():
         mean = means[name]
@@ -96,7 +91,7 @@ def _posterior_bars(analysis: Mapping[str, Any], values: np.ndarray, form: str) 
             span = [start, start + len(classes)]
             # Flat ends stay between the group's first and last bar.
             axes.plot(
-                span, [mean, mean], color=ink(), linewidth=1.6, label=label, path_effects=outline(3.2),
+                span, [mean, mean], color=foreground(), linewidth=1.6, label=label, path_effects=outline(3.2),
                 solid_capstyle="butt",
             )  # fmt: skip
             label = "_"
@@ -107,14 +102,10 @@ def _posterior_bars(analysis: Mapping[str, Any], values: np.ndarray, form: str) 
     return figure, axes, classes_a_bar
 
 
-def accuracy_trend(analysis: Mapping[str, Any]) -> Any:
-    """Draw the prediction's accuracy on each class against its training images, and the line of `trend`.
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    counts = np.array(analysis["class_counts"])
-    accuracy = as_array(analysis["heads"]["prediction"]["per_class"])
+def draw_accuracy_trend(analysis: Analysis) -> Any:
+    """Draw the prediction's accuracy on each class against its training images, and the line of `trend`."""
+    counts = analysis.counts
+    accuracy = with_nan(analysis.heads[PREDICTION].per_class)
     order = np.argsort(-counts, kind="stable")
     classes_a_point, edges_of = neighbours(counts)
     if len(counts) <= SEPARATE_POINTS:
@@ -131,13 +122,13 @@ def accuracy_trend(analysis: Mapping[str, Any]) -> Any:
                 label=f"{name} ({_classes(sum(map(len, measured)))})",
             )  # fmt: skip
     least, most = counts.min() / 1.25, counts.max() * 1.25
-    trend = analysis["trend"]
-    if trend["slope"] is not None:
+    trend = analysis.trend
+    if trend.slope is not None and trend.intercept is not None:
         ends = np.array([least, most])
-        explained = "" if trend["r2"] is None else f", $R^2$ = {trend['r2']:.2f}"
+        explained = "" if trend.r2 is None else f", $R^2$ = {trend.r2:.2f}"
         axes.plot(
-            ends, trend["intercept"] + trend["slope"] * np.log10(ends), color=ink(), linewidth=1.8,
-            label=f"{trend['slope']:+.1f} points for ten times the images{explained}".replace("-", "−"),
+            ends, trend.intercept + trend.slope * np.log10(ends), color=foreground(), linewidth=1.8,
+            label=f"{trend.slope:+.1f} points for ten times the images{explained}".replace("-", "−"),
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = [step * 10**power for power in range(8) for step in ((1, 2, 5) if most < 5000 * least else (1,))]
@@ -153,22 +144,18 @@ def accuracy_trend(analysis: Mapping[str, Any]) -> Any:
     return figure
 
 
-def embedding(analysis: Mapping[str, Any]) -> Any:
-    """Draw the features of some classes in the plane, a panel for each kind of features (figure 8).
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    shown, counts = analysis["embedding"], analysis["class_counts"]
-    labels, names = np.array(shown["labels"]), analysis["class_names"]
-    classes = sorted(shown["classes"], key=lambda label: -counts[label])
-    colors = (*CLASS_COLORS, ink())
+def draw_embedding(analysis: Analysis) -> Any:
+    """Draw the features of some classes in the plane, a panel for each kind of features (figure 8)."""
+    shown, counts = analysis.embedding, analysis.class_counts
+    labels, names = np.array(shown.labels), analysis.class_names
+    classes = sorted(shown.classes, key=lambda label: -counts[label])
+    colors = (*CLASS_COLORS, foreground())
     columns = min(4, len(classes)) if names is None else min(3, len(classes))
-    panels = len(shown["points"])
+    panels = len(shown.points)
     width = 6.5 if panels > 1 else 5.0
     rows = -(-len(classes) // columns)
     figure, axes = canvas(width, 3.2 * (1.25 if panels == 1 else 1) + 0.18 * rows, columns=panels)
-    for place, (panel, (features, points)) in enumerate(zip(np.atleast_1d(axes), shown["points"].items(), strict=True)):
+    for place, (panel, (features, points)) in enumerate(zip(np.atleast_1d(axes), shown.points.items(), strict=True)):
         plane = np.array(points)
         for i, label in enumerate(classes):
             x, y = plane[labels == label].T

@@ -1,14 +1,67 @@
 """Features of some classes in the plane, by t-SNE (van der Maaten & Hinton 2008; appendix E and figure 8)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from mbib_timm.errors import MbibError
 
 CLASSES = 10  # as figure 8 has them
 IMAGES_PER_CLASS = 100
 PERPLEXITY = 30.0
+SEED = 0  # of the images that are shown, and of t-SNE
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Images of some classes in the plane.
+
+    Attributes:
+        classes: those that are shown.
+        labels: true class of each of the M images, class by class.
+        points: by the features' name a place (x, y) for each image.
+        perplexity: of t-SNE.
+        seed: of the choice of images, and of t-SNE.
+    """
+
+    classes: list[int]
+    labels: list[int]
+    points: dict[str, list[list[float]]]
+    perplexity: float
+    seed: int
+
+
+def embed(
+    features: Mapping[str, Tensor],
+    labels: np.ndarray,
+    class_counts: np.ndarray,
+    classes: Sequence[int] | None = None,
+    images_per_class: int = IMAGES_PER_CLASS,
+) -> Embedding:
+    """Put images of some classes in the plane, the same images for every kind of features.
+
+    Args:
+        features: of every image by name, (N, C) each.
+        labels: true classes, (N,), int64.
+        class_counts: training images of each class, (K,).
+        classes: labels of those to show; ten from the head to the tail when None.
+        images_per_class: of each.
+
+    Raises:
+        MbibError: classes without images, fewer than four images, or no scikit-learn.
+    """
+    chosen = spread_classes(labels, class_counts) if classes is None else list(dict.fromkeys(classes))
+    places = choose_images(labels, chosen, images_per_class, SEED)
+    points = {name: tsne(values[places].numpy(), SEED).astype(np.float64) for name, values in features.items()}
+    return Embedding(
+        classes=chosen,
+        labels=labels[places].tolist(),
+        points={name: np.round(plane, 2).tolist() for name, plane in points.items()},
+        perplexity=perplexity_for(len(places)),
+        seed=SEED,
+    )
 
 
 def require_scikit_learn() -> None:

@@ -1,6 +1,9 @@
-"""Parameters and multiply-accumulates (MACs) of a model, as Table 6 of the paper counts them."""
+"""Parameters and multiply-accumulates (MACs) of a model, as Table 6 of the paper counts them (section 4.7)."""
 
+import copy
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,13 +11,17 @@ from torch import Tensor, nn
 
 from mbib_timm.models.heads import CosineClassifier
 
+TABLE_6_SIZE = (640, 640)
+
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of learnable parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+def count_macs(
+    model: nn.Module, input_size: tuple[int, int, int], forward: Callable[[Tensor], Any] | None = None
+) -> dict[str, int]:
     """Count the operations of one forward pass over one image, by kind of layer.
 
     A multiply-accumulate of a convolution, linear layer or classifier counts 1; BatchNorm counts 2 per output
@@ -24,6 +31,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     Args:
         model: a model on any device.
         input_size: image size (C, H, W).
+        forward: the model's forward pass, where it is not that of calling it.
 
     Returns:
         MACs of ``conv``, ``linear``, ``norm``, ``act`` and ``pool`` layers, and their sum as ``total``.
@@ -50,10 +58,70 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     parameter = next(model.parameters())
     try:
         with torch.no_grad():
-            model(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+            (forward or model)(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
         for handle in handles:
             handle.remove()
         for norm in norms:
             norm.train()
     return {**macs, "total": sum(macs.values())}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forward pass over one image takes.
+
+    Attributes:
+        parameters: learnable ones.
+        macs: as `count_macs` has them.
+    """
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Costs of a model at one size of image.
+
+    Attributes:
+        input_size: (C, H, W).
+        inference: of the prediction alone, without classifiers that serve training only.
+        all_heads: of the logits of every head, which Table 6 counts; the same for a model of one head.
+    """
+
+    input_size: list[int]
+    inference: Cost
+    all_heads: Cost
+
+
+def efficiency(model: nn.Module, input_size: tuple[int, int, int]) -> Efficiency:
+    """Count a model's costs at Table 6's 3x640x640, in inference and with all heads.
+
+    Args:
+        model: on any device; not changed.
+        input_size: the model's own image size (C, H, W); its channels are taken, and its height and width where the
+            model cannot take 640x640.
+    """
+    complete: Any = copy.deepcopy(model).to("meta").eval()
+    bare: Any = copy.deepcopy(complete)
+    if hasattr(bare, "remove_training_heads"):
+        bare.remove_training_heads()
+    size = _size_taken(bare, input_size)
+    all_heads = getattr(complete, "forward_heads", None)
+    return Efficiency(
+        list(size),
+        Cost(count_parameters(bare), count_macs(bare, size)["total"]),
+        Cost(count_parameters(complete), count_macs(complete, size, all_heads)["total"]),
+    )
+
+
+def _size_taken(model: nn.Module, own: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return Table 6's size with the model's channels, or its own size where it cannot take that."""
+    size = (own[0], *TABLE_6_SIZE)
+    try:
+        with torch.no_grad():
+            model(torch.empty(1, *size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError):  # timm asserts the image size, others fail in a layer
+        return own
+    return size

@@ -12,7 +12,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from mbib_timm.analysis.figures import analysis_figures, comparison_figures
+from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures
+from mbib_timm.analysis.analysis_record import read_analysis
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
 from mbib_timm.methods import METHODS, method_title
@@ -171,14 +172,14 @@ def run_section(group: RunGroup) -> Section:
         section.table(_beside_the_paper(group))
         section.paragraphs(differences(group))
     section.paragraphs(run.notes)
-    illustrations = run_figures(run.history, run.record)
-    if run.analysis is not None:
+    illustrations, analysis = run_figures(run.history, run.record), read_analysis(run.folder)
+    if analysis is not None:
         # The analysis has the same figure, of the same numbers.
         illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
-        illustrations += analysis_figures(run.analysis)
+        illustrations += analysis_figures(analysis)
     for illustration in illustrations:
         section.figure(illustration)
-    if run.analysis is None:
+    if analysis is None:
         section.paragraphs(["`mbib analyze` of the run adds posteriors, distances, t-SNE, calibration and costs."])
     return section
 
@@ -261,9 +262,9 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
                 partial(comparison_curves, groups),
             )
         )
-    analyses = [group.first.analysis for group in groups if group.first.analysis is not None]
+    analyses = [analysis for group in groups if (analysis := read_analysis(group.first.folder)) is not None]
     for place, other in enumerate(analyses[1:], start=1):
-        if analyses[0]["class_counts"] == other["class_counts"]:
+        if analyses[0].class_counts == other.class_counts:
             for illustration in comparison_figures(analyses[0], other):
                 section.figure(replace(illustration, name=f"{illustration.name}-{place}"))
     return section

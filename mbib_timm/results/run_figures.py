@@ -20,7 +20,7 @@ from mbib_timm.drawing import (
     YELLOW,
     Illustration,
     canvas,
-    ink,
+    foreground,
     render,
 )
 from mbib_timm.errors import MbibError
@@ -76,8 +76,8 @@ def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustratio
         Illustration(
             "shot_groups",
             "Accuracy by head and shot group",
-            "Each colour is a head of the network, and the prediction, in ink, is what the model answers; a balanced "
-            "model has groups of one height.",
+            "Each colour is a head of the network, and the prediction, in the colour of the text, is what the model "
+            "answers; a balanced model has groups of one height.",
             lambda: shot_groups_figure(heads),
         ),
     ]
@@ -107,7 +107,7 @@ def training_curves(history: Sequence[Epoch]) -> Any:
         axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
-    left.plot(epochs, losses, color=ink(), marker="o" if len(epochs) == 1 else None)
+    left.plot(epochs, losses, color=foreground(), marker="o" if len(epochs) == 1 else None)
     left.set(ylabel="training loss", ylim=(0, 1.05 * max(losses) or 1), title="Training loss and learning rate")
     rate = _second_axis(left, "learning rate (dashed)", ORANGE)
     # An epoch's rate holds from half an epoch before its number to half an epoch after it.
@@ -119,7 +119,7 @@ def training_curves(history: Sequence[Epoch]) -> Any:
         rate.set_ylim(0, 1.05 * max(rates) or 1)
 
     right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
-    for name, color in {**GROUP_COLORS, "top1": ink()}.items():
+    for name, color in {**GROUP_COLORS, "top1": foreground()}.items():
         points = [(epoch, values[name]) for epoch, values in evaluated if values[name] is not None]
         if points:
             marker, label = "o" if len(points) == 1 else None, "all" if name == "top1" else name
@@ -153,8 +153,10 @@ def class_accuracy(
     order = name_classes(axes, class_counts, class_names)
     places = np.arange(1, len(order) + 1)
 
-    counts = _second_axis(axes, "training images a class (line)", ink())
-    counts.plot(places, class_counts[order], color=ink(), linewidth=1.2, marker="." if len(order) <= 30 else None)
+    counts = _second_axis(axes, "training images a class (line)", foreground())
+    counts.plot(
+        places, class_counts[order], color=foreground(), linewidth=1.2, marker="." if len(order) <= 30 else None
+    )
     if class_counts.min() < class_counts.max():
         counts.set_yscale("log")
         counts.yaxis.set_major_formatter("{x:g}")
@@ -273,7 +275,7 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
     # A number over each bar takes almost a third of an inch.
     figure, axes = canvas(max(6.0, 1.5 + 1.4 * len(heads)), 3.8)
     for i, head in enumerate(heads):
-        color = ink() if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
+        color = foreground() if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
         for place, metric in enumerate(columns.values()):
             value = getattr(results[head], metric)
             x = place + (i - (len(heads) - 1) / 2) * bar

@@ -1,5 +1,5 @@
-"""Finished runs as reports, cards and tools read them: the record with recipe, history and analysis, and runs of
-several seeds put together. Nothing here says where on a machine a run was made."""
+"""Finished runs as reports, cards and tools read them: the record with recipe and history, and runs of several
+seeds put together. Nothing here says where on a machine a run was made."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -47,18 +47,6 @@ class FinishedRun:
     def history(self) -> list[Epoch]:
         """The epochs of ``summary.csv``; none where it was not kept."""
         return read_history(self.folder)
-
-    @cached_property
-    def analysis(self) -> Mapping[str, Any] | None:
-        """Content of ``analysis.json``; None where the run was not analyzed."""
-        for place in (self.folder / "analysis" / "analysis.json", self.folder / "analysis.json"):
-            if place.is_file():
-                try:
-                    content: Mapping[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise MbibError(f"{place} does not hold an analysis: {error}") from None
-                return content
-        return None
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from mbib_timm.analysis.analysis_record import Analysis
 from mbib_timm.analysis.class_figures import (
-    accuracy_trend,
-    embedding,
+    draw_accuracy_trend,
+    draw_embedding,
+    draw_positive_posterior,
+    draw_posterior_change,
     outline,
-    positive_posterior,
-    posterior_change,
 )
-from mbib_timm.analysis.efficiency import TABLE_6_SIZE
-from mbib_timm.analysis.summary import GROUPS, run_title
+from mbib_timm.analysis.measures import GROUPS
 from mbib_timm.drawing import (
     BLUE,
     GREEN,
@@ -27,13 +27,12 @@ from mbib_timm.drawing import (
     Illustration,
     background,
     canvas,
-    ink,
+    foreground,
     text_on,
 )
-from mbib_timm.files import from_plain
+from mbib_timm.models.complexity import TABLE_6_SIZE, Cost
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS
-from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS, TABLE_6
 from mbib_timm.results.run_figures import drawn_heads, shot_groups_figure
 
 # Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
@@ -41,94 +40,86 @@ PARTS = (SKY, ORANGE, GREEN, PURPLE, VERMILION)
 SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 
 
-def analysis_figures(analysis: Mapping[str, Any]) -> list[Illustration]:
-    """Return all figures of an analysis.
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
+def analysis_figures(analysis: Analysis) -> list[Illustration]:
+    """Return all figures of an analysis."""
     figures = (
         (
             "accuracy_by_head", "Accuracy by shot group and head",
             "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
-            lambda run: shot_groups_figure(from_plain(dict[str, HeadMetrics], run["heads"])),
+            lambda analysis: shot_groups_figure(analysis.heads),
         ),
         (
             "trend", "Accuracy of a class by its training images",
             "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
-            accuracy_trend,
+            draw_accuracy_trend,
         ),
         (
             "confusion", "Where errors go",
             "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
             "evenly over all other classes, marks a shot group that draws errors to itself.",
-            confusion,
+            draw_confusion,
         ),
         (
             "positive_posterior", "Mean positive posterior by class",
             "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
-            positive_posterior,
+            draw_positive_posterior,
         ),
         (
             "reliability", "Reliability",
             "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
             "cautious, and of the expected calibration error (ECE) less is better.",
-            reliability,
+            draw_reliability,
         ),
         (
             "distances", "Intra-class over inter-class distance",
             "Lower is better: images of one class lie close together, and the centres of classes far apart.",
-            distances,
+            draw_distances,
         ),
         (
             "embedding", "Features of some classes in the plane",
             "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
             "of islands and the distances between them have no meaning.",
-            embedding,
+            draw_embedding,
         ),
         (
             "costs", "Costs of one image",
             "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6.",
-            costs,
+            draw_costs,
         ),
     )  # fmt: skip
     return [Illustration(name, title, reading, partial(draw, analysis)) for name, title, reading, draw in figures]
 
 
-def comparison_figures(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[Illustration]:
+def comparison_figures(first: Analysis, other: Analysis) -> list[Illustration]:
     """Return the figures that compare a run with the first one.
 
     Args:
-        first: what `analyze_run` returns; its training counts sort the classes.
-        other: that of another run with as many classes.
+        first: its training counts sort the classes.
+        other: of another run with as many classes.
     """
     return [
         Illustration(
             "positive_posterior_difference",
-            f"Mean positive posterior, {run_title(other)} minus {run_title(first)}",
-            f"Above zero, {run_title(other)} gives the true class of an image more probability than "
-            f"{run_title(first)} does, which is better.",
-            partial(posterior_change, first, other),
+            f"Mean positive posterior, {other.title} minus {first.title}",
+            f"Above zero, {other.title} gives the true class of an image more probability than "
+            f"{first.title} does, which is better.",
+            partial(draw_posterior_change, first, other),
         )
     ]
 
 
-def distances(analysis: Mapping[str, Any]) -> Any:
-    """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5).
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    features = analysis["distances"]
+def draw_distances(analysis: Analysis) -> Any:
+    """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5)."""
+    features = analysis.distances
     # The paper's numbers are for the whole schedule.
-    published = TABLE_5.get(analysis["name"], {}) if analysis["epochs"] == TABLE_5_EPOCHS else {}
+    published = TABLE_5.get(analysis.name, {}) if analysis.epochs == TABLE_5_EPOCHS else {}
     share = 0.8 / max(2, len(features))
     figure, axes = canvas(6.0, 3.6)
     highest = 0.0
     for i, (name, groups) in enumerate(features.items()):
         for place, group in enumerate(GROUPS):
             at = place + (i - (len(features) - 1) / 2) * share
-            rho, number = groups[group]["rho"], published.get(name, {}).get(group)
+            rho, number = groups[group].rho, published.get(name, {}).get(group)
             axes.bar(at, rho or 0.0, share * 0.92, color=_part_color(i), label=name if place == 0 else None)
             # The paper's diamond stands to the right of the number, so that neither covers the other.
             shift = -0.12 * share if published else 0.0
@@ -137,28 +128,26 @@ def distances(analysis: Mapping[str, Any]) -> Any:
                 text, (at + shift, rho or 0.0), (0, 2), textcoords="offset points", ha="center", path_effects=outline()
             )
             if number is not None:
-                axes.plot(at + 0.37 * share, number, "D", color=ink(), markerfacecolor=background(), markersize=5)
+                axes.plot(
+                    at + 0.37 * share, number, "D", color=foreground(), markerfacecolor=background(), markersize=5
+                )
             highest = max(highest, rho or 0.0, number or 0.0)
     axes.set_xticks(range(len(GROUPS)), GROUPS)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=r"$\rho$ = $D_{intra}$ / $D_{inter}$", ylim=(0, 1.12 * highest or 1))
     axes.set_title("Distances within classes over distances between them")
     if published:
-        axes.plot([], [], "D", color=ink(), markerfacecolor=background(), markersize=5, label="paper (Table 5)")
+        axes.plot([], [], "D", color=foreground(), markerfacecolor=background(), markersize=5, label="paper (Table 5)")
     handles, labels = axes.get_legend_handles_labels()
     bars_first = sorted(zip(handles, labels, strict=True), key=lambda entry: not hasattr(entry[0], "patches"))
     figure.legend(*zip(*bars_first, strict=True), loc="outside lower center", ncols=3)
     return figure
 
 
-def reliability(analysis: Mapping[str, Any]) -> Any:
-    """Draw accuracy against confidence in bins (Guo et al. 2017), and how many images lie in each bin.
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    heads = analysis["reliability"]
-    predicting = analysis["prediction_heads"]
+def draw_reliability(analysis: Analysis) -> Any:
+    """Draw accuracy against confidence in bins (Guo et al. 2017), and how many images lie in each bin."""
+    heads = analysis.reliability
+    predicting = analysis.prediction_heads
     parts = [
         name
         for name in drawn_heads(name for name in heads if name != "prediction")
@@ -168,21 +157,21 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
     figure, (curve, images) = canvas(5.2, 6.2, rows=2)
     curve.get_gridspec().set_height_ratios([3, 1])
     points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
-    if any(0 < number < SURE_IMAGES for name in shown for number in heads[name]["images"]):
+    if any(0 < number < SURE_IMAGES for name in shown for number in heads[name].images):
         curve.plot([], [], "o", color=GREY, markerfacecolor=background(), label=f"fewer than {SURE_IMAGES} images")
     curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]
-        color = ink() if name == "prediction" else _part_color(parts.index(name))
-        points = zip(bins["confidence"], bins["accuracy"], bins["images"], strict=True)
+        color = foreground() if name == "prediction" else _part_color(parts.index(name))
+        points = zip(bins.confidence, bins.accuracy, bins.images, strict=True)
         confidence, accuracy, number = np.array([point for point in points if point[2]]).T
         curve.plot(
-            confidence, accuracy, color=color, marker="o", label=f"{name}: ECE {bins['ece']:.1f} %", **points_on_top
+            confidence, accuracy, color=color, marker="o", label=f"{name}: ECE {bins.ece:.1f} %", **points_on_top
         )
         few = number < SURE_IMAGES
         if few.any():
             curve.plot(confidence[few], accuracy[few], "o", color=color, markerfacecolor=background(), **points_on_top)
-        share = 100.0 * np.array(bins["images"]) / sum(bins["images"])
+        share = 100.0 * np.array(bins.images) / sum(bins.images)
         edges = np.linspace(0, 100, len(share) + 1)
         if name == "prediction":
             images.stairs(share, edges, color=color, fill=True, alpha=0.25, zorder=1.5)
@@ -197,23 +186,19 @@ def reliability(analysis: Mapping[str, Any]) -> Any:
     return figure
 
 
-def confusion(analysis: Mapping[str, Any]) -> Any:
-    """Draw which shot groups each shot group's images are taken for, beside the same errors spread evenly.
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    content = analysis["confusion"]
+def draw_confusion(analysis: Analysis) -> Any:
+    """Draw which shot groups each shot group's images are taken for, beside the same errors spread evenly."""
+    content = analysis.confusion
     colors = {"correct": GREY, **{f"wrong_to_{group}": color for group, color in GROUP_COLORS.items()}}
     faded = {name: _faded(color) for name, color in colors.items()}
     figure, axes = canvas(6.5, 3.9)
     places, texts = [], []
-    for row, group in enumerate(content["shares"]):
-        shares, even, images = (content[key][group] for key in ("shares", "even", "images"))
+    for row, group in enumerate(content.shares):
+        shares, even, images = content.shares[group], content.even[group], content.images[group]
         number = sum(images.values())
         places += [row, row + 0.43]
         texts += [f"{group}\n{number:,} image{'s' * (number != 1)}", "" if shares is None else "errors spread evenly"]
-        if shares is None:
+        if shares is None or even is None:
             axes.text(1, row, "no images", color=GREY, va="center")
             continue
         _stacked(axes, row, 0.5, shares, colors)
@@ -222,7 +207,7 @@ def confusion(analysis: Mapping[str, Any]) -> Any:
     for label in axes.get_yticklabels()[1::2]:
         label.set(fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.set(xlim=(0, 100), ylim=(len(content["shares"]) - 0.25, -0.42), xlabel="share of the group's images, %")
+    axes.set(xlim=(0, 100), ylim=(len(content.shares) - 0.25, -0.42), xlabel="share of the group's images, %")
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     axes.set_title("Where the prediction's errors go")
@@ -253,31 +238,26 @@ def _faded(color: str) -> str:
     return str(to_hex((np.array(to_rgb(color)) + to_rgb(background())) / 2))
 
 
-def costs(analysis: Mapping[str, Any]) -> Any:
-    """Draw parameters, operations and memory of one image's forward pass beside the paper's (Table 6).
-
-    Args:
-        analysis: what `analyze_run` returns.
-    """
-    content = analysis["efficiency"]
-    size = "×".join(map(str, content["input_size"]))
-    ours = {"this model, inference": content["inference"], "this model, all heads": content["all_heads"]}
-    if content["inference"] == content["all_heads"]:
-        ours = {"this model": content["inference"]}
+def draw_costs(analysis: Analysis) -> Any:
+    """Draw parameters and operations of one image's forward pass beside the paper's (Table 6)."""
+    content = analysis.efficiency
+    size = "×".join(map(str, content.input_size))
+    ours = {"this model, inference": content.inference, "this model, all heads": content.all_heads}
+    if content.inference == content.all_heads:
+        ours = {"this model": content.inference}
+    papers = {f"{name}, paper": Cost(**values) for name, values in TABLE_6.items()}
     # Operations grow with the image: another size than Table 6's cannot be compared.
-    comparable = ("parameters", "macs") if tuple(content["input_size"][1:]) == TABLE_6_SIZE else ("parameters",)
-    papers = {f"{name}, paper": {key: values[key] for key in comparable} for name, values in content["table_6"].items()}
-    rows = {**ours, **papers}
+    comparable = tuple(content.input_size[1:]) == TABLE_6_SIZE
     quantities = {
-        "parameters": (1e3, "parameters, thousands"),
-        "macs": (1e9, "multiply-accumulates (MACs), billions"),
-        "peak_memory": (2**20, "peak memory, MiB"),
+        "parameters, thousands": {name: cost.parameters / 1e3 for name, cost in {**ours, **papers}.items()},
+        "multiply-accumulates (MACs), billions": {
+            name: cost.macs / 1e9 for name, cost in {**ours, **(papers if comparable else {})}.items()
+        },
     }
-    heights = [sum(key in values for values in rows.values()) for key in quantities]
-    figure, panels = canvas(6.0, 1.9 + 0.22 * sum(heights), rows=3)
+    heights = [len(bars) for bars in quantities.values()]
+    figure, panels = canvas(6.0, 1.4 + 0.22 * sum(heights), rows=2)
     panels[0].get_gridspec().set_height_ratios(heights)
-    for axes, (key, (unit, label)) in zip(panels, quantities.items(), strict=True):
-        bars = {name: values[key] / unit for name, values in rows.items() if key in values}
+    for axes, (label, bars) in zip(panels, quantities.items(), strict=True):
         for place, (name, value) in enumerate(bars.items()):
             color = GREY if name in papers else (BLUE, SKY)[place]
             axes.barh(place, value, 0.75, color=color)

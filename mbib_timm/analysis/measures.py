@@ -1,0 +1,300 @@
+"""What is measured of a trained model: pure functions of predictions, features, labels and training counts.
+
+positive posterior    probability of the true class, by class            equation 14, figure 7
+distances             how compact classes are, and how far apart         equations 15-17, Table 5
+reliability           accuracy against confidence, in 15 bins            Guo et al. 2017
+confusion             shot group of the truth against that of the guess
+trend                 accuracy of a class against log n
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.metrics import ECE_BINS, expected_calibration_error
+
+GROUPS = ("all", "many", "medium", "few")
+BLOCK = 2**20  # numbers held at once beside the features, in each of a few arrays: 8 MB
+# Pairs closer than this, relative to their squared norms, lose digits where distances come out of a matrix product.
+NEAR = 1e-6
+
+
+def mean_positive_posterior(positive_posterior: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the mean over each class's images of the probability given to that class (equation 14); 1 is ideal.
+
+    Args:
+        positive_posterior: softmax probability of the true class, (N,).
+        labels: true classes, (N,), int64.
+        num_classes: classes K.
+
+    Returns:
+        (K,), float64; nan for classes without images.
+    """
+    images = np.bincount(labels, minlength=num_classes)
+    sums = np.bincount(labels, weights=positive_posterior, minlength=num_classes)
+    return np.divide(sums, images, out=np.full(num_classes, np.nan), where=images > 0)
+
+
+def posterior_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return diff = first - second by class (figure 7); nan where either has no images.
+
+    Args:
+        first: mean positive posterior of one run, (K,).
+        second: that of another, (K,).
+
+    Raises:
+        MbibError: different numbers of classes.
+    """
+    if len(first) != len(second):
+        raise MbibError(f"posteriors of {len(first)} and of {len(second)} classes cannot be compared")
+    return np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+
+
+def mean_by_shot_group(values: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
+    """Return the mean of a quantity of classes over all classes and over each shot group.
+
+    Args:
+        values: (K,); nan for classes where it was not measured, which are left out.
+        class_counts: training images of each class, (K,).
+
+    Returns:
+        ``all``, ``many``, ``medium`` and ``few``; None where nothing was measured.
+    """
+    groups = {"all": np.arange(len(class_counts)), **shot_groups(class_counts)}
+    measured = {name: values[classes][~np.isnan(values[classes])] for name, classes in groups.items()}
+    return {name: float(some.mean()) if len(some) else None for name, some in measured.items()}
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Mean distances within and between classes; None where there is nothing to measure.
+
+    Attributes:
+        intra: D_intra, between images of a class (eq. 15).
+        inter: D_inter, between centres of classes (eq. 16); None where there is no second class.
+        rho: intra / inter (eq. 17), the lower the better; None where there is no distance between the classes.
+    """
+
+    intra: float | None
+    inter: float | None
+    rho: float | None
+
+
+def distances(features: Tensor, labels: Tensor, class_counts: np.ndarray) -> dict[str, Distances]:
+    """Return the distances over all classes and by shot group: of ``all``, ``many``, ``medium`` and ``few``.
+
+    Of a shot group, D_intra is the mean over its classes, and D_inter the mean over its classes i and over *all*
+    other classes j. The paper does not say which j Table 5 takes; this choice makes "all" the mean of the groups,
+    weighted by their classes, and a group of one class keeps its value. Classes without images are left out.
+
+    Args:
+        features: of every image, (N, C).
+        labels: true classes, (N,), int64.
+        class_counts: training images of each class, (K,).
+    """
+    intra, inter = (values.numpy() for values in class_distances(features, labels, len(class_counts)))
+    means = {"intra": mean_by_shot_group(intra, class_counts), "inter": mean_by_shot_group(inter, class_counts)}
+    result = {}
+    for group in means["intra"]:
+        within, between = means["intra"][group], means["inter"][group]
+        rho = within / between if within is not None and between else None
+        result[group] = Distances(within, between, rho)
+    return result
+
+
+def class_distances(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return each class's mean intra-class distance, and its centre's mean distance to all other centres.
+
+    Args:
+        features: of every image, (N, C).
+        labels: true classes, (N,), int64.
+        num_classes: classes K.
+
+    Returns:
+        (K,) and (K,), float64, on the CPU; nan for classes without images, and for the second where there is no other.
+    """
+    images = torch.bincount(labels, minlength=num_classes)
+    present = images.nonzero()[:, 0]
+    members = labels.argsort(stable=True).split(images.tolist())
+    intra = torch.full((num_classes,), torch.nan, dtype=torch.float64)
+    inter = intra.clone()
+    centres = torch.empty(len(present), features.shape[1], dtype=torch.float64, device=features.device)
+    for row, label in enumerate(present.tolist()):
+        points = features[members[label]].double()
+        centres[row] = points.mean(dim=0)
+        intra[label] = _mean_distance(points)
+    if len(present) > 1:
+        centres -= centres.mean(dim=0)  # shorter vectors lose fewer digits
+        inter[present.cpu()] = (_distance_sums(centres) / (len(present) - 1)).cpu()
+    return intra, inter
+
+
+def _mean_distance(points: Tensor) -> float:
+    """Return the sum of the distances of all ordered pairs, j = k included, over n^2, of points (n, C), float64."""
+    # Not by a matrix product, whose cancellation moves near points apart, and each from itself.
+    sums = [
+        torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").sum()
+        for rows in points.split(max(1, BLOCK // len(points)))
+    ]
+    return float(torch.stack(sums).sum()) / len(points) ** 2
+
+
+def _distance_sums(centres: Tensor) -> Tensor:
+    """Return the sum of each centre's distances to all centres, (K,), of centres (K, C), float64.
+
+    The 33 million pairs of iNaturalist take a matrix product (seconds instead of minutes); pairs that are too near
+    for it are computed again from their difference.
+    """
+    norms = torch.linalg.vecdot(centres, centres)
+    sums = torch.zeros_like(norms)
+    rows = max(1, BLOCK // len(centres))
+    for start in range(0, len(centres), rows):
+        block, rest = centres[start : start + rows], centres[start:]  # every pair once
+        scale = norms[start : start + rows, None] + norms[start:]
+        squared = scale - 2 * (block @ rest.T)
+        near = (squared <= NEAR * scale).nonzero()
+        for i, j in (pairs.T for pairs in near.split(max(1, BLOCK // centres.shape[1]))):
+            squared[i, j] = (block[i] - rest[j]).square().sum(dim=1)
+        distance = squared.sqrt()
+        sums[start : start + rows] += distance.sum(dim=1)
+        sums[start + len(block) :] += distance[:, len(block) :].sum(dim=0)
+    return sums
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram, whose bins are those of `batch_statistics`: ((b-1)/15, b/15].
+
+    Attributes:
+        images: of each bin.
+        confidence: their mean confidence in percent; None where a bin is empty.
+        accuracy: the same of their accuracy.
+        ece: expected calibration error, in percent.
+    """
+
+    images: list[int]
+    confidence: list[float | None]
+    accuracy: list[float | None]
+    ece: float
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+    """Return the reliability diagram of a head.
+
+    Args:
+        confidence: largest softmax probability of each image, (N,), in 0..1.
+        correct: whether that class is the true one, (N,).
+    """
+    wide = np.asarray(confidence, dtype=np.float64)
+    place = np.clip(np.ceil(wide * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    columns = (np.ones_like(wide), wide, np.asarray(correct, dtype=np.float64))
+    bins = np.stack([np.bincount(place, weights=column, minlength=ECE_BINS) for column in columns], axis=1)
+
+    def percent(column: int) -> list[float | None]:
+        return [float(100.0 * row[column] / row[0]) if row[0] else None for row in bins]
+
+    images = [int(number) for number in bins[:, 0]]
+    return Reliability(images, percent(1), percent(2), 100.0 * expected_calibration_error(bins))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Where the images of each shot group go, by the group of the true class.
+
+    Attributes:
+        images: their numbers, by the group of the class that they are taken for.
+        correct: how many are right.
+        shares: in percent of the group's images those ``correct``, and ``wrong_to_many``, ``wrong_to_medium`` and
+            ``wrong_to_few``; None for a group without images.
+        even: the same, with the errors spread evenly over all other classes.
+    """
+
+    images: dict[str, dict[str, int]]
+    correct: dict[str, int]
+    shares: dict[str, dict[str, float] | None]
+    even: dict[str, dict[str, float] | None]
+
+
+def group_confusion(labels: np.ndarray, predicted: np.ndarray, class_counts: np.ndarray) -> Confusion:
+    """Count the images of each true group by the group of the class that they are taken for.
+
+    A large group draws many errors simply because it has many classes. ``even`` tells what the shares would be if the
+    same number of errors were spread evenly over all other classes: more than that is attraction.
+
+    Args:
+        labels: true classes, (N,), int64.
+        predicted: predicted classes, (N,), int64.
+        class_counts: training images of each class, (K,).
+    """
+    groups = shot_groups(class_counts)
+    names = list(groups)
+    group_of = np.empty(len(class_counts), dtype=np.int64)
+    for place, classes in enumerate(groups.values()):
+        group_of[classes] = place
+    counted = np.zeros((2, len(names), len(names)), dtype=np.int64)
+    np.add.at(counted, ((labels == predicted).astype(np.int64), group_of[labels], group_of[predicted]), 1)
+    wrong, right = counted
+    result = Confusion({}, {}, {}, {})
+    for place, name in enumerate(names):
+        images, correct = int((wrong + right)[place].sum()), int(right[place, place])
+        result.images[name] = dict(zip(names, (wrong + right)[place].tolist(), strict=True))
+        result.correct[name] = correct
+        # Other classes that an error can go to: in its own group there is one fewer.
+        others = np.array([len(classes) for classes in groups.values()]) - (np.arange(len(names)) == place)
+        evenly = (images - correct) * others / max(1, others.sum())
+        result.shares[name] = _percent(names, correct, wrong[place], images)
+        result.even[name] = _percent(names, correct, evenly, images)
+    return result
+
+
+def _percent(names: list[str], correct: int, wrong: np.ndarray, images: int) -> dict[str, float] | None:
+    if images == 0:
+        return None
+    shares = {f"wrong_to_{name}": float(100.0 * number / images) for name, number in zip(names, wrong, strict=True)}
+    return {"correct": 100.0 * correct / images, **shares}
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A line through the accuracies of classes, by log10 of their training images; None where there is none.
+
+    Attributes:
+        slope: points for ten times as many training images.
+        intercept: the line's accuracy at one training image, in percent.
+        r2: share of the variance that the line explains; None where accuracies do not differ.
+    """
+
+    slope: float | None
+    intercept: float | None
+    r2: float | None
+
+
+def accuracy_trend(per_class: Sequence[float | None], class_counts: np.ndarray) -> Trend:
+    """Fit the classes' accuracies by least squares to log10 of their training images.
+
+    Args:
+        per_class: accuracy of each class in percent, (K,); None for classes without images, which are left out.
+        class_counts: training images of each class, (K,), at least 1.
+
+    Returns:
+        The line; without one where the classes have fewer than two distinct counts.
+    """
+    measured = np.array([value is not None for value in per_class])
+    accuracy = np.array([value for value in per_class if value is not None], dtype=np.float64)
+    images = np.log10(np.asarray(class_counts)[measured])
+    if len(np.unique(images)) < 2:
+        return Trend(None, None, None)
+    deviation, difference = images - images.mean(), accuracy - accuracy.mean()
+    slope = (deviation * difference).sum() / (deviation**2).sum()
+    varies = len(np.unique(accuracy)) > 1
+    residual = difference - slope * deviation
+    return Trend(
+        slope=float(slope),
+        intercept=float(accuracy.mean() - slope * images.mean()),
+        r2=float(1 - (residual**2).sum() / (difference**2).sum()) if varies else None,
+    )
