@@ -239,9 +239,10 @@ class Run:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
             self.method.finish(self._passes())
-            done.last = Evaluation(recipe.val_split, self._evaluate(self.loaders.val), recipe.epochs - 1)
-        elif done.last is None:  # of no epoch
-            done.last = Evaluation(recipe.val_split, self._evaluate(self.loaders.val))
+            done.last = None  # of the weights before
+        if done.last is None:
+            epoch = recipe.epochs - 1 if recipe.epochs else None
+            done.last = Evaluation(recipe.val_split, self._evaluate(self.loaders.val), epoch)
         result, on_split = done.last, self.loaders.val
         if self.loaders.test is not None:
             on_split = self.loaders.test
