@@ -16,12 +16,13 @@ from mbib_timm.cli import main
 from mbib_timm.data.long_tail import exponential_profile
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import aggregate as command
-from mbib_timm.evaluation.aggregate import aggregate, view_recipes
-from mbib_timm.evaluation.expert_weights import (
+from mbib_timm.evaluation.aggregate import (
     DISTRIBUTIONS,
+    aggregate,
     draw_test_set,
     learn_weights,
     view_consistency,
+    view_recipes,
     weighted_logits,
 )
 from mbib_timm.evaluation.validate import validate
