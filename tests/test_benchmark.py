@@ -174,8 +174,6 @@ def test_the_profile_says_what_the_time_goes_to():
     operations = [("aten::convolution_backward", 0.5, 31), ("cpp_fused_batch_norm", 0.3, 5), ("aten::else", 0.1, 2)]
     line = summary(operations, taken=1.0, steps=10)
     assert line == "100.0 ms per step under the profiler: 50 % convolutions, 30 % fused operations; 20 % other or idle."
-        "100.0 ms per step under the profiler: 50 % convolutions, 30 % fused operations; 20 % other or idle."
-    )
 
 
 # The command
