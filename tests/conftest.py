@@ -3,8 +3,12 @@
 import atexit
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -49,8 +53,39 @@ def post_hoc_run(tmp_path_factory) -> Path:
     return train(recipe, name).folder
 
 
+@pytest.fixture
+def popen() -> Iterator[Callable[..., "subprocess.Popen[Any]"]]:
+    """`subprocess.Popen`, whose processes never outlive the test and can be interrupted.
+
+    A shell starts background jobs with SIGINT ignored, and their children inherit that.
+    """
+    started: list[subprocess.Popen[Any]] = []
+
+    def start(*arguments: Any, **options: Any) -> "subprocess.Popen[Any]":
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            started.append(subprocess.Popen(*arguments, **options))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:  # closes its pipes, and waits for it
+            process.kill()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plugin", action="append", default=[], help="a method of one's own for tests/test_methods.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the Hub on loopback, and skip what needs a GPU where there is none."""
+    for item in items:
+        if "hub" in getattr(item, "fixturenames", ()):
+            item.add_marker("hub")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

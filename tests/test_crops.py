@@ -210,7 +210,7 @@ def test_nothing_on_the_device_is_read():
     assert crops.shape == (len(images["boxes"]), 20, 30, 3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_crops_on_a_gpu_are_those_of_the_products_on_the_cpu():
     images = block(3)
     expected = crops_module._by_products(**images, height=96, width=64)

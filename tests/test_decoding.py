@@ -127,7 +127,7 @@ def test_broken_images_are_remembered(folder):
         assert set(built.train.broken_images()) == {str(folder / "ant" / "2.png")} & in_training
 
 
-def test_two_processes_decode_once_and_see_the_same(folder):
+def test_two_processes_decode_once_and_see_the_same(folder, popen):
     program = (
         "import sys, hashlib; from tests.test_decoding import *\n"
         "import pathlib; import mbib_timm.data.decoding as c; w = c.write_entry\n"
@@ -139,7 +139,7 @@ def test_two_processes_decode_once_and_see_the_same(folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment["PYTHONPATH"] = str(os.path.dirname(os.path.dirname(__file__))) + os.pathsep + environment["PYTHONPATH"]
     command = [sys.executable, "-c", program, str(folder)]
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sum(output.count("decoding") for output in outputs) == 2  # training and evaluation, once each

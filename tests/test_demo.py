@@ -62,7 +62,8 @@ def test_without_gradio_it_says_what_to_install(finished_run, monkeypatch):
         build_page(str(finished_run))
 
 
-def test_it_is_served_on_this_machine_alone(finished_run, tmp_path):
+@pytest.mark.browser
+def test_it_is_served_on_this_machine_alone(finished_run, tmp_path, popen):
     pytest.importorskip("gradio", reason="the demo's extra is not installed")
     assert demo_module.LOOPBACK == "127.0.0.1"
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -72,7 +73,7 @@ def test_it_is_served_on_this_machine_alone(finished_run, tmp_path):
         done = subprocess.run([*call, "--port", port], env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2
         assert f"port {port} is taken" in done.stderr
-    server = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]

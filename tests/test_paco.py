@@ -339,7 +339,7 @@ def test_a_captured_step_gives_the_eager_losses_and_state_to_the_bit():
     assert (results[0][1]["queue.labels"] != NO_LABEL).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_cuda_graph_gives_the_eager_losses_and_state_to_the_bit():
     device, results = torch.device("cuda", 0), []
     for graph in (False, True):

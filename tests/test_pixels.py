@@ -121,7 +121,7 @@ def test_nothing_on_the_device_is_read():
     assert changed.shape == (48, 23, 31, 3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_images_on_a_gpu_are_those_on_the_cpu():
     parameters = batch(3)
     expected = color_jitter(*parameters).int()

@@ -332,6 +332,7 @@ def test_every_figure_is_there_as_png_and_pdf(reported):
         assert png.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, False), (360, True)])
 def test_a_browser_shows_all_of_it_and_complains_of_nothing(reported, tmp_path, width, dark):
     page, inputs = reported

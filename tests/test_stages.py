@@ -296,11 +296,11 @@ def test_a_plugins_state_an_average_and_adam_resume_bit_identically_in_both_stag
     assert all(torch.equal(own[0][key], own[1][key]) for key in own[0])
 
 
-def test_kill_9_in_the_second_stage_and_resume_auto(crt, tmp_path):
+def test_kill_9_in_the_second_stage_and_resume_auto(crt, tmp_path, popen):
     path = write(tmp_path / "recipes", CE_CRT)
     command = [sys.executable, "-m", "mbib_timm", "train", str(path), "--output", str(tmp_path), "--experiment", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     summary = tmp_path / "run" / "summary.csv"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (summary.exists() and summary.read_text().count("\n") >= 2):

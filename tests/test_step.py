@@ -229,7 +229,7 @@ def test_what_cannot_be_captured_is_named(keys, world, named):
         create_step(recipe, method, optimizer, FULL, world)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("drop", [0.0, 0.1])
 def test_a_cuda_graph_gives_the_eager_losses_to_the_bit(drop):
     world = World(torch.device("cuda", 0))
@@ -242,7 +242,7 @@ def test_a_cuda_graph_gives_the_eager_losses_to_the_bit(drop):
     assert results[0] == results[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ldam_drw", "toy"])
 def test_a_cuda_graph_follows_what_an_epochs_start_and_the_hook_after_a_step_write(name):
     """Captured in the first epoch, with other constants: what changes must change in place."""

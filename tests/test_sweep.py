@@ -423,10 +423,10 @@ with FileLock(lock):
 """
 
 
-def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys):
+def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys, popen):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[0]
-    other = subprocess.Popen(
+    other = popen(
         [sys.executable, "-c", HOLD, theirs.folder().path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:

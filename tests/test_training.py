@@ -213,13 +213,13 @@ def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
 
 
-def test_kill_9_and_resume_auto(finished, tmp_path):
+def test_kill_9_and_resume_auto(finished, tmp_path, popen):
     folder, _ = finished
     command = [sys.executable, "-m", "mbib_timm", "train", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu",
                "--workers", "0", "--output", str(tmp_path), "--experiment", "killed",
                "--checkpoint-seconds", "0"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     summary = tmp_path / "killed" / "summary.csv"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (summary.exists() and summary.read_text().count("\n") >= 2):
@@ -254,15 +254,16 @@ def test_an_occupied_folder_is_refused(finished):
         train(digits(folder.parent, resume="auto", lr=0.5), "whole")
 
 
-def test_a_second_process_is_kept_out_of_a_folder(finished):
+def test_a_second_process_is_kept_out_of_a_folder(finished, popen):
     folder, record = finished
     command = [sys.executable, "-c", "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
                "print('held', flush=True); sys.stdin.read()", str(folder / ".lock")]  # fmt: skip
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(MbibError, match="another process trains in"):
-            train(digits(folder.parent, resume="auto"), "whole")
-        other.kill()
+    other = popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(MbibError, match="another process trains in"):
+        train(digits(folder.parent, resume="auto"), "whole")
+    other.kill()
+    other.wait()
     assert train(digits(folder.parent, resume="auto"), "whole").record.result == record.result
 
 
