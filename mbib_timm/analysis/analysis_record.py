@@ -101,8 +101,8 @@ def _trend(subject: Subject) -> Trend:
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """What is found out of a trained model on a split; floats have six digits.
+class Analyzed:
+    """Which model was analyzed, and on what.
 
     Attributes:
         name: ``arch.tag``.
@@ -115,14 +115,6 @@ class Analysis:
         class_counts: training images of each class.
         prediction_heads: heads whose logits' mean is the prediction; empty for a network of one head.
         environment: versions, hardware, command, without paths of the machine.
-        heads: metrics of ``prediction``, and by name of each head and expert where there are several.
-        positive_posterior: of the same, by class; None for classes without images.
-        distances: by features and shot group.
-        embedding: images of some classes in the plane.
-        reliability: of the prediction, the heads and the experts.
-        confusion: of the prediction.
-        trend: of the prediction.
-        efficiency: parameters and operations.
     """
 
     name: str
@@ -135,6 +127,23 @@ class Analysis:
     class_counts: list[int]
     prediction_heads: list[str]
     environment: Environment
+
+
+@dataclass(frozen=True)
+class Analysis(Analyzed):
+    """What is found out of a trained model on a split; floats have six digits.
+
+    Attributes:
+        heads: metrics of ``prediction``, and by name of each head and expert where there are several.
+        positive_posterior: of the same, by class; None for classes without images.
+        distances: by features and shot group.
+        embedding: images of some classes in the plane.
+        reliability: of the prediction, the heads and the experts.
+        confusion: of the prediction.
+        trend: of the prediction.
+        efficiency: parameters and operations.
+    """
+
     heads: dict[str, HeadMetrics] = _measured(lambda subject: subject.outputs.metrics)
     positive_posterior: dict[str, list[float | None]] = _measured(_positive_posterior)
     distances: dict[str, dict[str, Distances]] = _measured(_distances)
@@ -160,14 +169,15 @@ class Analysis:
         return with_nan(self.positive_posterior[PREDICTION])
 
 
-def measure(subject: Subject) -> dict[str, Any]:
-    """Return every measure of a model, by the name of its field.
+def measure(analyzed: Analyzed, subject: Subject) -> Analysis:
+    """Measure everything, to six digits.
 
     Raises:
         MbibError: classes without images, or too few images to embed.
     """
     fields = [field for field in dataclasses.fields(Analysis) if "measure" in field.metadata]
-    return {field.name: field.metadata["measure"](subject) for field in fields}
+    measures = {field.name: field.metadata["measure"](subject) for field in fields}
+    return rounded(Analysis(**vars(analyzed), **measures))
 
 
 def with_nan(values: Sequence[float | None]) -> np.ndarray:

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures
-from mbib_timm.analysis.analysis_record import FOLDER, Analysis, Subject, measure, rounded, write_analysis
+from mbib_timm.analysis.analysis_record import FOLDER, Analysis, Analyzed, Subject, measure, write_analysis
 from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
 from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group, posterior_difference
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.drawing import Illustration, write_illustrations
-from mbib_timm.environment import describe_environment, join_world, leave_world
+from mbib_timm.environment import World, describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.target import Target, find_target, open_target
+from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
 from mbib_timm.files import read_json
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import Source
@@ -108,18 +108,10 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
         _check_classes(classes, len(counts))
         channels_last = found.recipe.channels_last
         outputs = collect_outputs(model, opened.loader, counts, device=world.device, channels_last=channels_last)
-        analysis = Analysis(
-            **_description(found.source),
-            split=opened.split,
-            images=len(outputs.labels),
-            class_counts=counts.tolist(),
-            prediction_heads=list(getattr(model, "prediction_heads", ())),
-            environment=redact_environment(describe_environment(world)),
-            **measure(Subject(model, outputs, counts, opened.input_size, classes, images_per_class)),
-        )
+        subject = Subject(model, outputs, counts, opened.input_size, classes, images_per_class)
+        return measure(_describe(found.source, opened, len(outputs.labels), world), subject)
     finally:
         leave_world()
-    return rounded(analysis)
 
 
 def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
@@ -128,20 +120,25 @@ def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
             raise MbibError(f"there is no class {label} to embed: labels lie in 0..{num_classes - 1}")
 
 
-def _description(source: Source) -> dict[str, Any]:
-    """Return the fields of `Analysis` that say which run it is; None for what is not known."""
+def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> Analyzed:
+    """Return which run it is and what it is analyzed on; None for what is not known."""
     config, file = source.config(), source.file(RECORD)
     record = None if file is None else read_json(RunRecord, file, "the record of a run")
-    architecture = config.get("architecture") or (record.model if record else source.name.partition(".")[0])
-    tag = config.get("pretrained_cfg", {}).get("tag")
-    names = config.get("label_names") or (record.class_names if record else None)
-    return {
-        "name": record.name if record else f"{architecture}.{tag}" if tag else redact_model(source.name),
-        "model": architecture,
-        "epochs": record.epochs if record else None,
-        "seed": record.seed if record else None,
-        "class_names": None if names is None else list(names),
-    }
+    architecture = config.architecture or (record.model if record else source.name.partition(".")[0])
+    published = f"{architecture}.{config.tag}" if config.tag else redact_model(source.name)
+    names = config.class_names or (record.class_names if record else None)
+    return Analyzed(
+        name=record.name if record else published,
+        model=architecture,
+        epochs=record.epochs if record else None,
+        seed=record.seed if record else None,
+        class_names=None if names is None else list(names),
+        split=opened.split,
+        images=images,
+        class_counts=opened.class_counts.tolist(),
+        prediction_heads=list(getattr(opened.model, "prediction_heads", ())),
+        environment=redact_environment(describe_environment(world)),
+    )
 
 
 def summary_text(analysis: Analysis) -> str:

@@ -32,8 +32,8 @@ class Target:
 
     def class_counts(self) -> np.ndarray:
         """Return the training images of each class: from the checkpoint, or from the training data."""
-        counts = self.source.config().get("class_counts")
-        return open_data(self.recipe).class_counts if counts is None else np.asarray(counts, dtype=np.int64)
+        counts = self.source.config().class_counts
+        return open_data(self.recipe).class_counts if counts is None else counts
 
     def split(self) -> str:
         """Return the split that the run's result is on."""

@@ -83,6 +83,27 @@ def _require_same_keys(given: Iterable[str], expected: Iterable[str], what: str)
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """What ``config.json`` says of a model; None for what it does not say.
+
+    Attributes:
+        architecture: the name that builds it.
+        tag: of its weights.
+        model_args: keyword arguments of the architecture.
+        class_names: in label order.
+        class_counts: training images of each class, (K,), int64.
+        logit_prior: the class frequencies that its logits are for, see `LoadedModel`.
+    """
+
+    architecture: str | None
+    tag: str | None
+    model_args: Mapping[str, Any]
+    class_names: tuple[str, ...] | None
+    class_counts: np.ndarray | None
+    logit_prior: str | None
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a trained model is.
 
@@ -122,11 +143,19 @@ class Source:
         except (HfHubHTTPError, OSError) as error:
             raise hub_error(self.repository, error) from None
 
-    def config(self) -> dict[str, Any]:
-        """Return the content of ``config.json``; empty where there is none."""
+    def config(self) -> ModelConfig:
+        """Return what its ``config.json`` says; nothing where there is none."""
         file = self.file("config.json")
-        content: dict[str, Any] = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-        return content
+        content = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        names, counts = content.get("label_names"), content.get("class_counts")
+        return ModelConfig(
+            architecture=content.get("architecture"),
+            tag=content.get("pretrained_cfg", {}).get("tag"),
+            model_args=content.get("model_args", {}),
+            class_names=tuple(map(str, names)) if names else None,
+            class_counts=np.asarray(counts, dtype=np.int64) if counts else None,
+            logit_prior=content.get("logit_prior"),
+        )
 
 
 def hub_error(repository: str, error: Exception) -> MbibError:
@@ -223,15 +252,9 @@ def load_model(target: str) -> LoadedModel:
     source = find_source(target)
     module = create_trained(source)
     config = source.config()
-    names, counts = config.get("label_names"), config.get("class_counts")
-    return LoadedModel(
-        source,
-        module,
-        resolve_model_data_config(module),
-        tuple(map(str, names)) if names else _imagenet_names(module),
-        np.asarray(counts, dtype=np.int64) if counts else None,
-        config.get("logit_prior"),
-    )
+    names = config.class_names or _imagenet_names(module)
+    preprocessing = resolve_model_data_config(module)
+    return LoadedModel(source, module, preprocessing, names, config.class_counts, config.logit_prior)
 
 
 def _imagenet_names(module: nn.Module) -> tuple[str, ...] | None:
