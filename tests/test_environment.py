@@ -48,7 +48,7 @@ print(describe_environment(join_world("cpu")).threads)
 def test_the_threads_that_are_recorded_are_those_that_the_user_has_set(threads):
     if threads > (os.cpu_count() or 1):
         pytest.skip("one core")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-c", THREADS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(done.stdout) == threads

@@ -111,7 +111,7 @@ def test_the_last_stages_result_is_the_result_and_each_stage_is_a_run(crt):
             assert (run / name).is_file()
         assert len(history(run)) == 3
     first = json.loads((folder / "stage1-ce" / "metrics.json").read_text())
-    assert (first.record.method, first.record.stages) == ("ce", ["ce"])
+    assert (first["method"], first["stages"]) == ("ce", ["ce"])
     written = load_recipe(folder / "recipe.yaml")
     assert [stage.method["name"] for stage in written.chain()] == ["ce", "crt"]
     assert load_recipe(folder / "stage1-ce" / "recipe.yaml").previous is None

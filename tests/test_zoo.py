@@ -159,11 +159,13 @@ def test_what_the_package_knows_of_its_models(model):
 
 @pytest.mark.parametrize("model", [m for m in PACKAGED if "cifar100" in m.name], ids=lambda model: model.name)
 def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys):
-    """On all 10,000 test images, where they are at hand: to the last digit."""
+    """On all 10,000 test images, where they are at hand: to the last digit, if the run was in float32 as this is."""
     data = {"dataset": "folder", "data_dir": str(shared / "data" / "cifar100"), "device": "cpu", "workers": 0}
     heads = validate(model.name, overrides=data).heads
-    for head, metrics in read_record(model.folder).result.heads.items():
-        assert heads[head].by_group() == metrics.by_group(), head
+    record = read_record(model.folder)
+    points = 0.0 if record.precision in (None, "float32") else 0.5
+    for head, metrics in record.result.heads.items():
+        assert heads[head].by_group() == pytest.approx(metrics.by_group(), abs=points, rel=0), head
 
 
 @pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.name)
