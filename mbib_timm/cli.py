@@ -124,12 +124,17 @@ def sweep(flags: Parser) -> Action:
     return run
 
 
+def add_data_flags(flags: Parser, split: str) -> None:
+    """Add the flags that say which data a trained model is looked at on; `split` is the help of the second."""
+    flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
+    flags.add_argument("--split", help=split)
+
+
 @command("MODEL [flags]")
 def validate(flags: Parser) -> Action:
     """Evaluate a trained model."""
     flags.add_argument("target", help=MODEL)
-    flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
-    flags.add_argument("--split", help="split to evaluate; the one of the run's result when not given")
+    add_data_flags(flags, split="split to evaluate; the one of the run's result when not given")
     flags.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     add_recipe_flags(flags, EVALUATION_KEYS)
 
@@ -146,8 +151,7 @@ def validate(flags: Parser) -> Action:
 def aggregate(flags: Parser) -> Action:
     """Weigh a model's experts on test sets of other class distributions."""
     flags.add_argument("target", help=MODEL)
-    flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
-    flags.add_argument("--split", help="split the test sets are drawn from; that of the run's result if not given")
+    add_data_flags(flags, split="split the test sets are drawn from; that of the run's result if not given")
     flags.add_argument(
         "--targets",
         nargs="+",
@@ -187,8 +191,7 @@ def analyze(flags: Parser) -> Action:
         nargs="+",
         help="runs' folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is compared",
     )
-    flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
-    flags.add_argument("--split", help="split to analyze; the one of the run's result when not given")
+    add_data_flags(flags, split="split to analyze; the one of the run's result when not given")
     flags.add_argument("--classes", nargs="+", type=int, metavar="LABEL", help="classes to embed; ten when not given")
     flags.add_argument(
         "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"

@@ -30,7 +30,7 @@ class NonFiniteLossError(MbibError):
 
 def first_line(error: BaseException) -> str:
     """Return what an error says first; libraries add paragraphs."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:

@@ -1,4 +1,4 @@
-"""Small images in memory and in folders, and loaders of them, for the tests of resident images."""
+"""Small images in memory and in folders, and recipes and loaders for them."""
 
 import numpy as np
 import torch
@@ -43,3 +43,35 @@ def image_folder(root):
             pixels = rng.randint(0, 256, (20 + i, 30, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "images" / label / f"{i}.png")
     return root / "images"
+
+
+def picture(color, size=(20, 20), mode="RGB"):
+    """An image of noise."""
+    rng = np.random.RandomState(color)
+    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+
+
+def class_folders(root):
+    """Class folders of 12, 5, 3 and 1 images."""
+    for label, count in {"ant": 12, "bee": 5, "cat": 3, "dog": 1}.items():
+        (root / "images" / label).mkdir(parents=True)
+        for i in range(count):
+            picture(i).save(root / "images" / label / f"{i}.png")
+    return root / "images"
+
+
+def arrays(count=40, classes=4, size=16):
+    """A split of images in memory, and the images."""
+    rng = np.random.RandomState(0)
+    images = rng.randint(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return Split(ArrayReader(images, "arrays"), np.arange(count) % classes), images
+
+
+def normalized_recipe(**keys):
+    """A recipe whose normalisation maps levels onto -2 to 2."""
+    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
+
+
+def save_image(path, color=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (color, 0, 0)).save(path)

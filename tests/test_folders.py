@@ -23,6 +23,7 @@ from archive_images import (
     write,
 )
 from PIL import Image
+from small_data import class_folders, picture, save_image
 from timm.data import create_reader
 from torch.utils.data import DataLoader
 
@@ -45,24 +46,10 @@ CPU = torch.device("cpu")
 # Folders
 
 
-def picture(color, size=(20, 20), mode="RGB"):
-    rng = np.random.RandomState(color)
-    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Class folders of 12, 5, 3 and 1 images."""
-    for label, count in {"ant": 12, "bee": 5, "cat": 3, "dog": 1}.items():
-        (tmp_path / "images" / label).mkdir(parents=True)
-        for i in range(count):
-            picture(i).save(tmp_path / "images" / label / f"{i}.png")
-    return tmp_path / "images"
-
-
-def save_image(path, color=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (color, 0, 0)).save(path)
+    return class_folders(tmp_path)
 
 
 def folder_recipe(root, **keys):

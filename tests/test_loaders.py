@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_data import arrays, class_folders, picture
+from small_data import normalized_recipe as recipe
 
 from mbib_timm.data import Split, create_loaders, open_data, open_split
 from mbib_timm.data.decoding import decode_split
@@ -15,35 +16,15 @@ from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train
 from mbib_timm.data.samplers import ShardSampler, training_sampler
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
-from mbib_timm.recipe import Recipe
 
 CPU = World(torch.device("cpu"))
 SIZE = (3, 16, 16)
 
 
-def picture(color, size=(20, 20), mode="RGB"):
-    rng = np.random.RandomState(color)
-    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Class folders of 12, 5, 3 and 1 images."""
-    for label, count in {"ant": 12, "bee": 5, "cat": 3, "dog": 1}.items():
-        (tmp_path / "images" / label).mkdir(parents=True)
-        for i in range(count):
-            picture(i).save(tmp_path / "images" / label / f"{i}.png")
-    return tmp_path / "images"
-
-
-def arrays(count=40, classes=4, size=16):
-    rng = np.random.RandomState(0)
-    images = rng.randint(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return Split(ArrayReader(images, "arrays"), np.arange(count) % classes), images
-
-
-def recipe(**keys):
-    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
+    return class_folders(tmp_path)
 
 
 @pytest.fixture(params=["timm", "resident"])

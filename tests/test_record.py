@@ -25,7 +25,7 @@ from mbib_timm.results.record import (
     write_record,
 )
 from mbib_timm.results.runs import read_run
-from mbib_timm.results.tables import Table, cells, mean_and_deviation, percent, signed
+from mbib_timm.results.tables import Table, cells, difference, mean_and_deviation, percent
 from mbib_timm.sweeps.sweep_results import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -252,6 +252,8 @@ def test_a_table_as_text():
     )
     assert TABLE.lines() == TABLE.text().split("\n")
     assert Table(["a", "b"], []).text() == "a  b"
+    words = Table(["a", "what", "n"], [["x", "word", "10"], ["y", "longer word", "–"]])
+    assert words.text() == "a  what          n\nx  word         10\ny  longer word   –", "words stand to the left"
     assert Table(["a", ""], [["1", ""]]).text() == "a\n1", "no line ends in a space"
 
 
@@ -282,7 +284,8 @@ def test_a_table_as_html():
 def test_numbers_in_cells():
     assert cells(HEADS["prediction"], digits=2) == ["33.33", f"{HEADS['prediction'].many:.2f}", "50.00", "–"]
     assert [percent(value) for value in (45.84, 0.0, None)] == ["45.8", "0.0", "–"]
-    assert [signed(value) for value in (1.66, -1.66, 0.0)] == ["+1.7", "−1.7", "+0.0"]
+    assert [difference(*pair) for pair in ((1.66, 0.0), (0.0, 1.66), (3.0, 3.0))] == ["+1.7", "−1.7", "+0.0"]
+    assert difference(None, 1.0) == difference(1.0, None) == "–"
     assert mean_and_deviation([40.0, None, 42.0], digits=2) == "41.00 ± 1.41"
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import normalized_recipe as recipe
+from small_data import picture, save_image
 
 from mbib_timm.data import SOURCES, create_loaders, open_data, open_split
 from mbib_timm.data.loaders import timm_eval_loader
@@ -20,20 +22,6 @@ from mbib_timm.recipe import Recipe
 
 CPU = torch.device("cpu")
 SIZE = (3, 16, 16)
-
-
-def picture(color, size=(20, 20), mode="RGB"):
-    rng = np.random.RandomState(color)
-    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
-
-
-def recipe(**keys):
-    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
-
-
-def save_image(path, color=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (color, 0, 0)).save(path)
 
 
 @pytest.mark.parametrize("dataset", ["cifar100", "hfd/x", "folders"])

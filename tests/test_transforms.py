@@ -4,26 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import arrays, picture
+from small_data import normalized_recipe as recipe
 
-from mbib_timm.data import Split
-from mbib_timm.data.images import ArrayReader
 from mbib_timm.data.transforms import eval_transform, train_transform
 from mbib_timm.recipe import Recipe
-
-
-def picture(color, size=(20, 20), mode="RGB"):
-    rng = np.random.RandomState(color)
-    return Image.fromarray(rng.randint(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
-
-
-def arrays(count=40, classes=4, size=16):
-    rng = np.random.RandomState(0)
-    images = rng.randint(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return Split(ArrayReader(images, "arrays"), np.arange(count) % classes), images
-
-
-def recipe(**keys):
-    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
 
 
 def test_pad_crop_is_a_window_of_the_padded_image_or_its_mirror():

@@ -60,7 +60,7 @@ def add(run: Path, results: Path) -> Path:
     target = results / kept_name(finished)
     target.mkdir(parents=True, exist_ok=True)
     write_record(target, finished.record)
-    (target / "recipe.yaml").write_bytes(redact_recipe(run / "recipe.yaml"))
+    (target / "recipe.yaml").write_bytes(redact_recipe(finished.recipe))
     if (run / HISTORY).is_file():
         shutil.copyfile(run / HISTORY, target / HISTORY)
     if (analysis := read_analysis(run)) is not None:

@@ -12,7 +12,7 @@ from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.models.weights import Source, create_trained, find_source
-from mbib_timm.models.zoo import ZOO
+from mbib_timm.models.zoo import is_published
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 
 
@@ -73,7 +73,7 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
         MbibError: no such model, or nothing that says which data.
     """
     source = find_source(name)
-    if recipe is None and source.name in {model.name for model in ZOO}:
+    if recipe is None and is_published(source.name):
         recipe = source.name  # the package's recipe knows where to download the data
     if recipe is not None:
         return Target(name, source, load_recipe(find_recipe(recipe), overrides))

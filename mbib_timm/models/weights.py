@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mbib_timm.errors import CheckpointError, MbibError, unknown_name
+from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
 from mbib_timm.models.zoo import ZooModel
 
@@ -166,7 +166,7 @@ def hub_error(repository: str, error: Exception) -> MbibError:
         )
     if isinstance(error, LocalEntryNotFoundError):
         return MbibError(f"hf-hub:{repository}: the Hub cannot be reached, and there is no copy in the cache")
-    return MbibError(f"hf-hub:{repository}: {str(error).strip().splitlines()[0]}")
+    return MbibError(f"hf-hub:{repository}: {first_line(error)}")
 
 
 def find_source(target: str) -> Source:
@@ -240,7 +240,7 @@ def create_trained(source: Source, **kwargs: Any) -> nn.Module:
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError) as error:
         raise hub_error(source.repository or source.name, error) from None
     except (RuntimeError, OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load {source.name}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"cannot load {source.name}: {first_line(error)}") from None
 
 
 def load_model(target: str) -> LoadedModel:

@@ -149,6 +149,11 @@ PUBLISHED = _published()
 ZOO = [ZooModel(f"{architecture}.{tag}") for architecture, tags in PUBLISHED.items() for tag in tags]
 
 
+def is_published(name: str) -> bool:
+    """Return whether a name is one of the zoo's, whether or not its weights exist yet."""
+    return any(model.name == name for model in ZOO)
+
+
 def published_cfgs(architecture: str, cfg: PretrainedCfg) -> dict[str, PretrainedCfg]:
     """Return the cfgs of a registered model's published weights, by `arch.tag`; its default is starred, and last.
 

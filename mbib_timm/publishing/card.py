@@ -1,7 +1,7 @@
 """The card of a trained model, rendered from what its runs wrote, and nothing else."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jinja2
 import numpy as np
@@ -12,14 +12,13 @@ from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.models.zoo import DATASETS, ZOO, split_tag
+from mbib_timm.models.zoo import DATASETS, is_published, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.paper import RESULTS
-from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_model
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
-from mbib_timm.results.tables import COLUMNS, NOTHING, Table, mean_and_deviation, percent
+from mbib_timm.results.tables import NOTHING, Table, mean_and_deviation, percent, table_by_head
 
 # Metadata of the Hub: names of the accuracies of `HeadMetrics.by_group`.
 METRICS = {
@@ -65,6 +64,10 @@ def render_card(
     heads, counts = record.result.heads, np.array(record.class_counts)
     runs = sorted((run, *others), key=lambda each: each.record.seed)
     epochs = _epochs(recipe)
+
+    def spread(head: str, column: str) -> str:
+        return mean_and_deviation([each.heads[head].by_group()[column] for each in runs], digits=2)
+
     citations = [BIBTEX if paper == CITATION else f"{paper}." for paper in _papers(run)]
     return _template().render(
         metadata=Markup(card_metadata(run).to_yaml()),
@@ -74,11 +77,11 @@ def render_card(
         record=record,
         result=record.result,
         when=stages_text(record.stages) if record.result.epoch is None else f"the last epoch ({epochs})",
-        results=_table(run, lambda head: [percent(value, 2) for value in heads[head].by_group().values()]),
+        results=table_by_head(heads, lambda head, column: percent(heads[head].by_group()[column], 2)),
         chosen=chosen_text(record),
         raw=raw_text(record),
         seeds=[each.record.seed for each in runs],
-        spread=_table(run, lambda head: _spread([each.heads[head] for each in runs])),
+        spread=table_by_head(heads, spread),
         best=record.best,
         paper=_paper_text(run) if in_zoo(run) else "",
         figures=[(f"{figures}/{name}", FIGURES[name]) for name in figures_of(run)],
@@ -110,13 +113,13 @@ def _template() -> jinja2.Template:
 
 def _fenced(text: str, language: str) -> Markup:
     """Return a block of code behind a fence that is longer than any in it."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return Markup(f"{fence}{language}\n{text}\n{fence}")
 
 
 def in_zoo(run: FinishedRun) -> bool:
     """Return whether a run has a published name; False for somebody's own."""
-    return run.name in {model.name for model in ZOO}
+    return is_published(run.name)
 
 
 def figures_of(run: FinishedRun) -> list[str]:
@@ -204,16 +207,6 @@ def _listed(names: Sequence[str]) -> str:
 def _prediction(run: FinishedRun) -> str:
     heads = run.record.prediction_heads
     return f"The prediction is the mean of the logits of {_listed(heads)}." if len(heads) > 1 else ""
-
-
-def _table(run: FinishedRun, cells: Callable[[str], list[str]]) -> Table:
-    """Return a table of the heads, the prediction first, with the cells of each."""
-    heads = ["prediction", *(head for head in run.heads if head != "prediction")]
-    return Table(["head", *COLUMNS], [[head, *cells(head)] for head in heads])
-
-
-def _spread(runs: Sequence[HeadMetrics]) -> list[str]:
-    return [mean_and_deviation([metrics.by_group()[column] for metrics in runs], digits=2) for column in COLUMNS]
 
 
 def _groups(counts: np.ndarray) -> Table:

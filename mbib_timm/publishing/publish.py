@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # that of the HTTP client that the Hub's uses
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, first_line
 from mbib_timm.models.zoo import ZooModel
 from mbib_timm.publishing.card import in_zoo
 from mbib_timm.publishing.release import Release, git_oid, make_release
@@ -190,15 +190,11 @@ class Publisher:
                         "there (hf auth whoami tells whose it is)"
                     ) from None
                 if status is not None and status < 500 and status != 429:
-                    raise PublishError(f"cannot {what}: {_one_line(error)}") from None
+                    raise PublishError(f"cannot {what}: {first_line(error)}") from None
                 if attempt == ATTEMPTS:
                     raise PublishError(
-                        f"cannot {what}, after {ATTEMPTS} attempts: {_one_line(error)}; nothing is half-published, "
+                        f"cannot {what}, after {ATTEMPTS} attempts: {first_line(error)}; nothing is half-published, "
                         "publish again later"
                     ) from None
                 self.wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         raise AssertionError
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

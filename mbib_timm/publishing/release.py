@@ -68,7 +68,7 @@ def make_release(run: Path, repository: str, others: Sequence[Path] = (), infere
         "README.md": render_card(own, repository, rest, inference_only=inference_only).encode(),
         "config.json": to_json(config),
         "model.safetensors": weights,
-        "recipe.yaml": redact_recipe(run / "recipe.yaml"),
+        "recipe.yaml": redact_recipe(own.recipe),
         RECORD: to_json(own.record),
     }
     files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in figures_of(own)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, first_line, unknown_name
 from mbib_timm.options import default_of
 from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
@@ -138,7 +138,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _YAML_LOADER)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MbibError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+        raise MbibError(f"{path}: not a YAML file ({first_line(error)})") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")

@@ -22,7 +22,7 @@ from mbib_timm.reporting.report_figures import CURVES, comparison_bars, comparis
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import RunGroup
-from mbib_timm.results.tables import COLUMNS, Table, mean_and_deviation, percent, signed
+from mbib_timm.results.tables import COLUMNS, Table, difference, mean_and_deviation, percent, table_by_head
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
 
@@ -152,9 +152,7 @@ def run_section(group: RunGroup) -> Section:
     section.paragraphs(
         [f"Top-1 accuracy in percent on {images:,} images of the split `{result.split}` after {when}{spread}."]
     )
-    heads = ["prediction", *(head for head in run.heads if head != "prediction")]
-    rows = [[head, *(mean_and_deviation(group.values(column, head)) for column in COLUMNS)] for head in heads]
-    section.table(Table(["head", *COLUMNS], rows))
+    section.table(table_by_head(run.heads, lambda head, column: mean_and_deviation(group.values(column, head))))
     for member in group.runs:
         if chosen := chosen_text(member.record):
             section.paragraphs([f"{chosen} (seed {member.record.seed})."])
@@ -224,8 +222,7 @@ def _beside_the_paper(group: RunGroup) -> Table:
         rows.append([f"{result.source}{setting}", *map(percent, numbers)])
         kinds.append("paper")
         if not group.is_short:
-            pairs = zip(means, numbers, strict=True)
-            rows.append(["difference", *("–" if n is None or m is None else signed(m - n) for m, n in pairs)])
+            rows.append(["difference", *map(difference, means, numbers)])
             kinds.append("difference")
     return Table(["", *COLUMNS], rows, kinds)
 
@@ -235,13 +232,14 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
     section = Section("Side by side")
     rows = []
     for group in groups:
-        number = group.paper[0] if group.is_papers else None
-        paper = "–" if number is None else f"{number.accuracies['overall']:.1f} ({number.source})"
-        mean = group.mean("overall")
-        difference = "–" if number is None or mean is None else signed(mean - number.accuracies["overall"])
+        result = group.paper[0] if group.is_papers else None
+        number = None if result is None else result.accuracies.get("overall")
+        paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
         epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in COLUMNS]
-        rows.append([group.title, epochs, str(len(group.runs)), *accuracies, paper, difference])
+        rows.append(
+            [group.title, epochs, str(len(group.runs)), *accuracies, paper, difference(group.mean("overall"), number)]
+        )
     section.table(Table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows))
     section.figure(
         Illustration(

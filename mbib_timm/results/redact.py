@@ -11,16 +11,15 @@ import yaml
 
 from mbib_timm.environment import Environment
 from mbib_timm.methods import METHODS
-from mbib_timm.recipe import KEYS, STAGES, TYPES, load_recipe
+from mbib_timm.recipe import KEYS, STAGES, TYPES, Recipe
 from mbib_timm.results.record import RunRecord
 
 
-def redact_recipe(file: Path) -> bytes:
-    """Return a run's recipe without the keys that say where it ran: folders, devices, workers.
+def redact_recipe(recipe: Recipe) -> bytes:
+    """Return a run's recipe as YAML, without the keys that say where it ran: folders, devices, workers.
 
     Of what it started from the name is left.
     """
-    recipe = load_recipe(file)
     computation = recipe.computation()
     for keys in (computation, *computation.get(STAGES, ())):
         if "model" in keys:

@@ -1,7 +1,7 @@
 """One table for text, Markdown and HTML, and how the numbers in its cells are written."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,17 +28,17 @@ class Table:
     kinds: Sequence[str] = ()
 
     def text(self) -> str:
-        """Return aligned lines: the first column to the left, the others to the right."""
+        """Return aligned lines: the first column and columns of words to the left, those with numbers to the right."""
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
         """Return the lines of `text`, the header's first."""
         cells = [self.header, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return [
-            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
-            for first, *others in cells
+        columns = [
+            _padded(column, place > 0 and _has_numbers(column[1:]))
+            for place, column in enumerate(zip(*cells, strict=True))
         ]
+        return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
     def markdown(self) -> str:
         """Return the table as Markdown, without a line break at its end."""
@@ -49,6 +49,15 @@ class Table:
     def kind(self, row: int) -> str:
         """Return the kind of a row."""
         return self.kinds[row] if self.kinds else ""
+
+
+def _has_numbers(cells: Sequence[str]) -> bool:
+    return not cells or any(cell[:1].isdigit() or cell[:1] in ("+", "-", "−", NOTHING) for cell in cells if cell)
+
+
+def _padded(cells: Sequence[str], right: bool) -> list[str]:
+    width = max(map(len, cells))
+    return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
 
 
 def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -> str:
@@ -69,6 +78,17 @@ def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -
     lines = Table(["top-1, %", *COLUMNS], rows).lines()
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:4], rule, *lines[4:]])
+
+
+def table_by_head(heads: Iterable[str], cell: Callable[[str, str], str]) -> Table:
+    """Return a table with a row per head, the prediction's first, and a column for each of `COLUMNS`.
+
+    Args:
+        heads: their names.
+        cell: gives the text for a head and a column.
+    """
+    names = ["prediction", *(head for head in heads if head != "prediction")]
+    return Table(["head", *COLUMNS], [[name, *(cell(name, column) for column in COLUMNS)] for name in names])
 
 
 def cells(metrics: HeadMetrics, digits: int = 1) -> list[str]:
@@ -94,6 +114,8 @@ def mean_and_deviation(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(measured):.{digits}f}" if len(measured) > 1 else mean
 
 
-def signed(difference: float) -> str:
-    """Return a difference in points, with its sign."""
-    return f"{difference:+.1f}".replace("-", "−")
+def difference(ours: float | None, theirs: float | None) -> str:
+    """Return how far a percentage is from another in points, with its sign; a dash where there are not both."""
+    if ours is None or theirs is None:
+        return NOTHING
+    return f"{ours - theirs:+.1f}".replace("-", "−")

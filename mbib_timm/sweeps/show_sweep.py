@@ -17,7 +17,7 @@ from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas
 from mbib_timm.errors import MbibError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import method_title
-from mbib_timm.results.tables import COLUMNS, NOTHING, Table, mean_and_deviation, mean_of, signed
+from mbib_timm.results.tables import COLUMNS, Table, difference, mean_and_deviation, mean_of, percent
 from mbib_timm.sweeps.sweep import GROUP, HEAD
 from mbib_timm.sweeps.sweep_results import (
     FILE,
@@ -148,10 +148,9 @@ def _row(results: SweepResults, cell: Cell) -> list[str]:
     row += [mean_and_deviation(cell.values[column]) for column in COLUMNS]
     for column in _paper_columns(results):
         number = cell.paper.get(column)
-        row.append(NOTHING if number is None else f"{number:.1f}")
+        row.append(percent(number))
         if results.is_papers:
-            mean = mean_of(cell.values[column])
-            row.append(NOTHING if number is None or mean is None else signed(mean - number))
+            row.append(difference(mean_of(cell.values[column]), number))
     return row
 
 

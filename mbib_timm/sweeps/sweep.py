@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, first_line, unknown_name
 from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.paper import ABLATIONS, COLUMNS, RESULTS
 
@@ -241,7 +241,7 @@ def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MbibError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+        raise MbibError(f"{path}: not a YAML file ({first_line(error)})") from None
 
 
 def load_sweep(path: Path) -> Sweep:

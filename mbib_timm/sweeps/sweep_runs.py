@@ -24,9 +24,8 @@ from mbib_timm.recipe import (
     read_recipe,
     recipe_name,
 )
-from mbib_timm.results.record import is_finished, read_history
-from mbib_timm.results.redact import redact_text
-from mbib_timm.results.runs import read_run
+from mbib_timm.results.record import is_finished, read_history, read_record
+from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep import PER_RUN, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
@@ -312,8 +311,8 @@ def _collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Map
 
 def _sweep_run(planned: PlannedRun) -> SweepRun:
     """Return what a sweep keeps of a finished run."""
-    record = read_run(planned.folder().path).record
-    history = read_history(planned.folder().path)
+    folder = planned.folder().path
+    record, history = redact_record(read_record(folder)), read_history(folder)
     return SweepRun(
         label=planned.label,
         configuration=planned.configuration,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mbib_timm.data import Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.environment import World, seed_generators
-from mbib_timm.errors import CheckpointError, MbibError, unknown_name
+from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.models.weights import find_source
 from mbib_timm.recipe import Recipe
@@ -179,7 +179,7 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
     except TypeError as error:
         raise MbibError(f"recipe key 'model_kwargs': {error}") from None
     except (RuntimeError, ValueError, OSError) as error:  # OSError: no such repository, or no way to it
-        raise MbibError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+        raise MbibError(f"model {name!r}: {first_line(error)}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_state_dict(str(file), weights_only=True)
     except (RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is not a weights file ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{file} is not a weights file ({first_line(error)})") from None
 
 
 def weights_overlay(weights: dict[str, Tensor], model_name: str) -> dict[str, Any]:
