@@ -11,8 +11,8 @@ import timm
 
 from mbib_timm.environment import Environment
 from mbib_timm.methods import head_names
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import Evaluation, HeadMetrics, RunRecord
-from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.sweep import Sweep
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
 from mbib_timm.sweeps.sweep_runs import plan

@@ -84,7 +84,7 @@ def test_a_record_gives_what_reports_ask_for():
     assert RECORD.result.prediction == HEADS["prediction"]
     assert RECORD.result.epochs_done == 3
     assert Evaluation("test", HEADS).epochs_done == 0
-    by_group = HEADS["prediction"].by_group()
+    by_group = HEADS["prediction"].accuracies()
     assert list(by_group) == ["overall", "many", "medium", "few"]
     assert list(by_group.values()) == [getattr(HEADS["prediction"], name) for name in ("top1", "many", "medium", "few")]
 

@@ -165,7 +165,7 @@ def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys):
     record = read_record(model.folder)
     points = 0.0 if record.precision in (None, "float32") else 0.5
     for head, metrics in record.result.heads.items():
-        assert heads[head].by_group() == pytest.approx(metrics.by_group(), abs=points, rel=0), head
+        assert heads[head].accuracies() == pytest.approx(metrics.accuracies(), abs=points, rel=0), head
 
 
 @pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.name)

@@ -25,11 +25,12 @@ from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import longest_epochs
 from mbib_timm.results.catalogue import catalogue, markdown_table
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.runs import FinishedRun, packaged_recipe, read_run
-from mbib_timm.results.tables import COLUMNS, Table, cells
+from mbib_timm.results.tables import Table, cells
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep_results import epochs_run, listed

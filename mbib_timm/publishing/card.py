@@ -14,19 +14,13 @@ from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import DATASETS, is_published, split_tag
 from mbib_timm.recipe import Recipe, data_of
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.redact import redact_model
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import NOTHING, Table, mean_and_deviation, percent, table_by_head
 
-# Metadata of the Hub: names of the accuracies of `HeadMetrics.by_group`.
-METRICS = {
-    "overall": "Top-1 accuracy, %",
-    "many": "Top-1 accuracy on many-shot classes, %",
-    "medium": "Top-1 accuracy on medium-shot classes, %",
-    "few": "Top-1 accuracy on few-shot classes, %",
-}
 FIGURES = {
     "class_accuracy.png": "Accuracy of each class, in the order of its training images.",
     "shot_groups.png": "Accuracy by head and shot group.",
@@ -66,7 +60,7 @@ def render_card(
     epochs = _epochs(recipe)
 
     def spread(head: str, column: str) -> str:
-        return mean_and_deviation([each.heads[head].by_group()[column] for each in runs], digits=2)
+        return mean_and_deviation([each.heads[head].accuracies()[column] for each in runs], digits=2)
 
     citations = [BIBTEX if paper == CITATION else f"{paper}." for paper in _papers(run)]
     return _template().render(
@@ -77,7 +71,7 @@ def render_card(
         record=record,
         result=record.result,
         when=stages_text(record.stages) if record.result.epoch is None else f"the last epoch ({epochs})",
-        results=table_by_head(heads, lambda head, column: percent(heads[head].by_group()[column], 2)),
+        results=table_by_head(heads, lambda head, column: percent(heads[head].accuracies()[column], 2)),
         chosen=chosen_text(record),
         raw=raw_text(record),
         seeds=[each.record.seed for each in runs],
@@ -138,10 +132,10 @@ def card_metadata(run: FinishedRun) -> ModelCardData:
             dataset_name=dataset_title(run).strip("`"),
             dataset_split=result.split,
             metric_type="accuracy",
-            metric_name=METRICS[column],
+            metric_name=COLUMNS[column].title,
             metric_value=round(value, 2),
         )
-        for column, value in result.prediction.by_group().items()
+        for column, value in result.prediction.accuracies().items()
         if value is not None
     ]
     return ModelCardData(

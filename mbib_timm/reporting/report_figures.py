@@ -6,8 +6,8 @@ from typing import Any
 
 from mbib_timm.drawing import CYCLE, GREY, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar
 from mbib_timm.methods import method_title
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.runs import RunGroup
-from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.show_sweep import PAPER
 from mbib_timm.sweeps.sweep_results import SweepResults
 

@@ -19,10 +19,11 @@ from mbib_timm.environment import Environment
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report_figures import CURVES, comparison_bars, comparison_curves, sweep_curves
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import RunGroup
-from mbib_timm.results.tables import COLUMNS, Table, difference, mean_and_deviation, percent, table_by_head
+from mbib_timm.results.tables import Table, difference, mean_and_deviation, percent, table_by_head
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
 

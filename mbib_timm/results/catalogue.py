@@ -7,8 +7,9 @@ import timm
 
 from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.zoo import ZOO, ZooModel
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import read_record
-from mbib_timm.results.tables import COLUMNS, NOTHING, Table, cells
+from mbib_timm.results.tables import NOTHING, Table, cells
 
 HEADER = ("model", "params, M", "MACs, G", "input", "data", *COLUMNS, "weights")
 

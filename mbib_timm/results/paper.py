@@ -7,9 +7,6 @@ from typing import Any
 
 import yaml
 
-# Accuracies that every table shows, as `HeadMetrics.by_group` names them.
-COLUMNS = ("overall", "many", "medium", "few")
-
 _NUMBERS: dict[str, Any] = yaml.safe_load((files("mbib_timm.results") / "paper.yaml").read_text(encoding="utf-8"))
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
 from mbib_timm.files import read_json, to_json, write_bytes
+from mbib_timm.results.columns import COLUMNS
 
 RECORD, HISTORY = "metrics.json", "summary.csv"
 # Accuracies that an epoch's row keeps, as the columns of ``summary.csv`` call them.
-EPOCH_METRICS = ("top1", "many", "medium", "few")
+EPOCH_METRICS = tuple(column.metric for column in COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class HeadMetrics:
     classes: dict[str, int]
     per_class: list[float | None]
 
-    def by_group(self) -> dict[str, float | None]:
-        """Return the accuracies that every table shows: ``overall``, then those of the shot groups."""
-        return {"overall": self.top1, "many": self.many, "medium": self.medium, "few": self.few}
+    def accuracies(self) -> dict[str, float | None]:
+        """Return the accuracies of `COLUMNS`, in percent: ``overall``, then those of the shot groups."""
+        return {name: getattr(self, column.metric) for name, column in COLUMNS.items()}
 
 
 @dataclass(frozen=True)

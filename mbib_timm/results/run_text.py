@@ -19,7 +19,7 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
     """
     line = f"epoch {epoch.epoch:>3}/{epochs}  lr {epoch.lr:.2e}  loss {epoch.losses['loss']:.3f}"
     if epoch.val is not None:
-        line += "".join(f"  {name} {percent(epoch.val[name])}" for name in EPOCH_METRICS)
+        line += "".join(f"  {name} {percent(epoch.val.get(name))}" for name in EPOCH_METRICS)
     return f"{line}  {epoch.seconds:.1f} s"
 
 
@@ -63,7 +63,7 @@ def raw_text(record: RunRecord) -> str:
     """Return the accuracy of the last weights where the result is their moving average; empty for no average."""
     if record.raw is None:
         return ""
-    overall, *groups = record.raw.prediction.by_group().items()
+    overall, *groups = record.raw.prediction.accuracies().items()
     listed = ", ".join(f"{name} {value:.2f}" for name, value in groups if value is not None)
     return f"Weights without the moving average: {overall[1]:.2f} ({listed})"
 

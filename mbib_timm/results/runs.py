@@ -138,7 +138,7 @@ class RunGroup:
 
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
         """Return a head's accuracy in percent of each run: ``overall``, ``many``, ``medium`` or ``few``."""
-        return [run.heads[head].by_group()[column] for run in self.runs]
+        return [run.heads[head].accuracies()[column] for run in self.runs]
 
     def mean(self, column: str) -> float | None:
         """Return the prediction's mean accuracy in percent; None for a group without classes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbib_timm.data.long_tail import shot_groups
-from mbib_timm.results.paper import COLUMNS
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import HeadMetrics
 
 NOTHING = "–"
@@ -68,7 +68,7 @@ def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -
         class_counts: training images of each class, (K,).
     """
     groups = {"overall": np.arange(len(class_counts)), **shot_groups(class_counts)}
-    counts = [class_counts[groups[column]] for column in COLUMNS]
+    counts = [class_counts[groups.get(column, groups["overall"])] for column in COLUMNS]
     rows = [
         ["classes", *(str(len(group)) for group in counts)],
         ["training images", *(str(group.sum()) for group in counts)],
@@ -93,7 +93,7 @@ def table_by_head(heads: Iterable[str], cell: Callable[[str, str], str]) -> Tabl
 
 def cells(metrics: HeadMetrics, digits: int = 1) -> list[str]:
     """Return the accuracies of `COLUMNS` in percent."""
-    return [percent(value, digits) for value in metrics.by_group().values()]
+    return [percent(value, digits) for value in metrics.accuracies().values()]
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -17,7 +17,8 @@ from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas
 from mbib_timm.errors import MbibError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import method_title
-from mbib_timm.results.tables import COLUMNS, Table, difference, mean_and_deviation, mean_of, percent
+from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.tables import Table, difference, mean_and_deviation, mean_of, percent
 from mbib_timm.sweeps.sweep import GROUP, HEAD
 from mbib_timm.sweeps.sweep_results import (
     FILE,

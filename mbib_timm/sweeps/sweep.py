@@ -29,7 +29,8 @@ import yaml
 
 from mbib_timm.errors import MbibError, first_line, unknown_name
 from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
-from mbib_timm.results.paper import ABLATIONS, COLUMNS, RESULTS
+from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.paper import ABLATIONS, RESULTS
 
 # Recipe keys that a sweep sets by itself.
 PER_RUN = ("seed", "experiment", "resume")

@@ -8,8 +8,8 @@ from typing import Any
 from mbib_timm.environment import Environment
 from mbib_timm.files import read_json
 from mbib_timm.recipe import data_of
+from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.runs import SAME_RESULT
-from mbib_timm.results.tables import COLUMNS
 from mbib_timm.sweeps.sweep import HEAD, Paper
 
 FILE = "sweep.json"
@@ -163,7 +163,7 @@ def cells(results: SweepResults) -> list[Cell]:
             coordinates = dict(runs[0].coordinates)
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
-            values = {column: [run.heads[head][column] for run in runs] for column in COLUMNS}
+            values = {column: [run.heads[head].get(column) for run in runs] for column in COLUMNS}
             rows.append(Cell(coordinates, values, _paper_numbers(results, coordinates)))
     return rows
 

@@ -326,7 +326,7 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         settings=planned.settings,
         dataset=record.dataset,
         test_images=record.result.prediction.images,
-        heads={head: metrics.by_group() for head, metrics in record.result.heads.items()},
+        heads={head: metrics.accuracies() for head, metrics in record.result.heads.items()},
         curve=Curve(
             epoch=[row.epoch for row in history],
             train_loss=[float(f"{row.losses['loss']:.5g}") for row in history],
