@@ -184,6 +184,7 @@ def run(tmp_path_factory) -> Path:
 CPU = {"device": "cpu", "workers": 0}
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_of_every_distribution(run, capsys):
     assert main(["aggregate", str(run), "--device", "cpu", "--workers", "0", "--targets", "forward5", "uniform"]) == 0
     printed = capsys.readouterr().out
@@ -203,6 +204,7 @@ def test_the_command_writes_a_table_of_every_distribution(run, capsys):
     assert str(run / "aggregation.json") in printed
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_labels_and_the_model_stays_as_it_is(run, tmp_path, monkeypatch):
     opened = []
     original_open, original_loader = command.open_target, command.build_views_loader
@@ -226,6 +228,7 @@ def test_weights_do_not_depend_on_labels_and_the_model_stays_as_it_is(run, tmp_p
     assert first.test_sets[0].weights != dict.fromkeys(("expert1", "expert2", "expert3"), 1 / 3)
 
 
+@pytest.mark.slow
 def test_both_loaders_serve(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mbib_timm.data.create.fits", lambda *args: False)
     keys = dict(overrides=CPU, distributions=["forward5"], results_file=tmp_path / "out.json")
@@ -234,6 +237,7 @@ def test_both_loaders_serve(run, tmp_path, monkeypatch):
     assert row.epochs == 5
 
 
+@pytest.mark.slow
 def test_test_sets_for_which_there_are_too_few_images_are_left_out_or_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "learn_weights", lambda epochs, experts, device: learn_weights([], experts, device))
     content = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")

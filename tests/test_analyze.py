@@ -96,6 +96,7 @@ def test_the_parts_agree_with_one_another(result):
     assert result.efficiency.input_size == [3, 640, 640]
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(run, result, tmp_path, capsys):
     recipe = load_recipe(
         find_recipe("cifar_resnet20.ce_digits"),
@@ -170,6 +171,7 @@ def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
         analyze([str(run)], overrides={"device": "cpu"})
 
 
+@pytest.mark.slow
 def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):
     """Into a folder of the analysis, which is not where runs go."""
     command = ["analyze", str(run), "--device", "cpu", "--images-per-class", "5"]

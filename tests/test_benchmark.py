@@ -95,6 +95,7 @@ def test_contestants_take_turns_in_changing_order():
     assert figures == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_batch(world):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -184,6 +185,7 @@ def run(folder, *flags):
     return json.loads((folder / "benchmark-cpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_figure_is_in_the_file(tmp_path, capsys):
     flags = ["--pass-images", "160", "--no-torchcompile", "--only"]
     results = run(tmp_path, *flags, "evaluate-resnet32")

@@ -416,6 +416,7 @@ def test_the_installed_command_answers(tmp_path):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_trains_and_counts_every_sample_once(tmp_path):
     """Two gloo processes; the evaluation of 340 images must not depend on how many processes share it."""
     script = os.path.join(os.path.dirname(__file__), "..", "tools", "train.py")

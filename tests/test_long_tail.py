@@ -82,6 +82,7 @@ def digits(**keys):
     return open_data(Recipe(**{"imbalance": "exp", "imbalance_factor": 24.0, "imbalance_max": 144, **keys}))
 
 
+@pytest.mark.slow
 def test_a_share_of_each_class_is_held_out_and_not_counted():
     whole, data = digits(), digits(holdout=0.1)
     held_out = np.bincount(data.held_out.targets, minlength=10)

@@ -513,6 +513,7 @@ def test_nothing_waits_for_the_device_inside_an_epoch(name):
 # Compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backend"),
     # Whether there are breaks, and whether buffers are read anew, the quick back end tells as well.
@@ -1199,6 +1200,7 @@ def results(tmp_path_factory):
     return {run: (folder, logits[str(folder)], loaded[str(folder)]) for run, folder in folders.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_a_result_loads_in_a_fresh_process_through_timm_alone(results, run):
     folder, trained, loaded = results[run]
@@ -1284,6 +1286,7 @@ def test_what_goes_together_is_said_of_every_method():
     assert table_of_what_goes_together().keys() == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OURS if name != "toy"])
 def test_what_goes_together_is_as_the_documentation_says(name):
     *networks, mixing = table_of_what_goes_together()[name]

@@ -206,6 +206,7 @@ def install(folder, group_line, content, name="outside"):
     (info / "entry_points.txt").write_text(f"[mbib_timm.methods]\n{group_line}\n")
 
 
+@pytest.mark.slow
 def test_an_installed_package_makes_its_methods_known_by_itself(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
@@ -226,6 +227,7 @@ def test_an_installed_package_makes_its_methods_known_by_itself(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_package_that_takes_the_name_of_another_method_is_passed_over(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
@@ -248,6 +250,7 @@ def documented():
     return {"tempered.py": blocks["python"], "tempered.yaml": blocks["yaml"]}
 
 
+@pytest.mark.slow
 def test_the_documented_method_is_short_and_trains_in_two_stages(tmp_path):
     files = documented()
     assert len(files["tempered.py"].splitlines()) < 30
@@ -264,6 +267,7 @@ def test_the_documented_method_is_short_and_trains_in_two_stages(tmp_path):
     assert "--stage1.method.warm-up FLOAT" in shown.stdout
 
 
+@pytest.mark.slow
 def test_the_documented_method_passes_the_contract_of_methods(tmp_path):
     (tmp_path / "tempered.py").write_text(documented()["tempered.py"])
     contract = Path(__file__).parent / "test_methods.py"

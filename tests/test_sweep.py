@@ -257,6 +257,7 @@ def result(folder, label):
     return json.loads((folder / label / "metrics.json").read_text())["result"]
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_the_runs(finished):
     folder, results, _ = finished
     assert {file.name for file in results.iterdir()} == {
@@ -283,6 +284,7 @@ def test_the_results_are_those_of_the_runs(finished):
         assert f"| {name} | 2 | {statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} |" in table
 
 
+@pytest.mark.slow
 def test_what_a_sweep_keeps_says_nothing_of_the_machines_folders(finished):
     _, results, _ = finished
     assert str(results.parents[1]) not in "".join(
@@ -290,6 +292,7 @@ def test_what_a_sweep_keeps_says_nothing_of_the_machines_folders(finished):
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_run_is_the_run_that_train_makes(finished, tmp_path):
     folder, _, _ = finished
     assert main(["train", DIGITS, "--seed", "1", "--output", str(tmp_path), "--warmup-epochs", "0", *FLAGS]) == 0
@@ -297,6 +300,7 @@ def test_a_sweep_run_is_the_run_that_train_makes(finished, tmp_path):
     assert result(folder, "mbib_resnet20.digits-seed1") == result(tmp_path, "mbib_resnet20.digits")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
     _, results, arguments = finished
     before = {file.name: file.read_bytes() for file in results.iterdir()}
@@ -308,6 +312,7 @@ def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[::2] == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finished, monkeypatch, capsys):
     *_, arguments = finished
     monkeypatch.setattr(sweep_runs, "train", None)
@@ -319,6 +324,7 @@ class CrashError(Exception):
     """Stands for a crash."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     whole, _, _ = finished
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path, checkpoint_seconds=0)
@@ -346,6 +352,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monke
         run_sweep(sweep, {**keys, "lr": 0.01}, tmp_path)
 
 
+@pytest.mark.slow
 def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
     sweep = Sweep("s", DIGITS, seeds=[0, 1, 2])
     for seed in (2, 0):
@@ -357,6 +364,7 @@ def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
     assert (results.seeds, results.planned) == ([0, 2, 7], 4)
 
 
+@pytest.mark.slow
 def test_runs_share_data_and_images(tmp_path, monkeypatch):
     from mbib_timm.data import create as create_module
 
@@ -386,6 +394,7 @@ def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, 
     assert "Failed: mbib_resnet20.digits-seed1: loss part 'loss' became nan" in table
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monkeypatch):
     results = read_results(finished[1])
     monkeypatch.setattr(show_sweep, "sweep_figure", lambda results: 1 / 0)
@@ -394,6 +403,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monk
     assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "runs.csv", "table.md"}
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_ends_while_this_one_draws_is_in_the_table(tmp_path, monkeypatch):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[1]
@@ -423,6 +433,7 @@ with FileLock(lock):
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys, popen):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[0]
@@ -451,6 +462,7 @@ def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     assert f"with: mbib sweep {DIGITS} --output {tmp_path} --epochs 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_and_seeds_choose_runs(finished, tmp_path, capsys):
     *_, arguments = finished
     # Seed 2 of one method is new; what is done of the others stays in the table.
@@ -499,6 +511,7 @@ def test_axes_and_flags_reach_a_stage():
         plan(sweep, {"stage2.seed": 1})
 
 
+@pytest.mark.slow
 def test_stages_start_from_the_run_of_the_same_seed(tmp_path, capsys):
     sweep, keys = replace(find_sweep(STAGED), seeds=[0, 1]), small(tmp_path)
     assert run_sweep(sweep, keys, tmp_path)

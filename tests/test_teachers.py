@@ -296,6 +296,7 @@ def crash_in(monkeypatch, method, epoch):
     monkeypatch.setattr(run_module, "train_one_epoch", crashing)
 
 
+@pytest.mark.slow
 def test_the_stage_before_teaches_a_student_that_starts_anew(taught, tmp_path, monkeypatch):
     folder = taught[1].folder
     assert taught[1].record.stages == ["bsce", "dive"]
@@ -326,6 +327,7 @@ def test_the_stage_before_teaches_a_student_that_starts_anew(taught, tmp_path, m
     torch.testing.assert_close(other.teachers(images), mbib(images).detach(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"teacher_pass": "once"}])
 def test_a_student_resumes_bit_identically(taught, tmp_path, monkeypatch, settings):
     stages = [{"method": "bsce"}, {"method": {"name": "dive", **settings}}]
