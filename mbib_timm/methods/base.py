@@ -203,8 +203,8 @@ class Method(TrainingTask):
             data: passes over the training images and over those that were never trained on.
         """
 
-    def report(self) -> dict[str, Any]:
-        """Return what the method has chosen by itself, as plain values; the results record it."""
+    def report(self) -> dict[str, float]:
+        """Return the numbers that the method has chosen by itself, by name; the results record them."""
         return {}
 
     # What trains, and what is kept

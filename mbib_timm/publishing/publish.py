@@ -10,10 +10,14 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # that of the HTTP client that the Hub's uses
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # that of the HTTP client that the Hub's uses
+    LocalTokenNotFoundError,
+)
 
 from mbib_timm.errors import MbibError, first_line
 from mbib_timm.models.zoo import ZooModel
@@ -83,7 +87,7 @@ class Publisher:
         wait: sleeps for a number of seconds.
     """
 
-    def __init__(self, api: HfApi, release: Release, wait: Callable[[float], Any] = time.sleep) -> None:
+    def __init__(self, api: HfApi, release: Release, wait: Callable[[float], None] = time.sleep) -> None:
         self.api, self.release, self.wait = api, release, wait
         self.repository = release.repository
 
@@ -120,10 +124,8 @@ class Publisher:
         )
         digests = {}
         for entry in entries:
-            if lfs := getattr(entry, "lfs", None):
-                digests[entry.path] = lfs.sha256
-            elif blob := getattr(entry, "blob_id", None):  # folders have none
-                digests[entry.path] = blob
+            if isinstance(entry, RepoFile):  # and no folder
+                digests[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
         return head, digests
 
     def _tags(self) -> dict[str, str]:
@@ -178,7 +180,7 @@ class Publisher:
             except LocalTokenNotFoundError:
                 raise PublishError("there is no token: log in with hf auth login, or set HF_TOKEN") from None
             except (HTTPError, OSError, RuntimeError) as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status == 412:
                     raise PublishError(
                         f"{self.repository} was changed by someone else in the meantime; nothing was published. "

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors.torch import save as save_tensors
+
+# Private: timm's public `save_for_hf` writes the weights too, which it refuses in the channels-last memory format.
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
