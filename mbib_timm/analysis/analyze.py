@@ -14,11 +14,11 @@ from mbib_timm.environment import World, describe_environment, join_world, leave
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
 from mbib_timm.files import read_json
-from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_environment, redact_model
-from mbib_timm.results.tables import Table
+from mbib_timm.results.tables import NOTHING, Table
 
 
 def analyze(
@@ -136,7 +136,7 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
         split=opened.split,
         images=images,
         class_counts=opened.class_counts.tolist(),
-        prediction_heads=list(getattr(opened.model, "prediction_heads", ())),
+        prediction_heads=list(prediction_heads(opened.model)),
         environment=redact_environment(describe_environment(world)),
     )
 
@@ -195,4 +195,4 @@ def comparison_text(first: Analysis, other: Analysis) -> str:
 
 
 def _cells(values: Mapping[str, float | None], form: str) -> list[str]:
-    return ["-" if value is None else form.format(value) for value in (values[group] for group in GROUPS)]
+    return [NOTHING if value is None else form.format(value) for value in (values[group] for group in GROUPS)]
