@@ -93,7 +93,7 @@ def _own_folder(target: Target) -> Path:
     # Not the folder of a published model, which is the package's.
     source = target.source
     if source.folder is None or not source.name.startswith("local-dir:"):
-        raise MbibError(f"{target.name} is no run's folder: say with --output DIR where the analysis goes")
+        raise MbibError(f"{target.name} is not a run's folder: give a folder for the results with --output DIR")
     return source.folder / FOLDER
 
 
@@ -102,7 +102,7 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
     world = join_world(found.recipe.device)
     try:
         if world.world_size > 1:
-            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: leave torchrun out")
+            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: start it without torchrun")
         opened = open_target(found, world, split)
         model, counts = opened.model, opened.class_counts
         _check_classes(classes, len(counts))

@@ -68,7 +68,7 @@ def publish(
     if repository is None:
         finished = read_run(run)
         if not in_zoo(finished):
-            raise MbibError(f"{finished.name} is no model of the zoo: say where to, --repo-id YOU/{finished.name}")
+            raise MbibError(f"{finished.name} is not in the zoo: name a repository with --repo-id YOU/{finished.name}")
         repository = ZooModel(finished.name).repository
     release = make_release(run, repository, others, inference_only)
     if dry_run:
@@ -101,7 +101,9 @@ class Publisher:
         changes = self._changes(files)
         tag = revision or self._next_tag(tags, head if not changes else None)
         if tag in tags and (changes or tags[tag] != head):
-            raise PublishError(f"{self.repository} has a revision {tag} already, of another content; choose another")
+            raise PublishError(
+                f"{self.repository} already has a revision {tag} with other content; choose another name"
+            )
         if changes:
             head = self._commit(changes, head)
         if tag not in tags:
@@ -159,7 +161,7 @@ class Publisher:
                     return head
                 raise PublishError(
                     f"{self.repository} was changed by someone else in the meantime; nothing was published. "
-                    "Look at it, and publish again"
+                    "Check it, then publish again"
                 )
             message = f"Publish {self.release.name}"
             operations = self._changes(remote)
@@ -184,12 +186,12 @@ class Publisher:
                 if status == 412:
                     raise PublishError(
                         f"{self.repository} was changed by someone else in the meantime; nothing was published. "
-                        "Look at it, and publish again"
+                        "Check it, then publish again"
                     ) from None
                 if status in (401, 403):
                     raise PublishError(
-                        f"cannot {what} of {self.repository}: the Hub does not accept the token, or it may not write "
-                        "there (hf auth whoami tells whose it is)"
+                        f"cannot {what}: the Hub does not accept the token, or the token may not write to "
+                        f"{self.repository} (hf auth whoami shows whose it is)"
                     ) from None
                 if status is not None and status < 500 and status != 429:
                     raise PublishError(f"cannot {what}: {first_line(error)}") from None

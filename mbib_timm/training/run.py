@@ -220,9 +220,7 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["class_counts"] != self.splits.class_counts.tolist():
-            raise CheckpointError(
-                f"{self.folder.path} was trained on other data: its classes had other numbers of images"
-            )
+            raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             self.optimizer.load_state_dict(state["optimizer"])
