@@ -241,7 +241,7 @@ def test_test_sets_for_which_there_are_too_few_images_are_left_out_or_refused(ru
     content = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")
     names = [row.test_set for row in content.test_sets]
     assert names == [name for name in DISTRIBUTIONS if not name.endswith("50")]
-    assert "left out: forward50: imbalance factor 50 leaves no image" in capsys.readouterr().out
+    assert "left out: forward50: imbalance factor 50 leaves the smallest class no image" in capsys.readouterr().out
     with pytest.raises(DataError, match="imbalance factor 50"):
         aggregate(str(run), overrides=CPU, distributions=["forward50"])
     with pytest.raises(MbibError, match="unknown test distribution 'sideways5'"):
