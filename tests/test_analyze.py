@@ -150,12 +150,12 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
         analyze([str(run)], overrides=cpu, output=tmp_path / "new", classes=[3, 10])
     with pytest.raises(MbibError, match=r"holds no config\.json"):
         analyze([str(tmp_path)], overrides=cpu)
-    with pytest.raises(MbibError, match=r"is no run's folder: say with --output DIR"):
+    with pytest.raises(MbibError, match=r"is not a run's folder: give a folder for the results with --output DIR"):
         analyze(["mbib_resnet32.cifar100_lt_if100"], overrides=cpu)
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "class_counts": [50] * 7}))
-    with pytest.raises(MbibError, match="tells 10 classes apart, but the data have 7"):
+    with pytest.raises(MbibError, match="has 10 classes, but the data have 7"):
         analyze([str(other)], overrides=cpu, output=tmp_path / "new")
     monkeypatch.setattr(analyze_module, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
     with pytest.raises(MbibError, match="one process, not in 2"):

@@ -165,7 +165,7 @@ def test_impossible_factors(factor):
 
 
 def test_profiles_that_the_data_cannot_fill():
-    with pytest.raises(DataError, match="leaves no image of the 50"):
+    with pytest.raises(DataError, match="leaves the smallest class no image where the largest has 50"):
         exponential_profile(10, 50, 100)
     with pytest.raises(DataError, match="class 1 has 2 images, the long-tailed profile asks for 3"):
         long_tailed_indices(np.array([0, 0, 0, 1, 1]), [3, 3], seed=0)

@@ -772,8 +772,8 @@ def test_what_freezes_batch_normalisation_must_say_how():
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("fc", r"part 'fc' is in no parameter's name; the network has conv, norm, mixed, classifiers"),
-     ("(", r"part '\(' is no regular expression")],
+    [("fc", r"part 'fc' matches no parameter's name; the network has conv, norm, mixed, classifiers"),
+     ("(", r"part '\(' is not a regular expression")],
 )  # fmt: skip
 def test_parts_that_are_none(part, message):
     with pytest.raises(MbibError, match=message):

@@ -121,7 +121,7 @@ def test_a_second_time_nothing_is_committed(hub, finished_run):
 def test_other_content_is_a_new_release(hub, finished_run):
     publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=False, revision=None)
     smaller = make_release(finished_run, REPOSITORY, inference_only=True)
-    with pytest.raises(PublishError, match="has a revision v1 already"):
+    with pytest.raises(PublishError, match="already has a revision v1"):
         publisher(hub, smaller).publish(private=False, revision="v1")
     publisher(hub, smaller).publish(private=False, revision=None)
     repo = state(hub)

@@ -50,15 +50,15 @@ def of_recipe(recipe, **fields):
         ("recipe: a\naxes: {m: {x: {stage2.opoch: 1}}}", "unknown key in axis m of sweep x 'stage2.opoch'"),
         ("recipe: a\naxes: {m: {x: 3}}", "axis 'm': 'x' needs recipe keys and their values, got 3"),
         ("recipe: '{m}a'\naxes: {m: {x: 3}}", "axis 'm': 'x' needs a part of the recipe's name, got 3"),
-        ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is the sweep's own to set"),
-        ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is the sweep's own to set; see --seeds"),
-        ("recipe: a\naxes: {m: {x: {seed: 1}}}", "recipe key 'seed' is the sweep's own to set"),
-        ("recipe: a\nset: {experiment: b}", "recipe key 'experiment' is the sweep's own to set"),
+        ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is set by the sweep itself"),
+        ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is set by the sweep itself; see --seeds"),
+        ("recipe: a\naxes: {m: {x: {seed: 1}}}", "recipe key 'seed' is set by the sweep itself"),
+        ("recipe: a\nset: {experiment: b}", "recipe key 'experiment' is set by the sweep itself"),
         ("recipe: if{factor}/a\naxes: {lr: [1]}", "unknown axis in the recipe of sweep x 'factor'"),
         ("recipe: [a]", "key 'recipe': expected a str, got ['a']"),
         ("axes: {lr: [1]}", "a sweep needs the key 'recipe'"),
-        ("recipe: a\nseeds: []", "a seed or more"),
-        ("recipe: a\nseeds: [1, 1]", "a seed or more, each once"),
+        ("recipe: a\nseeds: []", "at least one seed"),
+        ("recipe: a\nseeds: [1, 1]", "at least one seed, each once"),
         ("recipe: a\nlabels: {bta: b}", "unknown axis in the labels of sweep x 'bta'"),
         ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: pie}", "unknown kind of figure in sweep x 'pie'"),
         ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: bars, y: lr}", "unknown role in the figure of sweep x 'y'"),
@@ -217,13 +217,16 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["open_choices", "figure3_beta"], "open_choices is a sweep, and one runs at a time: mbib sweep open_choices"),
-        (["digits/nothing.yaml"], "there is no file digits/nothing.yaml: expected a sweep's or a recipe's"),
+        (["open_choices", "figure3_beta"], "open_choices is a sweep, which has to run alone: mbib sweep open_choices"),
+        (
+            ["digits/nothing.yaml"],
+            "there is no file digits/nothing.yaml: expected the name or the file of a sweep or a recipe",
+        ),
         (["mbib_resnet2.digits"], "unknown sweep or recipe 'mbib_resnet2.digits': did you mean"),
         ([DIGITS, "--seed", "1"], "unknown flag of mbib sweep '--seed': did you mean"),
-        ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is the sweep's own to set; see --seeds"),
+        ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is set by the sweep itself; see --seeds"),
         ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
-        ([DIGITS, DIGITS], "sweep sweep has two runs of the name mbib_resnet20.digits-seed0"),
+        ([DIGITS, DIGITS], "sweep sweep has two runs named mbib_resnet20.digits-seed0"),
         ([DIGITS, "--lr", "-1"], "recipe key 'lr': expected more than 0"),
         ([DIGITS, "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
         (["open_choices", "--recipe", "digits/nothing"], "unknown recipe 'digits/nothing'"),
@@ -237,7 +240,7 @@ def test_bad_arguments_end_with_one_line(arguments, message, capsys):
 def test_a_sweep_over_several_processes_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sweep", DIGITS, *FLAGS]) == 2
-    assert "a sweep is one process: start one for each device" in capsys.readouterr().err
+    assert "a sweep runs in one process: start one per device" in capsys.readouterr().err
 
 
 # What is run
@@ -507,7 +510,7 @@ def test_axes_and_flags_reach_a_stage():
         assert run.recipe.previous.lr == 0.2
         assert run.settings == {"stage1.lr": 0.2}, "the batches are the recipe's own"
     assert runs[0].label == "cifar_resnet32.tau_norm_digits-stage2.method.tau=0.5-seed3"
-    with pytest.raises(MbibError, match=r"recipe key 'stage2\.seed' is the sweep's own to set"):
+    with pytest.raises(MbibError, match=r"recipe key 'stage2\.seed' is set by the sweep itself"):
         plan(sweep, {"stage2.seed": 1})
 
 

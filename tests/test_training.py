@@ -260,7 +260,7 @@ def test_a_resumed_run_keeps_the_loader_that_it_chose(finished, monkeypatch):
 @pytest.mark.slow
 def test_an_occupied_folder_is_refused(finished):
     folder, _ = finished
-    with pytest.raises(MbibError, match=r"holds a run already.*--resume auto"):
+    with pytest.raises(MbibError, match=r"already holds a run.*--resume auto"):
         train(digits(folder.parent), "whole")
     with pytest.raises(CheckpointError, match=r"another recipe: lr \(.* there, 0\.5 asked for\)"):
         train(digits(folder.parent, resume="auto", lr=0.5), "whole")
@@ -273,7 +273,7 @@ def test_a_second_process_is_kept_out_of_a_folder(finished, popen):
                "print('held', flush=True); sys.stdin.read()", str(folder / ".lock")]  # fmt: skip
     other = popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(MbibError, match="another process trains in"):
+    with pytest.raises(MbibError, match="another process is training in"):
         train(digits(folder.parent, resume="auto"), "whole")
     other.kill()
     other.wait()
@@ -425,7 +425,7 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "class_counts": [3, 2, 1]}))
     assert main(["validate", str(exported), *arguments]) == 2
-    assert "tells 10 classes apart, but the data have 3" in capsys.readouterr().err
+    assert "has 10 classes, but the data have 3" in capsys.readouterr().err
     (exported / "model.safetensors").write_bytes(b"nonsense")
     assert main(["validate", str(exported), *arguments]) == 2
     assert "cannot load" in capsys.readouterr().err
