@@ -148,6 +148,7 @@ def validate(flags: Parser) -> Action:
     """Evaluate a trained model."""
     flags.add_argument("target", help=MODEL)
     add_data_flags(flags, split="split to evaluate; the one of the run's result when not given")
+    flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     add_recipe_flags(flags, EVALUATION_KEYS)
 
@@ -155,7 +156,14 @@ def validate(flags: Parser) -> Action:
         overrides = recipe_overrides(given)
         from mbib_timm.evaluation.validate import validate
 
-        validate(given.target, recipe=given.recipe, overrides=overrides, split=given.split, results_file=given.results)
+        validate(
+            given.target,
+            recipe=given.recipe,
+            overrides=overrides,
+            split=given.split,
+            prior=given.prior,
+            results_file=given.results,
+        )
 
     return run
 
@@ -312,7 +320,8 @@ def predict(flags: Parser) -> Action:
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> int:
-        from mbib_timm.inference.prediction_files import OutputChoice, printable
+        from mbib_timm.files import printable
+        from mbib_timm.inference.prediction_files import OutputChoice
 
         # Before the imports that take seconds.
         OutputChoice(

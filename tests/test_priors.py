@@ -1,11 +1,15 @@
 """Class frequencies: expectation-maximisation against a naive loop and known shares; files; excluded classes."""
 
+import json
 import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+from mbib_timm.cli import main
+from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.priors import (
     estimate_prior,
@@ -15,6 +19,7 @@ from mbib_timm.evaluation.priors import (
     trained_shares,
     wanted_shares,
 )
+from mbib_timm.models.head_outputs import head_logits
 
 NAMES = ("fox", "red deer", "Bär", "no")
 
@@ -171,3 +176,40 @@ def test_neither_a_word_nor_a_file(tmp_path):
 def test_classes_of_one_name_are_told_apart():
     assert label_names(("crane", "fox", "crane"), 3) == ("crane [0]", "fox", "crane [2]")
     assert label_names(None, 3) == ("0", "1", "2")
+
+
+def test_validate_has_the_priors_of_predict(finished_run, tmp_path, capsys):
+    """Against the logits of the test images, shifted by hand."""
+    split = open_digits("test")
+    indices = range(len(split)) if split.indices is None else split.indices.tolist()
+    model = timm.create_model(f"local-dir:{finished_run}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        images = torch.stack([transform(split.reader.read(index).convert("RGB")) for index in indices])
+        heads = head_logits(model, images)
+    file = tmp_path / "shares.csv"
+    counts = np.array(json.loads((finished_run / "config.json").read_text())["class_counts"])
+    shares = np.array([0.3, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05, 0, 0, 0])
+    file.write_text("\n".join(f"{label},{share}" for label, share in enumerate(shares)))
+    estimated = estimate_prior(heads["prediction"].double().softmax(dim=1).numpy(), np.full(10, 0.1))
+    for prior, wanted in ((file, shares), ("train", counts / counts.sum()), ("estimate", estimated.shares)):
+        results = tmp_path / "results.json"
+        command = ["validate", str(finished_run), "--prior", str(prior), "--results", str(results), "--device", "cpu"]
+        assert main([*command, "--workers", "0"]) == 0
+        out, content = capsys.readouterr().out, json.loads(results.read_text())
+        np.testing.assert_allclose(content["prior"], wanted, atol=1e-4)
+        assert ("class frequencies estimated from" in out) == (prior == "estimate")
+        for head, logits in heads.items():
+            with np.errstate(divide="ignore"):
+                shifted = logits.double().numpy() + np.log(wanted)
+            top1 = 100 * (shifted.argmax(axis=1) == split.targets).mean()
+            assert content["heads"][head]["top1"] == pytest.approx(top1, abs=0.31)  # a near-tie
+
+
+def test_what_validate_says_of_a_prior_that_is_none(finished_run, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("zero,1\n")
+    for prior, message in (("unifrom", "did you mean 'uniform'"), (tmp_path / "p.csv", "unknown class 'zero'")):
+        results = tmp_path / "results.json"
+        assert main(["validate", str(finished_run), "--prior", str(prior), "--results", str(results)]) == 2
+        assert message in capsys.readouterr().err
+        assert not results.exists()

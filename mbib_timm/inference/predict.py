@@ -29,6 +29,7 @@ from mbib_timm.evaluation.priors import (
     trained_shares,
     wanted_shares,
 )
+from mbib_timm.files import printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
 from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import (
@@ -46,7 +47,6 @@ from mbib_timm.inference.prediction_files import (
     TableWriter,
     Writer,
     make_folder,
-    printable,
     read_continued,
 )
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, logits_and_features, reported_heads

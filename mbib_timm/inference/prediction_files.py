@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.files import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,11 +119,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise MbibError(f"cannot make the folder {path}: there is a file of that name on the way") from None
-
-
-def printable(text: str) -> str:
-    """Return text without what a terminal would take for a command: line ends and escapes are spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Writer(Protocol):
