@@ -54,10 +54,16 @@ class GradCam:
             from pytorch_grad_cam import GradCAM
         except ImportError as error:
             raise MbibError(f"Grad-CAM needs pytorch-grad-cam: pip install 'mbib-timm[cam]' ({error})") from None
-        layer, self.to_maps = _find_layer(module, tuple(input_size))
+        layer, to_maps = _find_layer(module, tuple(input_size))
         whole: nn.Module = _FromMap(module) if layer is None else module
         layer = whole.map if layer is None else layer  # type: ignore[assignment]
-        self.cam = GradCAM(whole, [layer], reshape_transform=self.to_maps)
+        self.cam = GradCAM(whole, [layer], reshape_transform=to_maps)
+        try:
+            self.heat(_nothing(module, input_size), [0])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise MbibError(
+                f"Grad-CAM: {type(module).__name__} cannot be shown; {POSSIBLE} ({first_line(error)})"
+            ) from None
 
     def heat(self, images: Tensor, labels: Sequence[int]) -> np.ndarray:
         """Return where the classes are seen.
@@ -82,11 +88,9 @@ def _find_layer(module: Any, input_size: tuple[int, ...]) -> tuple[nn.Module | N
     if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
         raise MbibError(f"Grad-CAM: {name} has no forward_features and forward_head; {POSSIBLE}")
     inner = module.backbone if isinstance(getattr(module, "backbone", None), nn.Module) else module
-    reference = next(module.parameters())
     with torch.no_grad():
-        images = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
         try:
-            last = module.forward_features(images)
+            last = module.forward_features(_nothing(module, input_size))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise MbibError(f"Grad-CAM: {name} gives no map ({first_line(error)})") from None
     if isinstance(last, Tensor) and last.ndim == 4:
@@ -116,6 +120,12 @@ def _find_layer(module: Any, input_size: tuple[int, ...]) -> tuple[nn.Module | N
             if isinstance(getattr(block, "norm1", None), nn.Module):
                 return block.norm1, to_maps  # type: ignore[union-attr]
     raise MbibError(f"Grad-CAM: {name} has no map of places at its end; {POSSIBLE}")
+
+
+def _nothing(module: nn.Module, input_size: Sequence[int]) -> Tensor:
+    """Return a black image, (1, C, H, W)."""
+    reference = next(module.parameters())
+    return torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
 
 
 def overlay(image: Tensor, heat: np.ndarray) -> Image.Image:
