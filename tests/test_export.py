@@ -21,6 +21,7 @@ def read_back(format, file):
     return torch.export.load(file).module() if format == "torch-export" else torch.jit.load(str(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_exported_logits_are_the_models_for_any_batch(finished_run, tmp_path, format):
     if format == "onnx":

@@ -106,7 +106,7 @@ def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_ru
     del config["logit_prior"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((finished_run / "model.safetensors").read_bytes())
-    with pytest.raises(MbibError, match="does not say what class frequencies"):
+    with pytest.raises(MbibError, match="does not say which class frequencies"):
         Predictor(load_model(str(tmp_path)), prior="train")
 
 
@@ -464,7 +464,7 @@ def test_a_file_of_another_kind_is_not_continued(finished_run, photos, tmp_path,
         (["--threshold", "nan"], "expected a number from 0 to 1"),
         (["--workers", "-1"], "expected a whole number of at least 0"),
         (["--cam", "pyproject.toml"], "expected a folder, and this is a file"),
-        (["--cam", "x", "--head", "z"], "--cam shows what the prediction rests on; leave --head out"),
+        (["--cam", "x", "--head", "z"], "--cam shows what the prediction rests on; omit --head"),
     ],
 )
 def test_choices_that_cannot_be(flags, message, capsys, monkeypatch, request):

@@ -105,7 +105,7 @@ def test_what_a_model_was_trained_for():
     assert trained_shares("m", "train", counts).tolist() == [0.6, 0.3, 0.1]
     assert trained_shares("m", "uniform", counts).tolist() == pytest.approx([1 / 3] * 3)
     for prior, known in ((None, counts), ("train", None)):
-        with pytest.raises(MbibError, match="m does not say what class frequencies"):
+        with pytest.raises(MbibError, match="m does not say which class frequencies"):
             trained_shares("m", prior, known)
     assert wanted_shares("train", counts, None).tolist() == [0.6, 0.3, 0.1]
     assert wanted_shares("uniform", counts, None).tolist() == pytest.approx([1 / 3] * 3)

@@ -40,7 +40,7 @@ def trained_shares(model: str, logit_prior: str | None, class_counts: np.ndarray
         MbibError: the model does not say.
     """
     if logit_prior is None or class_counts is None:
-        raise MbibError(f"{model} does not say what class frequencies it was trained on; leave --prior out")
+        raise MbibError(f"{model} does not say which class frequencies it was trained on; omit --prior")
     return _shares(class_counts if logit_prior == TRAIN else np.ones(len(class_counts)))
 
 

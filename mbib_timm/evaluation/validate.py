@@ -123,7 +123,7 @@ def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) ->
     if prior != ESTIMATE:
         shares = wanted_shares(prior, counts, config.class_names)
     elif world.world_size > 1:
-        raise MbibError(f"--prior estimate runs in one process, not in {world.world_size}: leave torchrun out")
+        raise MbibError(f"--prior estimate runs in one process, not in {world.world_size}: omit torchrun")
     else:
         found = estimate_prior(_probabilities(opened, target.recipe.channels_last), trained)
         shares, note = found.shares, found.describe(label_names(config.class_names, len(counts)))

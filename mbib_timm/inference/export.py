@@ -1,10 +1,10 @@
 """`mbib export`: a trained model as ONNX, `torch.export` program or TorchScript, checked against the original."""
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.models.weights import LoadedModel, load_model
 
 Forward = Callable[[Tensor], Tensor]
 
 # Largest difference that is accepted, relative to the largest logit. Formats reorder sums, in float32.
 TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a program needs to know beside an exported model.
+
+    Attributes:
+        model: its name.
+        input: timm's data config: input_size (C, H, W), interpolation, crop_pct, mean, std.
+        class_names: in label order; None where they are not known.
+        class_counts: training images of each class; None where they are not known.
+        logit_prior: the class frequencies that its logits are for; None where it is not known.
+    """
+
+    model: str
+    input: dict[str, Any]
+    class_names: list[str] | None
+    class_counts: list[int] | None
+    logit_prior: str | None
 
 
 def export(target: str, format: str, output: Path | None = None) -> Path:
@@ -53,7 +73,7 @@ def export(target: str, format: str, output: Path | None = None) -> Path:
         file.unlink()
         raise MbibError(f"{format}: exported logits differ from the model's by {difference:.1e} of the largest")
     described = file.with_suffix(".json")
-    described.write_text(json.dumps(description(model), indent=2) + "\n", encoding="utf-8")
+    write_bytes(described, to_json(describe(model)))
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB, logits within {difference:.1e} of the model's; {described}")
     return file
 
@@ -66,15 +86,15 @@ def for_inference(module: nn.Module) -> nn.Module:
     return bare
 
 
-def description(model: LoadedModel) -> dict[str, Any]:
-    """Return what a program needs to know beside the exported model, as plain values."""
-    return {
-        "model": model.source.name,
-        "input": dict(model.preprocessing),
-        "class_names": None if model.class_names is None else list(model.class_names),
-        "class_counts": None if model.class_counts is None else model.class_counts.tolist(),
-        "logit_prior": model.prior,
-    }
+def describe(model: LoadedModel) -> Description:
+    """Return what a program needs to know beside the exported model."""
+    return Description(
+        model.source.name,
+        dict(model.preprocessing),
+        None if model.class_names is None else list(model.class_names),
+        None if model.class_counts is None else model.class_counts.tolist(),
+        model.prior,
+    )
 
 
 @torch.inference_mode()

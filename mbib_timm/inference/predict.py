@@ -408,7 +408,7 @@ def predict(
     choice = OutputChoice(format, output, probabilities, embeddings, cam, resume, prior == ESTIMATE)
     format = choice.check()
     if cam is not None and head != PREDICTION:
-        raise MbibError("--cam shows what the prediction rests on; leave --head out")
+        raise MbibError("--cam shows what the prediction rests on; omit --head")
     found = find_images(images, columns)
     world = join_world(device)
     try:

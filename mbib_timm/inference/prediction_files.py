@@ -104,7 +104,7 @@ class OutputChoice:
                 ("--prior estimate", self.estimates),
             ):
                 if chosen:
-                    raise MbibError(f"{flag} needs all images at once; leave --resume out")
+                    raise MbibError(f"{flag} needs all images at once; omit --resume")
         for path in (self.file, self.embeddings):
             if path is not None and path.is_dir():
                 raise MbibError(f"{path} is a folder; expected the name of a file")
@@ -199,7 +199,7 @@ class TableWriter:
         """Nothing is left to do."""
 
     def abandon(self) -> None:
-        """Leave what there is."""
+        """Keep what there is."""
 
 
 class CsvWriter:
@@ -228,7 +228,7 @@ class CsvWriter:
         """Nothing is left to do."""
 
     def abandon(self) -> None:
-        """Leave what there is."""
+        """Keep what there is."""
 
 
 class JsonlWriter:
@@ -271,7 +271,7 @@ class JsonlWriter:
         """Nothing is left to do."""
 
     def abandon(self) -> None:
-        """Leave what there is."""
+        """Keep what there is."""
 
 
 class ParquetFile:
