@@ -201,11 +201,11 @@ class Predictor:
         Args:
             images: what to read.
             batch_size: images at once.
-            workers: processes that decode; by default as many as there are CPUs, 8 at most, and none for one batch.
+            workers: processes that decode; by default as many as there are CPUs, 8 at most, and none for one batch or one CPU.
         """
         photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform(as_bytes=True))
         if workers is None:
-            workers = 0 if len(images) <= batch_size else min(MOST_WORKERS, _cpus(), -(-len(images) // batch_size))
+            workers = 0 if len(images) <= batch_size or _cpus() == 1 else min(MOST_WORKERS, _cpus())
         loader = DataLoader(
             photos, batch_size, num_workers=workers, collate_fn=collate, pin_memory=self.device.type == "cuda"
         )
@@ -225,7 +225,10 @@ class Predictor:
         for batch, readable, reasons in self.batches(images, batch_size, workers):
             logits, features = torch.zeros(0, len(self.names)), torch.zeros(0, 0) if with_features else None
             if readable is not None:
-                on_device = self.normalize(readable.to(self.device, non_blocking=True))
+                # Convolutions are faster on channels that lie side by side.
+                on_device = self.normalize(readable.to(self.device, non_blocking=True)).contiguous(
+                    memory_format=torch.channels_last
+                )
                 logits, features = self._forward(on_device, with_features)
             yield ScoredBatch(batch, reasons, logits, features)
 
