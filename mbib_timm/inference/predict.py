@@ -201,7 +201,7 @@ class Predictor:
         Args:
             images: what to read.
             batch_size: images at once.
-            workers: processes that decode; by default as many as there are CPUs, 8 at most, and none for one batch or one CPU.
+            workers: processes that decode; by default as many as there are CPUs, 8 at most; none for one batch or CPU.
         """
         photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform(as_bytes=True))
         if workers is None:
