@@ -19,7 +19,9 @@ from mbib_timm.errors import DataError, MbibError, unknown_name
 
 # Among the arguments, what stands for names on standard input.
 STANDARD_INPUT = "-"
-TABLES = (".csv", ".parquet")
+TABLES = (".csv", ".tsv", ".parquet")
+# Of a CSV's cells: spreadsheets in many languages write semicolons.
+SEPARATORS = ",;\t"
 # Of a table, where no other columns are named.
 PATH_COLUMN, LABEL_COLUMN = "path", "label"
 
@@ -190,7 +192,9 @@ def _read_table(file: Path, columns: Columns) -> list[FoundImage]:
 def _read_csv(file: Path) -> tuple[list[str], list[list[str]]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
+            separator = max(SEPARATORS, key=lines.readline().count)
+            lines.seek(0)
+            reader = csv.reader(lines, delimiter=separator, strict=True)
             header = next(reader, [])
             rows = []
             for row in reader:
