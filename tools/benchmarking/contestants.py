@@ -27,6 +27,7 @@ from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision
+from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.setup import build_network, set_up
 from mbib_timm.training.step import compiled_loss_parts, create_step
 
@@ -125,6 +126,27 @@ class Trainer:
         for _ in range(batches):
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
                 forward(self.model, images)
+
+
+def write_model(folder: Path, recipe: Recipe, size: int, counts: np.ndarray) -> None:
+    """Write a recipe's network with fresh weights as a run writes its model.
+
+    Args:
+        folder: of the run.
+        recipe: of the model.
+        size: height and width of its images, in pixels.
+        counts: training images of each class, (K,).
+    """
+    folder.mkdir()
+    RunFolder(folder).write_model(
+        build_network(recipe, len(counts)),
+        input_size=(3, size, size),
+        recipe=recipe,
+        class_counts=counts,
+        class_names=None,
+        logit_prior="uniform",
+        tag="fresh",
+    )
 
 
 class LabelledImages(ImageDataset):
