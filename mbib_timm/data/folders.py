@@ -207,9 +207,9 @@ def class_order(labels: Collection[str]) -> tuple[str, ...]:
 
 
 def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
-    """Return in a line what a scan has passed over: numbers, reasons and the first names."""
+    """Return in a line what a scan has passed over: reasons, numbers and the first names."""
     return "; ".join(
-        f"{len(names):,} {why} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
+        f"{why}: {len(names):,} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
         for why, names in left_out.items()
     )
 

@@ -17,6 +17,8 @@ from mbib_timm.errors import DataError
 TRIES, TRIED_GROUPS = 32, 20_000
 # Rounds over all groups in which a choice is bettered.
 ROUNDS = 4
+# What it costs that a class is not held out at all: as much as three times its share.
+UNCOVERED = 4.0
 
 
 def group_names(group_by: str, names: Sequence[str], labels: Sequence[str], place: str) -> np.ndarray:
@@ -62,9 +64,9 @@ def hold_out_groups(
 ) -> np.ndarray:
     """Choose whole groups to hold out, so that of each class about a share of the images is.
 
-    The sum over classes of the squared relative distance from that share is made small: greedily, group by group in
-    random order, then by exchanges, from several orders. A class of one group stays in training with it, and
-    no class is held out as a whole.
+    The sum over classes of the squared relative distance from that share is made small, and a class of which nothing is
+    held out costs more: greedily, group by group in random order, until no group betters it, from several orders. A
+    class of one group stays in training with it, and no class is held out as a whole.
 
     Args:
         targets: labels (N,).
@@ -121,6 +123,7 @@ def _choose(
             for label, images in content:
                 off, step = taken[label] - wanted[label], sign * images
                 gain -= step * (2 * off + step) / wanted[label] ** 2
+                gain += UNCOVERED * ((taken[label] == 0) - (taken[label] + step == 0))
             if gain <= 1e-12:
                 continue
             chosen[number], changed = sign > 0, True
@@ -129,5 +132,5 @@ def _choose(
                 left[label] -= sign
         if not changed:
             break
-    cost = sum(((got - aim) / aim) ** 2 for got, aim in zip(taken, wanted, strict=True) if aim)
+    cost = sum(((got - aim) / aim) ** 2 + UNCOVERED * (got == 0) for got, aim in zip(taken, wanted, strict=True) if aim)
     return chosen, cost

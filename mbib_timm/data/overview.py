@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from mbib_timm.data.folders import in_words, printable
-from mbib_timm.data.groups import group_numbers
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.data.splits import Splits
@@ -25,7 +24,9 @@ def summary(splits: Splits) -> list[str]:
             chosen = splits.held_out_from if title == "held out" else split.chosen
             lines.append(f"{title}: {len(split):,} images of {classes:,} classes{f': {chosen}' if chosen else ''}")
     if splits.train.groups is not None:
-        lines.append(f"groups: {_groups(splits.train)} in training, {_groups(splits.val)} in evaluation")
+        (training, alone), (evaluated, more) = _groups(splits.train), _groups(splits.val)
+        without = f"; images without a group: {alone:,} and {more:,}" if alone + more else ""
+        lines.append(f"groups: {training:,} in training, {evaluated:,} in evaluation{without}")
     for title, labels in (
         ("classes of one training image", np.flatnonzero(counts == 1)),
         ("classes without an evaluation image", np.setdiff1d(np.arange(len(counts)), splits.val.targets)),
@@ -45,16 +46,14 @@ def warnings(splits: Sequence[Split]) -> list[str]:
 
 
 def _shots(counts: np.ndarray) -> str:
-    return ", ".join(f"{len(labels):,} {name}-shot" for name, labels in shot_groups(counts).items())
+    return "shot groups: " + ", ".join(f"{len(labels):,} {name}" for name, labels in shot_groups(counts).items())
 
 
-def _groups(split: Split) -> str:
+def _groups(split: Split) -> tuple[int, int]:
     """Return how many groups a split has, and how many of its images stand alone."""
     if split.groups is None:
-        return "none"
-    alone = int((split.groups == "").sum())
-    whole = len(np.unique(group_numbers(split.groups))) - alone
-    return f"{whole:,}{f' and {alone:,} images that stand alone' if alone else ''}"
+        return 0, 0
+    return len(set(split.groups.tolist()) - {""}), int((split.groups == "").sum())
 
 
 def _few(names: Sequence[str]) -> str:

@@ -103,8 +103,9 @@ class Source:
                 f"there is no split {name!r}: the data have none of their own, and are cut into {recipe.train_split} "
                 f"and {recipe.val_split}; {ALL} has every image"
             )
-        whole = "" if recipe.group_by is None else f" in whole groups by {recipe.group_by}"
-        chosen = f"{100 * recipe.val_fraction:g} % of each class{whole}, drawn with seed {recipe.subset_seed}"
+        chosen = f"{100 * recipe.val_fraction:g} % of each class, drawn with seed {recipe.subset_seed}"
+        if recipe.group_by is not None:
+            chosen = f"about {chosen}, in whole groups by {recipe.group_by}"
         kept = np.flatnonzero(~self._held_out if training else self._held_out)
         return self._whole.subset(kept, f"all but {chosen}" if training else chosen)
 
