@@ -7,7 +7,8 @@ method that looks at images before or after training. A file imports from those 
     long_tail, groups       class counts, shot groups, long-tailed subsets, images held out; images that stay together
     folders, image_tables       image folders and archives; CSV and Parquet
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
-    overview, samplers      what the data are, in lines; what an epoch sees, in which order
+    overview, inspection    what the data are, in lines; a look at every image
+    samplers                what an epoch sees, in which order
     pixels, policies        operations on the pixels of batches; policies that draw operations
     transforms              preprocessing and augmentation of single images
     decoding                resident images: decoded, cached on the disk, measured against the memory

@@ -123,7 +123,7 @@ def usable(splits: Sequence[Split], recipe: Recipe) -> list[Split]:
     found = [unreadable(split, recipe.workers) for split in splits]
     if recipe.broken == "stop" and any(found):
         named = [f"{split.path(i)}: {why}" for split, bad in zip(splits, found, strict=True) for i, why in bad.items()]
-        raise DataError("\n  ".join([f"{len(named)} images cannot be read:", *map(printable, named)]))
+        raise DataError("\n  ".join([f"{UNREADABLE}: {len(named):,}", *map(printable, named)]))
     return [without(split, bad) for split, bad in zip(splits, found, strict=True)]
 
 
