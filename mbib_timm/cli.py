@@ -49,6 +49,9 @@ PRIOR = (
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
+# And that decide which images there are, and who decodes them.
+DATA_FLAGS = [name for name, item in KEYS.items() if item.metadata["group"] == "data"]
+DATA_FLAGS = [*(name for name in DATA_FLAGS if name not in ("loader", "image_cache")), "workers"]
 TRAINING_EPILOG = (
     "A method's settings are flags as well: --method.beta 3; mbib train RECIPE --help shows them. In a recipe with "
     "several stages, a flag applies to the stages that do not set the key themselves; --stage2.lr 0.1 sets the second "
@@ -88,6 +91,29 @@ def command(usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], A
         return add_flags
 
     return decorate
+
+
+@command("DIR | TABLE | RECIPE [flags]")
+def data(flags: Parser) -> Action:
+    """Look at images before training: classes, sizes, unreadable files, duplicates, what is held out."""
+    flags.add_argument("target", help="folder or .tar of images, CSV or Parquet file of them, or a recipe")
+    flags.add_argument("--csv", type=Path, metavar="FILE", help="write a line per image")
+    flags.add_argument("--figure", type=Path, metavar="FILE", help="draw the images of each class (.png, .pdf, .svg)")
+    flags.add_argument(
+        "--write-split",
+        type=Path,
+        metavar="FILE",
+        help="write which image is in which split as a CSV, which dataset: table reads back",
+    )
+    add_recipe_flags(flags, DATA_FLAGS)
+
+    def run(given: Namespace) -> None:
+        overrides = recipe_overrides(given)
+        from mbib_timm.reporting.data_report import data_report
+
+        data_report(given.target, overrides, given.csv, given.figure, given.write_split)
+
+    return run
 
 
 @command("[RECIPE] [flags]", TRAINING_EPILOG)

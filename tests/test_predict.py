@@ -318,13 +318,13 @@ def test_a_table_gives_paths_and_labels(finished_run, labelled, tmp_path, kind):
     ("text", "message"),
     [
         ("", "is empty"),
-        ("pth,label\n1.png,a\n", "unknown column of paths 'path': did you mean 'pth'"),
+        ("pth,label\n1.png,a\n", "list.csv 'path': did you mean 'pth'"),
         ("path,label\n", "names no images"),
         ("path,label\n1.png,a\n2.png,b\n", "names 2 images, and none of them is there"),
-        ("path,label\n1.png\n", "line 2: 1 cells, the header has 2"),
-        ("path,label\n,a\n", "row 1: column 'path' is empty"),
-        (b"path,label\n\xff.png,a\n", "no text file in UTF-8"),
-        ("path,class\n1.png,a\n", "unknown column of labels 'label'"),
+        ("path,label\n1.png\n", "line 2: expected 2 columns, got 1"),
+        ("path,label\n,a\n", "line 2: column 'path' holds no path"),
+        (b"path,label\n\xff.png,a\n", "line 2: not UTF-8"),
+        ("path,class\n1.png,a\n", "list.csv 'label'"),
         ('path,label\n"1.png,a\n', "line 2: unexpected end of data"),
     ],
 )

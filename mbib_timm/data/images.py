@@ -1,16 +1,20 @@
 """Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mbib_timm.errors import DataError, first_line
+from mbib_timm.progress import Progress
+
+T = TypeVar("T")
 
 # From an image as it is decoded to the pixels (C, H, W), uint8.
 Transform = Callable[[Image.Image], Tensor]
@@ -55,7 +59,9 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    image = image.convert(mode)
+    image.info = {}  # what says how to turn it: it is upright now
+    return image
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -106,23 +112,40 @@ class Split:
         targets: labels (N,), int64.
         indices: the reader's index of each image, (N,).
         class_names: in label order, where the source knows them.
+        groups: name of each image's group, (N,), of images that belong on one side of a split; an image whose group is
+            empty stands alone. None where the recipe names none.
+        left_out: what the source has passed over: names of files and folders, by the reason in words.
+        chosen: how the images were chosen, in words; empty for a split that the data have of their own.
     """
 
     reader: Reader
     targets: np.ndarray
     indices: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
+    groups: np.ndarray | None = None
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chosen: str = ""
 
-    def subset(self, kept: np.ndarray) -> "Split":
-        """Return the split of the images at these places."""
+    def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
+        """Return the split of the images at these places; `chosen` says how, where that is not as before."""
         indices = kept if self.indices is None else self.indices[kept]
-        return replace(self, targets=self.targets[kept], indices=indices)
+        groups = None if self.groups is None else self.groups[kept]
+        chosen = chosen or self.chosen
+        return replace(self, targets=self.targets[kept], indices=indices, groups=groups, chosen=chosen)
+
+    def index_of(self, place: int) -> int:
+        """Return the reader's index of the image at a place."""
+        return place if self.indices is None else int(self.indices[place])
+
+    def path(self, place: int) -> str:
+        """Return where the image at a place is, for messages."""
+        return self.reader.path(self.index_of(place))
 
     def __len__(self) -> int:
         return len(self.targets)
 
 
-class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
+class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
     """The images of a split, transformed; each with its label and its position in the split, (2,), int64.
 
     timm's collate function makes one tensor (B, 2) of these, which reaches the device with the images.
@@ -131,7 +154,7 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
         split: which images, with which labels.
         mode: PIL mode that every image is converted to: ``RGB``, or ``L`` for one channel.
         transform: applied to each image.
-        replace_broken: give the next image for one that cannot be decoded, and remember it; else raise.
+        replace_broken: give the next image for one that cannot be decoded; else None. Either is remembered.
     """
 
     def __init__(self, split: Split, mode: str, transform: Transform, replace_broken: bool) -> None:
@@ -144,25 +167,75 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray]:
-        unreadable = None
+    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray] | None:
+        reason = ""
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
                 image = convert_image(self.reader.read(int(self.indices[place])), self.mode)
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-                path = self.reader.path(int(self.indices[place]))
-                unreadable = DataError(f"cannot read image {path}: {first_line(error)}")
-                if not self.replace_broken:
-                    raise unreadable from None
+                reason = f"{self.reader.path(int(self.indices[place]))}: {first_line(error)}"
                 self._broken[place] = 1
+                if not self.replace_broken:
+                    if self._broken.all():
+                        break
+                    return None
             else:
                 return self.transform(image), np.array([self.targets[place], place], dtype=np.int64)
-        raise DataError(f"none of the {len(self)} training images can be read; the last error: {unreadable}")
+        raise DataError(f"none of the {len(self)} images can be read; the last error: cannot read image {reason}")
 
     def broken(self) -> list[str]:
-        """Return the paths of the images that were replaced so far, in any worker."""
+        """Return the paths of the images that could not be read so far, in any worker."""
         return [self.reader.path(int(self.indices[i])) for i in self._broken.nonzero().flatten().tolist()]
+
+
+def unreadable(split: Split, workers: int) -> dict[int, str]:
+    """Decode every image of a split once.
+
+    Returns:
+        Places of the images that cannot be read, and why.
+    """
+    return {place: why for place, why in enumerate(examine(split, _reason, workers)) if why}
+
+
+def _reason(reader: Reader, index: int) -> str:
+    """Return why an image cannot be read; empty for one that can."""
+    try:
+        convert_image(reader.read(index), "RGB")
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def examine(split: Split, look: Callable[[Reader, int], T], workers: int) -> Iterator[T]:
+    """Look at every image of a split, in order; a bar shows how far.
+
+    Args:
+        split: the images.
+        look: returns what there is to know, of a reader and an index.
+        workers: processes that look.
+    """
+    # With a generator of its own, it leaves the global one as it is.
+    generator = torch.Generator()
+    loader = DataLoader(_Examined(split, look), 64, num_workers=workers, collate_fn=list, generator=generator)
+    progress = Progress(len(split), unit="image")
+    try:
+        for batch in loader:
+            yield from batch
+            progress.step(len(batch))
+    finally:
+        progress.close()
+
+
+class _Examined(Dataset[T]):
+    def __init__(self, split: Split, look: Callable[[Reader, int], T]) -> None:
+        self.split, self.look = split, look
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, place: int) -> T:
+        return self.look(self.split.reader, self.split.index_of(place))
 
 
 class ArrayReader:
@@ -185,15 +258,43 @@ class ArrayReader:
         return f"{self.name}[{index}]"
 
 
+class PathReader:
+    """Images at paths under a root. The paths are kept as one buffer, not as half a million objects.
+
+    Args:
+        root: folder that the paths are relative to.
+        names: relative paths, or absolute ones.
+    """
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root = root
+        encoded = [name.encode() for name in names]
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self.buffer = b"".join(encoded)
+
+    def name(self, index: int) -> str:
+        """Return a path as it was given."""
+        start = self.ends[index - 1] if index else 0
+        return self.buffer[start : self.ends[index]].decode()
+
+    def path(self, index: int) -> str:
+        """Return a path as it is on the disk."""
+        return str(self.root / self.name(index))
+
+    def read(self, index: int) -> Image.Image:
+        """Open an image."""
+        return Image.open(self.path(index))
+
+
 class TimmReader:
-    """Images behind one of timm's readers: folder, tar, Hugging Face data sets.
+    """Images behind one of timm's readers: Hugging Face data sets.
 
     Args:
         reader: timm's reader.
-        inside: the tar or data set that holds the images, for messages; None where they are files of their own.
+        inside: the data set that holds the images, for messages.
     """
 
-    def __init__(self, reader: Any, inside: str | None = None) -> None:
+    def __init__(self, reader: Any, inside: str) -> None:
         self.reader, self.inside = reader, inside
 
     def read(self, index: int) -> Image.Image:
@@ -203,8 +304,6 @@ class TimmReader:
     def path(self, index: int) -> str:
         """Return the image's path."""
         name = self.reader.filename(index, absolute=True)
-        if self.inside is None:
-            return str(name)
         return f"{self.inside}/{name}" if name else f"{self.inside}[{index}]"
 
 

@@ -1,27 +1,22 @@
 """The images that `mbib predict` is given: files, folders, archives, tables and lists; with labels where there are."""
 
-import csv
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from timm.utils.misc import natural_key
 
-from mbib_timm.data.folders import ArchiveReader, image_kinds, is_archive, open_archive
+from mbib_timm.data.folders import image_kinds, in_words, is_archive, open_archive, scan_folder
+from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
 from mbib_timm.data.images import Reader
-from mbib_timm.errors import DataError, MbibError, unknown_name
+from mbib_timm.errors import DataError, MbibError
 
 # Among the arguments, what stands for names on standard input.
 STANDARD_INPUT = "-"
-TABLES = (".csv", ".tsv", ".parquet")
-# Of a CSV's cells: spreadsheets in many languages write semicolons.
-SEPARATORS = ",;\t"
 # Of a table, where no other columns are named.
 PATH_COLUMN, LABEL_COLUMN = "path", "label"
 
@@ -89,11 +84,13 @@ class FoundImages:
         given: the argument.
         images: in natural order, of a table or list in its own.
         in_folders: their folders may be classes: they come from a folder or an archive.
+        left_out: names of what a folder or an archive holds and is passed over, by the reason.
     """
 
     given: str
     images: list[FoundImage]
     in_folders: bool = False
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def find_images(given: Sequence[str], columns: Columns | None = None) -> list[FoundImages]:
@@ -117,37 +114,19 @@ def find_images(given: Sequence[str], columns: Columns | None = None) -> list[Fo
 
 def _find(given: str, columns: Columns) -> FoundImages:
     path = Path(given)
-    if path.suffix.lower() in TABLES and path.is_file():
-        return FoundImages(given, _read_table(path, columns))
-    if is_archive(path):
-        archive = open_archive(path)
-        names = sorted(archive.members, key=natural_key)
-        places = np.array([archive.members[name] for name in names], dtype=np.int64).reshape(-1, 2)
-        inside = ArchiveReader(path, names, places, archive.tar)
-        images = [FoundImage(inside, index, name) for index, name in enumerate(names)]
-    elif path.is_dir():
-        files = sorted(_files_below(path), key=lambda file: natural_key(str(file)))
-        reader = FileReader(files)
-        images = [FoundImage(reader, index, file.relative_to(path).as_posix()) for index, file in enumerate(files)]
-    elif path.is_file():
-        images = [FoundImage(FileReader([path]), 0, path.name)]
-        return FoundImages(given, images)
-    else:
+    if path.is_dir() or is_archive(path):
+        tree = scan_folder(path) if path.is_dir() else open_archive(path)
+        if not tree.names:
+            passed = f"; left out: {in_words(tree.left_out)}" if tree.left_out else ""
+            raise DataError(f"no images in {path} (looked for {', '.join(image_kinds())}){passed}")
+        reader = tree.reader(tree.names)
+        images = [FoundImage(reader, index, name) for index, name in enumerate(tree.names)]
+        return FoundImages(given, images, in_folders=True, left_out=tree.left_out)
+    if not path.is_file():
         raise DataError(f"there is no image, folder, archive or table at {path}")
-    if not images:
-        raise DataError(f"no images in {path} (looked for {', '.join(image_kinds())})")
-    return FoundImages(given, images, in_folders=True)
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    """Give the images below a folder; hidden files and folders, and what macOS adds to archives, are none."""
-    kinds = image_kinds()
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        for name in files:
-            path = Path(folder, name)
-            if path.suffix.lower() in kinds and not name.startswith(".") and path.is_file():
-                yield path
+    if path.suffix.lower() in (*DELIMITED, *PARQUET):
+        return FoundImages(given, _read_table(path, columns))
+    return FoundImages(given, [FoundImage(FileReader([path]), 0, path.name)])
 
 
 def _names_on_standard_input() -> list[str]:
@@ -173,52 +152,10 @@ def _listed(names: Sequence[str], where: str, root: Path | None = None, labels: 
 
 
 def _read_table(file: Path, columns: Columns) -> list[FoundImage]:
-    header, rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
-    if not header:
-        raise DataError(f"{file} is empty; expected a first line that names its columns, such as path,label")
-    if columns.path not in header:
-        raise DataError(f"{file}: {unknown_name('column of paths', columns.path, header)}")
-    if columns.label is not None and columns.label not in header:
-        raise DataError(f"{file}: {unknown_name('column of labels', columns.label, header)}")
-    path_at = header.index(columns.path)
-    label = columns.label or LABEL_COLUMN
-    paths = [row[path_at] for row in rows]
-    if "" in paths:
-        raise DataError(f"{file}, row {paths.index('') + 1}: column {columns.path!r} is empty")
-    labels = [row[header.index(label)].strip() for row in rows] if label in header else []
-    return _listed(paths, str(file), file.parent, labels)
-
-
-def _read_csv(file: Path) -> tuple[list[str], list[list[str]]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            separator = max(SEPARATORS, key=lines.readline().count)
-            lines.seek(0)
-            reader = csv.reader(lines, delimiter=separator, strict=True)
-            header = next(reader, [])
-            rows = []
-            for row in reader:
-                if len(row) not in (0, len(header)):
-                    raise DataError(f"{file}, line {reader.line_num}: {len(row)} cells, the header has {len(header)}")
-                if row:
-                    rows.append(row)
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is no text file in UTF-8") from None
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: {error}") from None
-    return header, rows
-
-
-def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
-    parquet = import_parquet()
-    try:
-        table = parquet.read_table(file)
-    except (OSError, ValueError) as error:  # pyarrow's own are kinds of these
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
-    cells = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
-    return table.column_names, [list(row) for row in zip(*cells, strict=True)]
+    label = {"label": columns.label or LABEL_COLUMN}
+    wanted = {"path": columns.path, **(label if columns.label else {})}
+    rows = list(read_rows(file, wanted, label))
+    return _listed([row.path for row in rows], str(file), file.parent, [row.label for row in rows])
 
 
 def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImages:

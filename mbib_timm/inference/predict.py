@@ -16,6 +16,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import convert_image, pil_mode
 from mbib_timm.environment import join_world, leave_world
 from mbib_timm.errors import MbibError, first_line, unknown_name
@@ -413,6 +414,9 @@ def predict(
     if cam is not None and head != PREDICTION:
         raise MbibError("--cam shows what the prediction rests on; omit --head")
     found = find_images(images, columns)
+    for each in found:
+        if each.left_out:
+            print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
     world = join_world(device)
     try:
         model = load_model(target)

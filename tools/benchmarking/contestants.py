@@ -153,8 +153,9 @@ class LabelledImages(ImageDataset):
     """Images with their labels alone, as timm's data sets give them."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, (label, _) = super().__getitem__(index)
-        return image, int(label)
+        item = super().__getitem__(index)
+        assert item is not None  # broken images are replaced
+        return item[0], int(item[1][0])
 
 
 class TimmLoop:
@@ -177,7 +178,7 @@ class TimmLoop:
             self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
         transform = train_transform(recipe, (3, 32, 32))
-        dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=False)
+        dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=True)
         self.loader = create_loader(
             dataset,
             (3, 32, 32),
