@@ -16,6 +16,7 @@ from pathlib import Path
 import mbib_timm
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.flags import Parser, add_recipe_flags, positive, recipe_overrides, take_dotted
+from mbib_timm.licences import check_licence
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
     KEYS,
@@ -33,6 +34,7 @@ Namespace = argparse.Namespace
 Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
+LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 DEVICE = "cpu, cuda, cuda:1, mps; found when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
@@ -290,11 +292,13 @@ def export(flags: Parser) -> Action:
     flags.add_argument("model", help=MODEL)
     flags.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="of the file")
     flags.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
+    flags.add_argument("--softmax", action="store_true", help="give probabilities instead of logits")
+    flags.add_argument("--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; the model's own by default")
 
     def run(given: Namespace) -> None:
         from mbib_timm.inference.export import export
 
-        export(given.model, given.format, given.output)
+        export(given.model, given.format, given.output, softmax=given.softmax, license=given.license)
 
     return run
 

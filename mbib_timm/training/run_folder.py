@@ -140,9 +140,11 @@ class RunFolder:
         """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
 
         The config carries the preprocessing, the class names, the training images of each class, and the class
-        frequencies that the logits are for. The tag is that of the run: the model's own would name other weights.
+        frequencies that the logits are for. The tag is that of the run: the model's own would name other weights, and
+        so would its licence, which nobody has given to these.
         """
-        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": {"tag": tag}}
+        cfg = {"tag": tag, "license": None}
+        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": cfg}
         if logit_prior is not None:
             config["logit_prior"] = logit_prior
         if class_names is not None:
