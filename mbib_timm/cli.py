@@ -336,6 +336,10 @@ def publish(flags: Parser) -> Action:
     flags.add_argument(
         "--inference-only", action="store_true", help="leave out the classifiers that serve training only"
     )
+    flags.add_argument("--dataset-name", metavar="TEXT", help="what people call the training data, for the card")
+    flags.add_argument(
+        "--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; a model of the zoo has its own"
+    )
     flags.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
 
     def run(given: Namespace) -> None:
@@ -348,6 +352,8 @@ def publish(flags: Parser) -> Action:
             private=given.private,
             revision=given.revision,
             inference_only=given.inference_only,
+            dataset_name=given.dataset_name,
+            license=given.license,
             dry_run=given.dry_run,
         )
 
@@ -458,7 +464,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parse(argv))
     except MbibError as error:
-        print(f"mbib: error: {error}", file=sys.stderr)
+        from mbib_timm.files import printable
+
+        # Names in it are somebody else's.
+        print("mbib: error:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         resumed = {"train": "" if "--resume" in argv else " --resume auto", "sweep": ""}

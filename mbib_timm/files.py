@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the plain values of JSON as typed objects."""
+"""Files that are written whole or not at all, the plain values of JSON as typed objects, and text for a terminal."""
 
 import dataclasses
 import errno
@@ -50,6 +50,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file's content atomically."""
     write_atomically(path, lambda file: file.write(content))
+
+
+def printable(text: str) -> str:
+    """Return text in one line without what a terminal obeys or cannot show, for names that somebody else has given.
+
+    Control characters, line breaks, marks that turn the direction of writing and bytes that are no text become escapes
+    such as ``\\x1b``. What joins letters of a script, and the signs of an emoji, stays.
+    """
+    return "".join(
+        char if char.isprintable() or char in _JOINERS else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+_JOINERS = "\u200c\u200d"
 
 
 def to_json(content: Any, indent: int = 2) -> bytes:

@@ -228,7 +228,10 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
         raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
     whole = _read(root)
     held_out = hold_out(whole.targets, val_fraction, np.random.RandomState(seed))
-    return whole.subset(np.flatnonzero(~held_out if split in SYNONYMS["train"] else held_out))
+    if split in SYNONYMS["train"]:
+        return whole.subset(np.flatnonzero(~held_out))
+    chosen = f"{100 * val_fraction:g} % of each class, at least one image of a class with two or more, by seed {seed}"
+    return replace(whole.subset(np.flatnonzero(held_out)), held_out=chosen)
 
 
 def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | None:

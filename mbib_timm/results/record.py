@@ -103,6 +103,8 @@ class RunRecord:
         training_seconds: of the last stage, with its evaluations.
         replaced_images: broken training images, for which others stood in.
         environment: versions, hardware, command.
+        held_out: in words how the result's images were held out of the training data; None where the data have a split
+            for them, or where it was not recorded.
     """
 
     name: str
@@ -126,6 +128,7 @@ class RunRecord:
     environment: Environment
     # What was not always recorded.
     precision: str | None = None
+    held_out: str | None = None
 
 
 @dataclass
