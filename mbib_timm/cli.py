@@ -87,7 +87,9 @@ def train(flags: Parser) -> Action:
 
     def run(given: Namespace) -> None:
         path = find_recipe(given.recipe)
-        recipe = load_recipe(path, recipe_overrides(given))
+        # Of several processes the first speaks.
+        say = print if os.environ.get("RANK", "0") == "0" else None
+        recipe = load_recipe(path, recipe_overrides(given), say)
         name = recipe_name(path, recipe.method["name"] if "method" in vars(given) else None)
         from mbib_timm.training import train
 

@@ -25,9 +25,14 @@ from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
+from mbib_timm.results.record import RECORD
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
+# What `mbib train`, `mbib aggregate` and `mbib analyze` leave of measurements that reports read.
+MEASURED = (RECORD, "aggregation.json", "analysis/analysis.json")
+# Keys that count in epochs: where a run goes on for another number of them, these may differ as well.
+COUNTED_IN_EPOCHS = ("epochs", "warmup_epochs", "decay_milestones", "mixup_off_epochs")
 
 
 def same_computation(recipe: Recipe, run: Recipe) -> bool:
@@ -76,14 +81,20 @@ class RunFolder:
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
         return load_recipe(file)
 
-    def agree(self, recipe: Recipe) -> Recipe:
+    def agree(self, recipe: Recipe, extend: bool = False) -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: loader and precision.
+
+        Args:
+            recipe: what is asked for.
+            extend: the last stage may have other epochs than here, and with them another schedule.
 
         Raises:
             CheckpointError: the run here computes something else.
         """
         there = self.recipe()
         recipe = recipe.with_choices_of(there)
+        if extend and there.epochs != recipe.epochs:
+            there = there.replace(**{key: getattr(recipe, key) for key in COUNTED_IN_EPOCHS})
         before, now = there.computation(), recipe.computation()
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
@@ -116,6 +127,11 @@ class RunFolder:
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
+
+    def forget_results(self) -> None:
+        """Remove what was measured of weights that are about to train on; reports would take it for the new ones'."""
+        for name in MEASURED:
+            (self.path / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """Let other processes in."""
