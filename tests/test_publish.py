@@ -303,9 +303,9 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     whole = class_folders(tmp_path)
     for name in ("train", "val"):
         shutil.copytree(whole, tmp_path / "splits" / name)
-    assert open_folder(str(tmp_path / "splits"), "val", 0.2, 3).held_out is None
-    assert open_folder(str(whole), "train", 0.2, 3).held_out is None
-    chosen = open_folder(str(whole), "val", 0.2, 3).held_out
+    assert open_folder(str(tmp_path / "splits"), "val", 0.2, 3).chosen == ""
+    assert open_folder(str(whole), "train", 0.2, 3).chosen == ""
+    chosen = open_folder(str(whole), "val", 0.2, 3).chosen
     assert chosen == "20 % of each class, at least one image of a class with two or more, by seed 3"
     run = read_run(finished_run)
     card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)

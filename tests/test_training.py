@@ -266,7 +266,7 @@ def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     capsys.readouterr()
     eight = train(digits(tmp_path, **keys, epochs=8, resume="auto"), "run")
     printed = capsys.readouterr().out
-    assert f"{four.folder}: 4 epochs become 8; from epoch 5 on with the schedule of 8 epochs\n" in printed
+    assert f"{four.folder}: from 4 to 8 epochs; epoch 5 and later follow the schedule of 8\n" in printed
     whole = train(digits(tmp_path, **keys, epochs=8), "whole")
     assert [asdict(epoch) for epoch in eight.history[:4]] == start
     assert [epoch.lr for epoch in eight.history[4:]] == [epoch.lr for epoch in whole.history[4:]]

@@ -231,7 +231,7 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
     if split in SYNONYMS["train"]:
         return whole.subset(np.flatnonzero(~held_out))
     chosen = f"{100 * val_fraction:g} % of each class, at least one image of a class with two or more, by seed {seed}"
-    return replace(whole.subset(np.flatnonzero(held_out)), held_out=chosen)
+    return replace(whole.subset(np.flatnonzero(held_out)), chosen=chosen)
 
 
 def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | None:

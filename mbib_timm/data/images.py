@@ -40,14 +40,14 @@ class Split:
         targets: labels (N,), int64.
         indices: the reader's index of each image, (N,).
         class_names: in label order, where the source knows them.
-        held_out: in words how the images were chosen, where they were held out of a source that has no such split.
+        chosen: how the images were chosen, in words; empty for a split that the data have of their own.
     """
 
     reader: Reader
     targets: np.ndarray
     indices: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
-    held_out: str | None = None
+    chosen: str = ""
 
     def subset(self, kept: np.ndarray) -> "Split":
         """Return the split of the images at these places."""

@@ -273,7 +273,7 @@ class Run:
             training_seconds=done.seconds,
             replaced_images=self.world.gather(self.loaders.broken_images()),
             environment=describe_environment(self.world),
-            held_out=(splits.test or splits.val).held_out,
+            held_out=(splits.test or splits.val).chosen or None,
         )
         if self.world.is_main:
             self.folder.write_model(

@@ -165,6 +165,6 @@ def _find_folder(
             f"{done}, or another folder (--experiment)"
         )
     if before != recipe.epochs:
-        schedule = f"the schedule of {recipe.epochs} epochs"
-        warn(f"{folder.path}: {before} epochs become {recipe.epochs}; from epoch {done + 1} on with {schedule}")
+        schedule = f"epoch {done + 1} and later follow the schedule of {recipe.epochs}"
+        warn(f"{folder.path}: from {before} to {recipe.epochs} epochs; {schedule}")
     return recipe, folder, state
