@@ -35,12 +35,12 @@ Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
 LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
-DEVICE = "cpu, cuda, cuda:1, mps; found when not given"
+DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
 TRAINING_EPILOG = (
-    "A method's settings are flags as well: --method.beta 3; mbib train RECIPE --help shows them. In a recipe of "
-    "several stages a flag holds for the stages that do not set the key themselves; --stage2.lr 0.1 is the second "
+    "A method's settings are flags as well: --method.beta 3; mbib train RECIPE --help shows them. In a recipe with "
+    "several stages, a flag applies to the stages that do not set the key themselves; --stage2.lr 0.1 sets the second "
     "stage's. Values in [ ] are the recipe's."
 )
 
@@ -104,14 +104,14 @@ def sweep(flags: Parser) -> Action:
     from mbib_timm.sweeps.sweep import PER_RUN, find_sweep
 
     flags.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
-    flags.add_argument("--recipe", help="another base recipe than the sweep's, such as mbib_resnet32.digits")
-    flags.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds, in the place of the sweep's own")
-    flags.add_argument("--name", help="name of the sweep's folders")
-    flags.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains this")
+    flags.add_argument("--recipe", help="base recipe in place of the sweep's, such as mbib_resnet32.digits")
+    flags.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds in place of the sweep's own")
+    flags.add_argument("--name", help="name for the sweep's folders")
+    flags.add_argument("--only", default="", metavar="TEXT", help="train only runs whose name contains this")
     flags.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
     )
-    flags.add_argument("--dry-run", action="store_true", help="list the runs, and which are done, and stop")
+    flags.add_argument("--dry-run", action="store_true", help="list the runs and which of them are done, then stop")
     add_recipe_flags(flags, [key for key in KEYS if key not in PER_RUN])
 
     def run(given: Namespace) -> int:
@@ -130,7 +130,7 @@ def sweep(flags: Parser) -> Action:
 
 def add_data_flags(flags: Parser, split: str) -> None:
     """Add the flags that say which data a trained model is looked at on; `split` is the help of the second."""
-    flags.add_argument("--recipe", help="recipe that names the data, for targets that are no run's folder")
+    flags.add_argument("--recipe", help="recipe that names the data, for targets other than a run's folder")
     flags.add_argument("--split", help=split)
 
 
@@ -138,7 +138,7 @@ def add_data_flags(flags: Parser, split: str) -> None:
 def validate(flags: Parser) -> Action:
     """Evaluate a trained model."""
     flags.add_argument("target", help=MODEL)
-    add_data_flags(flags, split="split to evaluate; the one of the run's result when not given")
+    add_data_flags(flags, split="split to evaluate; that of the run's result when not given")
     flags.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     add_recipe_flags(flags, EVALUATION_KEYS)
 
@@ -153,16 +153,18 @@ def validate(flags: Parser) -> Action:
 
 @command("MODEL [flags]")
 def aggregate(flags: Parser) -> Action:
-    """Weigh a model's experts on test sets of other class distributions."""
+    """Weight a model's experts for test sets with other class distributions."""
     flags.add_argument("target", help=MODEL)
-    add_data_flags(flags, split="split the test sets are drawn from; that of the run's result if not given")
+    add_data_flags(flags, split="split to draw the test sets from; that of the run's result when not given")
     flags.add_argument(
         "--targets",
         nargs="+",
         metavar="NAME",
         help="class distributions: forward50, ..., forward2, uniform, backward2, ..., backward50; all when not given",
     )
-    flags.add_argument("--seed", dest="aggregation_seed", type=int, default=0, metavar="N", help="of all draws (0)")
+    flags.add_argument(
+        "--seed", dest="aggregation_seed", type=int, default=0, metavar="N", help="seed of all draws (0)"
+    )
     flags.add_argument(
         "--results",
         type=Path,
@@ -189,19 +191,21 @@ def aggregate(flags: Parser) -> Action:
 
 @command("MODEL [MODEL ...] [flags]")
 def analyze(flags: Parser) -> Action:
-    """Look into trained models."""
+    """Analyze trained models."""
     flags.add_argument(
         "runs",
         nargs="+",
-        help="runs' folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is compared",
+        help="runs' folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is the reference",
     )
-    add_data_flags(flags, split="split to analyze; the one of the run's result when not given")
-    flags.add_argument("--classes", nargs="+", type=int, metavar="LABEL", help="classes to embed; ten when not given")
+    add_data_flags(flags, split="split to analyze; that of the run's result when not given")
+    flags.add_argument(
+        "--classes", nargs="+", type=int, metavar="LABEL", help="labels of the classes to embed; ten when not given"
+    )
     flags.add_argument(
         "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
     )
     # Not the recipe's key of that name.
-    flags.add_argument("--output", dest="folder", type=Path, metavar="DIR", help="folder of the analysis")
+    flags.add_argument("--output", dest="folder", type=Path, metavar="DIR", help="folder for the results")
     add_recipe_flags(flags, EVALUATION_KEYS)
 
     def run(given: Namespace) -> None:
@@ -227,10 +231,12 @@ def report(flags: Parser) -> Action:
     flags.add_argument(
         "results",
         nargs="+",
-        help="folders of runs, of kept results and of sweeps' results; or names of published models",
+        help="folders of runs, kept results or sweep results, or names of published models",
     )
-    flags.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
-    flags.add_argument("--title", help="of the page")
+    flags.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (report.html)"
+    )
+    flags.add_argument("--title", help="title of the page")
 
     def run(given: Namespace) -> None:
         from mbib_timm.reporting.report import report
@@ -245,8 +251,8 @@ def predict(flags: Parser) -> Action:
     """Classify images with a trained model."""
     flags.add_argument("model", help=MODEL)
     flags.add_argument("images", nargs="+", help="image files, folders and tars")
-    flags.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes of each image (5)")
-    flags.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="of what is written")
+    flags.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to show per image (5)")
+    flags.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="output format (table)")
     flags.add_argument("--output", type=Path, metavar="FILE", help="write to this file")
     flags.add_argument(
         "--head",
@@ -260,8 +266,8 @@ def predict(flags: Parser) -> Action:
         help="class frequencies that the probabilities are for: train, uniform, or a file of counts; those that the "
         "model was trained for when not given",
     )
-    flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (64)")
-    flags.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (2)")
+    flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (64)")
+    flags.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode images (2)")
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> int:
@@ -292,7 +298,7 @@ def predict(flags: Parser) -> Action:
 def export(flags: Parser) -> Action:
     """Write a trained model in another format."""
     flags.add_argument("model", help=MODEL)
-    flags.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="of the file")
+    flags.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="file format")
     flags.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
     flags.add_argument("--softmax", action="store_true", help="give probabilities instead of logits")
     flags.add_argument("--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; the model's own by default")
@@ -309,7 +315,7 @@ def export(flags: Parser) -> Action:
 def demo(flags: Parser) -> Action:
     """Try a trained model in the browser."""
     flags.add_argument("model", help=MODEL)
-    flags.add_argument("--port", type=positive, metavar="N", help="of the page; a free one when not given")
+    flags.add_argument("--port", type=positive, metavar="N", help="port of the page; a free one when not given")
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> None:
@@ -322,7 +328,7 @@ def demo(flags: Parser) -> Action:
 
 @command()
 def publish(flags: Parser) -> Action:
-    """Put a finished run on the Hub."""
+    """Publish a finished run on the Hub."""
     flags.add_argument("run", type=Path, help="the run's folder")
     flags.add_argument("--repo-id", metavar="ORG/NAME", help="repository; a model of the zoo has its own")
     flags.add_argument(
@@ -331,7 +337,7 @@ def publish(flags: Parser) -> Action:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="runs of other seeds: the card gives the spread",
+        help="runs with other seeds, for the mean and spread on the card",
     )
     flags.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     flags.add_argument("--revision", metavar="TAG", help="tag of this release; the next of v1, v2, v3 by default")
@@ -342,7 +348,7 @@ def publish(flags: Parser) -> Action:
     flags.add_argument(
         "--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; a model of the zoo has its own"
     )
-    flags.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, and stop")
+    flags.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, then stop")
 
     def run(given: Namespace) -> None:
         from mbib_timm.publishing.publish import publish

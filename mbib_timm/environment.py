@@ -58,11 +58,11 @@ def find_device(name: str | None) -> str:
     except RuntimeError:
         raise MbibError(f"unknown device {name!r}: expected cpu, cuda, cuda:<index> or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise MbibError(f"device {name!r} asked for, but there is no CUDA device; leave --device out to find one")
+        raise MbibError(f"device {name!r} asked for, but there is no CUDA device; omit --device to detect one")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MbibError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise MbibError("device 'mps' asked for, but this machine has none; leave --device out to find one")
+        raise MbibError("device 'mps' asked for, but this machine has none; omit --device to detect one")
     return name
 
 

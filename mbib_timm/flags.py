@@ -16,7 +16,7 @@ from mbib_timm.options import option_types
 from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
 from mbib_timm.recipe.declared import find_method
 
-UNCHANGED = "as the recipe has it, or the model's own recipe, where not given"
+UNCHANGED = "when not given, as in the recipe or in the model's own recipe"
 DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.DOTALL)
 
 
@@ -44,7 +44,7 @@ def name_value(text: str) -> tuple[str, Any]:
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no value") from None
+        raise argparse.ArgumentTypeError(f"{value!r} is not a valid value") from None
 
 
 def mapping(text: str) -> dict[str, Any]:
@@ -174,5 +174,5 @@ def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         try:
             dotted[match[1].replace("-", "_")] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise MbibError(f"flag --{match[1]}: {text!r} is no value") from None
+            raise MbibError(f"flag --{match[1]}: {text!r} is not a valid value") from None
     return dotted, rest

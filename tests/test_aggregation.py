@@ -164,7 +164,9 @@ def test_test_sets_of_uneven_data_are_as_large_as_can_be():
 def test_test_sets_that_cannot_be_are_refused():
     with pytest.raises(MbibError, match=r"unknown test distribution 'forward20': did you mean 'forward2'"):
         draw_test_set("forward20", balanced(), COUNTS, 0)
-    with pytest.raises(DataError, match="imbalance factor 50 leaves no image of the 49"):
+    with pytest.raises(
+        DataError, match="imbalance factor 50 leaves the smallest class no image where the largest has 49"
+    ):
         draw_test_set("backward50", balanced(49), COUNTS, 0)
 
 
@@ -184,6 +186,7 @@ def run(tmp_path_factory) -> Path:
 CPU = {"device": "cpu", "workers": 0}
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_of_every_distribution(run, capsys):
     assert main(["aggregate", str(run), "--device", "cpu", "--workers", "0", "--targets", "forward5", "uniform"]) == 0
     printed = capsys.readouterr().out
@@ -203,6 +206,7 @@ def test_the_command_writes_a_table_of_every_distribution(run, capsys):
     assert str(run / "aggregation.json") in printed
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_labels_and_the_model_stays_as_it_is(run, tmp_path, monkeypatch):
     opened = []
     original_open, original_loader = command.open_target, command.build_views_loader
@@ -226,6 +230,7 @@ def test_weights_do_not_depend_on_labels_and_the_model_stays_as_it_is(run, tmp_p
     assert first.test_sets[0].weights != dict.fromkeys(("expert1", "expert2", "expert3"), 1 / 3)
 
 
+@pytest.mark.slow
 def test_both_loaders_serve(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mbib_timm.data.create.fits", lambda *args: False)
     keys = dict(overrides=CPU, distributions=["forward5"], results_file=tmp_path / "out.json")
@@ -234,12 +239,13 @@ def test_both_loaders_serve(run, tmp_path, monkeypatch):
     assert row.epochs == 5
 
 
+@pytest.mark.slow
 def test_test_sets_for_which_there_are_too_few_images_are_left_out_or_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "learn_weights", lambda epochs, experts, device: learn_weights([], experts, device))
     content = aggregate(str(run), overrides=CPU, results_file=tmp_path / "out.json")
     names = [row.test_set for row in content.test_sets]
     assert names == [name for name in DISTRIBUTIONS if not name.endswith("50")]
-    assert "left out: forward50: imbalance factor 50 leaves no image" in capsys.readouterr().out
+    assert "left out: forward50: imbalance factor 50 leaves the smallest class no image" in capsys.readouterr().out
     with pytest.raises(DataError, match="imbalance factor 50"):
         aggregate(str(run), overrides=CPU, distributions=["forward50"])
     with pytest.raises(MbibError, match="unknown test distribution 'sideways5'"):
@@ -263,7 +269,7 @@ def test_a_model_of_one_head_is_refused(tmp_path, capsys):
     arguments = ["aggregate", str(folder), "--recipe", "cifar_resnet20.ce_digits", "--device", "cpu"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "CifarResNet has one head, and there is nothing to weigh" in error
+    assert "CifarResNet has one head, so there is nothing to weight" in error
     assert error.count("\n") == 1
 
 

@@ -506,6 +506,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 def test_inaturalist_fits_into_two_gigabytes():
     """24,426 images, 8,142 classes, 2,048 features of v and of z."""

@@ -115,6 +115,7 @@ def texts(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "theme"), [("real", DARK), *zip(["real", *EXTREMES], [LIGHT, DARK] * len(EXTREMES), strict=False)]
 )

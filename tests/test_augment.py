@@ -263,7 +263,7 @@ def test_holes_lie_anywhere(side):
             (3, 16, 16),
             "recipe key 'cutout': a square of 16 pixels would blacken whole images of 16x16",
         ),
-        (dict(), (3, 6, 6), "'train_crop_mode': pad moves images by up to an eighth of their side, which is nothing"),
+        (dict(), (3, 6, 6), "'train_crop_mode': pad moves images by up to an eighth of their side, which is zero"),
         (dict(hue=0.1), (1, 16, 16), "recipe key 'hue': the model takes grey images"),
         (dict(grayscale_prob=0.1), (1, 16, 16), "recipe key 'grayscale_prob': the model takes grey images"),
     ],
@@ -282,11 +282,14 @@ def test_what_images_have_no_use_for_is_refused_on_both_loaders(keys, size, mess
         (dict(color_jitter_prob=0.8), "recipe key 'color_jitter_prob' has no effect without color_jitter or hue"),
         (dict(hue=0.6), "recipe key 'hue': expected at most 0.5"),
         (dict(rotation=-1), "recipe key 'rotation': expected at least 0"),
-        (dict(views=[{}, {}]), "recipe key 'views': method 'mbib' takes 1 of each image, got 2"),
+        (dict(views=[{}, {}]), "recipe key 'views': method 'mbib' takes 1 view of each image, got 2"),
         (dict(views=[{"cutot": 3}]), "key of view 1 'cutot'.*cutout"),
         (dict(views=[{"cutout": -3}]), "view 1: recipe key 'cutout': expected at least 0"),
         (dict(views=[{"scale": [0.5, 1.0]}]), "view 1: recipe key 'scale' has no effect"),
-        (dict(train_crop_mode="rrc", views=[{"train_crop_mode": "pad"}]), "with rrc all views of an image have it"),
+        (
+            dict(train_crop_mode="rrc", views=[{"train_crop_mode": "pad"}]),
+            "if it is rrc, it is so for all views of an image; got pad",
+        ),
     ],
 )
 def test_keys_that_fit_nothing_are_refused(keys, message):

@@ -6,13 +6,15 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarking import contestants, noise, table, turns
-from benchmarking.profiling import summary
+from benchmarking import contestants, noise, results_file, table, turns
+from benchmarking.profiling import Operation, summary
+from benchmarking.targets import ROWS, verdict
 from torch import nn
 from torch.nn import functional as F
 
-from mbib_timm.environment import World, join_world
+from mbib_timm.environment import Environment, World, join_world
 from mbib_timm.errors import MbibError
+from mbib_timm.files import to_json
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training.optimization import Precision
 
@@ -84,7 +86,7 @@ def test_an_action_that_runs_longer_has_the_larger_figure():
     work = torch.ones(300, 300)
     short, long = (turns.timed(lambda n=n: [work @ work for _ in range(n)], CPU) for n in (1, 100))
     figures = turns.take_turns({"short": short, "long": long}, repeats=3)
-    assert all(ratio > 1 for ratio in table.ratios(figures["long"], figures["short"]))
+    assert all(ratio > 1 for ratio in turns.ratios(figures["long"], figures["short"]))
 
 
 def test_contestants_take_turns_in_changing_order():
@@ -95,6 +97,7 @@ def test_contestants_take_turns_in_changing_order():
     assert figures == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_batch(world):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -125,7 +128,7 @@ def test_peak_memory_grows_with_the_batch(world):
     ],
 )
 def test_verdicts(name, median, expected):
-    assert table.verdict(table.ROWS[name], median, "cpu") == expected
+    assert verdict(ROWS[name], median, "cpu") == expected
 
 
 def test_targets_are_the_projects():
@@ -141,37 +144,42 @@ def test_targets_are_the_projects():
         "throughput-resnext50": (4400, 4400),
         "start": (1, 2),
     }
-    assert {name: tuple(table.ROWS[name].target(device) for device in ("cpu", "cuda")) for name in expected} == expected
+    assert {name: tuple(ROWS[name].target(device) for device in ("cpu", "cuda")) for name in expected} == expected
 
 
-def environment(**changed):
-    own = dict(device="cpu", hardware="some", cpu_count=2, threads=2, torch="2", timm="1", commit="aaa")
-    return own | changed
+def environment(commit="aaa"):
+    return Environment("0", commit, "2", "1", "cpu", "some", 1, "python", cpu_count=2, threads=2)
+
+
+def measured(row, values):
+    return turns.Record(row, "seconds", {"mbib": values}, {row: values}, turns.Conditions())
 
 
 def test_a_partial_run_keeps_the_other_rows_with_their_commit():
-    first = {"environment": environment(), "records": {"start": {}}, "measured": {"start": [0.4, 0.5, 0.6]}}
-    second = {"environment": environment(commit="bbb"), "records": {"pipeline": {}}, "measured": {"pipeline": [1.7]}}
-    rows = {row["row"]: row for row in table.merge(table.merge(None, first), second)["rows"]}
-    assert (rows["start"]["median"], rows["start"]["commit"], rows["start"]["verdict"]) == (0.5, "aaa", "met")
-    assert (rows["pipeline"]["median"], rows["pipeline"]["commit"]) == (1.7, "bbb")
-    assert rows["step-resnet32"]["verdict"].startswith("not measured")
-    assert list(rows) == list(table.ROWS)
+    first = results_file.merge(None, environment(), [measured("start", [0.4, 0.5, 0.6])])
+    both = results_file.merge(first, environment("bbb"), [measured("pipeline", [1.7])])
+    rows = {row.row: row for row in both.rows}
+    assert (rows["start"].median, rows["start"].commit, rows["start"].verdict) == (0.5, "aaa", "met")
+    assert (rows["pipeline"].median, rows["pipeline"].commit) == (1.7, "bbb")
+    assert {name: record.commit for name, record in both.records.items()} == {"start": "aaa", "pipeline": "bbb"}
+    assert rows["step-resnet32"].verdict.startswith("not measured")
+    assert list(rows) == list(ROWS)
 
 
 def test_the_readmes_table_has_every_row_and_both_kinds_of_device():
-    results = table.merge(None, {"environment": environment(), "records": {}, "measured": {"start": [0.4, 0.5, 1.6]}})
+    results = results_file.merge(None, environment(), [measured("start", [0.4, 0.5, 1.6])])
     lines = table.markdown({"results/benchmark-cpu.json": results}).splitlines()
     assert lines[0] == "| what | `--only` | CPU target | measured | CUDA target | measured |"
-    shown = [line for line in lines if line.startswith("| ")][1:]
-    assert len(shown) == len(table.ROWS)
+    shown = [line for line in lines if line.startswith("| ")][2:]
+    assert len(shown) == len(ROWS)
     assert "| start | ≤ 1 | 0.500 (0.400–1.600): met | ≤ 2 | not measured |" in "\n".join(lines)
     assert "| epochs-200 | – | – | ≤ 18 | not measured |" in "\n".join(lines)
     assert lines[-1].startswith("[CPU](results/benchmark-cpu.json): some, 2 of 2 CPU cores, torch 2, timm 1; median")
 
 
 def test_the_profile_says_what_the_time_goes_to():
-    operations = [("aten::convolution_backward", 0.5, 31), ("cpp_fused_batch_norm", 0.3, 5), ("aten::else", 0.1, 2)]
+    taken = {"aten::convolution_backward": 0.5, "cpp_fused_batch_norm": 0.3, "aten::else": 0.1}
+    operations = [Operation(name, seconds, calls=5) for name, seconds in taken.items()]
     line = summary(operations, taken=1.0, steps=10)
     assert line == "100.0 ms per step under the profiler: 50 % convolutions, 30 % fused operations; 20 % other or idle."
 
@@ -184,6 +192,7 @@ def run(folder, *flags):
     return json.loads((folder / "benchmark-cpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_figure_is_in_the_file(tmp_path, capsys):
     flags = ["--pass-images", "160", "--no-torchcompile", "--only"]
     results = run(tmp_path, *flags, "evaluate-resnet32")
@@ -196,14 +205,13 @@ def test_every_figure_is_in_the_file(tmp_path, capsys):
     assert rows["evaluate-resnet32"]["values"] == ratios
     assert rows["evaluate-resnet32"]["median"] == sum(ratios) / 2
     assert rows["step-resnet32-eager"]["n"] == 2
-    assert "median" not in rows["step-resnet32"]  # nothing has been compiled
+    assert rows["step-resnet32"]["median"] is None  # nothing has been compiled
     assert {"torch", "timm", "hardware", "commit", "threads", "command"} <= results["environment"].keys()
     assert "MBIB evaluation / plain evaluation, ResNet32" in capsys.readouterr().out
 
 
 def test_figures_of_another_machine_are_not_mixed_in(tmp_path):
-    results = table.merge(None, {"environment": environment(), "records": {}, "measured": {}})
-    (tmp_path / "benchmark-cpu.json").write_text(json.dumps(results))
+    (tmp_path / "benchmark-cpu.json").write_bytes(to_json(results_file.merge(None, environment(), [])))
     with pytest.raises(MbibError, match=r"was measured with hardware some, this is .* measure into another --results"):
         run(tmp_path, "--only", "start")
 

@@ -17,6 +17,7 @@ def digits(tmp_path, **overrides):
     return load_recipe(find_recipe("mbib_resnet20.digits"), keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "amp", "precision"),
     [
@@ -52,6 +53,7 @@ def test_what_is_left_open_is_the_same_computation_as_any_choice(tmp_path):
     assert not same_computation(asked, chosen.replace(lr=0.3))
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_run_is_recorded_as_it_was(tmp_path):
     keys = {
         f"stage{stage}.{key}": value for stage in (1, 2) for key, value in {"epochs": 1, "warmup_epochs": 0}.items()

@@ -52,7 +52,7 @@ BAD_FLAGS = [
     (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a finite number, got nan"),
     (["train", "--imbalance", "expo"], "unknown value of recipe key 'imbalance' 'expo': did you mean 'exp'"),
     (["train", "--model-kwargs", "taps"], "expected name=value"),
-    (["train", "--model-kwargs", "taps=[1"], "'[1' is no value"),
+    (["train", "--model-kwargs", "taps=[1"], "'[1' is not a valid value"),
     (["train", "--loss", "mbib"], "unknown flag of mbib train '--loss'"),
     (["train", "--beta", "3"], "unknown flag of mbib train '--beta'"),
     (["train", "--method", "mbibb"], "unknown method 'mbibb': did you mean 'mbib'"),
@@ -61,7 +61,7 @@ BAD_FLAGS = [
     (["train", "--method.beta", "-1"], "setting 'beta' of method 'mbib': expected at least 0, got -1"),
     (["train", "--method.beta"], "flag --method.beta needs a value"),
     (["train", "--method.beta", "--method.gamma", "1"], "flag --method.beta needs a value"),
-    (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is no value"),
+    (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is not a valid value"),
     (["train", "--method.observation-weights.5", "1"], "there is no element '5'"),
     (["train", "--methd.beta", "1"], "unknown recipe key 'methd': did you mean 'method'"),
     (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
@@ -82,7 +82,7 @@ BAD_FLAGS = [
     (["train", "--views", "{cutout: [}"], "argument --views: expected a mapping"),
     (["train", "--views", "{cutot: 8}"], "unknown key of view 1 'cutot'"),
     (["train", "--plugin", "no/such/plugin.py"], "plugin no/such/plugin.py: there is no such file"),
-    (["train", "--plugin", "no_such_module"], "plugin no_such_module does not import"),
+    (["train", "--plugin", "no_such_module"], "plugin no_such_module cannot be imported"),
     (["train", "--task", "classification"], "unknown flag of mbib train '--task'"),
     (["train", "--warmup-epochs", "999"], "warmup_epochs"),
     (["train", "extra", "words"], "words"),
@@ -107,7 +107,7 @@ BAD_RUNS = [
     (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
     (["train", "--sampler", "class_aware:x"], "class_aware:x"),
     (["train", "--aa", "rand-x9"], "recipe key 'aa': unknown policy 'rand-x9'"),
-    (["train", "--train", "layer9"], "part 'layer9' is in no parameter's name"),
+    (["train", "--train", "layer9"], "part 'layer9' matches no parameter's name"),
     (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
     (["train", "--opt", "sdg"], "did you mean 'sgd"),
     (["train", "--opt-kwargs", "nope=1"], "opt_kwargs"),
@@ -126,7 +126,7 @@ BAD_RUNS = [
         "unknown setting of method 'mbib': 'betta': did you mean 'beta'",
     ),
     (["validate", "no_such_model"], "unknown model or folder 'no_such_model'"),
-    (["validate", "mbib_resnet20"], "does not say which data"),
+    (["validate", "mbib_resnet20"], "does not say which data to use"),
 ]
 
 
@@ -416,6 +416,7 @@ def test_the_installed_command_answers(tmp_path):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_trains_and_counts_every_sample_once(tmp_path):
     """Two gloo processes; the evaluation of 340 images must not depend on how many processes share it."""
     script = os.path.join(os.path.dirname(__file__), "..", "tools", "train.py")

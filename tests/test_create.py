@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_decoded_as_it_passes(monkeypatch):
 
 def test_without_held_out_images_a_pass_says_how_to_get_them():
     passes = Passes(splits(), recipe(), SIZE, World(CPU))
-    with pytest.raises(MbibError, match=r"no images that are neither trained nor tested on, .* set holdout: 0\.1 to"):
+    with pytest.raises(MbibError, match=r"every image is trained or tested on, .* set holdout: 0\.1 to"):
         _ = passes.held_out
     assert len(list(passes.train)) == 7
 

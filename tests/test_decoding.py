@@ -127,6 +127,7 @@ def test_broken_images_are_remembered(folder):
         assert set(built.train.broken_images()) == {str(folder / "ant" / "2.png")} & in_training
 
 
+@pytest.mark.slow
 def test_two_processes_decode_once_and_see_the_same(folder, popen):
     program = (
         "import sys, hashlib; from tests.test_decoding import *\n"

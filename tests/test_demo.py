@@ -62,6 +62,7 @@ def test_without_gradio_it_says_what_to_install(finished_run, monkeypatch):
         build_page(str(finished_run))
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_it_is_served_on_this_machine_alone(finished_run, tmp_path, popen):
     pytest.importorskip("gradio", reason="the demo's extra is not installed")

@@ -20,6 +20,7 @@ print(min(faults() for _ in range(8)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
 @pytest.mark.parametrize(
     ("call", "limits", "kept"),
@@ -44,6 +45,7 @@ print(describe_environment(join_world("cpu")).threads)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])  # torch takes no more than there are cores
 def test_the_threads_that_are_recorded_are_those_that_the_user_has_set(threads):
     if threads > (os.cpu_count() or 1):

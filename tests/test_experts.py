@@ -330,7 +330,7 @@ def test_networks_without_weights_say_so():
     [
         ({"backbone": "convnext_atto"}, "backbone 'convnext_atto' has no stages .* such as cifar_resnet32"),
         ({"backbone": "resnet51"}, "unknown backbone 'resnet51': did you mean .*'resnet50'"),
-        ({"backbone": "resnet18", "experts": 0}, "experts: expected a whole number from 1 on, got 0"),
+        ({"backbone": "resnet18", "experts": 0}, "experts: expected a whole number of at least 1, got 0"),
         ({"backbone": "resnet18", "classifier": "cosin"}, "did you mean 'cosine'"),
         ({"backbone": "resnet18", "global_pool": "catavgmax"}, "global_pool"),
     ],

@@ -43,6 +43,7 @@ def read_back(format, file):
     return computed, {name: json.loads(text) for name, text in files.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_exported_outputs_are_the_models_for_any_batch(finished_run, tmp_path, format, softmax, capsys):
@@ -104,6 +105,7 @@ def photos(folder):
     return sorted(folder.glob("*.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
 def test_the_lines_in_the_docs_give_the_probabilities_of_predict(finished_run, tmp_path, softmax, capsys):
     """In a process that has only what the lines import, and no way to import torch, timm or this package."""

@@ -97,6 +97,7 @@ RECORD = made_up_record({"prediction": result(10)}, [500] * 10)
 ILLUSTRATIONS = run_figures([EPOCH], RECORD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("illustration", ILLUSTRATIONS, ids=lambda illustration: illustration.name)
 def test_every_figure_of_a_run_in_every_format_and_theme(illustration):
     draw = illustration.draw

@@ -54,6 +54,7 @@ def tuned(my_images, tmp_path_factory):
     return train(my_images, tmp_path_factory.mktemp("tuned"))
 
 
+@pytest.mark.slow
 def test_it_learns_what_it_could_not_from_scratch(my_images, tuned, tmp_path):
     scratch = train(my_images, tmp_path, "--no-pretrained")
     results = [json.loads((run / "metrics.json").read_text())["result"]["heads"] for run in (tuned, scratch)]
@@ -62,6 +63,7 @@ def test_it_learns_what_it_could_not_from_scratch(my_images, tuned, tmp_path):
     assert ours["few"] > theirs["few"] + 10
 
 
+@pytest.mark.slow
 def test_classes_and_counts_are_the_folders_and_are_saved_with_the_model(tuned, my_images):
     config = json.loads((tuned / "config.json").read_text())
     assert config["label_names"] == sorted(GROUPS)
@@ -81,6 +83,7 @@ def test_it_starts_from_the_packaged_backbone_and_bottleneck(my_images, tmp_path
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8, msg=key)
 
 
+@pytest.mark.slow
 def test_predictions_have_the_classes_names(tuned, my_images, capsys):
     assert main(["predict", str(tuned), str(my_images / "val" / "people"), "--top-k", "1", "--format", "jsonl"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -90,6 +93,7 @@ def test_predictions_have_the_classes_names(tuned, my_images, capsys):
     assert 100 * named.count("people") / TEST_IMAGES == pytest.approx(accuracy[sorted(GROUPS).index("people")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slim", [False, True], ids=["complete", "inference-only"])
 def test_it_goes_on_from_a_model_of_ones_own(tuned, my_images, tmp_path, slim):
     """Of the same classes; what was published for inference gets new heads for training, and keeps the others."""
@@ -105,6 +109,7 @@ def test_it_goes_on_from_a_model_of_ones_own(tuned, my_images, tmp_path, slim):
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8, msg=key)
 
 
+@pytest.mark.slow
 def test_where_it_starts_from_is_asked_of_the_model_alone(my_images, tuned, tmp_path, capsys):
     flags = ["--data-dir", str(my_images), "--output", str(tmp_path), "--device", "cpu"]
     both = ["--model", f"local-dir:{tuned}", "--initial-checkpoint", str(tuned)]

@@ -90,7 +90,7 @@ def test_a_test_split_with_other_classes_is_refused(folder, tmp_path):
     for label in ("ant", "eel"):
         (root / "val" / label).mkdir(parents=True)
         picture(1).save(root / "val" / label / "0.png")
-    with pytest.raises(DataError, match="other classes than training: bee, cat, dog, eel"):
+    with pytest.raises(DataError, match="different classes from training: bee, cat, dog, eel"):
         open_data(Recipe(dataset="folder", data_dir=str(root)))
 
 
@@ -163,7 +163,7 @@ def test_a_broken_image_in_a_tar_is_named_with_the_tar(tmp_path):
 
 def test_a_folder_without_the_split_says_what_there_is(tmp_path):
     save_image(tmp_path / "train" / "ant" / "1.png")
-    with pytest.raises(DataError, match="holds no split 'validation': there is train"):
+    with pytest.raises(DataError, match="has no split 'validation'; it has train"):
         open_split(folder_recipe(tmp_path), "validation")
 
 
@@ -209,7 +209,7 @@ def test_split_folders_have_synonyms(tmp_path, training, validation):
     folder = unpacked(tmp_path / "folder", entries)
     for asked in ("train", "validation", "val", "test"):
         assert_same(opened(archive, asked), opened(folder, asked))
-    with pytest.raises(DataError, match=rf"x\.tar holds no split 'extra': there is {min(training, validation)}, "):
+    with pytest.raises(DataError, match=rf"x\.tar has no split 'extra'; it has {min(training, validation)}, "):
         opened(archive, "extra")
 
 
@@ -377,7 +377,7 @@ def sparse():
         (tar_bytes({}), r"no images in class folders under \S+x\.tar "),
         (tar_bytes({"ant/1.png": png(1)}), r"holds 1 class folder \(ant\)"),
         (tar_bytes(CLASSES | {"1.png": png(1)}), "holds images outside of class folders"),
-        (tar_bytes({f"train/{name}": image for name, image in CLASSES.items()}), "no split 'validation': there is tr"),
+        (tar_bytes({f"train/{name}": image for name, image in CLASSES.items()}), "no split 'validation'; it has tr"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path, capsys, content, message):

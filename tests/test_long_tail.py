@@ -82,6 +82,7 @@ def digits(**keys):
     return open_data(Recipe(**{"imbalance": "exp", "imbalance_factor": 24.0, "imbalance_max": 144, **keys}))
 
 
+@pytest.mark.slow
 def test_a_share_of_each_class_is_held_out_and_not_counted():
     whole, data = digits(), digits(holdout=0.1)
     held_out = np.bincount(data.held_out.targets, minlength=10)
@@ -164,7 +165,7 @@ def test_impossible_factors(factor):
 
 
 def test_profiles_that_the_data_cannot_fill():
-    with pytest.raises(DataError, match="leaves no image of the 50"):
+    with pytest.raises(DataError, match="leaves the smallest class no image where the largest has 50"):
         exponential_profile(10, 50, 100)
     with pytest.raises(DataError, match="class 1 has 2 images, the long-tailed profile asks for 3"):
         long_tailed_indices(np.array([0, 0, 0, 1, 1]), [3, 3], seed=0)

@@ -476,6 +476,7 @@ class CrashError(Exception):
     """Stands for a crash."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "loader", "keys"),
     [("ldam_drw", "resident", {**WAYS["cmo"], "mixup_off_epochs": 1}), ("bsce", "timm", WAYS["all"])],

@@ -68,6 +68,7 @@ def test_every_variant_is_registered():
     } == set(NAMES) - set(WRAPPED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_evaluation_returns_one_tensor_and_training_returns_every_head(name):
     model = create(name)
@@ -124,6 +125,7 @@ def test_unknown_keyword_is_a_type_error(name):
         timm.create_model(name, device="meta", not_an_argument=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_reset_classifier(name):
     model = create(name).eval()
@@ -152,6 +154,7 @@ def test_classes_after_no_pooling_are_on_pooled_observations(name):
         model.reset_classifier(3, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_reset_classifier_after_evaluation_mode_stays_in_evaluation_mode(name):
     model = create(name).eval()
@@ -159,6 +162,7 @@ def test_reset_classifier_after_evaluation_mode_stays_in_evaluation_mode(name):
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_features_and_head_compose_to_the_forward_pass(name):
     model = create(name).eval()
@@ -170,6 +174,7 @@ def test_features_and_head_compose_to_the_forward_pass(name):
     torch.testing.assert_close(model.forward_head(features), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_intermediates_over_every_level(name):
     model = create(name).eval()
@@ -230,6 +235,7 @@ def test_pruning_keeps_the_maps_before_it(name):
     assert model.eval()(x).shape == (2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 @pytest.mark.parametrize(
     "name",
@@ -264,6 +270,7 @@ def test_torchscript_says_what_it_cannot_follow():
         torch.jit.script(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mbib_resnet20", "experts_resnet20", "mbib_experts_resnet20"])
 def test_training_compiles_without_a_graph_break(name):
     model = create(name)
@@ -272,6 +279,7 @@ def test_training_compiles_without_a_graph_break(name):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mbib_resnet20", "experts_resnet20", "mbib_experts_resnet20"])
 def test_pickle_deepcopy_and_export(name):
     model = create(name).eval()
@@ -304,6 +312,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("coarse", [True, False])
 def test_parameter_groups_follow_depth(name, coarse):
@@ -484,6 +493,7 @@ BACKBONES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_wraps_timm_backbones(backbone):
     model = create("mbib", backbone=backbone, **BACKBONES[backbone])
@@ -520,6 +530,7 @@ def by_hand(model, x, head):
     return torch.nn.functional.linear(z, *model.bottleneck.classifier.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "prediction", "heads"),
     [
@@ -678,6 +689,7 @@ def test_parameters_and_macs_of_a_classifier(kind, parameters):
     assert count_macs(model, (3, 32, 32))["linear"] == 6_400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("name", SMALL)
 def test_every_model_takes_every_classifier_and_keeps_its_kind(name, kind):
@@ -699,6 +711,7 @@ def test_classifiers_that_do_not_exist_are_refused():
         create("with_classifier", backbone="resnet5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_any_backbone_with_a_classifier(backbone):
     arguments = BACKBONES[backbone]
@@ -792,6 +805,7 @@ def test_own_checkpoint_round_trip_is_strict_and_keeps_what_it_can(tmp_path, num
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 @pytest.mark.parametrize(
     "name",

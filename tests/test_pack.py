@@ -198,6 +198,7 @@ def test_a_pack_that_fails_leaves_what_was_there(tmp_path, monkeypatch, name, be
     assert not before or (tmp_path / name).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_training_on_the_packed_file_is_training_on_the_data(tmp_path, monkeypatch, capsys):
     """From the command line: the same batches, so the same losses to the last bit."""
     data = ["mbib_resnet20.digits", "--imbalance-max", "48"]

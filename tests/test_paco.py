@@ -363,6 +363,7 @@ class CrashError(Exception):
     """Stands for whatever ends a process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True])
 def test_an_interrupted_run_on_the_digits_resumes_bit_identically(tmp_path, monkeypatch, ema):
     keys = dict(
@@ -476,6 +477,7 @@ def in_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_queue_and_the_table(tmp_path):
     shutil.copytree(previous_run(5), tmp_path / "teacher")
     mp.spawn(in_two_processes, (str(tmp_path),), nprocs=2)

@@ -108,7 +108,7 @@ def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_ru
     del config["logit_prior"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((finished_run / "model.safetensors").read_bytes())
-    with pytest.raises(MbibError, match="does not say what class frequencies"):
+    with pytest.raises(MbibError, match="does not say which class frequencies"):
         Predictor(load_model(str(tmp_path)), prior="train")
 
 

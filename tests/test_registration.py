@@ -35,11 +35,13 @@ def run(program, content=b""):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", IMPORTS)
 def test_the_models_are_registered(imports):
     run(f"import sys\n{IMPORTS[imports]}{CREATE}")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_pickled_brings_all_of_them():
     """As a worker that is spawned gets what it works with."""
     content = pickle.dumps(timm.create_model("mbib_resnet20", num_classes=10))

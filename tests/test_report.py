@@ -198,6 +198,7 @@ def test_baselines_are_not_said_to_have_a_z():
     assert "z is rectified" not in differences(group)[-1]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn, capsys):
     metrics = json.loads((post_hoc_run / "metrics.json").read_text())
     assert (metrics["result"]["epoch"], metrics["best"], metrics["stages"]) == (None, None, ["ce", "tau_norm"])
@@ -294,6 +295,7 @@ def reported(tmp_path_factory, finished_run):
     return page, inputs
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_files_say(reported):
     page, inputs = reported
     text = page.read_text(encoding="utf-8")
@@ -311,6 +313,7 @@ def test_the_report_says_what_the_files_say(reported):
     assert "2 epochs of 60" in text
 
 
+@pytest.mark.slow
 def test_the_report_needs_nothing_and_names_no_place_of_this_machine(reported):
     page, inputs = reported
     text = page.read_text(encoding="utf-8")
@@ -321,6 +324,7 @@ def test_the_report_needs_nothing_and_names_no_place_of_this_machine(reported):
         assert str(place) not in text
 
 
+@pytest.mark.slow
 def test_every_figure_is_there_as_png_and_pdf(reported):
     page, _ = reported
     text = page.read_text(encoding="utf-8")
@@ -332,6 +336,7 @@ def test_every_figure_is_there_as_png_and_pdf(reported):
         assert png.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, False), (360, True)])
 def test_a_browser_shows_all_of_it_and_complains_of_nothing(reported, tmp_path, width, dark):
@@ -350,6 +355,7 @@ def test_a_browser_shows_all_of_it_and_complains_of_nothing(reported, tmp_path, 
     assert (tmp_path / "screenshot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_report(tmp_path):
     for name in ("one", "two"):
         assert main(["report", str(DIGITS[0]), "-o", str(tmp_path / name / "r.html")]) == 0

@@ -13,6 +13,7 @@ from mbib_timm.errors import MbibError
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_readmes_tables_are_those_of_the_results(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(readme.count(marker) == 1 for marker in (*results.RUNS, *results.SPEED))

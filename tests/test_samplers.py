@@ -210,14 +210,14 @@ def test_plans_of_inaturalist_take_no_time():
 def test_a_further_sampler_is_one_decorated_function(monkeypatch):
     monkeypatch.setattr(SAMPLERS, "_entries", dict(SAMPLERS._entries))
 
-    @sampler("cube_root")
-    def cube_root(counts, progress, number):
-        return counts ** (1 / 3)
+    @sampler("fourth_root")
+    def fourth_root(counts, progress, number):
+        return counts ** (1 / 4)
 
-    roots = np.cbrt(COUNTS)
-    assert class_probabilities("cube_root", COUNTS, 0, 1) == pytest.approx(roots / roots.sum())
+    roots = np.sqrt(np.sqrt(COUNTS))
+    assert class_probabilities("fourth_root", COUNTS, 0, 1) == pytest.approx(roots / roots.sum())
     data = splits(small())
-    loader = create_loaders(data, recipe(), SIZE, CPU, sampler="cube_root+instance").train
+    loader = create_loaders(data, recipe(), SIZE, CPU, sampler="fourth_root+instance").train
     drawn, every = indices(loader, 0)
     assert len(set(drawn)) < len(drawn) == len(set(every)) == 42
 

@@ -114,6 +114,7 @@ def test_lists_that_fit_nothing(image_list):
         open_data(Recipe(dataset="list", data_dir=str(image_list), train_list="gap.txt", val_list="train.txt"))
 
 
+@pytest.mark.slow
 def test_a_list_of_437_513_lines(tmp_path):
     """In a fresh process, whose peak memory is its own."""
     lines = "".join(f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg {i % 8142}\n" for i in range(437_513))

@@ -87,6 +87,7 @@ def eager_losses(recipe, **kwargs):
 # Compiled
 
 
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once():
     expected, _ = eager_losses(settings())
     recipe = settings(torchcompile=True)
@@ -108,6 +109,7 @@ def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once()
     assert not compiled_loss_parts.failed
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_goes_on_eagerly_and_says_so_once(tmp_path):
     environment = {**os.environ, "CXX": "no_such_compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     command = [sys.executable, "-m", "mbib_timm", "train", "--epochs", "1", "--device", "cpu", "--warmup-epochs", "0"]

@@ -42,13 +42,32 @@ def imports(file: Path, everywhere: bool) -> set[str]:
 
 
 def folder(module: str) -> str:
-    return module.split(".")[1] if module.count(".") > 1 else ""
+    """The folder that a module, or a package itself, is in; empty for what lies beside the folders."""
+    return next((part for part in module.split(".")[1:2] if part in ORDER), "")
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if folder(name)])
 def test_data_flow_one_way(module):
     later = ORDER[ORDER.index(folder(module)) + 1 :]
     assert not [name for name in imports(MODULES[module], everywhere=True) if folder(name) in later]
+
+
+def test_the_picture_of_the_imports_is_true():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER)
+    edges = {(folder(needed), folder(name)) for name, file in MODULES.items() for needed in imports(file, True)}
+    edges = {(first, second) for first, second in edges if first and second and first != second}
+
+    ways = set(edges)
+    for _ in ORDER:
+        ways |= {(a, c) for a, b in ways for d, c in edges if b == d}
+    needed = {(a, c) for a, c in edges if not any((a, b) in ways and (b, c) in ways for b in ORDER)}
+    text = (
+        (Path(__file__).parents[1] / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .partition("```mermaid")[2]
+        .partition("```")[0]
+    )
+    assert {tuple(line.split(" --> ")) for line in map(str.strip, text.splitlines()) if "-->" in line} == needed
 
 
 def test_no_module_needs_itself():

@@ -50,15 +50,15 @@ def of_recipe(recipe, **fields):
         ("recipe: a\naxes: {m: {x: {stage2.opoch: 1}}}", "unknown key in axis m of sweep x 'stage2.opoch'"),
         ("recipe: a\naxes: {m: {x: 3}}", "axis 'm': 'x' needs recipe keys and their values, got 3"),
         ("recipe: '{m}a'\naxes: {m: {x: 3}}", "axis 'm': 'x' needs a part of the recipe's name, got 3"),
-        ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is the sweep's own to set"),
-        ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is the sweep's own to set; see --seeds"),
-        ("recipe: a\naxes: {m: {x: {seed: 1}}}", "recipe key 'seed' is the sweep's own to set"),
-        ("recipe: a\nset: {experiment: b}", "recipe key 'experiment' is the sweep's own to set"),
+        ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is set by the sweep itself"),
+        ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is set by the sweep itself; see --seeds"),
+        ("recipe: a\naxes: {m: {x: {seed: 1}}}", "recipe key 'seed' is set by the sweep itself"),
+        ("recipe: a\nset: {experiment: b}", "recipe key 'experiment' is set by the sweep itself"),
         ("recipe: if{factor}/a\naxes: {lr: [1]}", "unknown axis in the recipe of sweep x 'factor'"),
         ("recipe: [a]", "key 'recipe': expected a str, got ['a']"),
         ("axes: {lr: [1]}", "a sweep needs the key 'recipe'"),
-        ("recipe: a\nseeds: []", "a seed or more"),
-        ("recipe: a\nseeds: [1, 1]", "a seed or more, each once"),
+        ("recipe: a\nseeds: []", "at least one seed"),
+        ("recipe: a\nseeds: [1, 1]", "at least one seed, each once"),
         ("recipe: a\nlabels: {bta: b}", "unknown axis in the labels of sweep x 'bta'"),
         ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: pie}", "unknown kind of figure in sweep x 'pie'"),
         ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: bars, y: lr}", "unknown role in the figure of sweep x 'y'"),
@@ -217,13 +217,16 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["open_choices", "figure3_beta"], "open_choices is a sweep, and one runs at a time: mbib sweep open_choices"),
-        (["digits/nothing.yaml"], "there is no file digits/nothing.yaml: expected a sweep's or a recipe's"),
+        (["open_choices", "figure3_beta"], "open_choices is a sweep, which has to run alone: mbib sweep open_choices"),
+        (
+            ["digits/nothing.yaml"],
+            "there is no file digits/nothing.yaml: expected the name or the file of a sweep or a recipe",
+        ),
         (["mbib_resnet2.digits"], "unknown sweep or recipe 'mbib_resnet2.digits': did you mean"),
         ([DIGITS, "--seed", "1"], "unknown flag of mbib sweep '--seed': did you mean"),
-        ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is the sweep's own to set; see --seeds"),
+        ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is set by the sweep itself; see --seeds"),
         ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
-        ([DIGITS, DIGITS], "sweep sweep has two runs of the name mbib_resnet20.digits-seed0"),
+        ([DIGITS, DIGITS], "sweep sweep has two runs named mbib_resnet20.digits-seed0"),
         ([DIGITS, "--lr", "-1"], "recipe key 'lr': expected more than 0"),
         ([DIGITS, "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
         (["open_choices", "--recipe", "digits/nothing"], "unknown recipe 'digits/nothing'"),
@@ -237,7 +240,7 @@ def test_bad_arguments_end_with_one_line(arguments, message, capsys):
 def test_a_sweep_over_several_processes_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sweep", DIGITS, *FLAGS]) == 2
-    assert "a sweep is one process: start one for each device" in capsys.readouterr().err
+    assert "a sweep runs in one process: start one per device" in capsys.readouterr().err
 
 
 # What is run
@@ -257,6 +260,7 @@ def result(folder, label):
     return json.loads((folder / label / "metrics.json").read_text())["result"]
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_the_runs(finished):
     folder, results, _ = finished
     assert {file.name for file in results.iterdir()} == {
@@ -283,6 +287,7 @@ def test_the_results_are_those_of_the_runs(finished):
         assert f"| {name} | 2 | {statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} |" in table
 
 
+@pytest.mark.slow
 def test_what_a_sweep_keeps_says_nothing_of_the_machines_folders(finished):
     _, results, _ = finished
     assert str(results.parents[1]) not in "".join(
@@ -290,6 +295,7 @@ def test_what_a_sweep_keeps_says_nothing_of_the_machines_folders(finished):
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_run_is_the_run_that_train_makes(finished, tmp_path):
     folder, _, _ = finished
     assert main(["train", DIGITS, "--seed", "1", "--output", str(tmp_path), "--warmup-epochs", "0", *FLAGS]) == 0
@@ -297,6 +303,7 @@ def test_a_sweep_run_is_the_run_that_train_makes(finished, tmp_path):
     assert result(folder, "mbib_resnet20.digits-seed1") == result(tmp_path, "mbib_resnet20.digits")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
     _, results, arguments = finished
     before = {file.name: file.read_bytes() for file in results.iterdir()}
@@ -308,6 +315,7 @@ def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[::2] == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finished, monkeypatch, capsys):
     *_, arguments = finished
     monkeypatch.setattr(sweep_runs, "train", None)
@@ -319,6 +327,7 @@ class CrashError(Exception):
     """Stands for a crash."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     whole, _, _ = finished
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path, checkpoint_seconds=0)
@@ -346,6 +355,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monke
         run_sweep(sweep, {**keys, "lr": 0.01}, tmp_path)
 
 
+@pytest.mark.slow
 def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
     sweep = Sweep("s", DIGITS, seeds=[0, 1, 2])
     for seed in (2, 0):
@@ -357,6 +367,7 @@ def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
     assert (results.seeds, results.planned) == ([0, 2, 7], 4)
 
 
+@pytest.mark.slow
 def test_runs_share_data_and_images(tmp_path, monkeypatch):
     from mbib_timm.data import create as create_module
 
@@ -386,6 +397,7 @@ def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, 
     assert "Failed: mbib_resnet20.digits-seed1: loss part 'loss' became nan" in table
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monkeypatch):
     results = read_results(finished[1])
     monkeypatch.setattr(show_sweep, "sweep_figure", lambda results: 1 / 0)
@@ -394,6 +406,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monk
     assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "runs.csv", "table.md"}
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_ends_while_this_one_draws_is_in_the_table(tmp_path, monkeypatch):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[1]
@@ -423,6 +436,7 @@ with FileLock(lock):
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys, popen):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[0]
@@ -451,6 +465,7 @@ def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     assert f"with: mbib sweep {DIGITS} --output {tmp_path} --epochs 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_and_seeds_choose_runs(finished, tmp_path, capsys):
     *_, arguments = finished
     # Seed 2 of one method is new; what is done of the others stays in the table.
@@ -495,10 +510,11 @@ def test_axes_and_flags_reach_a_stage():
         assert run.recipe.previous.lr == 0.2
         assert run.settings == {"stage1.lr": 0.2}, "the batches are the recipe's own"
     assert runs[0].label == "cifar_resnet32.tau_norm_digits-stage2.method.tau=0.5-seed3"
-    with pytest.raises(MbibError, match=r"recipe key 'stage2\.seed' is the sweep's own to set"):
+    with pytest.raises(MbibError, match=r"recipe key 'stage2\.seed' is set by the sweep itself"):
         plan(sweep, {"stage2.seed": 1})
 
 
+@pytest.mark.slow
 def test_stages_start_from_the_run_of_the_same_seed(tmp_path, capsys):
     sweep, keys = replace(find_sweep(STAGED), seeds=[0, 1]), small(tmp_path)
     assert run_sweep(sweep, keys, tmp_path)

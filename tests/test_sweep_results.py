@@ -169,6 +169,7 @@ def test_failed_runs_are_named():
     assert "Failed: a-seed0: loss became nan" in markdown(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_sweeps())
 def test_what_is_written_is_read_back(tmp_path, name):
     results = made_up(replace(find_sweep([name]), seeds=[0]), scattered)
@@ -324,6 +325,7 @@ def test_the_papers_numbers_are_marked_only_where_they_compare():
     assert marks(made_up(find_sweep(["table7_heads"]))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", list_sweeps())
 def test_nothing_overlaps_and_nothing_is_clipped(name):
@@ -375,6 +377,7 @@ def test_axes_that_a_figure_does_not_name_are_all_drawn():
         assert sorted(height for _, height, *_ in bars_of(drawn)) == pytest.approx(sorted(means)), figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["table7_heads", "figure3_beta", "figure4_weights"])
 def test_the_same_numbers_give_the_same_bytes_and_leave_no_trace(name):
     results = made_up(replace(find_sweep([name]), seeds=[0]))

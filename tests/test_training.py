@@ -58,6 +58,7 @@ def finished(tmp_path_factory):
     return run.folder, run.record
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_results(finished):
     folder, record = finished
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -81,6 +82,7 @@ def test_a_run_leaves_its_results(finished):
     assert written["best"]["heads"]["prediction"]["top1"] == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_the_saved_model_loads_with_timm_and_gives_the_result(finished):
     folder, record = finished
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -121,6 +123,7 @@ def step_losses(monkeypatch, recipe, steps=10):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", GOLDEN_STEPS["loaders"])
 def test_every_step_is_that_before_there_were_methods(tmp_path, monkeypatch, loader):
     """Guards the whole loop over three epochs: data order, augmentation, model, loss, optimizer and schedule."""
@@ -129,6 +132,7 @@ def test_every_step_is_that_before_there_were_methods(tmp_path, monkeypatch, loa
     assert sum(losses[30:]) < sum(losses[:15])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", GOLDEN_STEPS["methods"])
 def test_the_first_steps_of_every_method_are_those_of_the_loss_before(tmp_path, monkeypatch, method):
     model = {"bib": "bib_resnet20", **dict.fromkeys(("ce", "focal", "bsce"), "cifar_resnet20")}.get(method)
@@ -137,12 +141,14 @@ def test_the_first_steps_of_every_method_are_those_of_the_loss_before(tmp_path, 
     assert losses == pytest.approx(GOLDEN_STEPS["methods"][method], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(finished, tmp_path):
     folder, _ = finished
     assert same_weights(folder, train(digits(tmp_path), "again").folder)
     assert not same_weights(folder, train(digits(tmp_path, seed=1), "other").folder)
 
 
+@pytest.mark.slow
 def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys):
     keys = dict(epochs=2, model_ema=True)
     same = train(digits(tmp_path, **keys, model_ema_decay=0.0), "same")
@@ -163,6 +169,7 @@ class CrashError(Exception):
     """Stands for a crash."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loader", "workers"), [("resident", 0), ("timm", 0), ("timm", 2)])
 @pytest.mark.parametrize("stop_at", [0, 1])
 def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, loader, workers):
@@ -194,6 +201,7 @@ def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, stop_at, load
     assert without_seconds(whole.folder) == without_seconds(resumed.folder)
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
     """With epochs shorter than that, only the start and the end are saved; what is resumed is the same."""
     saved = []
@@ -213,6 +221,7 @@ def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_auto(finished, tmp_path, popen):
     folder, _ = finished
     command = [sys.executable, "-m", "mbib_timm", "train", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu",
@@ -232,6 +241,7 @@ def test_kill_9_and_resume_auto(finished, tmp_path, popen):
     assert same_weights(folder, tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_the_same_result(finished, tmp_path):
     folder, record = finished
     again = train(digits(folder.parent, resume=str(folder)), "whole")
@@ -255,6 +265,7 @@ def test_the_rate_of_an_epoch_depends_on_the_epoch_alone(sched):
         assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sched", ["cosine", "multistep"])
 def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     """Four more epochs, with the rates that the longer recipe has from there on; what was done before stays."""
@@ -284,6 +295,7 @@ def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     assert read_record(eight.folder) == eight.record
 
 
+@pytest.mark.slow
 def test_an_extension_that_is_interrupted_resumes_bit_identically(tmp_path, monkeypatch):
     keys = dict(epochs=6, resume="auto")
     for name in ("whole", "broken"):
@@ -305,6 +317,7 @@ def test_an_extension_that_is_interrupted_resumes_bit_identically(tmp_path, monk
     assert same_weights(whole.folder, train(digits(tmp_path, **keys), "broken").folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_loader_that_it_chose(finished, monkeypatch):
     folder, _ = finished
     monkeypatch.setattr("mbib_timm.data.create.fits", lambda needed, device: False)
@@ -313,21 +326,23 @@ def test_a_resumed_run_keeps_the_loader_that_it_chose(finished, monkeypatch):
         train(digits(folder.parent, resume="auto", loader="timm"), "whole")
 
 
+@pytest.mark.slow
 def test_an_occupied_folder_is_refused(finished):
     folder, _ = finished
-    with pytest.raises(MbibError, match=r"holds a run already.*--resume auto"):
+    with pytest.raises(MbibError, match=r"already holds a run.*--resume auto"):
         train(digits(folder.parent), "whole")
     with pytest.raises(CheckpointError, match=r"another recipe: lr \(.* there, 0\.5 asked for\)"):
         train(digits(folder.parent, resume="auto", lr=0.5), "whole")
 
 
+@pytest.mark.slow
 def test_a_second_process_is_kept_out_of_a_folder(finished, popen):
     folder, record = finished
     command = [sys.executable, "-c", "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
                "print('held', flush=True); sys.stdin.read()", str(folder / ".lock")]  # fmt: skip
     other = popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(MbibError, match="another process trains in"):
+    with pytest.raises(MbibError, match="another process is training in"):
         train(digits(folder.parent, resume="auto"), "whole")
     other.kill()
     other.wait()
@@ -365,6 +380,7 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mbib_resnet20.digits" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -413,6 +429,7 @@ def test_gradient_accumulation_equals_the_larger_batch():
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.slow
 def test_validate_reproduces_the_result_to_the_last_digit(finished, tmp_path, capsys):
     folder, record = finished
     assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "results.json")]) == 0
@@ -421,12 +438,14 @@ def test_validate_reproduces_the_result_to_the_last_digit(finished, tmp_path, ca
     assert "prediction" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tensorboard_on_request(tmp_path):
     pytest.importorskip("tensorboard")
     folder = train(digits(tmp_path, epochs=2, log_tensorboard=True), "run").folder
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_weights_and_biases_on_request(tmp_path, monkeypatch):
     """Against a stand-in for the package: what is logged, under which name."""
     rows, started = [], {}
@@ -458,6 +477,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp_path, capsys):
     folder, record = finished
     exported = tmp_path / "exported"
@@ -474,12 +494,13 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "class_counts": [3, 2, 1]}))
     assert main(["validate", str(exported), *arguments]) == 2
-    assert "tells 10 classes apart, but the data have 3" in capsys.readouterr().err
+    assert "has 10 classes, but the data have 3" in capsys.readouterr().err
     (exported / "model.safetensors").write_bytes(b"nonsense")
     assert main(["validate", str(exported), *arguments]) == 2
     assert "cannot load" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_run_of_other_classes(finished, tmp_path):
     """Heads are replaced, the rest is kept; the images are in class folders without splits, three in some."""
     folder, _ = finished

@@ -25,6 +25,7 @@ def batches(loader, views, epoch=0, rank=0, world_size=1, **keys):
     return splits, [batch for (batch,) in loaders.train]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["pad", "rrc"])
 @pytest.mark.parametrize("loader", ["resident", "timm"])
 def test_views_are_other_draws_of_the_same_images(loader, crop):
@@ -70,6 +71,7 @@ class Agreement(Method):
         return {"loss": F.cross_entropy(one, batch.targets) + apart, "apart": apart.detach()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["resident", "timm"])
 def test_a_method_of_two_views_trains_and_resumes(tmp_path, loader):
     register("agreement")(Agreement)

@@ -121,6 +121,7 @@ def test_there_are_packaged_weights():
     assert "mbib_resnet32.cifar100_lt_if100" in {model.name for model in PACKAGED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", PACKAGED, ids=lambda model: model.name)
 def test_packaged_weights_load_without_network(model, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -157,6 +158,7 @@ def test_what_the_package_knows_of_its_models(model):
     assert model.weights.stat().st_size < 8 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [m for m in PACKAGED if "cifar100" in m.name], ids=lambda model: model.name)
 def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys):
     """On all 10,000 test images, where they are at hand: to the last digit, if the run was in float32 as this is."""
@@ -197,6 +199,7 @@ def test_only_finished_runs_of_the_zoos_recipes_enter_the_package(finished_run, 
     assert not ZooModel("bib_resnet32.cifar100_lt_if10").is_trained
 
 
+@pytest.mark.slow
 def test_the_readmes_zoo_is_the_zoo(capsys):
     entries = catalogue()
     assert markdown_table(entries) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -27,29 +27,23 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
 """
 
 import argparse
-import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarking.measurements import MEASURE
-from benchmarking.table import (
-    MEASUREMENTS,
-    ROWS,
-    merge,
-    plain_text,
-    read_results,
-    require_same_machine,
-    summarize,
-)
+from benchmarking.results_file import merge, read_results, require_same_machine
+from benchmarking.table import plain_text
+from benchmarking.targets import MEASUREMENTS, ROWS
 from benchmarking.turns import Settings
 
-from mbib_timm.environment import World, describe_environment, find_device, join_world
+from mbib_timm.environment import Environment, World, describe_environment, find_device, join_world
 from mbib_timm.errors import MbibError
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.flags import Parser
 
 
@@ -90,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.torchcompile,
         arguments.torchcompile_large,
     )
-    environment = asdict(describe_environment(world)) | {
-        "command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]])
-    }
+    environment = replace(
+        describe_environment(world), command=shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    )
     name = device_name(world, environment)
     file = arguments.results / f"benchmark-{name}.json"
     results = read_results(file) if file.is_file() else None
@@ -101,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     for measurement in chosen(arguments.only, world):
         begun = time.perf_counter()
-        results = merge(results, {"environment": environment, **measure(measurement, settings)})
+        results = merge(results, environment, MEASURE[measurement](settings))
         # After each, so that what comes later cannot lose it.
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_bytes(file, to_json(results))
         print(f"{measurement}: measured in {time.perf_counter() - begun:.0f} s", flush=True)
     if results is not None:
         print(f"\n{plain_text(results)}\n\n{file}")
@@ -112,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         text = write_profile(
             settings,
-            ", ".join(f"{key} {environment[key]}" for key in ("hardware", "threads", "torch", "timm", "commit")),
+            f"hardware {environment.hardware}, threads {environment.threads}, torch {environment.torch}, "
+            f"timm {environment.timm}, commit {environment.commit}",
         )
         (arguments.results / f"profile-{name}.md").write_text(text, encoding="utf-8")
         print(f"{arguments.results / f'profile-{name}.md'}")
@@ -136,22 +131,11 @@ def chosen(only: Sequence[str] | None, world: World) -> list[str]:
     return [name for name in MEASUREMENTS if name in only]
 
 
-def measure(name: str, settings: Settings) -> dict[str, Any]:
-    """Return the records and the values of the rows that a measurement gives."""
-    records: dict[str, Any] = {}
-    rows: dict[str, list[float]] = {}
-    for record in MEASURE[name](settings):
-        contestants = {who: {"repeats": values, **summarize(values)} for who, values in record.figures.items()}
-        records[record.name] = {"settings": record.settings, "unit": record.unit, "contestants": contestants}
-        rows |= record.rows
-    return {"records": records, "measured": rows}
-
-
-def device_name(world: World, environment: dict[str, Any]) -> str:
+def device_name(world: World, environment: Environment) -> str:
     """Return ``cpu``, ``mps``, or the name of the CUDA device: ``nvidia-h200``."""
     if world.device.type != "cuda":
         return world.device.type
-    return re.sub(r"[^a-z0-9]+", "-", environment["hardware"].lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", environment.hardware.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarking.table import markdown, read_results
+from benchmarking.results_file import read_results
+from benchmarking.table import markdown
 
 from mbib_timm.analysis.analysis_figures import analysis_figures
 from mbib_timm.analysis.analysis_record import read_analysis, write_analysis

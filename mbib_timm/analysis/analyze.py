@@ -14,11 +14,11 @@ from mbib_timm.environment import World, describe_environment, join_world, leave
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
 from mbib_timm.files import read_json
-from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_environment, redact_model
-from mbib_timm.results.tables import Table
+from mbib_timm.results.tables import NOTHING, Table
 
 
 def analyze(
@@ -93,7 +93,7 @@ def _own_folder(target: Target) -> Path:
     # Not the folder of a published model, which is the package's.
     source = target.source
     if source.folder is None or not source.name.startswith("local-dir:"):
-        raise MbibError(f"{target.name} is no run's folder: say with --output DIR where the analysis goes")
+        raise MbibError(f"{target.name} is not a run's folder: give a folder for the results with --output DIR")
     return source.folder / FOLDER
 
 
@@ -102,7 +102,7 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
     world = join_world(found.recipe.device)
     try:
         if world.world_size > 1:
-            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: leave torchrun out")
+            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: start it without torchrun")
         opened = open_target(found, world, split)
         model, counts = opened.model, opened.class_counts
         _check_classes(classes, len(counts))
@@ -136,7 +136,7 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
         split=opened.split,
         images=images,
         class_counts=opened.class_counts.tolist(),
-        prediction_heads=list(getattr(opened.model, "prediction_heads", ())),
+        prediction_heads=list(prediction_heads(opened.model)),
         environment=redact_environment(describe_environment(world)),
     )
 
@@ -195,4 +195,4 @@ def comparison_text(first: Analysis, other: Analysis) -> str:
 
 
 def _cells(values: Mapping[str, float | None], form: str) -> list[str]:
-    return ["-" if value is None else form.format(value) for value in (values[group] for group in GROUPS)]
+    return [NOTHING if value is None else form.format(value) for value in (values[group] for group in GROUPS)]

@@ -94,7 +94,7 @@ def check_augmentation(recipe: Recipe, input_size: tuple[int, int, int]) -> None
     channels, height, width = input_size
     if recipe.train_crop_mode == "pad" and min(height, width) < 8:
         raise MbibError(
-            f"recipe key 'train_crop_mode': pad moves images by up to an eighth of their side, which is nothing for "
+            f"recipe key 'train_crop_mode': pad moves images by up to an eighth of their side, which is zero for "
             f"{height}x{width} pixels; expected none or rrc"
         )
     if recipe.cutout >= min(height, width):

@@ -225,7 +225,7 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
     if found is not None:
         return _read(found)
     if any(find_split(root, name) for name in ("train", "validation")):
-        raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
+        raise DataError(f"{root} has no split {split!r}; it has {', '.join(_entries(root))}")
     whole = _read(root)
     held_out = hold_out(whole.targets, val_fraction, np.random.RandomState(seed))
     if split in SYNONYMS["train"]:

@@ -99,7 +99,9 @@ def _check(num_classes: int, largest: int, imbalance_factor: float) -> None:
     if not imbalance_factor >= 1:
         raise DataError(f"the imbalance factor must be at least 1, got {imbalance_factor:g}")
     if int(largest / imbalance_factor) < 1:
-        raise DataError(f"imbalance factor {imbalance_factor:g} leaves no image of the {largest} to the smallest class")
+        raise DataError(
+            f"imbalance factor {imbalance_factor:g} leaves the smallest class no image where the largest has {largest}"
+        )
 
 
 PROFILES = {"exp": exponential_profile, "step": step_profile}

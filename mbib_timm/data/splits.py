@@ -42,7 +42,7 @@ class Splits:
         """Return the images that are never trained on. Raises MbibError where there are none."""
         if self.held_out is None:
             raise MbibError(
-                "there are no images that are neither trained nor tested on, to choose a constant with: set "
+                "every image is trained or tested on, which leaves none to choose a constant on: set "
                 "holdout: 0.1 to keep a tenth of each class's training images out of training"
             )
         return self.held_out
@@ -127,4 +127,4 @@ def check_evaluation(name: str, split: Split, train: Split, num_classes: int) ->
     if split.class_names is None or train.class_names is None or split.class_names == train.class_names:
         return
     differing = sorted(set(split.class_names) ^ set(train.class_names))[:5]
-    raise DataError(f"split {name!r} has other classes than training: {', '.join(differing) or 'another order'}")
+    raise DataError(f"split {name!r} has different classes from training: {', '.join(differing) or 'another order'}")

@@ -213,12 +213,12 @@ def aggregate(
     world = join_world(found.recipe.device)
     try:
         if world.world_size > 1:
-            raise MbibError(f"mbib aggregate runs in one process, not in {world.world_size}: leave torchrun out")
+            raise MbibError(f"mbib aggregate runs in one process, not in {world.world_size}: start it without torchrun")
         opened = open_target(found, world, split)
         parts = predicting_parts(opened.model)
         if len(parts) < 2:
             raise MbibError(
-                f"{target}: {type(opened.model).__name__} has one head, and there is nothing to weigh; mbib aggregate "
+                f"{target}: {type(opened.model).__name__} has one head, so there is nothing to weight; mbib aggregate "
                 "is for the experts of a model such as experts_resnet32"
             )
         images = open_split(found.recipe, opened.split)

@@ -80,7 +80,7 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
     file = source.file("recipe.yaml")
     if file is None:
         raise MbibError(
-            f"{name} does not say which data: give --recipe NAME (see mbib recipes), and flags to change it"
+            f"{name} does not say which data to use: give --recipe NAME (see mbib recipes), and flags to change it"
         )
     return Target(name, source, load_recipe(file, overrides))
 
@@ -102,7 +102,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     counts = target.class_counts()
     num_classes = int(getattr(model, "num_classes", len(counts)))
     if len(counts) != num_classes:
-        raise MbibError(f"{target.name} tells {num_classes} classes apart, but the data have {len(counts)}")
+        raise MbibError(f"{target.name} has {num_classes} classes, but the data have {len(counts)}")
     size = _input_size(model, recipe)
     split = split or target.split()
     loader = build_eval_loader(

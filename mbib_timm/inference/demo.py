@@ -105,6 +105,6 @@ def demo(target: str, port: int | None = None, device: str | None = None) -> Non
     try:
         page.launch(server_name=LOOPBACK, server_port=port, share=False, quiet=True, prevent_thread_lock=True)
     except OSError:
-        raise MbibError(f"port {port} is taken; leave --port out to have a free one") from None
+        raise MbibError(f"port {port} is taken; omit --port to use a free one") from None
     print(f"{target} on {page.local_url} until Ctrl-C", flush=True)
     page.block_thread()

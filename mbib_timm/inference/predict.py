@@ -192,7 +192,7 @@ def log_prior_shift(model: LoadedModel, prior: str) -> Tensor:
         MbibError: the model does not say, or a file of another length.
     """
     if model.prior is None or model.class_counts is None:
-        raise MbibError(f"{model.source.name} does not say what class frequencies it was trained on; leave --prior out")
+        raise MbibError(f"{model.source.name} does not say which class frequencies it was trained on; omit --prior")
     uniform = np.ones(len(model.class_counts))
     known = {"train": model.class_counts, "uniform": uniform}
     wanted = known[prior] if prior in known else read_class_counts(prior)

@@ -85,10 +85,10 @@ def part_of(network: nn.Module, part: str) -> set[str]:
     try:
         found = {name for name in names if re.search(part, name)}
     except re.error as error:
-        raise MbibError(f"part {part!r} is no regular expression: {error}") from None
+        raise MbibError(f"part {part!r} is not a regular expression: {error}") from None
     if not found:
         tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in network.state_dict()))
-        raise MbibError(f"part {part!r} is in no parameter's name; the network has {tops}")
+        raise MbibError(f"part {part!r} matches no parameter's name; the network has {tops}")
     return found
 
 
@@ -203,8 +203,8 @@ class Method(TrainingTask):
             data: passes over the training images and over those that were never trained on.
         """
 
-    def report(self) -> dict[str, Any]:
-        """Return what the method has chosen by itself, as plain values; the results record it."""
+    def report(self) -> dict[str, float]:
+        """Return the numbers that the method has chosen by itself, by name; the results record them."""
         return {}
 
     # What trains, and what is kept
@@ -243,7 +243,7 @@ class Method(TrainingTask):
         if norms and frozen_bn is None:
             raise MbibError(
                 f"recipe key 'frozen_bn': with train: {part} the layer {next(iter(norms))} is frozen; say whether its "
-                "statistics go on (train) or not (eval)"
+                "statistics are updated (train) or not (eval)"
             )
         self._frozen_norms = list(norms.values()) if frozen_bn == "eval" else []
 

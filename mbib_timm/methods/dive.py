@@ -26,8 +26,10 @@ class DiveSettings(TeacherSettings):
     """The constants of DiVE; the defaults are those of the Bag of Tricks rerun on CIFAR-100-LT."""
 
     temperature: float = option(2.0, "temperature T of teacher and student", above=0)
-    power: float = option(0.5, "exponent p of the teacher's probabilities, which are then normalised again", above=0)
-    alpha: float = option(0.5, "weight of the distillation; the balanced softmax has the rest", minimum=0, maximum=1)
+    power: float = option(0.5, "exponent p of the teacher's probabilities, which are then renormalised", above=0)
+    alpha: float = option(
+        0.5, "weight alpha of the distillation; that of the balanced softmax is 1 - alpha", minimum=0, maximum=1
+    )
 
 
 @register("dive")

@@ -22,7 +22,7 @@ class LdamDrwSettings:
     max_margin: float = option(0.5, "margin of the rarest class, in cosine", minimum=0)
     scale: float = option(30.0, "factor s on the cosines", above=0)
     reweight_from: float = option(
-        0.8, "share of the epochs after which class weights set in (DRW); 1 for never", minimum=0, maximum=1
+        0.8, "fraction of the epochs after which class weights apply (DRW); 1 for never", minimum=0, maximum=1
     )
     effective_beta: float = option(
         0.9999, "beta of the effective numbers that give the class weights", minimum=0, below=1

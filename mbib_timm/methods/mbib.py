@@ -72,7 +72,7 @@ class BibSettings:
     gamma: float = option(0.0, "exponent of the class temperatures (eq. 8)", minimum=0)
     class_weight_power: float = option(0.1, "exponent m of the class weights (eq. 7)", minimum=0)
     normalize_class_weights: bool = option(
-        True, "divide a batch's class-weighted loss by the sum of the weights, and not by the number of images"
+        True, "divide a batch's class-weighted loss by the sum of the weights instead of the number of images"
     )
     logit_adjustment: bool = option(True, "add log n to the logits (eq. 4); without it the terms are cross-entropies")
 

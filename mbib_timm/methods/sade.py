@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
+from mbib_timm.models.head_outputs import expert_heads
 from mbib_timm.options import option
 
 EXPERTS = 3
@@ -47,7 +48,7 @@ def expert_offsets(class_counts: Sequence[int] | np.ndarray | Tensor, tau: float
 
 def experts_of(method: Method) -> Mapping[str, tuple[str, ...]]:
     """Return the heads of a method's network by expert. Raises MbibError unless there are three experts."""
-    experts: Mapping[str, tuple[str, ...]] = getattr(method.get_eval_model(), "expert_heads", {})
+    experts = expert_heads(method.result_model())
     if len(experts) != EXPERTS:
         found = f"this one has {len(experts)} expert{'s' * (len(experts) != 1)}" if experts else "this one has none"
         raise MbibError(

@@ -26,7 +26,7 @@ class TeacherSettings:
 
     teacher: list[str] = option(
         [PREVIOUS],
-        "models to learn from; of several the mean of their logits: previous (the stage before), a run's folder, a "
+        "models to learn from, by the mean of their logits: previous (the stage before), a run's folder, a "
         "published name such as mbib_resnet32.cifar100_lt_if100, or hf-hub:REPO",
         place=True,
     )
@@ -80,7 +80,7 @@ class Teachers(nn.Module):
         super().__init__()
         where = f"setting 'teacher' of method {owner!r}"
         if not targets:
-            raise MbibError(f"{where}: expected one model at least")
+            raise MbibError(f"{where}: expected at least one model")
         self.models = nn.ModuleList(_load(target, facts, where) for target in targets)
         self.requires_grad_(False).eval()
         self.digest = _digest(self)
@@ -103,7 +103,7 @@ class Teachers(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}digest")
         if given is not None and not torch.equal(given, self.digest):
-            raise RuntimeError("the teachers' weights are others than those that training began with")
+            raise RuntimeError("the teachers' weights differ from those that training began with")
 
 
 class Taught(Method):
@@ -176,7 +176,7 @@ def _load(target: str, facts: Facts, where: str) -> nn.Module:
         raise MbibError(f"{where}: {error}") from None
     classes, size = len(facts.class_counts), tuple(loaded.preprocessing["input_size"])
     if loaded.num_classes != classes:
-        raise MbibError(f"{where}: {target} tells {loaded.num_classes} classes apart, the data have {classes}")
+        raise MbibError(f"{where}: {target} has {loaded.num_classes} classes, the data have {classes}")
     if facts.class_names and loaded.class_names and facts.class_names != loaded.class_names:
         pairs = zip(facts.class_names, loaded.class_names, strict=True)
         own, other = next(pair for pair in pairs if pair[0] != pair[1])

@@ -84,7 +84,7 @@ def _family(backbone: str, backbone_args: dict[str, Any]) -> _Family:
     if isinstance(plain, ResNet):
         return _IMAGENET
     raise MbibError(
-        f"backbone {backbone!r} has no stages that experts could have copies of: expected a ResNet of CIFAR's or "
+        f"backbone {backbone!r} has no stages to copy for experts: expected a CIFAR ResNet or one of "
         "timm's, such as cifar_resnet32, classic_resnet10, resnet50 or resnext50_32x4d"
     )
 
@@ -158,7 +158,7 @@ class _ExpertModel(MultiHeadModel):
     ) -> None:
         super().__init__()
         if not isinstance(experts, int) or experts < 1:
-            raise MbibError(f"experts: expected a whole number from 1 on, got {experts!r}")
+            raise MbibError(f"experts: expected a whole number of at least 1, got {experts!r}")
         self.global_pool = create_pool(global_pool, num_classes)
         self.set_training_logits(training_logits)
         family = _family(backbone, backbone_args or {})

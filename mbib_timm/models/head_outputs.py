@@ -4,7 +4,7 @@ A network of several heads names them in `head_names`, in `prediction_heads` tho
 where it has experts in `expert_heads` the heads of each. Any other network has a prediction alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -17,6 +17,17 @@ PREDICTION = "prediction"
 POOLED = "v"
 
 
+def prediction_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the heads whose logits' mean is a model's prediction; none for a network of one head."""
+    return tuple(getattr(model, "prediction_heads", ()))
+
+
+def expert_heads(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    """Return the heads of each of a model's experts, by the expert's name; none for a network without experts."""
+    heads: Mapping[str, tuple[str, ...]] = getattr(model, "expert_heads", {})
+    return heads
+
+
 def reported_heads(model: nn.Module) -> tuple[str, ...]:
     """Return what is reported of a model beside its prediction: its heads and its experts, where it has several."""
     heads: tuple[str, ...] = tuple(getattr(model, "head_names", ()))
@@ -27,12 +38,12 @@ def predicting_parts(model: nn.Module) -> tuple[str, ...]:
     """Return what a prediction is the mean of: the experts, or the heads, by name; none for a model of one head."""
     if not reported_heads(model):
         return ()
-    return tuple(getattr(model, "expert_heads", ())) or tuple(model.prediction_heads)  # type: ignore[arg-type]
+    return tuple(expert_heads(model)) or prediction_heads(model)
 
 
 def head_titles(model: nn.Module) -> dict[str, str]:
     """Return what a page calls each of `reported_heads`: ``Head z``, ``Expert 2``."""
-    experts = getattr(model, "expert_heads", {})
+    experts = expert_heads(model)
     return {
         name: f"Expert {name.removeprefix('expert')}" if name in experts else f"Head {name}"
         for name in reported_heads(model)
@@ -41,10 +52,11 @@ def head_titles(model: nn.Module) -> dict[str, str]:
 
 def _experts(model: nn.Module) -> dict[str, list[str]]:
     """Return the heads that an expert predicts with, by its name, of experts that have several heads."""
-    experts: dict[str, tuple[str, ...]] = getattr(model, "expert_heads", {})
-    predicting = getattr(model, "prediction_heads", ())
+    predicting = prediction_heads(model)
     return {
-        expert: [head for head in heads if head in predicting] for expert, heads in experts.items() if len(heads) > 1
+        expert: [head for head in heads if head in predicting]
+        for expert, heads in expert_heads(model).items()
+        if len(heads) > 1
     }
 
 

@@ -144,8 +144,8 @@ def _require_full_width(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a backbone's weights in experts of reduced width."""
     if kwargs.get("reduced", True):
         raise CheckpointError(
-            f"{name}: the backbone's weights do not fit experts of reduced width; pass reduced=False, or leave "
-            "pretrained out"
+            f"{name}: the backbone's weights do not fit experts of reduced width; pass reduced=False, or omit "
+            "pretrained"
         )
 
 

@@ -10,12 +10,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (  # HTTPError is that of the HTTP client that the Hub's uses
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub.errors import (
+    HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # that of the HTTP client that the Hub's uses
     LocalTokenNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -76,7 +77,7 @@ def publish(
     if repository is None:
         finished = read_run(run)
         if not in_zoo(finished):
-            raise MbibError(f"{finished.name} is no model of the zoo: say where to, --repo-id YOU/{finished.name}")
+            raise MbibError(f"{finished.name} is not in the zoo: name a repository with --repo-id YOU/{finished.name}")
         repository = ZooModel(finished.name).repository
     try:
         validate_repo_id(repository)
@@ -100,7 +101,7 @@ class Publisher:
         wait: sleeps for a number of seconds.
     """
 
-    def __init__(self, api: HfApi, release: Release, wait: Callable[[float], Any] = time.sleep) -> None:
+    def __init__(self, api: HfApi, release: Release, wait: Callable[[float], None] = time.sleep) -> None:
         self.api, self.release, self.wait = api, release, wait
         self.repository = release.repository
 
@@ -114,7 +115,9 @@ class Publisher:
         changes = self._changes(files)
         tag = revision or self._next_tag(tags, head if not changes else None)
         if tag in tags and (changes or tags[tag] != head):
-            raise PublishError(f"{self.repository} has a revision {tag} already, of another content; choose another")
+            raise PublishError(
+                f"{self.repository} already has a revision {tag} with other content; choose another name"
+            )
         if changes:
             head = self._commit(changes, head)
         if tag not in tags:
@@ -137,10 +140,8 @@ class Publisher:
         )
         digests = {}
         for entry in entries:
-            if lfs := getattr(entry, "lfs", None):
-                digests[entry.path] = lfs.sha256
-            elif blob := getattr(entry, "blob_id", None):  # folders have none
-                digests[entry.path] = blob
+            if isinstance(entry, RepoFile):  # and no folder
+                digests[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
         return head, digests
 
     def _tags(self) -> dict[str, str]:
@@ -174,7 +175,7 @@ class Publisher:
                     return head
                 raise PublishError(
                     f"{self.repository} was changed by someone else in the meantime; nothing was published. "
-                    "Look at it, and publish again"
+                    "Check it, then publish again"
                 )
             message = f"Publish {self.release.name}"
             operations = self._changes(remote)
@@ -195,16 +196,16 @@ class Publisher:
             except LocalTokenNotFoundError:
                 raise PublishError("there is no token: log in with hf auth login, or set HF_TOKEN") from None
             except (HTTPError, OSError, RuntimeError) as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status == 412:
                     raise PublishError(
                         f"{self.repository} was changed by someone else in the meantime; nothing was published. "
-                        "Look at it, and publish again"
+                        "Check it, then publish again"
                     ) from None
                 if status in (401, 403):
                     raise PublishError(
-                        f"cannot {what} of {self.repository}: the Hub does not accept the token, or it may not write "
-                        "there (hf auth whoami tells whose it is)"
+                        f"cannot {what}: the Hub does not accept the token, or the token may not write to "
+                        f"{self.repository} (hf auth whoami shows whose it is)"
                     ) from None
                 if status is not None and status < 500 and status != 429:
                     raise PublishError(f"cannot {what}: {first_line(error)}") from None

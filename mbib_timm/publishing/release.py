@@ -89,7 +89,7 @@ def without_training_heads(config: dict[str, Any], weights: bytes) -> tuple[dict
     names = cfg["classifier"] if isinstance(cfg["classifier"], list) else []
     kept = [name for name in names if not name.startswith(TRAINING_HEADS)]
     if len(kept) == len(names):
-        raise MbibError(f"{config['architecture']} has no heads that serve training only; leave --inference-only out")
+        raise MbibError(f"{config['architecture']} has no heads that serve training only; omit --inference-only")
     config = {
         **config,
         "model_args": {**config.get("model_args", {}), "training_heads": False},

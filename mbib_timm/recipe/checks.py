@@ -78,8 +78,8 @@ def _check_mixing(recipe: "Recipe", method: DeclaredMethod) -> None:
         keys = [*on, *(["smoothing"] if recipe.smoothing else [])]
         able = [name for name, known in known_methods().items() if known.soft_targets]
         raise MbibError(
-            f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: targets become soft, each "
-            f"image of several classes, and method {method.name!r} needs labels; methods that take soft targets: "
+            f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: targets become soft, with "
+            f"several classes per image, and method {method.name!r} needs labels; methods that take soft targets: "
             f"{', '.join(able)}"
         )
 
@@ -141,8 +141,8 @@ def _check_views(recipe: "Recipe", method: DeclaredMethod) -> None:
     _check_augmentation(recipe, [item.name for item in dataclasses.fields(recipe)])
     if recipe.views is not None and len(recipe.views) != len(method.views):
         raise MbibError(
-            f"recipe key 'views': method {method.name!r} takes {len(method.views)} of each image, "
-            f"got {len(recipe.views)}"
+            f"recipe key 'views': method {method.name!r} takes {len(method.views)} "
+            f"view{'s' * (len(method.views) != 1)} of each image, got {len(recipe.views)}"
         )
     allowed = [
         item.name
@@ -180,8 +180,8 @@ def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":
     # Views are cut from the images that the run holds: whole ones after pad, of any size after rrc.
     if view.train_crop_mode != recipe.train_crop_mode != "pad":
         raise MbibError(
-            f"recipe key 'train_crop_mode': with {recipe.train_crop_mode} all views of an image have it, "
-            f"not {view.train_crop_mode}"
+            f"recipe key 'train_crop_mode': if it is {recipe.train_crop_mode}, it is so for all views of an image; "
+            f"got {view.train_crop_mode}"
         )
     return view
 

@@ -142,7 +142,7 @@ def find_method(name: str) -> DeclaredMethod:
         load_entry_points()
     known = known_methods()
     if name not in known:
-        raise MbibError(f"{unknown_name('method', name, known)} One of your own comes with --plugin FILE.")
+        raise MbibError(f"{unknown_name('method', name, known)} Add one of your own with --plugin FILE.")
     return known[name]
 
 
@@ -250,7 +250,7 @@ def load_plugin(plugin: str) -> str:
             sys.modules["mbib_timm.methods"].METHODS.remove(name)
         text = next(iter(str(error).splitlines()), "")
         reason = text if isinstance(error, MbibError) else f"{type(error).__name__}: {text}"
-        raise MbibError(f"plugin {plugin} does not import: {reason}") from None
+        raise MbibError(f"plugin {plugin} cannot be imported: {reason}") from None
     module = _module_name(path.resolve()) if is_file else plugin
     if not any(method.__module__.startswith(module) for method in _outside().values()):
         raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")

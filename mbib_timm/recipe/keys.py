@@ -53,19 +53,19 @@ class Recipe:
         None, "file with one class name per line, in label order (dataset: list)", location=True
     )
     val_fraction: float = _data(
-        0.2, "share of each class held out where the data have no validation split", above=0, maximum=0.9
+        0.2, "fraction of each class held out if the data have no validation split", above=0, maximum=0.9
     )
     num_classes: int | None = _data(None, "number of classes; taken from the data when not given", minimum=2)
     imbalance: str = _data("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))
-    imbalance_factor: float = _data(100.0, "images of the largest class over images of the smallest", minimum=1)
+    imbalance_factor: float = _data(100.0, "images in the largest class over images in the smallest", minimum=1)
     imbalance_max: int | None = _data(
-        None, "images of the largest class; the most that the data allow when not given", minimum=1
+        None, "images in the largest class; as many as the data allow when not given", minimum=1
     )
     holdout: float = _data(
         0.0,
-        "share of each class's training images that is never trained on, for methods that choose a constant; without "
-        "it they take the images that a long-tailed subset leaves out, or the validation split where a test split is "
-        "evaluated",
+        "fraction of each class's training images that is never trained on, for methods that choose a constant; "
+        "without it they use the images that a long-tailed subset leaves out, or the validation split if a test split "
+        "is evaluated",
         minimum=0,
         maximum=0.9,
         evaluation=False,
@@ -81,7 +81,7 @@ class Recipe:
     )
     image_cache: str = _data(
         "auto",
-        "folder that keeps decoded images for the next run; auto: in the user's cache; none",
+        "folder that keeps decoded images for the next run, auto (in the user's cache), or none",
         location=True,
         evaluation=False,
     )
@@ -100,7 +100,7 @@ class Recipe:
         "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
     )
     crop_pct: float = _input(
-        0.875, "share of the resized test image that the centre crop keeps", above=0, maximum=1, evaluation=True
+        0.875, "fraction of the resized test image that the centre crop keeps", above=0, maximum=1, evaluation=True
     )
     mean: list[float] = _input([0.485, 0.456, 0.406], "channel means of the normalisation", evaluation=True)
     std: list[float] = _input(
@@ -117,30 +117,36 @@ class Recipe:
         "policy: cifar10 (AutoAugment's for CIFAR), rand-m9-n2-mstd0.5-inc1 (RandAugment), or another one of timm's",
     )
     color_jitter: float = _augmentation(0.0, "brightness, contrast and saturation jitter", minimum=0, maximum=1)
-    hue: float = _augmentation(0.0, "hue jitter, in turns of the colour wheel", minimum=0, maximum=0.5)
+    hue: float = _augmentation(0.0, "hue jitter, as a fraction of the colour wheel", minimum=0, maximum=0.5)
     color_jitter_prob: float = _augmentation(1.0, "probability of the jitter", above=0, maximum=1)
-    grayscale_prob: float = _augmentation(0.0, "probability that an image turns grey", minimum=0, maximum=1)
+    grayscale_prob: float = _augmentation(
+        0.0, "probability that an image is converted to greyscale", minimum=0, maximum=1
+    )
     gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
-    cutout: int = _augmentation(0, "side of a square of each image that is blackened, in pixels", minimum=0)
+    cutout: int = _augmentation(0, "side of a black square in each image, in pixels", minimum=0)
     views: list[dict[str, Any]] | None = _augmentation(
         None,
-        "views of each image: for each a mapping of the augmentation keys in which it differs; the method's own when "
-        "not given",
+        "views of each image: for each a mapping with the augmentation keys that differ from the recipe's; the "
+        "method's own when not given",
     )
 
     # Mixing: with any of these on, targets are soft
-    mixup: float = _mixing(0.0, "alpha of mixup, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
-    cutmix: float = _mixing(0.0, "alpha of CutMix, whose share lambda is of Beta(alpha, alpha); 0 for none", minimum=0)
+    mixup: float = _mixing(
+        0.0, "alpha of mixup, whose weight lambda is drawn from Beta(alpha, alpha); 0 for none", minimum=0
+    )
+    cutmix: float = _mixing(
+        0.0, "alpha of CutMix, whose weight lambda is drawn from Beta(alpha, alpha); 0 for none", minimum=0
+    )
     cutmix_sampler: str | None = _mixing(
         None,
-        "sampler of the images that CutMix pastes, reverse or balanced for CMO; those of the same batch when not given",
+        "sampler of the images that CutMix pastes, reverse or balanced for CMO; the same batch when not given",
     )
     mixup_prob: float = _mixing(1.0, "probability that a batch is mixed", above=0, maximum=1)
     mixup_switch_prob: float = _mixing(
-        0.5, "probability of CutMix where a batch is mixed and both are on", above=0, below=1
+        0.5, "probability of CutMix, rather than mixup, if both are on", above=0, below=1
     )
-    mixup_off_epochs: int = _mixing(0, "epochs at the beginning, and as many at the end, without mixing", minimum=0)
-    smoothing: float = _mixing(0.0, "label smoothing: share of a target that all classes share", minimum=0, below=1)
+    mixup_off_epochs: int = _mixing(0, "epochs without mixing at the beginning, and as many at the end", minimum=0)
+    smoothing: float = _mixing(0.0, "label smoothing: fraction of a target spread over all classes", minimum=0, below=1)
 
     # Model
     model: str = _model("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
@@ -150,42 +156,42 @@ class Recipe:
 
     # Method
     method: dict[str, Any] = _method(
-        {"name": "mbib"}, "how to train, by name, with the settings of that method; see mbib train RECIPE --help"
+        {"name": "mbib"}, "training method, by name, with its settings; see mbib train RECIPE --help"
     )
-    plugin: list[str] = _method([], "files or modules that bring methods of their own", location=True)
+    plugin: list[str] = _method([], "files or modules that register further methods", location=True)
     sampler: str | None = _method(
         None,
         "what an epoch draws: instance, balanced, sqrt, progressive, reverse, effective[:beta], class_aware[:m], or "
-        "two streams side by side as instance+reverse; the method's own when not given",
+        "two streams side by side, such as instance+reverse; the method's own when not given",
     )
     train: str | None = _method(
         None,
-        "the part that trains: all, classifier, or a regular expression of parameters' names; the method's own when "
+        "the part that trains: all, classifier, or a regular expression for parameters' names; the method's own when "
         "not given",
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew where weights are given: none, classifier, all, or a regular expression of names; "
+        "the part that starts anew if weights are given: none, classifier, all, or a regular expression for names; "
         "the method's own when not given",
     )
     frozen_bn: str | None = _method(
         None,
-        "batch normalisation in the part that does not train: train (its running statistics go on) or eval; the "
+        "batch normalisation in the part that does not train: train (its running statistics are updated) or eval; the "
         "method's own when not given",
         choices=("train", "eval"),
     )
 
     # Optimisation
-    epochs: int = _optimisation(200, "epochs of training; 0 for a method that changes a trained model", minimum=0)
-    batch_size: int = _optimisation(128, "training images of a step on one device", minimum=2)
-    validation_batch_size: int = _optimisation(256, "images of an evaluation step", minimum=1, evaluation=True)
-    grad_accum_steps: int = _optimisation(1, "batches whose gradients are added before a step", minimum=1)
+    epochs: int = _optimisation(200, "training epochs; 0 for a method that only changes a trained model", minimum=0)
+    batch_size: int = _optimisation(128, "training images per step and device", minimum=2)
+    validation_batch_size: int = _optimisation(256, "images per evaluation step", minimum=1, evaluation=True)
+    grad_accum_steps: int = _optimisation(1, "batches whose gradients are accumulated before a step", minimum=1)
     opt: str = _optimisation("sgd", "timm optimizer")
     opt_kwargs: dict[str, Any] = _optimisation({}, "further keyword arguments of the optimizer, as name=value")
     lr: float = _optimisation(0.1, "learning rate", above=0)
     momentum: float = _optimisation(0.9, "momentum of the optimizer", minimum=0, maximum=1)
     weight_decay: float = _optimisation(3e-4, "weight decay", minimum=0)
-    filter_bias_and_bn: bool = _optimisation(False, "leave biases and normalisation out of the weight decay")
+    filter_bias_and_bn: bool = _optimisation(False, "exclude biases and normalisation from weight decay")
     layer_decay: float | None = _optimisation(
         None, "factor on the learning rate from each layer to the one before it", above=0, maximum=1
     )
@@ -196,20 +202,22 @@ class Recipe:
     warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", minimum=0)
     min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0)
     decay_milestones: list[int] = _optimisation(
-        [161, 181], "timm's milestones: multistep decays from the epoch before each"
+        [161, 181], "milestones as timm counts them: multistep decays from the epoch before each"
     )
     decay_rate: float = _optimisation(0.1, "factor of each decay", above=0)
     model_ema: bool = _optimisation(False, "keep an exponential moving average of the weights, and evaluate it")
     model_ema_decay: float = _optimisation(0.9998, "decay of that average", minimum=0, maximum=1)
 
     # Machine
-    device: str | None = _machine(None, "cpu, cuda, cuda:1, mps; found when not given", location=True, evaluation=True)
+    device: str | None = _machine(
+        None, "cpu, cuda, cuda:1, mps; detected when not given", location=True, evaluation=True
+    )
     workers: int = _machine(2, "processes that load data", minimum=0, location=True, evaluation=True)
     pin_mem: bool | None = _machine(
         None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
     )
     amp: bool | None = _machine(None, "mixed precision; on for CUDA when not given")
-    amp_dtype: str = _machine("bfloat16", "precision of mixed precision", choices=("bfloat16", "float16"))
+    amp_dtype: str = _machine("bfloat16", "data type of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
     torchcompile: bool = _machine(False, "compile the training step and the evaluation")
     cuda_graph: bool = _machine(False, "capture the training step in a CUDA graph")
@@ -219,9 +227,9 @@ class Recipe:
     # Output
     output: str = _output("runs", "folder of the runs", location=True)
     experiment: str | None = _output(None, "name of this run's folder; the recipe's name when not given", location=True)
-    resume: str | None = _output(None, "auto, or a run's folder or checkpoint, to continue from", location=True)
+    resume: str | None = _output(None, "what to resume: auto, a run's folder, or a checkpoint", location=True)
     checkpoint_seconds: float = _output(
-        5.0, "least time between checkpoints, which are written at the end of an epoch", minimum=0, location=True
+        5.0, "minimum seconds between checkpoints, which are written at the end of an epoch", minimum=0, location=True
     )
     val_interval: int = _output(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
     log_interval: int = _output(50, "steps between log lines and checks of the loss", minimum=1, location=True)

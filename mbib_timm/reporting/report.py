@@ -83,7 +83,7 @@ def _folder(name: str) -> Path:
         if (folder / FILE).is_file() or is_finished(folder):
             return folder
     if Path(name).is_dir():
-        raise MbibError(f"{name} holds neither {RECORD} nor {FILE}: no finished run, and no sweep's results")
+        raise MbibError(f"{name} holds neither {RECORD} nor {FILE}: it is not a finished run or a sweep's results")
     if Path(name).exists():
         raise MbibError(f"{name} is a file: expected the folder of a run, of kept results or of a sweep's results")
     raise MbibError(

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -30,14 +29,6 @@ from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
 
 
 @dataclass(frozen=True)
-class Block:
-    """A piece of a section: its kind, which the template knows, and what it shows."""
-
-    kind: str
-    content: Any
-
-
-@dataclass(frozen=True)
 class DrawnFigure:
     """A figure as SVG on light and on dark paper, with its title and how to read it."""
 
@@ -45,6 +36,14 @@ class DrawnFigure:
     reading: str
     light: bytes
     dark: bytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a section: its kind, which the template knows, and what it shows: text, facts, a table or a figure."""
+
+    kind: str
+    content: str | Sequence[tuple[str, str]] | Table | DrawnFigure
 
 
 @dataclass

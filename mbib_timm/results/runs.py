@@ -64,7 +64,7 @@ def read_run(folder: Path) -> FinishedRun:
     """
     record = redact_record(read_record(folder))
     if not (folder / "recipe.yaml").is_file():
-        raise MbibError(f"{folder} has no recipe.yaml: it is no run's folder")
+        raise MbibError(f"{folder} has no recipe.yaml: it is not a run's folder")
     return FinishedRun(folder, record, load_recipe(folder / "recipe.yaml"))
 
 
@@ -80,7 +80,7 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
     first, *rest = runs = [read_run(path) for path in (folder, *others)]
     for run in rest:
         if _without_seed(run.recipe) != _without_seed(first.recipe):
-            raise MbibError(f"{run.folder} is a run of another recipe than {folder}: more than the seed differs")
+            raise MbibError(f"{run.folder} is a run of a different recipe from {folder}: more than the seed differs")
     _require_other_seeds(runs)
     return runs
 

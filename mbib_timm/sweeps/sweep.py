@@ -116,7 +116,7 @@ class Sweep:
             if name not in self.axes:
                 raise unknown_name(f"axis in the labels of sweep {self.name}", name, self.axes)
         if not self.recipe or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise MbibError(f"sweep {self.name} needs a recipe, and a seed or more, each once")
+            raise MbibError(f"sweep {self.name} needs a recipe, and at least one seed, each once")
         self._check_figure()
         for number in self.paper.numbers if self.paper else ():
             for name in number:
@@ -167,7 +167,7 @@ class Sweep:
         if key not in KEYS:
             raise unknown_name(f"{kind} of sweep {self.name}", str(address), KEYS)
         if key in PER_RUN:
-            raise MbibError(f"sweep {self.name}: recipe key {address!r} is the sweep's own to set; see --seeds")
+            raise MbibError(f"sweep {self.name}: recipe key {address!r} is set by the sweep itself; see --seeds")
 
     def _check_figure(self) -> None:
         kind = self.figure.get("kind", "")
@@ -222,10 +222,10 @@ def find_sweep(names: Sequence[str]) -> Sweep:
             return load_sweep(path)
     for name in names:
         if len(names) > 1 and name in list_sweeps():
-            raise MbibError(f"{name} is a sweep, and one runs at a time: mbib sweep {name}")
+            raise MbibError(f"{name} is a sweep, which has to run alone: mbib sweep {name}")
         path = Path(name)
         if path.suffix in (".yaml", ".yml") and not path.is_file() and str(path.with_suffix("")) not in list_recipes():
-            raise MbibError(f"there is no file {name}: expected a sweep's or a recipe's, or the name of one")
+            raise MbibError(f"there is no file {name}: expected the name or the file of a sweep or a recipe")
         try:
             find_recipe(name)
         except MbibError:

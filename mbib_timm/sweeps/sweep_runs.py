@@ -115,12 +115,12 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
     """
     for address in overrides:
         if key_of(address) in PER_RUN:
-            raise MbibError(f"recipe key {address!r} is the sweep's own to set; see --seeds")
+            raise MbibError(f"recipe key {address!r} is set by the sweep itself; see --seeds")
     runs = list(_runs(sweep, {**sweep.set, **overrides}))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
-            raise MbibError(f"sweep {sweep.name} has two runs of the name {label}")
+            raise MbibError(f"sweep {sweep.name} has two runs named {label}")
     epochs = {run.epochs for run in runs}
     as_asked = all(run.epochs == run.recipe_epochs for run in runs)
     folder = sweep.name if as_asked or len(epochs) > 1 else f"{sweep.name}-{epochs.pop()}e"
@@ -228,7 +228,7 @@ def run_sweep(
         MbibError: the sweep cannot be; nothing has been run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MbibError("a sweep is one process: start one for each device, with --device, not torchrun")
+        raise MbibError("a sweep runs in one process: start one per device with --device, without torchrun")
     chosen = sweep.seeds if seeds is None else seeds
     whole = plan(replace(sweep, seeds=list(dict.fromkeys([*sweep.seeds, *chosen]))), overrides)
     runs = [run for run in whole if only in run.label and run.recipe.seed in chosen]
@@ -266,7 +266,7 @@ def run_sweep(
                 train(run.recipe, run.name, pool)
         except BusyFolderError:
             busy.append(run)
-            print("another process trains it", flush=True)
+            print("another process is training it", flush=True)
             continue
         except MbibError as error:
             failed[run.label] = str(error)

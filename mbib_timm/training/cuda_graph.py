@@ -1,7 +1,6 @@
 """The whole training step as one CUDA graph: hundreds of kernels for the price of one launch."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from mbib_timm.data.batch import Batch
 WARM_UP_STEPS = 3
 
 Step = Callable[..., dict[str, Tensor]]
-Replay = Callable[[], Any]
+Replay = Callable[[], None]
 Batches = tuple[Batch, ...]
 Shapes = tuple[torch.Size, ...]
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def train_one_epoch(
     recipe: Recipe,
     epoch: int,
     progress: Progress,
-    after_update: Callable[[], Any],
+    after_update: Callable[[], None],
 ) -> dict[str, float]:
     """Train for one epoch.
 

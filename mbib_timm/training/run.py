@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
+from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World, describe_environment, seed_generators
 from mbib_timm.errors import CheckpointError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
+from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import (
@@ -169,7 +171,7 @@ class Run:
         """The images for a method that looks at them beside training."""
         return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool)
 
-    def _evaluate(self, loader: Any, raw: bool = False) -> dict[str, HeadMetrics]:
+    def _evaluate(self, loader: Loader, raw: bool = False) -> dict[str, HeadMetrics]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""
         model = self.method.get_eval_model() if raw else self._result_model()
         assert model is not None
@@ -219,9 +221,7 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["class_counts"] != self.splits.class_counts.tolist():
-            raise CheckpointError(
-                f"{self.folder.path} was trained on other data: its classes had other numbers of images"
-            )
+            raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             self.optimizer.load_state_dict(state["optimizer"])
@@ -257,7 +257,7 @@ class Run:
             model=recipe.model,
             method=recipe.method["name"],
             stages=[stage.method["name"] for stage in recipe.chain()],
-            prediction_heads=list(getattr(self._result_model(), "prediction_heads", ())),
+            prediction_heads=list(prediction_heads(self._result_model())),
             dataset=recipe.dataset,
             loader=recipe.loader,
             precision=self.precision.name,

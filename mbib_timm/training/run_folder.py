@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors.torch import save as save_tensors
+
+# Private: timm's public `save_for_hf` writes the weights too, which it refuses in the channels-last memory format.
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -68,7 +70,7 @@ class RunFolder:
         """Raise MbibError if another run lives here."""
         if (self.path / "recipe.yaml").exists() or self.has_checkpoint() or any(self.path.glob("stage*-*")):
             raise MbibError(
-                f"{self.path} holds a run already: continue it with --resume auto, or choose another folder with "
+                f"{self.path} already holds a run: resume it with --resume auto, or choose another folder with "
                 "--experiment NAME or --output DIR"
             )
         if self.path.exists() and not self.path.is_dir():
@@ -103,7 +105,7 @@ class RunFolder:
                 for key in changed[:4]
                 if key != "stages"
             )
-            listing = listing or "its stages are others"
+            listing = listing or "its stages differ"
             raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another --output")
         return recipe
 
@@ -118,7 +120,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            text = f"another process trains in {self.path}; wait for it, or choose another folder"
+            text = f"another process is training in {self.path}; wait for it, or choose another folder"
             raise BusyFolderError(text) from None
         except OSError as error:
             raise MbibError(f"cannot write to the output folder {self.path}: {error.strerror}") from None

@@ -8,10 +8,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,8 +28,8 @@ from benchmarking.contestants import (
     timm_contestant,
 )
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise
-from benchmarking.table import METHOD_RECIPES, ratios
-from benchmarking.turns import OwnProcess, Record, Settings, take_turns, timed
+from benchmarking.targets import METHOD_RECIPES
+from benchmarking.turns import Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.batch import TrainLoader
 from mbib_timm.data.create import data_key
@@ -74,7 +74,7 @@ def pipeline(settings: Settings) -> Iterator[Record]:
     }
     # timm's loader leaves the last short batch out.
     timm_images = len(splits.train) // len(batch) * len(batch)
-    described = describe(recipes["plain"], images=len(splits.train), timm_images=timm_images)
+    described = replace(Conditions.of(recipes["plain"]), images=len(splits.train), timm_images=timm_images)
     yield Record("pipeline", "images/s", figures, rows, described)
 
 
@@ -97,7 +97,7 @@ def step(subject: str, settings: Settings) -> Iterator[Record]:
         figures = take_turns(contestants, settings.repeats)
         require_compiled()
         row = f"step-{subject}" if kind == "compiled" else f"step-{subject}-eager"
-        described = describe(recipes["plain"], batch_size=batch_size, size=size, steps=steps)
+        described = replace(Conditions.of(recipes["plain"]), batch_size=batch_size, size=size, steps=steps)
         yield Record(
             row, f"seconds for {steps} steps", figures, {row: ratios(figures["mbib"], figures["plain"])}, described
         )
@@ -119,7 +119,9 @@ def step_of_methods(settings: Settings) -> Iterator[Record]:
         contestants[title] = timed(partial(trainer.take_steps, images, targets, steps), device)
     figures = take_turns(contestants, settings.repeats)
     rows = {f"step-methods-{title}": ratios(figures[title], figures["CE"]) for title in METHOD_RECIPES}
-    described = describe(recipes["CE"], batch_size=batch_size, size=size, steps=steps, recipes=METHOD_RECIPES)
+    described = replace(
+        Conditions.of(recipes["CE"]), batch_size=batch_size, size=size, steps=steps, recipes=METHOD_RECIPES
+    )
     yield Record("step-methods", f"seconds for {steps} steps", figures, rows, described)
 
 
@@ -147,7 +149,9 @@ def augmentation(settings: Settings) -> Iterator[Record]:
         "augmentation": ratios(figures["strong epoch"], figures["plain epoch"]),
         "augmentation-views": ratios(figures["two views batches"], figures["plain batches"]),
     }
-    yield Record("augmentation", "seconds a pass", figures, rows, describe(plain, images=len(splits.train)))
+    yield Record(
+        "augmentation", "seconds per pass", figures, rows, replace(Conditions.of(plain), images=len(splits.train))
+    )
 
 
 def through(loader: TrainLoader) -> None:
@@ -171,7 +175,7 @@ def memory(subject: str, settings: Settings) -> Iterator[Record]:
 
     figures = take_turns({model: partial(measure, model) for model in MODELS}, settings.repeats, warm_ups=0)
     row = f"memory-{subject}"
-    described = describe(recipes["plain"], batch_size=batch_size, size=size, steps=MEMORY_STEPS)
+    described = replace(Conditions.of(recipes["plain"]), batch_size=batch_size, size=size, steps=MEMORY_STEPS)
     yield Record(row, "bytes", figures, {row: ratios(figures["mbib"], figures["plain"])}, described)
 
 
@@ -196,8 +200,8 @@ def evaluation(subject: str, settings: Settings) -> Iterator[Record]:
         row: ratios(figures["mbib"], figures["plain"]),
         f"{row}-forward": ratios(figures["mbib"], figures["plain forward"]),
     }
-    described = describe(recipes["plain"], images=images, size=size, batch_size=len(batch))
-    yield Record(row, "seconds a pass", figures, rows, described)
+    described = replace(Conditions.of(recipes["plain"]), images=images, size=size, batch_size=len(batch))
+    yield Record(row, "seconds per pass", figures, rows, described)
 
 
 def throughput(settings: Settings) -> Iterator[Record]:
@@ -213,7 +217,9 @@ def throughput(settings: Settings) -> Iterator[Record]:
     speeds = take_turns({"mbib": timed(epoch, device, images)}, settings.repeats, settings.pass_warm_ups)
     require_compiled()
     rows = {"throughput-resnext50": speeds["mbib"]}
-    yield Record("throughput-resnext50", "images/s", speeds, rows, describe(recipe, images=images, size=224))
+    yield Record(
+        "throughput-resnext50", "images/s", speeds, rows, replace(Conditions.of(recipe), images=images, size=224)
+    )
 
 
 def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
@@ -234,7 +240,7 @@ def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
     require_compiled()
     figures = {"training and evaluation": inside[1:], "whole run": whole["mbib"]}
     rows = {"epochs-200": figures["training and evaluation"], "epochs-200-whole": figures["whole run"]}
-    yield Record("epochs-200", "seconds", figures, rows, describe(recipe, epochs=number))
+    yield Record("epochs-200", "seconds", figures, rows, replace(Conditions.of(recipe), epochs=number))
 
 
 # Runs `mbib train` with a first step that tells the time as it begins and as it is done, and ends the process. The step
@@ -294,7 +300,9 @@ def start(settings: Settings) -> Iterator[Record]:
 
     done = take_turns({"mbib train": run}, settings.repeats)["mbib train"]
     figures = {"first step begins": begun[1:], "first step done": done}
-    yield Record("start", "seconds", figures, {"start": begun[1:], "start-step": done}, {"recipe": DEFAULT_RECIPE})
+    yield Record(
+        "start", "seconds", figures, {"start": begun[1:], "start-step": done}, Conditions(recipe=DEFAULT_RECIPE)
+    )
 
 
 def start_large(settings: Settings) -> Iterator[Record]:
@@ -318,7 +326,7 @@ def start_large(settings: Settings) -> Iterator[Record]:
         "seconds",
         figures,
         {"start-large": figures["first step begins"]},
-        {"recipe": recipe, "workers": 2},
+        Conditions(recipe=recipe, workers=2),
     )
 
 
@@ -327,12 +335,6 @@ def batch_of(subject: str, settings: Settings) -> tuple[int, int, int]:
     if subject == "resnet32":
         return 128, 32, 200 if settings.on_cuda else 20
     return 64, 224, 50 if settings.on_cuda else 1
-
-
-def describe(recipe: Any, **settings: Any) -> dict[str, Any]:
-    """Return the settings of a measurement, for the results file."""
-    names = ("batch_size", "torchcompile", "cuda_graph", "amp", "amp_dtype", "channels_last", "workers")
-    return {name: getattr(recipe, name) for name in names} | settings
 
 
 MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -13,6 +13,7 @@ from benchmarking.contestants import TimmLoop, Trainer, subject_recipe
 from benchmarking.noise import cifar_like
 from benchmarking.turns import Settings, seconds
 from mbib_timm.data import create_loaders
+from mbib_timm.results.tables import Table
 
 TOP = 15
 STEPS = 20
@@ -26,6 +27,14 @@ KINDS = {
     "copies and layout": ("copy", "contiguous", "memcpy", "index_select", "gather"),
     "the optimizer": ("optimizer", "sgd", "foreach", "multi_tensor"),
 }
+
+
+class Operation(NamedTuple):
+    """An operation's name, its own seconds, without those of operations that it calls, and its calls."""
+
+    name: str
+    seconds: float
+    calls: int
 
 
 def write_profile(settings: Settings, header: str) -> str:
@@ -61,15 +70,15 @@ def write_profile(settings: Settings, header: str) -> str:
     )
 
 
-def profiled_timm(settings: Settings) -> tuple[list[tuple[str, float, int]], float]:
+def profiled_timm(settings: Settings) -> tuple[list[Operation], float]:
     """Return what `profiled` says of timm's loop."""
     recipe = subject_recipe("resnet32", "plain", settings.world, compiled=False)
     splits = cifar_like((settings.steps or STEPS) * recipe.batch_size)
     return profiled(TimmLoop(recipe, splits, settings.world).train_epoch, settings)
 
 
-def profiled(epoch: Callable[[], Any], settings: Settings) -> tuple[list[tuple[str, float, int]], float]:
-    """Return the operations of an epoch (name, own seconds, calls), slowest first, and the epoch's seconds.
+def profiled(epoch: Callable[[], Any], settings: Settings) -> tuple[list[Operation], float]:
+    """Return the operations of an epoch, slowest first, and the epoch's seconds.
 
     On CUDA the operations are the device's; what is missing to the whole, the device was idle.
     """
@@ -82,24 +91,24 @@ def profiled(epoch: Callable[[], Any], settings: Settings) -> tuple[list[tuple[s
     own = "self_device_time_total" if settings.on_cuda else "self_cpu_time_total"
     events: Iterable[Any] = profiler.key_averages()
     operations = [
-        (event.key, getattr(event, own) / 1e6, event.count)
+        Operation(event.key, getattr(event, own) / 1e6, event.count)
         for event in events
         if event.device_type == wanted and not event.is_user_annotation
     ]
-    return sorted(operations, key=lambda operation: -operation[1]), taken
+    return sorted(operations, key=lambda operation: -operation.seconds), taken
 
 
-def section(title: str, operations: list[tuple[str, float, int]], taken: float, steps: int) -> str:
+def section(title: str, operations: list[Operation], taken: float, steps: int) -> str:
     """Return one profile as Markdown, with a line on what it says."""
-    lines = [f"\n## {title}\n", f"{summary(operations, taken, steps)}\n"]
-    lines += ["| operation | own ms per step | share | calls per step |", "|---|---|---|---|"]
+    rows = []
     for name, own, calls in operations[:TOP]:
         shown = name if len(name) <= 80 else f"{name[:77]}..."
-        lines.append(f"| `{shown}` | {1e3 * own / steps:.2f} | {100 * own / taken:.1f} % | {calls / steps:.1f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{shown}`", f"{1e3 * own / steps:.2f}", f"{100 * own / taken:.1f} %", f"{calls / steps:.1f}"])
+    table = Table(["operation", "own ms per step", "share", "calls per step"], rows)
+    return f"\n## {title}\n\n{summary(operations, taken, steps)}\n\n{table.markdown()}\n"
 
 
-def summary(operations: list[tuple[str, float, int]], taken: float, steps: int) -> str:
+def summary(operations: list[Operation], taken: float, steps: int) -> str:
     """Return in one line what a step's time is spent on."""
     shares = dict.fromkeys(KINDS, 0.0)
     for name, own, _ in operations:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mbib_timm.environment import World
+from mbib_timm.recipe import Recipe
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 
 
@@ -45,14 +46,64 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What was measured, exactly; None for what a measurement has not.
+
+    Attributes:
+        batch_size: images per batch.
+        torchcompile: the step, or the evaluation, was compiled.
+        cuda_graph: the step was captured.
+        amp: the recipe's; None also leaves mixed precision to the device.
+        amp_dtype: of mixed precision.
+        channels_last: memory format.
+        workers: processes that load images.
+        images: of a pass over the data.
+        timm_images: of a pass of timm's loop.
+        size: height and width of the images, in pixels.
+        steps: of a repeat.
+        epochs: of a run.
+        recipe: its name.
+        recipes: names by method.
+    """
+
+    batch_size: int | None = None
+    torchcompile: bool | None = None
+    cuda_graph: bool | None = None
+    amp: bool | None = None
+    amp_dtype: str | None = None
+    channels_last: bool | None = None
+    workers: int | None = None
+    images: int | None = None
+    timm_images: int | None = None
+    size: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    recipe: str | None = None
+    recipes: dict[str, str] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Conditions":
+        """Return what a recipe sets."""
+        return cls(
+            recipe.batch_size,
+            recipe.torchcompile,
+            recipe.cuda_graph,
+            recipe.amp,
+            recipe.amp_dtype,
+            recipe.channels_last,
+            recipe.workers,
+        )
+
+
+@dataclass(frozen=True)
 class Record:
     """What contestants were measured at.
 
     Attributes:
         name: of the record.
         unit: of the figures.
-        figures: one a repeat, by contestant.
-        rows: values of rows of the table, one a repeat.
+        figures: one per repeat, by contestant.
+        rows: values of rows of the table, one per repeat.
         settings: what was measured, exactly.
     """
 
@@ -60,7 +111,7 @@ class Record:
     unit: str
     figures: dict[str, list[float]]
     rows: dict[str, list[float]]
-    settings: dict[str, Any]
+    settings: Conditions
 
 
 def wait(device: torch.device) -> None:
@@ -113,7 +164,7 @@ def _figure() -> float:
 
 
 def take_turns(contestants: dict[str, Callable[[], float]], repeats: int, warm_ups: int = 1) -> dict[str, list[float]]:
-    """Return each contestant's figures, one a repeat; every other repeat runs in the opposite order.
+    """Return each contestant's figures, one per repeat; every other repeat runs in the opposite order.
 
     Args:
         contestants: give a figure each time.
@@ -129,6 +180,11 @@ def take_turns(contestants: dict[str, Callable[[], float]], repeats: int, warm_u
     return figures
 
 
+def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    """Return the ratio within each repeat."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
 def timed(action: Callable[[], Any], device: torch.device, images: int | None = None) -> Callable[[], float]:
-    """Return a contestant: the seconds that an action takes, or the images that it gets through in a second."""
+    """Return a contestant: the seconds that an action takes, or the images per second."""
     return (lambda: seconds(action, device)) if images is None else (lambda: images / seconds(action, device))

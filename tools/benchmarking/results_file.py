@@ -1,0 +1,173 @@
+"""The results file: every figure, the rows of the table, and where they were measured."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarking.targets import ROWS, verdict
+from benchmarking.turns import Conditions, Record
+from mbib_timm.environment import Environment
+from mbib_timm.errors import MbibError
+from mbib_timm.files import read_json
+
+# A row keeps its figures only beside others that were measured under the same of these.
+SAME = ("hardware", "cpu_count", "threads", "torch", "timm")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A contestant's figures: one per repeat, their median, minimum, maximum and number."""
+
+    repeats: list[float]
+    median: float
+    min: float
+    max: float
+    n: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Figures":
+        """Summarize values, one per repeat."""
+        return cls(values, statistics.median(values), min(values), max(values), len(values))
+
+
+@dataclass(frozen=True)
+class KeptRecord:
+    """A `Record` in the file.
+
+    Attributes:
+        commit: that it was measured at; None outside a checkout.
+        settings: what was measured, exactly.
+        unit: of the figures.
+        contestants: their figures, by name.
+    """
+
+    commit: str | None
+    settings: Conditions
+    unit: str
+    contestants: dict[str, Figures]
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A row of the table on one device; what comes after the verdict is None where it was not measured.
+
+    Attributes:
+        row: its name in `ROWS`.
+        what: is measured, with its unit where it is no ratio.
+        target: on the device; None for a row that is there for information.
+        bound: ``at least`` or ``at most``.
+        verdict: on the median, or the command that would measure the row.
+        values: one per repeat.
+        median: of the values.
+        min: smallest value.
+        max: largest value.
+        n: number of values.
+        commit: that they were measured at; None also outside a checkout.
+    """
+
+    row: str
+    what: str
+    target: float | None
+    bound: str
+    verdict: str
+    values: list[float] | None = None
+    median: float | None = None
+    min: float | None = None
+    max: float | None = None
+    n: int | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the file holds.
+
+    Attributes:
+        environment: of the latest measurement.
+        records: by name.
+        rows: of the table, in the order of `ROWS`.
+    """
+
+    environment: Environment
+    records: dict[str, KeptRecord]
+    rows: list[MeasuredRow]
+
+    def measured(self) -> dict[str, MeasuredRow]:
+        """Return the rows that were measured, by name."""
+        return {row.row: row for row in self.rows if row.values is not None}
+
+
+def build_row(name: str, device: str, values: list[float] | None, commit: str | None) -> MeasuredRow:
+    """Return a row of the table.
+
+    Args:
+        name: in `ROWS`.
+        device: type of the device.
+        values: one per repeat; None where the row was not measured.
+        commit: that they were measured at.
+    """
+    row = ROWS[name]
+    target, bound = row.target(device), "at least" if row.at_least else "at most"
+    if values is None:
+        return MeasuredRow(name, row.what, target, bound, verdict(row, None, device))
+    told = Figures.of(values)
+    return MeasuredRow(
+        name,
+        row.what,
+        target,
+        bound,
+        verdict(row, told.median, device),
+        values,
+        told.median,
+        told.min,
+        told.max,
+        told.n,
+        commit,
+    )
+
+
+def build_rows(measured: Mapping[str, MeasuredRow], device: str) -> list[MeasuredRow]:
+    """Return every row of `ROWS`, those that were measured with the targets of today."""
+    return [
+        build_row(name, device, measured[name].values, measured[name].commit)
+        if name in measured
+        else build_row(name, device, None, None)
+        for name in ROWS
+    ]
+
+
+def read_results(file: Path) -> Results:
+    """Read a results file. Raises MbibError for one of another kind."""
+    try:
+        return read_json(Results, file, "results of this tools/benchmark.py")
+    except MbibError as error:
+        raise MbibError(f"{error}; remove it, and measure again") from None
+
+
+def require_same_machine(results: Results, environment: Environment, file: Path) -> None:
+    """Raise MbibError where a file's figures cannot stand beside those that would be measured now."""
+    for key in SAME:
+        before, now = getattr(results.environment, key), getattr(environment, key)
+        if before != now:
+            raise MbibError(
+                f"{file} was measured with {key} {before}, this is {now}: measure into another --results, or remove it"
+            )
+
+
+def merge(old: Results | None, environment: Environment, records: Iterable[Record]) -> Results:
+    """Return new results with what an earlier file holds besides.
+
+    Args:
+        old: content of the file, or None.
+        environment: of the new ones.
+        records: what was measured.
+    """
+    commit, device = environment.commit, environment.device
+    kept = dict(old.records) if old else {}
+    rows = old.measured() if old else {}
+    for record in records:
+        contestants = {who: Figures.of(values) for who, values in record.figures.items()}
+        kept[record.name] = KeptRecord(commit, record.settings, record.unit, contestants)
+        rows |= {name: build_row(name, device, values, commit) for name, values in record.rows.items()}
+    return Results(environment, kept, build_rows(rows, device))
