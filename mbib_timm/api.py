@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
@@ -340,6 +341,7 @@ class _Heads(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        model = unwrap_model(model)
         # A model that returns its prediction alone in training has one head there.
         one = getattr(model, "training_logits", "all") == "mean"
         self.head_names = ("logits",) if one else head_names(model)
