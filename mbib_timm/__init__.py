@@ -5,6 +5,10 @@ after timm itself is imported:
 
     import timm, mbib_timm
     model = timm.create_model('mbib_resnet32', num_classes=100)
+
+What the commands do, as functions, and the losses for a training loop of one's own (`mbib_timm.api`):
+
+    from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
 """
 
 import sys
@@ -17,9 +21,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.abc import Loader
 
+    from mbib_timm.api import create_loss, evaluate, load, predict, shot_groups, train
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "create_loss", "evaluate", "load", "predict", "shot_groups", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what `__all__` names when it is first asked for: it needs torch and timm."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("mbib_timm.api"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 # Registering needs timm and so torch, which takes seconds to import, and `mbib --help` needs neither. Python runs this
 # file before any other of the package, that of the command included; so it cannot import timm for those who will use

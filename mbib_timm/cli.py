@@ -25,6 +25,7 @@ from mbib_timm.flags import (
     share,
     take_dotted,
 )
+from mbib_timm.licences import check_licence
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
     KEYS,
@@ -46,6 +47,7 @@ PRIOR = (
     "class frequencies that the probabilities are for: train, uniform, a file of shares or counts, or estimate for "
     "those under which the images are most likely; those that the model was trained for when not given"
 )
+LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
@@ -124,7 +126,9 @@ def train(flags: Parser) -> Action:
 
     def run(given: Namespace) -> None:
         path = find_recipe(given.recipe)
-        recipe = load_recipe(path, recipe_overrides(given))
+        # Of several processes the first speaks.
+        say = print if os.environ.get("RANK", "0") == "0" else None
+        recipe = load_recipe(path, recipe_overrides(given), say)
         name = recipe_name(path, recipe.method["name"] if "method" in vars(given) else None)
         from mbib_timm.training import train
 
@@ -402,11 +406,13 @@ def export(flags: Parser) -> Action:
     flags.add_argument("model", help=MODEL)
     flags.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="file format")
     flags.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
+    flags.add_argument("--softmax", action="store_true", help="give probabilities instead of logits")
+    flags.add_argument("--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; the model's own by default")
 
     def run(given: Namespace) -> None:
         from mbib_timm.inference.export import export
 
-        export(given.model, given.format, given.output)
+        export(given.model, given.format, given.output, softmax=given.softmax, license=given.license)
 
     return run
 
@@ -444,6 +450,10 @@ def publish(flags: Parser) -> Action:
     flags.add_argument(
         "--inference-only", action="store_true", help="leave out the classifiers that serve training only"
     )
+    flags.add_argument("--dataset-name", metavar="TEXT", help="what people call the training data, for the card")
+    flags.add_argument(
+        "--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; a model of the zoo has its own"
+    )
     flags.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card, then stop")
 
     def run(given: Namespace) -> None:
@@ -456,6 +466,8 @@ def publish(flags: Parser) -> Action:
             private=given.private,
             revision=given.revision,
             inference_only=given.inference_only,
+            dataset_name=given.dataset_name,
+            license=given.license,
             dry_run=given.dry_run,
         )
 
@@ -566,7 +578,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parse(argv))
     except MbibError as error:
-        print(f"mbib: error: {error}", file=sys.stderr)
+        from mbib_timm.files import printable
+
+        # Names in it are somebody else's.
+        print("mbib: error:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         place = {"train": "from the last checkpoint ", "sweep": "from the last checkpoint "}

@@ -1,42 +1,133 @@
 """Exports against the model itself, read back by other means than the exporter's own check."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import mbib_timm
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
 from mbib_timm.inference import export as export_module
 from mbib_timm.inference.export import FORMATS, export
 
+DOCS = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+ENTRIES = (
+    "model", "output", "class_names", "class_counts", "logit_prior", "mode", "input_size", "interpolation", "crop_pct",
+    "crop_mode", "mean", "std", "license", "written_by",
+)  # fmt: skip
+
 
 def read_back(format, file):
+    """What computes the file's output, and what the file says of itself."""
+    files = dict.fromkeys(ENTRIES, "")
     if format == "onnx":
         onnxruntime = pytest.importorskip("onnxruntime")
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    return torch.export.load(file).module() if format == "torch-export" else torch.jit.load(str(file))
+        files = session.get_modelmeta().custom_metadata_map
+        (output,) = session.get_outputs()
+        assert output.name == json.loads(files["output"])
+        computed = lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])  # noqa: E731
+    elif format == "torch-export":
+        computed = torch.export.load(file, extra_files=files).module()
+    else:
+        computed = torch.jit.load(str(file), _extra_files=files)
+    return computed, {name: json.loads(text) for name, text in files.items()}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_exported_logits_are_the_models_for_any_batch(finished_run, tmp_path, format):
+def test_exported_outputs_are_the_models_for_any_batch(finished_run, tmp_path, format, softmax, capsys):
     if format == "onnx":
         pytest.importorskip("onnxscript")
-    file = export(str(finished_run), format, tmp_path / f"model{FORMATS[format][0]}")
+    arguments = ["--format", format, "--output", str(tmp_path / f"new/model{FORMATS[format][0]}")]
+    assert main(["export", str(finished_run), *arguments, *["--softmax"] * softmax]) == 0
+    assert "10 class names, the preprocessing and no licence" in capsys.readouterr().out
+    (file,) = (tmp_path / "new").iterdir()
     model = timm.create_model(f"local-dir:{finished_run}", pretrained=True).eval()
-    exported = read_back(format, file)
+    exported, described = read_back(format, file)
     for batch_size in (1, 7):
         images = torch.rand(batch_size, 3, 16, 16)
         with torch.no_grad():
-            torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-4)
-    described = json.loads(file.with_suffix(".json").read_text())
-    assert described["input"]["input_size"] == [3, 16, 16]
-    assert described["class_names"] == [str(label) for label in range(10)]
-    assert described["logit_prior"] == "uniform"
+            expected = model(images).softmax(1) if softmax else model(images)
+            torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-4)
+    data = timm.data.resolve_model_data_config(model)
+    config = json.loads((finished_run / "config.json").read_text())
+    assert described == {
+        "model": "mbib_resnet20.digits",
+        "output": "probabilities" if softmax else "logits",
+        "class_names": config["label_names"],
+        "class_counts": config["class_counts"],
+        "logit_prior": "uniform",
+        "mode": "RGB",
+        "input_size": [3, 16, 16],
+        "interpolation": data["interpolation"],
+        "crop_pct": data["crop_pct"],
+        "crop_mode": "center",
+        "mean": [*data["mean"]],
+        "std": [*data["std"]],
+        "license": None,
+        "written_by": f"mbib_timm {mbib_timm.__version__}",
+    }
+
+
+def test_the_licence_is_the_models_unless_another_is_given(finished_run, tmp_path, capsys):
+    name = "mbib_resnet32.cifar100_lt_if100"
+    _, described = read_back("torchscript", export(name, "torchscript", tmp_path / "published.pt"))
+    assert (described["model"], described["license"]) == (name, "apache-2.0")
+    file = str(tmp_path / "own.pt")
+    assert (
+        main(["export", str(finished_run), "--format", "torchscript", "--output", file, "--license", "CC-BY-4.0"]) == 0
+    )
+    assert read_back("torchscript", file)[1]["license"] == "cc-by-4.0"
+    assert main(["export", str(finished_run), "--format", "torchscript", "--license", "apache2"]) == 2
+    assert "unknown licence of the Hub 'apache2': did you mean 'apache-2.0'" in capsys.readouterr().err
+
+
+def photos(folder):
+    """Photographs of several shapes, kinds and orientations."""
+    rng = np.random.RandomState(0)
+    coarse = [rng.randint(0, 256, (5, 6, 3), dtype=np.uint8) for _ in range(4)]
+    sizes = [(40, 30), (17, 64), (16, 16), (301, 200)]
+    images = [Image.fromarray(a).resize(size, Image.Resampling.BICUBIC) for a, size in zip(coarse, sizes, strict=True)]
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    images[0].convert("L").save(folder / "grey.png")
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softmax", [False, True], ids=["logits", "softmax"])
+def test_the_lines_in_the_docs_give_the_probabilities_of_predict(finished_run, tmp_path, softmax, capsys):
+    """In a process that has only what the lines import, and no way to import torch, timm or this package."""
+    pytest.importorskip("onnxscript")
+    export(str(finished_run), "onnx", tmp_path / "model.onnx", softmax=softmax)
+    capsys.readouterr()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "onnxruntime" in block]
+    given = photos(tmp_path)
+    arguments = ["--format", "jsonl", "--workers", "0", "--batch-size", "1"]
+    assert main(["predict", str(finished_run), *map(str, given), *arguments]) == 0
+    expected = [json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines()]
+    refuse = "import sys\nfor name in ('torch', 'torchvision', 'timm', 'mbib_timm'): sys.modules[name] = None\n"
+    loop = f"for photo in sys.argv[1:]: exec({lines!r}.replace('photo.jpg', photo)); print()"
+    call = [sys.executable, "-c", refuse + loop, *(photo.name for photo in given)]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = [text.splitlines() for text in done.stdout.strip().split("\n\n")]
+    assert len(printed) == len(expected) == 5
+    for rows, classes in zip(printed, expected, strict=True):
+        assert [row.split()[1] for row in rows] == [one["name"] for one in classes]
+        given = [float(row.split()[0]) for row in rows]
+        assert given == pytest.approx([one["probability"] for one in classes], abs=2e-5)
 
 
 def test_training_only_heads_stay_behind(finished_run, tmp_path):
@@ -53,6 +144,10 @@ def test_an_export_that_differs_is_not_left_behind(finished_run, tmp_path, monke
     with pytest.raises(MbibError, match="logits differ"):
         export(str(finished_run), "torchscript", tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model.pt").write_text("of before")
+    with pytest.raises(MbibError, match="logits differ"):
+        export(str(finished_run), "torchscript", tmp_path / "model.pt")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["of before"]
 
 
 def test_onnx_without_its_packages_says_what_to_install(finished_run, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
@@ -13,14 +14,16 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from loopback_hub import TestHub
+from small_data import class_folders
 
 from mbib_timm.cli import main
+from mbib_timm.data.folders import open_folder
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
-from mbib_timm.publishing.card import render_card
+from mbib_timm.publishing.card import Stated, base_model, render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import git_oid, make_release
-from mbib_timm.recipe import load_recipe
+from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.redact import redact_command, redact_text
 from mbib_timm.results.runs import read_run, read_seeds
 
@@ -273,6 +276,79 @@ def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(fin
     assert "license" not in card
     assert "Apache" not in card
     assert "The paper reports" not in card
+
+
+def test_the_licence_is_the_same_in_card_and_config(finished_run, capsys):
+    for license in ("cc-by-nc-4.0", None):
+        files = make_release(finished_run, REPOSITORY, stated=Stated(license=license)).files
+        metadata = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+        assert metadata.get("license") == license
+        assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == license
+        assert ("The weights are under `cc-by-nc-4.0`." in files["README.md"].decode()) == (license is not None)
+    arguments = ["publish", str(finished_run), "--repo-id", REPOSITORY, "--dry-run"]
+    assert main([*arguments, "--license", "cc-by-nc"]) == 2
+    assert "unknown licence of the Hub 'cc-by-nc': did you mean 'cc-by-nc-" in capsys.readouterr().err
+    for repository in ("me/birds/2", "me/two words", "me/a..b"):
+        assert main(["publish", str(finished_run), "--repo-id", repository, "--dry-run"]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("mbib: error: --repo-id")
+        assert message.count("\n") == 1
+
+
+def test_the_card_lists_every_class_with_its_images_and_accuracy(finished_run):
+    record = read_run(finished_run).record
+    card = render_card(read_run(finished_run), REPOSITORY)
+    rows = zip(record.class_names, record.class_counts, record.result.prediction.per_class, strict=True)
+    expected = [f"| {name} | {count} | {accuracy:.1f} |" for name, count, accuracy in rows]
+    assert "\n".join(expected) in card, "from most to fewest images, which is the digits' order"
+
+
+def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_path):
+    assert read_run(finished_run).record.held_out is None, "the digits have a test split"
+    assert "were not trained on:" not in render_card(read_run(finished_run), REPOSITORY)
+    whole = class_folders(tmp_path)
+    for name in ("train", "val"):
+        shutil.copytree(whole, tmp_path / "splits" / name)
+    assert open_folder(str(tmp_path / "splits"), "val", 0.2, 3).chosen == ""
+    assert open_folder(str(whole), "train", 0.2, 3).chosen == ""
+    chosen = open_folder(str(whole), "val", 0.2, 3).chosen
+    assert chosen == "20 % of each class, at least one image of a class with two or more, by seed 3"
+    run = read_run(finished_run)
+    card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)
+    assert f"The images that were evaluated are of the same source, and were not trained on: {chosen}." in card
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (dict(), None),
+        (dict(model="resnet50.a1_in1k"), None),
+        (dict(model="resnet50.a1_in1k", pretrained=True), "timm/resnet50.a1_in1k"),
+        (dict(model="resnet50", pretrained=True), "timm/resnet50.a1_in1k"),
+        (dict(model="mbib_resnet50.backbone_a1_in1k", pretrained=True), "timm/resnet50.a1_in1k"),
+        (dict(model="mbib_resnet32", pretrained=True), "mbib-timm/mbib_resnet32.cifar100_lt_if100"),
+        (dict(model="hf-hub:me/birds@v2", pretrained=True), "me/birds"),
+        (dict(initial_checkpoint="weights.pt"), None),
+    ],
+    ids=str,
+)
+def test_the_base_model_is_that_of_the_weights_that_training_started_from(keys, expected, tmp_path):
+    recipe = Recipe(**{"method": "ce", **keys})
+    assert base_model(recipe) == expected
+    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
+    (tmp_path / "model.safetensors").touch()
+    for start in (tmp_path, tmp_path / "model.safetensors"):
+        assert base_model(Recipe(method="ce", initial_checkpoint=str(start))) == expected, "what the run started from"
+    assert base_model(Recipe(method="ce", model=f"local-dir:{tmp_path}", pretrained=True)) == expected
+
+
+def test_the_card_names_the_base_model(finished_run):
+    run = read_run(finished_run)
+    tuned = replace(run, recipe=run.recipe.replace(model="mbib_resnet50.backbone_a1_in1k", pretrained=True))
+    card = render_card(tuned, REPOSITORY)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "timm/resnet50.a1_in1k"
+    assert "started from the weights of `mbib_resnet50.backbone_a1_in1k`" in card
+    assert "base_model" not in render_card(run, REPOSITORY)
 
 
 def test_commands_lose_their_paths():

@@ -19,6 +19,7 @@ from mbib_timm.recipe import (
     KEYS,
     STAGES,
     Recipe,
+    change_recipe,
     dump_recipe,
     find_recipe,
     list_recipes,
@@ -502,3 +503,47 @@ def test_every_key_is_documented_and_belongs_to_a_group():
     found = [item.metadata["group"] for item in KEYS.values()]
     assert list(dict.fromkeys(found)) == list(groups)  # in one piece each
     assert all(item.metadata["help"] for item in KEYS.values())
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected", "said"),
+    [
+        ("epochs: 60\nwarmup_epochs: 4\n", {"epochs": 1}, [(1, 0, 0)], ["1 epoch: warmup_epochs 0 instead of 4"]),
+        ("epochs: 60\nwarmup_epochs: 4\n", {"epochs": 4}, [(4, 3, 0)], ["4 epochs: warmup_epochs 3 instead of 4"]),
+        ("epochs: 60\nwarmup_epochs: 4\n", {"epochs": 5}, [(5, 4, 0)], []),
+        (
+            "epochs: 60\nwarmup_epochs: 4\nmixup: 1.0\nmixup_off_epochs: 3\n",
+            {"epochs": 4},
+            [(4, 3, 1)],
+            ["4 epochs: warmup_epochs 3 instead of 4, mixup_off_epochs 1 instead of 3"],
+        ),
+        (
+            "warmup_epochs: 4\nstages: [{method: ce, epochs: 9}, {method: crt, epochs: 8}]\n",
+            {"stage2.epochs": 2},
+            [(9, 4, 0), (2, 1, 0)],
+            ["stage 2, 2 epochs: warmup_epochs 1 instead of 4"],
+        ),
+        (
+            "warmup_epochs: 4\nepochs: 9\nstages: [{method: ce}, {method: crt, epochs: 8, warmup_epochs: 0}]\n",
+            {"epochs": 2},
+            [(2, 1, 0), (8, 0, 0)],
+            ["stage 1, 2 epochs: warmup_epochs 1 instead of 4"],
+        ),
+    ],
+)
+def test_fewer_epochs_shorten_what_counts_in_epochs(tmp_path, file, overrides, expected, said):
+    (tmp_path / "short.yaml").write_text(f"model: cifar_resnet20\nmethod: ce\n{file}")
+    lines = []
+    short = load_recipe(tmp_path / "short.yaml", overrides, lines.append)
+    assert [(stage.epochs, stage.warmup_epochs, stage.mixup_off_epochs) for stage in short.chain()] == expected
+    assert lines == said
+    if "stages" not in file or "epochs" not in overrides:  # resolved, every stage has epochs of its own
+        assert change_recipe(load_recipe(tmp_path / "short.yaml"), overrides) == short
+    (tmp_path / "again.yaml").write_bytes(dump_recipe(short))
+    assert load_recipe(tmp_path / "again.yaml") == short, "recipe.yaml records what was used"
+
+
+@pytest.mark.parametrize("given", [{"epochs": 3, "warmup_epochs": 3}, {"warmup_epochs": 60}])
+def test_what_is_given_itself_is_not_shortened(given):
+    with pytest.raises(MbibError, match=r"'warmup_epochs': .* leaves none of the"):
+        load_recipe(find_recipe("mbib_resnet20.digits"), given)

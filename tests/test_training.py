@@ -28,7 +28,7 @@ from mbib_timm.results.record import read_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import save_checkpoint
-from mbib_timm.training.optimization import Precision
+from mbib_timm.training.optimization import SCHEDULES, Precision, create_schedule
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.step import training_step
 
@@ -246,6 +246,75 @@ def test_a_finished_run_resumes_to_the_same_result(finished, tmp_path):
     folder, record = finished
     again = train(digits(folder.parent, resume=str(folder)), "whole")
     assert again.record.result == record.result
+
+
+@pytest.mark.parametrize("sched", SCHEDULES)
+def test_the_rate_of_an_epoch_depends_on_the_epoch_alone(sched):
+    """So a run may go on from anywhere by the schedule of any recipe."""
+    recipe = load_recipe(DIGITS, dict(epochs=12, warmup_epochs=3, sched=sched, decay_milestones=[5, 9]))
+
+    def schedule():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+        return optimizer, create_schedule(recipe, optimizer)
+
+    optimizer, stepped = schedule()
+    for epoch in range(1, 12):
+        stepped.step(epoch)
+        other, jumped = schedule()
+        jumped.step(epoch)
+        assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sched", ["cosine", "multistep"])
+def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
+    """Four more epochs, with the rates that the longer recipe has from there on; what was done before stays."""
+    keys = dict(sched=sched, decay_milestones=[2, 5], model_ema=True)
+    four = train(digits(tmp_path, **keys, epochs=4), "run")
+    start = [asdict(epoch) for epoch in four.history]
+    (four.folder / "analysis").mkdir()
+    (four.folder / "analysis" / "analysis.json").touch()
+    capsys.readouterr()
+    eight = train(digits(tmp_path, **keys, epochs=8, resume="auto"), "run")
+    printed = capsys.readouterr().out
+    assert f"{four.folder}: from 4 to 8 epochs; epoch 5 and later follow the schedule of 8\n" in printed
+    whole = train(digits(tmp_path, **keys, epochs=8), "whole")
+    assert [asdict(epoch) for epoch in eight.history[:4]] == start
+    assert [epoch.lr for epoch in eight.history[4:]] == [epoch.lr for epoch in whole.history[4:]]
+    assert read_record(eight.folder) == eight.record
+    assert (eight.record.epochs, eight.record.result.epoch) == (8, 7)
+    assert eight.record.result.heads != four.record.result.heads
+    assert not (four.folder / "analysis" / "analysis.json").exists(), "it was of the weights before"
+    assert load_recipe(eight.folder / "recipe.yaml").epochs == 8
+    with pytest.raises(
+        CheckpointError, match=r"has trained 8 epochs already, and 4 are asked for: expected at least 8, or"
+    ):
+        train(digits(tmp_path, **keys, epochs=4, resume="auto"), "run")
+    with pytest.raises(CheckpointError, match="another recipe: lr"):
+        train(digits(tmp_path, **keys, epochs=9, resume="auto", lr=0.5), "run")
+    assert read_record(eight.folder) == eight.record
+
+
+@pytest.mark.slow
+def test_an_extension_that_is_interrupted_resumes_bit_identically(tmp_path, monkeypatch):
+    keys = dict(epochs=6, resume="auto")
+    for name in ("whole", "broken"):
+        train(digits(tmp_path, epochs=2), name)
+    whole = train(digits(tmp_path, **keys), "whole")
+    original = run_module.train_one_epoch
+    for stop_at in (2, 4):  # before the first checkpoint of the extension, and later
+
+        def crash(*args, stop_at=stop_at, **kwargs):
+            if args[4] == stop_at:
+                raise CrashError
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(run_module, "train_one_epoch", crash)
+        with pytest.raises(CrashError):
+            train(digits(tmp_path, **keys), "broken")
+        assert not (tmp_path / "broken" / "metrics.json").exists(), "an unfinished run has no results"
+    monkeypatch.undo()
+    assert same_weights(whole.folder, train(digits(tmp_path, **keys), "broken").folder)
 
 
 @pytest.mark.slow

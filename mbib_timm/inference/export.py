@@ -1,80 +1,139 @@
-"""`mbib export`: a trained model as ONNX, `torch.export` program or TorchScript, checked against the original."""
+"""`mbib export`: a trained model as ONNX, `torch.export` program or TorchScript, checked against the original.
+
+The file holds all that a program needs beside the weights: see `Description`. docs/export.md shows how to use it.
+"""
 
 import copy
+import json
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import mbib_timm
+from mbib_timm.data.images import pil_mode
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.files import to_json, write_bytes
+from mbib_timm.licences import check_licence
 from mbib_timm.models.weights import LoadedModel, load_model
 
 Forward = Callable[[Tensor], Tensor]
 
-# Largest difference that is accepted, relative to the largest logit. Formats reorder sums, in float32.
+# Largest difference that is accepted, relative to the largest output. Formats reorder sums, in float32.
 TOLERANCE = 1e-4
+LOGITS, PROBABILITIES = "logits", "probabilities"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a program needs to know beside an exported model.
+    """What an exported file says of its model, under these names, each value as JSON.
 
     Attributes:
-        model: its name.
-        input: timm's data config: input_size (C, H, W), interpolation, crop_pct, mean, std.
+        model: name of the model that was exported.
+        output: what the file computes, (B, K): ``logits``, or with softmax ``probabilities``.
         class_names: in label order; None where they are not known.
         class_counts: training images of each class; None where they are not known.
-        logit_prior: the class frequencies that its logits are for; None where it is not known.
+        logit_prior: the class frequencies that the output is for: ``uniform``, ``train``; None where it is not known.
+        mode: PIL mode that images are converted to: ``RGB`` or ``L``.
+        input_size: of the input, (C, H, W).
+        interpolation: resampling of images, by the name that Pillow and timm have for it.
+        crop_pct: share of the resized image's side that the crop keeps: it is resized to ``floor(H / crop_pct)``.
+        crop_mode: ``center`` resizes the shorter side and crops the centre, ``squash`` resizes both sides, ``border``
+            resizes the longer side and fills the rest with the mean.
+        mean: of each channel, of values in [0, 1].
+        std: of each channel.
+        license: of the weights, as the Hub spells it; None where it is not stated.
+        written_by: this package and its version.
     """
 
     model: str
-    input: dict[str, Any]
-    class_names: list[str] | None
-    class_counts: list[int] | None
+    output: str
+    class_names: tuple[str, ...] | None
+    class_counts: tuple[int, ...] | None
     logit_prior: str | None
+    mode: str
+    input_size: tuple[int, int, int]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    license: str | None
+    written_by: str
+
+    def entries(self) -> dict[str, str]:
+        """Return every value as JSON, by name."""
+        return {name: json.dumps(value) for name, value in asdict(self).items()}
 
 
-def export(target: str, format: str, output: Path | None = None) -> Path:
-    """Export a trained model, and compare its logits with the original's on random images of three batch sizes.
+class WithSoftmax(nn.Module):
+    """A model that gives probabilities (B, K) for logits.
 
-    Training-only heads are left out; the batch size stays free. Beside the model goes a JSON file of its name with the
-    preprocessing and the class names.
+    Args:
+        model: gives logits (B, K).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the probabilities of images (B, C, H, W)."""
+        return self.model(images).softmax(dim=-1)
+
+
+def export(
+    target: str, format: str, output: Path | None = None, *, softmax: bool = False, license: str | None = None
+) -> Path:
+    """Export a trained model, and compare what it computes with the original on random images of three batch sizes.
+
+    Training-only heads are left out; the batch size stays free. The file holds its `Description`.
 
     Args:
         target: a trained model by any name, see `find_source`.
         format: one of `FORMATS`.
-        output: file to write; named after the model when None.
+        output: file to write; named after the model when None. It is replaced only by an export that passed the check.
+        softmax: give probabilities instead of logits.
+        license: of the weights, as the Hub spells it; the one that the model states when None.
 
     Returns:
         The file.
 
     Raises:
-        MbibError: an unknown format, a package that is missing, or logits that differ.
+        MbibError: an unknown format or licence, a package that is missing, or an output that differs.
     """
     if format not in FORMATS:
         raise unknown_name("export format", format, FORMATS)
+    license = None if license is None else check_licence(license)
     suffix, write, read = FORMATS[format]
     model = load_model(target)
+    described = describe(model, softmax, license)
     name = target.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace("@", "-")
     file = output or Path(f"{name}{suffix}")
     module = for_inference(model.module)
-    size = tuple(model.preprocessing["input_size"])
+    module = WithSoftmax(module).eval() if softmax else module
+    size = described.input_size
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(module, images, file)
-    difference = largest_difference(module, read(file), size)
-    if not difference <= TOLERANCE:
-        file.unlink()
-        raise MbibError(f"{format}: exported logits differ from the model's by {difference:.1e} of the largest")
-    described = file.with_suffix(".json")
-    write_bytes(described, to_json(describe(model)))
-    print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB, logits within {difference:.1e} of the model's; {described}")
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as beside:
+        written = Path(beside) / file.name
+        write(module, images, written, described)
+        difference = largest_difference(module, read(written, described.output), size)
+        if not difference <= TOLERANCE:
+            raise MbibError(
+                f"{format}: exported {described.output} differ from the model's by {difference:.1e} of the largest"
+            )
+        os.replace(written, file)
+    print(
+        f"{file}: {file.stat().st_size / 2**20:.1f} MiB, {described.output} within {difference:.1e} of the model's; "
+        f"it holds {_summary(described)}"
+    )
     return file
 
 
@@ -86,20 +145,43 @@ def for_inference(module: nn.Module) -> nn.Module:
     return bare
 
 
-def describe(model: LoadedModel) -> Description:
-    """Return what a program needs to know beside the exported model."""
+def describe(model: LoadedModel, softmax: bool, license: str | None = None) -> Description:
+    """Return what a file says of a model.
+
+    Args:
+        model: to be exported.
+        softmax: the file gives probabilities.
+        license: of the weights; the one that the model states when None.
+    """
+    given, cfg = model.preprocessing, getattr(model.module, "pretrained_cfg", {})
+    channels, height, width = given["input_size"]
     return Description(
-        model.source.name,
-        dict(model.preprocessing),
-        None if model.class_names is None else list(model.class_names),
-        None if model.class_counts is None else model.class_counts.tolist(),
-        model.prior,
+        model=model.source.name.rpartition("/")[2] if model.source.folder is not None else model.source.name,
+        output=PROBABILITIES if softmax else LOGITS,
+        class_names=model.class_names,
+        class_counts=None if model.class_counts is None else tuple(model.class_counts.tolist()),
+        logit_prior=model.prior,
+        mode=pil_mode(channels),
+        input_size=(channels, height, width),
+        interpolation=given["interpolation"],
+        crop_pct=given["crop_pct"],
+        crop_mode=given["crop_mode"],
+        mean=tuple(given["mean"]),
+        std=tuple(given["std"]),
+        license=license or cfg.get("license"),
+        written_by=f"mbib_timm {mbib_timm.__version__}",
     )
+
+
+def _summary(described: Description) -> str:
+    names = "no class names" if described.class_names is None else f"{len(described.class_names):,} class names"
+    licence = "no licence" if described.license is None else f"licence {described.license}"
+    return f"{names}, the preprocessing and {licence}"
 
 
 @torch.inference_mode()
 def largest_difference(module: nn.Module, exported: Forward, size: tuple[int, ...]) -> float:
-    """Return the largest difference of logits over batches of 1, 2 and 5 images, relative to the largest logit."""
+    """Return the largest difference of outputs over batches of 1, 2 and 5 images, relative to the largest output."""
     generator = torch.Generator().manual_seed(1)
     worst = 0.0
     for batch_size in (1, 2, 5):
@@ -114,20 +196,20 @@ def _dynamic_batch(module: nn.Module, images: Tensor) -> torch.export.ExportedPr
     return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def _write_program(module: nn.Module, images: Tensor, file: Path) -> None:
-    torch.export.save(_dynamic_batch(module, images), file)
+def _write_program(module: nn.Module, images: Tensor, file: Path, described: Description) -> None:
+    torch.export.save(_dynamic_batch(module, images), file, extra_files=described.entries())
 
 
-def _read_program(file: Path) -> Forward:
+def _read_program(file: Path, output: str) -> Forward:
     return torch.export.load(file).module()
 
 
-def _write_torchscript(module: nn.Module, images: Tensor, file: Path) -> None:
+def _write_torchscript(module: nn.Module, images: Tensor, file: Path, described: Description) -> None:
     with _asked_for():
-        torch.jit.save(torch.jit.trace(module, images), str(file))
+        torch.jit.save(torch.jit.trace(module, images), str(file), _extra_files=described.entries())
 
 
-def _read_torchscript(file: Path) -> Forward:
+def _read_torchscript(file: Path, output: str) -> Forward:
     with _asked_for():
         return torch.jit.load(str(file))
 
@@ -141,26 +223,27 @@ def _asked_for() -> Iterator[None]:
         yield
 
 
-def _write_onnx(module: nn.Module, images: Tensor, file: Path) -> None:
+def _write_onnx(module: nn.Module, images: Tensor, file: Path, described: Description) -> None:
     _require("onnx", "onnxscript", "onnxruntime")
-    torch.onnx.export(
+    program = torch.onnx.export(
         module,
         (images,),
-        str(file),
         input_names=["images"],
-        output_names=["logits"],
+        output_names=[described.output],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         dynamo=True,
-        external_data=False,
         verbose=False,
     )
+    assert program is not None
+    program.model.metadata_props.update(described.entries())
+    program.save(str(file), external_data=False)
 
 
-def _read_onnx(file: Path) -> Forward:
+def _read_onnx(file: Path, output: str) -> Forward:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run([output], {"images": images.numpy()})[0])
 
 
 def _require(*packages: str) -> None:
@@ -171,8 +254,10 @@ def _require(*packages: str) -> None:
         raise MbibError(f"export to ONNX needs {', '.join(missing)}: pip install 'mbib-timm[onnx]'")
 
 
-# By name: suffix, what writes the file, and what gives its logits.
-FORMATS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Forward]]] = {
+# By name: suffix, what writes the file, and what gives its output of a name.
+FORMATS: dict[
+    str, tuple[str, Callable[[nn.Module, Tensor, Path, Description], None], Callable[[Path, str], Forward]]
+] = {
     "onnx": (".onnx", _write_onnx, _read_onnx),
     "torch-export": (".pt2", _write_program, _read_program),
     "torchscript": (".torchscript.pt", _write_torchscript, _read_torchscript),

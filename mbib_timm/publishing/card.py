@@ -2,30 +2,45 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 import numpy as np
+import timm
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.errors import MbibError
+from mbib_timm.files import printable
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.models.zoo import DATASETS, is_published, split_tag
-from mbib_timm.recipe import Recipe, data_of
+from mbib_timm.models.zoo import DATASETS, ZooModel, is_published, split_tag
+from mbib_timm.recipe import Recipe, data_of, load_recipe
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.redact import redact_model
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
-from mbib_timm.results.tables import NOTHING, Table, mean_and_deviation, percent, table_by_head
+from mbib_timm.results.tables import (
+    NOTHING,
+    Table,
+    code_span,
+    markdown_text,
+    mean_and_deviation,
+    percent,
+    table_by_head,
+)
 
 FIGURES = {
     "class_accuracy.png": "Accuracy of each class, in the order of its training images.",
     "shot_groups.png": "Accuracy by head and shot group.",
     "training_curves.png": "Training loss, learning rate, and accuracy after each evaluated epoch.",
 }
+# Rows of the table of classes; of more the largest and the smallest are listed.
+LISTED_CLASSES = 200
 PAPER = "https://openreview.net/forum?id=9eiALSuZGA"
 BIBTEX = f"""```bibtex
 @article{{lan2025mbib,
@@ -38,12 +53,29 @@ BIBTEX = f"""```bibtex
 ```"""
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What whoever publishes a model says of it, and no run can know.
+
+    Attributes:
+        dataset_name: what people call the training data; the recipe's name for them when None.
+        license: of the weights, as the Hub spells it; None for the zoo's own, and for none elsewhere.
+    """
+
+    dataset_name: str | None = None
+    license: str | None = None
+
+
+NOTHING_STATED = Stated()
+
+
 def render_card(
     run: FinishedRun,
     repository: str,
     others: Sequence[FinishedRun] = (),
     figures: str = "figures",
     inference_only: bool = False,
+    stated: Stated = NOTHING_STATED,
 ) -> str:
     """Return the card as Markdown, with its metadata as YAML at the top. What runs say is escaped.
 
@@ -53,6 +85,7 @@ def render_card(
         others: further runs, which differ in the seed alone.
         figures: folder of the figures, relative to the card.
         inference_only: the weights lack the heads that serve training only.
+        stated: name of the data, and licence of the weights.
     """
     record, recipe = run.record, run.recipe
     heads, counts = record.result.heads, np.array(record.class_counts)
@@ -62,11 +95,11 @@ def render_card(
     def spread(head: str, column: str) -> str:
         return mean_and_deviation([each.heads[head].accuracies()[column] for each in runs], digits=2)
 
-    citations = [BIBTEX if paper == CITATION else f"{paper}." for paper in _papers(run)]
+    citations = [Markup(BIBTEX if paper == CITATION else f"{markdown_text(paper)}.") for paper in _papers(run)]
     return _template().render(
-        metadata=Markup(card_metadata(run).to_yaml()),
+        metadata=Markup(card_metadata(run, stated).to_yaml()),
         name=run.name,
-        what=_what(run, inference_only),
+        what=_what(run, inference_only, stated),
         repository=repository,
         record=record,
         result=record.result,
@@ -79,14 +112,17 @@ def render_card(
         best=record.best,
         paper=_paper_text(run) if in_zoo(run) else "",
         figures=[(f"{figures}/{name}", FIGURES[name]) for name in figures_of(run)],
-        dataset=dataset_title(run),
+        dataset=_dataset(run, stated),
         counts=counts,
         groups=_groups(counts),
+        classes=_classes(run),
+        left_out=max(0, len(counts) - LISTED_CLASSES),
         stages=[_stage(stage) for stage in recipe.chain()],
         duration=_duration(record.training_seconds),
         environment=record.environment,
         few=len(shot_groups(counts)["few"]),
-        licence=DATASETS[_data_name(run)].licence if in_zoo(run) else "",
+        licence=licence_of(run, stated),
+        data_licence=DATASETS[_data_name(run)].licence if in_zoo(run) else "",
         citations=citations,
     )
 
@@ -95,13 +131,17 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mbib_timm.publishing", "."),
         undefined=jinja2.StrictUndefined,
-        # Jinja escapes for HTML alone, which would show in Markdown's code.
+        # Jinja escapes for HTML alone, which would show in Markdown's code. Names go through the filters below.
         finalize=lambda value: value if isinstance(value, Markup) else Markup(str(value).replace("<", "&lt;")),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["fenced"] = _fenced
+    environment.filters |= {
+        "fenced": _fenced,
+        "text": lambda value: Markup(markdown_text(value)),
+        "code": lambda value: Markup(code_span(value)),
+    }
     return environment.get_template("card.md.j2")
 
 
@@ -121,7 +161,37 @@ def figures_of(run: FinishedRun) -> list[str]:
     return [name for name in FIGURES if (run.folder / "figures" / name).is_file()]
 
 
-def card_metadata(run: FinishedRun) -> ModelCardData:
+def licence_of(run: FinishedRun, stated: Stated) -> str | None:
+    """Return the licence that card and config.json give to the weights; None where nobody has given one."""
+    return stated.license or ("apache-2.0" if in_zoo(run) else None)
+
+
+def base_model(recipe: Recipe) -> str | None:
+    """Return the repository on the Hub of the weights that a recipe started from; None where there is none.
+
+    A run that started from another run started from what that run started from.
+    """
+    first = recipe.chain()[0]
+    scheme, _, place = first.model.partition(":")
+    folder = first.initial_checkpoint or (place if scheme == "local-dir" and first.pretrained else None)
+    if folder is not None:
+        file = (Path(folder).parent if Path(folder).is_file() else Path(folder)) / "recipe.yaml"
+        try:
+            return base_model(load_recipe(file)) if file.is_file() else None
+        except MbibError:  # a recipe of a plugin that is not here
+            return None
+    if not first.pretrained:
+        return None
+    if scheme in ("hf-hub", "hf_hub"):
+        return place.partition("@")[0]
+    cfg = timm.get_pretrained_cfg(first.model, allow_unregistered=True)
+    if cfg is None:
+        return None
+    name = f"{first.model.partition('.')[0]}.{cfg.tag}"
+    return ZooModel(name).repository if is_published(name) else cfg.hf_hub_id
+
+
+def card_metadata(run: FinishedRun, stated: Stated = NOTHING_STATED) -> ModelCardData:
     """Return the card's metadata, the results in the form of the Hub's model-index."""
     result = run.record.result
     results = [
@@ -129,7 +199,7 @@ def card_metadata(run: FinishedRun) -> ModelCardData:
             task_type="image-classification",
             task_name="Long-tailed image classification",
             dataset_type=_data_name(run),
-            dataset_name=dataset_title(run).strip("`"),
+            dataset_name=dataset_title(run, stated),
             dataset_split=result.split,
             metric_type="accuracy",
             metric_name=COLUMNS[column].title,
@@ -141,7 +211,8 @@ def card_metadata(run: FinishedRun) -> ModelCardData:
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        license="apache-2.0" if in_zoo(run) else None,
+        license=licence_of(run, stated),
+        base_model=base_model(run.recipe),
         tags=["image-classification", "timm", "mbib-timm", "long-tailed-recognition", "class-imbalance"],
         metrics=["accuracy"],
         model_name=run.name,
@@ -149,32 +220,43 @@ def card_metadata(run: FinishedRun) -> ModelCardData:
     )
 
 
-def dataset_title(run: FinishedRun) -> str:
-    """Return what people call the data set of a run; images of one's own have no name but the recipe's."""
+def dataset_title(run: FinishedRun, stated: Stated = NOTHING_STATED) -> str:
+    """Return what people call the data set of a run; images of one's own are called as stated, or as the recipe is."""
     data = _data_name(run)
-    return DATASETS[data].title if data in DATASETS else f"`{data}`"
+    return printable(stated.dataset_name or (DATASETS[data].title if data in DATASETS else data))
+
+
+def _dataset(run: FinishedRun, stated: Stated) -> Markup:
+    """Return the data set's title as Markdown; a name that is only the recipe's as code."""
+    title = dataset_title(run, stated)
+    named = stated.dataset_name is not None or _data_name(run) in DATASETS
+    return Markup(markdown_text(title) if named else code_span(title))
 
 
 def _data_name(run: FinishedRun) -> str:
     return split_tag(run.name.partition(".")[2])[1] or data_of(run.name) or run.recipe.dataset
 
 
-def _what(run: FinishedRun, inference_only: bool) -> str:
+def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     first = run.recipe.chain()[0]
-    start = f", started from the weights of `{redact_model(first.model)}`," if first.pretrained else ""
+    weights = redact_model(first.model) if first.pretrained else None
+    if first.initial_checkpoint is not None:
+        weights = Path(first.initial_checkpoint).name
+    start = f", started from the weights of {code_span(weights)}," if weights else ""
     epochs = _epochs(run.recipe)
-    data = dataset_title(run)
+    data = _dataset(run, stated)
     how = f"trained on {data} for {epochs} with" if epochs else f"changed on {data} by"
-    text = f"`{run.name.partition('.')[0]}`{start} {how} {stages_text(run.record.stages)}, by `mbib_timm`."
+    methods = markdown_text(stages_text(run.record.stages))
+    text = f"{code_span(run.name.partition('.')[0])}{start} {how} {methods}, by `mbib_timm`."
     papers = _papers(run)
     if papers:
-        listing = "; ".join(f"[{paper}]({PAPER})" if paper == CITATION else paper for paper in papers)
+        listing = "; ".join(f"[{paper}]({PAPER})" if paper == CITATION else markdown_text(paper) for paper in papers)
         text += f" The method is that of {listing}; the implementation is independent of the authors'."
     if len(_heads(run)) > 1:
         text += f" Each of the heads {_listed(_heads(run))} has a classifier. {_prediction(run)}"
     if inference_only:
         text += " These weights lack the classifiers that serve training only."
-    return text
+    return Markup(text)
 
 
 def _epochs(recipe: Recipe) -> str:
@@ -195,6 +277,7 @@ def _heads(run: FinishedRun) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
+    names = [markdown_text(name) for name in names]
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
@@ -216,6 +299,17 @@ def _groups(counts: np.ndarray) -> Table:
     return Table(["classes", "number", "training images", "per class"], rows)
 
 
+def _classes(run: FinishedRun) -> Table:
+    """Return the classes with their names, from most to fewest training images, and what the prediction achieves."""
+    counts, accuracies = run.record.class_counts, run.record.result.prediction.per_class
+    names = run.record.class_names or [str(label) for label in range(len(counts))]
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    if len(order) > LISTED_CLASSES:
+        order = order[: LISTED_CLASSES // 2] + order[-LISTED_CLASSES // 2 :]
+    rows = [[markdown_text(names[i]), f"{counts[i]:,}", percent(accuracies[i])] for i in order]
+    return Table(["class", "training images", "top-1, %"], rows)
+
+
 def _paper_text(run: FinishedRun) -> str:
     """Return what the paper reports of such a run: ``47.5 % (Table 1), 47.0 % (Table 9; many 64.1, ...)``."""
     said = []
@@ -233,15 +327,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
-def _stage(stage: Recipe) -> str:
+def _stage(stage: Recipe) -> Markup:
     """Return how a stage was trained, in a line."""
-    title = METHODS[stage.method["name"]].title or stage.method["name"]
+    title = markdown_text(METHODS[stage.method["name"]].title or stage.method["name"])
     if not stage.epochs:
-        return f"{title}, without training"
+        return Markup(f"{title}, without training")
     plural = "s" if stage.epochs > 1 else ""
-    return (
-        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {stage.opt}, learning rate "
-        f"{stage.lr:g}, weight decay {stage.weight_decay:g}, schedule `{stage.sched}`{_strength(stage)}"
+    return Markup(
+        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {markdown_text(stage.opt)}, "
+        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule {code_span(stage.sched)}"
+        f"{markdown_text(_strength(stage))}"
     )
 
 

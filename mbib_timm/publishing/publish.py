@@ -15,13 +15,17 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,  # that of the HTTP client that the Hub's uses
     LocalTokenNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from mbib_timm.errors import MbibError, first_line
+from mbib_timm.files import printable
+from mbib_timm.licences import check_licence
 from mbib_timm.models.zoo import ZooModel
-from mbib_timm.publishing.card import in_zoo
+from mbib_timm.publishing.card import Stated, in_zoo
 from mbib_timm.publishing.release import Release, git_oid, make_release
 from mbib_timm.results.runs import read_run
 
@@ -45,6 +49,8 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     inference_only: bool = False,
+    dataset_name: str | None = None,
+    license: str | None = None,
     dry_run: bool = False,
 ) -> str | None:
     """Publish a finished run, or show what would be published.
@@ -56,13 +62,16 @@ def publish(
         private: make the repository private, if it is new.
         revision: the tag; by default the next of v1, v2, v3.
         inference_only: leave out the classifiers that serve training only.
+        dataset_name: what people call the training data; the recipe's name for them when None.
+        license: of the weights, as the Hub spells it; a model of the zoo has its own.
         dry_run: print every file with its size, and the card; the Hub is not asked.
 
     Returns:
         The commit's address; None after a dry run.
 
     Raises:
-        MbibError: the run is not finished, or is none of the zoo's and no repository is given.
+        MbibError: the run is not finished, or is none of the zoo's and no repository is given; a repository that cannot
+            be, or a licence that the Hub does not know.
         PublishError: the Hub refuses, or cannot be reached.
     """
     if repository is None:
@@ -70,7 +79,12 @@ def publish(
         if not in_zoo(finished):
             raise MbibError(f"{finished.name} is not in the zoo: name a repository with --repo-id YOU/{finished.name}")
         repository = ZooModel(finished.name).repository
-    release = make_release(run, repository, others, inference_only)
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise MbibError(f"--repo-id {printable(repository)}: {first_line(error)}") from None
+    stated = Stated(dataset_name, None if license is None else check_licence(license))
+    release = make_release(run, repository, others, inference_only, stated)
     if dry_run:
         print(f"{release.repository} would get:\n\n{release.listing()}\n\nREADME.md:\n")
         print(release.files["README.md"].decode())

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
 from mbib_timm.files import to_json
-from mbib_timm.publishing.card import figures_of, render_card
+from mbib_timm.publishing.card import NOTHING_STATED, Stated, figures_of, licence_of, render_card
 from mbib_timm.results.record import RECORD
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.runs import read_seeds
@@ -44,7 +44,13 @@ def git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def make_release(run: Path, repository: str, others: Sequence[Path] = (), inference_only: bool = False) -> Release:
+def make_release(
+    run: Path,
+    repository: str,
+    others: Sequence[Path] = (),
+    inference_only: bool = False,
+    stated: Stated = NOTHING_STATED,
+) -> Release:
     """Collect the files of a finished run.
 
     Args:
@@ -52,6 +58,7 @@ def make_release(run: Path, repository: str, others: Sequence[Path] = (), infere
         repository: on the Hub; the card says how to load from it.
         others: folders of runs that differ in the seed alone; the card gives the spread.
         inference_only: leave out the classifiers that serve training only.
+        stated: name of the data, and licence of the weights: the same in card and config.json.
 
     Raises:
         MbibError: a run that is not finished.
@@ -64,8 +71,9 @@ def make_release(run: Path, repository: str, others: Sequence[Path] = (), infere
     weights = (run / "model.safetensors").read_bytes()
     if inference_only:
         config, weights = without_training_heads(config, weights)
+    config["pretrained_cfg"]["license"] = licence_of(own, stated)
     files = {
-        "README.md": render_card(own, repository, rest, inference_only=inference_only).encode(),
+        "README.md": render_card(own, repository, rest, inference_only=inference_only, stated=stated).encode(),
         "config.json": to_json(config),
         "model.safetensors": weights,
         "recipe.yaml": redact_recipe(own.recipe),

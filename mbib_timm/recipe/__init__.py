@@ -31,6 +31,7 @@ from mbib_timm.recipe.keys import (
 from mbib_timm.recipe.recipe_files import (
     BASE,
     DEFAULT_RECIPE,
+    change_recipe,
     data_of,
     dump_recipe,
     find_recipe,
@@ -52,6 +53,7 @@ __all__ = [
     "STAGES",
     "TYPES",
     "Recipe",
+    "change_recipe",
     "check_key",
     "data_of",
     "dump_recipe",

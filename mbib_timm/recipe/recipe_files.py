@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,14 @@ def data_of(name: str) -> str:
     return tag.removeprefix(f"{max(methods, key=len)}_") if methods else tag
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Mapping[str, Any] | None = None, say: Callable[[str], None] | None = None
+) -> Recipe:
     """Read a recipe file and apply overrides.
+
+    Fewer epochs shorten what counts in epochs, where it would leave none of them: the warm-up to all but the last
+    epoch, and the epochs without mixing to fewer than half. What a file itself, or an override itself, contradicts is
+    an error: there somebody has written both numbers.
 
     Args:
         path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them.
@@ -104,6 +110,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
             part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
             without stage holds for all stages that do not set it themselves, as in the file. Another `dataset` takes
             along what the file says of a table and of groups, and a table the folder of the other data.
+        say: told in a line about each stage whose epochs shorten something.
 
     Raises:
         MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
@@ -113,9 +120,49 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         for keys in (content, *content.get(STAGES, ())):
             for key in (*TABLE_KEYS, "group_by", *(["data_dir"] if overrides["dataset"] == "table" else [])):
                 keys.pop(key, None)
+    return _overridden(content, overrides, path.name, say)
+
+
+def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Recipe:
+    """Apply overrides to a recipe, as `load_recipe` does to a file's. Raises MbibError as it does."""
+    return _overridden(recipe.to_dict(), overrides, "the recipe", say)
+
+
+def _overridden(
+    content: dict[str, Any], overrides: Mapping[str, Any], where: str, say: Callable[[str], None] | None
+) -> Recipe:
     for address in sorted(overrides, key=lambda address: address.count(".")):
-        _override(content, address, overrides[address], path)
-    return _resolve(content, path.name)
+        _override(content, address, overrides[address], where)
+    for line in _shorten(content, overrides):
+        if say is not None:
+            say(line)
+    return _resolve(content, where)
+
+
+def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Shorten what counts in epochs of stages that an override has left too few, in place; yield a line for each."""
+    stages = content.get(STAGES, [content])
+    for number, stage in enumerate(stages, start=1):
+        prefix = f"stage{number}." if STAGES in content else ""
+
+        def is_given(key: str, stage: dict[str, Any] = stage, prefix: str = prefix) -> bool:
+            return f"{prefix}{key}" in overrides or (key in overrides and key not in stage)
+
+        def value(key: str, stage: dict[str, Any] = stage) -> Any:
+            return stage.get(key, content.get(key, default_of(KEYS[key])))
+
+        epochs = value("epochs")
+        if not is_given("epochs") or not isinstance(epochs, int) or epochs < 1:
+            continue
+        shortened = []
+        for key, most in (("warmup_epochs", epochs - 1), ("mixup_off_epochs", (epochs - 1) // 2)):
+            before = value(key)
+            if not is_given(key) and isinstance(before, int) and before > most:
+                stage[key] = most
+                shortened.append(f"{key} {most} instead of {before}")
+        if shortened:
+            run = f"{epochs} epoch{'s' * (epochs > 1)}"
+            yield f"{f'stage {number}, ' if prefix else ''}{run}: {', '.join(shortened)}"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -187,20 +234,20 @@ def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def _override(content: dict[str, Any], address: str, value: Any, path: Path) -> None:
+def _override(content: dict[str, Any], address: str, value: Any, where: str) -> None:
     """Set what an address names in a file's content; see `load_recipe`."""
     first, *rest = address.split(".")
     stages, target, shared = content.get(STAGES, []), content, content
     number = re.fullmatch(r"stage(\d+)", first)
     if number and rest:
         if not 1 <= int(number[1]) <= len(stages):
-            raise MbibError(f"{address}: {path.name} has {len(stages) or 'no'} stages")
+            raise MbibError(f"{address}: {where} has {len(stages) or 'no'} stages")
         target = stages[int(number[1]) - 1]
         first, *rest = rest
     require_key(first)
     if target is content and stages and all(first in stage for stage in stages):
         flags = " or ".join(f"stage{i}.{'.'.join([first, *rest])}" for i in range(1, len(stages) + 1))
-        raise MbibError(f"every stage of {path.name} sets {first!r} itself; say which: {flags}")
+        raise MbibError(f"every stage of {where} sets {first!r} itself; say which: {flags}")
     if not rest:
         target[first] = value
         return

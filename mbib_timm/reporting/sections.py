@@ -15,6 +15,7 @@ from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_fig
 from mbib_timm.analysis.analysis_record import read_analysis
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
+from mbib_timm.files import printable
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report_figures import CURVES, comparison_bars, comparison_curves, sweep_curves
@@ -117,12 +118,12 @@ def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 def inline(text: str) -> Markup:
     """Return text as HTML: escaped, and with ``<code>`` for what stands in back quotes."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(text)))))
 
 
 def _breakable(text: str) -> Markup:
     """Return a title as HTML that may break after the underscores and dots of names."""
-    return Markup(re.sub(r"([_.])(?=\w)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"([_.])(?=\w)", r"\1<wbr>", str(escape(printable(text)))))
 
 
 def _data_url(svg: bytes) -> str:

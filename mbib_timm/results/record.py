@@ -104,6 +104,8 @@ class RunRecord:
         replaced_images: broken training images, for which others stood in.
         left_out_images: broken images that were left out of the evaluations.
         environment: versions, hardware, command.
+        held_out: in words how the result's images were held out of the training data; None where the data have a split
+            for them, or where it was not recorded.
     """
 
     name: str
@@ -128,6 +130,7 @@ class RunRecord:
     # What was not always recorded.
     precision: str | None = None
     left_out_images: list[str] = field(default_factory=list)
+    held_out: str | None = None
 
 
 @dataclass

@@ -24,6 +24,7 @@ from mbib_timm.drawing import (
     render,
 )
 from mbib_timm.errors import MbibError
+from mbib_timm.files import printable
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
@@ -302,5 +303,6 @@ def _mean(accuracy: np.ndarray) -> float:
 
 
 def shortened(name: str, longest: int = 20) -> str:
-    """Return a name that is cut where it is too long to stand in a figure."""
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    """Return a name for a figure: cut where it is too long, and with dollars that are dollars and no formula's."""
+    cut = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return printable(cut).replace("$", r"\$")

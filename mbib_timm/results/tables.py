@@ -1,5 +1,6 @@
 """One table for text, Markdown and HTML, and how the numbers in its cells are written."""
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.files import printable
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import HeadMetrics
 
@@ -33,7 +35,7 @@ class Table:
 
     def lines(self) -> list[str]:
         """Return the lines of `text`, the header's first."""
-        cells = [self.header, *self.rows]
+        cells = [[printable(cell) for cell in row] for row in (self.header, *self.rows)]
         columns = [
             _padded(column, place > 0 and _has_numbers(column[1:]))
             for place, column in enumerate(zip(*cells, strict=True))
@@ -41,9 +43,9 @@ class Table:
         return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
     def markdown(self) -> str:
-        """Return the table as Markdown, without a line break at its end."""
+        """Return the table as Markdown, without a line break at its end. Cells are Markdown; see `markdown_text`."""
         cells = [self.header, ["---"] * len(self.header), *self.rows]
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        escaped = [[printable(cell).replace("|", "\\|") for cell in row] for row in cells]
         return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
     def kind(self, row: int) -> str:
@@ -58,6 +60,31 @@ def _has_numbers(cells: Sequence[str]) -> bool:
 def _padded(cells: Sequence[str], right: bool) -> list[str]:
     width = max(map(len, cells))
     return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+
+
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"})
+
+
+def markdown_text(text: str) -> str:
+    """Return text as Markdown that shows it as it is: nothing in it is markup, a link, a formula, or HTML.
+
+    It may stand in a paragraph, a heading, or a cell of a table. Underscores within words stay as they are.
+    """
+    escaped = re.sub(r"[\\`*\[\]~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text).strip())
+    escaped = escaped.translate(_ENTITIES)
+    escaped = escaped.replace("://", "&#58;//")  # GitHub makes links of bare addresses
+    escaped = re.sub(r"(?<=[\w.+-])@(?=\w)", "&#64;", escaped)
+    escaped = re.sub(r"(?i)\bwww\.", lambda match: f"{match[0][:-1]}&#46;", escaped)
+    escaped = re.sub(r"^(\d+)([.)])", r"\1\\\2", escaped)  # what would begin a list, a heading or a rule
+    return re.sub(r"^[#+=-]", r"\\\g<0>", escaped)
+
+
+def code_span(text: str) -> str:
+    """Return text as code in a line of Markdown, between more back quotes than it holds in a row."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text[:1] in ("`", " ", "") or text[-1:] in ("`", " ") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -> str:

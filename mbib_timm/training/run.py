@@ -118,6 +118,8 @@ class Run:
         if self.world.is_main:
             self.trackers = create_trackers(recipe, self.folder.path, self.name)  # fails before anything is written
             self.folder.begin(recipe, describe_environment(self.world))
+            if done.epoch < recipe.epochs:
+                self.folder.forget_results()
             if done.epoch == 0:
                 self._save()
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
@@ -210,7 +212,6 @@ class Run:
         state = {
             **self.method.get_checkpoint_state(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
         }
@@ -227,12 +228,14 @@ class Run:
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
             if self.recipe.model_ema:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
             if self.precision.scaler is not None:
                 self.precision.scaler.load_state_dict(state["scaler"])
             self.done = from_plain(TrainState, state["progress"])
+            if self.done.epoch > 0:
+                # A function of the epoch alone: this recipe's, which may have more epochs than the checkpoint's had.
+                self.schedule.step(self.done.epoch)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
 
@@ -274,6 +277,7 @@ class Run:
             replaced_images=list(dict.fromkeys(self.world.gather(self.loaders.broken_images()))),
             left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
+            held_out=(splits.test or splits.val).chosen or None,
         )
         if self.world.is_main:
             self.folder.write_model(

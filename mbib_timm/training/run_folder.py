@@ -27,9 +27,14 @@ from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
+from mbib_timm.results.record import RECORD
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
+# What `mbib train`, `mbib aggregate` and `mbib analyze` leave of measurements that reports read.
+MEASURED = (RECORD, "aggregation.json", "analysis/analysis.json")
+# Keys that count in epochs: where a run goes on for another number of them, these may differ as well.
+COUNTED_IN_EPOCHS = ("epochs", "warmup_epochs", "decay_milestones", "mixup_off_epochs")
 
 
 def same_computation(recipe: Recipe, run: Recipe) -> bool:
@@ -78,14 +83,20 @@ class RunFolder:
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
         return load_recipe(file)
 
-    def agree(self, recipe: Recipe) -> Recipe:
+    def agree(self, recipe: Recipe, extend: bool = False) -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: loader and precision.
+
+        Args:
+            recipe: what is asked for.
+            extend: the last stage may have other epochs than here, and with them another schedule.
 
         Raises:
             CheckpointError: the run here computes something else.
         """
         there = self.recipe()
         recipe = recipe.with_choices_of(there)
+        if extend and there.epochs != recipe.epochs:
+            there = there.replace(**{key: getattr(recipe, key) for key in COUNTED_IN_EPOCHS})
         before, now = there.computation(), recipe.computation()
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
@@ -119,6 +130,11 @@ class RunFolder:
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
 
+    def forget_results(self) -> None:
+        """Remove what was measured of weights that are about to train on; reports would take it for the new ones'."""
+        for name in MEASURED:
+            (self.path / name).unlink(missing_ok=True)
+
     def end(self) -> None:
         """Let other processes in."""
         self._lock.release()
@@ -142,9 +158,11 @@ class RunFolder:
         """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
 
         The config carries the preprocessing, the class names, the training images of each class, and the class
-        frequencies that the logits are for. The tag is that of the run: the model's own would name other weights.
+        frequencies that the logits are for. The tag is that of the run: the model's own would name other weights, and
+        so would its licence, which nobody has given to these.
         """
-        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": {"tag": tag}}
+        cfg = {"tag": tag, "license": None}
+        config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": cfg}
         if logit_prior is not None:
             config["logit_prior"] = logit_prior
         if class_names is not None:

@@ -24,6 +24,10 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
     A stage before the last is trained in a folder inside the run's, unless a finished run beside it has computed the
     same: then its weights are taken.
 
+    A run that is resumed may have other epochs than before, at least those that it has done. From the next epoch on
+    everything is as in a run of that many: learning rate, sampler, mixing. What was done before stays as it was, so the
+    result is not that of a run which had as many from the start. Of several stages only the last may be extended.
+
     Args:
         recipe: what to train.
         name: name of the run, and of its folder unless the recipe names another.
@@ -42,7 +46,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _check_stages(recipe, pool, world, Path(folder))
-        return _train(recipe, name, world, pool)
+        return _train(recipe, name, world, pool, extend=True)
     finally:
         leave_world()
 
@@ -75,8 +79,8 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
             )
 
 
-def _train(recipe: Recipe, name: str, world: World, pool: DataPool) -> FinishedRun:
-    recipe, folder, state = _find_folder(recipe, name, world)
+def _train(recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool = False) -> FinishedRun:
+    recipe, folder, state = _find_folder(recipe, name, world, extend)
     previous = None
     if recipe.previous is not None:
         previous = _previous(recipe, folder.path, world, pool)
@@ -127,10 +131,13 @@ def _finished(wanted: Recipe, path: Path, own: Path) -> Iterator[Path]:
             continue
 
 
-def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
+def _find_folder(
+    recipe: Recipe, name: str, world: World, extend: bool
+) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
     """Return the recipe, the run's folder and the state to resume from, or None to start from the beginning.
 
-    A run that is resumed keeps the loader and the precision that it chose when it started.
+    A run that is resumed keeps the loader and the precision that it chose when it started; with `extend` it may have
+    other epochs.
     """
     folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
     checkpoint = None
@@ -148,6 +155,16 @@ def _find_folder(recipe: Recipe, name: str, world: World) -> tuple[Recipe, RunFo
         if recipe.resume != "auto" and not any(folder.path.glob("stage*-*")):
             raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
         return recipe, folder, None
-    recipe = folder.agree(recipe)
+    recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
-    return recipe, folder, load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
+    state = load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
+    before, done = folder.recipe().epochs, 0 if state is None else state["progress"]["epoch"]
+    if done > recipe.epochs:
+        raise CheckpointError(
+            f"{folder.path} has trained {done} epochs already, and {recipe.epochs} are asked for: expected at least "
+            f"{done}, or another folder (--experiment)"
+        )
+    if before != recipe.epochs:
+        schedule = f"epoch {done + 1} and later follow the schedule of {recipe.epochs}"
+        warn(f"{folder.path}: from {before} to {recipe.epochs} epochs; {schedule}")
+    return recipe, folder, state

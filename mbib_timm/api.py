@@ -1,0 +1,360 @@
+"""Use from Python: what the commands do, as functions, and the losses for a training loop of one's own.
+
+    from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
+
+They are imported when they are first asked for: `import mbib_timm` alone stays quick.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from mbib_timm.data.batch import Batch
+from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.environment import find_device
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation import evaluate as evaluate_batches
+from mbib_timm.evaluation.validate import validate
+from mbib_timm.inference.inputs import FoundImage, find_images
+from mbib_timm.inference.predict import Predictor
+from mbib_timm.inference.prediction_files import Broken
+from mbib_timm.methods import METHODS, Facts, Method, head_names, resolve_method
+from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.models.weights import load_model
+from mbib_timm.recipe import DEFAULT_RECIPE, Recipe, change_recipe, find_recipe, load_recipe, recipe_name
+from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.runs import FinishedRun
+from mbib_timm.training import train as train_recipe
+
+__all__ = ["ClassProbability", "ImagePrediction", "Loss", "create_loss", "evaluate", "load", "predict", "shot_groups",
+           "train"]  # fmt: skip
+
+PathLike = str | Path
+
+
+def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRun:
+    """Train a recipe to the end, as `mbib train` does; its progress is printed.
+
+        run = train("finetune/mbib_resnet50", data_dir="photos", epochs=8)
+        run.folder, run.record.result.prediction.top1
+
+    Args:
+        recipe: name of a packaged recipe, a YAML file, or a `Recipe`.
+        keys: recipe keys to replace, as the flags do; a part of one by its address, as in ``**{"method.beta": 3}``.
+
+    Returns:
+        The run: its folder, its record (`RunRecord`: metrics, class names, class counts) and its recipe.
+
+    Raises:
+        MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
+        NonFiniteLossError: training diverged; the last good checkpoint is kept.
+    """
+    overrides = {key: _plain(value) for key, value in keys.items()}
+    if isinstance(recipe, Recipe):
+        changed = change_recipe(recipe, overrides, print)
+        return train_recipe(changed, changed.experiment or _name_of(changed))
+    path = find_recipe(str(recipe))
+    method = overrides.get("method")
+    method = method.get("name") if isinstance(method, dict) else method
+    return train_recipe(load_recipe(path, overrides, print), recipe_name(path, method))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a recipe takes it: paths as text."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _name_of(recipe: Recipe) -> str:
+    """Return the name of a recipe's run that has no file: ``arch.method_data``."""
+    architecture = recipe.model.rpartition(":")[2].rpartition("/")[2].partition(".")[0]
+    return f"{architecture}.{recipe.method['name']}_{recipe.dataset.rpartition('/')[2]}"
+
+
+def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, device: str | None = None) -> Predictor:
+    """Load a trained model with all that stands between an image and its classes.
+
+    Args:
+        model: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
+        head: ``prediction``, or the name of one of the model's heads or experts.
+        prior: class frequencies that the probabilities are for, as `mbib predict --prior` has it; None leaves the
+            logits as they are.
+        device: where it runs; detected when None.
+
+    Returns:
+        The predictor, for `predict`. Its ``model`` has the network (``model.module``), class names, class counts and
+        preprocessing.
+
+    Raises:
+        MbibError: there is no such model or head, or the model does not say what frequencies it was trained on.
+    """
+    return Predictor(load_model(str(model)), head, prior, find_device(device))
+
+
+@dataclass(frozen=True)
+class ClassProbability:
+    """How probable a class is.
+
+    Attributes:
+        name: of the class; its label as text where the model has no names.
+        label: its number.
+        probability: from 0 to 1.
+    """
+
+    name: str
+    label: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """What a model says of an image. A list of them makes a table: ``pandas.DataFrame(predictions)``.
+
+    Attributes:
+        image: its path; ``image 0`` for the first of those that were given as such.
+        name: of the most probable class; None for an image that cannot be read.
+        probability: of that class.
+        classes: the most probable classes, in order.
+        error: why the image cannot be read; None for all others.
+    """
+
+    image: str
+    name: str | None
+    probability: float | None
+    classes: tuple[ClassProbability, ...]
+    error: str | None = None
+
+
+ImageLike = PathLike | Image.Image
+
+
+def predict(
+    model: PathLike | Predictor,
+    images: ImageLike | Iterable[ImageLike],
+    *,
+    top_k: int = 5,
+    batch_size: int = 64,
+    workers: int = 0,
+    head: str = PREDICTION,
+    prior: str | None = None,
+    device: str | None = None,
+) -> list[ImagePrediction]:
+    """Classify images, as `mbib predict` does.
+
+        for each in predict("runs/birds", ["photos", "one more.jpg"]):
+            print(each.image, each.name, each.probability)
+
+    Args:
+        model: a trained model by any name, or what `load` has returned, which is quicker the second time.
+        images: a path of an image, a folder or an archive; a PIL image; or several of them.
+        top_k: classes of each image.
+        batch_size: images at once.
+        workers: processes that decode.
+        head, prior, device: as those of `load`; not for a model that is loaded.
+
+    Returns:
+        A prediction for each image, in order. One that cannot be read has its `error`, and no class.
+
+    Raises:
+        MbibError: no such model, no such images, or a choice that is the loaded model's already.
+    """
+    if isinstance(model, Predictor):
+        if (head, prior, device) != (PREDICTION, None, None):
+            raise MbibError("head, prior and device are those of the loaded model: give them to load()")
+        predictor = model
+    else:
+        predictor = load(model, head=head, prior=prior, device=device)
+    names = predictor.model.class_names
+    predictions = []
+    for item in predictor.predict(list(_find(images)), top_k, batch_size, workers):
+        if isinstance(item, Broken):
+            predictions.append(ImagePrediction(item.image, None, None, (), item.reason))
+            continue
+        classes = tuple(
+            ClassProbability(str(label) if names is None else names[label], label, probability)
+            for label, probability in item.classes
+        )
+        predictions.append(ImagePrediction(item.image, classes[0].name, classes[0].probability, classes))
+    return predictions
+
+
+class _Pictures:
+    """Images that are in memory, as a reader of images gives them."""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.images = images
+
+    def read(self, index: int) -> Image.Image:
+        return self.images[index]
+
+    def path(self, index: int) -> str:
+        return f"image {index}"
+
+
+def _find(images: ImageLike | Iterable[ImageLike]) -> Iterator[FoundImage]:
+    """Give each image, in order."""
+    given = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+    pictures = _Pictures([each for each in given if isinstance(each, Image.Image)])
+    number = 0
+    for each in given:
+        if isinstance(each, Image.Image):
+            yield FoundImage(pictures, number, pictures.path(number))
+            number += 1
+        elif isinstance(each, str | Path):
+            yield from find_images([str(each)])[0].images
+        else:
+            raise MbibError(f"expected paths or PIL images, got {type(each).__name__}")
+
+
+def evaluate(
+    model: PathLike | nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    class_counts: Sequence[int] | np.ndarray | None = None,
+    *,
+    recipe: PathLike | None = None,
+    split: str | None = None,
+    **keys: Any,
+) -> dict[str, HeadMetrics]:
+    """Measure a model: accuracy over all images, by class and by shot group, calibration, of every head.
+
+        evaluate("runs/birds")["prediction"].macro                      # a trained model, on its own data
+        evaluate("runs/birds", data_dir="more photos")                  # or on others, as `mbib validate` does
+        evaluate(model, loader, class_counts)["prediction"].few         # any network, on batches of one's own
+
+    Args:
+        model: a trained model by any name; or a network that gives logits (B, K) in evaluation mode, which is where it
+            is for the measurement, on its own device.
+        data: batches of images (B, C, H, W) and labels (B,), for a network.
+        class_counts: training images of each class, (K,), for a network: they decide the shot groups.
+        recipe: names the data of a trained model that does not say itself which.
+        split: of the data of a trained model; the one of the run's result when None.
+        keys: recipe keys to replace, as the flags of `mbib validate` do.
+
+    Returns:
+        Metrics of ``prediction``, and by name of each head and expert where there are several.
+
+    Raises:
+        MbibError: nothing there to evaluate, data that do not fit the model, or arguments of the other kind of model.
+    """
+    if not isinstance(model, nn.Module):
+        if data is not None or class_counts is not None:
+            raise MbibError("data and class_counts go with a network; a trained model's data are named by recipe keys")
+        overrides = {key: _plain(value) for key, value in keys.items()}
+        named = None if recipe is None else str(recipe)
+        return validate(str(model), recipe=named, overrides=overrides, split=split).heads
+    if data is None or class_counts is None:
+        raise MbibError("a network is evaluated on batches: evaluate(model, data, class_counts)")
+    if recipe is not None or split is not None or keys:
+        raise MbibError(f"{', '.join([*keys]) or 'recipe and split'}: only for a trained model that is given by name")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batches = (
+        Batch((images.to(device),), targets.to(device), torch.arange(len(targets), device=device))
+        for images, targets in data
+    )
+    return evaluate_batches(model, batches, np.asarray(class_counts), device=device)
+
+
+class Loss(nn.Module):
+    """A method's loss as a function of what a network returns in training. Made by `create_loss`.
+
+    Args:
+        method: gives the loss of the logits of each head.
+    """
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def parts(self, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return named scalars: ``loss``, the one to differentiate, and what it is made of.
+
+        Args:
+            outputs: logits (B, K), or the logits of every head, as the model returns them in training.
+            targets: labels (B,), int64; or soft targets (B, K), whose rows sum to 1.
+
+        Raises:
+            MbibError: another number of heads than the loss is for.
+        """
+        heads = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        names = self.method.head_names
+        if len(heads) != len(names):
+            if len(heads) == 1:
+                hint = "a model in evaluation mode returns its prediction alone: model.train()"
+            else:
+                hint = "give create_loss the model, or let it return one: model.set_training_logits('mean')"
+            raise MbibError(
+                f"this loss takes logits of {', '.join(names)} ({len(names)}), and got {len(heads)}; {hint}"
+            )
+        if any(buffer.device != targets.device for buffer in self.method.buffers()):
+            self.method.to(targets.device)
+        return self.method.loss(dict(zip(names, heads, strict=True)), targets)
+
+    def forward(self, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Return the loss, a scalar; arguments as those of `parts`."""
+        return self.parts(outputs, targets)["loss"]
+
+
+def create_loss(
+    name: str, class_counts: Sequence[int] | np.ndarray, model: nn.Module | None = None, **settings: Any
+) -> Loss:
+    """Return a method's loss for a training loop of one's own.
+
+        model = timm.create_model("mbib_resnet50", num_classes=len(counts))
+        loss = create_loss("mbib", counts, model, beta=3)
+        loss(model(images), labels).backward()             # in training mode
+
+    Args:
+        name: of a method whose training is a loss of logits: ``ce``, ``bsce``, ``focal``, ``mbib``, ``bib`` and others.
+        class_counts: training images of each class, (K,), in label order.
+        model: says which heads there are; needed for a model of several, such as MBIB's.
+        settings: of the method, by name; ``mbib methods`` and ``mbib train RECIPE --help`` show them.
+
+    Raises:
+        MbibError: an unknown method or setting, a method that trains by more than a loss, a class without training
+            images, or a model that does not have the heads.
+    """
+    kind, given = resolve_method({"name": name, **settings})
+    if not _is_loss(kind):
+        able = [other for other in METHODS if _is_loss(METHODS[other])]
+        raise MbibError(f"method {name!r} trains by more than a loss of logits: use train(); losses: {', '.join(able)}")
+    counts = np.asarray(class_counts)
+    if counts.ndim != 1 or len(counts) < 2 or counts.dtype.kind not in "iu":
+        raise MbibError(f"class_counts: expected a whole number for each of two classes or more, got {class_counts!r}")
+    network = nn.Module() if model is None else _Heads(model)
+    try:
+        method = kind(network, kind.Settings(**given), Facts(counts, epochs=1), torch.device("cpu"))
+    except MbibError as error:
+        hint = f"; give the model: create_loss({name!r}, class_counts, model)" if model is None else ""
+        raise MbibError(f"{error}{hint}") from None
+    return Loss(method)
+
+
+class _Heads(nn.Module):
+    """What a model says of its heads, without the model: a loss must not own the weights that it trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        model = unwrap_model(model)
+        # A model that returns its prediction alone in training has one head there.
+        one = getattr(model, "training_logits", "all") == "mean"
+        self.head_names = ("logits",) if one else head_names(model)
+        for name in ("bottleneck_head", "expert_heads", "prediction_heads"):
+            if hasattr(model, name) and not one:
+                setattr(self, name, getattr(model, name))
+
+
+def _is_loss(method: type[Method]) -> bool:
+    """Return whether all that a method does in training is a loss of each head's logits."""
+    own = ("forward", "logits", "build_network", "begin", "start_epoch", "after_step", "finish", "own_parameters")
+    untouched = all(getattr(method, name) == getattr(Method, name) for name in own if name != "build_network")
+    plain = method.build_network.__func__ is Method.build_network.__func__  # type: ignore[attr-defined]
+    whole = method.part == "all" and len(method.views) == 1 and "+" not in method.sampler
+    return untouched and plain and whole and not (method.needs_start or method.post_hoc)

@@ -1,0 +1,348 @@
+"""Use from Python: every function against its command, and losses in loops that are not ours."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_data import class_folders
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import mbib_timm
+from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
+from mbib_timm.cli import main
+from mbib_timm.data.batch import Batch
+from mbib_timm.errors import MbibError
+from mbib_timm.methods import Facts, resolve_method
+from mbib_timm.recipe import find_recipe, load_recipe
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COUNTS = (40, 12, 5)
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    program = (
+        "import sys, mbib_timm; assert set(mbib_timm.__all__) <= set(dir(mbib_timm)); "
+        "assert 'torch' not in sys.modules; "
+        "from mbib_timm import train; assert 'torch' in sys.modules; assert callable(train)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'tain'"):
+        mbib_timm.tain  # noqa: B018
+
+
+@pytest.mark.slow
+def test_train_does_what_its_command_does(finished_run, tmp_path, capsys):
+    """The run of the fixture is trained by the recipe; this one by a file, by name and by keys."""
+    keys = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0, output=tmp_path)
+    run = train("mbib_resnet20.digits", **keys)
+    flags = ["--epochs", "3", "--warmup-epochs", "1", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
+    assert main(["train", "mbib_resnet20.digits", *flags, "--experiment", "by command"]) == 0
+    weights = [
+        load_file(folder / "model.safetensors") for folder in (run.folder, tmp_path / "by command", finished_run)
+    ]
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
+    assert run.folder == tmp_path / "mbib_resnet20.digits"
+    assert run.record.result.heads == evaluate(run.folder, device="cpu")
+    assert "top-1, %" in capsys.readouterr().out
+    with pytest.raises(MbibError, match="already holds a run"):
+        train("mbib_resnet20.digits", **keys)
+
+
+def test_train_takes_recipes_parts_of_keys_and_fewer_epochs(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mbib_timm.api.train_recipe", lambda recipe, name: seen.append((recipe, name)))
+    train("mbib_resnet20.digits", epochs=1, **{"method.beta": 3})
+    train("cifar_resnet20.ce_digits", method="focal", data_dir=Path("x"), plugin=[])
+    recipe = load_recipe(find_recipe("mbib_resnet20.digits"))
+    train(recipe, lr=0.5)
+    train(recipe.replace(experiment="mine"))
+    ((first, name), (second, other), (third, given), (_, mine)) = seen
+    assert (first.epochs, first.warmup_epochs, first.method["beta"], name) == (1, 0, 3.0, "mbib_resnet20.digits")
+    assert (second.method["name"], second.data_dir, other) == ("focal", "x", "cifar_resnet20.focal_digits")
+    assert (third, given) == (recipe.replace(lr=0.5), "mbib_resnet20.mbib_digits")
+    assert mine == "mine"
+    with pytest.raises(MbibError, match="'epoch': did you mean 'epochs'"):
+        train("mbib_resnet20.digits", epoch=3)
+    with pytest.raises(MbibError, match=r"did you mean 'mbib_resnet20\.digits'"):
+        train("mbib_resnet20.digts")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    class_folders(folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "z", "prior": "train"}], ids=["prediction", "z"])
+def test_predict_and_load_do_what_their_command_does(finished_run, photos, options, capsys):
+    flags = [text for name, value in options.items() for text in (f"--{name}", value)]
+    arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu", "--top-k", "3", *flags]
+    assert main(["predict", str(finished_run), str(photos / "images"), *arguments]) == 0
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    given = predict(finished_run, photos / "images", top_k=3, device="cpu", **options)
+    loaded = predict(load(finished_run, device="cpu", **options), [str(photos / "images")], top_k=3)
+    assert given == loaded
+    assert [each.image for each in given] == [each["image"] for each in expected]
+    for one, other in zip(given, expected, strict=True):
+        assert [(c.label, c.name, pytest.approx(c.probability, abs=1e-6)) for c in one.classes] == [
+            (c["class"], c["name"], c["probability"]) for c in other["classes"]
+        ]
+        assert (one.name, one.probability, one.error) == (one.classes[0].name, one.classes[0].probability, None)
+
+
+def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
+    model = load(finished_run, device="cpu")
+    path = photos / "images" / "ant" / "0.png"
+    with Image.open(path) as opened:
+        picture = opened.copy()
+    first, broken, second, third = predict(model, [picture, photos / "broken.png", path, picture.convert("L")])
+    assert (first.image, second.image, third.image) == ("image 0", str(path), "image 1")
+    assert first.classes == second.classes
+    assert (broken.image, broken.name, broken.classes) == (str(photos / "broken.png"), None, ())
+    assert "no image of a kind that is read" in broken.error
+    (alone,) = predict(model, picture)
+    assert (alone.image, alone.name, alone.probability) == ("image 0", first.name, pytest.approx(first.probability))
+    with pytest.raises(MbibError, match="expected paths or PIL images, got int"):
+        predict(model, [1])
+    with pytest.raises(MbibError, match="there is no image"):
+        predict(model, "nothing.png")
+    with pytest.raises(MbibError, match=r"give them to load\(\)"):
+        predict(model, picture, head="z")
+
+
+def test_predictions_make_a_table(finished_run, photos):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(predict(finished_run, photos / "images", device="cpu"))
+    assert list(table.columns) == ["image", "name", "probability", "classes", "error"]
+    assert len(table) == 21
+    assert table.probability.between(0.1, 1).all()
+
+
+def test_evaluate_does_what_its_command_does(finished_run, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    assert main(["validate", str(finished_run), "--device", "cpu", "--results", str(file)]) == 0
+    heads = json.loads(file.read_text())["heads"]
+    assert {name: asdict(head) for name, head in evaluate(finished_run, device="cpu").items()} == heads
+    other = evaluate(finished_run, split="train", device="cpu")
+    assert other["prediction"].images == 1457, "the whole split, of which a part was trained on"
+    with pytest.raises(MbibError, match="data and class_counts go with a network"):
+        evaluate(finished_run, [], [1])
+
+
+def test_evaluate_a_network_on_batches():
+    torch.manual_seed(0)
+    images, targets = torch.randn(57, 3, 8, 8), torch.arange(57) % 3
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, 3)).train()
+    metrics = evaluate(network, DataLoader(TensorDataset(images, targets), batch_size=10), COUNTS)["prediction"]
+    assert network.training
+    with torch.no_grad():
+        right = network.eval()(images).argmax(1) == targets
+    assert metrics.top1 == pytest.approx(100 * right.double().mean().item())
+    by_class = [100 * right[targets == label].double().mean().item() for label in range(3)]
+    assert metrics.per_class == pytest.approx(by_class)
+    assert (metrics.medium, metrics.few, metrics.many) == (
+        pytest.approx(by_class[0]), pytest.approx(np.mean(by_class[1:])), None
+    )  # fmt: skip
+    with pytest.raises(MbibError, match=r"evaluate\(model, data, class_counts\)"):
+        evaluate(network)
+    with pytest.raises(MbibError, match="lr: only for a trained model"):
+        evaluate(network, [], COUNTS, lr=1)
+
+
+def test_shot_groups():
+    groups = {name: labels.tolist() for name, labels in shot_groups([500, 101, 100, 20, 19, 1]).items()}
+    assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
+
+
+def mbib(**keys):
+    torch.manual_seed(0)
+    return timm.create_model("mbib_resnet20", num_classes=3, **keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("mbib", {"beta": 3.0}), ("all_mbib", {"sequential_weights": "observation"}), ("bsce", {}), ("ce", {}),
+     ("focal", {"gamma": 1.0})],
+)  # fmt: skip
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_a_loss_is_that_of_a_training_step(name, settings, soft):
+    model = mbib()
+    images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1, 0])
+    targets = torch.nn.functional.one_hot(labels, 3).float() * 0.9 + 0.1 / 3 if soft else labels
+    kind, given = resolve_method({"name": name, **settings})
+    method = kind(model, kind.Settings(**given), Facts(np.array(COUNTS), 1), torch.device("cpu"))
+    expected = method(Batch((images,), targets, torch.arange(6)))
+    parts = create_loss(name, COUNTS, model, **settings).parts(model(images), targets)
+    assert parts.keys() == expected.keys()
+    for part, value in parts.items():
+        torch.testing.assert_close(value, expected[part])
+    loss = create_loss(name, COUNTS, model, **settings)
+    assert list(loss.parameters()) == []
+    torch.testing.assert_close(loss(model(images), targets), expected["loss"])
+
+
+def test_a_loss_of_a_plain_network_needs_no_model():
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 0])
+    torch.testing.assert_close(create_loss("ce", COUNTS)(logits, labels), cross_entropy(logits, labels))
+    balanced = cross_entropy(logits + torch.tensor(COUNTS).log(), labels)
+    torch.testing.assert_close(create_loss("bsce", COUNTS)(logits, labels), balanced)
+
+
+def test_losses_that_cannot_be():
+    model, labels = mbib(), torch.tensor([0, 1])
+    for arguments, message in (
+        (("mbibb", COUNTS), "unknown method 'mbibb': did you mean 'mbib'"),
+        (("mbib", COUNTS), r"give the model: create_loss\('mbib', class_counts, model\)"),
+        (("paco", COUNTS, model), r"'paco' trains by more than a loss of logits: use train\(\); losses: bsce, ce"),
+        (("tau_norm", COUNTS, model), "trains by more than a loss"),
+        (("bsce", (3, 0, 1)), r"classes without: \[1\]"),
+        (("bsce", (0.5, 0.5)), "a whole number for each of two classes or more"),
+    ):
+        with pytest.raises(MbibError, match=message):
+            create_loss(*arguments)
+    with pytest.raises(MbibError, match="unknown setting of method 'mbib': 'betta': did you mean 'beta'"):
+        create_loss("mbib", COUNTS, model, betta=3)
+    outputs = model(torch.randn(2, 3, 32, 32))
+    with pytest.raises(MbibError, match=r"takes logits of logits \(1\), and got 4; give create_loss the model"):
+        create_loss("ce", COUNTS)(outputs, labels)
+    with pytest.raises(MbibError, match=r"takes logits of v1, v2, v3, z \(4\), and got 1; .*model\.train\(\)"):
+        create_loss("mbib", COUNTS, model)(model.eval()(torch.randn(2, 3, 32, 32)), labels)
+
+
+@pytest.mark.parametrize("when", ["created", "afterwards"])
+def test_a_plain_loop_of_cross_entropy_trains_an_mbib_model(when):
+    model = mbib(training_logits="mean") if when == "created" else mbib()
+    if when == "afterwards":
+        model.set_training_logits("mean")
+    images, labels = examples()
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert create_loss("ce", COUNTS, model)(model(images), labels) > 0, "of one head"
+
+
+# Loops that are not ours
+
+
+def examples():
+    """Images of three classes that a mean of colours tells apart."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(24) % 3
+    images = 0.3 * torch.randn(24, 3, 32, 32, generator=generator) + torch.eye(3)[labels][:, :, None, None]
+    return images, labels
+
+
+def weights_of_a_hand_written_loop(steps):
+    model, (images, labels) = mbib(), examples()
+    loss = create_loss("mbib", COUNTS, model)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        part = slice(8 * (step % 3), 8 * (step % 3) + 8)
+        loss(model(images[part]), labels[part]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self, model, class_counts):
+            super().__init__()
+            self.model, self.loss = model, create_loss("mbib", class_counts, model)
+
+        def training_step(self, batch, index):
+            images, labels = batch
+            return self.loss(self.model(images), labels)
+
+        def validation_step(self, batch, index):
+            images, labels = batch
+            self.log("accuracy", (self.model(images).argmax(1) == labels).float().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), lr=0.05)
+
+    task, loader = Classifier(mbib(), COUNTS), DataLoader(TensorDataset(*examples()), batch_size=8)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(max_epochs=4, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(task, loader, loader)
+    for name, value in weights_of_a_hand_written_loop(steps=12).items():
+        torch.testing.assert_close(task.model.state_dict()[name], value, msg=name)
+    metrics = evaluate(task.model, loader, COUNTS)["prediction"]
+    assert metrics.top1 == pytest.approx(100 * trainer.callback_metrics["accuracy"].item())
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Classifier(torch.nn.Module):
+        """What the Trainer takes: named inputs, a mapping with the loss and, in evaluation, the logits."""
+
+        def __init__(self, model, class_counts):
+            super().__init__()
+            self.model, self.loss = model, create_loss("mbib", class_counts, model)
+
+        def forward(self, pixel_values, labels):
+            outputs = self.model(pixel_values)
+            if self.training:
+                return {"loss": self.loss(outputs, labels)}
+            return {"loss": cross_entropy(outputs, labels), "logits": outputs}
+
+    task, (images, labels) = Classifier(mbib(), COUNTS), examples()
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.05)
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=8, per_device_eval_batch_size=24,
+        max_grad_norm=0.0, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        train_sampling_strategy="sequential", logging_strategy="no",
+    )  # fmt: skip
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = transformers.Trainer(
+        task, settings, train_dataset=rows, eval_dataset=rows, optimizers=(optimizer, constant)
+    )
+    trainer.train()
+    for name, value in weights_of_a_hand_written_loop(steps=12).items():
+        torch.testing.assert_close(task.model.state_dict()[name], value, msg=name)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=24)
+    predicted = trainer.predict(rows)
+    accuracy = 100 * (predicted.predictions.argmax(1) == predicted.label_ids).mean()
+    assert evaluate(task.model, loader, COUNTS)["prediction"].top1 == pytest.approx(accuracy)
+
+
+def test_the_loop_in_the_readme(tmp_path):
+    pytest.importorskip("pandas")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "create_loss(" in b]
+    assert len(block.splitlines()) <= 25
+    root = class_folders(tmp_path)
+    root.rename(tmp_path / "my_images")
+    done = subprocess.run(
+        [sys.executable, "-c", block.replace("num_classes=3", "num_classes=4")],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    header, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert header == ["class", "images", "accuracy", "group"]
+    assert [(row[1], row[2], row[4]) for row in rows] == [
+        ("ant", "12", "few"), ("bee", "5", "few"), ("cat", "3", "few"), ("dog", "1", "few")
+    ]  # fmt: skip
