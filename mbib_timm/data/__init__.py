@@ -29,7 +29,7 @@ from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import count_classes, shot_groups
 from mbib_timm.data.samplers import SAMPLERS, check_sampler, class_probabilities, parse_sampler, sampler
 from mbib_timm.data.sources import SOURCES, open_split
-from mbib_timm.data.splits import Splits, open_data
+from mbib_timm.data.splits import Splits, match_classes, missing_classes, open_data, open_evaluation
 
 __all__ = [
     "SAMPLERS",
@@ -49,7 +49,10 @@ __all__ = [
     "class_probabilities",
     "count_classes",
     "create_loaders",
+    "match_classes",
+    "missing_classes",
     "open_data",
+    "open_evaluation",
     "open_split",
     "parse_sampler",
     "sampler",

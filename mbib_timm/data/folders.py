@@ -207,7 +207,7 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
 
     Args:
         data_dir: the folder, or a ``.tar``, ``.tar.gz`` or ``.tgz``.
-        split: name of the split.
+        split: name of the split; ``all`` for every image where there are no splits.
         val_fraction: share of each class to hold out where there are no splits: at least one image of a class with
             two or more; a class with one image keeps it for training.
         seed: chooses the images held out.
@@ -227,6 +227,8 @@ def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int
     if any(find_split(root, name) for name in ("train", "validation")):
         raise DataError(f"{root} holds no split {split!r}: there is {', '.join(_entries(root))}")
     whole = _read(root)
+    if split == "all":
+        return whole
     held_out = hold_out(whole.targets, val_fraction, np.random.RandomState(seed))
     return whole.subset(np.flatnonzero(~held_out if split in SYNONYMS["train"] else held_out))
 

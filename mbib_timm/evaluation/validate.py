@@ -65,7 +65,7 @@ def validate(
         )
         results = Validation(target, opened.split, opened.class_counts.tolist(), heads, describe_environment(world))
         if world.is_main:
-            print(f"{target} on {opened.split}:")
+            print("\n".join([*opened.notes, f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             if results_file is not None:
                 results_file.write_bytes(to_json(results))

@@ -113,6 +113,8 @@ class Run:
         if self.world.is_main:
             self.trackers = create_trackers(recipe, self.folder.path, self.name)  # fails before anything is written
             self.folder.begin(recipe, describe_environment(self.world))
+            for note in self.splits.notes if recipe.stage == 0 else ():
+                print(note, flush=True)
             if done.epoch == 0:
                 self._save()
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
