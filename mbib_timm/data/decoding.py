@@ -35,7 +35,7 @@ from mbib_timm.recipe import Recipe
 
 DECODE_BATCH = 64
 # Of the cache: the version of its format, the bytes that a checksum covers, the files of an entry.
-FORMAT = 2
+FORMAT = 3
 BLOCK_BYTES = 64 << 20
 PIXELS, INDEX = "pixels.bin", "index.safetensors"
 # What resident images may take of the memory that is free; the rest is for the model and its activations.

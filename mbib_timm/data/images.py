@@ -1,4 +1,4 @@
-"""Images with labels, what becomes of a broken one, and the channels of both kinds: colour and grey."""
+"""Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,6 +19,72 @@ Transform = Callable[[Image.Image], Tensor]
 def from_worker(error: DataError) -> DataError:
     """Return the error that a worker process raised: it sends its whole traceback, of which the last line is ours."""
     return DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2])
+
+
+# What EXIF's orientations ask for; 1 is upright.
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """Return an opened image as a model sees it: the first frame, upright, 8 bits a channel, nothing transparent.
+
+    Grey values of more than 8 bits are scaled from their whole range, see `_to_8_bits`. Transparency is composited on
+    white.
+
+    Args:
+        image: any mode; it is decoded, and otherwise left as it is.
+        mode: ``RGB``, or ``L`` for one channel.
+
+    Raises:
+        Exception: whatever PIL's decoders raise: OSError, SyntaxError, struct.error, EOFError and more.
+    """
+    image.seek(0)
+    image.load()  # a TIFF turns itself upright here, and says so
+    if (turn := TRANSPOSED.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF is often malformed, in ways without number, around pixels that are not
+        return None
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Scale grey values to 8 bits.
+
+    Integers are taken for 16 bits, whatever an image's brightest pixel. Floating-point values have no such range: it
+    is 0..1, 0..255 or 0..65535, the first that holds them all. Values beyond 0..65535 are scaled from the image's own
+    darkest to its brightest. What is not finite is black.
+
+    Args:
+        grey: (H, W).
+
+    Returns:
+        The same image, uint8.
+    """
+    values = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
+    lowest, highest = values.min(), values.max()
+    ranges = (1, 255, 65535) if grey.dtype.kind == "f" else (65535,)
+    white = next((end for end in ranges if lowest >= 0 and highest <= end), None)
+    if white is None:
+        values, white = values - lowest, (highest - lowest) or 1
+    return np.rint(values * (255 / white)).astype(np.uint8)
 
 
 class Reader(Protocol):
@@ -83,7 +149,7 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
-                image = self.reader.read(int(self.indices[place])).convert(self.mode)
+                image = convert_image(self.reader.read(int(self.indices[place])), self.mode)
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
                 path = self.reader.path(int(self.indices[place]))
                 unreadable = DataError(f"cannot read image {path}: {first_line(error)}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mbib_timm.data.images import pil_mode
+from mbib_timm.data.images import convert_image, pil_mode
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.predict import Predictor
@@ -47,7 +47,8 @@ def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Imag
         image: any mode, any size.
     """
     first = predictors[0]
-    batch = first.transform()(image.convert(pil_mode(first.model.preprocessing["input_size"][0])))[None]
+    mode = pil_mode(first.model.preprocessing["input_size"][0])
+    batch = first.transform()(convert_image(image, mode))[None]
     found = []
     for predictor in predictors:
         values, indices = predictor.probabilities(batch)[0].topk(min(TOP, len(labels)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mbib_timm.data.folders import ArchiveReader, image_kinds, is_archive, open_archive
-from mbib_timm.data.images import Reader, pil_mode
+from mbib_timm.data.images import Reader, convert_image, pil_mode
 from mbib_timm.environment import join_world, leave_world
 from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
@@ -95,7 +95,7 @@ class Photos(Dataset):
         reader, index = self.images[place]
         path = reader.path(index)
         try:
-            return path, self.transform(reader.read(index).convert(self.mode)), ""
+            return path, self.transform(convert_image(reader.read(index), self.mode)), ""
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
             return path, None, first_line(error)
 
