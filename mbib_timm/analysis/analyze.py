@@ -145,11 +145,11 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
 def summary_text(analysis: Analysis) -> str:
     """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
     metrics = analysis.heads[PREDICTION]
-    top1 = {"all": metrics.top1, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
+    accuracy = {"all": metrics.macro, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
     groups = Table(
-        ["", *GROUPS],
+        ["means over classes", *GROUPS],
         [
-            ["top-1, %", *_cells(top1, "{:.2f}")],
+            ["accuracy, %", *_cells(accuracy, "{:.2f}")],
             *(
                 [f"rho of {name}", *_cells({group: values.rho for group, values in by_group.items()}, "{:.3f}")]
                 for name, by_group in analysis.distances.items()

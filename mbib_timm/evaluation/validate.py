@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.environment import Environment, describe_environment, join_world, leave_world
-from mbib_timm.evaluation.evaluate import evaluate
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.answer_files import write_answers
+from mbib_timm.evaluation.evaluate import AnswerLog, evaluate
 from mbib_timm.evaluation.target import find_target, open_target
-from mbib_timm.files import to_json
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.tables import accuracy_table
 
@@ -47,7 +49,8 @@ def validate(
         recipe: name of the recipe that says which data; a run's folder and a published model have their own.
         overrides: recipe keys to replace.
         split: split to evaluate; by default the one that the run's result is on.
-        results_file: where to write the metrics as JSON.
+        results_file: where to write the metrics as JSON. Beside it, ``NAME.json``, come ``NAME_predictions.csv``,
+            ``NAME_confusion.csv`` and ``NAME_classes.csv``; see `write_answers`. Its folder is made.
 
     Returns:
         What the file holds.
@@ -55,20 +58,45 @@ def validate(
     Raises:
         MbibError: nothing there to evaluate, or data that do not fit the model.
     """
+    if results_file is not None:
+        _check(results_file)
     found = find_target(target, recipe, overrides)
     world = join_world(found.recipe.device)
     try:
         opened = open_target(found, world, split)
         channels_last = found.recipe.channels_last
+        log = AnswerLog()
         heads = evaluate(
-            opened.model, opened.loader, opened.class_counts, device=world.device, channels_last=channels_last
+            opened.model,
+            opened.loader,
+            opened.class_counts,
+            device=world.device,
+            channels_last=channels_last,
+            answers=log,
         )
+        answers = log.read()
         results = Validation(target, opened.split, opened.class_counts.tolist(), heads, describe_environment(world))
         if world.is_main:
             print("\n".join([*opened.notes, f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             if results_file is not None:
-                results_file.write_bytes(to_json(results))
+                results_file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(results_file, to_json(results))
+                files = write_answers(
+                    results_file.parent,
+                    answers,
+                    opened.images,
+                    opened.class_counts,
+                    opened.class_names,
+                    found.recipe.data_dir,
+                    prefix=f"{results_file.stem}_",
+                )
+                print("\n".join(map(str, [results_file, *files])))
         return results
     finally:
         leave_world()
+
+
+def _check(results_file: Path) -> None:
+    if results_file.suffix != ".json" or results_file.is_dir():
+        raise MbibError(f"--results {results_file}: expected the name of a JSON file, such as results/metrics.json")

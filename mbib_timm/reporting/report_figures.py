@@ -35,10 +35,10 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
             legend |= {PAPER: mark} if mark is not None else {}
     if PAPER in legend:  # last
         legend[PAPER] = legend.pop(PAPER)
-    axes.set_xticks(range(len(COLUMNS)), ["all", *list(COLUMNS)[1:]])
+    axes.set_xticks(range(len(COLUMNS)), [*COLUMNS])
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="classes", ylabel="top-1 accuracy, %")
+    axes.set(ylabel="top-1 accuracy, %")
     axes.margins(y=0.12)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1)
     return figure
@@ -48,7 +48,7 @@ def comparison_curves(groups: Sequence[RunGroup]) -> Any:
     """Draw the accuracy after each evaluated epoch, of the first run of each group."""
     curves = {}
     for group in groups:
-        rows = [(row.epoch + 1, row.val["top1"] or 0.0) for row in group.first.history if row.val is not None]
+        rows = [(row.epoch, row.val["top1"] or 0.0) for row in group.first.history if row.val is not None]
         if rows:
             curves[group.title] = rows
     looks = {
@@ -66,7 +66,7 @@ def sweep_curves(results: SweepResults) -> Any:
         points = collected.setdefault(title, {})
         for epoch, value in zip(run.curve.epoch, run.curve.val_top1, strict=True):
             if value is not None:
-                points.setdefault(epoch + 1, []).append(value)
+                points.setdefault(epoch, []).append(value)
     curves = {
         title: [(epoch, statistics.mean(values)) for epoch, values in sorted(points.items())]
         for title, points in collected.items()

@@ -19,11 +19,11 @@ from mbib_timm.environment import Environment
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report_figures import CURVES, comparison_bars, comparison_curves, sweep_curves
-from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import RunGroup
-from mbib_timm.results.tables import Table, difference, mean_and_deviation, percent, table_by_head
+from mbib_timm.results.tables import Table, difference, mean_and_deviation, percent, shown_columns, table_by_head
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
 
@@ -147,13 +147,13 @@ def run_section(group: RunGroup) -> Section:
 
     section.heading("Result")
     result, best = run.record.result, run.record.best
-    when = method_title(run.record.method) if result.epoch is None else f"the last epoch, {result.epochs_done}"
+    when = method_title(run.record.method) if result.epoch is None else f"the last epoch, {result.epoch}"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
-    section.paragraphs(
-        [f"Top-1 accuracy in percent on {images:,} images of the split `{result.split}` after {when}{spread}."]
-    )
-    section.table(table_by_head(run.heads, lambda head, column: mean_and_deviation(group.values(column, head))))
+    section.paragraphs([f"In percent on {images:,} images of the split `{result.split}` after {when}{spread}."])
+    label = f"95 % interval, seed {run.record.seed}" if len(group.runs) > 1 else ""
+    section.table(table_by_head(run.heads, lambda head, column: mean_and_deviation(group.values(column, head)), label))
+    section.paragraphs([INTERVALS])
     for member in group.runs:
         if chosen := chosen_text(member.record):
             section.paragraphs([f"{chosen} (seed {member.record.seed})."])
@@ -162,7 +162,7 @@ def run_section(group: RunGroup) -> Section:
     if best is not None:
         section.paragraphs(
             [
-                f"The best of the evaluated epochs was {best.epochs_done} with {best.prediction.top1:.1f} %; it was "
+                f"The best of the evaluated epochs was {best.epoch} with {best.prediction.top1:.1f} %; it was "
                 f"chosen on the split `{best.split}`, and is not the result."
             ]
         )
@@ -231,17 +231,18 @@ def _beside_the_paper(group: RunGroup) -> Table:
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
     """Return runs of several recipes side by side."""
     section = Section("Side by side")
+    columns = shown_columns(run.record.result.prediction for group in groups for run in group.runs)
     rows = []
     for group in groups:
         result = group.paper[0] if group.is_papers else None
         number = None if result is None else result.accuracies.get("overall")
         paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
         epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
-        accuracies = [mean_and_deviation(group.values(column)) for column in COLUMNS]
+        accuracies = [mean_and_deviation(group.values(column)) for column in columns]
         rows.append(
             [group.title, epochs, str(len(group.runs)), *accuracies, paper, difference(group.mean("overall"), number)]
         )
-    section.table(Table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows))
+    section.table(Table(["run", "epochs", "n", *columns, "paper", "difference"], rows))
     section.figure(
         Illustration(
             "accuracy",

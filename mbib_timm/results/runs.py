@@ -137,8 +137,8 @@ class RunGroup:
         return bool(self.paper) and not self.is_short and not self.settings
 
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
-        """Return a head's accuracy in percent of each run: ``overall``, ``many``, ``medium`` or ``few``."""
-        return [run.heads[head].accuracies()[column] for run in self.runs]
+        """Return a head's number in percent of each run: a column of `MODEL_COLUMNS`."""
+        return [run.heads[head].numbers()[column] for run in self.runs]
 
     def mean(self, column: str) -> float | None:
         """Return the prediction's mean accuracy in percent; None for a group without classes."""
