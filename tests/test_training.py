@@ -64,19 +64,20 @@ def test_a_run_leaves_its_results(finished):
     assert files == {
         "recipe.yaml", "environment.json", "summary.csv", "metrics.json", "model.safetensors", "config.json",
         "best.safetensors", "last.ckpt", "previous.ckpt", "figures/training_curves.png",
-        "figures/class_accuracy.png", "figures/shot_groups.png", ".lock",
+        "figures/class_accuracy.png", "figures/shot_groups.png", ".lock", "predictions.csv", "confusion.csv",
+        "classes.csv", "errors.json",
     }  # fmt: skip
     written = json.loads((folder / "metrics.json").read_text())
-    assert written == asdict(record)
+    assert written == json.loads(json.dumps(asdict(record)))
     assert read_record(folder) == record
     assert written["class_counts"] == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
     assert set(written["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
-    assert written["result"]["epoch"] == 2
+    assert written["result"]["epoch"] == 3
     assert written["best"]["split"] == "test"
     assert written["environment"]["torch"] == torch.__version__
     with (folder / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
     best = max(float(row["val_top1"]) for row in rows)
     assert written["best"]["heads"]["prediction"]["top1"] == pytest.approx(best)
 
@@ -281,7 +282,7 @@ def test_a_run_that_another_process_has_trained_meanwhile_is_not_trained_again(t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 0, step \d+"):
+    with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 1, step \d+"):
         train(digits(tmp_path, lr=1e12, warmup_epochs=0), "diverged")
     assert (tmp_path / "diverged" / "last.ckpt").exists()
     assert not (tmp_path / "diverged" / "metrics.json").exists()

@@ -230,4 +230,7 @@ def read_errors(folder: Path) -> list[ConfidentError]:
         MbibError: the file holds something else.
     """
     file = folder / ERRORS
-    return read_json(ConfidentErrors, file, "a model's errors").errors if file.is_file() else []
+    errors = read_json(ConfidentErrors, file, "a model's errors").errors if file.is_file() else []
+    if not all(error.thumbnail.startswith("data:image/") for error in errors):
+        raise MbibError(f"{file} does not hold a model's errors: a thumbnail is no image")
+    return errors

@@ -313,5 +313,7 @@ def _mean(accuracy: np.ndarray) -> float:
 
 
 def shortened(name: str, longest: int = 20) -> str:
-    """Return a name that is cut where it is too long to stand in a figure."""
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    """Return a name that is cut where it is too long to stand in a figure; of dollars nothing is read as a formula."""
+    short = " ".join(name.split())
+    short = short if len(short) <= longest else f"{short[: longest - 1]}…"
+    return short.replace("$", r"\$")
