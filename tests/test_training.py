@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from mbib_timm.cli import main
 from mbib_timm.data import Batch
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
+from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.results.record import read_record
@@ -68,7 +68,7 @@ def test_a_run_leaves_its_results(finished):
         "classes.csv", "errors.json",
     }  # fmt: skip
     written = json.loads((folder / "metrics.json").read_text())
-    assert written == json.loads(json.dumps(asdict(record)))
+    assert written == json.loads(to_json(record))
     assert read_record(folder) == record
     assert written["class_counts"] == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
     assert set(written["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
@@ -351,7 +351,7 @@ def test_validate_reproduces_the_result_to_the_last_digit(finished, tmp_path, ca
     folder, record = finished
     assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "results.json")]) == 0
     heads = json.loads((tmp_path / "results.json").read_text())["heads"]
-    assert heads == asdict(record.result)["heads"]
+    assert heads == json.loads(to_json(record.result))["heads"]
     assert "prediction" in capsys.readouterr().out
 
 
@@ -379,7 +379,7 @@ def test_weights_and_biases_on_request(tmp_path, monkeypatch):
     assert started["name"] == "run"
     assert started["config"]["model"] == "mbib_resnet20"
     assert started["finished"]
-    assert [step for step, _ in rows] == [0, 1]
+    assert [step for step, _ in rows] == [1, 2]
     assert all("val_top1" in row and "train_loss" in row for _, row in rows)
 
 
@@ -400,7 +400,7 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
         (exported / name).write_bytes((folder / name).read_bytes())
     arguments = ["--recipe", "mbib_resnet20.digits", "--device", "cpu"]
     assert main(["validate", f"local-dir:{exported}", *arguments, "--results", str(tmp_path / "results.json")]) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["heads"] == asdict(record.result)["heads"]
+    assert json.loads((tmp_path / "results.json").read_text())["heads"] == json.loads(to_json(record.result))["heads"]
     assert main(["validate", str(tmp_path), *arguments]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert main(["validate", "mbib_resnet20", *arguments]) == 2

@@ -97,7 +97,7 @@ class Section:
         self.blocks.append(Block("table", table))
 
     def gallery(self, errors: Sequence[ConfidentError]) -> None:
-        """Add small images of errors, with what they are and what they were taken for; of paths what is no machine's."""
+        """Add small images of errors, with what they are and what they were taken for; of paths the last part alone."""
         self.blocks.append(Block("gallery", [replace(error, image=redact_text(error.image)) for error in errors]))
 
     def figure(self, illustration: Illustration) -> None:

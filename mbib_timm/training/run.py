@@ -258,7 +258,9 @@ class Run:
         heads, log = self.result
         answers = log.read()
         result = Evaluation(split, heads, recipe.epochs or None, WEIGHTS)
-        raw = Evaluation(split, self._evaluate(loader, raw=True), result.epoch) if recipe.model_ema else None
+        raw = None
+        if recipe.model_ema:
+            raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog()), result.epoch)
         chosen = self.method.report()
         record = RunRecord(
             name=self.name,
