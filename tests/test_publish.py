@@ -389,9 +389,14 @@ def test_the_card_says_what_the_metrics_say(finished_run):
     prediction = metrics["result"]["heads"]["prediction"]
     assert values["Top-1 accuracy, %"] == round(prediction["top1"], 2)
     assert values["Top-1 accuracy on few-shot classes, %"] == round(prediction["few"], 2)
+    assert values["Macro F1, %"] == round(prediction["macro_f1"], 2)
+    interval = " | ".join("{:.1f}-{:.1f}".format(*prediction["intervals"][metric]) for metric in ("top1", "macro"))
+    assert f"| 95 % interval | {interval} |" in body
+    assert "| evaluated images | 340 | 340 | 340 | 68 | 136 | 136 |" in body
     assert content["library_name"] == "timm"
     for head, numbers in metrics["result"]["heads"].items():
-        row = " | ".join(f"{numbers[metric]:.2f}" for metric in ("top1", "many", "medium", "few"))
+        columns = ("top1", "macro", "macro_f1", "many", "medium", "few")
+        row = " | ".join(f"{numbers[metric]:.2f}" for metric in columns)
         assert row in body, head
     assert "import mbib_timm" in body
     assert f"hf-hub:{REPOSITORY}" in body

@@ -44,7 +44,7 @@ class Table:
     def markdown(self) -> str:
         """Return the table as Markdown, without a line break at its end."""
         cells = [self.header, ["---"] * len(self.header), *self.rows]
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        escaped = [[cell.strip().replace("|", "\\|") for cell in row] for row in cells]
         return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
     def kind(self, row: int) -> str:
