@@ -7,6 +7,7 @@ method that looks at images before or after training. A file imports from those 
     long_tail               class counts, shot groups, long-tailed subsets, images held out
     folders, sources        image folders and archives; every source by name
     splits, samplers        the data of a run, opened and checked; what an epoch sees, in which order
+    class_weights           what a class weighs in a loss, by count or by a file of names
     pixels, policies        operations on the pixels of batches; policies that draw operations
     transforms              preprocessing and augmentation of single images
     decoding                resident images: decoded, cached on the disk, measured against the memory

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jinja2
 import numpy as np
@@ -247,11 +248,13 @@ def _stage(stage: Recipe) -> str:
 
 
 def _strength(stage: Recipe) -> str:
-    """Return what makes a stage's training stronger than a plain one: its policy, holes, mixing and average."""
+    """Return what makes a stage's training stronger than a plain one: its policy, holes, mixing, average, weights."""
     strong = {
         key: getattr(stage, key)
         for key in ("aa", "cutout", "mixup", "cutmix", "cutmix_sampler", "smoothing", "model_ema_decay")
         if key != "model_ema_decay" or stage.model_ema
     }
+    if stage.class_weights != "none":
+        strong["class_weights"] = Path(stage.class_weights).name
     named = [f"{key} {value}" for key, value in strong.items() if value]
     return f", {', '.join(named)}" if named else ""

@@ -192,6 +192,7 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
         values = {key: getattr(stage, key) for key, item in KEYS.items() if not item.metadata["location"]}
+        values["class_weights"] = Path(values["class_weights"]).name  # of a file
         method = redact_method(values.pop("method"))
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
         prefix = f"stage{number}." if recipe.stage else ""

@@ -291,7 +291,7 @@ class Run:
                 recipe=recipe,
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
-                logit_prior=self.method.logit_prior,
+                logit_prior=self.method.result_prior,
                 tag=self.name.partition(".")[2],
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)
