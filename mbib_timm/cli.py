@@ -179,7 +179,13 @@ def validate(flags: Parser) -> Action:
     flags.add_argument("target", help=MODEL)
     add_data_flags(flags, split="split to evaluate; that of the run's result when not given")
     flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
-    flags.add_argument("--results", type=Path, help="write the metrics to this JSON file")
+    flags.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write the metrics to this JSON file, and beside it the predictions, the confusion matrix and the classes "
+        "as CSV",
+    )
     add_recipe_flags(flags, EVALUATION_KEYS)
 
     def run(given: Namespace) -> None:
