@@ -135,7 +135,7 @@ def test_other_data_in_another_order_are_matched_by_name_and_evaluated_whole(run
     file = tmp_path / "metrics.json"
     status, out, _ = validated(run, capsys, "--data-dir", str(other), "--results", str(file))
     assert status == 0
-    assert "all 15 images there are evaluated" in out
+    assert "evaluating all 15 images there" in out
     assert "no images of 1 of the 4 classes, which are not measured: ant" in out
     results = json.loads(file.read_text())
     prediction = results["heads"]["prediction"]

@@ -163,7 +163,16 @@ def summary_text(analysis: Analysis) -> str:
         if shares is not None and even is not None:
             evenly = [value for name, value in even.items() if name != "correct"]
             confusion.append([group, *(f"{value:.1f}" for value in [*shares.values(), *evenly])])
-    header = ["of the true group, %", "correct", "wrong to many", "medium", "few", "(evenly: many", "medium", "few)"]
+    header = [
+        "of the true group's classes, %",
+        "correct",
+        "wrong to many",
+        "medium",
+        "few",
+        "(evenly: many",
+        "medium",
+        "few)",
+    ]
     lines = [
         f"{analysis.name} on {analysis.split}: {analysis.images} images",
         *groups.lines(),

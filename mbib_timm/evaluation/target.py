@@ -156,8 +156,8 @@ def _open_images(
             pass
         else:
             note = (
-                f"all {len(opened):,} images there are evaluated, any that the model was trained on among them; "
-                f"--split {recipe.val_split} takes the share that training would have held out"
+                f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
+                f"{recipe.val_split} takes only the share that training would hold out"
             )
             return "all", match_classes("all", opened, names, num_classes), (note,)
     split = split or target.split()
