@@ -271,7 +271,7 @@ def test_nothing_of_the_machine_is_published(finished_run):
 
 def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(finished_run, capsys):
     assert main(["publish", str(finished_run), "--dry-run"]) == 2
-    assert "say where to, --repo-id YOU/mbib_resnet20.digits" in capsys.readouterr().err
+    assert "name a repository with --repo-id YOU/mbib_resnet20.digits" in capsys.readouterr().err
     card = render_card(read_run(finished_run), REPOSITORY)
     assert "license" not in card
     assert "Apache" not in card
