@@ -9,13 +9,22 @@ import argparse
 import dataclasses
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mbib_timm
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.flags import Parser, add_recipe_flags, positive, recipe_overrides, take_dotted
+from mbib_timm.flags import (
+    Parser,
+    add_recipe_flags,
+    not_negative,
+    positive,
+    recipe_overrides,
+    share,
+    take_dotted,
+)
 from mbib_timm.licences import check_licence
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
@@ -35,9 +44,16 @@ Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
 LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
+PRIOR = (
+    "class frequencies that the probabilities are for: train, uniform, a file of shares or counts, or estimate for "
+    "those under which the images are most likely; those that the model was trained for when not given"
+)
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
+# And that decide which images there are, and who decodes them.
+DATA_FLAGS = [name for name, item in KEYS.items() if item.metadata["group"] == "data"]
+DATA_FLAGS = [*(name for name in DATA_FLAGS if name not in ("loader", "image_cache")), "workers"]
 TRAINING_EPILOG = (
     "A method's settings are flags as well: --method.beta 3; mbib train RECIPE --help shows them. In a recipe with "
     "several stages, a flag applies to the stages that do not set the key themselves; --stage2.lr 0.1 sets the second "
@@ -77,6 +93,29 @@ def command(usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], A
         return add_flags
 
     return decorate
+
+
+@command("DIR | TABLE | RECIPE [flags]")
+def data(flags: Parser) -> Action:
+    """Look at images before training: classes, sizes, unreadable files, duplicates, what is held out."""
+    flags.add_argument("target", help="folder or .tar of images, CSV or Parquet file of them, or a recipe")
+    flags.add_argument("--csv", type=Path, metavar="FILE", help="write a line per image")
+    flags.add_argument("--figure", type=Path, metavar="FILE", help="draw the images of each class (.png, .pdf, .svg)")
+    flags.add_argument(
+        "--write-split",
+        type=Path,
+        metavar="FILE",
+        help="write which image is in which split as a CSV, which dataset: table reads back",
+    )
+    add_recipe_flags(flags, DATA_FLAGS)
+
+    def run(given: Namespace) -> None:
+        overrides = recipe_overrides(given)
+        from mbib_timm.reporting.data_report import data_report
+
+        data_report(given.target, overrides, given.csv, given.figure, given.write_split)
+
+    return run
 
 
 @command("[RECIPE] [flags]", TRAINING_EPILOG)
@@ -139,6 +178,7 @@ def validate(flags: Parser) -> Action:
     """Evaluate a trained model."""
     flags.add_argument("target", help=MODEL)
     add_data_flags(flags, split="split to evaluate; that of the run's result when not given")
+    flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument("--results", type=Path, help="write the metrics to this JSON file")
     add_recipe_flags(flags, EVALUATION_KEYS)
 
@@ -146,7 +186,14 @@ def validate(flags: Parser) -> Action:
         overrides = recipe_overrides(given)
         from mbib_timm.evaluation.validate import validate
 
-        validate(given.target, recipe=given.recipe, overrides=overrides, split=given.split, results_file=given.results)
+        validate(
+            given.target,
+            recipe=given.recipe,
+            overrides=overrides,
+            split=given.split,
+            prior=given.prior,
+            results_file=given.results,
+        )
 
     return run
 
@@ -250,30 +297,82 @@ def report(flags: Parser) -> Action:
 def predict(flags: Parser) -> Action:
     """Classify images with a trained model."""
     flags.add_argument("model", help=MODEL)
-    flags.add_argument("images", nargs="+", help="image files, folders and tars")
+    flags.add_argument(
+        "images",
+        nargs="+",
+        help="image files, folders, archives, and tables (.csv, .parquet) of images; - for names on standard input",
+    )
     flags.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to show per image (5)")
-    flags.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="output format (table)")
+    flags.add_argument(
+        "--format",
+        choices=("table", "csv", "jsonl", "parquet"),
+        help="output format: by default that of the output's suffix, else table",
+    )
     flags.add_argument("--output", type=Path, metavar="FILE", help="write to this file")
+    flags.add_argument(
+        "--resume", action="store_true", help="continue the CSV or JSON lines file of an interrupted run"
+    )
+    flags.add_argument("--probabilities", action="store_true", help="write the probabilities of all classes")
+    flags.add_argument(
+        "--threshold",
+        type=share,
+        default=0.0,
+        metavar="P",
+        help="the answer is 'unsure' where no class has this probability (0)",
+    )
+    flags.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="write the features before the classifiers to this .npy or .parquet file",
+    )
+    flags.add_argument(
+        "--cam", type=Path, metavar="DIR", help="write pictures of where each image shows its class (Grad-CAM)"
+    )
+    flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table's paths (path)")
+    flags.add_argument(
+        "--label-column", metavar="NAME", help="column of the names of its classes (label, where there is one)"
+    )
+    flags.add_argument(
+        "--labels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take folders and tables' labels for the images' classes, and give the accuracy at the end (yes)",
+    )
     flags.add_argument(
         "--head",
         default="prediction",
         metavar="NAME",
         help="prediction, or one of the model's heads or experts (prediction)",
     )
-    flags.add_argument(
-        "--prior",
-        metavar="PRIOR",
-        help="class frequencies that the probabilities are for: train, uniform, or a file of counts; those that the "
-        "model was trained for when not given",
-    )
+    flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (64)")
-    flags.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode images (2)")
+    flags.add_argument(
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that decode images; by default as many as CPUs, 8 at most",
+    )
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> int:
+        from mbib_timm.files import printable
+        from mbib_timm.inference.prediction_files import OutputChoice
+
+        # Before the imports that take seconds.
+        OutputChoice(
+            given.format,
+            given.output,
+            given.probabilities,
+            given.embeddings,
+            given.cam,
+            given.resume,
+            given.prior == "estimate",
+        ).check()
+        from mbib_timm.inference.inputs import Columns
         from mbib_timm.inference.predict import predict
 
-        broken = predict(
+        found = predict(
             given.model,
             given.images,
             top_k=given.top_k,
@@ -281,15 +380,22 @@ def predict(flags: Parser) -> Action:
             output=given.output,
             head=given.head,
             prior=given.prior,
+            threshold=given.threshold,
+            probabilities=given.probabilities,
+            embeddings=given.embeddings,
+            cam=given.cam,
+            columns=Columns(given.path_column, given.label_column),
+            labels=given.labels,
+            resume=given.resume,
             batch_size=given.batch_size,
             workers=given.workers,
             device=given.device,
         )
-        if broken:
-            print(f"could not read {len(broken)} of the images:", file=sys.stderr)
-            for image in broken:
-                print(f"  {image.image}: {image.reason}", file=sys.stderr)
-        return 1 if broken else 0
+        if found.broken:
+            print(f"could not read {len(found.broken)} of the {found.images} images:", file=sys.stderr)
+            for image in found.broken:
+                print(printable(f"  {image.image}: {image.reason}"), file=sys.stderr)
+        return 1 if found.broken else 0
 
     return run
 
@@ -478,9 +584,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mbib: error:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        resumed = {"train": "" if "--resume" in argv else " --resume auto", "sweep": ""}
-        again = " ".join(["mbib", *argv]) + resumed.get(argv[0], "")
-        advice = f" Continue from the last checkpoint with: {again}" if argv[0] in resumed else ""
+        place = {"train": "from the last checkpoint ", "sweep": "from the last checkpoint "}
+        if argv[0] == "predict" and any(word.endswith((".csv", ".jsonl")) for word in argv):
+            place["predict"] = ""
+        resume = {"train": ["--resume", "auto"], "predict": ["--resume"]}.get(argv[0], [])
+        again = shlex.join(["mbib", *argv, *([] if "--resume" in argv else resume)])
+        advice = f" Continue {place[argv[0]]}with: {again}" if argv[0] in place else ""
         print(f"\nmbib: interrupted.{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has had enough, as head has

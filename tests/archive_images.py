@@ -7,7 +7,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from mbib_timm.data.folders import open_folder
+from mbib_timm.data import open_split
+from mbib_timm.recipe import Recipe
 
 
 def png(seed, size=9):
@@ -72,4 +73,4 @@ def assert_same(split, expected):
 
 
 def opened(place, split="train"):
-    return open_folder(str(place), split, 0.25, 0)
+    return open_split(Recipe(dataset="folder", data_dir=str(place), val_fraction=0.25), split)

@@ -277,6 +277,7 @@ def test_methods_lists_what_a_recipe_may_name(capsys):
 
 MODEL, RUN = "mbib_resnet32.cifar100_lt_if100", "runs/x"
 OTHER_COMMANDS = {
+    "data": ["photos"],
     "validate": [MODEL],
     "aggregate": [MODEL],
     "analyze": [MODEL],

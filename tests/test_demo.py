@@ -12,11 +12,12 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import demo as demo_module
-from mbib_timm.inference.demo import build_page, class_labels, classify, shown_heads
+from mbib_timm.inference.demo import build_page, class_labels, classify, open_upload, shown_heads
+from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import Predictor
 from mbib_timm.models.weights import LoadedModel, load_model
 
@@ -31,7 +32,7 @@ def test_every_head_is_shown_with_the_training_images_of_its_classes(finished_ru
     labels = class_labels(model)
     assert labels[3] == f"3 (n = {model.class_counts[3]})"
     assert shown_heads(model) == {"prediction": "Prediction (mean of v3 and z)", "v3": "Head v3", "z": "Head z"}
-    shown = classify([Predictor(model, head) for head in shown_heads(model)], labels, picture)
+    shown = classify([Predictor(model, head) for head in shown_heads(model)], labels, picture).heads
     images = Predictor(model).transform()(picture)[None]
     with torch.inference_mode():
         *_, v, z = model.module.forward_heads(images)
@@ -52,8 +53,57 @@ def test_classes_of_one_name_are_told_apart(finished_run):
 def test_any_mode_of_image_is_taken(finished_run, picture):
     model = load_model(str(finished_run))
     for mode in ("L", "RGBA", "P", "CMYK", "1"):
-        (shown,) = classify([Predictor(model)], class_labels(model), picture.convert(mode))
+        (shown,) = classify([Predictor(model)], class_labels(model), picture.convert(mode)).heads
         assert len(shown) == 5
+
+
+def test_an_image_is_turned_as_predict_turns_it(finished_run, picture, tmp_path):
+    model = load_model(str(finished_run))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    predictor, labels = Predictor(model), class_labels(model)
+    (found,) = find_images([str(tmp_path / "turned.png")])
+    (expected,) = predictor.predict(found.images)
+    (shown,) = classify([predictor], labels, open_upload(tmp_path / "turned.png")).heads
+    assert list(shown.items()) == [(labels[label], pytest.approx(p, rel=1e-5)) for label, p in expected.classes]
+    (upright,) = classify([predictor], labels, picture).heads
+    assert upright != shown
+
+
+def test_why_an_image_cannot_be_read(tmp_path, picture, monkeypatch):
+    file = tmp_path / "image.png"
+    picture.save(file)
+    content = file.read_bytes()
+    for broken, message in ((b"text", "no image of a kind that is read"), (content[:200], "image file is truncated")):
+        file.write_bytes(broken)
+        with pytest.raises(DataError, match=f"This file cannot be read: {message}"):
+            open_upload(file)
+    file.write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"Image size \(1200 pixels\) exceeds limit"):
+        open_upload(file)
+
+
+def test_the_page_says_it_and_shows_where_a_class_is_seen(finished_run, picture, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed")
+    pytest.importorskip("pytorch_grad_cam", reason="the extra of Grad-CAM is not installed")
+    page = build_page(str(finished_run), "cpu")
+    (call,) = page.fns.values()
+    upload = call.inputs[0]
+    file = tmp_path / "image.png"
+    picture.save(file)
+    payload = gradio.data_classes.ImageData(path=str(file), orig_name=file.name)
+    reason, *heads, overlay = call.fn(upload.preprocess(payload))
+    assert not reason.visible
+    assert [len(head) for head in heads] == [5, 5, 5]
+    assert overlay.size == (224, 224)
+    file.write_bytes(b"no image")
+    reason, *heads, overlay = call.fn(upload.preprocess(payload))
+    assert reason.value.startswith("This file cannot be read: no image")
+    assert heads == [{}, {}, {}]
+    assert overlay is None
+    assert call.fn(upload.preprocess(None))[1:] == [{}, {}, {}, None]
 
 
 def test_without_gradio_it_says_what_to_install(finished_run, monkeypatch):

@@ -48,6 +48,20 @@ def test_every_head_and_the_prediction(model):
         to_json(metrics)  # refuses what is not finite
 
 
+def test_a_shift_moves_the_logits_of_every_head(model):
+    loader, x, y = batches()
+    shift = torch.tensor([0.5, -1.0, 2.0, -1e4, 0.0, 1.0, 0.3])
+    results = evaluate(model, loader, COUNTS, device=CPU, shift=shift)
+    with torch.no_grad():
+        heads = head_logits(model.eval(), x)
+    for name, logits in heads.items():
+        expected = summarize(batch_statistics(logits + shift, y), COUNTS)
+        assert results[name].per_class == expected.per_class
+        assert results[name].nll == pytest.approx(expected.nll, rel=1e-5)
+        assert results[name].per_class[3] == 0  # an excluded class
+        to_json(results[name])
+
+
 @pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
 @torch.no_grad()
 def test_the_prediction_is_what_the_model_returns(name):

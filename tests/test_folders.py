@@ -3,8 +3,10 @@
 import gzip
 import io
 import multiprocessing
+import os
 import pickle
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -116,29 +118,148 @@ def test_another_number_of_classes_than_the_recipes_is_refused(folder, num_class
         open_data(Recipe(dataset="folder", data_dir=str(folder), num_classes=num_classes))
 
 
-def test_a_class_folder_without_images_is_named(tmp_path):
-    for label in ("ant", "cat"):
-        save_image(tmp_path / "train" / label / "1.png")
-    (tmp_path / "train" / "bee").mkdir()
-    (tmp_path / "train" / "bee" / "notes.txt").write_text("no image")
-    save_image(tmp_path / "val" / "ant" / "1.png")
-    with pytest.raises(DataError, match=r"no images of class bee in .*train"):
-        open_data(folder_recipe(tmp_path))
+def opened_both(tmp_path, entries, **tar):
+    """What a folder and a tar of the same images give; entries are names, or pairs of a name and bytes."""
+    files = dict(entry if isinstance(entry, tuple) else (entry, png(len(entry))) for entry in entries)
+    folder, archive = unpacked(tmp_path / "folder", files), write(tmp_path / "x.tar", tar_bytes(files, **tar))
+    return [open_split(folder_recipe(place), "all") for place in (folder, archive)]
 
 
-def test_hidden_folders_are_no_classes(tmp_path):
-    for label in ("ant", "cat"):
-        for i in range(2):
-            save_image(tmp_path / label / f"{i}.png")
-    (tmp_path / ".cache").mkdir()
-    assert open_data(folder_recipe(tmp_path)).class_names == ("ant", "cat")
+CAMERA_TRAP = [
+    *(f"fox/site {site}/{i}.jpg.png" for site in "AB" for i in range(3)),
+    *(f"hare/site A/2024-05-01/{i}.png" for i in range(2)),
+    "hare/0.png",
+    "Bär/ site  B/1.png",
+]
 
 
-def test_images_outside_of_class_folders_are_refused(tmp_path):
-    for name in ("ant/1.png", "cat/1.png", "stray.png"):
-        save_image(tmp_path / name)
-    with pytest.raises(DataError, match="holds images outside of class folders"):
-        open_data(folder_recipe(tmp_path))
+def test_a_class_is_the_first_folder_level(tmp_path):
+    for split in opened_both(tmp_path, CAMERA_TRAP):
+        assert split.class_names == ("Bär", "fox", "hare")
+        assert np.bincount(split.targets).tolist() == [1, 6, 3]
+        assert not split.left_out
+    one, other = opened_both(tmp_path, CAMERA_TRAP)
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "fox/.ipynb_checkpoints/0-checkpoint.png",
+        "__MACOSX/fox/0.png",
+        "fox/._0.png",
+        "fox/Thumbs.db",
+        "fox/@eaDir/0.png",
+        "@eaDir/0.png",
+        "$RECYCLE.BIN/0.png",
+        "fox/.DS_Store",
+        "notes.txt",
+        "fox/notes.txt",
+    ],
+)
+def test_hidden_and_system_files_never_count(tmp_path, name):
+    expected = opened_both(tmp_path / "without", CAMERA_TRAP)[0]
+    for split in opened_both(tmp_path / "with", [*CAMERA_TRAP, name]):
+        assert_same(split, expected)
+        assert not split.left_out
+
+
+def test_what_cannot_count_is_named(tmp_path):
+    odd = ["stray.png", "fox/1.HEIC", "fox/site A/2.nef", "owl/3.heic", "rest/notes.txt"]
+    for split in opened_both(tmp_path, [*CAMERA_TRAP, *odd]):
+        assert split.class_names == ("Bär", "fox", "hare")
+        assert split.left_out == {
+            "images of kinds that are not read": ("fox/1.HEIC", "fox/site A/2.nef", "owl/3.heic"),
+            "images outside of class folders": ("stray.png",),
+            "class folders without images": ("owl", "rest"),
+        }
+
+
+@pytest.mark.parametrize("form", ["gif", "tiff", "bmp", "ppm", "jpg"])
+def test_kinds_that_are_read(tmp_path, form):
+    content = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(content, "jpeg" if form == "jpg" else form)
+    entries = [("ant/1." + form.upper(), content.getvalue()), "bee/1.png"]
+    for split in opened_both(tmp_path, entries):
+        assert split.targets.tolist() == [0, 1]
+        assert split.reader.read(0).size == (9, 9)
+
+
+def test_links_pipes_and_folders_that_cannot_be_opened_are_passed_over_by_name(tmp_path):
+    root = unpacked(tmp_path / "data", {name: png(1) for name in CAMERA_TRAP})
+    (root / "fox" / "round").symlink_to(root / "fox")
+    (root / "fox" / "nowhere.png").symlink_to(root / "gone.png")
+    (root / "fox" / "itself.png").symlink_to("itself.png")
+    (root / "fox" / "elsewhere").symlink_to(root / "hare")
+    os.mkfifo(root / "hare" / "pipe.png")
+    split = open_split(folder_recipe(root), "all")
+    assert np.bincount(split.targets).tolist() == [1, 9, 3], "a link to another folder is followed"
+    assert split.left_out == {
+        "links that lead round in circles": ("fox/round",),
+        "links that lead nowhere": ("fox/itself.png", "fox/nowhere.png"),
+        "devices, pipes and sockets": ("fox/elsewhere/pipe.png", "hare/pipe.png"),
+    }
+
+
+def test_a_folder_that_cannot_be_opened_is_passed_over(tmp_path, monkeypatch):
+    root = unpacked(tmp_path / "data", {name: png(1) for name in CAMERA_TRAP})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(("site B", "Bär")):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    split = open_split(folder_recipe(root), "all")
+    assert np.bincount(split.targets).tolist() == [3, 3]
+    assert split.left_out == {
+        "folders that cannot be opened (Permission denied)": ("Bär", "fox/site B"),
+        "class folders without images": ("Bär",),
+    }
+
+
+def test_one_class_in_two_spellings_of_unicode_is_one(tmp_path):
+    names = [unicodedata.normalize(form, f"Bär/{i}.png") for i, form in enumerate(("NFC", "NFD"))]
+    for split in opened_both(tmp_path, [*names, "ant/1.png"]):
+        assert split.class_names == ("ant", "Bär")
+        assert split.targets.tolist() == [0, 1, 1]
+
+
+def test_a_split_beside_classes_is_an_error_that_says_what_to_do(tmp_path):
+    for i, other in enumerate(("bus", "bus/site A")):
+        entries = {name: png(1) for name in ("train/ant/1.png", "train/bee/1.png", f"{other}/1.png")}
+        folder = unpacked(tmp_path / f"folder {i}", entries)
+        for place in (folder, write(tmp_path / f"{i}.tar", tar_bytes(entries))):
+            with pytest.raises(
+                DataError, match=r"holds 'train', which has folders in it .*beside 'bus': put the splits"
+            ):
+                open_data(folder_recipe(place))
+
+
+def test_a_split_of_any_name_that_is_asked_for(tmp_path):
+    entries = {f"{split}/{label}/1.png": png(1) for split in ("train", "2024", "2025") for label in ("ant", "bee")}
+    for place in (unpacked(tmp_path / "folder", entries), write(tmp_path / "x.tar", tar_bytes(entries))):
+        settings = folder_recipe(place, train_split="2024", val_split="2025")
+        assert open_split(settings, "2024").path(0).endswith("2024/ant/1.png")
+        with pytest.raises(DataError, match="beside '2025'"):
+            open_split(folder_recipe(place), "2024")
+
+
+def test_the_split_all_has_every_image_of_data_without_splits(folder, tmp_path):
+    assert np.bincount(open_split(folder_recipe(folder), "all").targets).tolist() == [12, 5, 3, 1]
+    with pytest.raises(DataError, match="there is no split 'dev': the data have none of their own"):
+        open_split(folder_recipe(folder), "dev")
+    (tmp_path / "data").mkdir()
+    folder.rename(tmp_path / "data" / "train")
+    with pytest.raises(DataError, match="has no split 'all'; it has train"):
+        open_split(folder_recipe(tmp_path / "data"), "all")
+
+
+def test_an_evaluation_may_be_of_one_class(tmp_path):
+    save_image(tmp_path / "ant" / "1.png")
+    assert open_split(folder_recipe(tmp_path), "all").class_names == ("ant",)
 
 
 def test_a_damaged_tar_and_a_file_that_is_no_tar(tmp_path):
@@ -157,7 +278,7 @@ def test_a_broken_image_in_a_tar_is_named_with_the_tar(tmp_path):
             info.size = 9
             tar.addfile(info, io.BytesIO(b"no image."))
     split = open_split(folder_recipe(tmp_path), "validation")
-    with pytest.raises(DataError, match=r"^cannot read image .*val\.tar/ant/1\.png: "):
+    with pytest.raises(DataError, match=r"^none of the 2 images can be read; .*val\.tar/bee/2\.png: "):
         list(timm_eval_loader(split, folder_recipe(tmp_path), (3, 16, 16), World(CPU)))
 
 
@@ -373,10 +494,9 @@ def sparse():
         (tar_bytes(CLASS_TARS | {"train/bee.tar": b""}), "of train/bee.tar"),
         (tar_bytes(CLASS_TARS | {"train/bee.tar": b"?" * 512}), "damaged after 0 members of train/bee.tar"),
         (tar_bytes(CLASS_TARS | {"train/bee.tar": CLASS_TARS["train/bee.tar"][:700]}), "1 members of train/bee.tar"),
-        (tar_bytes({"ant/notes.txt": b"no image"}), r"looked for \.jpeg, \.jpg, \.png, \.webp"),
+        (tar_bytes({"ant/notes.txt": b"no image"}), r"looked for \.bmp, .*\.webp\)"),
         (tar_bytes({}), r"no images in class folders under \S+x\.tar "),
-        (tar_bytes({"ant/1.png": png(1)}), r"holds 1 class folder \(ant\)"),
-        (tar_bytes(CLASSES | {"1.png": png(1)}), "holds images outside of class folders"),
+        (tar_bytes({"ant/1.png": png(1)}), r"holds 1 class folder, .*\(ant\)"),
         (tar_bytes({f"train/{name}": image for name, image in CLASSES.items()}), "no split 'validation'; it has tr"),
     ],
 )

@@ -129,9 +129,45 @@ def test_a_broken_image(build, folder, workers):
     in_training = {Path(whole.reader.path(i)).relative_to(folder).as_posix() for i in whole.indices}
     assert broken == {"ant/3.png", "bee/1.png"} & in_training
     assert broken
-    with pytest.raises(DataError, match=r"^cannot read image .*(bee/1|ant/3)\.png: .*$") as caught:
-        list(build(whole, settings, SIZE, CPU, training=False))
-    assert "\n" not in str(caught.value)
+    evaluation = build(whole, settings.replace(validation_batch_size=3), SIZE, CPU, training=False)
+    seen = torch.cat([batch.index for batch in evaluation]).tolist()
+    left_out = [i for i in range(len(whole)) if Path(whole.path(i)).relative_to(folder).as_posix() in broken]
+    assert seen == sorted(set(range(len(whole))) - set(left_out)), "an evaluation leaves a broken image out"
+    assert evaluation.broken_images() == [whole.path(i) for i in left_out]
+    assert torch.cat([batch.targets for batch in evaluation]).tolist() == whole.targets[seen].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_of_broken_images_alone_is_no_batch(build, folder, workers):
+    for i in range(5):
+        (folder / "bee" / f"{i}.png").write_bytes(b"not an image")
+    settings = recipe(dataset="folder", data_dir=str(folder), workers=workers, image_cache="none")
+    split = open_split(settings, "all")
+    bees = split.subset(np.flatnonzero(split.targets != 0))
+    batches = list(build(bees, settings.replace(validation_batch_size=2), SIZE, CPU, training=False))
+    assert torch.cat([batch.index for batch in batches]).tolist() == [5, 6, 7, 8]
+    assert min(len(batch.targets) for batch in batches) > 0
+    with pytest.raises(DataError, match=r"^none of the 5 images can be read; the last error: .*bee/4\.png: [^\n]*$"):
+        list(build(split.subset(np.flatnonzero(split.targets == 1)), settings, SIZE, CPU, training=False))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unreadable_images_are_found_before_the_split(folder, seed):
+    """Whatever falls into the training part, counts and errors are the same."""
+    (folder / "bee" / "1.png").write_bytes(b"not an image")
+    (folder / "dog" / "0.png").write_bytes((folder / "ant" / "3.png").read_bytes()[:200])
+    settings = recipe(dataset="folder", data_dir=str(folder), workers=0, subset_seed=seed)
+    skipped = open_data(settings.replace(broken="skip"))
+    assert skipped.class_names == ("ant", "bee", "cat"), "no class without an image that can be read"
+    assert skipped.class_counts.tolist() == [10, 3, 2]
+    assert len(skipped.train) + len(skipped.val) == 19
+    unreadable = skipped.train.left_out["images that cannot be read"]
+    assert [line.partition(": ")[0] for line in unreadable] == [
+        str(folder / name) for name in ("bee/1.png", "dog/0.png")
+    ]
+    with pytest.raises(DataError, match=r"^images that cannot be read: 2\n  .*bee/1\.png: .*\n  .*dog/0\.png: .*$"):
+        open_data(settings.replace(broken="stop"))
+    assert len(open_data(settings).train) + len(open_data(settings).val) == 21
 
 
 def test_timms_augmentation_differs_between_workers_and_epochs():
@@ -156,7 +192,7 @@ def test_images_that_are_all_broken_are_an_error_in_training_too():
             return f"{index}.png"
 
     dataset = ImageDataset(Split(NoReader(), np.zeros(3, dtype=int)), "RGB", np.asarray, replace_broken=True)
-    with pytest.raises(DataError, match=r"^none of the 3 training images .*cannot read image 0\.png: truncated$"):
+    with pytest.raises(DataError, match=r"^none of the 3 images .*cannot read image 0\.png: truncated$"):
         dataset[1]
     assert dataset.broken() == ["0.png", "1.png", "2.png"]
 

@@ -14,7 +14,7 @@ from mbib_timm.data.long_tail import (
     shot_groups,
     step_profile,
 )
-from mbib_timm.data.sources import open_digits
+from mbib_timm.data.sources import SOURCES, open_digits
 from mbib_timm.data.splits import open_data
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
@@ -136,13 +136,13 @@ def test_a_subset_of_all_images_leaves_nothing_out(monkeypatch):
     train = open_digits("train")
     even = train.subset(np.concatenate([np.flatnonzero(train.targets == label)[:100] for label in range(10)]))
     test = open_digits("test")
-    monkeypatch.setattr("mbib_timm.data.splits.open_split", lambda recipe, split: even if split == "train" else test)
+    monkeypatch.setitem(SOURCES._entries, "digits", lambda recipe: lambda name: even if name == "train" else test)
     assert digits(imbalance="step", imbalance_factor=1.0, imbalance_max=None).held_out is None
 
 
 def test_nothing_can_be_held_out_of_single_images(monkeypatch):
     one = open_digits("train").subset(np.array([0, 1]))
-    monkeypatch.setattr("mbib_timm.data.splits.open_split", lambda recipe, split: one)
+    monkeypatch.setitem(SOURCES._entries, "digits", lambda recipe: lambda name: one)
     monkeypatch.setattr("mbib_timm.data.splits._num_classes", lambda recipe, train: 2)
     assert one.targets.tolist() == [0, 1]
     with pytest.raises(DataError, match="recipe key 'holdout': every class has one training image"):

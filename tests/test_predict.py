@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import os
+import re
 import tarfile
+import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -14,8 +18,11 @@ from PIL import Image
 from mbib_timm.cli import main
 from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.inference.predict import Broken, Prediction, Predictor, find_images, predict, read_class_counts
-from mbib_timm.models.weights import load_model
+from mbib_timm.inference import predict as predict_module
+from mbib_timm.inference.inputs import find_images
+from mbib_timm.inference.predict import Predictor, predict
+from mbib_timm.inference.prediction_files import Broken, Prediction
+from mbib_timm.models.weights import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,11 @@ def photos(tmp_path_factory):
     return folder
 
 
+def found_in(path):
+    (found,) = find_images([str(path)])
+    return found.images
+
+
 def by_hand(run, path):
     model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -41,7 +53,7 @@ def by_hand(run, path):
 @pytest.mark.parametrize("head", ["prediction", "v1", "v3", "z"])
 def test_probabilities_are_those_of_the_model(finished_run, photos, head):
     predictor = Predictor(load_model(str(finished_run)), head)
-    found = list(predictor.predict(find_images([str(photos)]), top_k=10, batch_size=5))
+    found = list(predictor.predict(found_in(photos), top_k=10, batch_size=5))
     assert [item.image for item in found] == [
         *(str(photos / f"image{number}.png") for number in range(11)), str(photos / "more" / "image11.png")
     ]  # fmt: skip
@@ -58,8 +70,8 @@ def test_a_tar_gives_what_its_files_give(finished_run, photos, tmp_path):
     with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
         tar.add(photos, arcname=".")
     predictor = Predictor(load_model(str(finished_run)))
-    packed = list(predictor.predict(find_images([str(tmp_path / "photos.tar.gz")])))
-    loose = list(predictor.predict(find_images([str(photos)])))
+    packed = list(predictor.predict(found_in(tmp_path / "photos.tar.gz")))
+    loose = list(predictor.predict(found_in(photos)))
     assert [item.classes for item in packed] == [item.classes for item in loose]
     assert all("photos.tar.gz/" in item.image for item in packed)
 
@@ -85,21 +97,8 @@ def test_another_prior_weighs_the_probabilities_by_its_frequencies(finished_run,
         Predictor(model, prior=str(given)).probabilities(images).double(), expected, rtol=1e-4, atol=1e-7
     )
     given.write_text("1\n2\n")
-    with pytest.raises(MbibError, match="has 2 classes, the model 10"):
+    with pytest.raises(MbibError, match="has 2 numbers, the model 10 classes"):
         Predictor(model, prior=str(given))
-
-
-@pytest.mark.parametrize("text", ["500\n20\n3\n", "[500, 20, 3]"])
-def test_reading_class_counts(tmp_path, text):
-    (tmp_path / "counts").write_text(text)
-    assert read_class_counts(tmp_path / "counts").tolist() == [500, 20, 3]
-
-
-@pytest.mark.parametrize("text", ["500\nmany\n", "[500, 0]", "[1.5, 2]", "", "[[1]]"])
-def test_class_counts_that_are_none(tmp_path, text):
-    (tmp_path / "counts").write_text(text)
-    with pytest.raises(DataError, match="expected a positive integer for each class"):
-        read_class_counts(tmp_path / "counts")
 
 
 def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_run, tmp_path):
@@ -127,9 +126,13 @@ def test_broken_images_are_listed_at_the_end(finished_run, photos, tmp_path, cap
     assert main([*command, "--workers", "1", "--format", "jsonl"]) == 1
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert len(lines) == 12
-    assert all(len(line["classes"]) == 5 for line in lines)
-    assert err.startswith("could not read 1 of the images:")
+    assert lines[0] == {
+        "image": str(tmp_path / "broken.png"),
+        "error": "image file is truncated",
+    }
+    assert len(lines) == 13
+    assert all(len(line["classes"]) == 5 for line in lines[1:])
+    assert err.startswith("could not read 1 of the 13 images:")
     assert "broken.png: " in err
 
 
@@ -142,10 +145,16 @@ def test_formats_hold_the_same(finished_run, photos, tmp_path, capsys):
         texts[format] = capsys.readouterr().out
     (line,) = [json.loads(text) for text in texts["jsonl"].splitlines()]
     rows = list(csv.DictReader(io.StringIO(texts["csv"])))
-    assert [row["name"] for row in rows] == [item["name"] for item in line["classes"]]
-    assert [int(row["rank"]) for row in rows] == [1, 2]
-    for row, item in zip(rows, line["classes"], strict=True):
-        assert float(row["probability"]) == pytest.approx(item["probability"], abs=1e-6)
+    assert [*rows[0]] == [
+        *("image", "label", "predicted", "probability"),
+        *("class_1", "probability_1", "class_2", "probability_2", "error"),
+    ]
+    (row,) = rows
+    assert row["predicted"] == line["predicted"] == row["class_1"]
+    assert float(row["probability"]) == pytest.approx(line["probability"], abs=1e-6)
+    for rank, item in enumerate(line["classes"], start=1):
+        assert row[f"class_{rank}"] == item["name"]
+        assert float(row[f"probability_{rank}"]) == pytest.approx(item["probability"], abs=1e-6)
         assert f"{100 * item['probability']:6.2f} %  {item['name']}" in texts["table"]
     assert main([*command, "--format", "csv", "--output", str(tmp_path / "out.csv")]) == 0
     assert (tmp_path / "out.csv").read_text() == texts["csv"]
@@ -160,7 +169,7 @@ def test_the_test_images_are_predicted_as_evaluation_counts_them(finished_run, t
             tmp_path / f"{number}.png"
         )
     predictor = Predictor(load_model(str(finished_run)))
-    found = list(predictor.predict(find_images([str(tmp_path)]), top_k=1, batch_size=128))
+    found = list(predictor.predict(found_in(tmp_path), top_k=1, batch_size=128))
     right = sum(item.classes[0][0] == target for item, target in zip(found, targets.tolist(), strict=True))
     expected = json.loads((finished_run / "metrics.json").read_text())["result"]["heads"]["prediction"]["top1"]
     assert 100 * right / len(targets) == pytest.approx(expected, abs=0.3)  # a near-tie may fall the other way
@@ -169,7 +178,7 @@ def test_the_test_images_are_predicted_as_evaluation_counts_them(finished_run, t
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "missing.png", "there is no image, folder or tar at"),
+        (lambda folder: folder / "missing.png", "there is no image, folder, archive or table at"),
         (lambda folder: folder, "no images in"),
     ],
 )
@@ -195,6 +204,379 @@ def test_bad_models_end_with_one_line(photos, capsys):
 
 def test_predict_returns_the_broken(finished_run, tmp_path, capsys):
     (tmp_path / "no.jpg").write_bytes(b"no image")
-    broken = predict(str(finished_run), [str(tmp_path)], device="cpu")
+    broken = predict(str(finished_run), [str(tmp_path)], device="cpu").broken
     assert [type(item) for item in broken] == [Broken]
     assert broken[0].image == str(tmp_path / "no.jpg")
+
+
+# Labels and what is right of them
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Digits in class folders, of two sites each; a class that the model does not know, hidden files, a broken one."""
+    folder = tmp_path_factory.mktemp("labelled")
+    split = open_digits("test")
+    for number, target in enumerate(split.targets[:60].tolist()):
+        place = folder / {7: "lynx"}.get(target, str(target)) / f"site {number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        split.reader.read(number if split.indices is None else int(split.indices[number])).save(place / f"{number}.png")
+    (folder / "1" / "no.png").write_bytes(b"no image")
+    (folder / "1" / "._no.png").write_bytes(b"of macOS")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "1.png").write_bytes(b"none")
+    return folder
+
+
+def naive(rows):
+    """Accuracies in percent from the rows of a CSV: over images, and the mean of the classes'; and the images."""
+    known = [row for row in rows if row["label"] in set("0123456789") and not row["error"]]
+    right = {row["label"]: [] for row in known}
+    for row in known:
+        right[row["label"]].append(row["class_1"] == row["label"])
+    means = [100 * sum(values) / len(values) for values in right.values()]
+    return 100 * sum(sum(values) for values in right.values()) / len(known), sum(means) / len(means), len(known)
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(run, arguments, output, *flags):
+    return main(["predict", str(run), *map(str, arguments), "--output", str(output), "--device", "cpu", *flags])
+
+
+def test_folders_that_are_classes_give_the_accuracy(finished_run, labelled, tmp_path, capsys):
+    output = tmp_path / "new" / "folder" / "out.csv"
+    assert write(finished_run, [labelled], output, "--batch-size", "7") == 1
+    out, err = capsys.readouterr()
+    rows = read_csv(output)
+    assert len(rows) == 61
+    assert {row["label"] for row in rows} == {*"012345689", "lynx"}
+    (broken,) = [row for row in rows if row["error"]]
+    assert broken["image"] == str(labelled / "1" / "no.png")
+    assert (broken["label"], broken["predicted"]) == ("1", "")
+    assert "no image of a kind that is read" in broken["error"]
+    top1, macro, images = naive(rows)
+    assert f"accuracy on {images} images of 9 classes, %: top-1 {top1:.2f}, mean of classes {macro:.2f}" in out
+    lynx = sum(row["label"] == "lynx" for row in rows)
+    assert f"not counted: {lynx} images of classes that the model does not know: lynx ({lynx})" in out
+    assert err.startswith("could not read 1 of the 61 images:")
+    # Standard output holds the predictions alone.
+    assert main(["predict", str(finished_run), str(labelled), "--format", "csv", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert out == output.read_text()
+    assert f"top-1 {top1:.2f}" in err
+    assert write(finished_run, [labelled], output, "--no-labels") == 1
+    assert "accuracy" not in capsys.readouterr().out
+    assert {row["label"] for row in read_csv(output)} == {""}
+
+
+def test_folders_that_are_no_classes_are_no_labels(finished_run, photos, tmp_path):
+    result = predict(str(finished_run), [str(photos)], output=tmp_path / "out.csv", device="cpu")
+    assert result.metrics is None
+    assert result.unknown == {}
+
+
+def test_an_archive_with_one_common_folder_has_the_labels_of_its_folders(finished_run, labelled, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(labelled, arcname="all of them")
+    packed = predict(str(finished_run), [str(tmp_path / "photos.tar")], output=tmp_path / "out.csv", device="cpu")
+    loose = predict(str(finished_run), [str(labelled)], output=tmp_path / "out.csv", device="cpu")
+    assert packed.metrics == loose.metrics
+    assert packed.unknown == loose.unknown
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_a_table_gives_paths_and_labels(finished_run, labelled, tmp_path, kind):
+    files = sorted(labelled.glob("[0-9]/*/*.png"))[:20]
+    rows = [(os.path.relpath(file, labelled), file.parts[-3]) for file in files] + [("gone.png", "1")]
+    table = labelled / f"list.{kind}"
+    names = ("file name", "species")
+    if kind != "parquet":
+        with table.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.writer(file, delimiter=";" if kind == "csv" else "\t")
+            writer.writerows([(*names, "site"), *((*row, 'a "b", ü') for row in rows)])
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table(dict(zip(names, zip(*rows, strict=True), strict=True))), table)
+    flags = ["--path-column", names[0], "--label-column", names[1]]
+    assert write(finished_run, [table], tmp_path / "out.csv", *flags) == 1
+    table.unlink()
+    found = read_csv(tmp_path / "out.csv")
+    assert [(row["image"], row["label"]) for row in found] == rows  # as the table has them, to be joined
+    assert found[-1]["error"] == "No such file or directory"
+    assert write(finished_run, [labelled], tmp_path / "folders.csv") == 1
+    by_path = {row["image"]: row["probability"] for row in read_csv(tmp_path / "folders.csv")}
+    assert [row["probability"] for row in found[:-1]] == [by_path[str(file)] for file in files]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("pth,label\n1.png,a\n", "list.csv 'path': did you mean 'pth'"),
+        ("path,label\n", "names no images"),
+        ("path,label\n1.png,a\n2.png,b\n", "names 2 images, and none of them is there"),
+        ("path,label\n1.png\n", "line 2: expected 2 columns, got 1"),
+        ("path,label\n,a\n", "line 2: column 'path' holds no path"),
+        (b"path,label\n\xff.png,a\n", "line 2: not UTF-8"),
+        ("path,class\n1.png,a\n", "list.csv 'label'"),
+        ('path,label\n"1.png,a\n', "line 2: unexpected end of data"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, text, message, capsys):
+    table = tmp_path / "list.csv"
+    table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    flags = ["--label-column", "label", "--output", str(tmp_path / "out.csv")]
+    assert main(["predict", "no_model", str(table), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_names_come_from_standard_input(finished_run, photos, tmp_path, monkeypatch, capsys):
+    names = [str(photos / "image2.png"), str(photos / "image1.png"), str(tmp_path / "gone.png")]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(("\n".join(names) + "\r\n\n").encode())))
+    assert write(finished_run, ["-"], tmp_path / "out.csv") == 1
+    assert [row["image"] for row in read_csv(tmp_path / "out.csv")] == names
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert write(finished_run, ["-"], tmp_path / "out.csv") == 2
+    assert "standard input names no images" in capsys.readouterr().err
+
+
+def test_names_of_any_bytes_and_with_escapes_are_written(finished_run, photos, tmp_path, capsys):
+    odd = [tmp_path / "a\nb\x1b[31m.png", tmp_path / os.fsdecode(b"\xff.png")]
+    for path in odd:
+        path.write_bytes((photos / "image0.png").read_bytes())
+    assert main(["predict", str(finished_run), str(tmp_path), "--device", "cpu", "--top-k", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a\\nb\\x1b[31m.png" in out
+    assert write(finished_run, odd, tmp_path / "out.csv") == 0
+    assert [row["image"] for row in read_csv(tmp_path / "out.csv")] == [str(odd[0]), rf"{tmp_path}/\xff.png"]
+
+
+def test_names_of_classes_are_compared_composed():
+    tally = predict_module.Tally(["Bär", "fox"])
+    tally.count([Prediction("1", [(0, 1.0)], unicodedata.normalize("NFD", "Bär"))], torch.tensor([[1.0, 0.0]]))
+    assert tally.unknown == {}
+    assert tally.right == 1
+
+
+# What is written
+
+
+def test_below_the_threshold_the_answer_is_unsure(finished_run, labelled, tmp_path, capsys):
+    write(finished_run, [labelled], tmp_path / "plain.csv")
+    capsys.readouterr()
+    write(finished_run, [labelled], tmp_path / "out.csv", "--threshold", "0.6")
+    out = capsys.readouterr().out
+    plain, rows = read_csv(tmp_path / "plain.csv"), read_csv(tmp_path / "out.csv")
+    for before, row in zip(plain, rows, strict=True):
+        sure = row["error"] or float(row["probability"]) >= 0.6
+        assert row == before | ({} if sure else {"predicted": "unsure"})
+    unsure = [row for row in rows if row["predicted"] == "unsure"]
+    assert unsure
+    assert f"unsure (below 0.6): {len(unsure)} of 60 images" in out
+    assert f"top-1 {naive(plain)[0]:.2f}," in out  # over all images
+    top1, _, images = naive([row for row in rows if row["predicted"] != "unsure"])
+    assert f"without the unsure: {top1:.2f} on {images} images" in out
+
+
+def test_all_probabilities_on_request(finished_run, photos, tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    expected = torch.softmax(by_hand(finished_run, photos / "image0.png")["prediction"], 0).tolist()
+    for kind in ("csv", "jsonl", "parquet"):
+        output = tmp_path / f"out.{kind}"
+        assert write(finished_run, [photos], output, "--probabilities", "--top-k", "2") == 0
+        if kind == "jsonl":
+            found = json.loads(output.read_text().splitlines()[0])["probabilities"]
+        else:
+            row = read_csv(output)[0] if kind == "csv" else parquet.read_table(output).slice(0, 1).to_pylist()[0]
+            assert row["predicted"] == row["class_1"]
+            found = {str(label): float(row[f"p({label})"]) for label in range(10)}
+        assert list(found) == [str(label) for label in range(10)]
+        assert list(found.values()) == pytest.approx(expected, abs=2e-6)
+
+
+def apart(text):
+    """A text without its fractions, and these."""
+    number = re.compile(r"\d\.\d+(?:e-\d+)?|\d+e-\d+")
+    return number.sub("#", text), [float(value) for value in number.findall(text)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_interrupted_run_is_continued(finished_run, labelled, tmp_path, capsys, monkeypatch, kind):
+    whole, half = tmp_path / f"whole.{kind}", tmp_path / f"half.{kind}"
+    write(finished_run, [labelled], whole, "--threshold", "0.5", "--batch-size", "8")
+    expected = capsys.readouterr()
+    content = whole.read_bytes()
+    score, scored = Predictor.score, []
+
+    def counting(self, images, *arguments, **flags):
+        scored.extend(images)
+        return score(self, images, *arguments, **flags)
+
+    monkeypatch.setattr(Predictor, "score", counting)
+    for cut in (None, 0, 1, 120, content.index(b"1/no.png") + 3, len(content) - 1, len(content)):
+        if cut is not None:
+            half.write_bytes(content[:cut])
+        scored.clear()
+        assert write(finished_run, [labelled], half, "--threshold", "0.5", "--resume") == 1
+        (words, numbers), (other_words, other_numbers) = map(apart, (content.decode(), half.read_text("utf-8")))
+        assert other_words == words
+        assert other_numbers == pytest.approx(numbers, abs=2e-6)  # a batch of another size rounds otherwise
+        assert capsys.readouterr() == expected
+        assert len(scored) == 61 - max(0, content[: cut or 0].count(b"\n") - (kind == "csv"))
+
+
+def test_a_line_end_within_half_a_cell_is_cut_off_too(finished_run, photos, tmp_path):
+    image = tmp_path / "a\nb.png"
+    image.write_bytes((photos / "image0.png").read_bytes())
+    output, images = tmp_path / "out.csv", [photos / "image1.png", image]
+    assert write(finished_run, images, output) == 0
+    content = output.read_bytes()
+    output.write_bytes(content[: content.index(b"a\nb") + 2])
+    assert write(finished_run, images, output, "--resume") == 0
+    assert output.read_bytes() == content
+
+
+def test_a_file_of_another_kind_is_not_continued(finished_run, photos, tmp_path, capsys):
+    output = tmp_path / "out.csv"
+    for content, flags in (("a,b\n1,2\n", []), (None, ["--top-k", "2"]), ("\x00\n", [])):
+        if content is None:
+            write(finished_run, [photos], output)
+        else:
+            output.write_text(content)
+        before = output.read_bytes()
+        assert write(finished_run, [photos], output, "--resume", *flags) == 2
+        assert "does not hold predictions of this kind" in capsys.readouterr().err
+        assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "parquet"], "--format parquet needs --output"),
+        (["--probabilities"], "--probabilities needs --format csv"),
+        (["--embeddings", "x.txt"], r"expected a name that ends in .npy or .parquet"),
+        (["--resume"], "--resume continues a CSV or JSON lines file"),
+        (["--resume", "--output", "x.parquet"], "--resume continues a CSV or JSON lines file"),
+        (["--resume", "--output", "x.csv", "--prior", "estimate"], "--prior estimate needs all images at once"),
+        (["--resume", "--output", "x.csv", "--embeddings", "x.npy"], "--embeddings needs all images at once"),
+        (["--output", "."], "is a folder"),
+        (["--threshold", "1.5"], "expected a number from 0 to 1"),
+        (["--threshold", "nan"], "expected a number from 0 to 1"),
+        (["--workers", "-1"], "expected a whole number of at least 0"),
+        (["--cam", "pyproject.toml"], "expected a folder, and this is a file"),
+        (["--cam", "x", "--head", "z"], "--cam shows what the prediction rests on; omit --head"),
+    ],
+)
+def test_choices_that_cannot_be(flags, message, capsys, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    assert main(["predict", "no_model", "no_image", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_file_in_the_place_of_a_folder(finished_run, photos, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert write(finished_run, [photos], tmp_path / "file" / "out.csv") == 2
+    assert "cannot make the folder" in capsys.readouterr().err
+
+
+def test_parquet_files_are_whole_or_not_there(finished_run, photos, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    items, called = Predictor.items, []
+
+    def interrupted(self, *arguments):
+        called.append(1)
+        if len(called) == 3:
+            raise KeyboardInterrupt
+        return items(self, *arguments)
+
+    monkeypatch.setattr(Predictor, "items", interrupted)
+    for name in ("out.npy", "vectors.parquet"):
+        called.clear()
+        flags = ["--embeddings", str(tmp_path / name), "--batch-size", "4"]
+        assert write(finished_run, [photos], tmp_path / "out.parquet", *flags) == 130
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_embeddings_are_the_features_that_the_prediction_rests_on(finished_run, labelled, tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name in ("out.npy", "out.parquet"):
+        flags = ["--embeddings", str(tmp_path / name), "--batch-size", "16"]
+        assert write(finished_run, [labelled], tmp_path / "out.csv", *flags) == 1
+    rows, vectors = read_csv(tmp_path / "out.csv"), np.load(tmp_path / "out.npy")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table["image"].to_pylist() == [row["image"] for row in rows]
+    assert table["label"].to_pylist() == [row["label"] for row in rows]
+    model = timm.create_model(f"local-dir:{finished_run}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    for row, vector, embedding in zip(rows, vectors, table["embedding"].to_pylist(), strict=True):
+        if row["error"]:
+            assert np.isnan(vector).all()
+            assert embedding is None
+            continue
+        with torch.no_grad():
+            maps = model.forward_features(transform(Image.open(row["image"]).convert("RGB"))[None])
+            v = model.forward_head(maps, pre_logits=True)
+            expected = torch.cat([v, model.bottleneck.embed(v)], dim=1)[0]
+        torch.testing.assert_close(torch.from_numpy(vector), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(embedding), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_of_timm_models(photos):
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32).eval()
+    source = types.SimpleNamespace(name="made_up")
+    preprocessing = timm.data.resolve_model_data_config(module) | {"input_size": (3, 32, 32)}
+    predictor = Predictor(LoadedModel(source, module, preprocessing, None, None, None))
+    (batch,) = predictor.score(found_in(photos), with_features=True)
+    images = torch.stack([predictor.transform()(Image.open(image.path).convert("RGB")) for image in batch.images])
+    with torch.no_grad():
+        expected = module.forward_head(module.forward_features(images), pre_logits=True)
+        logits = module(images)
+    torch.testing.assert_close(batch.features, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.logits, logits, rtol=1e-4, atol=1e-5)
+
+
+# The class frequencies of images without labels
+
+
+def test_an_estimated_prior_is_that_of_expectation_maximisation(finished_run, labelled, tmp_path, capsys):
+    flags = dict(prior="estimate", probabilities=True, device="cpu", batch_size=9)
+    result = predict(str(finished_run), [str(labelled)], output=tmp_path / "out.jsonl", **flags)
+    plain = Predictor(load_model(str(finished_run)))
+    (scored,) = plain.score(found_in(labelled))
+    p = torch.softmax(scored.logits.double(), dim=1).numpy()
+    shares = np.full(10, 0.1)
+    for _ in range(result.prior.iterations):
+        weighted = p * shares / 0.1
+        shares = (weighted / weighted.sum(axis=1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(result.prior.shares, shares, atol=1e-5)
+    expected = p * shares / (p * shares).sum(axis=1, keepdims=True)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = np.array([[*line["probabilities"].values()] for line in lines if "error" not in line])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert f"estimated from 60 images in {result.prior.iterations} iterations: " in capsys.readouterr().out
+
+
+def test_overlays_lie_under_the_paths_of_their_images(finished_run, labelled, tmp_path):
+    pytest.importorskip("pytorch_grad_cam")
+    some = sorted(labelled.glob("3/site 0/*.png"))
+    arguments = [labelled, *some, labelled / "1" / "no.png"]
+    assert write(finished_run, arguments, tmp_path / "out.csv", "--cam", str(tmp_path / "cam")) == 1
+    found = {file.relative_to(tmp_path / "cam").as_posix() for file in (tmp_path / "cam").rglob("*.png")}
+    inside = {file.relative_to(labelled).as_posix() for file in labelled.glob("[0-9l]*/site*/*.png")}
+    assert found == inside | {file.name for file in some}
+    with Image.open(tmp_path / "cam" / next(iter(inside))) as shown:
+        assert shown.size == (224, 224)

@@ -14,10 +14,10 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from loopback_hub import TestHub
-from small_data import class_folders
+from small_data import class_folders, recipe
 
 from mbib_timm.cli import main
-from mbib_timm.data.folders import open_folder
+from mbib_timm.data import open_split
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import Stated, base_model, render_card
@@ -309,10 +309,10 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     whole = class_folders(tmp_path)
     for name in ("train", "val"):
         shutil.copytree(whole, tmp_path / "splits" / name)
-    assert open_folder(str(tmp_path / "splits"), "val", 0.2, 3).chosen == ""
-    assert open_folder(str(whole), "train", 0.2, 3).chosen == ""
-    chosen = open_folder(str(whole), "val", 0.2, 3).chosen
-    assert chosen == "20 % of each class, at least one image of a class with two or more, by seed 3"
+    keys = dict(dataset="folder", subset_seed=3)
+    assert open_split(recipe(**keys, data_dir=str(tmp_path / "splits")), "val").chosen == ""
+    chosen = open_split(recipe(**keys, data_dir=str(whole)), "validation").chosen
+    assert chosen == "20 % of each class, drawn with seed 3"
     run = read_run(finished_run)
     card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)
     assert f"The images that were evaluated are of the same source, and were not trained on: {chosen}." in card

@@ -21,6 +21,8 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
 - memory-*: peak memory of two eager training steps and the model, beyond what was taken before the model was built:
   on CUDA the allocator's, on the CPU the resident memory of a fresh process for each figure.
 - evaluate-*: evaluation from resident images, all heads counted, and the plain forward pass alone on one batch.
+- predict-*: `mbib predict` on files in a folder, from loading the model to the last row of CSV, beside the forward pass
+  of its batches alone, and beside reading and decoding the files alone.
 - throughput-resnext50, epochs-200: on CUDA.
 - start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure;
   start-large: the same with lists as long as iNaturalist 2018's.

@@ -4,9 +4,11 @@
 method that looks at images before or after training. A file imports from those above it only:
 
     batch, images           what a loader gives; splits of images with labels, their readers
-    long_tail               class counts, shot groups, long-tailed subsets, images held out
-    folders, sources        image folders and archives; every source by name
-    splits, samplers        the data of a run, opened and checked; what an epoch sees, in which order
+    long_tail, groups       class counts, shot groups, long-tailed subsets, images held out; images that stay together
+    folders, image_tables       image folders and archives; CSV and Parquet
+    sources, splits         every source by name, and its splits; the data of a run, opened and checked
+    overview, inspection    what the data are, in lines; a look at every image
+    samplers                what an epoch sees, in which order
     pixels, policies        operations on the pixels of batches; policies that draw operations
     transforms              preprocessing and augmentation of single images
     decoding                resident images: decoded, cached on the disk, measured against the memory
@@ -27,8 +29,9 @@ from mbib_timm.data.create import (
 )
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import count_classes, shot_groups
+from mbib_timm.data.overview import summary
 from mbib_timm.data.samplers import SAMPLERS, check_sampler, class_probabilities, parse_sampler, sampler
-from mbib_timm.data.sources import SOURCES, open_split
+from mbib_timm.data.sources import SOURCES, Source, open_split
 from mbib_timm.data.splits import Splits, open_data
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "Loader",
     "Loaders",
     "Passes",
+    "Source",
     "Split",
     "Splits",
     "TrainLoader",
@@ -54,4 +58,5 @@ __all__ = [
     "parse_sampler",
     "sampler",
     "shot_groups",
+    "summary",
 ]

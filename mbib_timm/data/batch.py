@@ -50,7 +50,7 @@ class Loader(Protocol):
         """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
 
     def broken_images(self) -> list[str]:
-        """Return the paths of images that were replaced because they could not be read."""
+        """Return the paths of images that could not be read: replaced in training, left out of an evaluation."""
 
 
 class TrainLoader:

@@ -13,6 +13,7 @@ from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, 
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.mixing import train_loader
+from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
 from mbib_timm.data.samplers import check_sampler, parse_sampler, training_sampler
 from mbib_timm.data.sources import open_split
@@ -35,6 +36,11 @@ class Loaders:
         """Return the training images that could not be read and were replaced."""
         return self.train.broken_images()
 
+    def left_out_images(self) -> list[str]:
+        """Return the evaluated images that could not be read and were left out, each once."""
+        evaluated = [self.val, *([] if self.test is None else [self.test])]
+        return list(dict.fromkeys(path for loader in evaluated for path in loader.broken_images()))
+
 
 @dataclass
 class DataPool:
@@ -42,6 +48,15 @@ class DataPool:
 
     opened: dict[str, Splits] = field(default_factory=dict)
     images: dict[tuple[str, ...], DecodedImages] = field(default_factory=dict)
+    introduced: set[str] = field(default_factory=set)
+
+    def introduce(self, recipe: Recipe) -> list[str]:
+        """Return what the recipe's data are, in lines, when first asked; see `summary`."""
+        key = data_key(recipe)
+        if key in self.introduced:
+            return []
+        self.introduced.add(key)
+        return summary(self.open(recipe))
 
     def open(self, recipe: Recipe) -> Splits:
         """Open the recipe's data, once; see `open_data`."""

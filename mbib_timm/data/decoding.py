@@ -35,7 +35,7 @@ from mbib_timm.recipe import Recipe
 
 DECODE_BATCH = 64
 # Of the cache: the version of its format, the bytes that a checksum covers, the files of an entry.
-FORMAT = 2
+FORMAT = 3
 BLOCK_BYTES = 64 << 20
 PIXELS, INDEX = "pixels.bin", "index.safetensors"
 # What resident images may take of the memory that is free; the rest is for the model and its activations.
@@ -52,7 +52,8 @@ class DecodedImages:
         sizes: height and width of each image, (N, 2), int64, in host memory.
         targets: labels (N,), int64, on the device of the pixels.
         index: position in the split of what each image holds, (N,), int64, on the device of the pixels.
-        broken: paths of images that could not be read; each holds pixels, label and position of the one after it.
+        broken: paths of images that could not be read; of a training set each holds pixels, label and position of the
+            one after it, of an evaluation they are left out.
         starts: first pixel of each image, (N,), int64, on the device of the pixels; follows from the sizes.
     """
 
@@ -89,7 +90,7 @@ def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
         workers: processes that decode.
 
     Raises:
-        DataError: an image that cannot be read and may not be replaced.
+        DataError: no image can be read.
     """
     blocks: list[np.ndarray] = []
     sizes, labels = [], []
@@ -112,7 +113,7 @@ def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, n
     progress = Progress(len(dataset), unit="image")
     try:
         for batch in loader:
-            yield from batch
+            yield from (item for item in batch if item is not None)
             progress.step(len(batch))
     except DataError as error:
         raise (from_worker(error) if workers else error) from None
@@ -120,8 +121,11 @@ def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, n
         progress.close()
 
 
-def _arrays(batch: list[tuple[Tensor, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0)), label) for image, label in batch]
+def _arrays(batch: list[tuple[Tensor, np.ndarray] | None]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    return [
+        None if item is None else (np.ascontiguousarray(np.asarray(item[0]).transpose(1, 2, 0)), item[1])
+        for item in batch
+    ]
 
 
 def decode_split(
@@ -140,10 +144,10 @@ def decode_split(
         input_size: (C, H, W).
         device: where they go.
         training: they are to be augmented.
-        replace_broken: take the next image for one that cannot be read; else that is an error.
+        replace_broken: take the next image for one that cannot be read; else leave it out.
 
     Raises:
-        DataError: an image that cannot be read and may not be replaced.
+        DataError: no image can be read.
     """
     channels, height, width = input_size
     transform = resident_transform(recipe, height, width, training)
@@ -168,7 +172,7 @@ def cached_decode(dataset: ImageDataset, preprocessing: str, folder: Path | None
         workers: processes that decode.
 
     Raises:
-        DataError: an image that cannot be read and may not be replaced.
+        DataError: no image can be read.
     """
     key = None if folder is None else entry_key(dataset, preprocessing)
     if folder is None or key is None:
@@ -221,7 +225,7 @@ def write_entry(entry: Path, dataset: ImageDataset, workers: int) -> None:
 
     Raises:
         OSError: the disk does not take it.
-        DataError: an image that cannot be read and may not be replaced.
+        DataError: no image can be read.
     """
     aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
     try:

@@ -1,35 +1,71 @@
-"""Image folders, and archives of them: classes are folders, labels their natural order, as in timm's readers.
+"""Image folders, and archives of them: a class is a folder of the first level, whatever lies below it.
 
-An archive is a tar, compressed or not: a whole data set in one file. It holds class folders, or split folders of them
-(``train/cat/1.png``), below one common folder or not; a tar in it stands for the folder of its name. Members are read
-by offset, and their names never lead to the disk.
+``fox/site A/1.jpg`` is a fox. One scan serves folders and archives: it finds the images, and what it passes over, by
+name. Where every folder with images bears the name of a split, and holds folders in its turn, those are the classes
+(``train/fox/1.jpg``). Labels are the natural order of the classes' names, as in timm's readers.
+
+An archive is a tar, compressed or not: a whole data set in one file. Its folders lie below one common folder or not; a
+tar in it stands for the folder of its name. Members are read by offset, and their names never lead to the disk.
 """
 
 import gzip
 import io
 import os
 import tarfile
+import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from timm.data import create_reader, get_img_extensions
 from timm.utils import natural_key
 
-from mbib_timm.data.images import Split, TimmReader
-from mbib_timm.data.long_tail import hold_out
+from mbib_timm.data.groups import group_names
+from mbib_timm.data.images import PathReader, Reader, Split
 from mbib_timm.errors import DataError, first_line
+from mbib_timm.files import printable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 GZIP_MAGIC = b"\x1f\x8b"
+# Kinds of images that are read, by suffix; of several frames the first.
+READ = (
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# And that are not: of phones, cameras, graphics programs, microscopes and clinics.
+UNREAD = {
+    ".arw", ".avif", ".bif", ".cr2", ".cr3", ".crw", ".czi", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif",
+    ".hif", ".ico", ".j2k", ".jp2", ".jxl", ".kdc", ".lif", ".mrxs", ".nd2", ".nef", ".nii", ".nrw", ".orf", ".pcx",
+    ".pef", ".psd", ".raf", ".raw", ".rw2", ".sr2", ".srf", ".srw", ".svg", ".svs", ".tga", ".x3f", ".xcf",
+}  # fmt: skip
+# Names, in lower case, under which systems and programs keep what is theirs; and all that begin with a dot.
+OF_SYSTEMS = {
+    "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "desktop.ini", "lost+found",
+    "system volume information", "thumbs.db",
+}  # fmt: skip
 SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
     ("validation", "val", "valid", "test", "eval"), ("validation", "val", "valid", "test", "eval")
 )
+SPLIT_NAMES = {"train", "training", *SYNONYMS}
+# A split of every image, of data that have no splits.
+ALL = "all"
+
+# Reasons for which a scan passes something over.
+NOT_READ = "images of kinds that are not read"
+OUTSIDE = "images outside of class folders"
+WITHOUT_IMAGES = "class folders without images"
+PACKED = "archives within the folder, which are not opened"
+CIRCLES = "links that lead round in circles"
+LINKS = "links in the archive, which are not followed"
+NOWHERE = "links that lead nowhere"
+SPECIAL = "devices, pipes and sockets"
+NOT_UTF8 = "names that are not UTF-8"
+
+IMAGE, FOLDER = "image", "folder"
 
 
 class ArchiveReader:
@@ -70,69 +106,118 @@ class ArchiveReader:
 
 
 @dataclass(frozen=True)
-class ImageArchive:
-    """The images of an archive, or of a folder in it.
+class ImageTree:
+    """The images of a folder or an archive, or of a folder in it.
 
     Attributes:
-        path: the file.
-        members: first byte and size of each image, by its name in the archive.
+        path: the folder, or the archive.
+        members: the images' names below `path`, each with its first byte and size in an archive; (0, 0) for a file.
+        folders: names of all folders below `path`.
+        left_out: names of what was passed over, by the reason.
+        archive: whether `path` is one.
         tar: the decompressed tar; None for one that is not compressed and stays on the disk.
-        prefix: the folder, with a slash at its end; empty for the whole archive.
+        prefix: the folder, with a slash at its end; empty for the whole.
     """
 
     path: Path
     members: dict[str, tuple[int, int]]
-    tar: bytes | None
+    folders: tuple[str, ...]
+    left_out: Mapping[str, Sequence[str]]
+    archive: bool = False
+    tar: bytes | None = None
     prefix: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}/{self.prefix}".rstrip("/")
 
     @cached_property
-    def folders(self) -> dict[str, str]:
-        """Paths, by name, of the folders that hold class folders: at the top, or in the only one there.
+    def names(self) -> list[str]:
+        """Names of the images, in natural order; those that differ in case alone have one natural key."""
+        return sorted(self.members, key=lambda name: (natural_key(name), name))
 
-        A folder of images alone is none of them: CIFAR-100 has a class ``train``.
-        """
-        names = [name.split("/") for name in self.members]
-        found = {parts[0]: f"{parts[0]}/" for parts in names if len(parts) > 2}
-        if len({parts[0] for parts in names}) == 1:
-            found |= {parts[1]: f"{parts[0]}/{parts[1]}/" for parts in names if len(parts) > 3}
+    @cached_property
+    def tops(self) -> dict[str, bool]:
+        """First folders with images, and whether folders with images lie in them."""
+        found: dict[str, bool] = {}
+        for name in self.members:
+            top, *inner = self.inside(name).split("/")
+            if inner:
+                found[top] = found.get(top, False) or len(inner) > 1
         return found
 
-    def folder(self, name: str) -> "ImageArchive":
-        """Return the images of one of the `folders`."""
-        prefix = self.folders[name]
-        inside = {name: place for name, place in self.members.items() if name.startswith(prefix)}
-        return replace(self, members=inside, prefix=prefix)
+    def inside(self, name: str) -> str:
+        """Return an image's name below the folder that the tree is of."""
+        return name[len(self.prefix) :]
 
-    def read(self) -> Split:
-        """Return the images with labels: an image's folder is its class, as in timm's readers, and so is the order.
+    def folder(self, name: str) -> "ImageTree":
+        """Return the images of one of the `tops`."""
+        prefix = f"{self.prefix}{name}/"
+        return replace(
+            self,
+            members={name: place for name, place in self.members.items() if name.startswith(prefix)},
+            folders=tuple(folder for folder in self.folders if folder.startswith(prefix)),
+            left_out={why: [name for name in names if name.startswith(prefix)] for why, names in self.left_out.items()},
+            prefix=prefix,
+        )
+
+    def reader(self, names: Sequence[str]) -> Reader:
+        """Return what reads the images of these names.
 
         Of a compressed archive, the images' encoded bytes are kept in memory, once for all workers that are forked and
         once for each that is spawned.
-
-        Raises:
-            DataError: there are no images.
         """
-        if not self.members:
-            raise DataError(f"no images in class folders under {self} (looked for {', '.join(image_kinds())})")
-        names = sorted(self.members, key=natural_key)
-        folders = [name.removeprefix(self.prefix).rpartition("/")[0].rpartition("/")[2] for name in names]
-        # Names that differ in case alone have one natural key; their order must not be that of a set.
-        classes = sorted(set(folders), key=lambda name: (natural_key(name), name))
-        labels = {name: label for label, name in enumerate(classes)}
-        targets = np.array([labels[name] for name in folders], dtype=np.int64)
-        places, contents = np.array([self.members[name] for name in names], dtype=np.int64), None
+        if not self.archive:
+            return PathReader(self.path, list(names))
+        places, contents = np.array([self.members[name] for name in names], dtype=np.int64).reshape(-1, 2), None
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
-        return Split(ArchiveReader(self.path, names, places, contents), targets, class_names=tuple(classes))
+        return ArchiveReader(self.path, list(names), places, contents)
+
+    def read(self, group_by: str | None = None) -> Split:
+        """Return the images with labels: the first folder is the class.
+
+        Args:
+            group_by: what puts images into groups, see `mbib_timm.data.groups`.
+
+        Raises:
+            DataError: there are no images in folders.
+        """
+        names = [name for name in self.names if "/" in self.inside(name)]
+        left_out = {why: tuple(passed) for why, passed in self.left_out.items() if passed}
+        if strays := tuple(name for name in self.names if "/" not in self.inside(name)):
+            left_out[OUTSIDE] = strays
+        if not names:
+            passed = f"; left out: {in_words(left_out)}" if left_out else ""
+            raise DataError(f"no images in class folders under {self} (looked for {', '.join(image_kinds())}){passed}")
+        if empty := sorted({self.inside(folder).split("/")[0] for folder in self.folders} - self.tops.keys()):
+            left_out[WITHOUT_IMAGES] = tuple(f"{self.prefix}{folder}" for folder in empty)
+        labels = [unicodedata.normalize("NFC", self.inside(name).split("/")[0]) for name in names]
+        classes = class_order(labels)
+        number = {name: label for label, name in enumerate(classes)}
+        groups = None
+        if group_by is not None:
+            groups = group_names(group_by, [self.inside(name) for name in names], labels, str(self))
+        targets = np.array([number[label] for label in labels], dtype=np.int64)
+        return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out)
+
+
+def class_order(labels: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the classes in the order of their labels, which is natural."""
+    return tuple(sorted(set(labels), key=lambda name: (natural_key(name), name)))
+
+
+def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
+    """Return in a line what a scan has passed over: reasons, numbers and the first names."""
+    return "; ".join(
+        f"{why}: {len(names):,} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
+        for why, names in left_out.items()
+    )
 
 
 def image_kinds() -> list[str]:
-    """Return the suffixes of images: timm's, and WebP's."""
-    return sorted({*get_img_extensions(), ".webp"})
+    """Return the suffixes of images that are read."""
+    return list(READ)
 
 
 def is_archive(path: Path) -> bool:
@@ -140,7 +225,88 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
-def open_archive(path: Path) -> ImageArchive:
+# Scans
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
+
+
+def scan_folder(path: Path) -> ImageTree:
+    """Find the images of a folder."""
+    return _tree(path, ((what, name, (0, 0)) for what, name in _walk(str(path))))
+
+
+def _tree(path: Path, found: Iterator[tuple[str, str, tuple[int, int]]], **archive: Any) -> ImageTree:
+    """Build a tree of what a scan has found: `IMAGE`, `FOLDER` or a reason, with a name and a place."""
+    # Of members with the same name the last counts, as when a tar is unpacked.
+    members: dict[str, tuple[int, int]] = {}
+    folders: dict[str, None] = {}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for what, name, place in found:
+        if what == IMAGE:
+            members[name] = place
+        elif what == FOLDER:
+            folders[name] = None
+        else:
+            left_out[what].append(name)
+    return ImageTree(path, members, tuple(folders), left_out, **archive)
+
+
+def _walk(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+    """Give what is in a folder and below it, with names that begin with `prefix`.
+
+    Args:
+        folder: its path.
+        prefix: goes before the names.
+        above: device and number of the folders that lead here.
+    """
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        yield f"folders that cannot be opened ({error.strerror})", prefix.rstrip("/") or folder
+        return
+    above = (*above, (status.st_dev, status.st_ino))
+    for entry in listed:
+        if is_hidden(entry.name):
+            continue
+        name = prefix + entry.name
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            yield NOT_UTF8, name
+            continue
+        try:
+            if entry.is_dir():
+                inner = entry.stat()
+                if (inner.st_dev, inner.st_ino) in above:
+                    yield CIRCLES, name
+                    continue
+                yield FOLDER, name
+                yield from _walk(entry.path, f"{name}/", above)
+            elif entry.is_file():
+                yield from _file(name)
+            else:
+                yield NOWHERE if entry.is_symlink() else SPECIAL, name
+        except OSError:  # a link to itself
+            yield NOWHERE, name
+
+
+def _file(name: str) -> Iterator[tuple[str, str]]:
+    """Give a file, unless it has nothing to do with images."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in READ:
+        yield IMAGE, name
+    elif suffix in UNREAD:
+        yield NOT_READ, name
+    elif name.lower().endswith(SUFFIXES):
+        yield PACKED, name
+
+
+def open_archive(path: Path) -> ImageTree:
     """Find the images of an archive.
 
     A compressed archive cannot be read by offset: it is decompressed into memory, which suits some hundred megabytes.
@@ -161,16 +327,14 @@ def open_archive(path: Path) -> ImageArchive:
             contents = file if tar is None else io.BytesIO(tar)
             end = contents.seek(0, os.SEEK_END)
             contents.seek(0)
-            # Of members with the same name the last counts, as when a tar is unpacked.
-            members = {name: (start, size) for name, start, size in _images(contents, end)}
+            return _tree(path, _members(contents, end), archive=True, tar=tar)
     # tarfile lets ValueError and OverflowError of the numbers in a damaged header pass.
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
-    return ImageArchive(path, members, tar)
 
 
-def _images(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, int, int]]:
-    """Give name, first byte and size of each image in the tar that begins at the file's position.
+def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Give what is in the tar that begins at the file's position: images with first byte and size.
 
     Args:
         file: can be sought.
@@ -184,107 +348,140 @@ def _images(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, i
     if tar.offset >= end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         where = f" of {folder}.tar" if folder else ""
         raise tarfile.ReadError(f"truncated or damaged after {len(members)} members{where}")
-    kinds = image_kinds()
+    nowhere = (0, 0)
     for member in members:
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
-        if not member.isreg() or any(part.startswith(".") for part in parts):  # hidden, or macOS's ._ files, or ..
+        if not parts or any(map(is_hidden, parts)):  # ".." among them
             continue
-        name = PurePosixPath(folder, *parts)
-        if name.suffix.lower() in kinds:
-            if member.issparse():  # its bytes are not those of the image
-                raise tarfile.ReadError(f"{name} is a sparse member; pack it without tar's option --sparse")
-            yield str(name), member.offset_data, member.size
-        elif name.suffix.lower() == ".tar" and not folder:
+        name = "/".join((folder, *parts) if folder else parts)
+        if "/" in name:  # not every tar has its folders as members
+            yield FOLDER, name.rpartition("/")[0], nowhere
+        if member.isdir():
+            yield FOLDER, name, nowhere
+        elif not member.isreg():
+            yield LINKS if member.islnk() or member.issym() else SPECIAL, name, nowhere
+        elif name.lower().endswith(".tar") and not folder:
             file.seek(member.offset_data)
-            yield from _images(file, member.offset_data + member.size, str(name.with_suffix("")))
+            yield FOLDER, name[: -len(".tar")], nowhere
+            yield from _members(file, member.offset_data + member.size, name[: -len(".tar")])
+        else:
+            for what, found in _file(name):
+                if what == IMAGE and member.issparse():  # its bytes are not those of the image
+                    raise tarfile.ReadError(f"{name} is a sparse member; pack it without tar's option --sparse")
+                yield what, found, (member.offset_data, member.size)
 
 
-def open_folder(data_dir: str | None, split: str, val_fraction: float, seed: int) -> Split:
-    """Open a split of an image folder or archive.
+# Splits
 
-    `data_dir` may hold a folder or archive for each split (``train``; ``validation``, ``val``, ``test``), or the class
-    folders themselves; or be an archive of either. Without splits, a share of each class is held out for evaluation.
+
+def open_folder(
+    data_dir: str | None, split_names: Collection[str] = (), group_by: str | None = None
+) -> Split | Callable[[str], Split]:
+    """Open an image folder or archive.
 
     Args:
-        data_dir: the folder, or a ``.tar``, ``.tar.gz`` or ``.tgz``.
-        split: name of the split.
-        val_fraction: share of each class to hold out where there are no splits: at least one image of a class with
-            two or more; a class with one image keeps it for training.
-        seed: chooses the images held out.
+        data_dir: the folder, or a ``.tar``, ``.tar.gz`` or ``.tgz``. It holds the class folders; or a folder or archive
+            for each split (``train``; ``validation``, ``val``, ``test``), which holds them.
+        split_names: further names of splits.
+        group_by: what puts images into groups, see `mbib_timm.data.groups`.
+
+    Returns:
+        All images, where the data have no splits; else what opens a split by name.
 
     Raises:
-        DataError: nothing there, no images, or no such split.
+        DataError: nothing there, or no images; on opening a split, also where there are folders beside the splits.
     """
     if data_dir is None:
         raise DataError("recipe key 'data_dir': the folder source needs the folder or archive of the images")
     path = Path(data_dir)
     if not path.exists():
         raise DataError(f"data_dir {path} does not exist")
-    root = open_archive(path) if is_archive(path) else path
-    found = find_split(root, split)
-    if found is not None:
-        return _read(found)
-    if any(find_split(root, name) for name in ("train", "validation")):
-        raise DataError(f"{root} has no split {split!r}; it has {', '.join(_entries(root))}")
-    whole = _read(root)
-    held_out = hold_out(whole.targets, val_fraction, np.random.RandomState(seed))
-    if split in SYNONYMS["train"]:
-        return whole.subset(np.flatnonzero(~held_out))
-    chosen = f"{100 * val_fraction:g} % of each class, at least one image of a class with two or more, by seed {seed}"
-    return replace(whole.subset(np.flatnonzero(held_out)), chosen=chosen)
+    known = {name.casefold() for name in (*SPLIT_NAMES, *split_names)} - {ALL}
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise DataError(f"{path} is empty")
+        places = _split_folders(path, known)
+        return scan_folder(path).read(group_by) if places is None else partial(_open, path, places, known, group_by)
+    if not is_archive(path):
+        raise DataError(f"no images in class folders under {path} (archives are {', '.join(SUFFIXES)})")
+    for tree in _levels(open_archive(path)):
+        if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
+            return partial(_open, tree, {name: tree.folder(name) for name in tree.tops}, known, group_by)
+    return tree.read(group_by)
 
 
-def find_split(root: Path | ImageArchive, split: str) -> Path | ImageArchive | None:
-    """Return the folder or archive of a split under its own name or a synonym; None where there is none.
+def _levels(tree: ImageTree) -> Iterator[ImageTree]:
+    """Give an archive, and the folder around everything in it, which most archives have; and so on."""
+    while True:
+        yield tree
+        if len(tree.tops) != 1 or not all(tree.tops.values()):
+            return
+        inner = tree.folder(*tree.tops)
+        if len(inner.members) < len(tree.members):
+            return
+        tree = inner
+
+
+def _split_folders(root: Path, known: set[str]) -> dict[str, Path] | None:
+    """Return the folders of a folder, and its archives that are named as splits; None where it holds class folders.
 
     A folder of images alone is no split: CIFAR-100 has a class ``train``.
     """
-    names = dict.fromkeys((split, *SYNONYMS.get(split, ())))
-    if isinstance(root, ImageArchive):
-        return next((root.folder(name) for name in names if name in root.folders), None)
-    candidates = (root / f"{name}{suffix}" for name in names for suffix in ("", *SUFFIXES))
-    return next((candidate for candidate in candidates if candidate.is_file() or _holds_folders(candidate)), None)
+    places: dict[str, Path] = {}
+    for entry in sorted(root.iterdir(), key=lambda entry: (not entry.is_dir(), entry.name)):
+        name = entry.name[: entry.name.find(".")] if is_archive(entry) else entry.name
+        holds_images = entry.is_dir() or (is_archive(entry) and name.casefold() in known)
+        if holds_images and name not in places and not is_hidden(entry.name):
+            places[name] = entry
+    # A look into each, no more than it takes: the folders may be large, and far away.
+    if not any(name.casefold() in known and _holds(place, folders=True) for name, place in places.items()):
+        return None
+    return {name: place for name, place in places.items() if _holds(place)}
 
 
-def _holds_folders(path: Path) -> bool:
-    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir() if not entry.name.startswith("."))
+def _holds(place: Path, folders: bool = False) -> bool:
+    """Return whether there are images in a folder, or in `folders` in it; an archive is not looked into."""
+    return is_archive(place) or any(what == IMAGE and ("/" in name or not folders) for what, name in _walk(str(place)))
 
 
-def _read(place: Path | ImageArchive) -> Split:
-    if isinstance(place, Path) and is_archive(place):
-        place = open_archive(place)
-    split = place.read() if isinstance(place, ImageArchive) else _read_folder(place)
-    names = split.class_names or ()
-    if "" in names:
-        raise DataError(f"{place} holds images outside of class folders")
-    if len(names) < 2:
-        raise DataError(f"{place} holds {len(names)} class folder ({', '.join(names)}); a classifier needs two or more")
-    return split
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(repr(name) for name in names[:3])}{' and others' if len(names) > 3 else ''}"
 
 
-def _read_folder(path: Path) -> Split:
-    if path.is_dir() and not any(path.iterdir()):
-        raise DataError(f"{path} is empty")
-    try:
-        reader: Any = create_reader("", root=str(path), input_key=";".join(image_kinds()))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {first_line(error)}") from None
-    except (ValueError, AssertionError, RuntimeError):
-        kinds = f"looked for {', '.join(image_kinds())}" if path.is_dir() else f"archives are {', '.join(SUFFIXES)}"
-        raise DataError(f"no images in class folders under {path} ({kinds})") from None
-    _refuse_empty_classes(path, reader)
-    targets = np.array([label for _, label in reader.samples], dtype=np.int64)
-    names = sorted(reader.class_to_idx, key=lambda name: reader.class_to_idx[name])
-    return Split(TimmReader(reader), targets, class_names=tuple(names))
+def _open(
+    root: Path | ImageTree,
+    places: Mapping[str, Path | ImageTree],
+    known: set[str],
+    group_by: str | None,
+    split: str,
+) -> Split:
+    """Open a split of its own name or of a synonym.
 
+    Args:
+        root: for messages.
+        places: folders with images, and archives, by name.
+        known: names of splits, in lower case.
+        group_by: what puts images into groups.
+        split: to open.
 
-def _refuse_empty_classes(root: Path, reader: Any) -> None:
-    """timm leaves a folder without images out of the classes, which shifts the labels of those after it."""
-    used = {Path(file).relative_to(root).parts[0] for file, _ in reader.samples}
-    folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if folders - used:
-        raise DataError(f"no images of class {', '.join(sorted(folders - used)[:5])} in {root}")
-
-
-def _entries(root: Path | ImageArchive) -> list[str]:
-    return sorted(root.folders if isinstance(root, ImageArchive) else [path.name for path in root.iterdir()])[:8]
+    Raises:
+        DataError: no such split, or a folder that is neither a split nor, beside splits, a class.
+    """
+    asked = split.casefold()
+    if others := [name for name in places if name.casefold() not in known | {asked}]:
+        name = next(name for name in places if name.casefold() in known)
+        raise DataError(
+            f"{root} holds {name!r}, which has folders in it as a split has, beside {_few(others)}: put the splits "
+            f"into a folder of their own; or, if {name!r} is a class, give it another name, or put its images right "
+            "into it"
+        )
+    by_name = {name.casefold(): place for name, place in places.items()}
+    place = next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
+    if place is None:
+        hint = ""
+        if by_name.keys() <= set(SYNONYMS["train"]) and isinstance(root, Path):
+            hint = f"; to hold a part of it out for evaluation, give --data-dir {next(iter(places.values()))}"
+        raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(places))}{hint}")
+    if isinstance(place, Path):
+        place = list(_levels(open_archive(place)))[-1] if is_archive(place) else scan_folder(place)
+    return place.read(group_by)

@@ -1,16 +1,20 @@
-"""Images with labels, what becomes of a broken one, and the channels of both kinds: colour and grey."""
+"""Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mbib_timm.errors import DataError, first_line
+from mbib_timm.progress import Progress
+
+T = TypeVar("T")
 
 # From an image as it is decoded to the pixels (C, H, W), uint8.
 Transform = Callable[[Image.Image], Tensor]
@@ -19,6 +23,74 @@ Transform = Callable[[Image.Image], Tensor]
 def from_worker(error: DataError) -> DataError:
     """Return the error that a worker process raised: it sends its whole traceback, of which the last line is ours."""
     return DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2])
+
+
+# What EXIF's orientations ask for; 1 is upright.
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """Return an opened image as a model sees it: the first frame, upright, 8 bits a channel, nothing transparent.
+
+    Grey values of more than 8 bits are scaled from their whole range, see `_to_8_bits`. Transparency is composited on
+    white.
+
+    Args:
+        image: any mode; it is decoded, and otherwise left as it is.
+        mode: ``RGB``, or ``L`` for one channel.
+
+    Raises:
+        Exception: whatever PIL's decoders raise: OSError, SyntaxError, struct.error, EOFError and more.
+    """
+    image.seek(0)
+    image.load()  # a TIFF turns itself upright here, and says so
+    if (turn := TRANSPOSED.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(mode)
+    image.info = {}  # what says how to turn it: it is upright now
+    return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF is often malformed, in ways without number, around pixels that are not
+        return None
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Scale grey values to 8 bits.
+
+    Integers are taken for 16 bits, whatever an image's brightest pixel. Floating-point values have no such range: it
+    is 0..1, 0..255 or 0..65535, the first that holds them all. Values beyond 0..65535 are scaled from the image's own
+    darkest to its brightest. What is not finite is black.
+
+    Args:
+        grey: (H, W).
+
+    Returns:
+        The same image, uint8.
+    """
+    values = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
+    lowest, highest = values.min(), values.max()
+    ranges = (1, 255, 65535) if grey.dtype.kind == "f" else (65535,)
+    white = next((end for end in ranges if lowest >= 0 and highest <= end), None)
+    if white is None:
+        values, white = values - lowest, (highest - lowest) or 1
+    return np.rint(values * (255 / white)).astype(np.uint8)
 
 
 class Reader(Protocol):
@@ -40,6 +112,9 @@ class Split:
         targets: labels (N,), int64.
         indices: the reader's index of each image, (N,).
         class_names: in label order, where the source knows them.
+        groups: name of each image's group, (N,), of images that belong on one side of a split; an image whose group is
+            empty stands alone. None where the recipe names none.
+        left_out: what the source has passed over: names of files and folders, by the reason in words.
         chosen: how the images were chosen, in words; empty for a split that the data have of their own.
     """
 
@@ -47,18 +122,30 @@ class Split:
     targets: np.ndarray
     indices: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
+    groups: np.ndarray | None = None
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chosen: str = ""
 
-    def subset(self, kept: np.ndarray) -> "Split":
-        """Return the split of the images at these places."""
+    def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
+        """Return the split of the images at these places; `chosen` says how, where that is not as before."""
         indices = kept if self.indices is None else self.indices[kept]
-        return replace(self, targets=self.targets[kept], indices=indices)
+        groups = None if self.groups is None else self.groups[kept]
+        chosen = chosen or self.chosen
+        return replace(self, targets=self.targets[kept], indices=indices, groups=groups, chosen=chosen)
+
+    def index_of(self, place: int) -> int:
+        """Return the reader's index of the image at a place."""
+        return place if self.indices is None else int(self.indices[place])
+
+    def path(self, place: int) -> str:
+        """Return where the image at a place is, for messages."""
+        return self.reader.path(self.index_of(place))
 
     def __len__(self) -> int:
         return len(self.targets)
 
 
-class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
+class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
     """The images of a split, transformed; each with its label and its position in the split, (2,), int64.
 
     timm's collate function makes one tensor (B, 2) of these, which reaches the device with the images.
@@ -67,7 +154,7 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
         split: which images, with which labels.
         mode: PIL mode that every image is converted to: ``RGB``, or ``L`` for one channel.
         transform: applied to each image.
-        replace_broken: give the next image for one that cannot be decoded, and remember it; else raise.
+        replace_broken: give the next image for one that cannot be decoded; else None. Either is remembered.
     """
 
     def __init__(self, split: Split, mode: str, transform: Transform, replace_broken: bool) -> None:
@@ -80,25 +167,75 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray]:
-        unreadable = None
+    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray] | None:
+        reason = ""
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
-                image = self.reader.read(int(self.indices[place])).convert(self.mode)
+                image = convert_image(self.reader.read(int(self.indices[place])), self.mode)
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-                path = self.reader.path(int(self.indices[place]))
-                unreadable = DataError(f"cannot read image {path}: {first_line(error)}")
-                if not self.replace_broken:
-                    raise unreadable from None
+                reason = f"{self.reader.path(int(self.indices[place]))}: {first_line(error)}"
                 self._broken[place] = 1
+                if not self.replace_broken:
+                    if self._broken.all():
+                        break
+                    return None
             else:
                 return self.transform(image), np.array([self.targets[place], place], dtype=np.int64)
-        raise DataError(f"none of the {len(self)} training images can be read; the last error: {unreadable}")
+        raise DataError(f"none of the {len(self)} images can be read; the last error: cannot read image {reason}")
 
     def broken(self) -> list[str]:
-        """Return the paths of the images that were replaced so far, in any worker."""
+        """Return the paths of the images that could not be read so far, in any worker."""
         return [self.reader.path(int(self.indices[i])) for i in self._broken.nonzero().flatten().tolist()]
+
+
+def unreadable(split: Split, workers: int) -> dict[int, str]:
+    """Decode every image of a split once.
+
+    Returns:
+        Places of the images that cannot be read, and why.
+    """
+    return {place: why for place, why in enumerate(examine(split, _reason, workers)) if why}
+
+
+def _reason(reader: Reader, index: int) -> str:
+    """Return why an image cannot be read; empty for one that can."""
+    try:
+        convert_image(reader.read(index), "RGB")
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def examine(split: Split, look: Callable[[Reader, int], T], workers: int) -> Iterator[T]:
+    """Look at every image of a split, in order; a bar shows how far.
+
+    Args:
+        split: the images.
+        look: returns what there is to know, of a reader and an index.
+        workers: processes that look.
+    """
+    # With a generator of its own, it leaves the global one as it is.
+    generator = torch.Generator()
+    loader = DataLoader(_Examined(split, look), 64, num_workers=workers, collate_fn=list, generator=generator)
+    progress = Progress(len(split), unit="image")
+    try:
+        for batch in loader:
+            yield from batch
+            progress.step(len(batch))
+    finally:
+        progress.close()
+
+
+class _Examined(Dataset[T]):
+    def __init__(self, split: Split, look: Callable[[Reader, int], T]) -> None:
+        self.split, self.look = split, look
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, place: int) -> T:
+        return self.look(self.split.reader, self.split.index_of(place))
 
 
 class ArrayReader:
@@ -121,15 +258,43 @@ class ArrayReader:
         return f"{self.name}[{index}]"
 
 
+class PathReader:
+    """Images at paths under a root. The paths are kept as one buffer, not as half a million objects.
+
+    Args:
+        root: folder that the paths are relative to.
+        names: relative paths, or absolute ones.
+    """
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root = root
+        encoded = [name.encode() for name in names]
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self.buffer = b"".join(encoded)
+
+    def name(self, index: int) -> str:
+        """Return a path as it was given."""
+        start = self.ends[index - 1] if index else 0
+        return self.buffer[start : self.ends[index]].decode()
+
+    def path(self, index: int) -> str:
+        """Return a path as it is on the disk."""
+        return str(self.root / self.name(index))
+
+    def read(self, index: int) -> Image.Image:
+        """Open an image."""
+        return Image.open(self.path(index))
+
+
 class TimmReader:
-    """Images behind one of timm's readers: folder, tar, Hugging Face data sets.
+    """Images behind one of timm's readers: Hugging Face data sets.
 
     Args:
         reader: timm's reader.
-        inside: the tar or data set that holds the images, for messages; None where they are files of their own.
+        inside: the data set that holds the images, for messages.
     """
 
-    def __init__(self, reader: Any, inside: str | None = None) -> None:
+    def __init__(self, reader: Any, inside: str) -> None:
         self.reader, self.inside = reader, inside
 
     def read(self, index: int) -> Image.Image:
@@ -139,8 +304,6 @@ class TimmReader:
     def path(self, index: int) -> str:
         """Return the image's path."""
         name = self.reader.filename(index, absolute=True)
-        if self.inside is None:
-            return str(name)
         return f"{self.inside}/{name}" if name else f"{self.inside}[{index}]"
 
 

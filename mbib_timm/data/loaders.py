@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import create_loader
+from timm.data.loader import fast_collate
 from torch import Tensor
 
 from mbib_timm.data.augment import Augmentation, check_augmentation, create_augmentation
@@ -71,7 +72,7 @@ class ResidentLoader:
         self.epoch = epoch
 
     def broken_images(self) -> list[str]:
-        """Return the paths of images that were replaced because they could not be read."""
+        """Return the paths of images that could not be read, and were replaced or left out."""
         return list(self.images.broken)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -176,6 +177,8 @@ class TimmLoader:
     def __iter__(self) -> Iterator[Batch]:
         try:
             for images, targets in self.loader:
+                if len(targets) == 0:  # of a batch none of which can be read
+                    continue
                 yield Batch(images.chunk(self.views, dim=1), *targets.T.contiguous().unbind())
         except DataError as error:
             raise from_worker(error) from None
@@ -188,8 +191,27 @@ class TimmLoader:
         self.sampler.set_epoch(epoch)
 
     def broken_images(self) -> list[str]:
-        """Return the paths of images that were replaced because they could not be read."""
+        """Return the paths of images that could not be read, and were replaced or left out."""
         return self.dataset.broken()
+
+
+class _Readable:
+    """timm's collate function, for batches some or all of whose images are left out.
+
+    Args:
+        size: of an image, (C, H, W).
+    """
+
+    def __init__(self, size: tuple[int, int, int]) -> None:
+        self.size = size
+
+    def __call__(self, batch: list[tuple[Tensor, np.ndarray] | None]) -> tuple[Tensor, Tensor]:
+        """Return images (B, C, H, W), uint8, and labels with positions (B, 2)."""
+        readable = [item for item in batch if item is not None]
+        if not readable:
+            return torch.zeros(0, *self.size, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
+        collated: tuple[Tensor, Tensor] = fast_collate(readable)
+        return collated
 
 
 def timm_train_loader(
@@ -229,7 +251,7 @@ def timm_eval_loader(
         recipe: preprocessing, batch size, workers.
         input_size: (C, H, W).
         world: the device, and this process among those that share the images.
-        replace_broken: give the next image for one that cannot be read; else that is an error.
+        replace_broken: give the next image for one that cannot be read; else leave it out.
     """
     channels, height, width = input_size
     dataset = ImageDataset(split, pil_mode(channels), eval_transform(recipe, height, width), replace_broken)
@@ -259,6 +281,7 @@ def _through_timm(
         std=views * channelwise(recipe.std, channels),
         num_workers=recipe.workers,
         pin_memory=world.device.type == "cuda" if recipe.pin_mem is None else recipe.pin_mem,
+        collate_fn=_Readable((views * channels, height, width)),
         persistent_workers=False,  # workers that live on would keep the random state of the epoch before
         device=world.device,
         **evaluation_crop(recipe),

@@ -1,12 +1,13 @@
-"""Data sources, found by name: each opens one split of the recipe's data.
+"""Data sources, found by name, and the splits that they have or that are made of them.
 
 Here are the digits that come with the package, torchvision's CIFAR, list files and Hugging Face data sets; folders and
-archives have a file of their own.
+tables have files of their own.
 """
 
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,140 @@ from PIL import Image
 from timm.data import create_reader
 from torchvision import datasets
 
-from mbib_timm.data.folders import open_folder
-from mbib_timm.data.images import ArrayReader, Split, TimmReader
+from mbib_timm.data.folders import ALL, SYNONYMS, open_folder
+from mbib_timm.data.groups import hold_out_groups
+from mbib_timm.data.image_tables import open_table
+from mbib_timm.data.images import ArrayReader, PathReader, Split, TimmReader, unreadable
+from mbib_timm.data.long_tail import hold_out
 from mbib_timm.errors import DataError, first_line
+from mbib_timm.files import printable
 from mbib_timm.recipe import Recipe
 from mbib_timm.registry import Registry
 
 DIGITS = Path(__file__).with_name("digits.npz")
 TEST_IMAGES_PER_CLASS = 34
 DIGIT_SIZE = 16
-SOURCES: Registry[Callable[[Recipe, str], Split]] = Registry("data source")
 HFDS_PREFIX = "hfds/"
+# Reasons for which images and classes are left out.
+UNREADABLE = "images that cannot be read"
+NO_READABLE = "classes without an image that can be read"
+# All images at once, of data that have no splits; else what opens a split by name.
+Opened = Split | Callable[[str], Split]
+SOURCES: Registry[Callable[[Recipe], Opened]] = Registry("data source")
+
+
+class Source:
+    """A recipe's data, of which each split is opened by name. What is scanned, and split, is so once.
+
+    Data without splits are split here: a share of each class, or of whole groups, is held out for evaluation by
+    `subset_seed`, and a split named ``all`` has every image.
+
+    Args:
+        recipe: names source and place.
+
+    Raises:
+        MbibError: an unknown source.
+        DataError: data that are missing or malformed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        name = "hfds/NAME" if recipe.dataset.startswith(HFDS_PREFIX) else recipe.dataset
+        self._opened = SOURCES[name](recipe)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether the data have splits of their own."""
+        return not isinstance(self._opened, Split)
+
+    @cached_property
+    def _whole(self) -> Split:
+        assert isinstance(self._opened, Split)
+        (whole,) = usable([self._opened], self.recipe)
+        return whole
+
+    @cached_property
+    def _held_out(self) -> np.ndarray:
+        """Which images are held out, (N,), bool."""
+        recipe, whole = self.recipe, self._whole
+        generator = np.random.RandomState(recipe.subset_seed)
+        if whole.groups is None:
+            return hold_out(whole.targets, recipe.val_fraction, generator)
+        held_out = hold_out_groups(whole.targets, whole.groups, recipe.val_fraction, generator)
+        if not held_out.any():
+            raise DataError(
+                f"recipe key 'group_by': with {recipe.group_by} nothing can be held out, for every group holds a class "
+                "that no other group has"
+            )
+        return held_out
+
+    def splits(self, names: Sequence[str]) -> list[Split]:
+        """Open splits by name.
+
+        Raises:
+            DataError: no such split, data that are malformed, or images that cannot be read where the recipe says
+                ``broken: stop``; of all these splits at once.
+        """
+        if isinstance(self._opened, Split):
+            return [self._part(name) for name in names]
+        return usable([self._opened(name) for name in names], self.recipe)
+
+    def _part(self, name: str) -> Split:
+        recipe = self.recipe
+        if name == ALL:
+            return self._whole
+        training = name in (recipe.train_split, *SYNONYMS["train"])
+        if not training and name not in (recipe.val_split, recipe.test_split, *SYNONYMS["validation"]):
+            raise DataError(
+                f"there is no split {name!r}: the data have none of their own, and are cut into {recipe.train_split} "
+                f"and {recipe.val_split}; {ALL} has every image"
+            )
+        chosen = f"{100 * recipe.val_fraction:g} % of each class, drawn with seed {recipe.subset_seed}"
+        if recipe.group_by is not None:
+            chosen = f"about {chosen}, in whole groups by {recipe.group_by}"
+        kept = np.flatnonzero(~self._held_out if training else self._held_out)
+        return self._whole.subset(kept, f"all but {chosen}" if training else chosen)
+
+
+def usable(splits: Sequence[Split], recipe: Recipe) -> list[Split]:
+    """Return splits without their unreadable images, where the recipe wants those found beforehand.
+
+    A class without readable images is left out of a split's classes.
+
+    Raises:
+        DataError: unreadable images where the recipe says ``broken: stop``; names all of them.
+    """
+    if recipe.broken == "replace":
+        return list(splits)
+    found = [unreadable(split, recipe.workers) for split in splits]
+    if recipe.broken == "stop" and any(found):
+        named = [f"{split.path(i)}: {why}" for split, bad in zip(splits, found, strict=True) for i, why in bad.items()]
+        raise DataError("\n  ".join([f"{UNREADABLE}: {len(named):,}", *map(printable, named)]))
+    return [without(split, bad) for split, bad in zip(splits, found, strict=True)]
+
+
+def without(split: Split, bad: Mapping[int, str]) -> Split:
+    """Return a split without the images at some places, of which it is known why."""
+    if not bad:
+        return split
+    kept = split.subset(np.setdiff1d(np.arange(len(split)), list(bad)))
+    left_out = {**split.left_out, UNREADABLE: tuple(f"{split.path(place)}: {why}" for place, why in bad.items())}
+    if split.class_names is None:
+        return replace(kept, left_out=left_out)
+    present = np.unique(kept.targets)
+    gone = [split.class_names[label] for label in np.setdiff1d(np.unique(split.targets), present)]
+    if gone:
+        # Classes that this split has had no images of keep their place: other splits may have them.
+        names = tuple(name for name in split.class_names if name not in gone)
+        number = {name: label for label, name in enumerate(names)}
+        targets = np.array([number[split.class_names[label]] for label in kept.targets], dtype=np.int64)
+        kept = replace(kept, targets=targets, class_names=names)
+        left_out[NO_READABLE] = tuple(gone)
+    return replace(kept, left_out=left_out)
 
 
 def open_split(recipe: Recipe, split: str) -> Split:
-    """Open one split of the recipe's data.
+    """Open one split of the recipe's data, see `Source`.
 
     Args:
         recipe: names source and place.
@@ -39,19 +159,23 @@ def open_split(recipe: Recipe, split: str) -> Split:
         MbibError: an unknown source.
         DataError: data that are missing or malformed.
     """
-    if recipe.dataset.startswith(HFDS_PREFIX):
-        return SOURCES["hfds/NAME"](recipe, split)
-    return SOURCES[recipe.dataset](recipe, split)
+    return Source(recipe).splits([split])[0]
 
 
 @SOURCES.register("digits")
-def _digits(recipe: Recipe, split: str) -> Split:
-    return open_digits(split)
+def _digits(recipe: Recipe) -> Opened:
+    return open_digits
 
 
 @SOURCES.register("folder")
-def _folder(recipe: Recipe, split: str) -> Split:
-    return open_folder(recipe.data_dir, split, recipe.val_fraction, recipe.subset_seed)
+def _folder(recipe: Recipe) -> Opened:
+    names = (recipe.train_split, recipe.val_split, recipe.test_split or "test")
+    return open_folder(recipe.data_dir, names, recipe.group_by)
+
+
+@SOURCES.register("table")
+def _table(recipe: Recipe) -> Opened:
+    return open_table(recipe)
 
 
 def _list_of(recipe: Recipe, split: str) -> tuple[str | None, str]:
@@ -67,18 +191,24 @@ def _list_of(recipe: Recipe, split: str) -> tuple[str | None, str]:
 
 
 @SOURCES.register("list")
-def _list(recipe: Recipe, split: str) -> Split:
-    file, key = _list_of(recipe, split)
-    return open_list(file, recipe.data_dir, key, recipe.class_map)
+def _list(recipe: Recipe) -> Opened:
+    def opened(split: str) -> Split:
+        file, key = _list_of(recipe, split)
+        return open_list(file, recipe.data_dir, key, recipe.class_map)
+
+    return opened
 
 
 @SOURCES.register("inat2018")
-def _inat2018(recipe: Recipe, split: str) -> Split:
-    file, key = _list_of(recipe, split)
-    return open_inaturalist(file, recipe.data_dir, key)
+def _inat2018(recipe: Recipe) -> Opened:
+    def opened(split: str) -> Split:
+        file, key = _list_of(recipe, split)
+        return open_inaturalist(file, recipe.data_dir, key)
+
+    return opened
 
 
-def _cifar(kind: type[datasets.CIFAR10], recipe: Recipe, split: str) -> Split:
+def _open_cifar(kind: type[datasets.CIFAR10], recipe: Recipe, split: str) -> Split:
     name = kind.__name__
     if split not in ("train", "test", "validation"):
         raise DataError(f"{name} has the splits train and test, not {split!r}")
@@ -91,12 +221,16 @@ def _cifar(kind: type[datasets.CIFAR10], recipe: Recipe, split: str) -> Split:
     return Split(ArrayReader(cifar.data, name), np.array(cifar.targets), class_names=tuple(cifar.classes))
 
 
-SOURCES.register("torch/cifar10")(partial(_cifar, datasets.CIFAR10))
-SOURCES.register("torch/cifar100")(partial(_cifar, datasets.CIFAR100))
+SOURCES.register("torch/cifar10")(partial(partial, _open_cifar, datasets.CIFAR10))
+SOURCES.register("torch/cifar100")(partial(partial, _open_cifar, datasets.CIFAR100))
 
 
 @SOURCES.register("hfds/NAME")
-def _hugging_face(recipe: Recipe, split: str) -> Split:
+def _hugging_face(recipe: Recipe) -> Opened:
+    return partial(_open_hugging_face, recipe)
+
+
+def _open_hugging_face(recipe: Recipe, split: str) -> Split:
     try:
         reader: Any = create_reader(recipe.dataset, root=recipe.data_dir, split=split)
     except ImportError:
@@ -139,8 +273,8 @@ def open_digits(split: str) -> Split:
     return Split(ArrayReader(images, "digits"), targets[chosen], class_names=tuple("0123456789"))
 
 
-class PathReader:
-    """Images at paths under a root. The paths are kept as one buffer, not as half a million objects.
+class ListedReader(PathReader):
+    """Images at the paths of a list, whose validation images may lie in another layout than the list says.
 
     Args:
         root: folder that the paths are relative to.
@@ -148,16 +282,8 @@ class PathReader:
     """
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        self.root = root
-        encoded = [name.encode() for name in names]
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self.buffer = b"".join(encoded)
+        super().__init__(root, names)
         self.class_folders: dict[str, str] | None = None  # of flat validation images, looked up when first needed
-
-    def name(self, index: int) -> str:
-        """Return a relative path."""
-        start = self.ends[index - 1] if index else 0
-        return self.buffer[start : self.ends[index]].decode()
 
     def path(self, index: int) -> str:
         """Return a path as it is on the disk.
@@ -177,10 +303,6 @@ class PathReader:
         if self.class_folders is None:
             self.class_folders = {file.name: file.parent.name for file in path.parent.glob("*/*")}
         return path.parent / self.class_folders.get(path.name, "") / path.name
-
-    def read(self, index: int) -> Image.Image:
-        """Open an image."""
-        return Image.open(self.path(index))
 
 
 def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: str | None) -> Split:
@@ -210,7 +332,7 @@ def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: 
         raise DataError(f"{file} is not a text file of lines '<relative path> <label>'") from None
     if not names:
         raise DataError(f"{file} lists no images")
-    _require_images(reader := PathReader(root, names), file)
+    _require_images(reader := ListedReader(root, names), file)
     return Split(reader, np.array(labels, dtype=np.int64), class_names=_read_class_names(class_map))
 
 
@@ -259,7 +381,7 @@ def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> S
         _check_path(name, str(file))
         if label_of.get(image) not in categories:
             raise DataError(f"{file}: image {image!r} ({name}) has no annotation with a known category")
-    _require_images(reader := PathReader(root, names), file)
+    _require_images(reader := ListedReader(root, names), file)
     targets = np.array([label_of[image] for image in ids], dtype=np.int64)
     return Split(reader, targets, class_names=tuple(categories[i] for i in range(len(categories))))
 
@@ -294,7 +416,7 @@ def _check_path(name: str, where: str) -> None:
         raise DataError(f"{where}: {name!r} must be a path below the data folder")
 
 
-def _require_images(reader: PathReader, file: Path) -> None:
+def _require_images(reader: ListedReader, file: Path) -> None:
     """Look for a few of the images: a wrong data_dir shows at once, and a single missing file is no wrong data_dir."""
     sample = np.linspace(0, len(reader.ends) - 1, num=5, dtype=np.int64)
     if not any(Path(reader.path(int(i))).is_file() for i in sample):

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mbib_timm.data.groups import hold_out_groups
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices
-from mbib_timm.data.sources import open_split
+from mbib_timm.data.sources import Source
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
 
@@ -54,7 +55,8 @@ def open_data(recipe: Recipe) -> Splits:
     Images for methods that choose a constant are, in this order:
 
     1. with ``holdout`` above 0, that share of each class of the (long-tailed) training images, at least one of a class
-       with two or more and never the last one, drawn by ``subset_seed``: they are not trained on, and not counted;
+       with two or more and never the last one, in whole groups where the images have groups, drawn by
+       ``subset_seed``: they are not trained on, and not counted;
     2. of a long-tailed subset, the training images that it leaves out, which may be none of the largest class;
     3. where there is a test split, the validation split;
     4. none.
@@ -62,10 +64,11 @@ def open_data(recipe: Recipe) -> Splits:
     Raises:
         DataError: data that are missing, malformed, or do not fit the recipe or one another.
     """
-    train = open_split(recipe, recipe.train_split)
-    val = open_split(recipe, recipe.val_split)
-    has_test = recipe.test_split is not None or recipe.test_list is not None
-    test = open_split(recipe, recipe.test_split or "test") if has_test else None
+    names = [recipe.train_split, recipe.val_split]
+    if recipe.test_split is not None or recipe.test_list is not None:
+        names.append(recipe.test_split or "test")
+    train, val, *tests = Source(recipe).splits(names)
+    test = tests[0] if tests else None
     held_out, held_out_from = None, "none"
     num_classes = _num_classes(recipe, train)
     counts = count_classes(train.targets, num_classes, train.class_names)
@@ -78,7 +81,8 @@ def open_data(recipe: Recipe) -> Splits:
         train = train.subset(kept)
     if recipe.holdout > 0:
         train, held_out = _hold_out(recipe, train)
-        held_out_from = f"{100 * recipe.holdout:g} % of each class's training images, which are not trained on"
+        groups = "" if train.groups is None else ", in whole groups"
+        held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
     for name, split in ((recipe.val_split, val), (recipe.test_split or "test", test)):
         if split is not None:
@@ -93,6 +97,12 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
     in_data = len(train.class_names) if train.class_names is not None else highest
     if highest > in_data:
         raise DataError(f"label {highest - 1} has no name: the class map names {in_data} classes")
+    if train.class_names is not None and in_data < 2:
+        kind = " folder, as the first below data_dir are," if recipe.dataset == "folder" else ""
+        raise DataError(
+            f"{recipe.table or recipe.data_dir or recipe.dataset} holds {in_data} class{kind} "
+            f"({', '.join(train.class_names)}); a classifier needs two or more"
+        )
     if recipe.num_classes is not None and recipe.num_classes != in_data:
         raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")
     return in_data
@@ -109,9 +119,13 @@ def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
     """Return the images to train on, and those that the recipe holds out."""
     # Seeded through MT19937, it is another stream than that which has drawn the long-tailed subset.
     generator = np.random.RandomState(np.random.MT19937(recipe.subset_seed))
-    held_out = hold_out(train.targets, recipe.holdout, generator)
+    if train.groups is not None:
+        held_out = hold_out_groups(train.targets, train.groups, recipe.holdout, generator)
+        one = "group of training images"
+    else:
+        held_out, one = hold_out(train.targets, recipe.holdout, generator), "training image"
     if not held_out.any():
-        raise DataError("recipe key 'holdout': every class has one training image, which is needed for training")
+        raise DataError(f"recipe key 'holdout': every class has one {one}, which is needed for training")
     return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
 
 

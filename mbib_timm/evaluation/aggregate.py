@@ -330,6 +330,11 @@ def _correct(
         guesses = torch.stack([weighted_logits(logits, row).argmax(dim=-1) for row in rows])
         correct.append((guesses == batch.targets).cpu())
         index.append(batch.index.cpu())
+    if broken := opened.loader.broken_images():
+        raise DataError(
+            f"{len(broken)} images cannot be read, and the test sets are drawn from all: give --broken skip; the first "
+            f"is {broken[0]}"
+        )
     in_order = torch.cat(correct, dim=1)[:, torch.cat(index).argsort()]
     return dict(zip(weights, in_order.numpy(), strict=True))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
@@ -29,6 +29,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     compile: bool = False,
+    shift: Tensor | None = None,
 ) -> dict[str, HeadMetrics]:
     """Evaluate a model; with several processes each takes its share, and every image counts once.
 
@@ -40,6 +41,7 @@ def evaluate(
         amp_dtype: precision of autocast; None for none.
         channels_last: hand the images on in channels-last format.
         compile: compile the forward pass.
+        shift: added to the logits of every head, (K,), on the device; see `log_shift`. None for nothing.
 
     Returns:
         The metrics of ``"prediction"`` and for each of `reported_heads`, by name.
@@ -61,7 +63,8 @@ def evaluate(
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 logits = forward(model, images)
             names = tuple(logits)
-            counted = batch_statistics(torch.stack([*logits.values()]), targets)
+            stacked = torch.stack([*logits.values()])
+            counted = batch_statistics(stacked if shift is None else stacked.float() + shift, targets)
             sums = counted if sums is None else sums + counted
     finally:
         model.train(was_training)

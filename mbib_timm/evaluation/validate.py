@@ -3,12 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mbib_timm.environment import Environment, describe_environment, join_world, leave_world
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbib_timm.environment import Environment, World, describe_environment, join_world, leave_world
+from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import evaluate
-from mbib_timm.evaluation.target import find_target, open_target
-from mbib_timm.files import to_json
+from mbib_timm.evaluation.priors import (
+    ESTIMATE,
+    estimate_prior,
+    label_names,
+    log_shift,
+    trained_shares,
+    wanted_shares,
+)
+from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
+from mbib_timm.files import printable, to_json
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.tables import accuracy_table
 
@@ -23,6 +36,7 @@ class Validation:
         class_counts: training images of each class, which decide the shot groups.
         heads: metrics of ``prediction``, and of each head and expert where there are several.
         environment: versions, hardware, command.
+        prior: class frequencies that the logits were shifted to, by class, their sum 1; None where they were not.
     """
 
     target: str
@@ -30,6 +44,7 @@ class Validation:
     class_counts: list[int]
     heads: dict[str, HeadMetrics]
     environment: Environment
+    prior: list[float] | None = None
 
 
 def validate(
@@ -38,6 +53,7 @@ def validate(
     recipe: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     split: str | None = None,
+    prior: str | None = None,
     results_file: Path | None = None,
 ) -> Validation:
     """Evaluate a trained model and print its table.
@@ -47,6 +63,9 @@ def validate(
         recipe: name of the recipe that says which data; a run's folder and a published model have their own.
         overrides: recipe keys to replace.
         split: split to evaluate; by default the one that the run's result is on.
+        prior: class frequencies that the logits of every head are shifted to: ``train``, ``uniform``, a file, see
+            `read_prior`; or ``estimate``, for those under which the images are most likely for the prediction. None
+            leaves the logits as they are.
         results_file: where to write the metrics as JSON.
 
     Returns:
@@ -60,11 +79,21 @@ def validate(
     try:
         opened = open_target(found, world, split)
         channels_last = found.recipe.channels_last
+        moved = None if prior is None else _move_prior(prior, found, opened, world)
         heads = evaluate(
-            opened.model, opened.loader, opened.class_counts, device=world.device, channels_last=channels_last
+            opened.model,
+            opened.loader,
+            opened.class_counts,
+            device=world.device,
+            channels_last=channels_last,
+            shift=None if moved is None else moved.shift.to(world.device),
         )
-        results = Validation(target, opened.split, opened.class_counts.tolist(), heads, describe_environment(world))
+        shares = None if moved is None else moved.shares.tolist()
+        environment = describe_environment(world)
+        results = Validation(target, opened.split, opened.class_counts.tolist(), heads, environment, shares)
         if world.is_main:
+            if moved is not None and moved.note:
+                print(printable(moved.note))
             print(f"{target} on {opened.split}:")
             print(accuracy_table(heads, opened.class_counts))
             if results_file is not None:
@@ -72,3 +101,40 @@ def validate(
         return results
     finally:
         leave_world()
+
+
+class MovedPrior(NamedTuple):
+    """Other class frequencies than those that logits are for.
+
+    Attributes:
+        shares: of the classes, (K,); their sum is 1.
+        shift: what is added to the logits, (K,), float32.
+        note: how the shares were estimated, a line; empty where they were given.
+    """
+
+    shares: np.ndarray
+    shift: Tensor
+    note: str
+
+
+def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) -> MovedPrior:
+    config, counts, note = target.source.config(), opened.class_counts, ""
+    trained = trained_shares(target.name, config.logit_prior, counts)
+    if prior != ESTIMATE:
+        shares = wanted_shares(prior, counts, config.class_names)
+    elif world.world_size > 1:
+        raise MbibError(f"--prior estimate runs in one process, not in {world.world_size}: omit torchrun")
+    else:
+        found = estimate_prior(_probabilities(opened, target.recipe.channels_last), trained)
+        shares, note = found.shares, found.describe(label_names(config.class_names, len(counts)))
+    return MovedPrior(shares, torch.from_numpy(log_shift(shares, trained)), note)
+
+
+@torch.no_grad()
+def _probabilities(opened: OpenTarget, channels_last: bool) -> np.ndarray:
+    """Return the prediction's probabilities of all images, without a prior, (N, K)."""
+    found = []
+    for batch in opened.loader:
+        images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
+        found.append(opened.model(images).double().softmax(dim=-1).cpu().numpy())
+    return np.concatenate(found)

@@ -1,16 +1,19 @@
 """`mbib demo`: a page in the browser that shows what a model sees in an image, head by head (Gradio)."""
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from mbib_timm.data.images import pil_mode
+from mbib_timm.data.images import convert_image, pil_mode
 from mbib_timm.environment import find_device
-from mbib_timm.errors import MbibError
-from mbib_timm.inference.predict import Predictor
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation.priors import label_names
+from mbib_timm.inference.cam import GradCam, overlay
+from mbib_timm.inference.predict import Predictor, unreadable
 from mbib_timm.models.head_outputs import PREDICTION, head_titles, predicting_parts
 from mbib_timm.models.weights import LoadedModel, load_model
 
@@ -20,11 +23,11 @@ TOP = 5
 
 def class_labels(model: LoadedModel) -> list[str]:
     """Return what the page calls each class: its name, its number where two share a name, its training images."""
-    names = model.class_names or [f"class {label}" for label in range(model.num_classes)]
-    of_a_name = Counter(names)
-    labels = [name if of_a_name[name] == 1 else f"{name} [{label}]" for label, name in enumerate(names)]
+    labels = label_names(
+        model.class_names or [f"class {label}" for label in range(model.num_classes)], model.num_classes
+    )
     if model.class_counts is None:
-        return labels
+        return list(labels)
     return [f"{label} (n = {count:,})" for label, count in zip(labels, model.class_counts, strict=True)]
 
 
@@ -38,21 +41,64 @@ def shown_heads(model: LoadedModel) -> dict[str, str]:
     return {PREDICTION: f"Prediction (mean of {mean})", **{part: titles[part] for part in parts}}
 
 
-def classify(predictors: Sequence[Predictor], labels: Sequence[str], image: Image.Image) -> list[dict[str, float]]:
-    """Return the probabilities of the most probable classes by label, for each predictor.
+@dataclass(frozen=True)
+class Seen:
+    """What a model sees in an image.
+
+    Attributes:
+        heads: probabilities of the most probable classes by label, for each predictor.
+        overlay: where the first predictor's class was seen (Grad-CAM); None where that is not shown.
+    """
+
+    heads: list[dict[str, float]]
+    overlay: Image.Image | None = None
+
+
+def open_upload(path: str | Path) -> Image.Image:
+    """Decode an uploaded image.
+
+    Raises:
+        DataError: it cannot be read; the message says why.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
+        raise DataError(f"This file cannot be read: {unreadable(error).rstrip('.')}.") from None
+
+
+def classify(
+    predictors: Sequence[Predictor], labels: Sequence[str], image: Image.Image, grad_cam: GradCam | None = None
+) -> Seen:
+    """Return what the predictors see in an image.
 
     Args:
         predictors: one per head, of the same model.
         labels: of the classes.
-        image: any mode, any size.
+        image: any mode, any size; turned as its EXIF data say, as `mbib predict` turns it.
+        grad_cam: of the model; None to leave the overlay out.
     """
     first = predictors[0]
-    batch = first.transform()(image.convert(pil_mode(first.model.preprocessing["input_size"][0])))[None]
-    found = []
+    mode = pil_mode(first.model.preprocessing["input_size"][0])
+    pixels = first.transform(as_bytes=True)(convert_image(image, mode))
+    batch = first.normalize(pixels[None].to(first.device))
+    found, best = [], []
     for predictor in predictors:
         values, indices = predictor.probabilities(batch)[0].topk(min(TOP, len(labels)))
+        best.append(int(indices[0]))
         found.append({labels[i]: p for i, p in zip(indices.tolist(), values.tolist(), strict=True)})
-    return found
+    if grad_cam is None:
+        return Seen(found)
+    return Seen(found, overlay(pixels, grad_cam.heat(batch, best[:1])[0]))
+
+
+def find_grad_cam(predictor: Predictor) -> GradCam | None:
+    """Return Grad-CAM of the predictor's model; None where it is not installed, or the model has no map to show."""
+    try:
+        return GradCam(predictor.module, predictor.model.preprocessing["input_size"])
+    except MbibError:
+        return None
 
 
 def build_page(target: str, device: str | None = None) -> Any:
@@ -73,9 +119,18 @@ def build_page(target: str, device: str | None = None) -> Any:
     heads, labels = shown_heads(model), class_labels(model)
     predictors = [Predictor(model, head, device=torch.device(find_device(device))) for head in heads]
 
-    def show(image: Image.Image | None) -> Any:
-        found = [{}] * len(predictors) if image is None else classify(predictors, labels, image)
-        return found[0] if len(found) == 1 else found
+    grad_cam = find_grad_cam(predictors[0])
+    nothing = Seen([{}] * len(predictors))
+
+    def show(path: str | None) -> list[Any]:
+        seen, reason = nothing, ""
+        if path is not None:
+            try:
+                seen = classify(predictors, labels, open_upload(path), grad_cam)
+            except DataError as error:
+                reason = str(error)
+        shown = [gradio.Markdown(reason, visible=bool(reason)), *seen.heads]
+        return shown if grad_cam is None else [*shown, seen.overlay]
 
     with gradio.Blocks(title=f"mbib_timm: {model.source.name}", analytics_enabled=False) as page:
         counted = "" if model.class_counts is None else " n is the number of a class's training images."
@@ -83,10 +138,15 @@ def build_page(target: str, device: str | None = None) -> Any:
             f"# {model.source.name}\n\nDrop an image. The model knows {model.num_classes:,} classes, and gives one of "
             f"them whatever it sees.{counted}"
         )
-        image = gradio.Image(type="pil", label="Image", height=320)
+        with gradio.Row():
+            image = gradio.Image(type="filepath", label="Image", height=320)
+            # As the file that it is: Gradio would open it, and not say why it cannot.
+            image.preprocess = lambda payload: None if payload is None else payload.path
+            warm = [] if grad_cam is None else [gradio.Image(label="Where its class is seen (Grad-CAM)", height=320)]
+        reason = gradio.Markdown(visible=False)
         with gradio.Row():
             outputs = [gradio.Label(label=t, num_top_classes=TOP, show_heading=False) for t in heads.values()]
-        image.change(show, image, outputs)
+        image.change(show, image, [reason, *outputs, *warm])
     return page
 
 

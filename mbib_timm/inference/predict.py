@@ -1,79 +1,64 @@
 """`mbib predict`: classes and probabilities for images, in batches."""
 
-import csv
-import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import UnidentifiedImageError
 from timm.data import create_transform
-from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mbib_timm.data.folders import ArchiveReader, image_kinds, is_archive, open_archive
-from mbib_timm.data.images import Reader, pil_mode
+from mbib_timm.data.folders import in_words
+from mbib_timm.data.images import convert_image, pil_mode
 from mbib_timm.environment import join_world, leave_world
-from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
-from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
+from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.evaluation.priors import (
+    ESTIMATE,
+    EstimatedPrior,
+    estimate_prior,
+    label_names,
+    log_shift,
+    trained_shares,
+    wanted_shares,
+)
+from mbib_timm.files import printable
+from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
+from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
+from mbib_timm.inference.prediction_files import (
+    UNSURE,
+    Broken,
+    Continued,
+    CsvWriter,
+    DoneImage,
+    EmbeddingsWriter,
+    JsonlWriter,
+    OutputChoice,
+    ParquetWriter,
+    Prediction,
+    RowColumns,
+    TableWriter,
+    Writer,
+    make_folder,
+    read_continued,
+)
+from mbib_timm.models.head_outputs import PREDICTION, head_logits, logits_and_features, reported_heads
 from mbib_timm.models.weights import LoadedModel, load_model
+from mbib_timm.progress import Progress
+from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.tables import percent
 
-
-class FileReader:
-    """Images in files of their own.
-
-    Args:
-        paths: of the files.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def read(self, index: int) -> Image.Image:
-        """Open an image."""
-        return Image.open(self.paths[index])
-
-    def path(self, index: int) -> str:
-        """Return its path."""
-        return str(self.paths[index])
-
-
-def find_images(paths: Sequence[str]) -> list[tuple[Reader, int]]:
-    """Find the images in files, folders and tars, in natural order within each.
-
-    Returns:
-        A reader and an index for each image.
-
-    Raises:
-        DataError: a path that does not exist, or a folder or tar without images.
-    """
-    found: list[tuple[Reader, int]] = []
-    for given in map(Path, paths):
-        reader: Reader
-        if is_archive(given):
-            archive = open_archive(given)
-            names = sorted(archive.members, key=natural_key)
-            places = np.array([archive.members[name] for name in names], dtype=np.int64).reshape(-1, 2)
-            reader, count = ArchiveReader(given, names, places, archive.tar), len(names)
-        elif given.is_dir():
-            kinds = image_kinds()
-            inside = (path for path in given.rglob("*") if path.suffix.lower() in kinds and path.is_file())
-            files = sorted(inside, key=lambda path: natural_key(str(path)))
-            reader, count = FileReader(files), len(files)
-        elif given.is_file():
-            reader, count = FileReader([given]), 1
-        else:
-            raise DataError(f"there is no image, folder or tar at {given}")
-        if count == 0:
-            raise DataError(f"no images in {given} (looked for {', '.join(image_kinds())})")
-        found += [(reader, index) for index in range(count)]
-    return found
+MOST_WORKERS = 8
+# Unknown classes that the summary names.
+NAMED = 10
 
 
 class Photos(Dataset):
@@ -82,43 +67,58 @@ class Photos(Dataset):
     Args:
         images: what `find_images` found.
         mode: PIL mode that every image is converted to.
-        transform: from a PIL image to (C, H, W).
+        transform: from a PIL image to (C, H, W), uint8.
     """
 
-    def __init__(self, images: Sequence[tuple[Reader, int]], mode: str, transform: Callable[..., Tensor]) -> None:
+    def __init__(self, images: Sequence[FoundImage], mode: str, transform: Callable[..., Tensor]) -> None:
         self.images, self.mode, self.transform = images, mode, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int) -> tuple[str, Tensor | None, str]:
-        reader, index = self.images[place]
-        path = reader.path(index)
+    def __getitem__(self, place: int) -> Tensor | str:
+        image = self.images[place]
         try:
-            return path, self.transform(reader.read(index).convert(self.mode)), ""
+            return self.transform(convert_image(image.reader.read(image.index), self.mode))
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-            return path, None, first_line(error)
+            return unreadable(error)
+
+
+def unreadable(error: Exception) -> str:
+    """Return why an image cannot be read, in a line without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a kind that is read, or damaged from its beginning"
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
+
+
+def collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | None]]:
+    """Return a batch of the images that can be read, (B, C, H, W), and for every image None or what is wrong with it.
+
+    One tensor goes from a worker to the main process, and not one per image.
+    """
+    images = [item for item in items if isinstance(item, Tensor)]
+    return torch.stack(images) if images else None, [item if isinstance(item, str) else None for item in items]
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of an image, the first the most probable.
+class ScoredBatch:
+    """Some images in order, and what the model gives for them.
 
     Attributes:
-        image: its path.
-        classes: label and probability of each.
+        images: of the batch.
+        reasons: for each, why it cannot be read; None for one that can.
+        logits: of those that can, without a prior, (B, K), float32, on the device.
+        features: of those that can, (B, C), float32, on the device; None where they are not asked for.
     """
 
-    image: str
-    classes: list[tuple[int, float]]
+    images: Sequence[FoundImage]
+    reasons: list[str | None]
+    logits: Tensor
+    features: Tensor | None
 
-
-@dataclass(frozen=True)
-class Broken:
-    """An image that cannot be read."""
-
-    image: str
-    reason: str
+    def readable(self) -> list[FoundImage]:
+        """Return the images that can be read."""
+        return [image for image, reason in zip(self.images, self.reasons, strict=True) if reason is None]
 
 
 class Predictor:
@@ -127,9 +127,12 @@ class Predictor:
     Args:
         model: a trained model.
         head: ``prediction``, or the name of one of the model's heads or experts.
-        prior: class frequencies that the probabilities are for: ``train``, ``uniform``, or a file with a count for
-            each class; None leaves the logits as they are.
+        prior: class frequencies that the probabilities are for: ``train``, ``uniform``, or a file, see `read_prior`;
+            None leaves the logits as they are.
         device: where it runs.
+
+    Attributes:
+        names: of the classes, each its own, in label order.
 
     Raises:
         MbibError: a head that the model has not, or a prior where the model's own is not known.
@@ -141,118 +144,225 @@ class Predictor:
         self.model, self.head, self.device = model, head, torch.device(device)
         if head not in (PREDICTION, *reported_heads(model.module)):
             raise unknown_name(f"head of {model.source.name}", head, (PREDICTION, *reported_heads(model.module)))
+        self.names = label_names(model.class_names, model.num_classes)
+        self.shift: Tensor | None = None
+        if prior is not None:
+            trained = self.trained_shares()
+            self.set_prior(wanted_shares(prior, self._class_counts(), model.class_names), trained)
         self.module: nn.Module = model.module.to(self.device)
-        self.shift = None if prior is None else log_prior_shift(model, prior).to(self.device)
 
-    def transform(self) -> Callable[..., Tensor]:
-        """Return the preprocessing, from a PIL image to (C, H, W)."""
-        transform: Callable[..., Tensor] = create_transform(**dict(self.model.preprocessing), is_training=False)
+    def trained_shares(self) -> np.ndarray:
+        """Return the class frequencies that the logits are for. Raises MbibError where the model does not say."""
+        return trained_shares(self.model.source.name, self.model.prior, self.model.class_counts)
+
+    def _class_counts(self) -> np.ndarray:
+        counts = self.model.class_counts
+        return np.ones(len(self.names)) if counts is None else counts
+
+    def set_prior(self, wanted: np.ndarray, trained: np.ndarray) -> None:
+        """Let probabilities be for other class frequencies, (K,), than those that the logits are for."""
+        self.shift = torch.from_numpy(log_shift(wanted, trained)).to(self.device)
+
+    def transform(self, as_bytes: bool = False) -> Callable[..., Tensor]:
+        """Return the preprocessing, from a PIL image to (C, H, W): normalised, or as bytes to be so on the device."""
+        transform: Callable[..., Tensor] = create_transform(
+            **dict(self.model.preprocessing), is_training=False, use_prefetcher=as_bytes
+        )
         return transform
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return images of bytes (B, C, H, W) as the model takes them."""
+        channels = (self.model.preprocessing[name] for name in ("mean", "std"))
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in channels)
+        return (images.float() / 255 - mean) / std
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Return logits (B, K) for the prior that is asked for."""
+        return logits if self.shift is None else logits + self.shift
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities (B, K) of the classes, for preprocessed images (B, C, H, W)."""
-        images = images.to(self.device)
-        logits = self.module(images) if self.head == PREDICTION else head_logits(self.module, images)[self.head]
-        logits = logits.float()
-        return torch.softmax(logits if self.shift is None else logits + self.shift, dim=-1)
+        return torch.softmax(self.adjust(self._forward(images.to(self.device), False)[0]), dim=-1)
 
-    def predict(
-        self, images: Sequence[tuple[Reader, int]], top_k: int = 5, batch_size: int = 64, workers: int = 0
-    ) -> Iterator[Prediction | Broken]:
-        """Predict images, in order.
+    def _forward(self, images: Tensor, with_features: bool) -> tuple[Tensor, Tensor | None]:
+        if with_features:
+            logits, features = logits_and_features(self.module, images)
+            joined = torch.cat([part.flatten(1) for part in features.values()], dim=1)
+            return logits[self.head].float(), joined.float()
+        if self.head == PREDICTION:
+            return self.module(images).float(), None
+        return head_logits(self.module, images)[self.head].float(), None
+
+    def batches(
+        self, images: Sequence[FoundImage], batch_size: int = 64, workers: int | None = None
+    ) -> Iterator[tuple[Sequence[FoundImage], Tensor | None, list[str | None]]]:
+        """Give the images, batch by batch: those of a batch, the readable ones as bytes, and what is wrong with each.
 
         Args:
-            images: what `find_images` found.
-            top_k: classes of each.
+            images: what to read.
             batch_size: images at once.
-            workers: processes that decode.
+            workers: processes that decode; by default as many as there are CPUs, 8 at most; none for one batch or CPU.
         """
-        photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform())
-        for batch in DataLoader(photos, batch_size, num_workers=workers, collate_fn=list):
-            readable = [image for _, image, _ in batch if image is not None]
-            if readable:
-                best = self.probabilities(torch.stack(readable)).topk(min(top_k, self.model.num_classes))
-                rows = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            for path, image, reason in batch:
-                if image is None:
-                    yield Broken(path, reason)
-                else:
-                    yield Prediction(path, list(zip(*next(rows), strict=True)))
+        photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform(as_bytes=True))
+        if workers is None:
+            workers = 0 if len(images) <= batch_size or _cpus() == 1 else min(MOST_WORKERS, _cpus())
+        loader = DataLoader(
+            photos, batch_size, num_workers=workers, collate_fn=collate, pin_memory=self.device.type == "cuda"
+        )
+        for number, (readable, reasons) in enumerate(loader):
+            start = number * batch_size
+            yield images[start : start + batch_size], readable, reasons
+
+    @torch.inference_mode()
+    def score(
+        self,
+        images: Sequence[FoundImage],
+        batch_size: int = 64,
+        workers: int | None = None,
+        with_features: bool = False,
+    ) -> Iterator[ScoredBatch]:
+        """Give what the model says of images, in order; arguments as those of `batches`."""
+        for batch, readable, reasons in self.batches(images, batch_size, workers):
+            logits, features = torch.zeros(0, len(self.names)), torch.zeros(0, 0) if with_features else None
+            if readable is not None:
+                # Convolutions are faster on channels that lie side by side.
+                on_device = self.normalize(readable.to(self.device, non_blocking=True)).contiguous(
+                    memory_format=torch.channels_last
+                )
+                logits, features = self._forward(on_device, with_features)
+            yield ScoredBatch(batch, reasons, logits, features)
+
+    def items(
+        self, batch: ScoredBatch, top_k: int = 5, threshold: float = 0.0, all_probabilities: bool = False
+    ) -> list[Prediction | Broken]:
+        """Return the predictions of a batch, in order.
+
+        Args:
+            batch: of `score`.
+            top_k: classes of each.
+            threshold: probability of the first class below which the answer is unsure.
+            all_probabilities: give those of all classes as well.
+        """
+        probabilities = torch.softmax(self.adjust(batch.logits.to(self.device)), dim=-1)
+        best = probabilities.topk(min(top_k, len(self.names)))
+        rows = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        every = iter(probabilities.cpu().numpy()) if all_probabilities else None
+        items: list[Prediction | Broken] = []
+        for image, reason in zip(batch.images, batch.reasons, strict=True):
+            if reason is not None:
+                items.append(Broken(image.path, reason, image.label))
+                continue
+            labels, values = next(rows)
+            classes = list(zip(labels, values, strict=True))
+            given = None if every is None else next(every)
+            items.append(Prediction(image.path, classes, image.label, given, values[0] < threshold))
+        return items
+
+    def predict(
+        self, images: Sequence[FoundImage], top_k: int = 5, batch_size: int = 64, workers: int | None = None
+    ) -> Iterator[Prediction | Broken]:
+        """Predict images, in order; arguments as those of `batches` and `items`."""
+        for batch in self.score(images, batch_size, workers):
+            yield from self.items(batch, top_k)
 
 
-def log_prior_shift(model: LoadedModel, prior: str) -> Tensor:
-    """Return what is added to logits so that they are for other class frequencies: log of the new over the old, (K,).
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Tally:
+    """What becomes of the images.
 
     Args:
-        model: says what frequencies its logits are for.
-        prior: ``train``, ``uniform``, or a file with a number for each class.
+        names: of the model's classes, each its own, in label order.
 
-    Raises:
-        MbibError: the model does not say, or a file of another length.
-    """
-    if model.prior is None or model.class_counts is None:
-        raise MbibError(f"{model.source.name} does not say which class frequencies it was trained on; omit --prior")
-    uniform = np.ones(len(model.class_counts))
-    known = {"train": model.class_counts, "uniform": uniform}
-    wanted = known[prior] if prior in known else read_class_counts(prior)
-    if len(wanted) != len(uniform):
-        raise MbibError(f"{prior} has {len(wanted)} classes, the model {len(uniform)}")
-    new, old = (torch.log(torch.as_tensor(values / values.sum())) for values in (wanted, known[model.prior]))
-    return (new - old).float()
-
-
-def read_class_counts(path: str | Path) -> np.ndarray:
-    """Read training images of each class: a JSON list, or one integer a line.
-
-    Raises:
-        DataError: the file is missing or holds something else.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read the class counts {path}: {error.strerror}") from None
-    try:
-        values = json.loads(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
-        counts = np.array(values)
-        if counts.ndim != 1 or counts.dtype.kind not in "iu" or len(counts) < 2 or counts.min() < 1:
-            raise ValueError
-    except ValueError:
-        raise DataError(f"{path}: expected a positive integer for each class, one per line, or a JSON list") from None
-    return counts.astype(np.int64)
-
-
-class Writer:
-    """Predictions as text.
-
-    Args:
-        format: ``table``, ``csv`` or ``jsonl``.
-        names: of the classes; None for their numbers alone.
-        file: where to.
+    Attributes:
+        statistics: of the images whose class the model knows; None before the first.
+        unknown: how many there are of each class that it does not know.
+        broken: images that could not be read.
+        unsure: how many answers are that.
+        sure: images whose class the model knows and whose answer is not unsure.
+        right: of these, those whose answer is their class.
     """
 
-    def __init__(self, format: str, names: Sequence[str] | None, file: TextIO) -> None:
-        self.format, self.names, self.file = format, names, file
-        self.csv = csv.writer(file, lineterminator="\n")
-        if format == "csv":
-            self.csv.writerow(["image", "rank", "class", "name", "probability"])
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        # macOS writes the names of folders in Unicode's decomposed form.
+        self.labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
+        self.statistics: Statistics | None = None
+        self.unknown: Counter[str] = Counter()
+        self.broken: list[Broken] = []
+        self.unsure = self.sure = self.right = 0
 
-    def write(self, prediction: Prediction) -> None:
-        """Write a prediction."""
-        rows = [(label, self._name(label), probability) for label, probability in prediction.classes]
-        if self.format == "csv":
-            for rank, (label, name, probability) in enumerate(rows, start=1):
-                self.csv.writerow([prediction.image, rank, label, name, f"{probability:.6f}"])
-        elif self.format == "jsonl":
-            classes = [{"class": label, "name": name, "probability": probability} for label, name, probability in rows]
-            print(json.dumps({"image": prediction.image, "classes": classes}, ensure_ascii=False), file=self.file)
-        else:
-            print(prediction.image, file=self.file)
-            for _, name, probability in rows:
-                print(f"  {100 * probability:6.2f} %  {name}", file=self.file)
+    def count(self, items: Sequence[Prediction | Broken], logits: Tensor) -> None:
+        """Count a batch; the logits (B, K) are those of the images that could be read."""
+        self.broken += [item for item in items if isinstance(item, Broken)]
+        read = [item for item in items if isinstance(item, Prediction)]
+        self.unsure += sum(item.unsure for item in read)
+        targets = [None if item.label is None else self._label(item.label) for item in read]
+        self.unknown.update(
+            item.label for item, target in zip(read, targets, strict=True) if item.label is not None and target is None
+        )
+        known = [place for place, target in enumerate(targets) if target is not None]
+        if not known:
+            return
+        counted = batch_statistics(logits[known], torch.tensor([targets[place] for place in known]).to(logits.device))
+        self.statistics = counted if self.statistics is None else self.statistics + counted
+        sure = [place for place in known if not read[place].unsure]
+        self.sure += len(sure)
+        self.right += sum(read[place].classes[0][0] == targets[place] for place in sure)
 
-    def _name(self, label: int) -> str:
-        return str(label) if self.names is None else self.names[label]
+    def count_done(self, done: Sequence[DoneImage]) -> None:
+        """Count images of an interrupted run. What its file does not tell, the other classes share evenly."""
+        items: list[Prediction | Broken] = []
+        logits = torch.empty(sum(image.best is not None for image in done), len(self.names))
+        rows = iter(logits)
+        for image in done:
+            if image.best is None:
+                items.append(Broken(image.image, image.error, image.label))
+                continue
+            best, row = self.labels[unicodedata.normalize("NFC", image.best)], next(rows)
+            rest = max(1 - image.probability, 1e-7) / max(len(self.names) - 1, 1)
+            row.fill_(np.log(rest))
+            row[best] = np.log(max(image.probability, 1.001 * rest))
+            items.append(Prediction(image.image, [(best, image.probability)], image.label, unsure=image.unsure))
+        self.count(items, logits)
+
+    def _label(self, name: str) -> int | None:
+        return self.labels.get(unicodedata.normalize("NFC", name))
+
+    def metrics(self, class_counts: np.ndarray | None) -> HeadMetrics | None:
+        """Return the metrics of the images whose class the model knows; None without one.
+
+        Args:
+            class_counts: training images of each class, (K,), which decide the shot groups; None where not known.
+        """
+        if self.statistics is None:
+            return None
+        return summarize(self.statistics, np.ones(len(self.names), dtype=int) if class_counts is None else class_counts)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What became of the images.
+
+    Attributes:
+        images: how many there were, those of the interrupted run included.
+        broken: those that could not be read.
+        metrics: of the images whose class is known and is one of the model's; None without one. Of an interrupted run
+            that was continued, top5 and nll are not exact.
+        unknown: images of each class that the model does not know.
+        unsure: how many answers are that.
+        prior: the class frequencies, where they were estimated.
+    """
+
+    images: int
+    broken: list[Broken]
+    metrics: HeadMetrics | None
+    unknown: dict[str, int]
+    unsure: int
+    prior: EstimatedPrior | None
 
 
 def predict(
@@ -260,46 +370,236 @@ def predict(
     images: Sequence[str],
     *,
     top_k: int = 5,
-    format: str = "table",
+    format: str | None = None,
     output: Path | None = None,
     head: str = PREDICTION,
     prior: str | None = None,
+    threshold: float = 0.0,
+    probabilities: bool = False,
+    embeddings: Path | None = None,
+    cam: Path | None = None,
+    columns: Columns | None = None,
+    labels: bool = True,
+    resume: bool = False,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     device: str | None = None,
-) -> list[Broken]:
-    """Predict images and write what was found.
+) -> Predicted:
+    """Predict images, write what was found, and say how much of it is right where that is known.
 
     Args:
         target: a trained model by any name, see `find_source`.
-        images: files, folders and tars.
+        images: files, folders, archives and tables; ``-`` for names on standard input.
         top_k: classes of each image.
-        format: ``table``, ``csv`` or ``jsonl``.
+        format: ``table``, ``csv``, ``jsonl`` or ``parquet``; by default that of the output's suffix, else ``table``.
         output: file to write to; None for standard output.
-        head, prior: see `Predictor`.
+        head: see `Predictor`.
+        prior: see `Predictor`; or ``estimate``, for the frequencies that make the images most likely.
+        threshold: probability of the first class below which the answer is unsure.
+        probabilities: write those of all classes.
+        embeddings: file for the features that the prediction rests on, side by side, ``.npy`` or ``.parquet``.
+        cam: folder for pictures of where the first class was seen (Grad-CAM).
+        columns: of tables.
+        labels: take folders and the tables' column of labels for the images' classes.
+        resume: leave out the images that the output holds already.
         batch_size: images at once.
-        workers: processes that decode.
+        workers: processes that decode; found when None.
         device: where it runs; found when None.
 
-    Returns:
-        The images that could not be read.
-
     Raises:
-        MbibError: no such model, no such images.
+        MbibError: no such model, no such images, or choices that contradict one another.
     """
-    found = find_images(images)
+    choice = OutputChoice(format, output, probabilities, embeddings, cam, resume, prior == ESTIMATE)
+    format = choice.check()
+    if cam is not None and head != PREDICTION:
+        raise MbibError("--cam shows what the prediction rests on; omit --head")
+    found = find_images(images, columns)
+    for each in found:
+        if each.left_out:
+            print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
     world = join_world(device)
     try:
         model = load_model(target)
-        predictor = Predictor(model, head, prior, world.device)
-        broken = []
-        with open(output, "w", encoding="utf-8", newline="") if output else nullcontext(sys.stdout) as file:
-            writer = Writer(format, model.class_names, file)
-            for item in predictor.predict(found, top_k, batch_size, workers):
-                if isinstance(item, Broken):
-                    broken.append(item)
-                else:
-                    writer.write(item)
-        return broken
+        predictor = Predictor(model, head, None if prior == ESTIMATE else prior, world.device)
+        trained = predictor.trained_shares() if prior == ESTIMATE else None
+        grad_cam = None if cam is None else GradCam(predictor.module, model.preprocessing["input_size"])
+        todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
+        layout = RowColumns(predictor.names, top_k, probabilities)
+        continued = read_continued(output, format, layout) if resume and output else Continued()
+        done = {image.image for image in continued.images}
+        todo = [image for image in todo if image.path not in done]
+        tally = Tally(predictor.names)
+        tally.count_done(continued.images)
+        # A bar among the lines of the predictions would be in their way.
+        visible = output is not None or not sys.stdout.isatty()
+        scores = predictor.score(todo, batch_size, workers, with_features=embeddings is not None)
+        scored: Iterable[ScoredBatch] = _with_bar(scores, len(todo), visible)
+        estimate = None
+        if trained is not None:
+            kept = [*scored]
+            estimate = estimate_prior(_softmax(kept), trained)
+            scored = kept
+            predictor.set_prior(estimate.shares, trained)
+        classes = []
+        with _Outputs(format, layout, output, continued, embeddings, len(todo)) as outputs:
+            for batch in scored:
+                items = predictor.items(batch, top_k, threshold, probabilities)
+                outputs.write(items, batch.features)
+                tally.count(items, predictor.adjust(batch.logits.to(world.device)))
+                classes += [None if isinstance(item, Broken) else item.classes[0][0] for item in items]
+        if cam is not None and grad_cam is not None:
+            _write_overlays(predictor, grad_cam, cam, todo, classes, batch_size, workers)
     finally:
         leave_world()
+    result = Predicted(
+        images=len(todo) + len(continued.images),
+        broken=tally.broken,
+        metrics=tally.metrics(model.class_counts),
+        unknown=dict(tally.unknown),
+        unsure=tally.unsure,
+        prior=estimate,
+    )
+    for line in _summary(result, tally, model, threshold):
+        print(line, file=sys.stderr if output is None else sys.stdout)
+    return result
+
+
+def _labelled(found: FoundImages, class_names: Sequence[str] | None) -> list[FoundImage]:
+    """Return the images of an argument with the names of their classes; with none where the model's are None."""
+    if class_names is None:
+        return [replace(image, label=None) for image in found.images]
+    return label_by_folder(found, class_names).images
+
+
+def _with_bar(batches: Iterable[ScoredBatch], images: int, visible: bool) -> Iterator[ScoredBatch]:
+    progress = Progress(images, visible=visible, unit="image")
+    try:
+        for batch in batches:
+            yield batch
+            progress.step(len(batch.images))
+    finally:
+        progress.close()
+
+
+def _softmax(batches: Sequence[ScoredBatch]) -> np.ndarray:
+    """Return the probabilities (N, K) of all images that can be read, without a prior."""
+    return np.concatenate([torch.softmax(batch.logits.double(), dim=-1).cpu().numpy() for batch in batches])
+
+
+class _Outputs:
+    """The files that are written together: closed when all is well, and else left as far as they make sense.
+
+    Args:
+        format: of the predictions.
+        layout: their columns.
+        file: where to; None for standard output.
+        continued: what is there of an interrupted run.
+        embeddings: file of the features; None for none.
+        images: their number.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        layout: RowColumns,
+        file: Path | None,
+        continued: Continued,
+        embeddings: Path | None,
+        images: int,
+    ) -> None:
+        for path in (file, embeddings):
+            if path is not None:
+                make_folder(path.parent)
+        self.file: TextIO | None = None
+        self.writer: Writer
+        if format == "parquet" and file is not None:
+            self.writer = ParquetWriter(layout, file)
+        else:
+            to: TextIO = sys.stdout
+            if file is not None:
+                to = self.file = _open_text(file, continued)
+            if format == "csv":
+                self.writer = CsvWriter(layout, to, continued=continued.length > 0)
+            else:
+                kind = JsonlWriter if format == "jsonl" else TableWriter
+                self.writer = kind(layout.names, to)
+        self.vectors = None if embeddings is None else EmbeddingsWriter(embeddings, images)
+
+    def write(self, items: Sequence[Prediction | Broken], features: Tensor | None) -> None:
+        """Write a batch."""
+        self.writer.write(items)
+        if self.vectors is not None and features is not None:
+            self.vectors.write(items, features.cpu().numpy())
+
+    def __enter__(self) -> "_Outputs":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        outputs: list[Writer | EmbeddingsWriter] = [self.writer, *([self.vectors] if self.vectors else [])]
+        for output in outputs:
+            if kind is None:
+                output.close()
+            else:
+                output.abandon()
+        if self.file is not None:
+            self.file.close()
+
+
+def _open_text(file: Path, continued: Continued) -> TextIO:
+    """Open a file to write: from its beginning, or behind what an interrupted run has written whole."""
+    if not continued.length:
+        return file.open("w", encoding="utf-8", newline="")
+    os.truncate(file, continued.length)
+    return file.open("a", encoding="utf-8", newline="")
+
+
+def _write_overlays(
+    predictor: Predictor,
+    grad_cam: GradCam,
+    folder: Path,
+    images: Sequence[FoundImage],
+    classes: Sequence[int | None],
+    batch_size: int,
+    workers: int | None,
+) -> None:
+    """Write an overlay for each image that can be read, of its class."""
+    overlays = OverlayFolder(folder)
+    progress = Progress(len(images), unit="overlay")
+    labels = iter(classes)
+    for batch, readable, reasons in predictor.batches(images, batch_size, workers):
+        wanted = [next(labels) for _ in batch]
+        if readable is not None:
+            chosen = [label for label in wanted if label is not None]
+            heat = grad_cam.heat(predictor.normalize(readable.to(predictor.device)), chosen)
+            shown = [image for image, reason in zip(batch, reasons, strict=True) if reason is None]
+            for image, pixels, warm in zip(shown, readable, heat, strict=True):
+                overlays.save(image, overlay(pixels, warm))
+        progress.step(len(batch))
+    progress.close()
+
+
+def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: float) -> Iterator[str]:
+    """Give what is said at the end, line by line."""
+    if result.prior is not None:
+        yield printable(result.prior.describe(tally.names))
+    if result.unsure:
+        yield f"{UNSURE} (below {threshold:g}): {result.unsure:,} of {result.images - len(result.broken):,} images"
+    metrics = result.metrics
+    if metrics is not None:
+        measured = sum(value is not None for value in metrics.per_class)
+        groups = [] if model.class_counts is None else ["many", "medium", "few"]
+        values = {"top-1": metrics.top1, "mean of classes": metrics.macro}
+        values |= {f"{name}-shot classes": getattr(metrics, name) for name in groups}
+        yield f"accuracy on {metrics.images:,} images of {measured} classes, %: " + ", ".join(
+            f"{name} {percent(value, 2)}" for name, value in values.items() if value is not None
+        )
+        if result.unsure and tally.sure:
+            yield (
+                f"  without the unsure: {percent(100 * tally.right / tally.sure, 2)} on {tally.sure:,} images, "
+                f"{100 * tally.sure / metrics.images:.1f} %"
+            )
+    if result.unknown:
+        images = sum(result.unknown.values())
+        listed = [f"{printable(name)} ({count:,})" for name, count in tally.unknown.most_common(NAMED)]
+        more = f" and {len(result.unknown) - NAMED} more" if len(result.unknown) > NAMED else ""
+        yield f"not counted: {images:,} images of classes that the model does not know: {', '.join(listed)}{more}"

@@ -6,6 +6,7 @@ out.
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from mbib_timm.recipe.declared import DeclaredMethod, known_methods, stream_name
 if TYPE_CHECKING:
     from mbib_timm.recipe.keys import Recipe
 
+# Keys that describe a table.
+TABLE_KEYS = ("table", "path_column", "label_column", "split_column", "group_column")
 # What the name of a policy begins with, ours or timm's; the rest of the name is for `mbib_timm.data.policies` to read.
 POLICIES = ("cifar10", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
@@ -31,11 +34,41 @@ def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     Raises:
         MbibError: names the key at fault.
     """
+    _check_data(recipe)
     _check_sampler(recipe, method)
     _check_mixing(recipe, method)
     _check_values(recipe)
     _check_views(recipe, method)
     _check_stage(recipe, method)
+
+
+def _check_data(recipe: "Recipe") -> None:
+    of_table = recipe.dataset == "table"
+    if of_table and recipe.table is None:
+        raise MbibError("recipe key 'table': dataset: table needs the CSV or Parquet file that lists the images")
+    needs = dict.fromkeys(TABLE_KEYS, ("dataset: table", of_table))
+    needs["group_by"] = ("dataset: folder or table", of_table or recipe.dataset == "folder")
+    _require_effect(recipe, needs)
+    _require_effect(recipe, {"group_column": ("group_by: column", recipe.group_by == "column")})
+    kind, _, argument = (recipe.group_by or "").partition(":")
+    if recipe.group_by is None or (kind == "folder" and argument.isdecimal() and int(argument) > 0):
+        return
+    if recipe.group_by == "column":
+        _require_effect(recipe, {"group_by": ("dataset: table, whose column it means", of_table)})
+        return
+    if kind != "pattern" or not argument:
+        raise MbibError(
+            f"recipe key 'group_by': expected column, folder:N with N from 1, or pattern:REGEX, got {recipe.group_by!r}"
+        )
+    try:
+        groups = re.compile(argument).groups
+    except re.error as error:
+        raise MbibError(f"recipe key 'group_by': {argument!r} is no regular expression: {error}") from None
+    if groups == 0:
+        raise MbibError(
+            f"recipe key 'group_by': {argument!r} has no group in parentheses, for what the images of a group share; "
+            "such as pattern:(site[0-9]+)"
+        )
 
 
 def _check_sampler(recipe: "Recipe", method: DeclaredMethod) -> None:

@@ -39,9 +39,11 @@ class Recipe:
 
     # Data
     dataset: str = _data(
-        "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, list, inat2018, hfds/NAME"
+        "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, table, list, inat2018, hfds/NAME"
     )
-    data_dir: str | None = _data(None, "root folder (or .tar) of the data", location=True)
+    data_dir: str | None = _data(
+        None, "root folder (or .tar) of the data; of a table its own when not given", location=True
+    )
     dataset_download: bool = _data(False, "let torchvision download the data set into data_dir", location=True)
     train_split: str = _data("train", "name of the training split")
     val_split: str = _data("validation", "name of the split that is evaluated during training")
@@ -52,8 +54,26 @@ class Recipe:
     class_map: str | None = _data(
         None, "file with one class name per line, in label order (dataset: list)", location=True
     )
+    table: str | None = _data(
+        None, "CSV or Parquet file with the paths and classes of the images (dataset: table)", location=True
+    )
+    path_column: str = _data("path", "column with the images' paths, absolute or below data_dir")
+    label_column: str = _data("label", "column with the names of the classes")
+    split_column: str | None = _data(None, "column with the names of the splits; split if there is one")
+    group_column: str | None = _data(None, "column with the groups of group_by: column; group when not given")
     val_fraction: float = _data(
         0.2, "fraction of each class held out if the data have no validation split", above=0, maximum=0.9
+    )
+    group_by: str | None = _data(
+        None,
+        "keep images together where some are held out: column (of a table), folder:N (the N-th folder below the "
+        "class), pattern:REGEX (the first group in parentheses, of what is found in the path below data_dir)",
+    )
+    broken: str = _data(
+        "replace",
+        "unreadable images: replace (in training by the next one, left out of an evaluation), skip (found first, and "
+        "left out of everything), stop (found first, and an error)",
+        choices=("replace", "skip", "stop"),
     )
     num_classes: int | None = _data(None, "number of classes; taken from the data when not given", minimum=2)
     imbalance: str = _data("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))

@@ -11,6 +11,7 @@ import yaml
 
 from mbib_timm.errors import MbibError, first_line, unknown_name
 from mbib_timm.options import default_of
+from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
 
@@ -107,7 +108,8 @@ def load_recipe(
         path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them.
         overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
             part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
-            without stage holds for all stages that do not set it themselves, as in the file.
+            without stage holds for all stages that do not set it themselves, as in the file. Another `dataset` takes
+            along what the file says of a table and of groups, and a table the folder of the other data.
         say: told in a line about each stage whose epochs shorten something.
 
     Raises:
@@ -124,6 +126,10 @@ def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[s
 def _overridden(
     content: dict[str, Any], overrides: Mapping[str, Any], where: str, say: Callable[[str], None] | None
 ) -> Recipe:
+    if "dataset" in overrides and overrides["dataset"] != content.get("dataset"):
+        for keys in (content, *content.get(STAGES, ())):
+            for key in (*TABLE_KEYS, "group_by", *(["data_dir"] if overrides["dataset"] == "table" else [])):
+                keys.pop(key, None)
     for address in sorted(overrides, key=lambda address: address.count(".")):
         _override(content, address, overrides[address], where)
     for line in _shorten(content, overrides):

@@ -102,6 +102,7 @@ class RunRecord:
         chosen_on: the images that it chose on.
         training_seconds: of the last stage, with its evaluations.
         replaced_images: broken training images, for which others stood in.
+        left_out_images: broken images that were left out of the evaluations.
         environment: versions, hardware, command.
         held_out: in words how the result's images were held out of the training data; None where the data have a split
             for them, or where it was not recorded.
@@ -128,6 +129,7 @@ class RunRecord:
     environment: Environment
     # What was not always recorded.
     precision: str | None = None
+    left_out_images: list[str] = field(default_factory=list)
     held_out: str | None = None
 
 

@@ -49,6 +49,7 @@ def redact_record(record: RunRecord) -> RunRecord:
         model=redact_model(record.model),
         environment=redact_environment(record.environment),
         replaced_images=[Path(path).name for path in record.replaced_images],
+        left_out_images=[Path(path).name for path in record.left_out_images],
     )
 
 

@@ -40,6 +40,8 @@ def print_report(folder: Path, record: RunRecord) -> None:
         print(f"Best epoch on {best.split}: {best.epoch} with {best.prediction.top1:.2f} (not the result)")
     if record.replaced_images:
         print(f"{len(record.replaced_images)} broken training images were replaced: see metrics.json")
+    if record.left_out_images:
+        print(f"{len(record.left_out_images)} broken images were left out of the evaluation: see metrics.json")
     print(f"\n{folder}")
 
 

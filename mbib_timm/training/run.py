@@ -73,6 +73,9 @@ class Run:
     ) -> None:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
         self.splits: Splits = pool.open(recipe)
+        if world.is_main:
+            for line in pool.introduce(recipe):
+                print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
@@ -271,7 +274,8 @@ class Run:
             chosen=chosen,
             chosen_on=splits.held_out_from if chosen else None,
             training_seconds=done.seconds,
-            replaced_images=self.world.gather(self.loaders.broken_images()),
+            replaced_images=list(dict.fromkeys(self.world.gather(self.loaders.broken_images()))),
+            left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
         )

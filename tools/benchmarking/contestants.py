@@ -27,6 +27,7 @@ from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision
+from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.setup import build_network, set_up
 from mbib_timm.training.step import compiled_loss_parts, create_step
 
@@ -127,12 +128,34 @@ class Trainer:
                 forward(self.model, images)
 
 
+def write_model(folder: Path, recipe: Recipe, size: int, counts: np.ndarray) -> None:
+    """Write a recipe's network with fresh weights as a run writes its model.
+
+    Args:
+        folder: of the run.
+        recipe: of the model.
+        size: height and width of its images, in pixels.
+        counts: training images of each class, (K,).
+    """
+    folder.mkdir()
+    RunFolder(folder).write_model(
+        build_network(recipe, len(counts)),
+        input_size=(3, size, size),
+        recipe=recipe,
+        class_counts=counts,
+        class_names=None,
+        logit_prior="uniform",
+        tag="fresh",
+    )
+
+
 class LabelledImages(ImageDataset):
     """Images with their labels alone, as timm's data sets give them."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, (label, _) = super().__getitem__(index)
-        return image, int(label)
+        item = super().__getitem__(index)
+        assert item is not None  # broken images are replaced
+        return item[0], int(item[1][0])
 
 
 class TimmLoop:
@@ -155,7 +178,7 @@ class TimmLoop:
             self.model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
         transform = train_transform(recipe, (3, 32, 32))
-        dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=False)
+        dataset = LabelledImages(splits.train, "RGB", transform, replace_broken=True)
         self.loader = create_loader(
             dataset,
             (3, 32, 32),

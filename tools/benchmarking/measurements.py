@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarking.contestants import (
@@ -26,8 +27,9 @@ from benchmarking.contestants import (
     require_compiled,
     subject_recipe,
     timm_contestant,
+    write_model,
 )
-from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise
+from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise, photographs
 from benchmarking.targets import METHOD_RECIPES
 from benchmarking.turns import Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
 from mbib_timm.data import DataPool, create_loaders
@@ -37,11 +39,15 @@ from mbib_timm.data.loaders import resident_loader
 from mbib_timm.data.samplers import training_sampler
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
+from mbib_timm.inference.inputs import find_images
+from mbib_timm.inference.predict import Predictor, predict
+from mbib_timm.models.weights import load_model
 from mbib_timm.recipe import DEFAULT_RECIPE
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 
 # In the second, the optimizer has its buffers.
 MEMORY_STEPS = 2
+PREDICTED_BATCH = 64
 
 
 def pipeline(settings: Settings) -> Iterator[Record]:
@@ -204,6 +210,52 @@ def evaluation(subject: str, settings: Settings) -> Iterator[Record]:
     yield Record(row, "seconds per pass", figures, rows, described)
 
 
+def prediction(subject: str, settings: Settings) -> Iterator[Record]:
+    """Measure `mbib predict` of files, with loading the model and writing CSV, beside the bare forward pass."""
+    device = settings.world.device
+    _, size, _ = batch_of(subject, settings)
+    counts = class_counts(subject)
+    images = settings.pass_images or 2_000
+    recipe = subject_recipe(subject, "mbib", settings.world, compiled=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model", recipe, size, counts)
+        photographs(folder / "images", images, (32, 32) if subject == "resnet32" else (500, 375))
+        model = load_model(str(folder / "model"))
+        predictor = Predictor(model, device=device)
+        (found,) = find_images([str(folder / "images")])
+        batch, _ = normalized_noise(PREDICTED_BATCH, size, len(counts), device)
+        whole = (batch,) * (images // PREDICTED_BATCH) + (batch[: images % PREDICTED_BATCH],)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            for part in whole:
+                predictor.module(part)
+
+        def command() -> None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                predict(
+                    str(folder / "model"),
+                    [str(folder / "images")],
+                    output=folder / "out.csv",
+                    batch_size=PREDICTED_BATCH,
+                    device=str(device),
+                )
+
+        actions = {
+            "mbib predict": command,
+            "reading": lambda: sum(len(part) for part, *_ in predictor.batches(found.images, PREDICTED_BATCH)),
+            "forward": forward,
+        }
+        figures = take_turns({who: timed(action, device) for who, action in actions.items()}, settings.repeats)
+    row = f"predict-{subject}"
+    rows = {
+        row: ratios(figures["mbib predict"], figures["forward"]),
+        f"{row}-reading": ratios(figures["reading"], figures["forward"]),
+    }
+    yield Record(row, "seconds per pass", figures, rows, Conditions(PREDICTED_BATCH, images=images, size=size))
+
+
 def throughput(settings: Settings) -> Iterator[Record]:
     """Measure training on resident images of 375x500 pixels: random resized crops, jitter, MBIB-ResNeXt50's steps."""
     world, device = settings.world, settings.world.device
@@ -344,6 +396,7 @@ MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "augmentation": augmentation,
     **{f"memory-{subject}": partial(memory, subject) for subject in SUBJECTS},
     **{f"evaluate-{subject}": partial(evaluation, subject) for subject in SUBJECTS},
+    **{f"predict-{subject}": partial(prediction, subject) for subject in SUBJECTS},
     "epochs-200": epochs,
     "throughput-resnext50": throughput,
     "start": start,

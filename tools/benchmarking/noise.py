@@ -1,7 +1,10 @@
 """What the contestants are given: noise. No operation here takes longer for one image than for another of its size."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mbib_timm.data import Split, Splits
@@ -51,3 +54,21 @@ def normalized_noise(batch_size: int, size: int, classes: int, device: torch.dev
     """Return a batch on the device: images (B, 3, size, size), channels last, and targets (B,)."""
     images = torch.randn(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     return images, torch.randint(0, classes, (batch_size,), device=device)
+
+
+def photographs(folder: Path, images: int, size: tuple[int, int]) -> None:
+    """Write files about as large as photographs are: smooth colours with some noise, PNG below 100 pixels, else JPEG.
+
+    Args:
+        folder: where; made.
+        images: their number.
+        size: width and height.
+    """
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    kind = "png" if min(size) < 100 else "jpg"
+    for number in range(images):
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = smooth + generator.integers(-12, 13, smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.{kind}")

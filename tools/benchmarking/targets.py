@@ -89,6 +89,21 @@ ROWS = {
     "evaluate-resnext50-forward": Row(
         "evaluate-resnext50", "MBIB evaluation / plain forward pass alone, ResNeXt50", {}, cuda_only=True
     ),
+    "predict-resnet32": Row(
+        "predict-resnet32",
+        "`mbib predict` on 2,000 PNG files of 32 px to CSV / the forward pass alone, MBIB-ResNet32",
+        both(1.25, 10),
+    ),
+    "predict-resnet32-reading": Row("predict-resnet32", "reading and decoding those files alone / the same", {}),
+    "predict-resnext50": Row(
+        "predict-resnext50",
+        "`mbib predict` on 2,000 JPEG files of 375x500 to CSV / the forward pass alone, MBIB-ResNeXt50",
+        {"cuda": 1.5},
+        cuda_only=True,
+    ),
+    "predict-resnext50-reading": Row(
+        "predict-resnext50", "reading and decoding those files alone / the same", {}, cuda_only=True
+    ),
     "epochs-200": Row(
         "epochs-200",
         "200 epochs CIFAR-100-LT IF100 MBIB-ResNet32, evaluation included, compiling excluded: seconds",

@@ -1,0 +1,284 @@
+"""Tables of images: a CSV or Parquet file with a column of paths and one of classes, perhaps of splits and groups.
+
+As labelling tools and camera-trap platforms export them. A CSV is UTF-8, with commas, semicolons or tabs.
+"""
+
+import csv
+import io
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbib_timm.data.folders import SYNONYMS, ImageTree, class_order, is_archive, open_archive
+from mbib_timm.data.groups import group_names
+from mbib_timm.data.images import PathReader, Split
+from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
+from mbib_timm.files import printable
+from mbib_timm.recipe import Recipe
+
+PARQUET = (".parquet", ".pq")
+DELIMITED = (".csv", ".tsv", ".txt")
+SEPARATORS = ",;\t"
+
+# Reasons for which rows are left out.
+NO_LABEL = "rows without a class"
+NO_SPLIT = "rows without a split"
+REPEATED = "rows that repeat an image"
+AMBIGUOUS = "images of several classes"
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image of a table.
+
+    Attributes:
+        where: its file and line, for messages.
+        path: of the image.
+        label: name of its class; empty for none.
+        split: name of its split; empty where the table has none.
+        group: of images that belong together; empty for none.
+    """
+
+    where: str
+    path: str
+    label: str = ""
+    split: str = ""
+    group: str = ""
+
+
+def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
+    """Open a recipe's table.
+
+    A row without a class or a split is left out, and so are rows that repeat an image, and images of several classes.
+
+    Returns:
+        All images, where the table has no splits; else what opens a split by name.
+
+    Raises:
+        DataError: no such file, or one that is malformed; names file and line.
+        MbibError: a column that is not there.
+    """
+    file, root = _locate(recipe)
+    wanted = {"path": recipe.path_column, "label": recipe.label_column}
+    optional = {}
+    if recipe.split_column is None:
+        optional["split"] = "split"
+    else:
+        wanted["split"] = recipe.split_column
+    if recipe.group_by == "column":
+        wanted["group"] = recipe.group_column or "group"
+    rows = list(read_rows(file, wanted, optional))
+    if not rows:
+        raise DataError(f"{file} lists no images")
+    left_out: dict[str, list[str]] = defaultdict(list)
+    with_splits = any(row.split for row in rows)
+    rows = list(_usable(rows, with_splits, left_out))
+    if not rows:
+        raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
+    passed = {why: tuple(names) for why, names in left_out.items()}
+    opened = partial(_split, recipe, root, class_order({row.label for row in rows}), passed)
+    if not with_splits:
+        return opened(rows)
+    by_split: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_split[row.split.casefold()].append(row)
+    return partial(_rows_of, file, by_split, opened)
+
+
+def _rows_of(file: Path, by_split: dict[str, list[Row]], opened: Callable[[Sequence[Row]], Split], split: str) -> Split:
+    """Open a split of its own name or of a synonym."""
+    names = (split.casefold(), *SYNONYMS.get(split.casefold(), ()))
+    rows = next((by_split[name] for name in names if name in by_split), None)
+    if rows is None:
+        raise DataError(f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}")
+    return opened(rows)
+
+
+def _split(
+    recipe: Recipe, root: Path, classes: tuple[str, ...], left_out: dict[str, tuple[str, ...]], rows: Sequence[Row]
+) -> Split:
+    number = {name: label for label, name in enumerate(classes)}
+    labels, paths = [row.label for row in rows], [row.path for row in rows]
+    groups = None
+    if recipe.group_by == "column":
+        groups = np.array([row.group for row in rows])
+        if not (groups != "").any():
+            raise DataError(
+                f"column {recipe.group_column or 'group'!r} of {recipe.table} is empty; it is to hold groups"
+            )
+    elif recipe.group_by is not None:
+        groups = group_names(recipe.group_by, paths, labels, str(recipe.table))
+    targets = np.array([number[label] for label in labels], dtype=np.int64)
+    if is_archive(root):
+        reader = _in_archive(open_archive(root), rows)
+    else:
+        reader = PathReader(root, paths)
+        # A few of them: a wrong data_dir shows at once, and a single missing file is no wrong data_dir.
+        sample = np.linspace(0, len(rows) - 1, num=5, dtype=np.int64)
+        if not any(Path(reader.path(int(i))).is_file() for i in sample):
+            raise DataError(f"{rows[0].where}: there is no {reader.path(0)}; relative paths begin at data_dir {root}")
+    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out)
+
+
+def _in_archive(tree: ImageTree, rows: Sequence[Row]) -> Any:
+    missing = next((row for row in rows if row.path not in tree.members), None)
+    if missing is not None:
+        raise DataError(f"{missing.where}: there is no image {missing.path!r} in {tree.path}")
+    return tree.reader([row.path for row in rows])
+
+
+def _locate(recipe: Recipe) -> tuple[Path, Path]:
+    """Return the table, and the folder or archive that its paths are relative to."""
+    assert recipe.table is not None  # the recipe is checked
+    root = None if recipe.data_dir is None else Path(recipe.data_dir)
+    if root is not None and not (root.is_dir() or is_archive(root)):
+        raise DataError(f"data_dir {root} is no folder and no archive")
+    for candidate in (Path(recipe.table), *([] if root is None else [root / recipe.table])):
+        if candidate.is_file():
+            return candidate, root or candidate.parent
+    raise DataError(f"recipe key 'table': no file {recipe.table}{'' if root is None else f', here or in {root}'}")
+
+
+def _usable(rows: Sequence[Row], with_splits: bool, left_out: dict[str, list[str]]) -> Iterator[Row]:
+    """Give one row of each image that can be used; note the others."""
+    first: dict[str, Row] = {}
+    ambiguous: dict[str, str] = {}
+    for row in rows:
+        if not row.label:
+            left_out[NO_LABEL].append(row.where)
+        elif with_splits and not row.split:
+            left_out[NO_SPLIT].append(row.where)
+        elif (known := first.setdefault(row.path, row)) is not row:
+            if known.label != row.label:
+                ambiguous[row.path] = f"{row.path}: {known.label}, {row.label}"
+            elif known.split != row.split:
+                raise DataError(
+                    f"{row.where}: {row.path} is in split {row.split!r} here, and in {known.split!r} in {known.where}"
+                )
+            elif known.group != row.group:
+                raise DataError(
+                    f"{row.where}: {row.path} is in group {row.group!r} here, and in {known.group!r} in {known.where}"
+                )
+            else:
+                left_out[REPEATED].append(row.where)
+    if ambiguous:
+        left_out[AMBIGUOUS] = list(ambiguous.values())
+    for path, row in first.items():
+        if path not in ambiguous:
+            yield row
+
+
+# The columns of a table, and what gives its rows: of these columns, with where they are.
+Columns = tuple[list[str], Callable[[list[str]], Iterator[tuple[str, list[str]]]]]
+
+
+def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]) -> Iterator[Row]:
+    """Give the rows of a table.
+
+    Args:
+        file: CSV or Parquet.
+        wanted: name of the column of fields of `Row`, ``path`` among them.
+        optional: the same of fields whose column need not be there.
+
+    Raises:
+        DataError: a file that is malformed, or a row without a path; names file and line.
+        MbibError: a column that is not there.
+    """
+    suffix = file.suffix.lower()
+    if suffix in PARQUET:
+        names, rows = _parquet(file)
+    elif suffix in DELIMITED:
+        names, rows = _csv(file, set(wanted.values()))
+    else:
+        raise DataError(f"{file}: expected a table whose name ends in {', '.join((*DELIMITED, *PARQUET))}")
+    if not names:
+        raise DataError(f"{file} is empty; expected a first line that names its columns, such as path,label")
+    wanted = {**wanted, **{what: name for what, name in optional.items() if name in names}}
+    for what, name in wanted.items():
+        if name not in names:
+            raise MbibError(f"{unknown_name(f'column of {file}', name, names)}; --{what}-column names another")
+        if names.count(name) > 1:
+            raise DataError(f"{file} has {names.count(name)} columns {name!r}")
+    for where, values in rows(list(wanted.values())):
+        row = dict(zip(wanted, values, strict=True))
+        path = row.pop("path")
+        if not path or "\0" in path:
+            raise DataError(f"{where}: column {wanted['path']!r} holds no path but {path!r}")
+        if "\\" in path and "/" not in path:  # written on Windows
+            path = path.replace("\\", "/")
+        yield Row(where, path, **{what: unicodedata.normalize("NFC", value) for what, value in row.items()})
+
+
+def _csv(file: Path, wanted: set[str]) -> Columns:
+    """Return a CSV's columns and rows; `wanted` are columns that it should have."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{file}, line {line}: not UTF-8; save the table as 'CSV UTF-8'") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    header = next((line for line in text.split("\n") if line.strip()), "")
+
+    def columns(separator: str) -> list[str]:
+        return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+
+    # Whichever separates the columns that are wanted, or else the most.
+    separator = max(SEPARATORS, key=lambda each: (wanted <= {*columns(each)}, len(columns(each))))
+    return columns(separator), partial(_csv_rows, file, text, separator)
+
+
+def _csv_rows(file: Path, text: str, separator: str, columns: list[str]) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names: list[str] = []
+    try:
+        for values in reader:
+            values = [value.strip() for value in values]
+            if not any(values):
+                continue
+            if not names:
+                names = values
+                places = [names.index(name) for name in columns]
+                continue
+            where = f"{file}, line {reader.line_num}"
+            if len(values) != len(names):
+                raise DataError(
+                    f"{where}: expected {len(names)} columns, got {len(values)}; a name with {separator!r} in it needs "
+                    "quotes"
+                )
+            yield where, [values[place] for place in places]
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: {error}") from None
+
+
+def _parquet(file: Path) -> Columns:
+    """Return a Parquet file's columns and rows."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{file}: Parquet needs pyarrow: pip install 'mbib-timm[table]'") from None
+
+    def rows(columns: list[str]) -> Iterator[tuple[str, list[str]]]:
+        table = parquet.read_table(file, columns=columns)
+        values = [[_text(value) for value in table.column(name).to_pylist()] for name in columns]
+        for number, row in enumerate(zip(*values, strict=True), start=1):
+            yield f"{file}, row {number}", list(row)
+
+    try:
+        return list(parquet.read_schema(file).names), rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {file}: {first_line(error)}") from None
+
+
+def _text(value: Any) -> str:
+    """Return a value as a CSV has it; a class that is a number may have become a floating-point one."""
+    if value is None or value != value:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -1,0 +1,62 @@
+"""What the data of a run are, in a few lines: classes, images, groups, and what was left out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mbib_timm.data.folders import in_words
+from mbib_timm.data.images import Split
+from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.data.splits import Splits
+from mbib_timm.files import printable
+
+
+def summary(splits: Splits) -> list[str]:
+    """Return what a run trains on and is evaluated on, a line each; what was left out comes last, as warnings."""
+    counts = splits.class_counts
+    names = splits.class_names or [str(label) for label in range(len(counts))]
+    lines = [
+        f"{len(counts):,} classes, {len(splits.train):,} training images: {int(counts.max()):,} in the largest class, "
+        f"{int(counts.min()):,} in the smallest; {_shots(counts)}"
+    ]
+    for title, split in (("evaluation", splits.val), ("test", splits.test), ("held out", splits.held_out)):
+        if split is not None and not (title == "held out" and split is splits.val):
+            classes = len(np.unique(split.targets))
+            chosen = splits.held_out_from if title == "held out" else split.chosen
+            lines.append(f"{title}: {len(split):,} images of {classes:,} classes{f': {chosen}' if chosen else ''}")
+    if splits.train.groups is not None:
+        (training, alone), (evaluated, more) = _groups(splits.train), _groups(splits.val)
+        without = f"; images without a group: {alone:,} and {more:,}" if alone + more else ""
+        lines.append(f"groups: {training:,} in training, {evaluated:,} in evaluation{without}")
+    for title, labels in (
+        ("classes of one training image", np.flatnonzero(counts == 1)),
+        ("classes without an evaluation image", np.setdiff1d(np.arange(len(counts)), splits.val.targets)),
+    ):
+        if len(labels):
+            lines.append(f"{title}: {_few([names[label] for label in labels])}")
+    return lines + warnings([splits.train, splits.val, *([] if splits.test is None else [splits.test])])
+
+
+def warnings(splits: Sequence[Split]) -> list[str]:
+    """Return what the sources of splits have left out, a line for each reason."""
+    merged: dict[str, dict[str, None]] = {}
+    for split in splits:
+        for why, names in split.left_out.items():
+            merged.setdefault(why, {}).update(dict.fromkeys(names))
+    return [f"warning: left out: {in_words({why: list(names)})}" for why, names in merged.items()]
+
+
+def _shots(counts: np.ndarray) -> str:
+    return "shot groups: " + ", ".join(f"{len(labels):,} {name}" for name, labels in shot_groups(counts).items())
+
+
+def _groups(split: Split) -> tuple[int, int]:
+    """Return how many groups a split has, and how many of its images stand alone."""
+    if split.groups is None:
+        return 0, 0
+    return len(set(split.groups.tolist()) - {""}), int((split.groups == "").sum())
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{len(names):,} ({', '.join(map(printable, names[:5]))}{more})"

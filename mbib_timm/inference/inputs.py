@@ -1,0 +1,189 @@
+"""The images that `mbib predict` is given: files, folders, archives, tables and lists; with labels where there are."""
+
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from mbib_timm.data.folders import image_kinds, in_words, is_archive, open_archive, scan_folder
+from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
+from mbib_timm.data.images import Reader
+from mbib_timm.errors import DataError, MbibError
+
+# Among the arguments, what stands for names on standard input.
+STANDARD_INPUT = "-"
+# Of a table, where no other columns are named.
+PATH_COLUMN, LABEL_COLUMN = "path", "label"
+
+
+class FileReader:
+    """Images in files of their own.
+
+    Args:
+        paths: of the files.
+        names: what each is called; its path when None.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> None:
+        self.paths, self.names = paths, names
+
+    def read(self, index: int) -> Image.Image:
+        """Open an image."""
+        return Image.open(self.paths[index])
+
+    def path(self, index: int) -> str:
+        """Return what it is called."""
+        return str(self.paths[index]) if self.names is None else self.names[index]
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """An image to predict.
+
+    Attributes:
+        reader: gives it.
+        index: its number there.
+        name: its path below what was given, such as ``fox/site A/1.jpg``.
+        label: name of its class; None where it is not known.
+    """
+
+    reader: Reader
+    index: int
+    name: str
+    label: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where it is, as text that can be written anywhere."""
+        return self.reader.path(self.index).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table of images.
+
+    Attributes:
+        path: holds the images' paths, relative to the table's folder.
+        label: holds the names of their classes; None for `LABEL_COLUMN`, where there is one.
+    """
+
+    path: str = PATH_COLUMN
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What one argument gives.
+
+    Attributes:
+        given: the argument.
+        images: in natural order, of a table or list in its own.
+        in_folders: their folders may be classes: they come from a folder or an archive.
+        left_out: names of what a folder or an archive holds and is passed over, by the reason.
+    """
+
+    given: str
+    images: list[FoundImage]
+    in_folders: bool = False
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def find_images(given: Sequence[str], columns: Columns | None = None) -> list[FoundImages]:
+    """Find the images in files, folders, archives and tables.
+
+    Args:
+        given: paths; ``-`` for paths on standard input, one per line.
+        columns: of tables.
+
+    Raises:
+        DataError: a path that does not exist, what holds no images, or a table that is malformed.
+    """
+    found = []
+    for each in given:
+        if each == STANDARD_INPUT:
+            found.append(FoundImages("standard input", _listed(_names_on_standard_input(), "standard input")))
+        else:
+            found.append(_find(each, columns or Columns()))
+    return found
+
+
+def _find(given: str, columns: Columns) -> FoundImages:
+    path = Path(given)
+    if path.is_dir() or is_archive(path):
+        tree = scan_folder(path) if path.is_dir() else open_archive(path)
+        if not tree.names:
+            passed = f"; left out: {in_words(tree.left_out)}" if tree.left_out else ""
+            raise DataError(f"no images in {path} (looked for {', '.join(image_kinds())}){passed}")
+        reader = tree.reader(tree.names)
+        images = [FoundImage(reader, index, name) for index, name in enumerate(tree.names)]
+        return FoundImages(given, images, in_folders=True, left_out=tree.left_out)
+    if not path.is_file():
+        raise DataError(f"there is no image, folder, archive or table at {path}")
+    if path.suffix.lower() in (*DELIMITED, *PARQUET):
+        return FoundImages(given, _read_table(path, columns))
+    return FoundImages(given, [FoundImage(FileReader([path]), 0, path.name)])
+
+
+def _names_on_standard_input() -> list[str]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise MbibError("- reads names of images from standard input, one per line, and there is none: pipe them in")
+    lines = (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer)
+    return [line for line in lines if line]
+
+
+def _listed(names: Sequence[str], where: str, root: Path | None = None, labels: Sequence[str] = ()) -> list[FoundImage]:
+    """Return the images of a list. One that is missing will be reported as unreadable, but not all may be."""
+    if not names:
+        raise DataError(f"{where} names no images")
+    paths = [Path(name) if root is None else root / name for name in names]
+    if not any(path.is_file() for path in paths):
+        raise DataError(f"{where} names {len(paths):,} images, and none of them is there: the first is {paths[0]}")
+    reader = FileReader(paths, names)  # under the list's own names, by which its reader can join what comes out
+    named = [PurePosixPath(*(part for part in Path(name).parts if part not in ("/", ".."))) for name in names]
+    return [
+        FoundImage(reader, index, str(name), (labels[index] or None) if labels else None)
+        for index, name in enumerate(named)
+    ]
+
+
+def _read_table(file: Path, columns: Columns) -> list[FoundImage]:
+    label = {"label": columns.label or LABEL_COLUMN}
+    wanted = {"path": columns.path, **(label if columns.label else {})}
+    rows = list(read_rows(file, wanted, label))
+    return _listed([row.path for row in rows], str(file), file.parent, [row.label for row in rows])
+
+
+def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImages:
+    """Return images with the first folder level as their label, where one of those folders is a class.
+
+    In an archive whose images lie below one common folder, the level below it counts.
+
+    Args:
+        found: images of one argument.
+        class_names: of the model.
+    """
+    if not found.in_folders:
+        return found
+    folders = [PurePosixPath(image.name).parts[:-1] for image in found.images]
+    known = {unicodedata.normalize("NFC", name) for name in class_names}
+    common = is_archive(Path(found.given)) and len({parts[:1] for parts in folders}) == 1
+    for level in (0, 1) if common else (0,):
+        names = [unicodedata.normalize("NFC", parts[level]) if len(parts) > level else None for parts in folders]
+        if known & {name for name in names if name is not None}:
+            images = [replace(image, label=name) for image, name in zip(found.images, names, strict=True)]
+            return replace(found, images=images)
+    return found
+
+
+def import_parquet() -> Any:
+    """Return pyarrow's module for Parquet. Raises MbibError where it is not installed."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise MbibError("Parquet files need pyarrow: pip install 'mbib-timm[table]'") from None
+    return parquet

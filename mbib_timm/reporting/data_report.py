@@ -1,0 +1,254 @@
+"""`mbib data`: what there is to train on, before training: as text, CSV and figure; and a split to keep."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
+from mbib_timm.data.folders import SUFFIXES, is_archive
+from mbib_timm.data.image_tables import DELIMITED, PARQUET
+from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
+from mbib_timm.drawing import GROUP_COLORS, canvas, render
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.files import printable, write_bytes
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.results.tables import NOTHING, Table
+
+# Classes of the table, and sets of duplicates, that are shown; the CSV has all.
+SHOWN_CLASSES, SHOWN_SETS, SHOWN_SIZES = 60, 5, 3
+NAMED_CLASSES = 60  # as many names as can be read below bars
+FIGURES = ("png", "pdf", "svg")
+# Sources whose images a table can name.
+IN_FILES = ("folder", "table", "list", "inat2018")
+
+
+def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that names the data.
+
+    Args:
+        target: a folder or archive of images, a table of them, or a recipe.
+        overrides: recipe keys to replace.
+
+    Raises:
+        MbibError: nothing of the kind, or values that cannot be.
+    """
+    place = Path(target)
+    if place.is_dir() or is_archive(place):
+        return Recipe(**{"dataset": "folder", "data_dir": target, **overrides})
+    if place.suffix.lower() in (*DELIMITED, *PARQUET):
+        return Recipe(**{"dataset": "table", "table": target, **overrides})
+    try:
+        file = find_recipe(target)
+    except MbibError as error:
+        raise MbibError(f"{target} is no folder and no archive of images, no table of them, and: {error}") from None
+    return load_recipe(file, overrides)
+
+
+def data_report(
+    target: str,
+    overrides: Mapping[str, Any],
+    csv_file: Path | None = None,
+    figure: Path | None = None,
+    split_file: Path | None = None,
+) -> Inspection:
+    """Look at every image of some data, and print what there is to know.
+
+    Args:
+        target: a folder or archive of images, a table of them, or a recipe.
+        overrides: recipe keys to replace.
+        csv_file: where to write a line per image.
+        figure: where to draw the images of each class.
+        split_file: where to write which image is in which split, as a table that ``dataset: table`` reads.
+
+    Returns:
+        What was found.
+
+    Raises:
+        MbibError: data that are missing or malformed, or files that cannot be written.
+    """
+    recipe = find_data(target, overrides)
+    if split_file is not None and recipe.dataset not in IN_FILES:
+        raise MbibError(f"--write-split: the images of dataset {recipe.dataset} are not in files that a table can name")
+    if figure is not None and figure.suffix[1:].lower() not in FIGURES:
+        raise MbibError(f"--figure {figure}: expected a name that ends in .{', .'.join(FIGURES)}")
+    for file in (csv_file, figure, split_file):
+        if file is not None and not file.parent.is_dir():
+            raise MbibError(f"cannot write {file}: there is no folder {file.parent}")
+    splits = open_data(recipe)
+    names = list(splits.class_names or map(str, range(splits.num_classes)))
+    parts = [(recipe.train_split, splits.train), (recipe.val_split, splits.val)]
+    if splits.test is not None:
+        parts.append((recipe.test_split or "test", splits.test))
+    print("\n".join(summary(splits)))
+    print(f"\n{class_table(splits, names)}\n", flush=True)
+    found = inspect(parts, names, recipe.workers)
+    print("\n".join(lines(found)))
+    if csv_file is not None:
+        write_bytes(csv_file, image_rows(found))
+        print(csv_file)
+    if figure is not None:
+        form = figure.suffix[1:].lower()
+        write_bytes(figure, render(lambda: class_histogram(splits, names), (form,))[form])
+        print(figure)
+    if split_file is not None:
+        write_bytes(split_file, split_rows(recipe))
+        folder = "" if recipe.data_dir is None else f" --data-dir {recipe.data_dir}"
+        print(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}")
+    return found
+
+
+def class_table(splits: Splits, names: Sequence[str]) -> str:
+    """Return the images of each class, largest first, as text."""
+    counts = splits.class_counts
+    group = {int(label): name for name, labels in shot_groups(counts).items() for label in labels}
+    parts = {"evaluation": splits.val, "test": splits.test}
+    others = {
+        title: np.bincount(part.targets, minlength=len(counts)) for title, part in parts.items() if part is not None
+    }
+    order = np.argsort(-counts, kind="stable").tolist()
+    half = SHOWN_CLASSES // 2
+    shown = order if len(order) <= SHOWN_CLASSES else [*order[:half], None, *order[-half:]]
+    rows = [
+        [f"... {len(order) - 2 * half:,} more", *[""] * (2 + len(others))]
+        if label is None
+        else [
+            printable(names[label]),
+            f"{counts[label]:,}",
+            *(f"{other[label]:,}" if other[label] else NOTHING for other in others.values()),
+            group[label],
+        ]
+        for label in shown
+    ]
+    return Table(["class", "training", *others, "shot group"], rows).text()
+
+
+def lines(found: Inspection) -> Iterator[str]:
+    """Give what is said of the images: sizes, kinds, unreadable files, duplicates."""
+    readable = [picture.look for picture in found.pictures if not picture.look.error]
+    if readable:
+        sides = [min(look.size) for look in readable]
+        yield f"shorter side: {min(sides):,} to {max(sides):,} pixels, median {int(np.median(sides)):,}"
+        yield f"sizes: {_counted(Counter(f'{look.size[0]} x {look.size[1]}' for look in readable), SHOWN_SIZES)}"
+        yield f"kinds: {_counted(Counter(look.kind for look in readable), 10)}"
+    broken = [picture for picture in found.pictures if picture.look.error]
+    yield f"unreadable: {len(broken):,}{':' if broken else ''}"
+    for picture in broken:
+        yield f"  {printable(picture.path)}: {printable(picture.look.error)} ({picture.split})"
+    yield from _about("exact duplicates", found.exact, found.pictures)
+    if found.near is None:
+        yield "near duplicates: not looked for; that needs ImageHash: pip install 'mbib-timm[data]'"
+    else:
+        yield from _about("further near duplicates", _without(found.near, found.exact, found.pictures), found.pictures)
+
+
+def _counted(counts: Counter[str], most: int) -> str:
+    rest = len(counts) - most
+    text = ", ".join(f"{name}: {count:,}" for name, count in counts.most_common(most))
+    return f"{text}{f', and {rest:,} more' if rest > 0 else ''}"
+
+
+def _without(near: Duplicates, exact: Duplicates, pictures: Sequence[Picture]) -> Duplicates:
+    """Return the near duplicates that are more than sets of exact ones."""
+    sets = [each for each in near.sets if len({pictures[i].look.digest for i in each}) > 1]
+    return Duplicates(sets, {place: twin for place, twin in near.leaks.items() if place not in exact.leaks})
+
+
+def _about(title: str, found: Duplicates, pictures: Sequence[Picture]) -> Iterator[str]:
+    images = sum(map(len, found.sets))
+    sets = "one set" if len(found.sets) == 1 else f"{len(found.sets):,} sets"
+    yield f"{title}: {images:,} images in {sets}" if images else f"{title}: none"
+    if not images:
+        return
+    mixed = [each for each in found.sets if len({pictures[i].label for i in each}) > 1]
+    if mixed:
+        yield f"  sets with images of several classes: {len(mixed):,}"
+    if found.leaks:
+        hint = "" if any(picture.group for picture in pictures) else "; --group-by keeps together what belongs together"
+        yield f"  evaluated images that training has too: {len(found.leaks):,}{hint}"
+    # Those that matter most first.
+    across = [each for each in found.sets if len({pictures[i].split for i in each}) > 1]
+    for each in list({each[0]: each for each in (*mixed, *across, *found.sets)}.values())[:SHOWN_SETS]:
+        more = f" and {len(each) - 4:,} more" if len(each) > 4 else ""
+        yield "  " + ", ".join(f"{printable(pictures[i].path)} ({pictures[i].split})" for i in each[:4]) + more
+
+
+def image_rows(found: Inspection) -> bytes:
+    """Return a CSV with a line per image; duplicates have the number of their set."""
+    exact, near = _numbers(found.exact), _numbers(found.near)
+    header = ["path", "label", "split", "group", "kind", "width", "height", "error", "exact_set", "near_set"]
+    rows = (
+        [
+            *(picture.path, picture.label, picture.split, picture.group, picture.look.kind),
+            *(picture.look.size if not picture.look.error else ("", "")),
+            *(picture.look.error, exact.get(place, ""), near.get(place, "")),
+        ]
+        for place, picture in enumerate(found.pictures)
+    )
+    return _csv(header, rows)
+
+
+def _numbers(found: Duplicates | None) -> dict[int, int]:
+    sets = found.sets if found is not None else []
+    return {place: number for number, each in enumerate(sets, start=1) for place in each}
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def split_rows(recipe: Recipe) -> bytes:
+    """Return a CSV with path, class, split and group of every image, before a long-tailed subset is taken of them.
+
+    Raises:
+        DataError: images in one of several archives.
+    """
+    names = [recipe.train_split, recipe.val_split]
+    if recipe.test_split is not None or recipe.test_list is not None:
+        names.append(recipe.test_split or "test")
+    root = recipe.data_dir or str(Path(recipe.table or "").parent)
+    rows = []
+    for name, split in zip(names, Source(recipe).splits(names), strict=True):
+        classes = split.class_names or tuple(map(str, range(int(split.targets.max()) + 1)))
+        groups = np.full(len(split), "") if split.groups is None else split.groups
+        for place, label in enumerate(split.targets):
+            path = split.path(place)
+            if path.startswith(f"{root.rstrip('/')}/"):
+                path = path[len(root.rstrip("/")) + 1 :]
+            if any(part.lower().endswith(SUFFIXES) for part in path.split("/")[:-1]):
+                raise DataError(f"--write-split: {split.path(place)} is in one of several archives; unpack them")
+            rows.append([path, classes[int(label)], name, groups[place]])
+    return _csv(["path", "label", "split", "group"], rows)
+
+
+def class_histogram(splits: Splits, names: Sequence[str]) -> Any:
+    """Draw the training images of each class, largest first, in the colours of the shot groups."""
+    counts = splits.class_counts
+    order = np.argsort(-counts, kind="stable")
+    place = np.argsort(order)
+    figure, axes = canvas(max(5.0, min(14.0, 0.16 * len(counts) + 2)), 3.5)
+    for name, labels in shot_groups(counts).items():
+        if len(labels):
+            title = f"{name}: {len(labels):,} class{'es' if len(labels) > 1 else ''}"
+            axes.bar(place[labels], counts[labels], width=0.85, color=GROUP_COLORS[name], label=title)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel("training images")
+    axes.grid(axis="x", visible=False)
+    if len(counts) <= NAMED_CLASSES:
+        # A dollar sign would begin a formula.
+        shown = [printable(names[label]).replace("$", r"\$") for label in order]
+        axes.set_xticks(range(len(order)), shown, rotation=90, fontsize=7)
+    else:
+        axes.set_xlabel(f"{len(counts):,} classes, largest first")
+    axes.legend()
+    return figure

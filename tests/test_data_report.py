@@ -1,0 +1,184 @@
+"""`mbib data`: what it finds, against what the test made; duplicates against a comparison of all pairs."""
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+from archive_images import png, tar_bytes, unpacked, write
+from PIL import Image
+
+from mbib_timm.cli import main
+from mbib_timm.data import inspection, open_split
+from mbib_timm.data.inspection import Look, Picture, duplicates, near_pairs, perceptual_hash
+from mbib_timm.recipe import Recipe
+
+
+def photo(seed):
+    """A picture with large shapes, as a perceptual hash sees them."""
+    coarse = np.random.RandomState(seed).randint(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Foxes and hares at four sites, one lynx, a file that is no image, and what a scan passes over."""
+    root = tmp_path / "photos"
+    for seed, (label, site, i) in enumerate(itertools.product(("fox", "hare"), "ABCD", range(3))):
+        path = root / label / f"site {site}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(seed).save(path)
+    (root / "lynx").mkdir()
+    photo(99).save(root / "lynx" / "0.jpg", quality=95)
+    # The first fox again, brighter and smaller, as a hare; and byte by byte at another site.
+    photo(0).resize((64, 48)).point(lambda level: min(255, level + 6)).save(root / "hare" / "site B" / "near.png")
+    (root / "fox" / "site D" / "same.png").write_bytes((root / "fox" / "site A" / "0.png").read_bytes())
+    (root / "fox" / "site C" / "9.png").write_bytes(b"no image")
+    (root / "stray.png").write_bytes(png(1))
+    (root / "owl").mkdir()
+    return root
+
+
+def said(capsys, *words):
+    assert main(["data", *map(str, words), "--workers", "0"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
+    pytest.importorskip("imagehash")
+    files = {name: tmp_path / name for name in ("images.csv", "classes.png")}
+    text = said(capsys, photos, "--csv", files["images.csv"], "--figure", files["classes.png"])
+    assert "3 classes, 22 training images: 11 in the largest class, 1 in the smallest" in text
+    assert "evaluation: 6 images of 2 classes: 20 % of each class, drawn with seed 0" in text
+    assert "classes of one training image: 1 (lynx)" in text
+    assert "classes without an evaluation image: 1 (lynx)" in text
+    assert "warning: left out: images outside of class folders: 1 (stray.png)" in text
+    assert "warning: left out: class folders without images: 1 (owl)" in text
+    assert "kinds: PNG RGB: 26, JPEG RGB: 1" in text
+    assert "sizes: 80 x 60: 26, 64 x 48: 1" in text
+    assert "shorter side: 48 to 60 pixels, median 60" in text
+    assert f"unreadable: 1:\n  {photos / 'fox' / 'site C' / '9.png'}: cannot identify image file" in text
+    assert "exact duplicates: 2 images in one set" in text
+    assert "further near duplicates: 3 images in one set\n  sets with images of several classes: 1" in text
+    table = [line.split() for line in text.splitlines() if line.startswith(("fox", "hare", "lynx"))]
+    assert sorted(table) == [["fox", "11", "3", "few"], ["hare", "10", "3", "few"], ["lynx", "1", "–", "few"]]
+    rows = list(csv.DictReader(files["images.csv"].open(encoding="utf-8")))
+    assert len(rows) == 28
+    by_path = {row["path"]: row for row in rows}
+    same = [by_path[str(photos / "fox" / name)] for name in ("site A/0.png", "site D/same.png")]
+    near = by_path[str(photos / "hare" / "site B" / "near.png")]
+    assert same[0]["exact_set"] == same[1]["exact_set"] != ""
+    assert near["exact_set"] == ""
+    assert near["near_set"] == same[0]["near_set"] != ""
+    assert (near["width"], near["height"], near["kind"], near["label"]) == ("64", "48", "PNG RGB", "hare")
+    assert "cannot identify" in by_path[str(photos / "fox" / "site C" / "9.png")]["error"]
+    assert Image.open(files["classes.png"]).size[1] > 300
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_a_written_split_is_read_back(photos, capsys, tmp_path, kind):
+    place = photos
+    if kind == "archive":
+        names = {str(file.relative_to(photos)): file.read_bytes() for file in photos.rglob("*.png")}
+        place = write(tmp_path / "photos.tar", tar_bytes(names))
+    file = tmp_path / "split.csv"
+    text = said(capsys, place, "--group-by", "folder:1", "--write-split", file)
+    assert f"--dataset table --table {file} --data-dir {place}" in text
+    assert "about 20 % of each class, drawn with seed 0, in whole groups by folder:1" in text
+    keys = dict(data_dir=str(place), workers=0)
+    for name in ("train", "validation"):
+        expected = open_split(Recipe(dataset="folder", group_by="folder:1", **keys), name)
+        split = open_split(Recipe(dataset="table", table=str(file), group_by="column", **keys), name)
+        assert [split.path(i) for i in range(len(split))] == [expected.path(i) for i in range(len(expected))]
+        assert split.groups.tolist() == expected.groups.tolist()
+        given = [expected.class_names[label] for label in expected.targets]
+        assert [split.class_names[label] for label in split.targets] == given
+    again = said(capsys, file, "--data-dir", place)
+    assert again.splitlines()[0] == text.splitlines()[0]
+
+
+def test_data_of_a_recipe(capsys):
+    text = said(capsys, "mbib_resnet20.digits", "--imbalance-max", "40")
+    assert "unreadable: 0" in text
+    assert "sizes: 16 x 16: " in text
+    assert "kinds: L: " in text
+
+
+def test_without_imagehash_the_rest_is_shown(photos, capsys, monkeypatch):
+    monkeypatch.setattr(inspection, "find_spec", lambda name: None)
+    text = said(capsys, photos)
+    assert "exact duplicates: 2 images in one set" in text
+    assert "near duplicates: not looked for; that needs ImageHash: pip install 'mbib-timm[data]'" in text
+
+
+def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
+    root = unpacked(
+        tmp_path / "data", {f"{label}/{i}.png": png(i) for label in ("a\x1b[31m", "b\nc") for i in range(3)}
+    )
+    (root / "b\nc" / "bad\r.png").write_bytes(b"no image")
+    text = said(capsys, root)
+    assert not {"\x1b", "\r"} & set(text)
+    assert "b\\nc" in text
+    assert "bad\\r.png" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["./nowhere"], "./nowhere is no folder and no archive of images, no table of them, and: unknown recipe"),
+        (["digitz"], "and: unknown recipe 'digitz'"),
+        (["PHOTOS", "--figure", "x.jpg"], "--figure x.jpg: expected a name that ends in .png, .pdf, .svg"),
+        (["PHOTOS", "--csv", "nowhere/x.csv"], "cannot write nowhere/x.csv: there is no folder nowhere"),
+        (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1\n  "),
+        (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image under"),
+        (["PHOTOS", "--lr", "3"], "unknown flag of mbib data '--lr'"),
+        (["mbib_resnet20.digits", "--write-split", "x.csv"], "the images of dataset digits are not in files"),
+    ],
+)
+def test_what_cannot_be_done_is_said(photos, capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    given = [str(photos) if word == "PHOTOS" else word for word in words]
+    assert main(["data", *given, *([] if "--lr" in words else ["--workers", "0"])]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Duplicates
+
+
+def distance(one, other):
+    return bin(one ^ other).count("1")
+
+
+def test_near_pairs_are_those_of_a_comparison_of_all():
+    rng = np.random.RandomState(0)
+    hashes = {int(value) for value in rng.randint(0, 1 << 62, 150, dtype=np.int64)}
+    for value in list(hashes)[:60]:
+        for bits in (1, 3, 4, 5, 8):
+            hashes.add(value ^ sum(1 << int(bit) for bit in rng.choice(64, bits, replace=False)))
+    expected = {pair for pair in itertools.combinations(sorted(hashes), 2) if distance(*pair) <= 4}
+    assert len(expected) > 100
+    assert {tuple(sorted(pair)) for pair in near_pairs(hashes)} == expected
+    assert list(near_pairs([])) == list(near_pairs([5])) == []
+
+
+def test_many_hashes_of_one_part_are_compared(monkeypatch):
+    monkeypatch.setattr(inspection, "COMPARED", 7)
+    hashes = list(range(0, 1 << 13, 64))
+    expected = {pair for pair in itertools.combinations(hashes, 2) if distance(*pair) <= 4}
+    assert {tuple(sorted(pair)) for pair in near_pairs(hashes)} == expected
+
+
+def test_the_hash_is_imagehashs_own():
+    imagehash = pytest.importorskip("imagehash")
+    for seed in range(5):
+        assert f"{perceptual_hash(photo(seed)):016x}" == str(imagehash.phash(photo(seed)))
+
+
+def test_sets_are_joined_and_only_evaluated_images_leak():
+    splits = ["train", "train", "validation", "validation", "validation", "train"]
+    pictures = [Picture(str(i), split, "fox", "", Look()) for i, split in enumerate(splits)]
+    found = duplicates(pictures, "train", ["a", "b", "c", "d", "d", None], [("a", "b"), ("b", "c")])
+    assert found.sets == [[0, 1, 2], [3, 4]]
+    assert found.leaks == {2: 1}, "near the second image, and not the first"

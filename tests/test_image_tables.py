@@ -1,0 +1,184 @@
+"""Tables of images: every way to write the same one, and what is refused, with file and line."""
+
+import csv
+import io
+
+import pytest
+from archive_images import assert_same, contents, png, tar_bytes, unpacked, write
+
+from mbib_timm.data import open_data, open_split
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.recipe import Recipe, load_recipe
+
+LABELS = ["Bär", 'the "grey" fox', "a,b; c", "lynx lynx"]
+ROWS = [(f"{label.split()[0].strip(',')}/{i}.png", label, f"site {i % 3}") for label in LABELS for i in range(6)]
+CLASSES = ("a,b; c", "Bär", "lynx lynx", 'the "grey" fox')
+
+
+@pytest.fixture
+def images(tmp_path):
+    return unpacked(tmp_path / "images", {path: png(i) for i, (path, *_) in enumerate(ROWS)})
+
+
+def text_of(rows, separator=",", header=("path", "label", "group"), **options):
+    out = io.StringIO()
+    csv.writer(out, delimiter=separator, **options).writerows([header, *rows])
+    return out.getvalue()
+
+
+def table_of(file, content, encoding="utf-8"):
+    return write(file, content.encode(encoding))
+
+
+def recipe(file, **keys):
+    return Recipe(**{"dataset": "table", "table": str(file), "workers": 0, "img_size": 16, **keys})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_however_a_csv_is_written(images, encoding, separator, line_end):
+    file = table_of(images / "t.csv", text_of(ROWS, separator, lineterminator=line_end), encoding)
+    split = open_split(recipe(file), "all")
+    assert split.class_names == CLASSES
+    assert [split.class_names[label] for label in split.targets] == [label for _, label, _ in ROWS]
+    assert [split.path(i) for i in range(len(split))] == [str(images / path) for path, *_ in ROWS]
+    assert not split.left_out
+
+
+def test_paths_may_be_absolute_or_of_windows_and_begin_at_data_dir(images, tmp_path):
+    ways = (str, lambda path: str(images / path), lambda path: path.replace("/", "\\"))
+    rows = [(ways[i % 3](path), label) for i, (path, label, _) in enumerate(ROWS)]
+    file = table_of(tmp_path / "elsewhere" / "t.tsv", text_of(rows, "\t", ("path", "label")))
+    split = open_split(recipe(file, data_dir=str(images)), "all")
+    assert contents(split) == contents(open_split(recipe(table_of(images / "t.csv", text_of(ROWS))), "all"))
+    (images / "t.tsv").write_bytes(file.read_bytes())
+    assert_same(open_split(recipe("t.tsv", data_dir=str(images)), "all"), split)
+
+
+def test_a_table_and_folders_of_the_same_images_are_the_same_data(tmp_path):
+    names = {f"{label}/{i}.png": png(10 * i) for label in ("c10", "c2", "Ant") for i in range(5)}
+    root = unpacked(tmp_path / "data", names)
+    folder = Recipe(dataset="folder", data_dir=str(root))
+    rows = [(f"{label}/{i}.png", label) for label in ("Ant", "c2", "c10") for i in range(5)]
+    file = table_of(tmp_path / "t.csv", text_of(rows, header=("path", "label")))
+    for name in ("all", "train", "validation"):
+        assert_same(open_split(recipe(file, data_dir=str(root)), name), open_split(folder, name))
+    archive = write(tmp_path / "x.tar", tar_bytes(names))
+    assert_same(open_split(recipe(file, data_dir=str(archive)), "all"), open_split(folder, "all"))
+    table_of(file, text_of([*rows, ("c2/99.png", "c2")], header=("path", "label")))
+    with pytest.raises(DataError, match=r"t\.csv, line 17: there is no image 'c2/99\.png' in .*x\.tar"):
+        open_split(recipe(file, data_dir=str(archive)), "all")
+
+
+def test_columns_of_any_name_with_splits_and_groups(images):
+    splits = ["train", "Training", "VAL", "train", "test", "train"]
+    rows = [(i, label, path, splits[i % 6], site) for i, (path, label, site) in enumerate(ROWS)]
+    file = table_of(images / "t.csv", text_of(rows, header=("id", "Art", "Datei", "Teil", "Ort")))
+    keys = dict(path_column="Datei", label_column="Art", split_column="Teil")
+    data = open_data(recipe(file, **keys, group_by="column", group_column="Ort", test_split="test"))
+    assert data.class_counts.tolist() == [3] * 4, "a split of its own name comes before its synonyms"
+    assert len(data.val) == len(data.test) == 4
+    assert data.train.groups.tolist() == [site for i, (*_, site) in enumerate(ROWS) if splits[i % 6] == "train"]
+    with pytest.raises(DataError, match="has no split 'extra'; it has test, train, training, val"):
+        open_split(recipe(file, **keys), "extra")
+
+
+def test_without_splits_groups_are_held_out(images):
+    file = table_of(images / "t.csv", text_of(ROWS))
+    data = open_data(recipe(file, group_by="column", val_fraction=0.3))
+    assert len(set(data.val.groups)) == 1
+    assert not set(data.val.groups) & set(data.train.groups)
+    assert sorted({*data.val.groups, *data.train.groups}) == ["site 0", "site 1", "site 2"]
+    assert data.class_counts.tolist() == [4] * 4
+
+
+def test_rows_that_are_left_out_are_named(images):
+    (one, label, site), other, *rest = ROWS
+    rows = [(one, label, site), (one, label, site), other, (other[0], "lynx lynx", other[2]), ("x.png", "", ""), *rest]
+    file = table_of(images / "t.csv", text_of(rows) + "\n\n,,\n")
+    split = open_split(recipe(file), "all")
+    assert len(split) == len(ROWS) - 1
+    assert split.left_out == {
+        "rows without a class": (f"{file}, line 6",),
+        "rows that repeat an image": (f"{file}, line 3",),
+        "images of several classes": (f"{other[0]}: {other[1]}, lynx lynx",),
+    }
+
+
+def test_parquet(images):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = dict(zip(("path", "label", "group"), map(list, zip(*ROWS, strict=True)), strict=True))
+    columns["label"] = pyarrow.array(columns["label"]).dictionary_encode()
+    columns["confidence"] = [0.5] * len(ROWS)
+    parquet.write_table(pyarrow.table(columns), images / "t.parquet")
+    expected = open_split(recipe(table_of(images / "t.csv", text_of(ROWS)), group_by="column"), "train")
+    split = open_split(recipe(images / "t.parquet", group_by="column"), "train")
+    assert_same(split, expected)
+    assert split.groups.tolist() == expected.groups.tolist()
+    # pandas makes numbers with gaps floating-point ones.
+    numbers = {"path": [row[0] for row in ROWS], "label": [float(i % 3) for i in range(23)] + [None]}
+    parquet.write_table(pyarrow.table(numbers), images / "n.parquet")
+    split = open_split(recipe(images / "n.parquet"), "all")
+    assert split.class_names == ("0", "1", "2")
+    assert split.left_out == {"rows without a class": (f"{images / 'n.parquet'}, row 24",)}
+    with pytest.raises(MbibError, match=r"unknown column of .*n\.parquet 'group': choose from label, path"):
+        open_split(recipe(images / "n.parquet", group_by="column"), "all")
+    (images / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"^cannot read .*bad\.parquet: [^\n]*$"):
+        open_split(recipe(images / "bad.parquet"), "all")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"t\.csv is empty; expected a first line that names its columns"),
+        ("path,label\n", "lists no images"),
+        ("path,label\nBär/0.png,\n", "lists no image with a class"),
+        ("file,label\nBär/0.png,Bär\n", r"unknown column of .*t\.csv 'path'.*; --path-column names another"),
+        ("path,class\nBär/0.png,Bär\n", r"'label'.*; --label-column names another"),
+        ("path,path,label\na,b,c\n", "has 2 columns 'path'"),
+        (
+            "path,label\nBär/0.png,Bär\n\nBär/1.png,Bär,more\n",
+            r"t\.csv, line 4: expected 2 columns, got 3; a name with ','",
+        ),
+        ("path,label\nBär/0.png,Bär\nBär/1.png\n", r"t\.csv, line 3: expected 2 columns, got 1"),
+        ('path,label\nBär/0.png,"Bär\n', r"t\.csv, line 2: unexpected end of data"),
+        ("path,label\nBär/0.png,Bär\n,Bär\n", r"t\.csv, line 3: column 'path' holds no path but ''"),
+        ("path,label\nBär/0.png,Bär\na\0b,Bär\n", r"t\.csv, line 3: "),
+        ("path,label\nnowhere/0.png,Bär\n", r"t\.csv, line 2: there is no .*nowhere/0\.png; relative paths begin at"),
+        ("path,label\nBär/0.png,Bär\nBär/1.png,Bär\n", r"holds 1 class \(Bär\); a classifier needs two or more"),
+        (
+            "path,label,split\nBär/0.png,Bär,train\nBär/0.png,Bär,val\n",
+            r"t\.csv, line 3: Bär/0\.png is in split 'val' here, and in 'train' in .*t\.csv, line 2",
+        ),
+    ],
+)
+def test_bad_tables_are_refused_with_file_and_line(images, content, message):
+    file = table_of(images / "t.csv", content)
+    with pytest.raises(MbibError, match=message) as caught:
+        open_data(recipe(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_more_that_is_no_table(images, tmp_path):
+    file = table_of(images / "t.csv", text_of(ROWS), "latin-1")
+    with pytest.raises(DataError, match=r"t\.csv, line 2: not UTF-8"):
+        open_data(recipe(file))
+    write(images / "t.xlsx", b"PK")
+    with pytest.raises(DataError, match=r"t\.xlsx: expected a table whose name ends in \.csv, "):
+        open_data(recipe(images / "t.xlsx"))
+    with pytest.raises(DataError, match=r"recipe key 'table': no file .*gone\.csv"):
+        open_data(recipe(images / "gone.csv"))
+    with pytest.raises(DataError, match=r"data_dir .*gone is no folder and no archive"):
+        open_data(recipe(file, data_dir=str(tmp_path / "gone")))
+
+
+def test_other_data_take_the_table_along(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("dataset: table\ntable: t.csv\ngroup_by: column\ngroup_column: site\n")
+    other = load_recipe(file, {"dataset": "folder", "data_dir": "photos"})
+    assert (other.table, other.group_by, other.group_column) == (None, None, None)
+    assert load_recipe(file, {"data_dir": "photos"}).table == "t.csv"
+    file.write_text("dataset: folder\ndata_dir: photos\n")
+    assert load_recipe(file, {"dataset": "table", "table": "t.csv"}).data_dir is None

@@ -1,0 +1,215 @@
+"""Class frequencies: expectation-maximisation against a naive loop and known shares; files; excluded classes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from mbib_timm.cli import main
+from mbib_timm.data.sources import open_digits
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation.priors import (
+    estimate_prior,
+    label_names,
+    log_shift,
+    read_prior,
+    trained_shares,
+    wanted_shares,
+)
+from mbib_timm.models.head_outputs import head_logits
+
+NAMES = ("fox", "red deer", "Bär", "no")
+
+
+def gaussians(shares, images, seed=0):
+    """Posteriors, for equal frequencies, of images drawn from known ones: unit Gaussians around 0, 2, 4 and 6."""
+    generator = np.random.default_rng(seed)
+    centers = np.arange(len(shares)) * 2.0
+    labels = generator.choice(len(shares), images, p=shares)
+    x = generator.normal(centers[labels])
+    likelihood = np.exp(-((x[:, None] - centers) ** 2) / 2)
+    return likelihood / likelihood.sum(axis=1, keepdims=True), labels
+
+
+def naive_steps(p, trained, steps):
+    shares = list(trained)
+    for _ in range(steps):
+        sums = [0.0] * len(shares)
+        for row in p.tolist():
+            weighted = [value * new / old for value, new, old in zip(row, shares, trained, strict=True)]
+            for k, value in enumerate(weighted):
+                sums[k] += value / sum(weighted)
+        shares = [value / len(p) for value in sums]
+    return shares
+
+
+@pytest.mark.parametrize("trained", [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]])
+def test_expectation_maximisation_takes_the_steps_of_a_naive_loop(trained):
+    p, _ = gaussians([0.4, 0.3, 0.2, 0.1], 50)
+    p = p * np.array(trained) / (p * np.array(trained)).sum(axis=1, keepdims=True)
+    for steps in (1, 2, 7):
+        found = estimate_prior(p, np.array(trained), tolerance=0, iterations=steps)
+        assert found.iterations == steps
+        assert not found.converged
+        np.testing.assert_allclose(found.shares, naive_steps(p, trained, steps), rtol=1e-10)
+
+
+@pytest.mark.parametrize("shares", [[0.7, 0.2, 0.09, 0.01], [0.05, 0.15, 0.0, 0.8]])
+def test_known_shares_are_found(shares):
+    p, labels = gaussians(shares, 20_000)
+    found = estimate_prior(p, np.full(4, 0.25))
+    assert found.converged
+    drawn = np.bincount(labels, minlength=4) / len(labels)
+    np.testing.assert_allclose(found.shares, drawn, atol=0.015)
+    # The mean of the probabilities, which one might take, is further off.
+    assert np.abs(found.shares - drawn).sum() < np.abs(p.mean(axis=0) - drawn).sum() / 3
+
+
+def test_an_estimate_makes_more_answers_right():
+    p, labels = gaussians([0.7, 0.2, 0.09, 0.01], 5_000)
+    trained = np.full(4, 0.25)
+    shifted = np.log(p) + log_shift(estimate_prior(p, trained).shares, trained)
+    assert (shifted.argmax(axis=1) == labels).mean() > (p.argmax(axis=1) == labels).mean() + 0.02
+
+
+def test_an_estimate_is_described_by_its_largest_shares():
+    p, _ = gaussians([0.7, 0.2, 0.1, 0.0], 1_000)
+    found = estimate_prior(p, np.full(4, 0.25))
+    text = found.describe(NAMES)
+    assert text.startswith(f"class frequencies estimated from 1,000 images in {found.iterations} iterations: fox ")
+    assert text.index("fox") < text.index("red deer") < text.index("Bär") < text.index("no 0.0 %")
+    many = estimate_prior(np.eye(30), np.full(30, 1 / 30)).describe(label_names(None, 30))
+    assert many.endswith(", and 20 more with 66.7 %")
+
+
+def test_no_images_give_no_estimate():
+    with pytest.raises(DataError, match="no image to estimate"):
+        estimate_prior(np.zeros((0, 4)), np.full(4, 0.25))
+
+
+def test_a_shift_is_bayes_theorem_and_zeros_exclude_a_class():
+    trained, wanted = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.9, 0.0])
+    logits = torch.tensor([[1.0, 0.5, 40.0], [0.2, -0.3, 0.1]])
+    p = torch.softmax(logits, dim=1).double().numpy()[1:]
+    found = torch.softmax(logits + torch.from_numpy(log_shift(wanted, trained)), dim=1).double().numpy()
+    expected = p * wanted / trained
+    np.testing.assert_allclose(found[1:], expected / expected.sum(axis=1, keepdims=True), rtol=2e-5)
+    assert (found[:, 2] == 0).all()
+
+
+def test_what_a_model_was_trained_for():
+    counts = np.array([6, 3, 1])
+    assert trained_shares("m", "train", counts).tolist() == [0.6, 0.3, 0.1]
+    assert trained_shares("m", "uniform", counts).tolist() == pytest.approx([1 / 3] * 3)
+    for prior, known in ((None, counts), ("train", None)):
+        with pytest.raises(MbibError, match="m does not say which class frequencies"):
+            trained_shares("m", prior, known)
+    assert wanted_shares("train", counts, None).tolist() == [0.6, 0.3, 0.1]
+    assert wanted_shares("uniform", counts, None).tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prior.txt", "5\n3\n0\n2\n"),
+        ("prior", "0.5 0.3 0 0.2"),
+        ("prior.json", "[50, 30, 0, 20]"),
+        ("prior.yaml", "- 5\n- 3\n- 0\n- 2\n"),
+        ("prior.csv", "class,share\nno,0.2\nfox,0.5\nBär,0\nred deer,0.3\n"),
+        ("prior.csv", "fox,5\n red deer ,3\nBär,0\nno,2\n"),
+        ("prior.csv", '\ufeffname,count\n"fox",5\nred deer,3\n\nBär,0\nno,2\n'),
+        ("classes.csv", "share,site,class\n5,a,fox\n3,b,red deer\n0,c,Bär\n2,d,no\n"),
+        ("prior.json", '{"fox": 0.5, "red deer": 0.3, "Bär": 0, "no": 0.2}'),
+        ("prior.yaml", "no: 2\nBär: 0\nred deer: 3.0\nfox: 5e0\n"),
+    ],
+)
+def test_files_of_shares_counts_and_zeros(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prior(tmp_path / name, NAMES).tolist() == pytest.approx([0.5, 0.3, 0.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "fox,5\nreddeer,3\nBär,1\nno,1\n", "unknown class 'reddeer': did you mean 'red deer'"),
+        ("p.csv", "fox,5\nBär,1\n", "lacks class red deer, no; a class that does not occur has share 0"),
+        ("p.csv", "fox,5\nred deer,3\nBär,-1\nno,1\n", "class Bär has '-1', expected a number of at least 0"),
+        ("p.csv", "fox,5\nred deer,many\nBär,1\nno,1\n", "class red deer has 'many'"),
+        ("p.csv", "fox,5\nred deer,3\nfox,1\nno,1\n", "line 3: class 'fox' stands there twice"),
+        ("p.csv", "class,share\nfox\n", "line 2: expected class and share"),
+        ("p.csv", "a,b,c\nfox,5,1\n", "expected two columns, or columns 'class' and 'share', got a, b, c"),
+        ("p.csv", "", "expected a number for each class"),
+        ("p.txt", "0\n0\n0\n0\n", "every class has share 0"),
+        ("p.txt", "1\n2\n", "has 2 numbers, the model 4 classes"),
+        ("p.txt", "1\n2\n3\n-4\n", "class no has '-4', expected a number of at least 0"),
+        ("p.txt", "1\n2\n3\nnan\n", "class no has 'nan'"),
+        ("p.txt", "1\n2\n3\ninf\n", "class no has 'inf'"),
+        ("p.txt", "", "expected a number for each class"),
+        ("p.json", "{", "expected a number for each class"),
+        ("p.json", "[[1, 2], [3, 4]]", "expected a number for each class"),
+        ("p.json", '{"fox": {"share": 1}}', "expected a number for each class"),
+        ("p.json", '{"fox": 1, "fox": 2}', "class 'fox' stands there twice"),
+        ("p.yaml", "fox: 1\nred deer: 2\nBär: x\nno: 1\n", "class Bär has 'x'"),
+        ("p.csv", b"B\xe4r,1\n", "is no text file in UTF-8"),
+    ],
+)
+def test_files_that_are_no_prior(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(MbibError, match=re.escape(message)) as raised:
+        read_prior(tmp_path / name, NAMES)
+    assert str(tmp_path / name) in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_neither_a_word_nor_a_file(tmp_path):
+    with pytest.raises(MbibError, match="unknown prior, and no file either: 'unifrom': did you mean 'uniform'"):
+        read_prior("unifrom", NAMES)
+    with pytest.raises(DataError, match=r"cannot read the prior .*gone.csv: No such file"):
+        read_prior(tmp_path / "gone.csv", NAMES)
+    with pytest.raises(DataError, match="cannot read the prior"):
+        read_prior(tmp_path, NAMES)
+
+
+def test_classes_of_one_name_are_told_apart():
+    assert label_names(("crane", "fox", "crane"), 3) == ("crane [0]", "fox", "crane [2]")
+    assert label_names(None, 3) == ("0", "1", "2")
+
+
+def test_validate_has_the_priors_of_predict(finished_run, tmp_path, capsys):
+    """Against the logits of the test images, shifted by hand."""
+    split = open_digits("test")
+    indices = range(len(split)) if split.indices is None else split.indices.tolist()
+    model = timm.create_model(f"local-dir:{finished_run}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        images = torch.stack([transform(split.reader.read(index).convert("RGB")) for index in indices])
+        heads = head_logits(model, images)
+    file = tmp_path / "shares.csv"
+    counts = np.array(json.loads((finished_run / "config.json").read_text())["class_counts"])
+    shares = np.array([0.3, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05, 0, 0, 0])
+    file.write_text("\n".join(f"{label},{share}" for label, share in enumerate(shares)))
+    estimated = estimate_prior(heads["prediction"].double().softmax(dim=1).numpy(), np.full(10, 0.1))
+    for prior, wanted in ((file, shares), ("train", counts / counts.sum()), ("estimate", estimated.shares)):
+        results = tmp_path / "results.json"
+        command = ["validate", str(finished_run), "--prior", str(prior), "--results", str(results), "--device", "cpu"]
+        assert main([*command, "--workers", "0"]) == 0
+        out, content = capsys.readouterr().out, json.loads(results.read_text())
+        np.testing.assert_allclose(content["prior"], wanted, atol=1e-4)
+        assert ("class frequencies estimated from" in out) == (prior == "estimate")
+        for head, logits in heads.items():
+            with np.errstate(divide="ignore"):
+                shifted = logits.double().numpy() + np.log(wanted)
+            top1 = 100 * (shifted.argmax(axis=1) == split.targets).mean()
+            assert content["heads"][head]["top1"] == pytest.approx(top1, abs=0.31)  # a near-tie
+
+
+def test_what_validate_says_of_a_prior_that_is_none(finished_run, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("zero,1\n")
+    for prior, message in (("unifrom", "did you mean 'uniform'"), (tmp_path / "p.csv", "unknown class 'zero'")):
+        results = tmp_path / "results.json"
+        assert main(["validate", str(finished_run), "--prior", str(prior), "--results", str(results)]) == 2
+        assert message in capsys.readouterr().err
+        assert not results.exists()
