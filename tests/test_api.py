@@ -97,10 +97,38 @@ def test_predict_and_load_do_what_their_command_does(finished_run, photos, optio
     assert given == loaded
     assert [each.image for each in given] == [each["image"] for each in expected]
     for one, other in zip(given, expected, strict=True):
-        assert [(c.label, c.name, pytest.approx(c.probability)) for c in one.classes] == [
+        assert [(c.label, c.name, pytest.approx(c.probability, abs=1e-6)) for c in one.classes] == [
             (c["class"], c["name"], c["probability"]) for c in other["classes"]
         ]
         assert (one.name, one.probability, one.error) == (one.classes[0].name, one.classes[0].probability, None)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Images in folders that have the names of classes of the model, one of them broken."""
+    folder = tmp_path_factory.mktemp("labelled")
+    class_folders(folder)
+    for name, label in {"ant": "3", "bee": "7"}.items():
+        (folder / "images" / name).rename(folder / "images" / label)
+    (folder / "images" / "7" / "broken.png").write_bytes(b"no image")
+    return folder / "images"
+
+
+def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, labelled, capsys):
+    arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu"]
+    probabilities = [p.probability for p in predict(finished_run, labelled, prior="estimate", device="cpu") if p.name]
+    threshold = round(float(np.mean(probabilities)), 6)
+    further = ["--threshold", str(threshold), "--prior", "estimate"]
+    assert main(["predict", str(finished_run), str(labelled), *arguments, *further]) == 1
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    given = predict(finished_run, labelled, threshold=threshold, prior="estimate", device="cpu")
+    assert {each.label for each in given} == {"3", "7", "cat", "dog"}
+    assert 0 < sum(each.unsure for each in given) < len(given)
+    for one, other in zip(given, expected, strict=True):
+        assert (one.image, one.label, one.error) == (other["image"], other["label"], other.get("error"))
+        if one.error is None:
+            assert ("unsure" if one.unsure else one.name) == other["predicted"]
+            assert one.probability == pytest.approx(other["probability"], abs=1e-6)
 
 
 def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
@@ -112,7 +140,7 @@ def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
     assert (first.image, second.image, third.image) == ("image 0", str(path), "image 1")
     assert first.classes == second.classes
     assert (broken.image, broken.name, broken.classes) == (str(photos / "broken.png"), None, ())
-    assert "cannot identify image" in broken.error
+    assert "no image of a kind that is read" in broken.error
     (alone,) = predict(model, picture)
     assert (alone.image, alone.name, alone.probability) == ("image 0", first.name, pytest.approx(first.probability))
     with pytest.raises(MbibError, match="expected paths or PIL images, got int"):
@@ -126,7 +154,7 @@ def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
 def test_predictions_make_a_table(finished_run, photos):
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(predict(finished_run, photos / "images", device="cpu"))
-    assert list(table.columns) == ["image", "name", "probability", "classes", "error"]
+    assert list(table.columns) == ["image", "name", "probability", "classes", "label", "unsure", "error"]
     assert len(table) == 21
     assert table.probability.between(0.1, 1).all()
 
