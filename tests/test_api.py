@@ -114,16 +114,16 @@ def labelled(tmp_path_factory):
     return folder / "images"
 
 
-def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, labelled, capsys):
-    arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu"]
-    probabilities = [p.probability for p in predict(finished_run, labelled, prior="estimate", device="cpu") if p.name]
-    threshold = round(float(np.mean(probabilities)), 6)
-    further = ["--threshold", str(threshold), "--prior", "estimate"]
-    assert main(["predict", str(finished_run), str(labelled), *arguments, *further]) == 1
+@pytest.mark.parametrize("prior", [None, "estimate"])
+def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, labelled, prior, capsys):
+    first = predict(finished_run, labelled, prior=prior, device="cpu")
+    threshold = round(float(np.median([each.probability for each in first if each.name])), 6)
+    arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu", "--threshold", str(threshold)]
+    assert main(["predict", str(finished_run), str(labelled), *arguments, *(["--prior", prior] if prior else [])]) == 1
     expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    given = predict(finished_run, labelled, threshold=threshold, prior="estimate", device="cpu")
+    given = predict(finished_run, labelled, threshold=threshold, prior=prior, device="cpu")
     assert {each.label for each in given} == {"3", "7", "cat", "dog"}
-    assert 0 < sum(each.unsure for each in given) < len(given)
+    assert prior is not None or 0 < sum(each.unsure for each in given) < len(given)
     for one, other in zip(given, expected, strict=True):
         assert (one.image, one.label, one.error) == (other["image"], other["label"], other.get("error"))
         if one.error is None:
