@@ -21,10 +21,11 @@ from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate as evaluate_batches
+from mbib_timm.evaluation.priors import ESTIMATE, estimate_prior
 from mbib_timm.evaluation.validate import validate
-from mbib_timm.inference.inputs import FoundImage, find_images
-from mbib_timm.inference.predict import Predictor
-from mbib_timm.inference.prediction_files import Broken
+from mbib_timm.inference.inputs import FoundImage, find_images, label_by_folder
+from mbib_timm.inference.predict import Predictor, ScoredBatch
+from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.methods import METHODS, Facts, Method, head_names, resolve_method
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import load_model
@@ -85,8 +86,8 @@ def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, d
     Args:
         model: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
         head: ``prediction``, or the name of one of the model's heads or experts.
-        prior: class frequencies that the probabilities are for, as `mbib predict --prior` has it; None leaves the
-            logits as they are.
+        prior: class frequencies that the probabilities are for: ``train``, ``uniform``, or a file of shares or counts;
+            None leaves the logits as they are.
         device: where it runs; detected when None.
 
     Returns:
@@ -123,6 +124,8 @@ class ImagePrediction:
         name: of the most probable class; None for an image that cannot be read.
         probability: of that class.
         classes: the most probable classes, in order.
+        label: name of the class that its folder or its table gives; None where none does.
+        unsure: the most probable class is less probable than the threshold.
         error: why the image cannot be read; None for all others.
     """
 
@@ -130,6 +133,8 @@ class ImagePrediction:
     name: str | None
     probability: float | None
     classes: tuple[ClassProbability, ...]
+    label: str | None = None
+    unsure: bool = False
     error: str | None = None
 
 
@@ -141,8 +146,9 @@ def predict(
     images: ImageLike | Iterable[ImageLike],
     *,
     top_k: int = 5,
+    threshold: float = 0.0,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     head: str = PREDICTION,
     prior: str | None = None,
     device: str | None = None,
@@ -154,11 +160,13 @@ def predict(
 
     Args:
         model: a trained model by any name, or what `load` has returned, which is quicker the second time.
-        images: a path of an image, a folder or an archive; a PIL image; or several of them.
+        images: a path of an image, a folder, an archive or a table; a PIL image; or several of them.
         top_k: classes of each image.
+        threshold: probability of the first class below which a prediction is `unsure`.
         batch_size: images at once.
-        workers: processes that decode.
-        head, prior, device: as those of `load`; not for a model that is loaded.
+        workers: processes that decode; detected when None.
+        head, prior, device: as those of `load`; not for a model that is loaded. ``prior="estimate"`` finds the class
+            frequencies under which these images are most likely.
 
     Returns:
         A prediction for each image, in order. One that cannot be read has its `error`, and no class.
@@ -171,19 +179,21 @@ def predict(
             raise MbibError("head, prior and device are those of the loaded model: give them to load()")
         predictor = model
     else:
-        predictor = load(model, head=head, prior=prior, device=device)
-    names = predictor.model.class_names
-    predictions = []
-    for item in predictor.predict(list(_find(images)), top_k, batch_size, workers):
-        if isinstance(item, Broken):
-            predictions.append(ImagePrediction(item.image, None, None, (), item.reason))
-            continue
-        classes = tuple(
-            ClassProbability(str(label) if names is None else names[label], label, probability)
-            for label, probability in item.classes
-        )
-        predictions.append(ImagePrediction(item.image, classes[0].name, classes[0].probability, classes))
-    return predictions
+        predictor = load(model, head=head, prior=None if prior == ESTIMATE else prior, device=device)
+    scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
+    if prior == ESTIMATE:
+        trained, scored = predictor.trained_shares(), [*scored]
+        logits = torch.cat([batch.logits.double().cpu() for batch in scored])
+        predictor.set_prior(estimate_prior(logits.softmax(dim=-1).numpy(), trained).shares, trained)
+    items = [item for batch in scored for item in predictor.items(batch, top_k, threshold)]
+    return [_typed(item, predictor.names) for item in items]
+
+
+def _typed(item: Prediction | Broken, names: Sequence[str]) -> ImagePrediction:
+    if isinstance(item, Broken):
+        return ImagePrediction(item.image, None, None, (), item.label, error=item.reason)
+    classes = tuple(ClassProbability(names[label], label, probability) for label, probability in item.classes)
+    return ImagePrediction(item.image, classes[0].name, classes[0].probability, classes, item.label, item.unsure)
 
 
 class _Pictures:
@@ -193,14 +203,14 @@ class _Pictures:
         self.images = images
 
     def read(self, index: int) -> Image.Image:
-        return self.images[index]
+        return self.images[index].copy()  # which may be turned and converted
 
     def path(self, index: int) -> str:
         return f"image {index}"
 
 
-def _find(images: ImageLike | Iterable[ImageLike]) -> Iterator[FoundImage]:
-    """Give each image, in order."""
+def _find(images: ImageLike | Iterable[ImageLike], class_names: Sequence[str]) -> Iterator[FoundImage]:
+    """Give the images in order, with the names of their classes where folders or tables give them."""
     given = [images] if isinstance(images, str | Path | Image.Image) else list(images)
     pictures = _Pictures([each for each in given if isinstance(each, Image.Image)])
     number = 0
@@ -209,7 +219,8 @@ def _find(images: ImageLike | Iterable[ImageLike]) -> Iterator[FoundImage]:
             yield FoundImage(pictures, number, pictures.path(number))
             number += 1
         elif isinstance(each, str | Path):
-            yield from find_images([str(each)])[0].images
+            for found in find_images([str(each)]):
+                yield from label_by_folder(found, class_names).images
         else:
             raise MbibError(f"expected paths or PIL images, got {type(each).__name__}")
 

@@ -103,6 +103,34 @@ def test_predict_and_load_do_what_their_command_does(finished_run, photos, optio
         assert (one.name, one.probability, one.error) == (one.classes[0].name, one.classes[0].probability, None)
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Images in folders that have the names of classes of the model, one of them broken."""
+    folder = tmp_path_factory.mktemp("labelled")
+    class_folders(folder)
+    for name, label in {"ant": "3", "bee": "7"}.items():
+        (folder / "images" / name).rename(folder / "images" / label)
+    (folder / "images" / "7" / "broken.png").write_bytes(b"no image")
+    return folder / "images"
+
+
+@pytest.mark.parametrize("prior", [None, "estimate"])
+def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, labelled, prior, capsys):
+    first = predict(finished_run, labelled, prior=prior, device="cpu")
+    threshold = round(float(np.median([each.probability for each in first if each.name])), 6)
+    arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu", "--threshold", str(threshold)]
+    assert main(["predict", str(finished_run), str(labelled), *arguments, *(["--prior", prior] if prior else [])]) == 1
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    given = predict(finished_run, labelled, threshold=threshold, prior=prior, device="cpu")
+    assert {each.label for each in given} == {"3", "7", "cat", "dog"}
+    assert prior is not None or 0 < sum(each.unsure for each in given) < len(given)
+    for one, other in zip(given, expected, strict=True):
+        assert (one.image, one.label, one.error) == (other["image"], other["label"], other.get("error"))
+        if one.error is None:
+            assert ("unsure" if one.unsure else one.name) == other["predicted"]
+            assert one.probability == pytest.approx(other["probability"], abs=1e-6)
+
+
 def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
     model = load(finished_run, device="cpu")
     path = photos / "images" / "ant" / "0.png"
@@ -126,7 +154,7 @@ def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
 def test_predictions_make_a_table(finished_run, photos):
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(predict(finished_run, photos / "images", device="cpu"))
-    assert list(table.columns) == ["image", "name", "probability", "classes", "error"]
+    assert list(table.columns) == ["image", "name", "probability", "classes", "label", "unsure", "error"]
     assert len(table) == 21
     assert table.probability.between(0.1, 1).all()
 

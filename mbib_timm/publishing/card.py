@@ -263,7 +263,7 @@ def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
 def _epochs(recipe: Recipe) -> str:
     """Return the epochs of the stages that have any: ``200 epochs``, ``200 + 30 epochs``; empty where none has."""
     epochs = [str(stage.epochs) for stage in recipe.chain() if stage.epochs]
-    return f"{' + '.join(epochs)} epochs" if epochs else ""
+    return f"{' + '.join(epochs)} epoch{'s' * (epochs != ['1'])}" if epochs else ""
 
 
 def _papers(run: FinishedRun) -> list[str]:
@@ -324,7 +324,7 @@ def _paper_text(run: FinishedRun) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} second{'s' * (round(seconds) != 1)}"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 

@@ -115,12 +115,7 @@ def load_recipe(
     Raises:
         MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
     """
-    content, overrides = read_recipe(path), overrides or {}
-    if "dataset" in overrides and overrides["dataset"] != content.get("dataset"):
-        for keys in (content, *content.get(STAGES, ())):
-            for key in (*TABLE_KEYS, "group_by", *(["data_dir"] if overrides["dataset"] == "table" else [])):
-                keys.pop(key, None)
-    return _overridden(content, overrides, path.name, say)
+    return _overridden(read_recipe(path), overrides or {}, path.name, say)
 
 
 def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Recipe:
@@ -131,6 +126,10 @@ def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[s
 def _overridden(
     content: dict[str, Any], overrides: Mapping[str, Any], where: str, say: Callable[[str], None] | None
 ) -> Recipe:
+    if "dataset" in overrides and overrides["dataset"] != content.get("dataset"):
+        for keys in (content, *content.get(STAGES, ())):
+            for key in (*TABLE_KEYS, "group_by", *(["data_dir"] if overrides["dataset"] == "table" else [])):
+                keys.pop(key, None)
     for address in sorted(overrides, key=lambda address: address.count(".")):
         _override(content, address, overrides[address], where)
     for line in _shorten(content, overrides):
