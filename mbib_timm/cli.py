@@ -36,7 +36,7 @@ from mbib_timm.recipe import (
     packaged_recipes,
     recipe_name,
 )
-from mbib_timm.recipe.declared import known_methods, load_entry_points
+from mbib_timm.recipe.declared import export_formats, known_methods, load_entry_points
 
 Namespace = argparse.Namespace
 # Runs a command; returns its exit status, None for 0.
@@ -410,7 +410,7 @@ def predict(flags: Parser) -> Action:
 def export(flags: Parser) -> Action:
     """Write a trained model in another format."""
     flags.add_argument("model", help=MODEL)
-    flags.add_argument("--format", choices=("onnx", "torch-export", "torchscript"), required=True, help="file format")
+    flags.add_argument("--format", choices=export_formats(), required=True, help="file format")
     flags.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
     flags.add_argument("--softmax", action="store_true", help="give probabilities instead of logits")
     flags.add_argument("--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; the model's own by default")

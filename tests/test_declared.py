@@ -6,12 +6,22 @@ import pytest
 
 from mbib_timm.data import SAMPLERS, parse_sampler
 from mbib_timm.data.policies import create_policy
+from mbib_timm.data.sources import SOURCES
 from mbib_timm.errors import MbibError
+from mbib_timm.inference.export import FORMATS
 from mbib_timm.methods import METHODS
 from mbib_timm.options import default_of, option_types
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.checks import POLICIES
-from mbib_timm.recipe.declared import find_method, known_methods, packaged_methods, packaged_samplers, stream_names
+from mbib_timm.recipe.declared import (
+    export_formats,
+    find_method,
+    known_methods,
+    packaged_methods,
+    packaged_samplers,
+    packaged_sources,
+    stream_names,
+)
 
 OURS = [name for name in METHODS if METHODS[name].__module__.startswith("mbib_timm.methods.")]
 
@@ -51,6 +61,11 @@ def test_a_method_that_somebody_registers_is_known_and_one_that_is_removed_is_no
 def test_every_sampler_of_the_package_is_read():
     ours = [name for name in SAMPLERS if SAMPLERS[name].weights.__module__ == "mbib_timm.data.samplers"]
     assert list(packaged_samplers()) == ours
+
+
+def test_every_source_and_every_export_format_of_the_package_is_read():
+    assert list(packaged_sources()) == list(SOURCES)
+    assert list(export_formats()) == list(FORMATS)
 
 
 def test_the_names_of_streams_are_told_apart_and_their_numbers_left_to_the_samplers():

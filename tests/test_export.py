@@ -49,7 +49,7 @@ def read_back(format, file):
 def test_exported_outputs_are_the_models_for_any_batch(finished_run, tmp_path, format, softmax, capsys):
     if format == "onnx":
         pytest.importorskip("onnxscript")
-    arguments = ["--format", format, "--output", str(tmp_path / f"new/model{FORMATS[format][0]}")]
+    arguments = ["--format", format, "--output", str(tmp_path / f"new/model{FORMATS[format].suffix}")]
     assert main(["export", str(finished_run), *arguments, *["--softmax"] * softmax]) == 0
     assert "10 class names, the preprocessing and no licence" in capsys.readouterr().out
     (file,) = (tmp_path / "new").iterdir()

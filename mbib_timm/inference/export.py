@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import mbib_timm
 from mbib_timm.data.images import pil_mode
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError
 from mbib_timm.licences import check_licence
 from mbib_timm.models.weights import LoadedModel, load_model
+from mbib_timm.registry import Registry
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -88,6 +89,24 @@ class WithSoftmax(nn.Module):
         return self.model(images).softmax(dim=-1)
 
 
+@dataclass(frozen=True)
+class Format:
+    """A kind of file that models are exported to.
+
+    Attributes:
+        suffix: of its files.
+        write: writes a model, traced or checked on images (2, C, H, W), to a file, with its description.
+        read: gives what a file computes, by the name of its output.
+    """
+
+    suffix: str
+    write: Callable[[nn.Module, Tensor, Path, Description], None]
+    read: Callable[[Path, str], Forward]
+
+
+FORMATS: Registry[Format] = Registry("export format")
+
+
 def export(
     target: str, format: str, output: Path | None = None, *, softmax: bool = False, license: str | None = None
 ) -> Path:
@@ -108,14 +127,12 @@ def export(
     Raises:
         MbibError: an unknown format or licence, a package that is missing, or an output that differs.
     """
-    if format not in FORMATS:
-        raise unknown_name("export format", format, FORMATS)
+    kind = FORMATS[format]
     license = None if license is None else check_licence(license)
-    suffix, write, read = FORMATS[format]
     model = load_model(target)
     described = describe(model, softmax, license)
     name = target.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace("@", "-")
-    file = output or Path(f"{name}{suffix}")
+    file = output or Path(f"{name}{kind.suffix}")
     module = for_inference(model.module)
     module = WithSoftmax(module).eval() if softmax else module
     size = described.input_size
@@ -123,8 +140,8 @@ def export(
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as beside:
         written = Path(beside) / file.name
-        write(module, images, written, described)
-        difference = largest_difference(module, read(written, described.output), size)
+        kind.write(module, images, written, described)
+        difference = largest_difference(module, kind.read(written, described.output), size)
         if not difference <= TOLERANCE:
             raise MbibError(
                 f"{format}: exported {described.output} differ from the model's by {difference:.1e} of the largest"
@@ -254,11 +271,6 @@ def _require(*packages: str) -> None:
         raise MbibError(f"export to ONNX needs {', '.join(missing)}: pip install 'mbib-timm[onnx]'")
 
 
-# By name: suffix, what writes the file, and what gives its output of a name.
-FORMATS: dict[
-    str, tuple[str, Callable[[nn.Module, Tensor, Path, Description], None], Callable[[Path, str], Forward]]
-] = {
-    "onnx": (".onnx", _write_onnx, _read_onnx),
-    "torch-export": (".pt2", _write_program, _read_program),
-    "torchscript": (".torchscript.pt", _write_torchscript, _read_torchscript),
-}
+FORMATS.register("onnx")(Format(".onnx", _write_onnx, _read_onnx))
+FORMATS.register("torch-export")(Format(".pt2", _write_program, _read_program))
+FORMATS.register("torchscript")(Format(".torchscript.pt", _write_torchscript, _read_torchscript))

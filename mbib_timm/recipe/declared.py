@@ -163,24 +163,38 @@ def resolve_settings(method: Mapping[str, Any]) -> tuple[DeclaredMethod, dict[st
     return declared, dataclasses.asdict(build_options(declared.Settings, given, f"method {declared.name!r}"))
 
 
-# Samplers
+# Entries of registries
 
 
 @cache
+def packaged_names(file: str, register: str) -> tuple[str, ...]:
+    """Return the names under which a file of this package registers entries, in order, without importing it.
+
+    Args:
+        file: such as ``data/samplers.py``.
+        register: the call or decorator that registers them, such as ``SOURCES.register``; their name comes first in it.
+    """
+    calls = [
+        node
+        for node in ast.walk(ast.parse((_PACKAGE / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == register
+    ]
+    return tuple(ast.literal_eval(call.args[0]) for call in sorted(calls, key=lambda call: call.lineno))
+
+
 def packaged_samplers() -> tuple[str, ...]:
     """Return the names of this package's samplers."""
-    text = (_PACKAGE / "data" / "samplers.py").read_text(encoding="utf-8")
-    decorators = (
-        decorator
-        for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef)
-        for decorator in node.decorator_list
-    )
-    return tuple(
-        ast.literal_eval(each.args[0])
-        for each in decorators
-        if isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and each.func.id == "sampler"
-    )
+    return packaged_names("data/samplers.py", "sampler")
+
+
+def packaged_sources() -> tuple[str, ...]:
+    """Return the names of this package's data sources."""
+    return packaged_names("data/sources.py", "SOURCES.register")
+
+
+def export_formats() -> tuple[str, ...]:
+    """Return the names of the formats that models are exported to."""
+    return packaged_names("inference/export.py", "FORMATS.register")
 
 
 def stream_names(sampler: str) -> tuple[str, ...]:

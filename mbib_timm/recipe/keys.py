@@ -9,7 +9,7 @@ from typing import Any
 from mbib_timm.errors import unknown_name
 from mbib_timm.options import check_option, check_options, option, option_types
 from mbib_timm.recipe.checks import check_recipe, view_of
-from mbib_timm.recipe.declared import find_method, load_plugin, resolve_settings
+from mbib_timm.recipe.declared import find_method, load_plugin, packaged_samplers, packaged_sources, resolve_settings
 
 STAGES = "stages"
 # Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
@@ -38,9 +38,7 @@ class Recipe:
     """One run, completely described. Raises MbibError for values that cannot be."""
 
     # Data
-    dataset: str = _data(
-        "digits", "data source: digits, torch/cifar10, torch/cifar100, folder, table, list, inat2018, hfds/NAME"
-    )
+    dataset: str = _data("digits", f"data source: {', '.join(packaged_sources())}")
     data_dir: str | None = _data(
         None, "root folder (or .tar) of the data; of a table its own when not given", location=True
     )
@@ -181,7 +179,7 @@ class Recipe:
     plugin: list[str] = _method([], "files or modules that register further methods", location=True)
     sampler: str | None = _method(
         None,
-        "what an epoch draws: instance, balanced, sqrt, progressive, reverse, effective[:beta], class_aware[:m], or "
+        f"what an epoch draws: {', '.join(packaged_samplers())}, some with a number, as in effective:0.999; or "
         "two streams side by side, such as instance+reverse; the method's own when not given",
     )
     class_weights: str = _method(

@@ -39,9 +39,9 @@ def print_report(folder: Path, record: RunRecord) -> None:
     if (best := record.best) is not None:
         print(f"Best epoch on {best.split}: {best.epoch} with {best.prediction.top1:.2f} (not the result)")
     if record.replaced_images:
-        print(f"{len(record.replaced_images)} broken training images were replaced: see metrics.json")
+        print(f"broken training images that were replaced: {len(record.replaced_images)}, see metrics.json")
     if record.left_out_images:
-        print(f"{len(record.left_out_images)} broken images were left out of the evaluation: see metrics.json")
+        print(f"broken images that were left out of the evaluation: {len(record.left_out_images)}, see metrics.json")
     print(f"\n{folder}")
 
 

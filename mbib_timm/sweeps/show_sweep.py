@@ -196,7 +196,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         # Where x is not said, the axes that have no colour are along it.
         name = _joined(row, colored if by and not x else [*colored, *others])
         if x == GROUP:
-            for column in COLUMNS:
+            for column in (name for name in COLUMNS if any(value is not None for value in row.values[name])):
                 bars["all" if column == "overall" else column, name] = row.values[column], row.paper.get(column)
         else:
             place = _joined(row, [x] if x else others if by else [])
