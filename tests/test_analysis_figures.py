@@ -1,5 +1,6 @@
 """Figures of an analysis hold its numbers, and can be drawn from every shape that it takes."""
 
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -7,8 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures, text_on
-from mbib_timm.analysis.analysis_record import Analysis, rounded
+from mbib_timm.analysis.analysis_record import (
+    Analysis,
+    analysis_figures,
+    comparison_figures,
+    read_analysis,
+    rounded,
+    write_analysis,
+)
 from mbib_timm.analysis.analyze import analyze
 from mbib_timm.analysis.class_figures import TITLE
 from mbib_timm.analysis.embedding import Embedding
@@ -20,7 +27,7 @@ from mbib_timm.analysis.measures import (
     mean_positive_posterior,
     reliability,
 )
-from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render
+from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render, text_on
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
 from mbib_timm.models.complexity import Cost, Efficiency
@@ -135,6 +142,17 @@ def test_a_reading_is_one_sentence(real):
         reading = re.sub(re.escape(f"{real.name} (seed 0)"), "a run", illustration.reading)
         assert re.fullmatch(r"[A-Z][^.!?]*(\d\.\d[^.!?]*)*\.", reading), reading
         assert len(illustration.title) > 5
+
+
+def test_what_an_older_file_has_not_measured_is_not_shown(real, tmp_path):
+    write_analysis(tmp_path, real)
+    file = tmp_path / "analysis.json"
+    content = json.loads(file.read_text())
+    del content["trend"]
+    file.write_text(json.dumps(content))
+    read = read_analysis(tmp_path)
+    assert replace(read, trend=real.trend) == real
+    assert [figure.name for figure in analysis_figures(read)] == [name for name in FIGURES if name != "trend"]
 
 
 def test_posterior_bars_follow_the_order_of_training_images(real):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mbib_timm.analysis import analyze as analyze_module
-from mbib_timm.analysis.analysis_figures import analysis_figures
-from mbib_timm.analysis.analysis_record import read_analysis
+from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis
 from mbib_timm.analysis.analyze import analyze
 from mbib_timm.cli import main
 from mbib_timm.environment import World
@@ -51,7 +50,7 @@ def test_the_file_holds_what_is_returned(run, result):
     assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
     assert list(content) == [
         "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "prediction_heads",
-        "environment", "heads", "positive_posterior", "distances", "embedding", "reliability", "confusion", "trend",
+        "environment", "heads", "trend", "confusion", "positive_posterior", "reliability", "distances", "embedding",
         "efficiency",
     ]  # fmt: skip
     assert (result.name, result.model) == ("mbib_resnet20.digits", "mbib_resnet20")

@@ -20,8 +20,7 @@ from pathlib import Path
 from benchmarking.results_file import read_results
 from benchmarking.table import markdown
 
-from mbib_timm.analysis.analysis_figures import analysis_figures
-from mbib_timm.analysis.analysis_record import read_analysis, write_analysis
+from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, write_analysis
 from mbib_timm.drawing import write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import longest_epochs

@@ -1,19 +1,11 @@
 """The figures of an analysis: tables 5 and 6 and figures 7 and 8 of the paper, and where errors and confidence lie."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbib_timm.analysis.analysis_record import Analysis
-from mbib_timm.analysis.class_figures import (
-    draw_accuracy_trend,
-    draw_embedding,
-    draw_positive_posterior,
-    draw_posterior_change,
-    outline,
-)
+from mbib_timm.analysis.class_figures import outline
 from mbib_timm.analysis.measures import GROUPS
 from mbib_timm.drawing import (
     BLUE,
@@ -24,7 +16,6 @@ from mbib_timm.drawing import (
     PURPLE,
     SKY,
     VERMILION,
-    Illustration,
     background,
     canvas,
     foreground,
@@ -33,82 +24,17 @@ from mbib_timm.drawing import (
 from mbib_timm.models.complexity import TABLE_6_SIZE, Cost
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS, TABLE_6
-from mbib_timm.results.run_figures import drawn_heads, shot_groups_figure
+from mbib_timm.results.run_figures import drawn_heads
+
+if TYPE_CHECKING:
+    from mbib_timm.analysis.analysis_record import Analysis
 
 # Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
 PARTS = (SKY, ORANGE, GREEN, PURPLE, VERMILION)
 SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 
 
-def analysis_figures(analysis: Analysis) -> list[Illustration]:
-    """Return all figures of an analysis."""
-    figures = (
-        (
-            "accuracy_by_head", "Accuracy by shot group and head",
-            "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
-            lambda analysis: shot_groups_figure(analysis.heads),
-        ),
-        (
-            "trend", "Accuracy of a class by its training images",
-            "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
-            draw_accuracy_trend,
-        ),
-        (
-            "confusion", "Where errors go",
-            "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
-            "evenly over all other classes, marks a shot group that draws errors to itself.",
-            draw_confusion,
-        ),
-        (
-            "positive_posterior", "Mean positive posterior by class",
-            "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
-            draw_positive_posterior,
-        ),
-        (
-            "reliability", "Reliability",
-            "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
-            "cautious, and of the expected calibration error (ECE) less is better.",
-            draw_reliability,
-        ),
-        (
-            "distances", "Intra-class over inter-class distance",
-            "Lower is better: images of one class lie close together, and the centres of classes far apart.",
-            draw_distances,
-        ),
-        (
-            "embedding", "Features of some classes in the plane",
-            "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
-            "of islands and the distances between them have no meaning.",
-            draw_embedding,
-        ),
-        (
-            "costs", "Costs of one image",
-            "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6.",
-            draw_costs,
-        ),
-    )  # fmt: skip
-    return [Illustration(name, title, reading, partial(draw, analysis)) for name, title, reading, draw in figures]
-
-
-def comparison_figures(first: Analysis, other: Analysis) -> list[Illustration]:
-    """Return the figures that compare a run with the first one.
-
-    Args:
-        first: its training counts sort the classes.
-        other: of another run with as many classes.
-    """
-    return [
-        Illustration(
-            "positive_posterior_difference",
-            f"Mean positive posterior, {other.title} minus {first.title}",
-            f"Above zero, {other.title} gives the true class of an image more probability than "
-            f"{first.title} does, which is better.",
-            partial(draw_posterior_change, first, other),
-        )
-    ]
-
-
-def draw_distances(analysis: Analysis) -> Any:
+def draw_distances(analysis: "Analysis") -> Any:
     """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5)."""
     features = analysis.distances
     # The paper's numbers are for the whole schedule.
@@ -144,7 +70,7 @@ def draw_distances(analysis: Analysis) -> Any:
     return figure
 
 
-def draw_reliability(analysis: Analysis) -> Any:
+def draw_reliability(analysis: "Analysis") -> Any:
     """Draw accuracy against confidence in bins (Guo et al. 2017), and how many images lie in each bin."""
     heads = analysis.reliability
     predicting = analysis.prediction_heads
@@ -186,7 +112,7 @@ def draw_reliability(analysis: Analysis) -> Any:
     return figure
 
 
-def draw_confusion(analysis: Analysis) -> Any:
+def draw_confusion(analysis: "Analysis") -> Any:
     """Draw which shot groups each shot group's images are taken for, beside the same errors spread evenly."""
     content = analysis.confusion
     colors = {"correct": GREY, **{f"wrong_to_{group}": color for group, color in GROUP_COLORS.items()}}
@@ -242,7 +168,7 @@ def _faded(color: str) -> str:
     return str(to_hex((np.array(to_rgb(color)) + to_rgb(background())) / 2))
 
 
-def draw_costs(analysis: Analysis) -> Any:
+def draw_costs(analysis: "Analysis") -> Any:
     """Draw parameters and operations of one image's forward pass beside the paper's (Table 6)."""
     content = analysis.efficiency
     size = "×".join(map(str, content.input_size))

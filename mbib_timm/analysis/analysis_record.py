@@ -1,6 +1,7 @@
 """All that is found out of a trained model as one typed object: ``analysis.json`` is written and read here.
 
-The measures are fields of `Analysis`, each with the function that measures it: that is the list to add one to.
+The measures are fields of `Analysis`, each with the function that measures it and the figures that show it: that is the
+list to add one to.
 """
 
 import dataclasses
@@ -8,13 +9,20 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
+from mbib_timm.analysis.analysis_figures import draw_confusion, draw_costs, draw_distances, draw_reliability
+from mbib_timm.analysis.class_figures import (
+    draw_accuracy_trend,
+    draw_embedding,
+    draw_positive_posterior,
+    draw_posterior_change,
+)
 from mbib_timm.analysis.embedding import Embedding, embed
 from mbib_timm.analysis.measures import (
     Confusion,
@@ -26,13 +34,16 @@ from mbib_timm.analysis.measures import (
     group_confusion,
     mean_positive_posterior,
     reliability,
+    with_nan,
 )
 from mbib_timm.analysis.outputs import Outputs
+from mbib_timm.drawing import Illustration
 from mbib_timm.environment import Environment
 from mbib_timm.files import from_plain, read_json, write_bytes
 from mbib_timm.models.complexity import Efficiency, efficiency
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.run_figures import shot_groups_figure
 
 FOLDER, FILE = "analysis", "analysis.json"
 
@@ -67,9 +78,28 @@ class Subject:
         return self.outputs.heads[head].predicted.numpy()
 
 
-def _measured(measure: Callable[[Subject], Any]) -> Any:
-    """Return a field of `Analysis` that `measure` gives."""
-    return dataclasses.field(metadata={"measure": measure})
+class Shown(NamedTuple):
+    """What shows a measure.
+
+    Attributes:
+        name: of the figure's files.
+        title: above it.
+        reading: how to read it, in a sentence.
+        draw: gives the figure of an analysis.
+    """
+
+    name: str
+    title: str
+    reading: str
+    draw: "Callable[[Analysis], Any]"
+
+
+def _measured(measure: Callable[[Subject], Any], *figures: Shown) -> Any:
+    """Return a field of `Analysis` that `measure` gives, and `figures` show.
+
+    Older files lack a field that is new, which is None then, and is not shown: its type says ``| None``.
+    """
+    return dataclasses.field(default=None, metadata={"measure": measure, "figures": figures})
 
 
 def _positive_posterior(subject: Subject) -> dict[str, list[float]]:
@@ -135,23 +165,90 @@ class Analysis(Analyzed):
 
     Attributes:
         heads: metrics of ``prediction``, and by name of each head and expert where there are several.
-        positive_posterior: of the same, by class; None for classes without images.
+        trend: of the prediction.
+        confusion: of the prediction.
+        positive_posterior: of the prediction, the heads and the experts, by class; None for classes without images.
+        reliability: of the prediction, the heads and the experts.
         distances: by features and shot group.
         embedding: images of some classes in the plane.
-        reliability: of the prediction, the heads and the experts.
-        confusion: of the prediction.
-        trend: of the prediction.
         efficiency: parameters and operations.
     """
 
-    heads: dict[str, HeadMetrics] = _measured(lambda subject: subject.outputs.metrics)
-    positive_posterior: dict[str, list[float | None]] = _measured(_positive_posterior)
-    distances: dict[str, dict[str, Distances]] = _measured(_distances)
-    embedding: Embedding = _measured(_embedding)
-    reliability: dict[str, Reliability] = _measured(_reliability)
-    confusion: Confusion = _measured(lambda s: group_confusion(s.labels, s.predicted(), s.counts))
-    trend: Trend = _measured(_trend)
-    efficiency: Efficiency = _measured(lambda s: efficiency(s.model, s.input_size))
+    heads: dict[str, HeadMetrics] = _measured(
+        lambda subject: subject.outputs.metrics,
+        Shown(
+            "accuracy_by_head",
+            "Accuracy by shot group and head",
+            "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
+            lambda analysis: shot_groups_figure(analysis.heads),
+        ),
+    )
+    trend: Trend = _measured(
+        _trend,
+        Shown(
+            "trend",
+            "Accuracy of a class by its training images",
+            "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
+            draw_accuracy_trend,
+        ),
+    )
+    confusion: Confusion = _measured(
+        lambda s: group_confusion(s.labels, s.predicted(), s.counts),
+        Shown(
+            "confusion",
+            "Where errors go",
+            "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
+            "evenly over all other classes, marks a shot group that draws errors to itself.",
+            draw_confusion,
+        ),
+    )
+    positive_posterior: dict[str, list[float | None]] = _measured(
+        _positive_posterior,
+        Shown(
+            "positive_posterior",
+            "Mean positive posterior by class",
+            "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
+            draw_positive_posterior,
+        ),
+    )
+    reliability: dict[str, Reliability] = _measured(
+        _reliability,
+        Shown(
+            "reliability",
+            "Reliability",
+            "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
+            "cautious, and of the expected calibration error (ECE) less is better.",
+            draw_reliability,
+        ),
+    )
+    distances: dict[str, dict[str, Distances]] = _measured(
+        _distances,
+        Shown(
+            "distances",
+            "Intra-class over inter-class distance",
+            "Lower is better: images of one class lie close together, and the centres of classes far apart.",
+            draw_distances,
+        ),
+    )
+    embedding: Embedding = _measured(
+        _embedding,
+        Shown(
+            "embedding",
+            "Features of some classes in the plane",
+            "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
+            "of islands and the distances between them have no meaning.",
+            draw_embedding,
+        ),
+    )
+    efficiency: Efficiency = _measured(
+        lambda s: efficiency(s.model, s.input_size),
+        Shown(
+            "costs",
+            "Costs of one image",
+            "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6.",
+            draw_costs,
+        ),
+    )
 
     @property
     def title(self) -> str:
@@ -180,9 +277,32 @@ def measure(analyzed: Analyzed, subject: Subject) -> Analysis:
     return rounded(Analysis(**vars(analyzed), **measures))
 
 
-def with_nan(values: Sequence[float | None]) -> np.ndarray:
-    """Return numbers as an array, with nan for what could not be measured."""
-    return np.array([np.nan if value is None else value for value in values])
+def analysis_figures(analysis: Analysis) -> list[Illustration]:
+    """Return the figures of everything that was measured."""
+    return [
+        Illustration(shown.name, shown.title, shown.reading, partial(shown.draw, analysis))
+        for field in dataclasses.fields(Analysis)
+        if getattr(analysis, field.name) is not None
+        for shown in field.metadata.get("figures", ())
+    ]
+
+
+def comparison_figures(first: Analysis, other: Analysis) -> list[Illustration]:
+    """Return the figures that compare a run with the first one.
+
+    Args:
+        first: its training counts sort the classes.
+        other: of another run with as many classes.
+    """
+    return [
+        Illustration(
+            "positive_posterior_difference",
+            f"Mean positive posterior, {other.title} minus {first.title}",
+            f"Above zero, {other.title} gives the true class of an image more probability than "
+            f"{first.title} does, which is better.",
+            partial(draw_posterior_change, first, other),
+        )
+    ]
 
 
 def rounded(analysis: Analysis) -> Analysis:

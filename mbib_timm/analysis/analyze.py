@@ -4,8 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures
-from mbib_timm.analysis.analysis_record import FOLDER, Analysis, Analyzed, Subject, measure, write_analysis
+from mbib_timm.analysis.analysis_record import (
+    FOLDER,
+    Analysis,
+    Analyzed,
+    Subject,
+    analysis_figures,
+    comparison_figures,
+    measure,
+    write_analysis,
+)
 from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
 from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group, posterior_difference
 from mbib_timm.analysis.outputs import collect_outputs

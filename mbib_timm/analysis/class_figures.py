@@ -1,11 +1,10 @@
 """Figures of an analysis that show single classes: their posterior, their accuracy and their features."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbib_timm.analysis.analysis_record import Analysis, with_nan
-from mbib_timm.analysis.measures import mean_by_shot_group, posterior_difference
+from mbib_timm.analysis.measures import mean_by_shot_group, posterior_difference, with_nan
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
@@ -23,6 +22,9 @@ from mbib_timm.drawing import (
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.run_figures import class_bars, class_bars_title, name_classes, neighbours, shortened
 
+if TYPE_CHECKING:
+    from mbib_timm.analysis.analysis_record import Analysis
+
 # Eight colours and seven shapes, counted up together, filled in the first round of colours and hollow after it.
 CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)  # and the foreground
 CLASS_MARKERS = "o^sDvPX"
@@ -30,7 +32,7 @@ SEPARATE_POINTS = 2000  # with more classes, a point is the mean of neighbours
 TITLE = 70  # as many letters as stand above a figure
 
 
-def draw_positive_posterior(analysis: Analysis) -> Any:
+def draw_positive_posterior(analysis: "Analysis") -> Any:
     """Draw the prediction's mean positive posterior of each class (equation 14 and figure 7 (a) and (d))."""
     figure, axes, classes_a_bar = _posterior_bars(analysis, analysis.posterior, "{:.2f}")
     axes.set_title(class_bars_title("Mean positive posterior of the prediction", classes_a_bar))
@@ -38,7 +40,7 @@ def draw_positive_posterior(analysis: Analysis) -> Any:
     return figure
 
 
-def draw_posterior_change(first: Analysis, other: Analysis) -> Any:
+def draw_posterior_change(first: "Analysis", other: "Analysis") -> Any:
     """Draw how a run's mean positive posterior differs from another's, by class (figure 7 (b), (c) and (e)).
 
     Args:
@@ -71,7 +73,7 @@ def outline(width: float = 2.5) -> list[Any]:
     return [withStroke(linewidth=width, foreground=background())]
 
 
-def _posterior_bars(analysis: Analysis, values: np.ndarray, form: str) -> tuple[Any, Any, int]:
+def _posterior_bars(analysis: "Analysis", values: np.ndarray, form: str) -> tuple[Any, Any, int]:
     """Draw a bar for each class, and a line at each shot group's mean, which the legend says."""
     counts = analysis.counts
     groups, means = shot_groups(counts), mean_by_shot_group(values, counts)
@@ -102,7 +104,7 @@ def _posterior_bars(analysis: Analysis, values: np.ndarray, form: str) -> tuple[
     return figure, axes, classes_a_bar
 
 
-def draw_accuracy_trend(analysis: Analysis) -> Any:
+def draw_accuracy_trend(analysis: "Analysis") -> Any:
     """Draw the prediction's accuracy on each class against its training images, and the line of `trend`."""
     counts = analysis.counts
     accuracy = with_nan(analysis.heads[PREDICTION].per_class)
@@ -144,7 +146,7 @@ def draw_accuracy_trend(analysis: Analysis) -> Any:
     return figure
 
 
-def draw_embedding(analysis: Analysis) -> Any:
+def draw_embedding(analysis: "Analysis") -> Any:
     """Draw the features of some classes in the plane, a panel for each kind of features (figure 8)."""
     shown, counts = analysis.embedding, analysis.class_counts
     labels, names = np.array(shown.labels), analysis.class_names

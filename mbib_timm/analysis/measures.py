@@ -316,3 +316,8 @@ def accuracy_trend(per_class: Sequence[float | None], class_counts: np.ndarray) 
         intercept=float(accuracy.mean() - slope * images.mean()),
         r2=float(1 - (residual**2).sum() / (difference**2).sum()) if varies else None,
     )
+
+
+def with_nan(values: Sequence[float | None]) -> np.ndarray:
+    """Return numbers as an array, with nan for what could not be measured."""
+    return np.array([np.nan if value is None else value for value in values])

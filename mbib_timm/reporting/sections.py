@@ -11,8 +11,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_figures
-from mbib_timm.analysis.analysis_record import read_analysis
+from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
 from mbib_timm.evaluation.answer_files import ConfidentError, ConfusionMatrix, read_confusion, read_errors
