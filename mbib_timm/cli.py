@@ -43,11 +43,11 @@ Namespace = argparse.Namespace
 Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
-LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 PRIOR = (
     "class frequencies that the probabilities are for: train, uniform, a file of shares or counts, or estimate for "
     "those under which the images are most likely; those that the model was trained for when not given"
 )
+LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
@@ -179,7 +179,13 @@ def validate(flags: Parser) -> Action:
     flags.add_argument("target", help=MODEL)
     add_data_flags(flags, split="split to evaluate; that of the run's result when not given")
     flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
-    flags.add_argument("--results", type=Path, help="write the metrics to this JSON file")
+    flags.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write the metrics to this JSON file, and beside it the predictions, the confusion matrix and the classes "
+        "as CSV",
+    )
     add_recipe_flags(flags, EVALUATION_KEYS)
 
     def run(given: Namespace) -> None:

@@ -25,7 +25,7 @@ Accuracy = Callable[[int, int, str], float | None]
 
 
 def made_up_record(heads: dict[str, HeadMetrics], class_counts: list[int], **fields: Any) -> RunRecord:
-    """Return the record of a run that ended after its epoch 2.
+    """Return the record of a run that ended after its epoch 3.
 
     Args:
         heads: what it found.
@@ -44,7 +44,7 @@ def made_up_record(heads: dict[str, HeadMetrics], class_counts: list[int], **fie
         seed=0,
         class_counts=class_counts,
         class_names=None,
-        result=Evaluation("test", heads, 2, "model.safetensors"),
+        result=Evaluation("test", heads, 3, "model.safetensors"),
         raw=None,
         best=None,
         chosen={},
@@ -104,7 +104,7 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
                 dataset=run.recipe.dataset,
                 test_images=10_000,
                 heads=heads,
-                curve=Curve(epoch=[0, 1], train_loss=[4.6, 4.1], val_top1=[None, 45.0]),
+                curve=Curve(epoch=[1, 2], train_loss=[4.6, 4.1], val_top1=[None, 45.0]),
                 training_seconds=12.5,
                 environment=replace(ENVIRONMENT, command=f"mbib sweep {sweep.name}"),
             )

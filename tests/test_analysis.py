@@ -32,7 +32,7 @@ from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.data import Batch
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation import batch_statistics, evaluate
+from mbib_timm.evaluation import AnswerLog, batch_statistics, evaluate
 from mbib_timm.models import MBIB
 from mbib_timm.models.complexity import efficiency
 from mbib_timm.models.head_outputs import head_logits
@@ -68,7 +68,7 @@ def batches(images=25, batch=10):
 def test_metrics_are_those_of_evaluate(prediction):
     model, (loader, _, y) = mbib(prediction=prediction), batches()
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
-    assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU)
+    assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog())
     assert list(outputs.metrics) == list(outputs.heads)
     assert torch.equal(outputs.labels, y)
 
@@ -128,7 +128,7 @@ def test_a_plain_model_gives_its_pooled_features():
     model.eval()
     torch.testing.assert_close(outputs.features["v"], model.forward_features(x).mean(dim=(2, 3)))
     assert torch.equal(outputs.heads["prediction"].predicted, model(x).argmax(1))
-    assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU)
+    assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog())
 
 
 def test_channels_last_changes_nothing():
@@ -205,11 +205,13 @@ def test_distances_against_naive_loops(absent, block, monkeypatch):
     labels = labels[~torch.isin(labels, torch.tensor(absent, dtype=torch.long))]
     features = torch.randn(len(labels), 5, generator=generator) + 3 * labels[:, None]
     features[:3] = features[0]  # duplicates
+    labels[labels == 4] = 1  # but for one image, which has no distance to others of its class
+    labels[0] = 4
     intra, inter = naive_distances(features.double().tolist(), labels.tolist(), 7)
     result = distances(features, labels, COUNTS)
     assert list(result) == ["all", "many", "medium", "few"]
     for group, values in result.items():
-        classes = [c for c in intra if group in ("all", GROUP_OF[c])]
+        classes = [c for c in intra if group in ("all", GROUP_OF[c]) and c != 4]
         if not classes:
             assert values == Distances(None, None, None)
             continue
@@ -220,11 +222,14 @@ def test_distances_against_naive_loops(absent, block, monkeypatch):
     assert ("few" in [g for g, v in result.items() if v.rho is None]) == (absent == (5, 6))
 
 
-def test_one_image_a_class_and_two_classes():
-    result = distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([1, 0]), np.array([200, 3]))
-    expected = Distances(intra=0.0, inter=5.0, rho=0.0)
+def test_classes_of_single_images_have_no_distance():
+    features, counts = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]), np.array([200, 3])
+    result = distances(features[:2], torch.tensor([1, 0]), counts)
+    assert set(result.values()) == {Distances(None, None, None)}, "and not a perfect 0"
+    result = distances(features, torch.tensor([0, 0, 1]), counts)
+    two = Distances(intra=2.5, inter=7.5, rho=pytest.approx(1 / 3))
     nothing = Distances(None, None, None)
-    assert result == {"all": expected, "many": expected, "medium": nothing, "few": expected}
+    assert result == {"all": two, "many": two, "medium": nothing, "few": nothing}
 
 
 def test_one_class_alone_has_no_distance_to_others():
@@ -376,11 +381,14 @@ def test_group_confusion_against_scikit_learn():
         assert list(result.images[true].values()) == expected[i].tolist()
         right = sum(1 for y, p in zip(labels, predicted, strict=True) if y == p and GROUP_OF[y] == true)
         assert result.correct[true] == right
-        assert result.shares[true]["correct"] == pytest.approx(100 * right / expected[i].sum())
-        for j, group in enumerate(names):
-            wrong = expected[i, j] - (right if i == j else 0)
-            assert result.shares[true][f"wrong_to_{group}"] == pytest.approx(100 * wrong / expected[i].sum())
+        classes = [c for c in range(7) if GROUP_OF[c] == true]
+        recall = metrics.recall_score(labels, predicted, labels=classes, average="macro")
+        assert result.shares[true]["correct"] == pytest.approx(100 * recall), "the group's accuracy"
+        for group in names:
+            wrong = [np.mean([GROUP_OF[p] == group and p != c for p in predicted[labels == c]]) for c in classes]
+            assert result.shares[true][f"wrong_to_{group}"] == pytest.approx(100 * np.mean(wrong))
         assert sum(result.shares[true].values()) == pytest.approx(100)
+        assert sum(result.even[true].values()) == pytest.approx(100)
 
 
 def test_errors_spread_evenly_are_the_baseline():

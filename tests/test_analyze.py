@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from mbib_timm.cli import main
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.validate import validate
+from mbib_timm.files import to_json
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import train
 
@@ -43,7 +43,7 @@ def refuse(constant):
 def test_the_file_holds_what_is_returned(run, result):
     text = (run / "analysis" / "analysis.json").read_text()
     content = json.loads(text, parse_constant=refuse)
-    assert content == asdict(result)
+    assert content == json.loads(to_json(result))
     assert read_analysis(run) == result
     assert read_analysis(run / "analysis") == result  # as results are kept
     assert sorted(path.name for path in (run / "analysis").iterdir()) == ["analysis.json", "figures"]

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
 from mbib_timm.cli import main
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import MbibError
+from mbib_timm.files import to_json
 from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.recipe import find_recipe, load_recipe
 
@@ -163,7 +163,7 @@ def test_evaluate_does_what_its_command_does(finished_run, tmp_path, capsys):
     file = tmp_path / "results.json"
     assert main(["validate", str(finished_run), "--device", "cpu", "--results", str(file)]) == 0
     heads = json.loads(file.read_text())["heads"]
-    assert {name: asdict(head) for name, head in evaluate(finished_run, device="cpu").items()} == heads
+    assert [json.loads(to_json(head)) for head in evaluate(finished_run, device="cpu").values()] == [*heads.values()]
     other = evaluate(finished_run, split="train", device="cpu")
     assert other["prediction"].images == 1457, "the whole split, of which a part was trained on"
     with pytest.raises(MbibError, match="data and class_counts go with a network"):

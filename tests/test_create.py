@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_data import CPU, SIZE, epoch, image_folder, loaders, recipe, splits
 
-from mbib_timm.data import DataPool, Passes, Split, Splits, build_eval_loader, choose_loader, create_loaders, open_data
+from mbib_timm.data import DataPool, Passes, Split, Splits, choose_loader, create_loaders, open_data
 from mbib_timm.data.loaders import TimmLoader
 from mbib_timm.environment import World
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
 
 
@@ -50,12 +50,6 @@ def test_runs_of_one_process_share_opened_data_and_images(tmp_path):
     second = create_loaders(data, settings.replace(seed=3), SIZE, CPU, pool=pool)
     assert first.train.streams[0].images is second.train.streams[0].images
     assert pool.open(settings.replace(imbalance="exp")) is not data
-
-
-def test_evaluation_of_a_model_with_another_number_of_classes_is_refused(folder):
-    settings = recipe(dataset="folder", data_dir=str(folder))
-    with pytest.raises(DataError, match="split 'validation' has 2 classes, the model has 3"):
-        build_eval_loader(settings, "validation", input_size=SIZE, num_classes=3, device=CPU)
 
 
 # Passes of a method that looks at images before or after training

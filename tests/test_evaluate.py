@@ -9,7 +9,7 @@ import torch
 
 from mbib_timm.data import Batch
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation import batch_statistics, evaluate, summarize
+from mbib_timm.evaluation import AnswerLog, batch_statistics, evaluate, summarize, with_intervals
 from mbib_timm.files import to_json
 from mbib_timm.models import MBIB
 from mbib_timm.models.head_outputs import head_logits
@@ -110,6 +110,46 @@ def test_channels_last_and_autocast(model):
     assert half["prediction"].nll != plain["prediction"].nll
 
 
+def test_a_log_has_the_answer_for_every_image_in_the_order_of_the_split(model):
+    loader, x, y = batches()
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(1))
+    shuffled = [Batch((x[i],), y[i], i) for i in order.split(10)]
+    log = AnswerLog()
+    metrics = evaluate(model, shuffled, COUNTS, device=CPU, answers=log)["prediction"]
+    answers = log.read()
+    with torch.no_grad():
+        probabilities = model.eval()(x).softmax(dim=1)
+    assert answers.index.tolist() == list(range(25))
+    assert answers.targets.tolist() == y.tolist()
+    assert answers.predicted.tolist() == probabilities.argmax(dim=1).tolist()
+    assert answers.probability == pytest.approx(probabilities.amax(dim=1).numpy(), abs=1e-5)
+    plain = evaluate(model, loader, COUNTS, device=CPU)["prediction"]
+    assert set(plain.intervals) == {"top1"}, "bootstrap is for results alone"
+    assert set(metrics.intervals) == {"top1", "macro", "macro_f1", "many", "medium", "few"}
+    assert replace(metrics, intervals=plain.intervals, nll=plain.nll, ece=plain.ece) == plain
+    assert metrics.intervals == with_intervals(plain, y.numpy(), answers.predicted, COUNTS).intervals, "one seed"
+
+
+def test_the_answers_of_several_processes_come_together(model, monkeypatch):
+    """The other process has the first batch; tests/test_cli.py runs two real ones."""
+    loader, _, _ = batches()
+    whole, share, other = AnswerLog(), AnswerLog(), AnswerLog()
+    evaluate(model, loader, COUNTS, device=CPU, answers=whole)
+    evaluate(model, loader[:1], COUNTS, device=CPU, answers=other)
+    there = torch.cat(other.parts, dim=1).numpy()
+    evaluate(model, loader[1:], COUNTS, device=CPU, answers=share)
+    share.answers = None
+
+    def gather(shares, own):
+        shares[:] = [own, there]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    for name in ("index", "targets", "predicted", "probability"):
+        assert getattr(share.read(), name).tolist() == getattr(whole.read(), name).tolist()
+
+
 def test_no_image_is_an_error(model):
     with pytest.raises(DataError, match="no image"):
         evaluate(model, [], COUNTS, device=CPU)
@@ -129,7 +169,7 @@ def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypa
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: sent.append(tensor.clone()))
     alone = evaluate(model, loader, COUNTS, device=CPU)
-    assert [len(tensor) for tensor in sent] == [5] * 5, "each tensor holds all heads"
+    assert [len(tensor) for tensor in sent] == [5] * 6, "each tensor holds all heads"
     others = iter(sent)
 
     def receive(tensor):
@@ -150,13 +190,18 @@ def test_the_table_shows_groups_counts_and_heads():
     result = summarize(batch_statistics(logits, y), COUNTS)
     empty = replace(result, few=None)
     lines = accuracy_table({"prediction": result, "v3": result, "z": empty}, COUNTS).splitlines()
-    assert lines[0].split() == ["top-1,", "%", "overall", "many", "medium", "few"]
-    assert lines[2].split() == ["classes", "7", "2", "3", "2"]
-    assert lines[3].split() == ["training", "images", "803", "601", "180", "22"]
-    assert lines[4].split() == ["per", "class", "3-500", "101-500", "20-100", "3-19"]
-    assert [line.split()[0] for line in lines[6:]] == ["v3", "z", "prediction"]
-    assert lines[6].split()[1] == f"{result.top1:.2f}"
-    assert lines[7].split()[-1] == "–"
+    assert lines[0].split() == ["%", "overall", "macro", "macro", "F1", "many", "medium", "few"]
+    assert lines[2].split() == ["classes", "7", "7", "7", "2", "3", "2"]
+    assert lines[3].split() == ["training", "images", *["803"] * 3, "601", "180", "22"]
+    assert lines[4].split() == ["per", "class", *["3-500"] * 3, "101-500", "20-100", "3-19"]
+    images = np.bincount(y, minlength=7)
+    assert lines[5].split() == ["evaluated", "classes", *["7"] * 3, "2", "3", "2"]
+    assert lines[6].split()[2:] == [*["25"] * 3, *(str(images[group].sum()) for group in ([0, 1], [2, 3, 4], [5, 6]))]
+    assert [line.split()[0] for line in lines[8:]] == ["v3", "z", "prediction", "95"]
+    low, high = result.intervals["top1"]
+    assert lines[8].split()[1:4] == [f"{result.top1:.2f}", f"{result.macro:.2f}", f"{result.macro_f1:.2f}"]
+    assert lines[9].split()[-1] == "–"
+    assert lines[11].split()[3:] == [f"{low:.1f}-{high:.1f}", *["–"] * 5]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -164,5 +209,5 @@ def test_the_table_of_data_without_few_shot_classes():
     _, x, y = batches()
     counts = np.full(7, 300)
     lines = accuracy_table({"prediction": summarize(batch_statistics(x.flatten(1)[:, :7], y), counts)}, counts)
-    assert [line.split()[-1] for line in lines.splitlines()[2:5]] == ["0", "0", "–"]
-    assert lines.splitlines()[-1].split()[-2:] == ["–", "–"]
+    assert [line.split()[-1] for line in lines.splitlines()[2:7]] == ["0", "0", "–", "0", "0"]
+    assert lines.splitlines()[-2].split()[-2:] == ["–", "–"]

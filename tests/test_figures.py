@@ -62,15 +62,19 @@ def test_shot_groups(heads):
 
 
 def test_training_curves_show_the_loss_and_the_accuracy():
-    rows = [Epoch(e, 0.1, 1.0, {"loss": 5.0 - e}) for e in range(4)]
+    rows = [Epoch(e, 0.1, 1.0, {"loss": 6.0 - e}) for e in (1, 2, 3, 4)]
     assert "not evaluated" in [text.get_text() for text in figures.training_curves(rows).axes[1].texts]
     for row in rows[1::2]:
-        row.val = {"top1": 20.0 * row.epoch, "many": 30.0, "medium": None, "few": 5.0}
+        row.val = {"top1": 20.0 * row.epoch, "macro": 20.0 * row.epoch, "many": 30.0, "medium": None, "few": 5.0}
     left, right, _ = figures.training_curves(rows).axes
     assert left.lines[0].get_ydata().tolist() == [5.0, 4.0, 3.0, 2.0]
     lines = {line.get_label(): line for line in right.lines}
-    assert lines.keys() == {"all", "many", "few"}
-    assert (lines["all"].get_xdata().tolist(), lines["all"].get_ydata().tolist()) == ([1, 3], [20.0, 60.0])
+    assert lines.keys() == {"overall", "many", "few"}
+    assert (lines["overall"].get_xdata().tolist(), lines["overall"].get_ydata().tolist()) == ([2, 4], [40.0, 80.0])
+    rows[1].val["macro"] = 35.0
+    right = figures.training_curves(rows).axes[1]
+    macro = next(line for line in right.lines if line.get_label() == "macro")
+    assert macro.get_ydata().tolist() == [35.0, 80.0], "where classes have unequally many images"
     drawn(lambda: figures.training_curves(rows))
 
 

@@ -1,12 +1,16 @@
 """Metrics against scikit-learn and naive loops."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as reference
 
 from mbib_timm.data.long_tail import shot_groups
-from mbib_timm.evaluation import batch_statistics, summarize
+from mbib_timm.evaluation import Statistics, batch_statistics, summarize, with_intervals
+from mbib_timm.evaluation.metrics import _draws, wilson_interval
 from mbib_timm.files import to_json
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
@@ -33,6 +37,10 @@ def test_against_scikit_learn():
     for name, classes in shot_groups(COUNTS).items():
         expected = 100 * reference.recall_score(y, p, average="macro", labels=classes)
         assert getattr(result, name) == pytest.approx(expected)
+    assert result.macro_f1 == pytest.approx(100 * reference.f1_score(y, p, average="macro"))
+    assert result.measured["overall"] == (211, 7)
+    for name, classes in shot_groups(COUNTS).items():
+        assert result.measured[name] == (np.isin(y, classes).sum(), len(classes))
     assert result.images == 211
     assert result.classes == {"many": 2, "medium": 3, "few": 2}
 
@@ -61,10 +69,118 @@ def test_batches_add_up(batch):
         total = total + piece
     whole = summarize(batch_statistics(logits, targets), COUNTS)
     parts = summarize(total, COUNTS)
-    for key in ("top1", "top5", "macro", "many", "medium", "few", "per_class"):
+    for key in ("top1", "top5", "macro", "macro_f1", "many", "medium", "few", "per_class"):
         assert getattr(parts, key) == getattr(whole, key)
     assert parts.nll == pytest.approx(whole.nll)
     assert parts.ece == pytest.approx(whole.ece)
+
+
+def test_classes_without_images_are_no_part_of_a_mean():
+    """A guess at such a class still costs the class that the image is of."""
+    logits, targets = predictions()
+    kept = (targets != 0) & (targets != 6)
+    logits, targets = logits[kept], targets[kept]
+    result = summarize(batch_statistics(logits, targets), COUNTS)
+    y, p = targets.numpy(), logits.argmax(1).numpy()
+    labels = np.unique(y)
+    assert result.macro_f1 == pytest.approx(100 * reference.f1_score(y, p, average="macro", labels=labels))
+    assert result.macro == pytest.approx(100 * reference.recall_score(y, p, average="macro", labels=labels))
+    assert result.measured["overall"] == (len(y), 5)
+    assert result.measured["many"][1] == 1
+    assert result.classes["many"] == 2
+
+
+# Intervals
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 1), (1, 1), (0, 30), (30, 30), (1, 3), (17, 211), (9_500, 10_000)])
+def test_wilson_against_scipy(correct, images):
+    expected = stats.binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    low, high = wilson_interval(correct, images)
+    assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-9)
+    assert 0 <= low <= 100 * correct / images <= high <= 100
+
+
+def naive_bootstrap(y, p, metric, draws=1000):
+    rng = np.random.RandomState(7)
+    values = []
+    for _ in range(draws):
+        chosen = rng.randint(0, len(y), len(y))
+        values.append(metric(y[chosen], p[chosen]))
+    return np.nanpercentile(values, [2.5, 97.5])
+
+
+@pytest.mark.parametrize(("images", "faster"), [(211, "places"), (211, "cells")])
+def test_bootstrap_against_a_naive_loop(images, faster, monkeypatch):
+    monkeypatch.setattr("mbib_timm.evaluation.metrics.SLOWER", {"places": 1e9, "cells": 0}[faster])
+    monkeypatch.setattr("mbib_timm.evaluation.metrics.BLOCK", 40 * 70)  # in pieces
+    logits, targets = predictions(images)
+    y, p = targets.numpy(), logits.argmax(1).numpy()
+    metrics = summarize(batch_statistics(logits, targets), COUNTS)
+    assert set(metrics.intervals) == {"top1"}
+    found = with_intervals(metrics, y, p, COUNTS).intervals
+    assert found["top1"] == metrics.intervals["top1"]
+
+    def recall(labels):
+        def of(y, p):
+            present = [label for label in labels if (y == label).any()]
+            return 100 * np.mean([(p[y == label] == label).mean() for label in present]) if present else np.nan
+
+        return of
+
+    def f1(y, p):
+        return 100 * np.mean(
+            [2 * ((y == c) & (p == c)).sum() / ((y == c).sum() + (p == c).sum()) for c in np.unique(y)]
+        )
+
+    expected = {"macro": recall(range(7)), "macro_f1": f1}
+    expected |= {name: recall(classes) for name, classes in shot_groups(COUNTS).items()}
+    assert found.keys() == {"top1", *expected}
+    for name, metric in expected.items():
+        # Two sets of 1,000 draws agree to a fraction of the interval's width.
+        assert found[name] == pytest.approx(naive_bootstrap(y, p, metric), abs=1.5), name
+        assert found[name][0] < getattr(metrics, name) < found[name][1]
+
+
+def test_draws_are_samples_of_as_many_images_and_repeat():
+    y, p = np.array([0, 0, 1, 1, 1, 3]), np.array([0, 1, 1, 1, 0, 3])
+    pieces = list(_draws(y, p, 4))
+    total, correct, taken = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    assert total.shape == (1000, 4)
+    assert (total.sum(axis=1) == 6).all()
+    assert (taken.sum(axis=1) == 6).all()
+    assert (correct <= np.minimum(total, taken)).all()
+    assert not total[:, 2].any()
+    assert total.mean(axis=0) == pytest.approx([2, 3, 0, 1], abs=0.15)
+    assert correct.mean(axis=0) == pytest.approx([1, 2, 0, 1], abs=0.15)
+    assert all((one[0] == other[0]).all() for one, other in zip(pieces, _draws(y, p, 4), strict=True))
+
+
+def test_where_no_draw_differs_the_interval_is_wilsons():
+    """Three images that are all right do not prove that all are."""
+    y = np.array([0] * 50 + [1] * 3)
+    p = np.where(np.arange(53) < 10, 1, y)
+    logits = torch.nn.functional.one_hot(torch.as_tensor(p), 2).float()
+    counts = np.array([500, 3])
+    found = with_intervals(summarize(batch_statistics(logits, torch.as_tensor(y)), counts), y, p, counts).intervals
+    assert found["few"] == wilson_interval(3, 3)
+    assert found["few"][0] < 50
+    assert found["many"][0] < 80 < found["many"][1]
+    assert "medium" not in found
+
+
+def test_inaturalists_classes_take_seconds():
+    rng = np.random.RandomState(0)
+    y = rng.randint(0, 8142, 24_426)
+    p = np.where(rng.rand(len(y)) < 0.6, y, rng.randint(0, 8142, len(y)))
+    counts = rng.randint(1, 500, 8142)
+    right = np.bincount(y[y == p], minlength=8142)
+    sums = [torch.as_tensor(each) for each in (np.bincount(y, minlength=8142), right, np.bincount(p, minlength=8142))]
+    metrics = summarize(Statistics(*sums, sums[1], torch.tensor(1.0), torch.ones(15, 3)), counts)
+    start = time.process_time()
+    found = with_intervals(metrics, y, p, counts).intervals
+    assert time.process_time() - start < 10
+    assert all(low < getattr(metrics, name) < high for name, (low, high) in found.items())
 
 
 def test_what_cannot_be_measured_is_none():

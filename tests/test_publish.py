@@ -14,10 +14,10 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from loopback_hub import TestHub
-from small_data import class_folders, recipe
+from small_data import class_folders
 
 from mbib_timm.cli import main
-from mbib_timm.data import open_split
+from mbib_timm.data.sources import open_split
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import Stated, base_model, render_card
@@ -309,9 +309,10 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     whole = class_folders(tmp_path)
     for name in ("train", "val"):
         shutil.copytree(whole, tmp_path / "splits" / name)
-    keys = dict(dataset="folder", subset_seed=3)
-    assert open_split(recipe(**keys, data_dir=str(tmp_path / "splits")), "val").chosen == ""
-    chosen = open_split(recipe(**keys, data_dir=str(whole)), "validation").chosen
+    recipe = Recipe(dataset="folder", data_dir=str(whole), subset_seed=3)
+    assert open_split(recipe.replace(data_dir=str(tmp_path / "splits")), "val").chosen == ""
+    assert open_split(recipe, "train").chosen == "all but 20 % of each class, drawn with seed 3"
+    chosen = open_split(recipe, "val").chosen
     assert chosen == "20 % of each class, drawn with seed 3"
     run = read_run(finished_run)
     card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)
@@ -473,9 +474,14 @@ def test_the_card_says_what_the_metrics_say(finished_run):
     prediction = metrics["result"]["heads"]["prediction"]
     assert values["Top-1 accuracy, %"] == round(prediction["top1"], 2)
     assert values["Top-1 accuracy on few-shot classes, %"] == round(prediction["few"], 2)
+    assert values["Macro F1, %"] == round(prediction["macro_f1"], 2)
+    interval = " | ".join("{:.1f}-{:.1f}".format(*prediction["intervals"][metric]) for metric in ("top1", "macro"))
+    assert f"| 95 % interval | {interval} |" in body
+    assert "| evaluated images | 340 | 340 | 340 | 68 | 136 | 136 |" in body
     assert content["library_name"] == "timm"
     for head, numbers in metrics["result"]["heads"].items():
-        row = " | ".join(f"{numbers[metric]:.2f}" for metric in ("top1", "many", "medium", "few"))
+        columns = ("top1", "macro", "macro_f1", "many", "medium", "few")
+        row = " | ".join(f"{numbers[metric]:.2f}" for metric in columns)
         assert row in body, head
     assert "import mbib_timm" in body
     assert f"hf-hub:{REPOSITORY}" in body

@@ -15,6 +15,7 @@ from mbib_timm.files import from_plain, to_json
 from mbib_timm.publishing.card import render_card
 from mbib_timm.reporting.sections import Section, render_page
 from mbib_timm.results.record import (
+    EPOCH_METRICS,
     Epoch,
     Evaluation,
     HeadMetrics,
@@ -42,6 +43,8 @@ def head(seed):
     return HeadMetrics(
         top1=100 / 3, top5=numbers[0], macro=numbers[1], many=numbers[2], medium=50.0, few=None, ece=1e-17,
         nll=0.1 + 0.2, images=10_000, classes={"many": 3, "medium": 2, "few": 0}, per_class=[None, 0.0, *numbers[5:]],
+        macro_f1=numbers[3], intervals={"top1": (1 / 3, 100 / 7), "many": (0.0, 1e-17)},
+        measured={"overall": (10_000, 4), "many": (1, 1), "medium": (9_999, 2), "few": (0, 0)},
     )  # fmt: skip
 
 
@@ -50,17 +53,17 @@ RECORD = made_up_record(
     HEADS,
     [500, 300, 101, 40, 20],
     class_names=['a "quoted" name', "Käfer, größer", "comma, and\nnew line", "", "名"],
-    raw=Evaluation("test", {"prediction": head(3)}, 2),
-    best=Evaluation("validation", HEADS, 1, "best.safetensors"),
+    raw=Evaluation("test", {"prediction": head(3)}, 3),
+    best=Evaluation("validation", HEADS, 2, "best.safetensors"),
     chosen={"tau": 0.7000000000000001, "steps": 3.0},
     chosen_on="images that training leaves out",
     training_seconds=1 / 7,
     replaced_images=["a.png"],
 )
 HISTORY = [
-    Epoch(0, 0.1, 1 / 3, {"loss": 4.605170185988092, "loss_z": 1e-300}),
-    Epoch(1, 1e-17, 2.0, {"loss": 2 / 3}, {"top1": 100 / 3, "many": 50.0, "medium": 0.0, "few": None}),
-    Epoch(2, 0.0, 7.0, {"loss": 0.1 + 0.2, "apart": 5.0}, *[dict(top1=t, many=t, medium=t, few=t) for t in (1.5, 2.5)]),
+    Epoch(1, 0.1, 1 / 3, {"loss": 4.605170185988092, "loss_z": 1e-300}),
+    Epoch(2, 1e-17, 2.0, {"loss": 2 / 3}, {**dict.fromkeys(EPOCH_METRICS, 0.0), "top1": 100 / 3, "few": None}),
+    Epoch(3, 0.0, 7.0, {"loss": 0.1 + 0.2, "apart": 5.0}, *[dict.fromkeys(EPOCH_METRICS, t) for t in (1.5, 2.5)]),
 ]
 
 
@@ -74,7 +77,7 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
     again = read_record(tmp_path)
     assert again == RECORD
     assert repr(again) == repr(RECORD), "whole numbers stay int or float"
-    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == asdict(RECORD)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == json.loads(json.dumps(asdict(RECORD)))
     before = (tmp_path / "metrics.json").read_bytes()
     write_record(tmp_path, again)
     assert (tmp_path / "metrics.json").read_bytes() == before
@@ -83,8 +86,10 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
 
 def test_a_record_gives_what_reports_ask_for():
     assert RECORD.result.prediction == HEADS["prediction"]
-    assert RECORD.result.epochs_done == 3
-    assert Evaluation("test", HEADS).epochs_done == 0
+    assert HEADS["z"].interval("many") == (0.0, 1e-17)
+    assert HEADS["z"].interval("macro F1") is None
+    assert list(HEADS["z"].numbers()) == ["overall", "macro", "macro F1", "many", "medium", "few"]
+    assert HEADS["z"].numbers()["macro F1"] == HEADS["z"].macro_f1
     by_group = HEADS["prediction"].accuracies()
     assert list(by_group) == ["overall", "many", "medium", "few"]
     assert list(by_group.values()) == [getattr(HEADS["prediction"], name) for name in ("top1", "many", "medium", "few")]
@@ -196,8 +201,8 @@ def test_a_history_is_read_back_as_it_was_written(tmp_path):
     assert again == HISTORY
     assert repr(again) == repr(HISTORY), "whole numbers stay int or float"
     assert (tmp_path / "summary.csv").read_text(encoding="utf-8").splitlines()[0] == (
-        "epoch,lr,train_loss,val_top1,val_many,val_medium,val_few,seconds,train_loss_z,train_apart,"
-        "raw_top1,raw_many,raw_medium,raw_few"
+        "epoch,lr,train_loss,val_top1,val_macro,val_macro_f1,val_many,val_medium,val_few,seconds,train_loss_z,train_apart,"
+        "raw_top1,raw_macro,raw_macro_f1,raw_many,raw_medium,raw_few"
     )
     before = (tmp_path / "summary.csv").read_bytes()
     write_history(tmp_path, again)
@@ -206,15 +211,16 @@ def test_a_history_is_read_back_as_it_was_written(tmp_path):
 
 def test_a_row_has_a_number_for_each_column_of_its_epoch():
     assert HISTORY[0].row() == {
-        "epoch": 0, "lr": 0.1, "train_loss": 4.605170185988092, "train_loss_z": 1e-300, "seconds": 1 / 3
+        "epoch": 1, "lr": 0.1, "train_loss": 4.605170185988092, "train_loss_z": 1e-300, "seconds": 1 / 3
     }  # fmt: skip
-    assert list(HISTORY[1].row().values()) == [1, 1e-17, 2 / 3, 100 / 3, 50.0, 0.0, None, 2.0]
+    assert list(HISTORY[1].row().values()) == [2, 1e-17, 2 / 3, 100 / 3, *[0.0] * 4, None, 2.0]
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
 def test_every_history_of_the_repository_is_as_it_would_be_written_again(folder, tmp_path):
     history = read_history(folder)
-    assert history[-1].epoch == len(history) - 1 == read_record(folder).epochs - 1
+    assert history[-1].epoch == len(history) == read_record(folder).epochs
+    assert history[0].epoch == 1
     write_history(tmp_path, history)
     assert (tmp_path / "summary.csv").read_bytes() == (folder / "summary.csv").read_bytes()
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 import yaml
 from browser import open_page
 from headers import header
+from small_data import arrays
 
 from mbib_timm.analysis.analyze import analyze
 from mbib_timm.cli import main
 from mbib_timm.errors import MbibError
+from mbib_timm.evaluation import Answers
+from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
-from mbib_timm.reporting.differences import differences, sampling_error
+from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report import read_inputs
 from mbib_timm.reporting.sections import Section, give_unique_anchors, inline, render_page, run_section
 from mbib_timm.results.paper import RESULTS
@@ -161,15 +165,17 @@ def test_seeds_give_a_deviation(tmp_path):
     assert "one seed" not in differences(group)[-1]
 
 
-def test_seeds_see_the_same_test_images_and_leave_their_error(tmp_path):
-    folders = [changed(MBIB, tmp_path, f"seed{seed}", seed=seed) for seed in range(4)]
-    (group,) = group_runs([read_run(folder) for folder in folders])
-    assert "standard error of 0.4 points" in differences(group)[0]
-
-
-def test_classes_that_are_all_wrong_leave_no_sampling_error(tmp_path):
-    run = read_run(changed(MBIB, tmp_path, "wrong", top1=0.0, many=0.0, medium=0.0, few=0.0, per_class=[0.0] * 100))
-    assert "a standard error of 0.0 points on ours." in differences(group_runs([run])[0])[0]
+def test_a_difference_stands_beside_the_interval_of_the_test_images(tmp_path):
+    text = differences(group_runs([read_run(MBIB)])[0])
+    low, high = read_record(MBIB).result.prediction.intervals["top1"]
+    assert f"from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not hold that number." in text[0]
+    assert "The 95 % interval from the 3,500 test images alone" in text[2]
+    seeds = [read_run(changed(MBIB, tmp_path, f"seed{seed}", seed=seed)) for seed in (4, 5)]
+    assert "The 95 % interval of seed 4 from" in differences(group_runs(seeds)[0])[0]
+    wide = read_run(changed(MBIB, tmp_path, "wide", intervals={"top1": [40.0, 50.0]}))
+    assert "40.0 to 50.0, holds that number." in differences(group_runs([wide])[0])[0]
+    unknown = read_run(changed(MBIB, tmp_path, "unknown", intervals={}, measured={}))
+    assert "interval" not in differences(group_runs([unknown])[0])[0]
 
 
 def test_paragraphs_are_sentences(tmp_path):
@@ -218,7 +224,7 @@ def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn
     assert "Best epoch" not in out
     print_report(post_hoc_run / "stage1-ce", read_record(post_hoc_run / "stage1-ce"))
     out = capsys.readouterr().out
-    assert "\nEpoch 2 (the last), on test:\n" in out
+    assert "\nEpoch 3 (the last), on test:\n" in out
     assert "Chosen" not in out
     assert "Best epoch on test" in out
 
@@ -236,13 +242,69 @@ def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_thei
     assert [section.anchor for section in sections] == ["Alike-1", "Alike-2", "Other"]
 
 
-def test_the_sampling_error_is_that_of_drawn_test_sets():
-    run = read_run(MBIB)
-    chances = np.array(run.heads["prediction"].per_class) / 100
+def test_kept_intervals_are_those_of_drawn_test_sets():
+    record = read_record(MBIB)
+    prediction = record.result.prediction
+    chances = np.array(prediction.per_class) / 100
     drawn = np.random.default_rng(0).binomial(100, chances, size=(4000, 100)) / 100
-    assert sampling_error(run, "overall") == pytest.approx(100 * drawn.mean(axis=1).std(), rel=0.05)
-    few = np.array(run.record.class_counts) < 20
-    assert sampling_error(run, "few") == pytest.approx(100 * drawn[:, few].mean(axis=1).std(), rel=0.05)
+    few = np.array(record.class_counts) < 20
+    for column, classes in {"macro": slice(None), "few": few}.items():
+        low, high = prediction.interval(column)
+        assert (high - low) / 2 == pytest.approx(1.96 * 100 * drawn[:, classes].mean(axis=1).std(), rel=0.1)
+
+
+def test_numbers_stand_with_their_intervals_and_what_is_behind_them(undrawn):
+    text = html_of(run_section(group_runs([read_run(MBIB)])[0]))
+    heads = re.findall(r'<tr class="(\w*)"><td>([^<]+)</td>(.*)</tr>', text)
+    rows = {name.strip(): re.findall(r"<td>(.*?)</td>", cells) for _, name, cells in heads}
+    assert rows["prediction"][:2] == ["45.8", "45.8"]
+    assert rows["95 % interval"] == ["44.9-46.8", "44.9-46.7", "63.0-66.1", "44.2-47.2", "22.7-25.6"]
+    assert rows["evaluated images"] == ["10,000", "10,000", "3,500", "3,500", "3,000"]
+    assert rows["evaluated classes"] == ["100", "100", "35", "35", "30"]
+    assert "bootstrap over the images" in text
+
+
+def with_answers(tmp_path, classes, name="own"):
+    """The run on the digits with made-up answers, of so many classes."""
+    folder = changed(DIGITS[0], tmp_path, name, class_counts=list(range(1, classes + 1)))
+    rng = np.random.RandomState(0)
+    names = [f"<b>class {label}$" for label in range(classes)]
+    split = replace(arrays(90)[0], targets=np.arange(90) % classes)
+    predicted = np.where(np.arange(90) % 3 == 0, (split.targets + 1) % classes, split.targets)
+    answers = Answers(np.arange(90), split.targets, predicted, rng.rand(90))
+    write_answers(folder, answers, split, np.arange(1, classes + 1), names, None)
+    write_errors(folder, answers, split, names, None)
+    return folder
+
+
+def test_a_report_shows_the_confusion_matrix_and_the_most_confident_errors(tmp_path):
+    folder = with_answers(tmp_path, 10)
+    section = run_section(group_runs([read_run(folder)])[0])
+    assert "confusion_matrix" in section.figures
+    text = html_of(section)
+    assert text.count("<li>") == 24
+    assert text.count('<img src="data:image/png;base64,') == 24
+    assert "<b>" not in text
+    assert "&lt;b&gt;class 1$" in text
+    section = run_section(group_runs([read_run(DIGITS[0])])[0])
+    assert "confusion_matrix" not in section.figures
+    assert "gallery" not in html_of(section)
+
+
+def test_of_many_classes_the_most_confused_are_a_table(tmp_path, undrawn):
+    text = html_of(run_section(group_runs([read_run(with_answers(tmp_path, 45))])[0]))
+    assert "confusion_matrix" not in text
+    table = text[text.index("Most confused classes") :]
+    assert "<td>&lt;b&gt;class 0$</td><td>&lt;b&gt;class 1$</td><td>2</td><td>100.0</td>" in table
+    assert table[: table.index("</table>")].count("<tr class=") == 15
+
+
+def test_an_errors_file_that_loads_from_elsewhere_is_refused(tmp_path):
+    folder = with_answers(tmp_path, 10)
+    content = (folder / "errors.json").read_text()
+    (folder / "errors.json").write_text(content.replace("data:image/png", "http://example.org/x", 1))
+    with pytest.raises(MbibError, match="a thumbnail is no image"):
+        run_section(group_runs([read_run(folder)])[0])
 
 
 @pytest.mark.parametrize(
@@ -344,9 +406,13 @@ def test_a_browser_shows_all_of_it_and_complains_of_nothing(reported, tmp_path, 
     found = open_page(page, tmp_path, width=width, dark=dark)
     assert (found["errors"], found["console"], found["requests"]) == ([], [], [])
     assert found["scripts"] == 0
-    assert len(found["images"]) == page.read_text(encoding="utf-8").count("<figure>")
-    assert all(image["loaded"] and len(image["alternative"]) > 40 for image in found["images"])
-    assert all(image["dark"] == dark for image in found["images"])
+    assert all(image["loaded"] for image in found["images"])
+    figures = [image for image in found["images"] if image["source"].startswith("data:image/svg+xml")]
+    assert len(figures) == page.read_text(encoding="utf-8").count("<figure>")
+    assert all(image["dark"] == dark and len(image["alternative"]) > 40 for image in figures)
+    errors = [image["alternative"] for image in found["images"] if image not in figures]
+    assert len(errors) == 24
+    assert all(re.fullmatch(r"digits\[\d+\], of class \d, taken for \d", text) for text in errors)
     assert found["width"] <= found["window"] == width  # nothing sticks out of the page
     light = [int(value) for value in re.findall(r"\d+", found["background"])]
     assert (sum(light) < 150) == dark

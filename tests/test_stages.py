@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, part_of
 from mbib_timm.recipe import Recipe, load_recipe
 from mbib_timm.training import run as run_module
@@ -194,7 +194,7 @@ def test_without_epochs_and_without_anything_anew_a_stage_predicts_as_the_one_be
     folder = run.folder
     assert not differing(folder / "stage1-ce", folder)
     first = json.loads((folder / "stage1-ce" / "metrics.json").read_text())
-    assert asdict(run.record.result)["heads"] == first["result"]["heads"]
+    assert json.loads(to_json(run.record.result))["heads"] == first["result"]["heads"]
     assert run.record.epochs == 0
 
 

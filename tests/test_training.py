@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from mbib_timm.cli import main
 from mbib_timm.data import Batch
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
+from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.results.record import read_record
@@ -65,19 +66,20 @@ def test_a_run_leaves_its_results(finished):
     assert files == {
         "recipe.yaml", "environment.json", "summary.csv", "metrics.json", "model.safetensors", "config.json",
         "best.safetensors", "last.ckpt", "previous.ckpt", "figures/training_curves.png",
-        "figures/class_accuracy.png", "figures/shot_groups.png", ".lock",
+        "figures/class_accuracy.png", "figures/shot_groups.png", ".lock", "predictions.csv", "confusion.csv",
+        "classes.csv", "errors.json",
     }  # fmt: skip
     written = json.loads((folder / "metrics.json").read_text())
-    assert written == asdict(record)
+    assert written == json.loads(to_json(record))
     assert read_record(folder) == record
     assert written["class_counts"] == [144, 101, 71, 49, 35, 24, 17, 12, 8, 6]
     assert set(written["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
-    assert written["result"]["epoch"] == 2
+    assert written["result"]["epoch"] == 3
     assert written["best"]["split"] == "test"
     assert written["environment"]["torch"] == torch.__version__
     with (folder / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
     best = max(float(row["val_top1"]) for row in rows)
     assert written["best"]["heads"]["prediction"]["top1"] == pytest.approx(best)
 
@@ -363,7 +365,7 @@ def test_a_run_that_another_process_has_trained_meanwhile_is_not_trained_again(t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 0, step \d+"):
+    with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 1, step \d+"):
         train(digits(tmp_path, lr=1e12, warmup_epochs=0), "diverged")
     assert (tmp_path / "diverged" / "last.ckpt").exists()
     assert not (tmp_path / "diverged" / "metrics.json").exists()
@@ -434,7 +436,7 @@ def test_validate_reproduces_the_result_to_the_last_digit(finished, tmp_path, ca
     folder, record = finished
     assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "results.json")]) == 0
     heads = json.loads((tmp_path / "results.json").read_text())["heads"]
-    assert heads == asdict(record.result)["heads"]
+    assert heads == json.loads(to_json(record.result))["heads"]
     assert "prediction" in capsys.readouterr().out
 
 
@@ -464,7 +466,7 @@ def test_weights_and_biases_on_request(tmp_path, monkeypatch):
     assert started["name"] == "run"
     assert started["config"]["model"] == "mbib_resnet20"
     assert started["finished"]
-    assert [step for step, _ in rows] == [0, 1]
+    assert [step for step, _ in rows] == [1, 2]
     assert all("val_top1" in row and "train_loss" in row for _, row in rows)
 
 
@@ -486,7 +488,7 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
         (exported / name).write_bytes((folder / name).read_bytes())
     arguments = ["--recipe", "mbib_resnet20.digits", "--device", "cpu"]
     assert main(["validate", f"local-dir:{exported}", *arguments, "--results", str(tmp_path / "results.json")]) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["heads"] == asdict(record.result)["heads"]
+    assert json.loads((tmp_path / "results.json").read_text())["heads"] == json.loads(to_json(record.result))["heads"]
     assert main(["validate", str(tmp_path), *arguments]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert main(["validate", "mbib_resnet20", *arguments]) == 2

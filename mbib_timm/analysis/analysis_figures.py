@@ -207,7 +207,11 @@ def draw_confusion(analysis: Analysis) -> Any:
     for label in axes.get_yticklabels()[1::2]:
         label.set(fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.set(xlim=(0, 100), ylim=(len(content.shares) - 0.25, -0.42), xlabel="share of the group's images, %")
+    axes.set(
+        xlim=(0, 100),
+        ylim=(len(content.shares) - 0.25, -0.42),
+        xlabel="share of a class's images, mean over the group's classes, %",
+    )
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     axes.set_title("Where the prediction's errors go")

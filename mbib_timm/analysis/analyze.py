@@ -104,6 +104,8 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
         if world.world_size > 1:
             raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: start it without torchrun")
         opened = open_target(found, world, split)
+        for note in opened.notes:
+            print(note)
         model, counts = opened.model, opened.class_counts
         _check_classes(classes, len(counts))
         channels_last = found.recipe.channels_last
@@ -122,11 +124,10 @@ def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
 
 def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> Analyzed:
     """Return which run it is and what it is analyzed on; None for what is not known."""
-    config, file = source.config(), source.file(RECORD)
+    config, file, names = source.config(), source.file(RECORD), opened.class_names
     record = None if file is None else read_json(RunRecord, file, "the record of a run")
     architecture = config.architecture or (record.model if record else source.name.partition(".")[0])
     published = f"{architecture}.{config.tag}" if config.tag else redact_model(source.name)
-    names = config.class_names or (record.class_names if record else None)
     return Analyzed(
         name=record.name if record else published,
         model=architecture,
@@ -144,11 +145,11 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
 def summary_text(analysis: Analysis) -> str:
     """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
     metrics = analysis.heads[PREDICTION]
-    top1 = {"all": metrics.top1, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
+    accuracy = {"all": metrics.macro, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
     groups = Table(
-        ["", *GROUPS],
+        ["means over classes", *GROUPS],
         [
-            ["top-1, %", *_cells(top1, "{:.2f}")],
+            ["accuracy, %", *_cells(accuracy, "{:.2f}")],
             *(
                 [f"rho of {name}", *_cells({group: values.rho for group, values in by_group.items()}, "{:.3f}")]
                 for name, by_group in analysis.distances.items()
@@ -162,7 +163,16 @@ def summary_text(analysis: Analysis) -> str:
         if shares is not None and even is not None:
             evenly = [value for name, value in even.items() if name != "correct"]
             confusion.append([group, *(f"{value:.1f}" for value in [*shares.values(), *evenly])])
-    header = ["of the true group, %", "correct", "wrong to many", "medium", "few", "(evenly: many", "medium", "few)"]
+    header = [
+        "of the true group's classes, %",
+        "correct",
+        "wrong to many",
+        "medium",
+        "few",
+        "(evenly: many",
+        "medium",
+        "few)",
+    ]
     lines = [
         f"{analysis.name} on {analysis.split}: {analysis.images} images",
         *groups.lines(),

@@ -72,7 +72,9 @@ def mean_by_shot_group(values: np.ndarray, class_counts: np.ndarray) -> dict[str
 
 @dataclass(frozen=True)
 class Distances:
-    """Mean distances within and between classes; None where there is nothing to measure.
+    """Mean distances within and between classes with two images or more; None where there is nothing to measure.
+
+    A class with one image has no distance within: its 0 would make every group that holds it look compact.
 
     Attributes:
         intra: D_intra, between images of a class (eq. 15).
@@ -90,7 +92,8 @@ def distances(features: Tensor, labels: Tensor, class_counts: np.ndarray) -> dic
 
     Of a shot group, D_intra is the mean over its classes, and D_inter the mean over its classes i and over *all*
     other classes j. The paper does not say which j Table 5 takes; this choice makes "all" the mean of the groups,
-    weighted by their classes, and a group of one class keeps its value. Classes without images are left out.
+    weighted by their classes, and a group of one class keeps its value. Classes with fewer than two images are left
+    out, but for the centre of a single image among the j.
 
     Args:
         features: of every image, (N, C).
@@ -98,6 +101,8 @@ def distances(features: Tensor, labels: Tensor, class_counts: np.ndarray) -> dic
         class_counts: training images of each class, (K,).
     """
     intra, inter = (values.numpy() for values in class_distances(features, labels, len(class_counts)))
+    single = np.bincount(labels.cpu().numpy(), minlength=len(class_counts)) == 1
+    intra[single] = inter[single] = np.nan
     means = {"intra": mean_by_shot_group(intra, class_counts), "inter": mean_by_shot_group(inter, class_counts)}
     result = {}
     for group in means["intra"]:
@@ -206,11 +211,14 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
 class Confusion:
     """Where the images of each shot group go, by the group of the true class.
 
+    Shares are means over the group's classes, as accuracies are: ``correct`` is the group's accuracy.
+
     Attributes:
         images: their numbers, by the group of the class that they are taken for.
         correct: how many are right.
-        shares: in percent of the group's images those ``correct``, and ``wrong_to_many``, ``wrong_to_medium`` and
-            ``wrong_to_few``; None for a group without images.
+        shares: mean over the group's classes with images of the share of a class's images in percent: those
+            ``correct``, and ``wrong_to_many``, ``wrong_to_medium`` and ``wrong_to_few``; None for a group without
+            images.
         even: the same, with the errors spread evenly over all other classes.
     """
 
@@ -236,27 +244,37 @@ def group_confusion(labels: np.ndarray, predicted: np.ndarray, class_counts: np.
     group_of = np.empty(len(class_counts), dtype=np.int64)
     for place, classes in enumerate(groups.values()):
         group_of[classes] = place
-    counted = np.zeros((2, len(names), len(names)), dtype=np.int64)
-    np.add.at(counted, ((labels == predicted).astype(np.int64), group_of[labels], group_of[predicted]), 1)
-    wrong, right = counted
+    wrong = np.zeros((len(class_counts), len(names)), dtype=np.int64)
+    right = np.zeros(len(class_counts), dtype=np.int64)
+    hit = labels == predicted
+    np.add.at(wrong, (labels[~hit], group_of[predicted[~hit]]), 1)
+    np.add.at(right, labels[hit], 1)
     result = Confusion({}, {}, {}, {})
-    for place, name in enumerate(names):
-        images, correct = int((wrong + right)[place].sum()), int(right[place, place])
-        result.images[name] = dict(zip(names, (wrong + right)[place].tolist(), strict=True))
+    for place, (name, classes) in enumerate(groups.items()):
+        taken = wrong[classes].sum(axis=0)
+        correct = int(right[classes].sum())
+        taken[place] += correct
+        result.images[name] = dict(zip(names, taken.tolist(), strict=True))
         result.correct[name] = correct
+        images = right[classes] + wrong[classes].sum(axis=1)
+        measured = classes[images > 0]
+        if not len(measured):
+            result.shares[name] = result.even[name] = None
+            continue
+        images = images[images > 0]
+        share_right = float((right[measured] / images).mean())
         # Other classes that an error can go to: in its own group there is one fewer.
-        others = np.array([len(classes) for classes in groups.values()]) - (np.arange(len(names)) == place)
-        evenly = (images - correct) * others / max(1, others.sum())
-        result.shares[name] = _percent(names, correct, wrong[place], images)
-        result.even[name] = _percent(names, correct, evenly, images)
+        others = np.array([len(each) for each in groups.values()]) - (np.arange(len(names)) == place)
+        evenly = (1 - share_right) * others / max(1, others.sum())
+        result.shares[name] = _percent(names, share_right, (wrong[measured] / images[:, None]).mean(axis=0))
+        result.even[name] = _percent(names, share_right, evenly)
     return result
 
 
-def _percent(names: list[str], correct: int, wrong: np.ndarray, images: int) -> dict[str, float] | None:
-    if images == 0:
-        return None
-    shares = {f"wrong_to_{name}": float(100.0 * number / images) for name, number in zip(names, wrong, strict=True)}
-    return {"correct": 100.0 * correct / images, **shares}
+def _percent(names: list[str], correct: float, wrong: np.ndarray) -> dict[str, float]:
+    """Return shares in percent."""
+    shares = {f"wrong_to_{name}": float(100.0 * share) for name, share in zip(names, wrong, strict=True)}
+    return {"correct": 100.0 * correct, **shares}
 
 
 @dataclass(frozen=True)

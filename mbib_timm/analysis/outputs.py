@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
-from mbib_timm.models.head_outputs import logits_and_features
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank, summarize, with_intervals
+from mbib_timm.models.head_outputs import PREDICTION, logits_and_features
 from mbib_timm.results.record import HeadMetrics
 
 
@@ -41,7 +41,7 @@ class Outputs:
         labels: true classes, (N,), int64.
         features: what the model calls so, by name, (N, C) each, float32; see `logits_and_features`.
         heads: of ``"prediction"`` and of each of `reported_heads`, by name.
-        metrics: what `evaluate` returns.
+        metrics: by head, as `evaluate` returns them with all intervals.
     """
 
     labels: Tensor
@@ -100,18 +100,20 @@ def collect_outputs(
     broken = [name for name, values in metrics.items() if not math.isfinite(values.nll)]
     if broken:
         raise MbibError(f"analysis: logits of {', '.join(broken)} are not finite; the weights have diverged")
+    truth, joined = torch.cat(labels), {name: _concatenate(parts) for name, parts in heads.items()}
+    guesses = joined[PREDICTION].predicted.numpy()
+    metrics[PREDICTION] = with_intervals(metrics[PREDICTION], truth.numpy(), guesses, class_counts)
     return Outputs(
-        torch.cat(labels),
+        truth,
         {name: torch.cat(features.pop(name)) for name in list(features)},  # one by one, so that the parts go early
-        {name: _concatenate(parts) for name, parts in heads.items()},
+        joined,
         metrics,
     )
 
 
 def _of_head(logits: Tensor, targets: Tensor) -> HeadOutputs:
     log_probabilities = logits.float().log_softmax(dim=-1)
-    # As batch_statistics ranks: between equal logits, topk may choose another class than argmax.
-    predicted = logits.float().topk(min(5, logits.shape[-1]), dim=-1).indices[:, 0]
+    predicted = rank(logits)[:, 0]
     positive = log_probabilities.gather(-1, targets[:, None])[:, 0]
     return HeadOutputs(predicted.cpu(), log_probabilities.amax(dim=-1).exp().cpu(), positive.exp().cpu())
 

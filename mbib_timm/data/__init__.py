@@ -9,6 +9,7 @@ method that looks at images before or after training. A file imports from those 
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
     overview, inspection    what the data are, in lines; a look at every image
     samplers                what an epoch sees, in which order
+    class_weights           what a class weighs in a loss, by count or by a file of names
     pixels, policies        operations on the pixels of batches; policies that draw operations
     transforms              preprocessing and augmentation of single images
     decoding                resident images: decoded, cached on the disk, measured against the memory
@@ -32,7 +33,7 @@ from mbib_timm.data.long_tail import count_classes, shot_groups
 from mbib_timm.data.overview import summary
 from mbib_timm.data.samplers import SAMPLERS, check_sampler, class_probabilities, parse_sampler, sampler
 from mbib_timm.data.sources import SOURCES, Source, open_split
-from mbib_timm.data.splits import Splits, open_data
+from mbib_timm.data.splits import Splits, match_classes, missing_classes, open_data, open_evaluation
 
 __all__ = [
     "SAMPLERS",
@@ -53,7 +54,10 @@ __all__ = [
     "class_probabilities",
     "count_classes",
     "create_loaders",
+    "match_classes",
+    "missing_classes",
     "open_data",
+    "open_evaluation",
     "open_split",
     "parse_sampler",
     "sampler",

@@ -16,11 +16,10 @@ from mbib_timm.data.mixing import train_loader
 from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
 from mbib_timm.data.samplers import check_sampler, parse_sampler, training_sampler
-from mbib_timm.data.sources import open_split
-from mbib_timm.data.splits import Splits, check_evaluation, open_data
+from mbib_timm.data.splits import Splits, open_data
 from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import MbibError
 from mbib_timm.recipe import DATA_KEYS, Recipe
 
 
@@ -274,10 +273,9 @@ def build_views_loader(
 
 def build_eval_loader(
     recipe: Recipe,
-    split: str,
+    split: Split,
     *,
     input_size: tuple[int, int, int],
-    num_classes: int,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
@@ -285,19 +283,11 @@ def build_eval_loader(
     """Make batches of one split alone, for one evaluation: through timm's loader, which decodes as it goes.
 
     Args:
-        recipe: names the data and the preprocessing.
-        split: name of the split.
+        recipe: names the preprocessing.
+        split: what `open_evaluation` has opened.
         input_size: (C, H, W) of the model.
-        num_classes: classes that the model tells apart.
         device: where the batches go.
         rank: this process.
         world_size: processes that share the data.
-
-    Raises:
-        DataError: data that are missing, or have labels that the model has not.
     """
-    opened = open_split(recipe, split)
-    if opened.class_names is not None and len(opened.class_names) != num_classes:
-        raise DataError(f"split {split!r} has {len(opened.class_names)} classes, the model has {num_classes}")
-    check_evaluation(split, opened, opened, num_classes)
-    return timm_eval_loader(opened, recipe, input_size, World(device, rank, world_size))
+    return timm_eval_loader(split, recipe, input_size, World(device, rank, world_size))

@@ -1,13 +1,16 @@
 """The data of a run: its splits, the long-tailed subset, the class counts; opened and checked against one another."""
 
-from dataclasses import dataclass
+import difflib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mbib_timm.data.groups import hold_out_groups
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices
-from mbib_timm.data.sources import Source
+from mbib_timm.data.sources import Source, open_split
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
 
@@ -18,8 +21,8 @@ class Splits:
 
     Attributes:
         train: training images, the long-tailed subset where the recipe asks for one.
-        val: images evaluated during training.
-        test: images evaluated once at the end, or None.
+        val: images evaluated during training, with the labels of training.
+        test: images evaluated once at the end, with the labels of training; or None.
         class_counts: training images of each class, (K,).
         class_names: in label order, where they are known.
         held_out: images that are never trained on, for methods that choose a constant; or None. See `open_data`.
@@ -67,10 +70,14 @@ def open_data(recipe: Recipe) -> Splits:
     names = [recipe.train_split, recipe.val_split]
     if recipe.test_split is not None or recipe.test_list is not None:
         names.append(recipe.test_split or "test")
-    train, val, *tests = Source(recipe).splits(names)
-    test = tests[0] if tests else None
+    train, *evaluated = Source(recipe).splits(names)
     held_out, held_out_from = None, "none"
     num_classes = _num_classes(recipe, train)
+    matched = [
+        match_classes(name, split, train.class_names, num_classes)
+        for name, split in zip(names[1:], evaluated, strict=True)
+    ]
+    val, test = matched[0], matched[1] if matched[1:] else None
     counts = count_classes(train.targets, num_classes, train.class_names)
     if recipe.imbalance != "none":
         kept = _long_tailed(recipe, train.targets, counts)
@@ -84,9 +91,6 @@ def open_data(recipe: Recipe) -> Splits:
         groups = "" if train.groups is None else ", in whole groups"
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
-    for name, split in ((recipe.val_split, val), (recipe.test_split or "test", test)):
-        if split is not None:
-            check_evaluation(name, split, train, num_classes)
     if held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     return Splits(train, val, test, counts, train.class_names, held_out, held_out_from)
@@ -129,16 +133,84 @@ def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
     return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
 
 
-def check_evaluation(name: str, split: Split, train: Split, num_classes: int) -> None:
-    """Raise DataError for a split that is empty, or has other classes than training."""
+def open_evaluation(recipe: Recipe, name: str, class_names: Sequence[str] | None, num_classes: int) -> Split:
+    """Open a split to be evaluated, with the labels of training; see `match_classes`.
+
+    Raises:
+        DataError: data that are missing, or have classes that training had not.
+    """
+    return match_classes(name, open_split(recipe, name), class_names, num_classes)
+
+
+def match_classes(name: str, split: Split, class_names: Sequence[str] | None, num_classes: int) -> Split:
+    """Return a split with the labels of training: classes of one name are one class, in whatever order they come.
+
+    A split may lack classes; see `missing_classes`. Where names are not known on either side, the labels' numbers
+    decide. Names are compared in Unicode's composed form: macOS writes those of folders decomposed.
+
+    Args:
+        name: of the split, for messages.
+        split: its labels are those of its own classes.
+        class_names: of training, in label order; None where they are not known.
+        num_classes: classes K of training.
+
+    Raises:
+        DataError: no images, labels out of range, a name that training has not, or one that stands for two classes.
+    """
     if len(split) == 0:
         raise DataError(f"split {name!r} has no images")
+    own = split.class_names
+    if own is not None and class_names is not None and tuple(own) != tuple(class_names):
+        return replace(split, targets=_renumbered(name, split, own, class_names), class_names=tuple(class_names))
+    if own is not None and len(own) != num_classes:
+        raise DataError(f"split {name!r} has {len(own)} classes, training had {num_classes}, without names to match")
     if split.targets.min() < 0 or split.targets.max() >= num_classes:
         raise DataError(
             f"split {name!r} has labels {split.targets.min()}..{split.targets.max()}, training has "
             f"{num_classes} classes"
         )
-    if split.class_names is None or train.class_names is None or split.class_names == train.class_names:
-        return
-    differing = sorted(set(split.class_names) ^ set(train.class_names))[:5]
-    raise DataError(f"split {name!r} has different classes from training: {', '.join(differing) or 'another order'}")
+    return split
+
+
+def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+    """Return the labels (N,) of training for those of a split's own classes."""
+    known = [unicodedata.normalize("NFC", each) for each in class_names]
+    given = {int(label): unicodedata.normalize("NFC", own[label]) for label in np.unique(split.targets)}
+    for names, where in ((known, "training"), ([*given.values()], f"split {name!r}")):
+        if twice := next((each for each in names if names.count(each) > 1), None):
+            raise DataError(f"{where} has two classes {twice!r}, and split {name!r} other classes: no match by name")
+    labels = {each: label for label, each in enumerate(known)}
+    if unknown := [each for each in given.values() if each not in labels]:
+        listed = ", ".join(f"{each!r}{_nearest(each, known)}" for each in unknown[:5])
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(
+            f"split {name!r} has {len(unknown)} class{'es' * (len(unknown) > 1)} that training had not: {listed}{more}"
+        )
+    to_label = np.full(len(own), -1, dtype=np.int64)
+    to_label[[*given]] = [labels[each] for each in given.values()]
+    return to_label[split.targets]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    folded = {each.casefold(): each for each in known}
+    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f" (did you mean {folded[found[0]]!r}?)" if found else ""
+
+
+def missing_classes(name: str, split: Split, num_classes: int) -> str:
+    """Return a line on the classes of which an evaluated split has no images; empty where it has some of every class.
+
+    Args:
+        name: of the split.
+        split: with the labels of training.
+        num_classes: classes K of training.
+    """
+    missing = np.setdiff1d(np.arange(num_classes), split.targets)
+    if not len(missing):
+        return ""
+    names = [str(i) if split.class_names is None else split.class_names[i] for i in missing[:5].tolist()]
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return (
+        f"split {name!r} has no images of {len(missing)} of the {num_classes} classes, which are not measured: "
+        f"{', '.join(names)}{more}"
+    )

@@ -1,6 +1,6 @@
-"""Evaluation: metrics by head and shot group."""
+"""Evaluation: metrics by head and shot group, and the answers for single images."""
 
-from mbib_timm.evaluation.evaluate import evaluate
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.evaluation.evaluate import AnswerLog, Answers, evaluate
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 
-__all__ = ["Statistics", "batch_statistics", "evaluate", "summarize"]
+__all__ = ["AnswerLog", "Answers", "Statistics", "batch_statistics", "evaluate", "summarize", "with_intervals"]

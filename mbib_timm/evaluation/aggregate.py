@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbib_timm.data import build_views_loader, open_split
+from mbib_timm.data import build_views_loader
 from mbib_timm.data.batch import Loader
-from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import exponential_profile, largest_class, long_tailed_indices
 from mbib_timm.environment import Environment, describe_environment, join_world, leave_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
@@ -221,9 +220,10 @@ def aggregate(
                 f"{target}: {type(opened.model).__name__} has one head, so there is nothing to weight; mbib aggregate "
                 "is for the experts of a model such as experts_resnet32"
             )
-        images = open_split(found.recipe, opened.split)
-        test_sets = _draw(distributions, images.targets, opened.class_counts, seed)
-        rows = _measure(opened, parts, images, test_sets, found.recipe, seed)
+        for note in opened.notes:
+            print(note)
+        test_sets = _draw(distributions, opened.images.targets, opened.class_counts, seed)
+        rows = _measure(opened, parts, test_sets, found.recipe, seed)
         environment = redact_environment(describe_environment(world))
         results = Aggregation(target, opened.split, seed, rows, environment)
     finally:
@@ -257,7 +257,6 @@ def _draw(
 def _measure(
     opened: OpenTarget,
     parts: Sequence[str],
-    images: Split,
     test_sets: Mapping[str, np.ndarray],
     recipe: Recipe,
     seed: int,
@@ -269,7 +268,7 @@ def _measure(
     for name, places in test_sets.items():
         views = view_recipes(augmented, opened.input_size[0])
         loader = build_views_loader(
-            augmented, images.subset(places), views, input_size=opened.input_size, device=device
+            augmented, opened.images.subset(places), views, input_size=opened.input_size, device=device
         )
         learnt[name] = learn_weights(_epochs(opened.model, loader, parts, augmented), len(parts), device)
     equal = torch.full((len(parts),), 1 / len(parts))

@@ -1,7 +1,9 @@
-"""A model over a loader, to the metrics of its prediction and of every head."""
+"""A model over a loader, to the metrics of its prediction and of every head, and to its answer for every image."""
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,61 @@ from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
-from mbib_timm.models.head_outputs import head_logits, reported_heads
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank, summarize, with_intervals
+from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
 from mbib_timm.results.record import HeadMetrics
 
 # One for the process, as that of the training step.
 compiled_head_logits = CompileOrEager(head_logits, "the evaluation")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model predicts of each of N images, in the order of the split.
+
+    Attributes:
+        index: places in the split, ascending, (N,), int64.
+        targets: labels, (N,), int64.
+        predicted: classes with the largest logit, (N,), int64.
+        probability: softmax probabilities of these, (N,), float64.
+    """
+
+    index: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    probability: np.ndarray
+
+
+class AnswerLog:
+    """The prediction's answers of an evaluation, kept on the device until someone asks."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.answers: Answers | None = None
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        """Add the answers for a batch, of logits (B, K); nothing waits for the device."""
+        # MPS has no float64; float32 holds the places of 16 million images.
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        predicted = rank(logits)[..., 0]
+        probability = logits.float().softmax(dim=-1).gather(-1, predicted[:, None])[:, 0]
+        self.parts.append(torch.stack([v.to(wide) for v in (batch.index, batch.targets, predicted, probability)]))
+
+    def read(self) -> Answers:
+        """Return the answers of all processes, in each. The first time this waits for the device and for the others."""
+        if self.answers is None:
+            self.answers = self._gathered()
+        return self.answers
+
+    def _gathered(self) -> Answers:
+        shares: list[Any] = [torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))]
+        if is_distributed():
+            own, shares = shares[0], [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(shares, own)
+        joined = np.concatenate(shares, axis=1)
+        joined = joined[:, np.argsort(joined[0], kind="stable")]
+        index, targets, predicted = joined[:3].astype(np.int64)
+        return Answers(index, targets, predicted, joined[3].astype(np.float64))
 
 
 @torch.no_grad()
@@ -30,6 +81,7 @@ def evaluate(
     channels_last: bool = False,
     compile: bool = False,
     shift: Tensor | None = None,
+    answers: AnswerLog | None = None,
 ) -> dict[str, HeadMetrics]:
     """Evaluate a model; with several processes each takes its share, and every image counts once.
 
@@ -42,6 +94,7 @@ def evaluate(
         channels_last: hand the images on in channels-last format.
         compile: compile the forward pass.
         shift: added to the logits of every head, (K,), on the device; see `log_shift`. None for nothing.
+        answers: an empty log that takes the prediction's; with it the prediction's metrics have all intervals.
 
     Returns:
         The metrics of ``"prediction"`` and for each of `reported_heads`, by name.
@@ -64,13 +117,16 @@ def evaluate(
                 logits = forward(model, images)
             names = tuple(logits)
             stacked = torch.stack([*logits.values()])
-            counted = batch_statistics(stacked if shift is None else stacked.float() + shift, targets)
+            stacked = stacked if shift is None else stacked.float() + shift
+            counted = batch_statistics(stacked, targets)
             sums = counted if sums is None else sums + counted
+            if answers is not None:
+                answers.add(stacked[names.index(PREDICTION)], batch)
     finally:
         model.train(was_training)
     if is_distributed():
         if sums is None:  # this process had no share; it adds nothing, under the same names
-            names = ("prediction", *reported_heads(model))
+            names = (PREDICTION, *reported_heads(model))
             nothing = torch.zeros(len(names), 0, len(class_counts), device=device)
             sums = batch_statistics(nothing, torch.zeros(0, dtype=torch.long, device=device))
         sums.all_reduce()
@@ -84,4 +140,7 @@ def evaluate(
             f"evaluation: logits of {', '.join(broken)} are not finite; the weights have diverged, or "
             f"{amp_dtype or torch.float32} cannot hold them"
         )
+    if answers is not None:
+        found = answers.read()
+        results[PREDICTION] = with_intervals(results[PREDICTION], found.targets, found.predicted, class_counts)
     return results

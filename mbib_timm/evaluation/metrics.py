@@ -1,10 +1,13 @@
 """Metrics as pure functions: a batch of logits gives counts, counts add up, their sum gives the numbers.
 
-Accuracies are percentages. Shot groups are those of Liu et al. (2019): many > 100, medium 20 to 100 and few < 20
-training images; a group's accuracy is the mean of its classes' accuracies.
+Accuracies and F1 are percentages. Shot groups are those of Liu et al. (2019): many > 100, medium 20 to 100 and few < 20
+training images. What is said of several classes (macro, a shot group) is the mean over those of them that have
+evaluated images, each class weighing alike; top-1 and top-5 alone are over images.
 """
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -14,6 +17,11 @@ from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.results.record import HeadMetrics
 
 ECE_BINS = 15
+DRAWS = 1000  # of the bootstrap
+BOOTSTRAP_SEED = 0
+SLOWER = 8  # a binomial draw for a cell than a draw of an image
+BLOCK = 2**20  # numbers of the bootstrap held at once: 8 MB
+NORMAL = 1.959963984540054  # quantile of a two-sided interval of 95 %
 
 
 @dataclass
@@ -23,6 +31,7 @@ class Statistics:
     Attributes:
         total: images of each class, (..., K).
         correct: of these, classified correctly, (..., K).
+        predicted: images that are taken for each class, (..., K).
         correct_top5: of these, with the label among the five largest logits, (..., K).
         negative_log_likelihood: sum over the images, in nats, (...).
         bins: for each confidence bin the number of images, their confidences' sum, and those correct, (..., 15, 3).
@@ -30,6 +39,7 @@ class Statistics:
 
     total: Tensor
     correct: Tensor
+    predicted: Tensor
     correct_top5: Tensor
     negative_log_likelihood: Tensor
     bins: Tensor
@@ -62,8 +72,9 @@ def batch_statistics(logits: Tensor, targets: Tensor) -> Statistics:
         zeros = torch.zeros(*heads, num_classes, dtype=torch.long, device=logits.device)
         return zeros.index_add_(-1, targets, values.long())
 
-    ranked = logits.topk(min(5, num_classes), dim=-1).indices == labels
-    correct, correct_top5 = ranked[..., 0], ranked.any(dim=-1)
+    ranked = rank(logits)
+    hits = ranked == labels
+    correct, correct_top5 = hits[..., 0], hits.any(dim=-1)
     log_probabilities = logits.log_softmax(dim=-1)
     # MPS has no float64; sums over a batch are exact enough in float32 and are added up in it there alone.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
@@ -76,10 +87,19 @@ def batch_statistics(logits: Tensor, targets: Tensor) -> Statistics:
     return Statistics(
         total=by_class(torch.ones_like(correct)),
         correct=by_class(correct),
+        predicted=by_class(torch.zeros_like(correct)).scatter_add_(-1, ranked[..., 0], torch.ones_like(ranked[..., 0])),
         correct_top5=by_class(correct_top5),
         negative_log_likelihood=-log_probabilities.gather(-1, labels).to(wide).sum(dim=(-2, -1)),
         bins=bins,
     )
+
+
+def rank(logits: Tensor) -> Tensor:
+    """Return the classes with the five largest of logits (..., B, K), (..., B, 5), or all; the first is the guess.
+
+    Between equal logits argmax may choose another class.
+    """
+    return logits.float().topk(min(5, logits.shape[-1]), dim=-1).indices
 
 
 def expected_calibration_error(bins: np.ndarray) -> float:
@@ -92,31 +112,157 @@ def expected_calibration_error(bins: np.ndarray) -> float:
 
 
 def summarize(statistics: Statistics, class_counts: np.ndarray) -> HeadMetrics:
-    """Return the metrics of what was counted.
+    """Return the metrics of what was counted, with the interval of top-1; see `with_intervals` for the others.
 
     Args:
         statistics: of one head and at least one image.
         class_counts: training images of each class, (K,), which decide the shot groups.
     """
     total, correct = statistics.total.cpu().numpy(), statistics.correct.cpu().numpy()
-    images = int(total.sum())
-    seen = total > 0
-    accuracy = np.full(len(total), np.nan)
-    accuracy[seen] = 100.0 * correct[seen] / total[seen]
+    images, seen = int(total.sum()), total > 0
+    accuracy, f1 = class_accuracy(total, correct), class_f1(total, correct, statistics.predicted.cpu().numpy())
 
-    def mean(classes: np.ndarray) -> float | None:
-        measured = accuracy[classes][seen[classes]]
+    def mean(values: np.ndarray, classes: np.ndarray) -> float | None:
+        measured = values[classes][seen[classes]]
         return float(measured.mean()) if len(measured) else None
 
     groups = shot_groups(class_counts)
+    whole = np.arange(len(total))
     return HeadMetrics(
         top1=100.0 * int(correct.sum()) / images,
         top5=100.0 * int(statistics.correct_top5.sum()) / images,
-        macro=mean(np.arange(len(total))),
-        **{name: mean(classes) for name, classes in groups.items()},
+        macro=mean(accuracy, whole),
+        **{name: mean(accuracy, classes) for name, classes in groups.items()},
         ece=100.0 * expected_calibration_error(statistics.bins.cpu().numpy()),
         nll=float(statistics.negative_log_likelihood) / images,
         images=images,
         classes={name: len(classes) for name, classes in groups.items()},
         per_class=[float(value) if ok else None for value, ok in zip(accuracy, seen, strict=True)],
+        macro_f1=mean(f1, whole),
+        intervals={"top1": wilson_interval(int(correct.sum()), images)},
+        measured={
+            name: (int(total[classes].sum()), int(seen[classes].sum()))
+            for name, classes in {"overall": whole, **groups}.items()
+        },
     )
+
+
+def class_accuracy(total: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Return each class's accuracy in percent, (..., K), nan for classes without images; of counts of that shape."""
+    return 100.0 * np.divide(correct, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def class_f1(total: np.ndarray, correct: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return each class's F1 in percent, ``2 correct / (total + predicted)``, (..., K); nan for classes without images.
+
+    Args:
+        total: images of each class, (..., K).
+        correct: of these, classified correctly.
+        predicted: images that are taken for each class.
+    """
+    return 100.0 * np.divide(2.0 * correct, total + predicted, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """Return the 95 % interval in percent of an accuracy over images (Wilson 1927).
+
+    Args:
+        correct: images that are right.
+        images: their number, at least one.
+    """
+    share, square = correct / images, NORMAL**2 / images
+    centre = (share + square / 2) / (1 + square)
+    reach = NORMAL * math.sqrt(share * (1 - share) / images + square / (4 * images)) / (1 + square)
+    # Without the rounding that would leave 100 % of the images outside of their own interval.
+    return 100.0 * (0.0 if correct == 0 else centre - reach), 100.0 * (1.0 if correct == images else centre + reach)
+
+
+def with_intervals(
+    metrics: HeadMetrics, targets: np.ndarray, predicted: np.ndarray, class_counts: np.ndarray
+) -> HeadMetrics:
+    """Return metrics with 95 % intervals of macro accuracy, macro F1 and the shot groups: bootstrap over images.
+
+    1,000 draws of N images out of N, with a fixed seed; the percentiles 2.5 and 97.5. A draw leaves classes out of
+    which it has no image, as the metric itself does. Where all images of a group are right, or all wrong, no draw
+    differs, and Wilson's interval for its images stands in the bootstrap's place.
+
+    Args:
+        metrics: of the head.
+        targets: labels of the N images, (N,).
+        predicted: what the head takes them for, (N,).
+        class_counts: training images of each class, (K,).
+    """
+    groups = {"macro": np.arange(len(class_counts)), **shot_groups(class_counts)}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in ("macro_f1", *groups)}
+    for total, correct, taken in _draws(targets, predicted, len(class_counts)):
+        accuracy = class_accuracy(total, correct)
+        for name, classes in groups.items():
+            drawn[name].append(_mean_of_rows(accuracy[:, classes]))
+        drawn["macro_f1"].append(_mean_of_rows(class_f1(total, correct, taken)))
+    intervals = dict(metrics.intervals)
+    for name, parts in drawn.items():
+        values = np.concatenate(parts)
+        if getattr(metrics, name) is None:
+            continue
+        low, high = np.nanpercentile(values, [2.5, 97.5]).tolist()
+        if low == high:
+            inside = np.isin(targets, groups.get(name, groups["macro"]))
+            low, high = wilson_interval(int((targets == predicted)[inside].sum()), int(inside.sum()))
+        intervals[name] = (low, high)
+    return replace(metrics, intervals=intervals)
+
+
+def _mean_of_rows(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each row's numbers but nan, (D,); nan for a row without any."""
+    known = ~np.isnan(values)
+    number = known.sum(axis=1)
+    return np.divide(
+        np.where(known, values, 0.0).sum(axis=1), number, out=np.full(len(values), np.nan), where=number > 0
+    )
+
+
+def _draws(
+    targets: np.ndarray, predicted: np.ndarray, num_classes: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Give what bootstrap samples amount to, some at a time: images of each class, those right, those taken for it.
+
+    N images out of N are a multinomial draw over the cells of the confusion matrix that are not empty, of which even
+    iNaturalist's 8,142 classes have no more than its 24,426 images.
+
+    Args:
+        targets: labels of the N images, (N,).
+        predicted: what they are taken for, (N,).
+        num_classes: classes K.
+
+    Yields:
+        Three arrays (D, K), int64; the D of all pieces add up to `DRAWS`.
+    """
+    cells, cell_of, images = np.unique(
+        targets.astype(np.int64) * num_classes + predicted, return_inverse=True, return_counts=True
+    )
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    rows, columns = cells // num_classes, cells % num_classes
+    right, by_column = np.flatnonzero(rows == columns), np.argsort(columns, kind="stable")
+    piece = max(1, BLOCK // max(len(cells), num_classes))
+    for start in range(0, DRAWS, piece):
+        drawn = _multinomial(generator, cell_of, images, min(piece, DRAWS - start))
+        correct = np.zeros((len(drawn), num_classes), dtype=np.int64)
+        correct[:, rows[right]] = drawn[:, right]
+        yield _sums(drawn, rows, num_classes), correct, _sums(drawn[:, by_column], columns[by_column], num_classes)
+
+
+def _multinomial(generator: np.random.Generator, cell_of: np.ndarray, images: np.ndarray, draws: int) -> np.ndarray:
+    """Return draws of N images out of N by cell, (draws, C); of each image's cell, (N,), and the cells' sizes, (C,)."""
+    number = len(cell_of)
+    if SLOWER * len(images) < number:
+        return generator.multinomial(number, images / number, size=draws)
+    chosen = (generator.integers(0, number, number, dtype=np.uint32) for _ in range(draws))
+    return np.stack([np.bincount(cell_of[places], minlength=len(images)) for places in chosen])
+
+
+def _sums(values: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the sums (D, K) of the columns of values (D, C) that have one label; labels (C,) ascend."""
+    present, starts = np.unique(labels, return_index=True)
+    sums = np.zeros((len(values), num_classes), dtype=values.dtype)
+    sums[:, present] = np.add.reduceat(values, starts, axis=1)
+    return sums

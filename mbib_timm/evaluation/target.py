@@ -2,18 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from mbib_timm.data import build_eval_loader, open_data
+from mbib_timm.data import (
+    build_eval_loader,
+    match_classes,
+    missing_classes,
+    open_data,
+    open_evaluation,
+    open_split,
+)
 from mbib_timm.data.batch import Loader
+from mbib_timm.data.images import Split
 from mbib_timm.environment import World
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.models.weights import Source, create_trained, find_source
 from mbib_timm.models.zoo import is_published
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+
+# Sources whose data may have no splits of their own, and then have one named ``all``.
+WITHOUT_SPLITS = ("folder", "table")
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,13 @@ class Target:
         name: as it was asked for.
         source: where the model is.
         recipe: names the data.
+        elsewhere: the data are others than those that the model's own recipe names.
     """
 
     name: str
     source: Source
     recipe: Recipe
+    elsewhere: bool = False
 
     def class_counts(self) -> np.ndarray:
         """Return the training images of each class: from the checkpoint, or from the training data."""
@@ -49,16 +63,22 @@ class OpenTarget:
     Attributes:
         model: in evaluation mode.
         class_counts: training images of each class, (K,).
+        class_names: in label order, where they are known.
         input_size: of the images, (C, H, W).
-        split: the images' split.
+        split: name of the images' split.
+        images: of the split, with the labels of training.
         loader: gives batches of them.
+        notes: what whoever reads the result should know of the images: a line each.
     """
 
     model: nn.Module
     class_counts: np.ndarray
+    class_names: tuple[str, ...] | None
     input_size: tuple[int, int, int]
     split: str
+    images: Split
     loader: Loader
+    notes: tuple[str, ...]
 
 
 def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, Any] | None = None) -> Target:
@@ -75,14 +95,19 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
     source = find_source(name)
     if recipe is None and is_published(source.name):
         recipe = source.name  # the package's recipe knows where to download the data
-    if recipe is not None:
-        return Target(name, source, load_recipe(find_recipe(recipe), overrides))
-    file = source.file("recipe.yaml")
+    file = source.file("recipe.yaml") if recipe is None else find_recipe(recipe)
     if file is None:
         raise MbibError(
             f"{name} does not say which data to use: give --recipe NAME (see mbib recipes), and flags to change it"
         )
-    return Target(name, source, load_recipe(file, overrides))
+    own, asked = load_recipe(file), load_recipe(file, overrides)
+    return Target(name, source, asked, elsewhere=_place(own) != _place(asked))
+
+
+def _place(recipe: Recipe) -> tuple[str, ...]:
+    """Return where a recipe's data are."""
+    places = (getattr(recipe, key, None) for key in ("data_dir", "table"))
+    return (recipe.dataset, *("" if place is None else str(Path(place).resolve()) for place in places))
 
 
 def open_target(target: Target, world: World, split: str | None = None) -> OpenTarget:
@@ -104,17 +129,39 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     if len(counts) != num_classes:
         raise MbibError(f"{target.name} has {num_classes} classes, but the data have {len(counts)}")
     size = _input_size(model, recipe)
-    split = split or target.split()
+    names = source.config().class_names
+    split, images, notes = _open_images(target, split, names, num_classes)
     loader = build_eval_loader(
-        recipe,
-        split,
-        input_size=size,
-        num_classes=num_classes,
-        device=world.device,
-        rank=world.rank,
-        world_size=world.world_size,
+        recipe, images, input_size=size, device=world.device, rank=world.rank, world_size=world.world_size
     )
-    return OpenTarget(model.to(world.device), counts, size, split, loader)
+    if missing := missing_classes(split, images, num_classes):
+        notes = (*notes, missing)
+    names = images.class_names if names is None else names
+    return OpenTarget(model.to(world.device), counts, names, size, split, images, loader, notes)
+
+
+def _open_images(
+    target: Target, split: str | None, names: tuple[str, ...] | None, num_classes: int
+) -> tuple[str, Split, tuple[str, ...]]:
+    """Return the name of the split to evaluate, its images with the labels of training, and notes on them.
+
+    Of other data than the model's own, which have no splits, all images are evaluated: the share that training would
+    have held out is no split of theirs.
+    """
+    recipe = target.recipe
+    if split is None and target.elsewhere and recipe.dataset in WITHOUT_SPLITS:
+        try:
+            opened = open_split(recipe, "all")
+        except DataError:  # there are splits, or whatever is wrong is wrong with those too
+            pass
+        else:
+            note = (
+                f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
+                f"{recipe.val_split} takes only the share that training would hold out"
+            )
+            return "all", match_classes("all", opened, names, num_classes), (note,)
+    split = split or target.split()
+    return split, open_evaluation(recipe, split, names, num_classes), ()
 
 
 def _input_size(model: nn.Module, recipe: Recipe) -> tuple[int, int, int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mbib_timm.environment import Environment, World, describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.evaluate import evaluate
+from mbib_timm.evaluation.answer_files import write_answers
+from mbib_timm.evaluation.evaluate import AnswerLog, evaluate
 from mbib_timm.evaluation.priors import (
     ESTIMATE,
     estimate_prior,
@@ -21,7 +22,7 @@ from mbib_timm.evaluation.priors import (
     wanted_shares,
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import printable, to_json
+from mbib_timm.files import printable, to_json, write_bytes
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.tables import accuracy_table
 
@@ -66,7 +67,8 @@ def validate(
         prior: class frequencies that the logits of every head are shifted to: ``train``, ``uniform``, a file, see
             `read_prior`; or ``estimate``, for those under which the images are most likely for the prediction. None
             leaves the logits as they are.
-        results_file: where to write the metrics as JSON.
+        results_file: where to write the metrics as JSON. Beside it, ``NAME.json``, come ``NAME_predictions.csv``,
+            ``NAME_confusion.csv`` and ``NAME_classes.csv``; see `write_answers`. Its folder is made.
 
     Returns:
         What the file holds.
@@ -74,12 +76,15 @@ def validate(
     Raises:
         MbibError: nothing there to evaluate, or data that do not fit the model.
     """
+    if results_file is not None:
+        _check(results_file)
     found = find_target(target, recipe, overrides)
     world = join_world(found.recipe.device)
     try:
         opened = open_target(found, world, split)
         channels_last = found.recipe.channels_last
         moved = None if prior is None else _move_prior(prior, found, opened, world)
+        log = AnswerLog()
         heads = evaluate(
             opened.model,
             opened.loader,
@@ -87,17 +92,30 @@ def validate(
             device=world.device,
             channels_last=channels_last,
             shift=None if moved is None else moved.shift.to(world.device),
+            answers=log,
         )
+        answers = log.read()
         shares = None if moved is None else moved.shares.tolist()
         environment = describe_environment(world)
         results = Validation(target, opened.split, opened.class_counts.tolist(), heads, environment, shares)
         if world.is_main:
             if moved is not None and moved.note:
                 print(printable(moved.note))
-            print(f"{target} on {opened.split}:")
+            print("\n".join([*map(printable, opened.notes), f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             if results_file is not None:
-                results_file.write_bytes(to_json(results))
+                results_file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(results_file, to_json(results))
+                files = write_answers(
+                    results_file.parent,
+                    answers,
+                    opened.images,
+                    opened.class_counts,
+                    opened.class_names,
+                    found.recipe.data_dir,
+                    prefix=f"{results_file.stem}_",
+                )
+                print("\n".join(map(str, [results_file, *files])))
         return results
     finally:
         leave_world()
@@ -138,3 +156,8 @@ def _probabilities(opened: OpenTarget, channels_last: bool) -> np.ndarray:
         images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
         found.append(opened.model(images).double().softmax(dim=-1).cpu().numpy())
     return np.concatenate(found)
+
+
+def _check(results_file: Path) -> None:
+    if results_file.suffix != ".json" or results_file.is_dir():
+        raise MbibError(f"--results {results_file}: expected the name of a JSON file, such as results/metrics.json")

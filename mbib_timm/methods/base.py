@@ -39,6 +39,7 @@ class Facts(NamedTuple):
         std: of each channel.
         class_names: in label order, where they are known.
         mixed: images are mixed with one another.
+        class_weights: that the recipe asks for, (K,), of mean 1 over the training images; None for none.
     """
 
     class_counts: np.ndarray
@@ -49,6 +50,7 @@ class Facts(NamedTuple):
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] | None = None
     mixed: bool = False
+    class_weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Method(TrainingTask):
         views: the views of each image in a batch: for each the augmentation keys of a recipe in which it differs from
             the run's. Two draws of the same augmentation are ``({}, {})``. The recipe's key ``views`` goes before.
         soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.
+        takes_class_weights: its loss of an image is multiplied by ``label_weights`` of the image's class, as a recipe
+            with ``class_weights`` asks; for targets (B, K), label by label.
         needs_start: it starts from a trained model.
         post_hoc: it trains nothing; all it does is `finish`.
 
@@ -124,11 +128,14 @@ class Method(TrainingTask):
     sampler: ClassVar[str] = "instance"
     views: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     soft_targets: ClassVar[bool] = False
+    takes_class_weights: ClassVar[bool] = False
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
     frozen_bn: ClassVar[str | None] = None
     needs_start: ClassVar[bool] = False
     post_hoc: ClassVar[bool] = False
+
+    label_weights: Tensor | None
 
     def __init__(self, network: nn.Module, settings: Any, facts: Facts, device: torch.device) -> None:
         super().__init__(device=device, verbose=False)
@@ -136,6 +143,8 @@ class Method(TrainingTask):
         self.settings, self.facts = settings, facts
         self.head_names = head_names(network)
         self._frozen_norms: list[nn.Module] = []
+        weights = None if facts.class_weights is None else torch.tensor(facts.class_weights, dtype=torch.float32)
+        self.register_buffer("label_weights", weights, persistent=False)
 
     @classmethod
     def build_network(cls, settings: Any, build: Callable[..., nn.Module]) -> nn.Module:
@@ -180,6 +189,22 @@ class Method(TrainingTask):
         """Return the logits (B, K) of every head of the network, by name, for images (B, C, H, W)."""
         output = self.trainable_module(images)
         return dict(zip(self.head_names, output if isinstance(output, tuple) else (output,), strict=True))
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Return a method's own class weights (K,), times those of the recipe."""
+        return weights if self.label_weights is None else weights * self.label_weights
+
+    @property
+    def result_prior(self) -> str | None:
+        """The class frequencies that the result's logits are for; None where class weights make them neither.
+
+        Weights w turn the frequencies n that a plain loss learns into n w, which balanced weights make uniform.
+        """
+        weights, counts = self.facts.class_weights, self.facts.class_counts
+        if weights is None or self.post_hoc:
+            return str(self.logit_prior)
+        evens_out = np.allclose(weights * counts, (weights * counts).mean())
+        return "uniform" if self.logit_prior == "train" and evens_out else None
 
     # When something happens beside the step. Nothing here may branch inside a step: it may have been captured.
 

@@ -16,6 +16,7 @@ class BalancedSoftmax(Method):
     citation = "Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020"
     logit_prior = "uniform"
     soft_targets = True
+    takes_class_weights = True
 
     log_counts: Tensor
 
@@ -25,4 +26,6 @@ class BalancedSoftmax(Method):
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of logits (B, K) plus log n for targets (B,) or (B, K)."""
-        return adjusted_cross_entropy(logits, targets, offset=self.log_counts)
+        return adjusted_cross_entropy(
+            logits, targets, offset=self.log_counts, weight=self.label_weights, normalize=False
+        )

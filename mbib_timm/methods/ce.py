@@ -12,7 +12,8 @@ class CrossEntropy(Method):
 
     title = "CE"
     soft_targets = True
+    takes_class_weights = True
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of logits (B, K) for targets (B,) or (B, K)."""
-        return adjusted_cross_entropy(logits, targets)
+        return adjusted_cross_entropy(logits, targets, weight=self.label_weights, normalize=False)

@@ -36,7 +36,8 @@ class DiveSettings(TeacherSettings):
 class Dive(Taught):
     """``alpha T^2 KL(p_t || softmax(z/T)) + (1 - alpha) BSCE(z, y)``, mean over the student's heads.
 
-    ``p_t`` is ``softmax(z_t/T)^p``, normalised: of the teacher's raw logits, without log n. The student starts anew.
+    ``p_t`` is ``softmax(z_t/T)^p``, normalised: of the teacher's raw logits, without log n. The student starts anew. A
+    recipe's class weights are those of the balanced softmax.
 
     Raises:
         MbibError: no fitting teacher, see `Taught`, or a class without training images.
@@ -46,6 +47,7 @@ class Dive(Taught):
     citation = "He et al., Distilling Virtual Examples for Long-Tailed Recognition, ICCV 2021"
     logit_prior = "uniform"
     soft_targets = True
+    takes_class_weights = True
     Settings = DiveSettings
     reset = "all"
 
@@ -73,6 +75,8 @@ class Dive(Taught):
         # softmax(z_t/T)^p, normalised, is softmax(p z_t/T).
         wanted = tempered_log_probabilities(teacher, temperature / self.settings.power)
         divergence = distillation_divergence(wanted, tempered_log_probabilities(heads, temperature)).mean()
-        bsce = adjusted_cross_entropy(heads, targets, offset=self.log_counts).mean()
+        bsce = adjusted_cross_entropy(
+            heads, targets, offset=self.log_counts, weight=self.label_weights, normalize=False
+        ).mean()
         loss = alpha * temperature**2 * divergence + (1 - alpha) * bsce
         return {"loss": loss, "divergence": divergence.detach(), "bsce": bsce.detach()}

@@ -24,7 +24,8 @@ class Focal(Method):
     citation = "Lin et al., Focal Loss for Dense Object Detection, ICCV 2017"
     Settings = FocalSettings
     soft_targets = True
+    takes_class_weights = True
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the focal loss of logits (B, K) for targets (B,) or (B, K)."""
-        return focal_loss(logits, targets, self.settings.gamma)
+        return focal_loss(logits, targets, self.settings.gamma, self.label_weights)

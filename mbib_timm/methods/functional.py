@@ -201,20 +201,23 @@ def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | N
     )
 
 
-def focal_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
-    """Focal loss ``-(1 - p_y)^gamma log p_y``, mean over the batch (Lin et al. 2017, eq. 4).
+def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weight: Tensor | None = None) -> Tensor:
+    """Focal loss ``-w_y (1 - p_y)^gamma log p_y``, mean over the batch (Lin et al. 2017, eq. 4 and 5).
 
     Args:
         logits: (B, K).
         targets: (B,) or (B, K).
         gamma: focusing exponent; 0 gives the cross-entropy.
+        weight: w, (K,), of the image's class.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = _full_precision(logits)
         if targets.is_floating_point():
             each = _focal(-F.log_softmax(logits, dim=-1), gamma)
+            each = each if weight is None else each * weight.to(each.dtype)
             return (targets.to(each.dtype) * each).sum(dim=-1).mean()
-        return _focal(F.cross_entropy(logits, targets, reduction="none"), gamma).mean()
+        losses = _focal(F.cross_entropy(logits, targets, reduction="none"), gamma)
+        return (losses if weight is None else losses * weight.to(losses.dtype)[targets]).mean()
 
 
 def _focal(negative_log: Tensor, gamma: float) -> Tensor:

@@ -33,8 +33,8 @@ class LdamDrwSettings:
 class LdamDrw(Method):
     """Cross-entropy of ``s (cos - m_y [j = y])``; from an epoch on weighted by effective numbers of images.
 
-    The weighted mean divides by the sum of the batch's weights. The class weights are a buffer that an epoch's start
-    writes, so a captured step stays valid.
+    The weighted mean divides by the sum of the batch's weights; a recipe's class weights multiply these. The class
+    weights are a buffer that an epoch's start writes, so a captured step stays valid.
     """
 
     title = "LDAM-DRW"
@@ -42,6 +42,7 @@ class LdamDrw(Method):
     logit_prior = "uniform"
     Settings = LdamDrwSettings
     soft_targets = True
+    takes_class_weights = True
 
     weights: Tensor
     deferred_weights: Tensor
@@ -68,4 +69,4 @@ class LdamDrw(Method):
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of scaled cosines (B, K) for targets (B,) or (B, K)."""
-        return adjusted_cross_entropy(logits, targets, margin=self.margins, weight=self.weights)
+        return adjusted_cross_entropy(logits, targets, margin=self.margins, weight=self.weighted(self.weights))

@@ -111,6 +111,7 @@ class Bottleneck(Method):
     citation = CITATION
     Settings: ClassVar[type] = BibSettings
     soft_targets = True
+    takes_class_weights = True
 
     bsc_weights: Tensor
     vsd_weights: Tensor
@@ -193,7 +194,7 @@ class Bottleneck(Method):
             stacked,
             targets,
             offset=self.logit_offsets,
-            weight=self.class_weights,
+            weight=self.weighted(self.class_weights),
             normalize=self.settings.normalize_class_weights,
         )
         log_probabilities = dict(zip(heads, tempered_log_probabilities(stacked, self.temperatures), strict=True))

@@ -84,6 +84,7 @@ class SADE(Method):
     logit_prior = "uniform"
     Settings = SadeSettings
     soft_targets = True
+    takes_class_weights = True
 
     offsets: Tensor
 
@@ -110,6 +111,12 @@ class SADE(Method):
             logits: (B, K) of every expert.
             targets: (B,), int64, or (B, K).
         """
-        losses = adjusted_cross_entropy(torch.stack([*logits.values()]), targets, offset=self.offsets)
+        losses = adjusted_cross_entropy(
+            torch.stack([*logits.values()]),
+            targets,
+            offset=self.offsets,
+            weight=self.label_weights,
+            normalize=False,
+        )
         parts = {f"loss_{name}": value for name, value in zip(logits, losses.detach(), strict=True)}
         return {"loss": losses.sum(), **parts}

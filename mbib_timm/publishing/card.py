@@ -19,7 +19,7 @@ from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import DATASETS, ZooModel, is_published, split_tag
 from mbib_timm.recipe import Recipe, data_of, load_recipe
-from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.redact import redact_model
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
@@ -93,7 +93,7 @@ def render_card(
     epochs = _epochs(recipe)
 
     def spread(head: str, column: str) -> str:
-        return mean_and_deviation([each.heads[head].accuracies()[column] for each in runs], digits=2)
+        return mean_and_deviation([each.heads[head].numbers()[column] for each in runs], digits=2)
 
     citations = [Markup(BIBTEX if paper == CITATION else f"{markdown_text(paper)}.") for paper in _papers(run)]
     return _template().render(
@@ -104,11 +104,12 @@ def render_card(
         record=record,
         result=record.result,
         when=stages_text(record.stages) if record.result.epoch is None else f"the last epoch ({epochs})",
-        results=table_by_head(heads, lambda head, column: percent(heads[head].accuracies()[column], 2)),
+        results=table_by_head(heads, lambda head, column: percent(heads[head].numbers()[column], 2)),
         chosen=chosen_text(record),
         raw=raw_text(record),
         seeds=[each.record.seed for each in runs],
-        spread=table_by_head(heads, spread),
+        spread=table_by_head(heads, spread, f"95 % interval, seed {record.seed}"),
+        definitions=f"{DEFINITIONS} {INTERVALS}",
         best=record.best,
         paper=_paper_text(run) if in_zoo(run) else "",
         figures=[(f"{figures}/{name}", FIGURES[name]) for name in figures_of(run)],
@@ -201,11 +202,11 @@ def card_metadata(run: FinishedRun, stated: Stated = NOTHING_STATED) -> ModelCar
             dataset_type=_data_name(run),
             dataset_name=dataset_title(run, stated),
             dataset_split=result.split,
-            metric_type="accuracy",
-            metric_name=COLUMNS[column].title,
+            metric_type=MODEL_COLUMNS[column].kind,
+            metric_name=MODEL_COLUMNS[column].title,
             metric_value=round(value, 2),
         )
-        for column, value in result.prediction.accuracies().items()
+        for column, value in result.prediction.numbers().items()
         if value is not None
     ]
     return ModelCardData(
@@ -341,11 +342,13 @@ def _stage(stage: Recipe) -> Markup:
 
 
 def _strength(stage: Recipe) -> str:
-    """Return what makes a stage's training stronger than a plain one: its policy, holes, mixing and average."""
+    """Return what makes a stage's training stronger than a plain one: its policy, holes, mixing, average, weights."""
     strong = {
         key: getattr(stage, key)
         for key in ("aa", "cutout", "mixup", "cutmix", "cutmix_sampler", "smoothing", "model_ema_decay")
         if key != "model_ema_decay" or stage.model_ema
     }
+    if stage.class_weights != "none":
+        strong["class_weights"] = Path(stage.class_weights).name
     named = [f"{key} {value}" for key, value in strong.items() if value]
     return f", {', '.join(named)}" if named else ""

@@ -24,6 +24,11 @@ TABLE_KEYS = ("table", "path_column", "label_column", "split_column", "group_col
 POLICIES = ("cifar10", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 
+# Class weights by name, and the number that one takes after a colon where the name gives none.
+CLASS_WEIGHTS = {"none": None, "balanced": None, "effective": 0.9999, "power": 0.5}
+WEIGHT_FILES = (".csv", ".json", ".yaml", ".yml")
+
+
 def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     """Check a recipe whose values have their types and lie in their ranges.
 
@@ -37,6 +42,7 @@ def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     _check_data(recipe)
     _check_sampler(recipe, method)
     _check_mixing(recipe, method)
+    _check_class_weights(recipe, method)
     _check_values(recipe)
     _check_views(recipe, method)
     _check_stage(recipe, method)
@@ -115,6 +121,43 @@ def _check_mixing(recipe: "Recipe", method: DeclaredMethod) -> None:
             f"several classes per image, and method {method.name!r} needs labels; methods that take soft targets: "
             f"{', '.join(able)}"
         )
+
+
+def _check_class_weights(recipe: "Recipe", method: DeclaredMethod) -> None:
+    kind, _ = parse_class_weights(recipe.class_weights)
+    if kind != "none" and not method.takes_class_weights and not method.post_hoc:
+        able = [name for name, known in known_methods().items() if known.takes_class_weights]
+        raise MbibError(
+            f"recipe key 'class_weights': method {method.name!r} does not weigh its loss by class; methods that do: "
+            f"{', '.join(able)}"
+        )
+
+
+def parse_class_weights(text: str) -> tuple[str, float]:
+    """Return what a recipe's class weights are: a name of `CLASS_WEIGHTS` or ``file``, and the exponent or beta.
+
+    Raises:
+        MbibError: neither a name nor a file of a kind that is read, or a number out of range.
+    """
+    if Path(text).suffix.lower() in WEIGHT_FILES:
+        return "file", 0.0
+    name, colon, given = text.partition(":")
+    if name not in CLASS_WEIGHTS:
+        error = unknown_name("value of recipe key 'class_weights'", name, CLASS_WEIGHTS)
+        raise MbibError(f"{error} Weights of one's own come in a file: {', '.join(WEIGHT_FILES)}")
+    default = CLASS_WEIGHTS[name]
+    if not colon:
+        return name, 1.0 if default is None else default
+    try:
+        number = float(given)
+    except ValueError:
+        number = float("nan")
+    if default is None:
+        raise MbibError(f"recipe key 'class_weights': {name} takes no number, got {text!r}")
+    if not (0 <= number < 1 if name == "effective" else 0 <= number < float("inf")):
+        allowed = "a beta of at least 0 and below 1" if name == "effective" else "an exponent of at least 0"
+        raise MbibError(f"recipe key 'class_weights': {name} takes {allowed}, got {text!r}")
+    return name, number
 
 
 def _check_values(recipe: "Recipe") -> None:

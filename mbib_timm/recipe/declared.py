@@ -43,6 +43,7 @@ class DeclaredMethod:
     reset: str
     frozen_bn: str | None
     soft_targets: bool
+    takes_class_weights: bool
     needs_start: bool
     post_hoc: bool
 

@@ -184,6 +184,11 @@ class Recipe:
         "what an epoch draws: instance, balanced, sqrt, progressive, reverse, effective[:beta], class_aware[:m], or "
         "two streams side by side, such as instance+reverse; the method's own when not given",
     )
+    class_weights: str = _method(
+        "none",
+        "weights of the classes in the loss: none, balanced (1/n), effective[:beta] (0.9999), power[:p] (n^-p, 0.5), "
+        "or a CSV, JSON or YAML file of weights by class name; scaled to a mean of 1 over the training images",
+    )
     train: str | None = _method(
         None,
         "the part that trains: all, classifier, or a regular expression for parameters' names; the method's own when "

@@ -2,13 +2,10 @@
 
 import statistics
 
-import numpy as np
-
-from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.results.paper import PaperResult
-from mbib_timm.results.runs import FinishedRun, RunGroup
+from mbib_timm.results.runs import RunGroup
 
 # Differences beyond this many points get a paragraph.
 NOTABLE = 1.0
@@ -17,8 +14,8 @@ NOTABLE = 1.0
 def differences(group: RunGroup) -> list[str]:
     """Return a paragraph on every difference of more than one point from a number of the paper.
 
-    Each says how far it is, and sets it beside what is known of chance: the sampling error of the test images, and the
-    spread over seeds where there is one. What may account for the rest is said once, at the end.
+    Each says how far it is, and sets it beside what is known of chance: the interval that the test images leave, and
+    the spread over seeds where there is one. What may account for the rest is said once, at the end.
 
     Args:
         group: runs of a recipe that the paper reports on.
@@ -41,55 +38,26 @@ def _paragraph(group: RunGroup, column: str, mean: float, number: float, result:
     difference = mean - number
     where = "all classes" if column == "overall" else f"{column}-shot classes"
     setting = f", with {result.setting}" if result.setting else ""
-    # All seeds see the same images: their mean has this error too.
-    error = sampling_error(group.first, column)
     text = (
         f"On {where} the top-1 accuracy is {mean:.1f} %, {abs(difference):.1f} points "
-        f"{'above' if difference > 0 else 'below'} the {number:.1f} % of the paper's {result.source}{setting}. "
+        f"{'above' if difference > 0 else 'below'} the {number:.1f} % of the paper's {result.source}{setting}."
     )
-    images = _images(group.first, column)
-    text += f"The {images:,} test images alone leave a standard error of {error:.1f} points on ours"
-    # Where every class is all right or all wrong there is none to compare with.
-    text += f": the difference is {abs(difference) / error:.1f} times that." if error else "."
-    measured = [value for value in group.values(column) if value is not None]
-    if len(measured) > 1:
-        spread = statistics.stdev(measured)
-        text += f" Over {len(measured)} seeds our accuracy has a standard deviation of {spread:.1f} points."
+    # All seeds see the same images: their mean is as uncertain as one of them.
+    prediction = group.first.record.result.prediction
+    interval, measured = prediction.interval(column), prediction.measured.get(column)
+    if interval is not None and measured is not None:
+        low, high = interval
+        inside = "holds" if low <= number <= high else "does not hold"
+        seed = f" of seed {group.first.record.seed}" if len(group.runs) > 1 else ""
+        text += (
+            f" The 95 % interval{seed} from the {measured[0]:,} test images alone, {low:.1f} to {high:.1f}, {inside} "
+            "that number."
+        )
+    known = [value for value in group.values(column) if value is not None]
+    if len(known) > 1:
+        spread = statistics.stdev(known)
+        text += f" Over {len(known)} seeds our accuracy has a standard deviation of {spread:.1f} points."
     return text
-
-
-def sampling_error(run: FinishedRun, column: str) -> float:
-    """Return the standard error in points of a mean accuracy over classes, from the number of test images alone.
-
-    Each image is taken for right or wrong independently: the variance of a class's accuracy p over n images is
-    p (1 - p) / n.
-
-    Args:
-        run: the run.
-        column: ``overall``, ``many``, ``medium`` or ``few``.
-    """
-    accuracies, images = _accuracies(run, column)
-    share = accuracies / 100
-    return float(100 * np.sqrt((share * (1 - share) / images).sum()) / len(share))
-
-
-def _accuracies(run: FinishedRun, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the accuracy in percent of each class of a group with test images, and how many it has.
-
-    The results keep the images of the whole test set alone; classes are taken to have equally many.
-    """
-    prediction = run.record.result.prediction
-    counts = np.array(run.record.class_counts)
-    classes = np.arange(len(counts)) if column == "overall" else shot_groups(counts)[column]
-    measured = [value for value in prediction.per_class if value is not None]
-    each = prediction.images / len(measured)
-    chosen = [prediction.per_class[label] for label in classes]
-    accuracies = np.array([value for value in chosen if value is not None])
-    return accuracies, np.full(len(accuracies), each)
-
-
-def _images(run: FinishedRun, column: str) -> int:
-    return round(float(_accuracies(run, column)[1].sum()))
 
 
 def known_differences(group: RunGroup) -> str:

@@ -15,6 +15,7 @@ from mbib_timm.reporting.sections import (
     run_section,
     sweep_section,
 )
+from mbib_timm.results.columns import DEFINITIONS
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, read_run
 from mbib_timm.sweeps.sweep_results import FILE, SweepResults, read_results
@@ -95,9 +96,7 @@ def _folder(name: str) -> Path:
 def _lead() -> str:
     return (
         f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files that the runs left. Results are "
-        "those of the last epoch, or of what a method makes of a trained model. "
-        "Many-shot classes have more than 100 training images, medium-shot 20 to 100, and "
-        "few-shot fewer than 20; a group's accuracy is the mean of its classes' accuracies."
+        f"those of the last epoch, or of what a method makes of a trained model. {DEFINITIONS}"
     )
 
 

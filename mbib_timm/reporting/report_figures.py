@@ -1,17 +1,33 @@
-"""Figures of several runs side by side: accuracy by shot group, and accuracy over the epochs."""
+"""Figures of several runs side by side: accuracy by shot group, accuracy over the epochs; and the confusion matrix."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbib_timm.drawing import CYCLE, GREY, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar
+import numpy as np
+
+from mbib_timm.drawing import (
+    BLUE,
+    CYCLE,
+    GREY,
+    HATCHES,
+    LINE_STYLES,
+    METHOD_COLORS,
+    background,
+    canvas,
+    mean_bar,
+    text_on,
+)
+from mbib_timm.evaluation.answer_files import ConfusionMatrix
 from mbib_timm.methods import method_title
 from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.run_figures import shortened
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.sweeps.show_sweep import PAPER
 from mbib_timm.sweeps.sweep_results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
+MATRIX = 30  # classes whose cells have room for a number
 
 
 def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
@@ -35,10 +51,10 @@ def comparison_bars(groups: Sequence[RunGroup]) -> Any:
             legend |= {PAPER: mark} if mark is not None else {}
     if PAPER in legend:  # last
         legend[PAPER] = legend.pop(PAPER)
-    axes.set_xticks(range(len(COLUMNS)), ["all", *list(COLUMNS)[1:]])
+    axes.set_xticks(range(len(COLUMNS)), [*COLUMNS])
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="classes", ylabel="top-1 accuracy, %")
+    axes.set(ylabel="top-1 accuracy, %")
     axes.margins(y=0.12)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1)
     return figure
@@ -48,7 +64,7 @@ def comparison_curves(groups: Sequence[RunGroup]) -> Any:
     """Draw the accuracy after each evaluated epoch, of the first run of each group."""
     curves = {}
     for group in groups:
-        rows = [(row.epoch + 1, row.val["top1"] or 0.0) for row in group.first.history if row.val is not None]
+        rows = [(row.epoch, row.val["top1"] or 0.0) for row in group.first.history if row.val is not None]
         if rows:
             curves[group.title] = rows
     looks = {
@@ -66,7 +82,7 @@ def sweep_curves(results: SweepResults) -> Any:
         points = collected.setdefault(title, {})
         for epoch, value in zip(run.curve.epoch, run.curve.val_top1, strict=True):
             if value is not None:
-                points.setdefault(epoch + 1, []).append(value)
+                points.setdefault(epoch, []).append(value)
     curves = {
         title: [(epoch, statistics.mean(values)) for epoch, values in sorted(points.items())]
         for title, points in collected.items()
@@ -90,4 +106,35 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], looks: Mapping[
     axes.set(xlabel="epochs done", ylabel="top-1 accuracy, %", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.legend(loc="outside lower center", ncols=1 if len(curves) < 6 else 2)
+    return figure
+
+
+def confusion_figure(matrix: ConfusionMatrix, class_counts: np.ndarray) -> Any:
+    """Draw the images of each class by the class that they are taken for, a row adding up to its images.
+
+    Args:
+        matrix: of at most `MATRIX` classes.
+        class_counts: training images of each class, (K,), which sort the classes.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    order = np.argsort(-class_counts, kind="stable")
+    images = matrix.dense()[np.ix_(order, order)]
+    total = images.sum(axis=1, keepdims=True)
+    shares = np.divide(images, total, out=np.zeros(images.shape), where=total > 0)
+    names = [shortened(matrix.names[label]) for label in order]
+    size = 0.36 * len(names) + 0.085 * max(map(len, names))
+    figure, axes = canvas(max(4.0, 1.2 + size), max(3.2, 0.9 + size))
+    colors = LinearSegmentedColormap.from_list("shares", [background(), BLUE])
+    axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="equal")
+    for row, column in zip(*np.nonzero(images), strict=True):
+        behind = str(to_hex(colors(shares[row, column])))
+        axes.text(column, row, f"{images[row, column]}", ha="center", va="center", fontsize=7, color=text_on(behind))
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted class", ylabel="class")
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(True)
     return figure

@@ -15,17 +15,28 @@ from mbib_timm.analysis.analysis_figures import analysis_figures, comparison_fig
 from mbib_timm.analysis.analysis_record import read_analysis
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
+from mbib_timm.evaluation.answer_files import ConfidentError, ConfusionMatrix, read_confusion, read_errors
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.reporting.differences import differences
-from mbib_timm.reporting.report_figures import CURVES, comparison_bars, comparison_curves, sweep_curves
-from mbib_timm.results.columns import COLUMNS
+from mbib_timm.reporting.report_figures import (
+    CURVES,
+    MATRIX,
+    comparison_bars,
+    comparison_curves,
+    confusion_figure,
+    sweep_curves,
+)
+from mbib_timm.results.columns import COLUMNS, INTERVALS
+from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import RunGroup
-from mbib_timm.results.tables import Table, difference, mean_and_deviation, percent, table_by_head
+from mbib_timm.results.tables import Table, difference, mean_and_deviation, percent, shown_columns, table_by_head
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
+
+CONFUSED = 15  # pairs of classes in a table
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,10 @@ class DrawnFigure:
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a section: its kind, which the template knows, and what it shows: text, facts, a table or a figure."""
+    """A piece of a section: its kind, which the template knows, and what it shows."""
 
     kind: str
-    content: str | Sequence[tuple[str, str]] | Table | DrawnFigure
+    content: str | Sequence[tuple[str, str]] | Sequence[ConfidentError] | Table | DrawnFigure
 
 
 @dataclass
@@ -84,6 +95,10 @@ class Section:
     def table(self, table: Table) -> None:
         """Add a table that slides where the page is narrow; a row's kind is ``paper``, ``difference`` or empty."""
         self.blocks.append(Block("table", table))
+
+    def gallery(self, errors: Sequence[ConfidentError]) -> None:
+        """Add small images of errors, with what they are and what they were taken for; of paths the last part alone."""
+        self.blocks.append(Block("gallery", [replace(error, image=redact_text(error.image)) for error in errors]))
 
     def figure(self, illustration: Illustration) -> None:
         """Draw a figure, in light and in dark, and add it with how to read it.
@@ -147,13 +162,13 @@ def run_section(group: RunGroup) -> Section:
 
     section.heading("Result")
     result, best = run.record.result, run.record.best
-    when = method_title(run.record.method) if result.epoch is None else f"the last epoch, {result.epochs_done}"
+    when = method_title(run.record.method) if result.epoch is None else f"the last epoch, {result.epoch}"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
-    section.paragraphs(
-        [f"Top-1 accuracy in percent on {images:,} images of the split `{result.split}` after {when}{spread}."]
-    )
-    section.table(table_by_head(run.heads, lambda head, column: mean_and_deviation(group.values(column, head))))
+    section.paragraphs([f"In percent on {images:,} images of the split `{result.split}` after {when}{spread}."])
+    label = f"95 % interval, seed {run.record.seed}" if len(group.runs) > 1 else ""
+    section.table(table_by_head(run.heads, lambda head, column: mean_and_deviation(group.values(column, head)), label))
+    section.paragraphs([INTERVALS])
     for member in group.runs:
         if chosen := chosen_text(member.record):
             section.paragraphs([f"{chosen} (seed {member.record.seed})."])
@@ -162,7 +177,7 @@ def run_section(group: RunGroup) -> Section:
     if best is not None:
         section.paragraphs(
             [
-                f"The best of the evaluated epochs was {best.epochs_done} with {best.prediction.top1:.1f} %; it was "
+                f"The best of the evaluated epochs was {best.epoch} with {best.prediction.top1:.1f} %; it was "
                 f"chosen on the split `{best.split}`, and is not the result."
             ]
         )
@@ -178,9 +193,54 @@ def run_section(group: RunGroup) -> Section:
         illustrations += analysis_figures(analysis)
     for illustration in illustrations:
         section.figure(illustration)
+    _errors(section, group)
     if analysis is None:
         section.paragraphs(["`mbib analyze` of the run adds posteriors, distances, t-SNE, calibration and costs."])
     return section
+
+
+def _errors(section: Section, group: RunGroup) -> None:
+    """Add which classes the first run takes for one another, and its most confident errors, where it has left them."""
+    run = group.first
+    of_seed = f" (seed {run.record.seed})" if len(group.runs) > 1 else ""
+    matrix, errors = read_confusion(run.folder), read_errors(run.folder)
+    if matrix is not None and len(run.record.class_counts) <= MATRIX and len(matrix.names) > 1:
+        section.figure(
+            Illustration(
+                "confusion_matrix",
+                f"Confusion matrix{of_seed}",
+                "A row holds the images of a class, and a cell how many of them are taken for the class below; the "
+                "diagonal is right, and the darker a cell the larger its share of the row. Classes go from the most to "
+                "the fewest training images.",
+                partial(confusion_figure, matrix, np.array(run.record.class_counts)),
+            )
+        )
+    elif matrix is not None and len(rows := _confused(matrix)):
+        section.heading("Most confused classes")
+        section.paragraphs([f"The pairs of classes with the most errors{of_seed}; all are in `confusion.csv`."])
+        section.table(Table(["class", "taken for", "images", "of the class, %"], rows))
+    if errors:
+        section.heading("Most confident errors")
+        section.paragraphs(
+            [
+                f"The wrong answers with the highest probability{of_seed}: what the model took an image for, and what "
+                "it is. All answers are in `predictions.csv`."
+            ]
+        )
+        section.gallery(errors)
+
+
+def _confused(matrix: ConfusionMatrix) -> list[list[str]]:
+    """Return a row for each of the pairs of classes with the most errors."""
+    total = np.bincount(matrix.rows, weights=matrix.images, minlength=len(matrix.names))
+    wrong = np.flatnonzero(matrix.rows != matrix.columns)
+    cells = [
+        (matrix.images[i], matrix.images[i] / total[matrix.rows[i]], matrix.rows[i], matrix.columns[i]) for i in wrong
+    ]
+    return [
+        [matrix.names[row], matrix.names[column], f"{images:,}", f"{100 * share:.1f}"]
+        for images, share, row, column in sorted(cells, key=lambda cell: (-cell[0], -cell[1], *cell[2:]))[:CONFUSED]
+    ]
 
 
 def _facts(group: RunGroup) -> list[tuple[str, str]]:
@@ -231,17 +291,18 @@ def _beside_the_paper(group: RunGroup) -> Table:
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
     """Return runs of several recipes side by side."""
     section = Section("Side by side")
+    columns = shown_columns(run.record.result.prediction for group in groups for run in group.runs)
     rows = []
     for group in groups:
         result = group.paper[0] if group.is_papers else None
         number = None if result is None else result.accuracies.get("overall")
         paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
         epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
-        accuracies = [mean_and_deviation(group.values(column)) for column in COLUMNS]
+        accuracies = [mean_and_deviation(group.values(column)) for column in columns]
         rows.append(
             [group.title, epochs, str(len(group.runs)), *accuracies, paper, difference(group.mean("overall"), number)]
         )
-    section.table(Table(["run", "epochs", "n", *COLUMNS, "paper", "difference"], rows))
+    section.table(Table(["run", "epochs", "n", *columns, "paper", "difference"], rows))
     section.figure(
         Illustration(
             "accuracy",

@@ -1,4 +1,4 @@
-"""The accuracies that every table shows: one line per column, for text, cards, reports, sweeps and the Hub."""
+"""The accuracies that tables show: one line per column, for text, cards, reports, sweeps and the Hub."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,20 +6,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Column:
-    """An accuracy that every table shows.
+    """A number that tables show.
 
     Attributes:
         metric: attribute of `HeadMetrics`.
         title: of the metric in a card's metadata.
+        kind: of the metric there, as the Hub calls it.
     """
 
     metric: str
     title: str
+    kind: str = "accuracy"
 
 
+# What papers report, and so what sweeps and comparisons show.
 COLUMNS: Mapping[str, Column] = {
     "overall": Column("top1", "Top-1 accuracy, %"),
     "many": Column("many", "Top-1 accuracy on many-shot classes, %"),
     "medium": Column("medium", "Top-1 accuracy on medium-shot classes, %"),
     "few": Column("few", "Top-1 accuracy on few-shot classes, %"),
 }
+# What tables of one model show: where classes have unequally many test images, overall is that of the large ones.
+MODEL_COLUMNS: Mapping[str, Column] = {
+    "overall": COLUMNS["overall"],
+    "macro": Column("macro", "Macro accuracy, %"),
+    "macro F1": Column("macro_f1", "Macro F1, %", kind="f1"),
+    **{name: column for name, column in COLUMNS.items() if name != "overall"},
+}
+# What these mean, said wherever they stand.
+DEFINITIONS = (
+    "Overall is the share of all images that are right. Macro, and each shot group, is the mean accuracy of its "
+    "classes that have evaluated images, every class weighing alike; macro F1 is the mean of these classes' F1. "
+    "Shot groups are by training images per class: many more than 100, medium 20 to 100, few fewer than 20."
+)
+INTERVALS = (
+    "Intervals hold 95 %, and say what the evaluated images alone leave open, not how another training would differ: "
+    "Wilson's for overall, for the others a bootstrap over the images (1,000 draws)."
+)

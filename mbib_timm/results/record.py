@@ -9,11 +9,11 @@ from pathlib import Path
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
 from mbib_timm.files import read_json, to_json, write_bytes
-from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
 RECORD, HISTORY = "metrics.json", "summary.csv"
 # Accuracies that an epoch's row keeps, as the columns of ``summary.csv`` call them.
-EPOCH_METRICS = tuple(column.metric for column in COLUMNS.values())
+EPOCH_METRICS = tuple(column.metric for column in MODEL_COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HeadMetrics:
     Attributes:
         top1: accuracy over the images, in percent, as all accuracies here.
         top5: the same, of the label being among the five largest logits.
-        macro: mean of the classes' accuracies.
+        macro: mean of the accuracies of the classes with images, every class weighing alike (balanced accuracy).
         many: mean accuracy of the classes with more than 100 training images.
         medium: of those with 20 to 100.
         few: of those with fewer than 20.
@@ -32,6 +32,10 @@ class HeadMetrics:
         images: how many were evaluated.
         classes: how many classes each shot group has.
         per_class: accuracy of each class, K of them.
+        macro_f1: mean of the F1 of the classes with images, in percent.
+        intervals: 95 %, in percent, by the name of the metric: ``top1`` (Wilson), and of the prediction ``macro``,
+            ``macro_f1``, ``many``, ``medium`` and ``few`` (bootstrap over images).
+        measured: images, and classes that have any, behind ``overall``, ``many``, ``medium`` and ``few``.
     """
 
     top1: float
@@ -45,10 +49,22 @@ class HeadMetrics:
     images: int
     classes: dict[str, int]
     per_class: list[float | None]
+    # What was not always recorded.
+    macro_f1: float | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    measured: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def accuracies(self) -> dict[str, float | None]:
         """Return the accuracies of `COLUMNS`, in percent: ``overall``, then those of the shot groups."""
         return {name: getattr(self, column.metric) for name, column in COLUMNS.items()}
+
+    def numbers(self) -> dict[str, float | None]:
+        """Return the numbers of `MODEL_COLUMNS`, in percent."""
+        return {name: getattr(self, column.metric) for name, column in MODEL_COLUMNS.items()}
+
+    def interval(self, column: str) -> tuple[float, float] | None:
+        """Return the 95 % interval of a column of `MODEL_COLUMNS`; None where there is none."""
+        return self.intervals.get(MODEL_COLUMNS[column].metric)
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Evaluation:
     Attributes:
         split: of the images.
         heads: metrics of ``prediction``, and by name of each head and expert where there are several.
-        epoch: after which, from 0; None where the weights are of no epoch of the run.
+        epoch: after which, from 1; None where the weights are of no epoch of the run.
         weights: file in the run's folder; None where they are not kept.
     """
 
@@ -66,11 +82,6 @@ class Evaluation:
     heads: dict[str, HeadMetrics]
     epoch: int | None = None
     weights: str | None = None
-
-    @property
-    def epochs_done(self) -> int:
-        """Epochs of training behind the weights."""
-        return 0 if self.epoch is None else self.epoch + 1
 
     @property
     def prediction(self) -> HeadMetrics:
@@ -138,7 +149,7 @@ class Epoch:
     """An epoch of a run.
 
     Attributes:
-        epoch: its number, from 0.
+        epoch: its number, from 1.
         lr: largest learning rate.
         seconds: it took, with its evaluation.
         losses: means over the epoch, by name; ``loss`` is what was minimised.

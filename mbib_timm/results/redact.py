@@ -26,6 +26,8 @@ def redact_recipe(recipe: Recipe) -> bytes:
             keys["model"] = redact_model(keys["model"])
         if "method" in keys:
             keys["method"] = redact_method(keys["method"])
+        if "class_weights" in keys:
+            keys["class_weights"] = Path(keys["class_weights"]).name  # of a file
     start = recipe.chain()[0].initial_checkpoint
     if start is not None:
         computation["initial_checkpoint"] = Path(start).name

@@ -26,10 +26,12 @@ from mbib_timm.drawing import (
 from mbib_timm.errors import MbibError
 from mbib_timm.files import printable
 from mbib_timm.models.head_outputs import heads_of_expert
+from mbib_timm.results.columns import MODEL_COLUMNS
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
+SAME = 0.05  # points that no figure shows
 BARS = 150  # as many bars as can be told apart
 
 
@@ -78,7 +80,8 @@ def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustratio
             "shot_groups",
             "Accuracy by head and shot group",
             "Each colour is a head of the network, and the prediction, in the colour of the text, is what the model "
-            "answers; a balanced model has groups of one height.",
+            "answers. Overall is over images, the others are means over classes; a balanced model has groups of one "
+            "height.",
             lambda: shot_groups_figure(heads),
         ),
     ]
@@ -120,11 +123,17 @@ def training_curves(history: Sequence[Epoch]) -> Any:
         rate.set_ylim(0, 1.05 * max(rates) or 1)
 
     right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
-    for name, color in {**GROUP_COLORS, "top1": foreground()}.items():
-        points = [(epoch, values[name]) for epoch, values in evaluated if values[name] is not None]
+    # Where all classes have equally many images, macro is overall.
+    pairs = [(values["top1"], values.get("macro")) for _, values in evaluated]
+    differs = any(abs(top1 - macro) > SAME for top1, macro in pairs if top1 is not None and macro is not None)
+    labels = {name: name for name in GROUP_COLORS} | {"top1": "overall"} | ({"macro": "macro"} if differs else {})
+    for name, label in labels.items():
+        points = [(epoch, values[name]) for epoch, values in evaluated if values.get(name) is not None]
         if points:
-            marker, label = "o" if len(points) == 1 else None, "all" if name == "top1" else name
-            right.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
+            right.plot(
+                *zip(*points, strict=True), color=GROUP_COLORS.get(name, foreground()), label=label, clip_on=False,
+                marker="o" if len(points) == 1 else None, linestyle=":" if name == "macro" else "-",
+            )  # fmt: skip
     if evaluated:
         right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
@@ -270,11 +279,11 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
     Args:
         results: metrics by head.
     """
-    columns = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
+    columns = {name: column.metric for name, column in MODEL_COLUMNS.items() if column.kind == "accuracy"}
     heads = [*drawn_heads(name for name in results if name != "prediction"), "prediction"]
     bar = 0.84 / len(heads)
     # A number over each bar takes almost a third of an inch.
-    figure, axes = canvas(max(6.0, 1.5 + 1.4 * len(heads)), 3.8)
+    figure, axes = canvas(max(6.0, 1.5 + 1.7 * len(heads)), 3.8)
     for i, head in enumerate(heads):
         color = foreground() if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
         for place, metric in enumerate(columns.values()):
@@ -285,9 +294,11 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
             axes.annotate(
                 number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7
             )
-    classes = results["prediction"].classes
-    total = sum(classes.values())
+    prediction = results["prediction"]
+    classes = {name: number for name, (_, number) in prediction.measured.items()} or prediction.classes
+    total = classes.get("overall", sum(classes.values()))
     labels = [f"{name}\n{(n := classes.get(name, total))} class{'es' * (n != 1)}" for name in columns]
+    labels[0] = f"overall\n{(n := prediction.images):,} image{'s' * (n != 1)}"
     axes.set_xticks(range(len(columns)), labels)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 105), yticks=range(0, 101, 20))

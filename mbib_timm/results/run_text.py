@@ -17,7 +17,7 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
         epoch: the epoch.
         epochs: epochs of the run.
     """
-    line = f"epoch {epoch.epoch:>3}/{epochs}  lr {epoch.lr:.2e}  loss {epoch.losses['loss']:.3f}"
+    line = f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  lr {epoch.lr:.2e}  loss {epoch.losses['loss']:.3f}"
     if epoch.val is not None:
         line += "".join(f"  {name} {percent(epoch.val.get(name))}" for name in EPOCH_METRICS)
     return f"{line}  {epoch.seconds:.1f} s"

@@ -137,8 +137,8 @@ class RunGroup:
         return bool(self.paper) and not self.is_short and not self.settings
 
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
-        """Return a head's accuracy in percent of each run: ``overall``, ``many``, ``medium`` or ``few``."""
-        return [run.heads[head].accuracies()[column] for run in self.runs]
+        """Return a head's number in percent of each run: a column of `MODEL_COLUMNS`."""
+        return [run.heads[head].numbers()[column] for run in self.runs]
 
     def mean(self, column: str) -> float | None:
         """Return the prediction's mean accuracy in percent; None for a group without classes."""
@@ -192,6 +192,7 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
         values = {key: getattr(stage, key) for key, item in KEYS.items() if not item.metadata["location"]}
+        values["class_weights"] = Path(values["class_weights"]).name  # of a file
         method = redact_method(values.pop("method"))
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
         prefix = f"stage{number}." if recipe.stage else ""

@@ -9,7 +9,8 @@ import numpy as np
 
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.files import printable
-from mbib_timm.results.columns import COLUMNS
+from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 from mbib_timm.results.record import HeadMetrics
 
 NOTHING = "–"
@@ -45,7 +46,7 @@ class Table:
     def markdown(self) -> str:
         """Return the table as Markdown, without a line break at its end. Cells are Markdown; see `markdown_text`."""
         cells = [self.header, ["---"] * len(self.header), *self.rows]
-        escaped = [[printable(cell).replace("|", "\\|") for cell in row] for row in cells]
+        escaped = [[printable(cell.strip()).replace("|", "\\|") for cell in row] for row in cells]
         return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
     def kind(self, row: int) -> str:
@@ -88,39 +89,80 @@ def code_span(text: str) -> str:
 
 
 def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -> str:
-    """Return top-1 accuracies in percent by head as text, with the training counts that the shot groups come from.
+    """Return the numbers of `MODEL_COLUMNS` by head as text, with the images and classes that they come from.
 
     Args:
         heads: metrics by head, as `evaluate` returns them.
         class_counts: training images of each class, (K,).
     """
+    columns = shown_columns(heads.values())
     groups = {"overall": np.arange(len(class_counts)), **shot_groups(class_counts)}
-    counts = [class_counts[groups.get(column, groups["overall"])] for column in COLUMNS]
-    rows = [
+    counts = [class_counts[groups.get(column, groups["overall"])] for column in columns]
+    above = [
         ["classes", *(str(len(group)) for group in counts)],
         ["training images", *(str(group.sum()) for group in counts)],
         ["  per class", *(f"{group.min()}-{group.max()}" if len(group) else NOTHING for group in counts)],
-        *([head, *cells(heads[head], digits=2)] for head in [*(h for h in heads if h != "prediction"), "prediction"]),
+        *measured_rows(heads[PREDICTION], columns),
     ]
-    lines = Table(["top-1, %", *COLUMNS], rows).lines()
+    below = [
+        *([head, *cells(metrics, 2, columns)] for head, metrics in heads.items() if head != PREDICTION),
+        [PREDICTION, *cells(heads[PREDICTION], 2, columns)],
+        *interval_row(heads[PREDICTION], columns),
+    ]
+    lines = Table(["%", *columns], [*above, *below]).lines()
     rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:4], rule, *lines[4:]])
+    return "\n".join([lines[0], rule, *lines[1 : len(above) + 1], rule, *lines[len(above) + 1 :]])
 
 
-def table_by_head(heads: Iterable[str], cell: Callable[[str, str], str]) -> Table:
-    """Return a table with a row per head, the prediction's first, and a column for each of `COLUMNS`.
+def shown_columns(metrics: Iterable[HeadMetrics]) -> list[str]:
+    """Return the names of `MODEL_COLUMNS`, without macro F1 where none of the results has recorded it."""
+    known = {name for each in metrics for name, value in each.numbers().items() if value is not None}
+    return [name for name in MODEL_COLUMNS if name in known or name in COLUMNS]
+
+
+def measured_rows(metrics: HeadMetrics, columns: Sequence[str]) -> list[list[str]]:
+    """Return the rows of a table that say how many classes and images a number comes from; none where it is unknown."""
+    behind = [metrics.measured.get(column, metrics.measured.get("overall")) for column in columns]
+    known = [each for each in behind if each is not None]
+    if not known:
+        return []
+    return [
+        ["evaluated classes", *(f"{classes:,}" for _, classes in known)],
+        ["evaluated images", *(f"{images:,}" for images, _ in known)],
+    ]
+
+
+def interval_row(metrics: HeadMetrics, columns: Sequence[str], label: str = "95 % interval") -> list[list[str]]:
+    """Return the row of a table with the intervals of the prediction; none where there are none."""
+    intervals = [metrics.interval(column) for column in columns]
+    if not any(intervals):
+        return []
+    return [[f"  {label}", *(NOTHING if each is None else f"{each[0]:.1f}-{each[1]:.1f}" for each in intervals)]]
+
+
+def table_by_head(heads: Mapping[str, HeadMetrics], cell: Callable[[str, str], str], label: str = "") -> Table:
+    """Return a table with a row per head, the prediction's first, and a column for each of `shown_columns`.
+
+    The prediction's row is followed by its intervals, and the last rows say what the numbers come from.
 
     Args:
-        heads: their names.
+        heads: metrics by head: of one of the runs, where a cell is of several.
         cell: gives the text for a head and a column.
+        label: of the intervals, where they are of one of several runs.
     """
-    names = ["prediction", *(head for head in heads if head != "prediction")]
-    return Table(["head", *COLUMNS], [[name, *(cell(name, column) for column in COLUMNS)] for name in names])
+    columns = shown_columns(heads.values())
+    names = [PREDICTION, *(head for head in heads if head != PREDICTION)]
+    rows = [[name, *(cell(name, column) for column in columns)] for name in names]
+    intervals = interval_row(heads[PREDICTION], columns, label or "95 % interval")
+    measured = measured_rows(heads[PREDICTION], columns)
+    kinds = ["", *["note"] * len(intervals), *[""] * (len(rows) - 1), *["note"] * len(measured)]
+    return Table(["head", *columns], [rows[0], *intervals, *rows[1:], *measured], kinds)
 
 
-def cells(metrics: HeadMetrics, digits: int = 1) -> list[str]:
-    """Return the accuracies of `COLUMNS` in percent."""
-    return [percent(value, digits) for value in metrics.accuracies().values()]
+def cells(metrics: HeadMetrics, digits: int = 1, columns: Iterable[str] = tuple(COLUMNS)) -> list[str]:
+    """Return the numbers of columns in percent."""
+    numbers = metrics.numbers()
+    return [percent(numbers[column], digits) for column in columns]
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -20,7 +20,7 @@ class Curve:
     """A run over its epochs.
 
     Attributes:
-        epoch: numbers, from 0.
+        epoch: numbers, from 1.
         train_loss: mean of each epoch.
         val_top1: accuracy after it in percent; None where it was not evaluated.
     """

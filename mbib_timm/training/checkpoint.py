@@ -16,7 +16,7 @@ import torch
 from mbib_timm.errors import CheckpointError
 from mbib_timm.files import write_atomically
 
-FORMAT = "mbib_timm training state, version 3"
+FORMAT = "mbib_timm training state, version 4"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 
 

@@ -19,7 +19,7 @@ class LossLog:
     """Loss parts of the steps of an epoch, kept on the device until someone asks.
 
     Args:
-        epoch: for the error message.
+        epoch: counted from 0; the error message counts from 1, as all messages do.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -45,8 +45,8 @@ class LossLog:
                 for name, value in zip(self.names, values, strict=True):
                     if not math.isfinite(value):
                         raise NonFiniteLossError(
-                            f"loss part {name!r} became {value} at epoch {self.epoch}, step {self.steps}; the last "
-                            "good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
+                            f"loss part {name!r} became {value} at epoch {self.epoch + 1}, step {self.steps + 1}; the "
+                            "last good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
                         )
                 self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
                 self.steps += 1
@@ -103,5 +103,5 @@ def train_one_epoch(
             after_update()
         progress.step()
         if (step + 1) % recipe.log_interval == 0:
-            progress.status(f"epoch {epoch} loss {log.read()['loss']:.3f}")
+            progress.status(f"epoch {epoch + 1} loss {log.read()['loss']:.3f}")
     return log.read()

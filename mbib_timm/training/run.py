@@ -1,7 +1,7 @@
 """One stage of a run, from its recipe to its results: resumable after any epoch."""
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World, describe_environment, seed_generators
 from mbib_timm.errors import CheckpointError
-from mbib_timm.evaluation import evaluate
+from mbib_timm.evaluation import AnswerLog, evaluate
+from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
 from mbib_timm.models.head_outputs import prediction_heads
@@ -44,7 +45,6 @@ class TrainState:
     epoch: int = 0  # epochs done
     history: list[Epoch] = field(default_factory=list)
     best: Evaluation | None = None
-    last: Evaluation | None = None
     seconds: float = 0.0
 
 
@@ -107,6 +107,7 @@ class Run:
         )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
+        self.result: tuple[dict[str, HeadMetrics], AnswerLog] | None = None  # where the last epoch has given it
         self.best_weights: dict[str, Tensor] | None = None  # of the best epoch, where not yet written
 
     # The run
@@ -152,16 +153,19 @@ class Run:
             self.progress,
             after_update=self.method.update_ema,
         )
-        row = Epoch(epoch, learning_rate, 0.0, losses)
-        if (epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.epochs:
-            heads = self._evaluate(self.loaders.val)
+        row = Epoch(epoch + 1, learning_rate, 0.0, losses)
+        if row.epoch % recipe.val_interval == 0 or row.epoch == recipe.epochs:
+            # Answers for single images in the last epoch alone, where they are those of the result.
+            answers = AnswerLog() if row.epoch == recipe.epochs and self._last_epoch_is_result() else None
+            heads = self._evaluate(self.loaders.val, answers=answers)
+            self.result = None if answers is None else (heads, answers)
             row.val = epoch_metrics(heads["prediction"])
             if recipe.model_ema:
                 row.raw = epoch_metrics(self._evaluate(self.loaders.val, raw=True)["prediction"])
-            self._note_best(epoch, heads)
-        self.schedule.step(epoch + 1)
+            self._note_best(row.epoch, heads)
+        self.schedule.step(row.epoch)
         row.seconds = time.perf_counter() - start
-        done.epoch, done.seconds = epoch + 1, done.seconds + row.seconds
+        done.epoch, done.seconds = row.epoch, done.seconds + row.seconds
         done.history.append(row)
         if self.world.is_main:
             if done.epoch == recipe.epochs or time.monotonic() - self.saved_at >= recipe.checkpoint_seconds:
@@ -174,7 +178,11 @@ class Run:
         """The images for a method that looks at them beside training."""
         return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool)
 
-    def _evaluate(self, loader: Loader, raw: bool = False) -> dict[str, HeadMetrics]:
+    def _last_epoch_is_result(self) -> bool:
+        """Whether the result is what the last epoch's evaluation finds: on its split, of weights that stay."""
+        return self.loaders.test is None and type(self.method).finish is Method.finish
+
+    def _evaluate(self, loader: Loader, raw: bool = False, answers: AnswerLog | None = None) -> dict[str, HeadMetrics]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""
         model = self.method.get_eval_model() if raw else self._result_model()
         assert model is not None
@@ -186,6 +194,7 @@ class Run:
             amp_dtype=self.precision.autocast_dtype,
             channels_last=self.recipe.channels_last,
             compile=self.recipe.torchcompile,
+            answers=answers,
         )
 
     def _result_model(self) -> nn.Module:
@@ -193,10 +202,9 @@ class Run:
         return self.method.result_model()
 
     def _note_best(self, epoch: int, heads: dict[str, HeadMetrics]) -> None:
-        done = self.done
-        done.last = Evaluation(self.recipe.val_split, heads, epoch)
-        if done.best is None or done.last.prediction.top1 > done.best.prediction.top1:
-            done.best = replace(done.last, weights=BEST_WEIGHTS)
+        done, last = self.done, Evaluation(self.recipe.val_split, heads, epoch, BEST_WEIGHTS)
+        if done.best is None or last.prediction.top1 > done.best.prediction.top1:
+            done.best = last
             weights = self._result_model().state_dict()
             self.best_weights = {name: value.clone() for name, value in weights.items()}
 
@@ -245,15 +253,18 @@ class Run:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
             self.method.finish(self._passes())
-            done.last = None  # of the weights before
-        if done.last is None:
-            epoch = recipe.epochs - 1 if recipe.epochs else None
-            done.last = Evaluation(recipe.val_split, self._evaluate(self.loaders.val), epoch)
-        result, on_split = done.last, self.loaders.val
-        if self.loaders.test is not None:
-            on_split = self.loaders.test
-            result = Evaluation(recipe.test_split or "test", self._evaluate(on_split), done.last.epoch)
-        raw = Evaluation(result.split, self._evaluate(on_split, raw=True), result.epoch) if recipe.model_ema else None
+        loader, images, split = self.loaders.val, splits.val, recipe.val_split
+        if self.loaders.test is not None and splits.test is not None:
+            loader, images, split = self.loaders.test, splits.test, recipe.test_split or "test"
+        if self.result is None:  # or of a run that was resumed after its last epoch
+            log = AnswerLog()
+            self.result = self._evaluate(loader, answers=log), log
+        heads, log = self.result
+        answers = log.read()
+        result = Evaluation(split, heads, recipe.epochs or None, WEIGHTS)
+        raw = None
+        if recipe.model_ema:
+            raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog()), result.epoch)
         chosen = self.method.report()
         record = RunRecord(
             name=self.name,
@@ -268,7 +279,7 @@ class Run:
             seed=recipe.seed,
             class_counts=splits.class_counts.tolist(),
             class_names=None if splits.class_names is None else list(splits.class_names),
-            result=replace(result, weights=WEIGHTS),
+            result=result,
             raw=raw,
             best=done.best,
             chosen=chosen,
@@ -286,9 +297,11 @@ class Run:
                 recipe=recipe,
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
-                logit_prior=self.method.logit_prior,
+                logit_prior=self.method.result_prior,
                 tag=self.name.partition(".")[2],
             )
+            write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)
+            write_errors(self.folder.path, answers, images, splits.class_names, recipe.data_dir)
             write_record(self.folder.path, record)
             draw_figures(self.folder.path, done.history, record)
             print_report(self.folder.path, record)

@@ -2,6 +2,7 @@
 
 recipe.yaml         every key as it was used            environment.json    versions, hardware, commit
 summary.csv         a row an epoch                      metrics.json        the result, when the run is done
+predictions.csv, confusion.csv, classes.csv, errors.json    the result by image and by class: evaluation/answer_files.py
 model.safetensors   the last epoch's weights            config.json         loads them with timm (local-dir:)
 best.safetensors    the best epoch's weights            last.ckpt, previous.ckpt    to resume from
 figures/            training curves, accuracy by class and by shot group

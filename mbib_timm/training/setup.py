@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
+from mbib_timm.data.class_weights import loss_weights
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
@@ -226,6 +227,9 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         splits: its data.
         size: of the images (C, H, W).
         previous: folder of the stage before.
+
+    Raises:
+        DataError: class weights that do not fit the classes.
     """
     return Facts(
         splits.class_counts,
@@ -236,4 +240,5 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         tuple(recipe.std),
         splits.class_names,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
+        class_weights=loss_weights(recipe.class_weights, splits.class_counts, splits.class_names),
     )

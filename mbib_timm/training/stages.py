@@ -74,7 +74,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
                 recipe=stage,
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
-                logit_prior=method.logit_prior,
+                logit_prior=method.result_prior,
                 tag=previous.name,
             )
 

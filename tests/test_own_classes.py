@@ -1,0 +1,179 @@
+"""Evaluation matches classes by name: other orders, subsets, unknown names, other folders."""
+
+import json
+import unicodedata
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_data import CPU, arrays
+
+from mbib_timm.cli import main
+from mbib_timm.data import match_classes, missing_classes, open_data, open_split
+from mbib_timm.environment import World
+from mbib_timm.errors import DataError
+from mbib_timm.evaluation.target import find_target, open_target
+from mbib_timm.recipe import Recipe
+
+NAMES = ("ant", "bee", "red fox", "Wölfe")
+COLORS = {"ant": (250, 30, 30), "bee": (30, 250, 30), "red fox": (30, 30, 250), "Wölfe": (240, 240, 30)}
+
+
+def split(names, targets):
+    return replace(arrays(len(targets))[0], targets=np.array(targets), class_names=None if names is None else names)
+
+
+# Matching
+
+
+def test_another_order_and_a_subset_get_the_labels_of_training():
+    matched = match_classes("test", split(("Wölfe", "bee"), [0, 1, 1, 0]), NAMES, 4)
+    assert matched.targets.tolist() == [3, 1, 1, 3]
+    assert matched.class_names == NAMES
+    assert missing_classes("test", matched, 4) == (
+        "split 'test' has no images of 2 of the 4 classes, which are not measured: ant, red fox"
+    )
+    whole = match_classes("test", split(NAMES, [0, 1, 2, 3]), NAMES, 4)
+    assert whole.targets.tolist() == [0, 1, 2, 3]
+    assert missing_classes("test", whole, 4) == ""
+
+
+def test_against_a_loop_over_shuffled_names():
+    rng = np.random.RandomState(0)
+    names = tuple(f"class {i}" for i in range(30))
+    for _ in range(10):
+        own = tuple(rng.permutation(names)[: rng.randint(2, 30)].tolist())
+        targets = rng.randint(0, len(own), 50)
+        matched = match_classes("test", split(own, targets), names, 30)
+        assert [names[label] for label in matched.targets] == [own[label] for label in targets]
+
+
+def test_an_unknown_name_is_an_error_that_says_which_and_the_nearest():
+    with pytest.raises(DataError, match=r"has 2 classes that training had not: 'Red Fox' \(did you mean 'red fox'\?\)"):
+        match_classes("test", split(("bee", "Red Fox", "zzzz"), [0, 1, 2]), NAMES, 4)
+
+
+def test_an_unknown_name_without_images_is_none():
+    assert match_classes("test", split(("bee", "eel", "ant"), [0, 2]), NAMES, 4).targets.tolist() == [1, 0]
+
+
+def test_names_that_are_composed_otherwise_are_the_same():
+    decomposed = tuple(unicodedata.normalize("NFD", name) for name in NAMES)
+    assert decomposed != NAMES
+    assert match_classes("test", split(decomposed, [3, 0]), NAMES, 4).targets.tolist() == [3, 0]
+
+
+def test_names_that_stand_for_two_classes_do_not_match():
+    with pytest.raises(DataError, match="training has two classes 'crane'"):
+        match_classes("test", split(("crane", "ant"), [0, 1]), ("crane", "ant", "crane"), 3)
+    same = ("crane", "ant", "crane")
+    assert match_classes("test", split(same, [2, 0]), same, 3).targets.tolist() == [2, 0]
+
+
+def test_without_names_the_numbers_decide():
+    assert match_classes("test", split(None, [3, 0]), NAMES, 4).targets.tolist() == [3, 0]
+    assert match_classes("test", split(NAMES, [3, 0]), None, 4).targets.tolist() == [3, 0]
+    with pytest.raises(DataError, match=r"labels 0\.\.4, training has 4 classes"):
+        match_classes("test", split(None, [4, 0]), NAMES, 4)
+    with pytest.raises(DataError, match="has 4 classes, training had 3, without names to match"):
+        match_classes("test", split(NAMES, [0]), None, 3)
+    with pytest.raises(DataError, match="has no images"):
+        match_classes("test", split(NAMES, []), NAMES, 4)
+
+
+# Folders, and what commands say of them
+
+
+def colored(folder, counts, seed=0):
+    """Class folders of noisy images of a class's colour, 16 x 16."""
+    rng = np.random.RandomState(seed)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(np.array(COLORS[name]) + rng.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on folders of 40, 20, 10 and 1 images, which no class needs more of."""
+    root = tmp_path_factory.mktemp("own")
+    images = colored(root / "images", dict(zip(NAMES, (40, 20, 10, 1), strict=True)))
+    arguments = ["--dataset", "folder", "--data-dir", str(images), "--epochs", "6", "--warmup-epochs", "0"]
+    arguments += ["--batch-size", "16", "--device", "cpu", "--imbalance", "none", "--val-split", "validation"]
+    arguments += ["--workers", "0", "--output", str(root), "--experiment", "run", "--image-cache", "none"]
+    assert main(["train", "cifar_resnet20.ce_digits", *arguments]) == 0
+    return root / "run"
+
+
+def test_training_says_which_classes_its_evaluation_lacks(tmp_path, capsys):
+    images = colored(tmp_path / "images", {"ant": 4, "bee": 4, "Wölfe": 1})
+    data = open_data(Recipe(dataset="folder", data_dir=str(images)))
+    assert set(data.class_names) == {"Wölfe", "ant", "bee"}
+    assert data.notes == (
+        "split 'validation' has no images of 1 of the 3 classes, which are not measured: Wölfe",
+    )  # fmt: skip
+    colored(tmp_path / "split" / "train", {"ant": 2, "bee": 2, "Wölfe": 2})
+    colored(tmp_path / "split" / "val", {"bee": 2, "Wölfe": 1})
+    data = open_data(Recipe(dataset="folder", data_dir=str(tmp_path / "split")))
+    assert sorted(data.class_names[label] for label in data.val.targets) == ["Wölfe", "bee", "bee"]
+    assert "no images of 1 of the 3 classes" in data.notes[0]
+
+
+def validated(run, capsys, *flags):
+    capsys.readouterr()
+    status = main(["validate", str(run), "--device", "cpu", "--workers", "0", *flags])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_other_data_in_another_order_are_matched_by_name_and_evaluated_whole(run, tmp_path, capsys):
+    """Without the ant, label 0 would be the bee's: by number a good model would be wrong everywhere."""
+    other = colored(tmp_path / "other", {"bee": 7, "red fox": 5, "Wölfe": 3}, seed=1)
+    file = tmp_path / "metrics.json"
+    status, out, _ = validated(run, capsys, "--data-dir", str(other), "--results", str(file))
+    assert status == 0
+    assert "evaluating all 15 images there" in out
+    assert "no images of 1 of the 4 classes, which are not measured: ant" in out
+    results = json.loads(file.read_text())
+    prediction = results["heads"]["prediction"]
+    assert results["split"] == "all"
+    assert prediction["images"] == 15
+    opened = open_target(find_target(str(run), overrides={"data_dir": str(other), "device": "cpu"}), World(CPU))
+    names = [opened.class_names[label] for label in opened.images.targets]
+    assert [opened.images.reader.path(i).split("/")[-2] for i in range(15)] == names
+    assert prediction["per_class"][opened.class_names.index("ant")] is None
+    assert prediction["per_class"][opened.class_names.index("bee")] > 80
+    assert prediction["per_class"][opened.class_names.index("red fox")] > 80
+
+
+def test_a_share_and_the_same_data_are_evaluated_as_in_training(run, tmp_path, capsys):
+    other = colored(tmp_path / "other", {"bee": 10, "ant": 5})
+    _, out, _ = validated(run, capsys, "--data-dir", str(other), "--split", "validation")
+    assert "on validation:" in out
+    _, out, _ = validated(run, capsys)
+    assert "on validation:" in out
+    _, out, _ = validated(run, capsys, "--data-dir", str(run.parent / "run" / ".." / "images"))
+    assert "on validation:" in out, "the same folder by another name"
+
+
+def test_splits_of_other_data_are_kept(run, tmp_path, capsys):
+    colored(tmp_path / "other" / "train", {"bee": 2, "ant": 2})
+    colored(tmp_path / "other" / "val", {"bee": 3, "ant": 2})
+    _, out, _ = validated(run, capsys, "--data-dir", str(tmp_path / "other"))
+    assert "on validation:" in out
+    with pytest.raises(DataError, match="holds no split 'all'"):
+        open_split(Recipe(dataset="folder", data_dir=str(tmp_path / "other")), "all")
+
+
+def test_a_renamed_folder_is_an_error(run, tmp_path, capsys):
+    other = colored(tmp_path / "other", {"bee": 2, "ant": 2})
+    (other / "bee").rename(other / "Bees")
+    status, out, err = validated(run, capsys, "--data-dir", str(other))
+    assert status == 2
+    assert out == ""
+    assert err == (
+        "mbib: error: split 'all' has 1 class that training had not: 'Bees' (did you mean 'bee'?)\n"
+    )  # fmt: skip
