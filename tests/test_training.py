@@ -284,7 +284,7 @@ def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     assert [asdict(epoch) for epoch in eight.history[:4]] == start
     assert [epoch.lr for epoch in eight.history[4:]] == [epoch.lr for epoch in whole.history[4:]]
     assert read_record(eight.folder) == eight.record
-    assert (eight.record.epochs, eight.record.result.epoch) == (8, 7)
+    assert (eight.record.epochs, eight.record.result.epoch) == (8, 8)
     assert eight.record.result.heads != four.record.result.heads
     assert not (four.folder / "analysis" / "analysis.json").exists(), "it was of the weights before"
     assert load_recipe(eight.folder / "recipe.yaml").epochs == 8
@@ -314,7 +314,8 @@ def test_an_extension_that_is_interrupted_resumes_bit_identically(tmp_path, monk
         monkeypatch.setattr(run_module, "train_one_epoch", crash)
         with pytest.raises(CrashError):
             train(digits(tmp_path, **keys), "broken")
-        assert not (tmp_path / "broken" / "metrics.json").exists(), "an unfinished run has no results"
+        left = {file.name for file in (tmp_path / "broken").iterdir()}
+        assert not left & {"metrics.json", "predictions.csv", "confusion.csv", "classes.csv"}, "results of before"
     monkeypatch.undo()
     assert same_weights(whole.folder, train(digits(tmp_path, **keys), "broken").folder)
 

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from mbib_timm.data.images import channelwise
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
+from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
-# What `mbib train`, `mbib aggregate` and `mbib analyze` leave of measurements that reports read.
-MEASURED = (RECORD, "aggregation.json", "analysis/analysis.json")
+# What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
+MEASURED = (RECORD, PREDICTIONS, CONFUSION, CLASSES, ERRORS, "aggregation.json", "analysis/analysis.json")
 # Keys that count in epochs: where a run goes on for another number of them, these may differ as well.
 COUNTED_IN_EPOCHS = ("epochs", "warmup_epochs", "decay_milestones", "mixup_off_epochs")
 
