@@ -10,7 +10,7 @@ from PIL import Image
 from small_data import CPU, arrays
 
 from mbib_timm.cli import main
-from mbib_timm.data import match_classes, missing_classes, open_data, open_split
+from mbib_timm.data import match_classes, missing_classes, open_data, open_split, summary
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 from mbib_timm.evaluation.target import find_target, open_target
@@ -112,14 +112,12 @@ def test_training_says_which_classes_its_evaluation_lacks(tmp_path, capsys):
     images = colored(tmp_path / "images", {"ant": 4, "bee": 4, "Wölfe": 1})
     data = open_data(Recipe(dataset="folder", data_dir=str(images)))
     assert set(data.class_names) == {"Wölfe", "ant", "bee"}
-    assert data.notes == (
-        "split 'validation' has no images of 1 of the 3 classes, which are not measured: Wölfe",
-    )  # fmt: skip
+    assert "classes without an evaluation image: 1 (Wölfe)" in summary(data)
     colored(tmp_path / "split" / "train", {"ant": 2, "bee": 2, "Wölfe": 2})
     colored(tmp_path / "split" / "val", {"bee": 2, "Wölfe": 1})
     data = open_data(Recipe(dataset="folder", data_dir=str(tmp_path / "split")))
     assert sorted(data.class_names[label] for label in data.val.targets) == ["Wölfe", "bee", "bee"]
-    assert "no images of 1 of the 3 classes" in data.notes[0]
+    assert "classes without an evaluation image: 1 (ant)" in summary(data)
 
 
 def validated(run, capsys, *flags):
@@ -164,7 +162,7 @@ def test_splits_of_other_data_are_kept(run, tmp_path, capsys):
     colored(tmp_path / "other" / "val", {"bee": 3, "ant": 2})
     _, out, _ = validated(run, capsys, "--data-dir", str(tmp_path / "other"))
     assert "on validation:" in out
-    with pytest.raises(DataError, match="holds no split 'all'"):
+    with pytest.raises(DataError, match="has no split 'all'"):
         open_split(Recipe(dataset="folder", data_dir=str(tmp_path / "other")), "all")
 
 

@@ -414,6 +414,9 @@ class Forbidden:
         self.state["reads"] += 1
         return iter(self.loader)
 
+    def broken_images(self):
+        return self.loader.broken_images()
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"holdout": 0.2, "imbalance": "none"}], ids=["left out", "holdout"])

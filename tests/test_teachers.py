@@ -353,7 +353,7 @@ def test_a_student_is_not_resumed_with_a_teacher_that_has_changed(taught, tmp_pa
         train(recipe, "run")
     monkeypatch.undo()
     shutil.copy(taught[0] / "runs" / "whole" / "model.safetensors", teacher)
-    with pytest.raises(CheckpointError, match="does not fit: the teachers' weights are others"):
+    with pytest.raises(CheckpointError, match="does not fit: the teachers' weights differ from those"):
         train(recipe.replace(resume="auto"), "run")
 
 
