@@ -176,6 +176,14 @@ def test_what_cannot_count_is_named(tmp_path):
         }
 
 
+def test_images_beside_the_folders_of_splits_are_named(tmp_path):
+    entries = [f"{split}/{name}/1.png" for split in ("train", "val") for name in ("ant", "bee")]
+    files = {name: png(1) for name in [*entries, "stray.png", "notes.txt", ".hidden.png"]}
+    for place in (unpacked(tmp_path / "folder", files), write(tmp_path / "x.tar", tar_bytes(files))):
+        split = open_split(folder_recipe(place), "train")
+        assert split.left_out == {"images beside the folders of the splits": ("stray.png",)}
+
+
 @pytest.mark.parametrize("form", ["gif", "tiff", "bmp", "ppm", "jpg"])
 def test_kinds_that_are_read(tmp_path, form):
     content = io.BytesIO()

@@ -57,6 +57,7 @@ ALL = "all"
 # Reasons for which a scan passes something over.
 NOT_READ = "images of kinds that are not read"
 OUTSIDE = "images outside of class folders"
+BESIDE = "images beside the folders of the splits"
 WITHOUT_IMAGES = "class folders without images"
 PACKED = "archives within the folder, which are not opened"
 CIRCLES = "links that lead round in circles"
@@ -484,4 +485,14 @@ def _open(
         raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(places))}{hint}")
     if isinstance(place, Path):
         place = list(_levels(open_archive(place)))[-1] if is_archive(place) else scan_folder(place)
-    return place.read(group_by)
+    opened = place.read(group_by)
+    beside = _beside(root)
+    return replace(opened, left_out={**opened.left_out, BESIDE: beside}) if beside else opened
+
+
+def _beside(root: Path | ImageTree) -> tuple[str, ...]:
+    """Return the images that lie beside folders of splits."""
+    if isinstance(root, ImageTree):
+        return tuple(name for name in root.names if "/" not in root.inside(name))
+    files = sorted(entry.name for entry in root.iterdir() if entry.is_file() and not is_hidden(entry.name))
+    return tuple(name for name in files if os.path.splitext(name)[1].lower() in READ)
