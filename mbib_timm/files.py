@@ -52,6 +52,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
+def check_place(file: Path) -> None:
+    """Raise MbibError where no file can be made: a folder has its name, or a file that of a folder above it."""
+    if file.is_dir():
+        raise MbibError(f"{file} is a folder; expected the name of a file")
+    above = next(folder for folder in file.parents if folder.exists())
+    if not above.is_dir():
+        raise MbibError(f"cannot write {file}: {above} is a file, and no folder")
+
+
 def printable(text: str) -> str:
     """Return text in one line without what a terminal obeys or cannot show, for names that somebody else has given.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import printable
+from mbib_timm.files import check_place, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,8 +106,8 @@ class OutputChoice:
                 if chosen:
                     raise MbibError(f"{flag} needs all images at once; omit --resume")
         for path in (self.file, self.embeddings):
-            if path is not None and path.is_dir():
-                raise MbibError(f"{path} is a folder; expected the name of a file")
+            if path is not None:
+                check_place(path)
         if self.cam is not None and self.cam.exists() and not self.cam.is_dir():
             raise MbibError(f"--cam {self.cam}: expected a folder, and this is a file")
         return format
