@@ -42,10 +42,13 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
         return Recipe(**{"dataset": "folder", "data_dir": target, **overrides})
     if place.suffix.lower() in (*DELIMITED, *PARQUET):
         return Recipe(**{"dataset": "table", "table": target, **overrides})
+    kinds = f"a folder or archive ({', '.join(SUFFIXES)}) of images, a table ({', '.join((*DELIMITED, *PARQUET))})"
+    if place.is_file() and place.suffix.lower() not in (".yaml", ".yml"):
+        raise MbibError(f"{target} is a file of another kind: expected {kinds}, or a recipe")
     try:
         file = find_recipe(target)
     except MbibError as error:
-        raise MbibError(f"{target} is no folder and no archive of images, no table of them, and: {error}") from None
+        raise MbibError(f"there is no {target}: expected {kinds}, or a recipe; {error}") from None
     return load_recipe(file, overrides)
 
 
