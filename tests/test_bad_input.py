@@ -100,6 +100,11 @@ def one_class(root):
     return "data"
 
 
+def folder_around(root):
+    unpacked(root / "data", {f"photos/{name}/{i}.png": png(i) for name in ("ant", "bee") for i in range(3)})
+    return "data"
+
+
 def only_hidden(root):
     unpacked(root / "data", {".cache/ant/1.png": png(1), "__MACOSX/bee/._1.png": png(1), "ant/.DS_Store": b"x"})
     return "data"
@@ -193,7 +198,8 @@ PLACES = {
     "missing": (lambda root: "gone", "gone"),
     "empty": (empty, "^data is empty; expected a folder"),
     "a file": (a_file, r"notes\.txt"),
-    "one class": (one_class, r"data holds 1 class \(ant\); .* give --data-dir data/ant"),
+    "one class": (one_class, r"data holds 1 class \(ant\); a classifier needs two or more$"),
+    "a folder around the classes": (folder_around, r"data holds 1 class \(photos\); .* give --data-dir data/photos"),
     "only hidden": (only_hidden, "no images in class folders under data"),
     "without classes": (without_classes, "no images in class folders under data.*images outside of class folders: 3"),
     "kinds that are not read": (kinds_not_read, r"kinds that are not read: 2 \(ant/1\.HEIC, bee/2\.nef\)"),
@@ -232,6 +238,11 @@ CASES = {
         with_file("map.txt", "ant\n", listed(IMAGES, "--class-map", "map.txt")),
         "label 1 has no name",
     ),
+    "list: class map not UTF-8": (
+        with_file("map.txt", b"\xe4\n\xe4\n", listed(IMAGES, "--class-map", "map.txt")),
+        r"class map map\.txt is no text file in UTF-8",
+    ),
+    "list: long name": (listed(f"{'x' * 300}.png 0\n"), r"File name too long: images/x{300}\.png"),
     # Tables
     "table: empty": (table(""), r"t\.csv is empty"),
     "table: no rows": (table("path,label\n"), r"t\.csv lists no images"),
@@ -266,6 +277,10 @@ CASES = {
         r"t\.parquet: Parquet needs pyarrow: pip install 'mbib-timm\[table\]'",
     ),
     "data: output": (lambda root, run: look("images", "--csv", "gone/out.csv"), r"gone/out\.csv.*gone"),
+    "table: long header": (table("y" * 200_000 + ",ant\n"), r"t\.csv: the first line names no columns"),
+    "table: long field": (table("path,label\n" + "y" * 200_000 + ",ant\n"), r"t\.csv, line 2: field larger"),
+    "data: output is a folder": (lambda root, run: look("images", "--csv", "images"), "images is a folder"),
+    "data: an image": (lambda root, run: look("images/ant/0.png"), r"ant/0\.png is a file of another kind"),
     "data: figure": (lambda root, run: look("images", "--figure", "x.gif"), r"--figure x\.gif.*\.png"),
     # Groups
     "groups: level": (folder("--group-by", "folder:0"), "'group_by'.*folder:N with N from 1.*'folder:0'"),
@@ -287,6 +302,8 @@ CASES = {
     "weights: class left out": (weights("ant,1\nbee,2\ncat,3\n"), r"weights\.csv: no weight for 'dog'"),
     "weights: unknown class": (weights("ant,1\nbee,2\ncat,3\ndogs,4\n"), r"weights\.csv.*'dogs'; did you mean 'dog'"),
     "weights: negative": (weights("ant,1\nbee,-2\ncat,3\ndog,4\n"), r"weights\.csv: class 'bee'.*above 0, got '-2'"),
+    "weights: not UTF-8": (weights(b"\xe4,1\n"), r"class weights weights\.csv: no text file in UTF-8"),
+    "weights: nested": (weights("ant: {a: 1}\n", "w.yaml"), r"class weights w\.yaml: class 'ant': expected a number"),
     "weights: method": (
         with_file("w.yaml", "ant: 1\n", folder("--class-weights", "w.yaml", "--method", "paco")),
         "'class_weights': method 'paco'",
@@ -315,6 +332,8 @@ CASES = {
     "prior: class twice": (prior(SHARES + "7,2\n"), r"prior\.csv, line 11: class '7' stands there twice"),
     "prior: length": (prior("1 2 3\n", "prior.txt"), r"prior\.txt has 3 numbers, the model 10 classes"),
     "prior: not UTF-8": (prior(b"\xe4,1\n"), r"prior\.csv is no text file in UTF-8"),
+    "prior: long field": (prior("a" * 200_000 + ",1\n"), r"prior\.csv: field larger than .*; expected"),
+    "prior: JSON": (prior("{", "p.json"), r"p\.json: .*; expected a number for each class"),
     "prior: words": (prior("many foxes\n", "prior.yaml"), r"prior\.yaml: expected a number for each class"),
     "prior: estimate and resume": (
         predict("--prior", "estimate", "--resume", "--output", "x.csv"),
@@ -338,7 +357,7 @@ CASES = {
     "predict: output is a folder": (predict("--output", "images"), "images is a folder"),
     "predict: file above the output": (
         with_file("notes.txt", "", predict("--output", "notes.txt/out.csv")),
-        r"cannot write notes\.txt/out\.csv: notes\.txt is a file",
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
     ),
     "predict: probabilities in a table": (predict("--probabilities"), "--probabilities needs --format"),
     "predict: parquet to the terminal": (predict("--format", "parquet"), "--format parquet needs --output"),
@@ -347,6 +366,26 @@ CASES = {
     "predict: resume another file": (
         with_file("out.csv", "a,b\n1,2\n", predict("--resume", "--output", "out.csv")),
         r"--resume: out\.csv does not hold predictions",
+    ),
+    "predict: resume other lines": (
+        with_file("o.jsonl", "[1]\n", predict("--resume", "--output", "o.jsonl")),
+        r"--resume: o\.jsonl does not hold predictions",
+    ),
+    "predict: resume another model's": (
+        with_file(
+            "o.csv",
+            "image,label,predicted,probability,class_1,probability_1,error\nx.png,,fox,0.9,fox,0.9,\n",
+            predict("--resume", "--output", "o.csv", "--top-k", "1"),
+        ),
+        r"--resume: o\.csv does not hold .*\(the model has no class 'fox'\); remove it first",
+    ),
+    "predict: one file for two": (
+        predict("--output", "x.parquet", "--embeddings", "x.parquet"),
+        r"--output and --embeddings are both x\.parquet",
+    ),
+    "predict: damaged weights": (
+        lambda root, run: ["predict", damaged(root, run, "model.safetensors"), "images"],
+        "cannot load local-dir:runs/copy",
     ),
     "predict: threshold": (predict("--threshold", "1.5"), r"--threshold.*from 0 to 1, got '1\.5'"),
     "predict: head": (predict("--head", "y"), "'y'.*'v1'|'y'.*prediction"),
@@ -363,7 +402,7 @@ CASES = {
     "validate: results": (of_model("validate", "--results", "m.csv"), r"--results m\.csv: expected .*JSON"),
     "validate: file above the results": (
         with_file("notes.txt", "", of_model("validate", "--results", "notes.txt/m.json")),
-        r"cannot write notes\.txt/m\.json: notes\.txt is a file",
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
     ),
     "validate: data": (of_model("validate", "--dataset", "folder", "--data-dir", "gone"), "data_dir gone"),
     "validate: split": (of_model("validate", "--split", "dev"), "'dev'"),
@@ -381,18 +420,30 @@ CASES = {
     ),
     "export: file above the output": (
         with_file("notes.txt", "", of_model("export", "--format", "torch-export", "--output", "notes.txt/x.pt2")),
-        r"cannot write notes\.txt/x\.pt2: notes\.txt is a file",
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
     ),
     "publish: missing": (lambda root, run: ["publish", "gone", "--repo-id", "a/b"], "there is no folder gone"),
     "publish: unfinished": (
         lambda root, run: ["publish", unfinished(root, run), "--repo-id", "a/b"],
         r"runs/copy has no metrics\.json: the run is not finished",
     ),
+    "publish: damaged config": (
+        lambda root, run: ["publish", damaged(root, run, "config.json"), "--repo-id", "a/b", "--dry-run"],
+        r"runs/copy/config\.json is damaged",
+    ),
+    "publish: damaged weights": (
+        lambda root, run: ["publish", damaged(root, run, "model.safetensors"), "--repo-id", "a/b", "--dry-run"],
+        r"runs/copy/model\.safetensors is damaged",
+    ),
     "publish: licence": (of_model("publish", "--repo-id", "a/b", "--license", "apache"), "'apache'.*'apache-2.0'"),
     "publish: repository": (of_model("publish", "--repo-id", "a b/c"), "--repo-id a b/c"),
     "report: missing": (lambda root, run: ["report", "gone", "-o", "out/r.html"], "there is no gone"),
     "report: unfinished": (lambda root, run: ["report", "images", "-o", "out/r.html"], "images.*not a finished run"),
     "report: suffix": (of_model("report", "-o", "r.pdf"), r"--output r\.pdf.*HTML"),
+    "report: output is a folder": (
+        with_file("r.html/x", "", of_model("report", "-o", "r.html")),
+        r"r\.html is a folder",
+    ),
     "report: damaged": (
         with_file("run/metrics.json", "{", lambda root, run: ["report", "run", "-o", "r.html"]),
         r"run/metrics\.json",
@@ -409,6 +460,14 @@ CASES = {
     "train: another recipe": (
         lambda root, run: ["train", *places_of(root, run), "--resume", "auto", "--epochs", "3", "--lr", "0.7"],
         r"holds a run of another recipe: lr \(.* 0\.7 asked for\)",
+    ),
+    "train: damaged checkpoints": (
+        lambda root, run: ["train", *with_damaged_checkpoints(root, run), "--resume", "auto", "--epochs", "4"],
+        r"runs/copy/\w+\.ckpt is truncated or not a checkpoint",
+    ),
+    "train: a folder for a recipe": (
+        lambda root, run: ["train", "images"],
+        "images is a folder, and no recipe; .* --dataset folder --data-dir images",
     ),
     "train: nothing to resume": (folder("--resume", "gone"), "nothing to resume at gone"),
     "train: output is a file": (
@@ -435,6 +494,21 @@ def unfinished(root, run):
     places_of(root, run)
     (root / "runs" / "copy" / "metrics.json").unlink()
     return "runs/copy"
+
+
+def damaged(root, run, name):
+    """Make a copy of the run of which one file is damaged."""
+    places_of(root, run)
+    write(root / "runs" / "copy" / name, b"{")
+    return "runs/copy"
+
+
+def with_damaged_checkpoints(root, run):
+    """Make a copy of the run whose checkpoints are damaged, and return how to train there."""
+    arguments = places_of(root, run)
+    for file in (root / "runs" / "copy").glob("*.ckpt"):
+        file.write_bytes(b"abc")
+    return arguments
 
 
 def contents(folder):

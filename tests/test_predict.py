@@ -488,7 +488,7 @@ def test_choices_that_cannot_be(flags, message, capsys, monkeypatch, request):
 def test_a_file_in_the_place_of_a_folder(finished_run, photos, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert write(finished_run, [photos], tmp_path / "file" / "out.csv") == 2
-    assert "file is a file, and no folder" in capsys.readouterr().err
+    assert "cannot make the folder" in capsys.readouterr().err
 
 
 def test_parquet_files_are_whole_or_not_there(finished_run, photos, tmp_path, monkeypatch):

@@ -239,7 +239,10 @@ def _csv(file: Path, wanted: set[str]) -> Columns:
         return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
 
     # Whichever separates the columns that are wanted, or else the most.
-    separator = max(SEPARATORS, key=lambda each: (wanted <= {*columns(each)}, len(columns(each))))
+    try:
+        separator = max(SEPARATORS, key=lambda each: (wanted <= {*columns(each)}, len(columns(each))))
+    except csv.Error as error:
+        raise DataError(f"{file}: the first line names no columns: {error}") from None
     return columns(separator), partial(_csv_rows, file, text, separator)
 
 

@@ -399,13 +399,15 @@ def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> S
 
 
 def _read_class_names(path: str | None) -> tuple[str, ...] | None:
-    """Read class names, one per line in label order. Raises DataError for a file that is not there."""
+    """Read class names, one per line in label order. Raises DataError for a file that is not there, or no text."""
     if path is None:
         return None
     try:
         return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except OSError as error:
         raise DataError(f"cannot read the class map {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"class map {path} is no text file in UTF-8; expected a class name per line") from None
 
 
 def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Path]:

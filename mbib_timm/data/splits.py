@@ -105,8 +105,9 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
     if train.class_names is not None and in_data < 2:
         place, names = recipe.table or recipe.data_dir or recipe.dataset, ", ".join(train.class_names)
         hint = ""
-        if recipe.dataset == "folder" and Path(place, names).is_dir():
-            hint = f"; if the folders in {names!r} are the classes, give --data-dir {Path(place, names)}"
+        inner = Path(place, names)
+        if recipe.dataset == "folder" and inner.is_dir() and any(entry.is_dir() for entry in inner.iterdir()):
+            hint = f"; if the folders in {names!r} are the classes, give --data-dir {inner}"
         raise DataError(f"{place} holds {in_data} class ({names}); a classifier needs two or more{hint}")
     if recipe.num_classes is not None and recipe.num_classes != in_data:
         raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")

@@ -233,7 +233,10 @@ def _parse(file: Path, text: str) -> Mapping[str, str] | Sequence[str]:
 
 
 def _parse_csv(file: Path, text: str) -> dict[str, str]:
-    rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if any(row)]
+    try:
+        rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if any(row)]
+    except csv.Error as error:
+        raise DataError(f"{file}: {error}; {EXPECTED}") from None
     if not rows:
         raise DataError(f"{file}: {EXPECTED}")
     header = [cell.strip().lower() for cell in rows[0][1]]

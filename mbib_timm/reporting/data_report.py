@@ -15,7 +15,7 @@ from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.drawing import GROUP_COLORS, canvas, render
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import printable, write_bytes
+from mbib_timm.files import check_place, printable, write_bytes
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
@@ -82,6 +82,8 @@ def data_report(
     for file in (csv_file, figure, split_file):
         if file is not None and not file.parent.is_dir():
             raise MbibError(f"cannot write {file}: there is no folder {file.parent}")
+        if file is not None:
+            check_place(file)
     splits = open_data(recipe)
     names = list(splits.class_names or map(str, range(splits.num_classes)))
     parts = [(recipe.train_split, splits.train), (recipe.val_split, splits.val)]
