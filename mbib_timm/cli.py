@@ -602,8 +602,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # A full or closed disk is no bug; other system errors keep their traceback.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        # A full or closed disk, or a name that no disk takes, is no bug; other system errors keep their traceback.
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+        if error.errno not in known:
             raise
         print(f"mbib: error: {error.strerror}: {error.filename or 'the output folder'}", file=sys.stderr)
         return 2

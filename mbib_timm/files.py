@@ -52,6 +52,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
+def check_place(file: Path) -> None:
+    """Raise MbibError where no file can be made: a folder has its name, or a file that of a folder above it."""
+    if file.is_dir():
+        raise MbibError(f"{file} is a folder; expected the name of a file")
+    check_folder(file.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise MbibError where a folder cannot be made, for a file has its name or that of a folder above it."""
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not above.is_dir():
+        raise MbibError(f"cannot make the folder {folder}: {above} is a file")
+
+
 def printable(text: str) -> str:
     """Return text in one line without what a terminal obeys or cannot show, for names that somebody else has given.
 

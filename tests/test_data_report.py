@@ -125,11 +125,14 @@ def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["./nowhere"], "./nowhere is no folder and no archive of images, no table of them, and: unknown recipe"),
-        (["digitz"], "and: unknown recipe 'digitz'"),
+        (
+            ["./nowhere"],
+            "there is no ./nowhere: expected a folder or archive (.tar, .tar.gz, .tgz) of images, a table",
+        ),
+        (["digitz"], "or a recipe; unknown recipe 'digitz'"),
         (["PHOTOS", "--figure", "x.jpg"], "--figure x.jpg: expected a name that ends in .png, .pdf, .svg"),
         (["PHOTOS", "--csv", "nowhere/x.csv"], "cannot write nowhere/x.csv: there is no folder nowhere"),
-        (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1\n  "),
+        (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1; --broken skip leaves them out\n  "),
         (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image under"),
         (["PHOTOS", "--lr", "3"], "unknown flag of mbib data '--lr'"),
         (["mbib_resnet20.digits", "--write-split", "x.csv"], "the images of dataset digits are not in files"),

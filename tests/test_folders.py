@@ -275,7 +275,7 @@ def test_a_damaged_tar_and_a_file_that_is_no_tar(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*train\.tar"):
         open_data(folder_recipe(tmp_path / "train.tar"))
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(DataError, match=r"no images in class folders under .*notes\.txt"):
+    with pytest.raises(DataError, match=r"notes\.txt is no folder, and no archive that is read"):
         open_data(folder_recipe(tmp_path / "notes.txt"))
 
 
@@ -504,7 +504,7 @@ def sparse():
         (tar_bytes(CLASS_TARS | {"train/bee.tar": CLASS_TARS["train/bee.tar"][:700]}), "1 members of train/bee.tar"),
         (tar_bytes({"ant/notes.txt": b"no image"}), r"looked for \.bmp, .*\.webp\)"),
         (tar_bytes({}), r"no images in class folders under \S+x\.tar "),
-        (tar_bytes({"ant/1.png": png(1)}), r"holds 1 class folder, .*\(ant\)"),
+        (tar_bytes({"ant/1.png": png(1)}), r"holds 1 class \(ant\)"),
         (tar_bytes({f"train/{name}": image for name, image in CLASSES.items()}), "no split 'validation'; it has tr"),
     ],
 )

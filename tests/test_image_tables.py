@@ -135,8 +135,8 @@ def test_parquet(images):
         ("", r"t\.csv is empty; expected a first line that names its columns"),
         ("path,label\n", "lists no images"),
         ("path,label\nBär/0.png,\n", "lists no image with a class"),
-        ("file,label\nBär/0.png,Bär\n", r"unknown column of .*t\.csv 'path'.*; --path-column names another"),
-        ("path,class\nBär/0.png,Bär\n", r"'label'.*; --label-column names another"),
+        ("file,label\nBär/0.png,Bär\n", r"unknown column of .*t\.csv 'path'.* Another one is named by --path-column"),
+        ("path,class\nBär/0.png,Bär\n", r"'label'.* Another one is named by --label-column"),
         ("path,path,label\na,b,c\n", "has 2 columns 'path'"),
         (
             "path,label\nBär/0.png,Bär\n\nBär/1.png,Bär,more\n",
@@ -170,7 +170,7 @@ def test_more_that_is_no_table(images, tmp_path):
         open_data(recipe(images / "t.xlsx"))
     with pytest.raises(DataError, match=r"recipe key 'table': no file .*gone\.csv"):
         open_data(recipe(images / "gone.csv"))
-    with pytest.raises(DataError, match=r"data_dir .*gone is no folder and no archive"):
+    with pytest.raises(DataError, match=r"data_dir .*gone is no folder, and no archive that is read"):
         open_data(recipe(file, data_dir=str(tmp_path / "gone")))
 
 

@@ -165,7 +165,10 @@ def test_unreadable_images_are_found_before_the_split(folder, seed):
     assert [line.partition(": ")[0] for line in unreadable] == [
         str(folder / name) for name in ("bee/1.png", "dog/0.png")
     ]
-    with pytest.raises(DataError, match=r"^images that cannot be read: 2\n  .*bee/1\.png: .*\n  .*dog/0\.png: .*$"):
+    with pytest.raises(
+        DataError,
+        match=r"^images that cannot be read: 2; --broken skip leaves them out\n  .*bee/1\.png: .*\n  .*dog/0\.png: .*$",
+    ):
         open_data(settings.replace(broken="stop"))
     assert len(open_data(settings).train) + len(open_data(settings).val) == 21
 

@@ -241,7 +241,7 @@ def test_a_class_map_says_how_many_classes_there_are(tmp_path):
     with pytest.raises(DataError, match="no training images of class cat"):
         open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
     (tmp_path / "names.txt").write_text("ant\n")
-    with pytest.raises(DataError, match="label 1 has no name: the class map names 1 classes"):
+    with pytest.raises(DataError, match=r"label 1 has no name: class map .* names classes 0\.\.0"):
         open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
 
 

@@ -67,7 +67,9 @@ def _in_order(given: Mapping[str, Any], names: Sequence[str], file: str) -> np.n
             raise DataError(f"class weights {file}: class {name!r}: expected a number above 0, got {text!r}")
     if missing := [name for name in names if name not in weights]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(f"class weights {file}: no weight for {', '.join(map(repr, missing[:5]))}{more}")
+        raise DataError(
+            f"class weights {file}: no weight for {', '.join(map(repr, missing[:5]))}{more}; every class needs one"
+        )
     return np.array([weights[name] for name in names])
 
 
@@ -80,6 +82,8 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(text) if file.suffix.lower() == ".json" else yaml.load(text, Loader=yaml.BaseLoader)
     except OSError as error:
         raise DataError(f"cannot read class weights {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"class weights {file}: no text file in UTF-8; save it as 'CSV UTF-8'") from None
     except (ValueError, yaml.YAMLError, csv.Error) as error:
         raise DataError(f"class weights {file}: {first_line(error)}") from None
     if not isinstance(content, Mapping):

@@ -331,7 +331,7 @@ def open_archive(path: Path) -> ImageTree:
             return _tree(path, _members(contents, end), archive=True, tar=tar)
     # tarfile lets ValueError and OverflowError of the numbers in a damaged header pass.
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
-        raise DataError(f"cannot read {path}: {first_line(error)}") from None
+        raise DataError(f"cannot read {path} as a tar archive: {first_line(error)}") from None
 
 
 def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
@@ -400,11 +400,11 @@ def open_folder(
     known = {name.casefold() for name in (*SPLIT_NAMES, *split_names)} - {ALL}
     if path.is_dir():
         if not any(path.iterdir()):
-            raise DataError(f"{path} is empty")
+            raise DataError(f"{path} is empty; expected a folder of images for each class")
         places = _split_folders(path, known)
         return scan_folder(path).read(group_by) if places is None else partial(_open, path, places, known, group_by)
     if not is_archive(path):
-        raise DataError(f"no images in class folders under {path} (archives are {', '.join(SUFFIXES)})")
+        raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}); unpack it")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
             return partial(_open, tree, {name: tree.folder(name) for name in tree.tops}, known, group_by)

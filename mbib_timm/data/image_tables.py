@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.folders import SYNONYMS, ImageTree, class_order, is_archive, open_archive
+from mbib_timm.data.folders import SUFFIXES, SYNONYMS, ImageTree, class_order, is_archive, open_archive
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import PathReader, Split
 from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
@@ -96,7 +96,10 @@ def _rows_of(file: Path, by_split: dict[str, list[Row]], opened: Callable[[Seque
     names = (split.casefold(), *SYNONYMS.get(split.casefold(), ()))
     rows = next((by_split[name] for name in names if name in by_split), None)
     if rows is None:
-        raise DataError(f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}")
+        raise DataError(
+            f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}, which are named by "
+            "--train-split and --val-split"
+        )
     return opened(rows)
 
 
@@ -138,7 +141,7 @@ def _locate(recipe: Recipe) -> tuple[Path, Path]:
     assert recipe.table is not None  # the recipe is checked
     root = None if recipe.data_dir is None else Path(recipe.data_dir)
     if root is not None and not (root.is_dir() or is_archive(root)):
-        raise DataError(f"data_dir {root} is no folder and no archive")
+        raise DataError(f"data_dir {root} is no folder, and no archive that is read ({', '.join(SUFFIXES)})")
     for candidate in (Path(recipe.table), *([] if root is None else [root / recipe.table])):
         if candidate.is_file():
             return candidate, root or candidate.parent
@@ -196,13 +199,19 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
     elif suffix in DELIMITED:
         names, rows = _csv(file, set(wanted.values()))
     else:
-        raise DataError(f"{file}: expected a table whose name ends in {', '.join((*DELIMITED, *PARQUET))}")
+        raise DataError(
+            f"{file}: expected a table whose name ends in {', '.join((*DELIMITED, *PARQUET))}; save a spreadsheet as "
+            "'CSV UTF-8'"
+        )
     if not names:
         raise DataError(f"{file} is empty; expected a first line that names its columns, such as path,label")
     wanted = {**wanted, **{what: name for what, name in optional.items() if name in names}}
     for what, name in wanted.items():
         if name not in names:
-            raise MbibError(f"{unknown_name(f'column of {file}', name, names)}; --{what}-column names another")
+            hint = f"Another one is named by --{what}-column"
+            if len(names) == 1:
+                hint += "; commas, semicolons or tabs separate columns"
+            raise MbibError(f"{unknown_name(f'column of {file}', name, names)} {hint}")
         if names.count(name) > 1:
             raise DataError(f"{file} has {names.count(name)} columns {name!r}")
     for where, values in rows(list(wanted.values())):
@@ -230,7 +239,10 @@ def _csv(file: Path, wanted: set[str]) -> Columns:
         return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
 
     # Whichever separates the columns that are wanted, or else the most.
-    separator = max(SEPARATORS, key=lambda each: (wanted <= {*columns(each)}, len(columns(each))))
+    try:
+        separator = max(SEPARATORS, key=lambda each: (wanted <= {*columns(each)}, len(columns(each))))
+    except csv.Error as error:
+        raise DataError(f"{file}: the first line names no columns: {error}") from None
     return columns(separator), partial(_csv_rows, file, text, separator)
 
 
@@ -254,7 +266,7 @@ def _csv_rows(file: Path, text: str, separator: str, columns: list[str]) -> Iter
                 )
             yield where, [values[place] for place in places]
     except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: {error}") from None
+        raise DataError(f"{file}, line {reader.line_num}: {error}; see whether quotes are closed") from None
 
 
 def _parquet(file: Path) -> Columns:

@@ -40,7 +40,8 @@ def count_classes(targets: np.ndarray, num_classes: int, class_names: Sequence[s
         empty = np.setdiff1d(np.arange(len(present) + min(missing, 5)), present)[:5]
         names = [class_names[i] if class_names is not None else str(i) for i in empty]
         more = f" and {missing - len(names)} more" if missing > len(names) else ""
-        raise DataError(f"no training images of class {', '.join(names)}{more}")
+        rule = "labels count from 0 without gaps" if class_names is None else "every class needs one"
+        raise DataError(f"no training images of class {', '.join(names)}{more}; {rule}")
     return np.bincount(targets, minlength=num_classes)
 
 

@@ -74,12 +74,18 @@ class Source:
         recipe, whole = self.recipe, self._whole
         generator = np.random.RandomState(recipe.subset_seed)
         if whole.groups is None:
-            return hold_out(whole.targets, recipe.val_fraction, generator)
+            held_out = hold_out(whole.targets, recipe.val_fraction, generator)
+            if not held_out.any() and whole.targets.max() > 0:  # a single class is an error of its own
+                raise DataError(
+                    f"{recipe.table or recipe.data_dir}: every class has one image, which training needs, and none can "
+                    "be held out for evaluation; add images, or make splits train and val"
+                )
+            return held_out
         held_out = hold_out_groups(whole.targets, whole.groups, recipe.val_fraction, generator)
         if not held_out.any():
             raise DataError(
                 f"recipe key 'group_by': with {recipe.group_by} nothing can be held out, for every group holds a class "
-                "that no other group has"
+                "that no other group has; make the groups smaller"
             )
         return held_out
 
@@ -124,14 +130,18 @@ def usable(splits: Sequence[Split], recipe: Recipe) -> list[Split]:
     found = [unreadable(split, recipe.workers) for split in splits]
     if recipe.broken == "stop" and any(found):
         named = [f"{split.path(i)}: {why}" for split, bad in zip(splits, found, strict=True) for i, why in bad.items()]
-        raise DataError("\n  ".join([f"{UNREADABLE}: {len(named):,}", *map(printable, named)]))
+        first = f"{UNREADABLE}: {len(named):,}; --broken skip leaves them out"
+        raise DataError("\n  ".join([first, *map(printable, named)]))
     return [without(split, bad) for split, bad in zip(splits, found, strict=True)]
 
 
 def without(split: Split, bad: Mapping[int, str]) -> Split:
-    """Return a split without the images at some places, of which it is known why."""
+    """Return a split without the images at some places, of which it is known why. Raises DataError if none is left."""
     if not bad:
         return split
+    if len(bad) == len(split):
+        place, why = next(iter(bad.items()))
+        raise DataError(f"none of the {len(split):,} images can be read; the first is {split.path(place)}: {why}")
     kept = split.subset(np.setdiff1d(np.arange(len(split)), list(bad)))
     left_out = {**split.left_out, UNREADABLE: tuple(f"{split.path(place)}: {why}" for place, why in bad.items())}
     if split.class_names is None:
@@ -329,9 +339,9 @@ def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: 
                 names.append(name)
                 labels.append(label)
     except UnicodeDecodeError:
-        raise DataError(f"{file} is not a text file of lines '<relative path> <label>'") from None
+        raise DataError(f"{file} is not a text file in UTF-8 of lines '<relative path> <label>'") from None
     if not names:
-        raise DataError(f"{file} lists no images")
+        raise DataError(f"{file} lists no images; expected lines '<relative path> <label>'")
     _require_images(reader := ListedReader(root, names), file)
     return Split(reader, np.array(labels, dtype=np.int64), class_names=_read_class_names(class_map))
 
@@ -347,7 +357,9 @@ def _parse_line(line: str, where: str) -> tuple[str, int]:
     try:
         number = int(label)
     except ValueError:
-        raise DataError(f"{where}: label {label!r} is not an integer") from None
+        raise DataError(
+            f"{where}: label {label!r} is not an integer; a CSV has classes by name (--dataset table)"
+        ) from None
     if not 0 <= number < 2**31:
         raise DataError(f"{where}: label {label} is {'negative' if number < 0 else 'too large'}")
     return name, number
@@ -387,13 +399,15 @@ def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> S
 
 
 def _read_class_names(path: str | None) -> tuple[str, ...] | None:
-    """Read class names, one per line in label order. Raises DataError for a file that is not there."""
+    """Read class names, one per line in label order. Raises DataError for a file that is not there, or no text."""
     if path is None:
         return None
     try:
         return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except OSError as error:
         raise DataError(f"cannot read the class map {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"class map {path} is no text file in UTF-8; expected a class name per line") from None
 
 
 def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Path]:

@@ -4,6 +4,7 @@ import difflib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -100,13 +101,14 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
     highest = int(train.targets.max()) + 1
     in_data = len(train.class_names) if train.class_names is not None else highest
     if highest > in_data:
-        raise DataError(f"label {highest - 1} has no name: the class map names {in_data} classes")
+        raise DataError(f"label {highest - 1} has no name: class map {recipe.class_map} names classes 0..{in_data - 1}")
     if train.class_names is not None and in_data < 2:
-        kind = " folder, as the first below data_dir are," if recipe.dataset == "folder" else ""
-        raise DataError(
-            f"{recipe.table or recipe.data_dir or recipe.dataset} holds {in_data} class{kind} "
-            f"({', '.join(train.class_names)}); a classifier needs two or more"
-        )
+        place, names = recipe.table or recipe.data_dir or recipe.dataset, ", ".join(train.class_names)
+        hint = ""
+        inner = Path(place, names)
+        if recipe.dataset == "folder" and inner.is_dir() and any(entry.is_dir() for entry in inner.iterdir()):
+            hint = f"; if the folders in {names!r} are the classes, give --data-dir {inner}"
+        raise DataError(f"{place} holds {in_data} class ({names}); a classifier needs two or more{hint}")
     if recipe.num_classes is not None and recipe.num_classes != in_data:
         raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")
     return in_data
@@ -183,6 +185,9 @@ def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequen
     if unknown := [each for each in given.values() if each not in labels]:
         listed = ", ".join(f"{each!r}{_nearest(each, known)}" for each in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        if not any(_nearest(each, known) for each in unknown):
+            others = f" and {len(known) - 5} more" if len(known) > 5 else ""
+            more += f"; it had {', '.join(map(repr, known[:5]))}{others}"
         raise DataError(
             f"split {name!r} has {len(unknown)} class{'es' * (len(unknown) > 1)} that training had not: {listed}{more}"
         )

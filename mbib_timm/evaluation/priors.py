@@ -182,12 +182,15 @@ def read_prior(path: str | Path, names: Sequence[str]) -> np.ndarray:
     except OSError as error:
         raise DataError(f"cannot read the prior {file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"{file} is no text file in UTF-8") from None
+        raise DataError(f"{file} is no text file in UTF-8; save it as 'CSV UTF-8'") from None
     content = _parse(file, text)
     if isinstance(content, Mapping):
         values = _by_name(file, content, names)
     elif len(content) != len(names):
-        raise DataError(f"{file} has {len(content)} numbers, the model {len(names)} classes")
+        raise DataError(
+            f"{file} has {len(content)} numbers, the model {len(names)} classes; give a number for each, or numbers by "
+            "class name"
+        )
     else:
         values = [_number(file, f"class {name}", given) for name, given in zip(names, content, strict=True)]
     if sum(values) == 0:
@@ -230,7 +233,10 @@ def _parse(file: Path, text: str) -> Mapping[str, str] | Sequence[str]:
 
 
 def _parse_csv(file: Path, text: str) -> dict[str, str]:
-    rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if any(row)]
+    try:
+        rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if any(row)]
+    except csv.Error as error:
+        raise DataError(f"{file}: {error}; {EXPECTED}") from None
     if not rows:
         raise DataError(f"{file}: {EXPECTED}")
     header = [cell.strip().lower() for cell in rows[0][1]]

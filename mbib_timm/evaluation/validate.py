@@ -22,7 +22,7 @@ from mbib_timm.evaluation.priors import (
     wanted_shares,
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import printable, to_json, write_bytes
+from mbib_timm.files import check_place, printable, to_json, write_bytes
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.tables import accuracy_table
 
@@ -161,3 +161,4 @@ def _probabilities(opened: OpenTarget, channels_last: bool) -> np.ndarray:
 def _check(results_file: Path) -> None:
     if results_file.suffix != ".json" or results_file.is_dir():
         raise MbibError(f"--results {results_file}: expected the name of a JSON file, such as results/metrics.json")
+    check_place(results_file)

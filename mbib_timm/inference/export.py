@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import mbib_timm
 from mbib_timm.data.images import pil_mode
 from mbib_timm.errors import MbibError
+from mbib_timm.files import check_place
 from mbib_timm.licences import check_licence
 from mbib_timm.models.weights import LoadedModel, load_model
 from mbib_timm.registry import Registry
@@ -125,14 +126,16 @@ def export(
         The file.
 
     Raises:
-        MbibError: an unknown format or licence, a package that is missing, or an output that differs.
+        MbibError: an unknown format or licence, a file that cannot be written, a package that is missing, or an output
+            that differs.
     """
     kind = FORMATS[format]
     license = None if license is None else check_licence(license)
-    model = load_model(target)
-    described = describe(model, softmax, license)
     name = target.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace("@", "-")
     file = output or Path(f"{name}{kind.suffix}")
+    check_place(file)
+    model = load_model(target)
+    described = describe(model, softmax, license)
     module = for_inference(model.module)
     module = WithSoftmax(module).eval() if softmax else module
     size = described.input_size

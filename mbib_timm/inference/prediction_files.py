@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import printable
+from mbib_timm.files import check_folder, check_place, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,10 +106,14 @@ class OutputChoice:
                 if chosen:
                     raise MbibError(f"{flag} needs all images at once; omit --resume")
         for path in (self.file, self.embeddings):
-            if path is not None and path.is_dir():
-                raise MbibError(f"{path} is a folder; expected the name of a file")
+            if path is not None:
+                check_place(path)
         if self.cam is not None and self.cam.exists() and not self.cam.is_dir():
             raise MbibError(f"--cam {self.cam}: expected a folder, and this is a file")
+        if self.cam is not None:
+            check_folder(self.cam)
+        if self.file is not None and self.file == self.embeddings:
+            raise MbibError(f"--output and --embeddings are both {self.file}; give them a file each")
         return format
 
 
@@ -450,8 +454,12 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        return _read_csv(whole, columns) if format == "csv" else _read_jsonl(whole, columns)
-    except (ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+        found = _read_csv(whole, columns) if format == "csv" else _read_jsonl(whole, columns)
+        known = {*columns.names, None}
+        if (other := next((image.best for image in found.images if image.best not in known), None)) is not None:
+            raise ValueError(f"the model has no class {other!r}")
+        return found
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error) as error:
         raise MbibError(f"--resume: {file} does not hold predictions of this kind ({error}); remove it first") from None
 
 

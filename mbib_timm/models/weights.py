@@ -181,6 +181,8 @@ def find_source(target: str) -> Source:
     """
     folder = Path(target.removeprefix("local-dir:"))
     if folder.is_dir() or target.startswith("local-dir:"):
+        if not folder.is_dir():
+            raise MbibError(f"there is no folder {folder}")
         if not (folder / "config.json").is_file():
             raise MbibError(f"{folder} holds no config.json: the run is not finished, or this is not a run's folder")
         return Source(f"local-dir:{folder}", folder=folder)

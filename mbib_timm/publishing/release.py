@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, first_line
 from mbib_timm.files import to_json
 from mbib_timm.publishing.card import NOTHING_STATED, Stated, figures_of, licence_of, render_card
 from mbib_timm.results.record import RECORD
@@ -61,14 +62,21 @@ def make_release(
         stated: name of the data, and licence of the weights: the same in card and config.json.
 
     Raises:
-        MbibError: a run that is not finished.
+        MbibError: a run that is not finished, or whose files are damaged.
     """
     own, *rest = read_seeds(run, others)
     for name in ("model.safetensors", "config.json"):
         if not (run / name).is_file():
             raise MbibError(f"{run} has no {name}: the run is not finished")
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     weights = (run / "model.safetensors").read_bytes()
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MbibError(f"{run / 'config.json'} is damaged: {first_line(error)}") from None
+    try:
+        load(weights)
+    except SafetensorError as error:
+        raise MbibError(f"{run / 'model.safetensors'} is damaged: {first_line(error)}") from None
     if inference_only:
         config, weights = without_training_heads(config, weights)
     config["pretrained_cfg"]["license"] = licence_of(own, stated)

@@ -55,6 +55,8 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        raise MbibError(f"{name} is a folder, and no recipe; its images train with --dataset folder --data-dir {name}")
     packaged = packaged_recipes()
     if name.removesuffix(".yaml") not in packaged:
         raise unknown_name("recipe", name, packaged)

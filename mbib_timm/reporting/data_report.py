@@ -15,7 +15,7 @@ from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.drawing import GROUP_COLORS, canvas, render
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import printable, write_bytes
+from mbib_timm.files import check_place, printable, write_bytes
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
@@ -42,10 +42,13 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
         return Recipe(**{"dataset": "folder", "data_dir": target, **overrides})
     if place.suffix.lower() in (*DELIMITED, *PARQUET):
         return Recipe(**{"dataset": "table", "table": target, **overrides})
+    kinds = f"a folder or archive ({', '.join(SUFFIXES)}) of images, a table ({', '.join((*DELIMITED, *PARQUET))})"
+    if place.is_file() and place.suffix.lower() not in (".yaml", ".yml"):
+        raise MbibError(f"{target} is a file of another kind: expected {kinds}, or a recipe")
     try:
         file = find_recipe(target)
     except MbibError as error:
-        raise MbibError(f"{target} is no folder and no archive of images, no table of them, and: {error}") from None
+        raise MbibError(f"there is no {target}: expected {kinds}, or a recipe; {error}") from None
     return load_recipe(file, overrides)
 
 
@@ -79,6 +82,8 @@ def data_report(
     for file in (csv_file, figure, split_file):
         if file is not None and not file.parent.is_dir():
             raise MbibError(f"cannot write {file}: there is no folder {file.parent}")
+        if file is not None:
+            check_place(file)
     splits = open_data(recipe)
     names = list(splits.class_names or map(str, range(splits.num_classes)))
     parts = [(recipe.train_split, splits.train), (recipe.val_split, splits.val)]

@@ -193,6 +193,8 @@ def read_record(folder: Path) -> RunRecord:
         MbibError: there is none, or the file holds something else.
     """
     if not is_finished(folder):
+        if not folder.is_dir():
+            raise MbibError(f"there is no folder {folder}; expected that of a run")
         raise MbibError(f"{folder} has no {RECORD}: the run is not finished, and has no result")
     return read_json(RunRecord, folder / RECORD, "the record of a run")
 

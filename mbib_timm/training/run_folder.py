@@ -60,7 +60,9 @@ class RunFolder:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
         found = []
         for name in (NEXT, LAST, PREVIOUS):
-            with contextlib.suppress(FileNotFoundError):  # another process renames them as it writes
+            with contextlib.suppress(
+                FileNotFoundError, NotADirectoryError
+            ):  # another process renames them as it writes
                 found.append((name, (self.path / name).stat().st_mtime_ns))
         return found
 
@@ -75,8 +77,9 @@ class RunFolder:
                 f"{self.path} already holds a run: resume it with --resume auto, or choose another folder with "
                 "--experiment NAME or --output DIR"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise MbibError(f"{self.path} is a file; choose another folder with --experiment or --output")
+        there = next(place for place in (self.path, *self.path.parents) if place.exists())
+        if not there.is_dir():
+            raise MbibError(f"{there} is a file; choose another folder with --experiment or --output")
 
     def recipe(self) -> Recipe:
         """Return the recipe of the run here. Raises CheckpointError where there is none."""

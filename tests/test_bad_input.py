@@ -1,0 +1,546 @@
+"""Bad input to the commands: one message that names what is at fault, exit status 2, and nothing half-written."""
+
+import os
+import re
+import shutil
+import sys
+import tarfile
+from functools import partial
+
+import pytest
+from archive_images import CLASSES, png, tar_bytes, unpacked, write
+from small_data import class_folders
+
+from mbib_timm.cli import main
+
+AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+# Class names of the digits, on which the run is trained.
+DIGITS = [str(i) for i in range(10)]
+
+
+def train(*flags):
+    settings = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "8", "--device", "cpu", "--imbalance", "none"]
+    places = ["--workers", "0", "--output", "runs", "--image-cache", "none", "--val-split", "validation"]
+    return ["train", "cifar_resnet20.ce_digits", *settings, *places, *flags]
+
+
+def look(*flags):
+    return ["data", "--workers", "0", "--csv", "out.csv", "--write-split", "split.csv", *flags]
+
+
+def table(text):
+    """Arguments of training on a table."""
+
+    def made(root, run):
+        write(root / "t.csv", text if isinstance(text, bytes) else text.encode())
+        return train("--dataset", "table", "--table", "t.csv", "--data-dir", "images")
+
+    return made
+
+
+def listed(text, *flags):
+    """Arguments of training on a list."""
+
+    def made(root, run):
+        write(root / "train.txt", text if isinstance(text, bytes) else text.encode())
+        write(root / "val.txt", b"ant/0.png 0\nbee/0.png 1\n")
+        lists = ["--train-list", "train.txt", "--val-list", "val.txt"]
+        return train("--dataset", "list", "--data-dir", "images", *lists, *flags)
+
+    return made
+
+
+def folder(*flags):
+    """Arguments of training on the images, with flags."""
+    return lambda root, run: train("--dataset", "folder", "--data-dir", "images", *flags)
+
+
+def with_file(name, text, arguments):
+    """Arguments that name a file, once it is written."""
+
+    def made(root, run):
+        write(root / name, text if isinstance(text, bytes) else text.encode())
+        return arguments(root, run)
+
+    return made
+
+
+def of_model(command, *flags):
+    """Arguments of a command on the run."""
+    return lambda root, run: [command, str(run), *flags]
+
+
+def predict(*flags):
+    return of_model("predict", "images", "--device", "cpu", "--workers", "0", *flags)
+
+
+def prior(text, name="prior.csv"):
+    return with_file(name, text, predict("--output", "out.csv", "--prior", name))
+
+
+def weights(text, name="weights.csv"):
+    return with_file(name, text, folder("--class-weights", name))
+
+
+# Places of images, made below a folder; each gives its name.
+
+
+def empty(root):
+    (root / "data").mkdir()
+    return "data"
+
+
+def a_file(root):
+    write(root / "notes.txt", b"none")
+    return "notes.txt"
+
+
+def one_class(root):
+    unpacked(root / "data", {f"ant/{i}.png": png(i) for i in range(3)})
+    return "data"
+
+
+def folder_around(root):
+    unpacked(root / "data", {f"photos/{name}/{i}.png": png(i) for name in ("ant", "bee") for i in range(3)})
+    return "data"
+
+
+def only_hidden(root):
+    unpacked(root / "data", {".cache/ant/1.png": png(1), "__MACOSX/bee/._1.png": png(1), "ant/.DS_Store": b"x"})
+    return "data"
+
+
+def without_classes(root):
+    unpacked(root / "data", {f"{i}.png": png(i) for i in range(3)})
+    return "data"
+
+
+def kinds_not_read(root):
+    unpacked(root / "data", {"ant/1.HEIC": b"x", "bee/2.nef": b"x"})
+    return "data"
+
+
+def train_beside_classes(root):
+    unpacked(root / "data", {f"{name}/1.png": png(1) for name in ("train/ant", "train/bee", "ant", "bee")})
+    return "data"
+
+
+def train_alone(root):
+    unpacked(root / "data", {f"train/{name}/{i}.png": png(1) for name in ("ant", "bee") for i in range(3)})
+    return "data"
+
+
+def single_images(root):
+    unpacked(root / "data", {f"{name}/1.png": png(1) for name in ("ant", "bee")})
+    return "data"
+
+
+def unknown_class_in_validation(root):
+    names = ("train/ant", "train/bee", "val/ant", "val/Bees")
+    unpacked(root / "data", {f"{name}/{i}.png": png(i) for name in names for i in range(2)})
+    return "data"
+
+
+def not_permitted(root):
+    (root / "data").mkdir(mode=0)
+    return "data"
+
+
+def truncated(root):
+    content = tar_bytes(CLASSES)
+    write(root / "x.tar", content[: len(content) // 2])
+    return "x.tar"
+
+
+def truncated_gzip(root):
+    with tarfile.open(root / "x.tar.gz", "w:gz") as tar:
+        tar.add(root / "images", "images")
+    content = (root / "x.tar.gz").read_bytes()
+    write(root / "x.tar.gz", content[: len(content) // 2])
+    return "x.tar.gz"
+
+
+def not_a_tar(root):
+    write(root / "x.tar", b"no archive " * 1000)
+    return "x.tar"
+
+
+def a_zip(root):
+    shutil.make_archive(str(root / "x"), "zip", root / "images")
+    return "x.zip"
+
+
+def sparse(root):
+    header = tarfile.TarInfo("ant/1.png")
+    header.size, header.pax_headers = 512, {"GNU.sparse.map": "0,512", "GNU.sparse.size": "1024"}
+    write(root / "x.tar", header.tobuf(tarfile.PAX_FORMAT) + bytes(512) + bytes(1024))
+    return "x.tar"
+
+
+def empty_file(root):
+    write(root / "x.tar", b"")
+    return "x.tar"
+
+
+def empty_tar(root):
+    write(root / "x.tar", tar_bytes({}))
+    return "x.tar"
+
+
+def broken_images(root):
+    names = ("ant/1.png", "ant/2.png", "bee/1.png", "bee/2.png")
+    unpacked(root / "data", dict.fromkeys(names, b"no image"))
+    return "data"
+
+
+# What is given for the images of `train` and `data`, and what the message must say.
+PLACES = {
+    "missing": (lambda root: "gone", "gone"),
+    "empty": (empty, "^data is empty; expected a folder"),
+    "a file": (a_file, r"notes\.txt"),
+    "one class": (one_class, r"data holds 1 class \(ant\); a classifier needs two or more$"),
+    "a folder around the classes": (folder_around, r"data holds 1 class \(photos\); .* give --data-dir data/photos"),
+    "only hidden": (only_hidden, "no images in class folders under data"),
+    "without classes": (without_classes, "no images in class folders under data.*images outside of class folders: 3"),
+    "kinds that are not read": (kinds_not_read, r"kinds that are not read: 2 \(ant/1\.HEIC, bee/2\.nef\)"),
+    "train beside classes": (train_beside_classes, "data holds 'train'.*beside 'ant', 'bee': put"),
+    "train alone": (train_alone, "data has no split 'validation'; it has train; .*--data-dir data/train"),
+    "single images": (single_images, "^data: every class has one image"),
+    "unknown class in validation": (unknown_class_in_validation, "'Bees'.*did you mean 'bee'"),
+    "not permitted": (not_permitted, "data"),
+    "truncated": (truncated, r"cannot read x\.tar as a tar archive: truncated"),
+    "truncated gzip": (truncated_gzip, r"cannot read x\.tar\.gz"),
+    "not a tar": (not_a_tar, r"cannot read x\.tar"),
+    "a zip": (a_zip, r"x\.zip.*\.tar"),
+    "sparse": (sparse, r"cannot read x\.tar as a tar archive: ant/1\.png is a sparse member; pack"),
+    "empty file": (empty_file, r"x\.tar"),
+    "empty tar": (empty_tar, r"x\.tar"),
+}
+
+IMAGES = "ant/0.png 0\nbee/0.png 1\n"
+ROWS = "path,label\nant/0.png,ant\nbee/0.png,bee\nant/1.png,ant\nbee/1.png,bee\n"
+SHARES = "".join(f"{name},1\n" for name in DIGITS)
+
+CASES = {
+    # Lists
+    "list: label": (listed(IMAGES + "ant/1.png ant\n"), r"train\.txt, line 3: label 'ant'"),
+    "list: negative label": (listed(IMAGES + "ant/1.png -1\n"), r"train\.txt, line 3: label -1 is negative"),
+    "list: without label": (listed("ant/0.png\n"), r"train\.txt, line 1: expected '<relative path> <label>'"),
+    "list: absolute": (listed(IMAGES + "/etc/1.png 0\n"), r"train\.txt, line 3: '/etc/1\.png' must be a path below"),
+    "list: parent": (listed(IMAGES + "../1.png 0\n"), r"train\.txt, line 3: '\.\./1\.png' must be a path below"),
+    "list: no such image": (listed("gone/0.png 0\ngone/1.png 1\n"), r"train\.txt.*gone/0\.png.*images"),
+    "list: not UTF-8": (listed(b"\xe4/0.png 0\n"), r"train\.txt"),
+    "list: empty": (listed("\n"), r"train\.txt lists no images"),
+    "list: missing": (listed(IMAGES, "--val-list", "gone.txt"), "'val_list'.*gone.txt"),
+    "list: class left out": (listed("ant/0.png 0\nbee/0.png 2\n"), "class 1"),
+    "list: class map": (listed(IMAGES, "--class-map", "gone.txt"), r"class map gone\.txt"),
+    "list: short class map": (
+        with_file("map.txt", "ant\n", listed(IMAGES, "--class-map", "map.txt")),
+        "label 1 has no name",
+    ),
+    "list: class map not UTF-8": (
+        with_file("map.txt", b"\xe4\n\xe4\n", listed(IMAGES, "--class-map", "map.txt")),
+        r"class map map\.txt is no text file in UTF-8",
+    ),
+    "list: long name": (listed(f"{'x' * 300}.png 0\n"), r"File name too long: images/x{300}\.png"),
+    # Tables
+    "table: empty": (table(""), r"t\.csv is empty"),
+    "table: no rows": (table("path,label\n"), r"t\.csv lists no images"),
+    "table: no column": (table("path,class\nant/0.png,ant\n"), r"t\.csv 'label'.*--label-column"),
+    "table: wrong separator": (table(ROWS.replace(",", "|")), r"t\.csv.*--path-column; commas, semicolons or tabs"),
+    "table: ragged": (table(ROWS + "ant/2.png\n"), r"t\.csv, line 6: expected 2 columns, got 1"),
+    "table: NUL": (table(ROWS + "an\0t/2.png,ant\n"), r"t\.csv, line 6"),
+    "table: open quote": (table(ROWS + '"ant/2.png,ant\n'), r"t\.csv, line 6: .*quotes"),
+    "table: not UTF-8": (table(ROWS.encode() + b"\xe4.png,ant\n"), r"t\.csv, line 6: not UTF-8; save"),
+    "table: no such image": (table("path,label\ngone/0.png,ant\ngone/1.png,bee\n"), r"t\.csv, line 2.*images/gone"),
+    "table: two splits": (
+        table("path,label,split\nant/0.png,ant,train\nbee/0.png,bee,train\nant/0.png,ant,val\n"),
+        r"t\.csv, line 4: ant/0\.png is in split 'val' here, and in 'train' in t\.csv, line 2",
+    ),
+    "table: unknown split": (
+        table("path,label,split\nant/0.png,ant,train\nbee/0.png,bee,train\nant/1.png,ant,dev\n"),
+        r"t\.csv has no split 'validation'; it has dev, train, .*--val-split",
+    ),
+    "table: a spreadsheet": (
+        with_file("t.xlsx", "PK", folder("--dataset", "table", "--table", "t.xlsx")),
+        r"t\.xlsx: expected a table whose name ends in \.csv",
+    ),
+    "table: missing": (folder("--dataset", "table", "--table", "gone.csv"), r"'table': no file gone\.csv"),
+    "table: none": (folder("--dataset", "table"), "'table': dataset: table needs"),
+    "table: damaged parquet": (
+        with_file("t.parquet", "PAR1", folder("--dataset", "table", "--table", "t.parquet")),
+        r"cannot read t\.parquet",
+    ),
+    "data: table": (with_file("t.csv", "a;b\n", lambda root, run: look("t.csv")), r"t\.csv 'path'.*--path-column"),
+    "table: parquet without pyarrow": (
+        with_file("t.parquet", "PAR1", folder("--dataset", "table", "--table", "t.parquet")),
+        r"t\.parquet: Parquet needs pyarrow: pip install 'mbib-timm\[table\]'",
+    ),
+    "data: output": (lambda root, run: look("images", "--csv", "gone/out.csv"), r"gone/out\.csv.*gone"),
+    "table: long header": (table("y" * 200_000 + ",ant\n"), r"t\.csv: the first line names no columns"),
+    "table: long field": (table("path,label\n" + "y" * 200_000 + ",ant\n"), r"t\.csv, line 2: field larger"),
+    "data: output is a folder": (lambda root, run: look("images", "--csv", "images"), "images is a folder"),
+    "data: an image": (lambda root, run: look("images/ant/0.png"), r"ant/0\.png is a file of another kind"),
+    "data: figure": (lambda root, run: look("images", "--figure", "x.gif"), r"--figure x\.gif.*\.png"),
+    # Groups
+    "groups: level": (folder("--group-by", "folder:0"), "'group_by'.*folder:N with N from 1.*'folder:0'"),
+    "groups: too deep": (folder("--group-by", "folder:3"), "'group_by': folder:3 gives no image under images a group"),
+    "groups: kind": (folder("--group-by", "site"), "'group_by': expected column, folder:N .*'site'"),
+    "groups: expression": (folder("--group-by", "pattern:("), "'group_by': '\\(' is no regular expression"),
+    "groups: parentheses": (folder("--group-by", "pattern:[0-9]+"), "'group_by'.*no group in parentheses"),
+    "groups: nothing found": (folder("--group-by", "pattern:(site)"), r"'group_by': pattern:\(site\) gives no image"),
+    "groups: column": (folder("--group-by", "column"), "'group_by'.*dataset: table"),
+    "groups: no such column": (
+        with_file("t.csv", ROWS, folder("--dataset", "table", "--table", "t.csv", "--group-by", "column")),
+        r"t\.csv 'group'.*--group-column",
+    ),
+    "groups: one of each class": (folder("--group-by", "pattern:([a-z]+)/"), "'group_by'.*nothing can be held out"),
+    # Class weights
+    "weights: name": (folder("--class-weights", "balancd"), "'class_weights' 'balancd'.*'balanced'"),
+    "weights: number": (folder("--class-weights", "effective:1"), "'class_weights': effective takes a beta.*below 1"),
+    "weights: no file": (folder("--class-weights", "gone.csv"), r"class weights gone\.csv"),
+    "weights: class left out": (weights("ant,1\nbee,2\ncat,3\n"), r"weights\.csv: no weight for 'dog'"),
+    "weights: unknown class": (weights("ant,1\nbee,2\ncat,3\ndogs,4\n"), r"weights\.csv.*'dogs'; did you mean 'dog'"),
+    "weights: negative": (weights("ant,1\nbee,-2\ncat,3\ndog,4\n"), r"weights\.csv: class 'bee'.*above 0, got '-2'"),
+    "weights: not UTF-8": (weights(b"\xe4,1\n"), r"class weights weights\.csv: no text file in UTF-8"),
+    "weights: nested": (weights("ant: {a: 1}\n", "w.yaml"), r"class weights w\.yaml: class 'ant': expected a number"),
+    "weights: method": (
+        with_file("w.yaml", "ant: 1\n", folder("--class-weights", "w.yaml", "--method", "paco")),
+        "'class_weights': method 'paco'",
+    ),
+    # Images
+    "images: all broken": (
+        lambda root, run: train("--dataset", "folder", "--data-dir", broken_images(root), "--broken", "stop"),
+        r"images that cannot be read: 4; --broken skip leaves them out(\n  data/(ant|bee)/[12]\.png: [^\n]+){4}$",
+    ),
+    "images: all broken, skipped": (
+        lambda root, run: train("--dataset", "folder", "--data-dir", broken_images(root), "--broken", "skip"),
+        r"none of the 4 images can be read; the first is data/ant/1\.png",
+    ),
+    "images: all broken, replaced": (
+        lambda root, run: train("--dataset", "folder", "--data-dir", broken_images(root)),
+        r"data/(ant|bee)/[12]\.png",
+    ),
+    # Priors
+    "prior: neither word nor file": (predict("--prior", "unifrom"), "'unifrom': did you mean 'uniform'"),
+    "prior: no file": (predict("--prior", "gone.csv"), r"prior gone\.csv"),
+    "prior: class left out": (prior(SHARES.replace("7,1\n", "")), r"prior\.csv lacks class 7; .*share 0"),
+    "prior: unknown class": (prior(SHARES + "fox,1\n"), r"prior\.csv: unknown class 'fox'"),
+    "prior: negative": (prior(SHARES.replace("7,1\n", "7,-1\n")), r"prior\.csv: class 7 has '-1', .*at least 0"),
+    "prior: all zero": (prior(SHARES.replace(",1", ",0")), r"prior\.csv: every class has share 0; give"),
+    "prior: no number": (prior(SHARES.replace("7,1\n", "7,many\n")), r"prior\.csv: class 7 has 'many'"),
+    "prior: class twice": (prior(SHARES + "7,2\n"), r"prior\.csv, line 11: class '7' stands there twice"),
+    "prior: length": (prior("1 2 3\n", "prior.txt"), r"prior\.txt has 3 numbers, the model 10 classes"),
+    "prior: not UTF-8": (prior(b"\xe4,1\n"), r"prior\.csv is no text file in UTF-8"),
+    "prior: long field": (prior("a" * 200_000 + ",1\n"), r"prior\.csv: field larger than .*; expected"),
+    "prior: JSON": (prior("{", "p.json"), r"p\.json: .*; expected a number for each class"),
+    "prior: words": (prior("many foxes\n", "prior.yaml"), r"prior\.yaml: expected a number for each class"),
+    "prior: estimate and resume": (
+        predict("--prior", "estimate", "--resume", "--output", "x.csv"),
+        "--prior estimate needs all images at once; omit --resume",
+    ),
+    "prior: validate": (
+        with_file("p.csv", SHARES + "fox,1\n", of_model("validate", "--prior", "p.csv", "--results", "out/m.json")),
+        r"p\.csv: unknown class 'fox'",
+    ),
+    # Predictions
+    "predict: no images": (of_model("predict", "gone.png"), r"gone\.png"),
+    "predict: empty folder": (
+        lambda root, run: ["predict", str(run), empty(root), "--output", "out.csv"],
+        "no images in data",
+    ),
+    "predict: truncated archive": (
+        lambda root, run: ["predict", str(run), truncated(root), "--output", "out.csv"],
+        r"cannot read x\.tar",
+    ),
+    "predict: no model": (lambda root, run: ["predict", "local-dir:gone", "images"], "gone"),
+    "predict: output is a folder": (predict("--output", "images"), "images is a folder"),
+    "predict: file above the output": (
+        with_file("notes.txt", "", predict("--output", "notes.txt/out.csv")),
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
+    ),
+    "predict: probabilities in a table": (predict("--probabilities"), "--probabilities needs --format"),
+    "predict: parquet to the terminal": (predict("--format", "parquet"), "--format parquet needs --output"),
+    "predict: suffix of embeddings": (predict("--embeddings", "x.csv"), r"--embeddings x\.csv.*\.npy or \.parquet"),
+    "predict: resume without output": (predict("--resume"), "--resume continues .*--output"),
+    "predict: resume another file": (
+        with_file("out.csv", "a,b\n1,2\n", predict("--resume", "--output", "out.csv")),
+        r"--resume: out\.csv does not hold predictions",
+    ),
+    "predict: resume other lines": (
+        with_file("o.jsonl", "[1]\n", predict("--resume", "--output", "o.jsonl")),
+        r"--resume: o\.jsonl does not hold predictions",
+    ),
+    "predict: resume another model's": (
+        with_file(
+            "o.csv",
+            "image,label,predicted,probability,class_1,probability_1,error\nx.png,,fox,0.9,fox,0.9,\n",
+            predict("--resume", "--output", "o.csv", "--top-k", "1"),
+        ),
+        r"--resume: o\.csv does not hold .*\(the model has no class 'fox'\); remove it first",
+    ),
+    "predict: one file for two": (
+        predict("--output", "x.parquet", "--embeddings", "x.parquet"),
+        r"--output and --embeddings are both x\.parquet",
+    ),
+    "predict: damaged weights": (
+        lambda root, run: ["predict", damaged(root, run, "model.safetensors"), "images"],
+        "cannot load local-dir:runs/copy",
+    ),
+    "predict: threshold": (predict("--threshold", "1.5"), r"--threshold.*from 0 to 1, got '1\.5'"),
+    "predict: head": (predict("--head", "y"), "'y'.*'v1'|'y'.*prediction"),
+    "predict: label column": (
+        with_file("t.csv", ROWS, of_model("predict", "t.csv", "--label-column", "species")),
+        r"t\.csv 'species'",
+    ),
+    "predict: cam": (with_file("notes.txt", "", predict("--cam", "notes.txt")), r"--cam notes\.txt: expected a folder"),
+    # Evaluation
+    "validate: unknown class": (
+        of_model("validate", "--dataset", "folder", "--data-dir", "images", "--results", "out/m.json"),
+        "4 classes that training had not: 'ant'.*; it had '0', '1'",
+    ),
+    "validate: results": (of_model("validate", "--results", "m.csv"), r"--results m\.csv: expected .*JSON"),
+    "validate: file above the results": (
+        with_file("notes.txt", "", of_model("validate", "--results", "notes.txt/m.json")),
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
+    ),
+    "validate: data": (of_model("validate", "--dataset", "folder", "--data-dir", "gone"), "data_dir gone"),
+    "validate: split": (of_model("validate", "--split", "dev"), "'dev'"),
+    "validate: no model": (lambda root, run: ["validate", "gone"], "gone"),
+    # Export, publish, report
+    "export: licence": (of_model("export", "--format", "onnx", "--license", "cc-by-4"), "'cc-by-4'.*'cc-by-4.0'"),
+    "export: no model": (
+        lambda root, run: ["export", "local-dir:gone", "--format", "onnx", "--output", "out/x.onnx"],
+        "gone",
+    ),
+    "export: format": (of_model("export", "--format", "tflite"), "'tflite'.*onnx"),
+    "export: output is a folder": (
+        of_model("export", "--format", "torch-export", "--output", "images"),
+        "images is a folder; expected the name of a file",
+    ),
+    "export: file above the output": (
+        with_file("notes.txt", "", of_model("export", "--format", "torch-export", "--output", "notes.txt/x.pt2")),
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
+    ),
+    "publish: missing": (lambda root, run: ["publish", "gone", "--repo-id", "a/b"], "there is no folder gone"),
+    "publish: unfinished": (
+        lambda root, run: ["publish", unfinished(root, run), "--repo-id", "a/b"],
+        r"runs/copy has no metrics\.json: the run is not finished",
+    ),
+    "publish: damaged config": (
+        lambda root, run: ["publish", damaged(root, run, "config.json"), "--repo-id", "a/b", "--dry-run"],
+        r"runs/copy/config\.json is damaged",
+    ),
+    "publish: damaged weights": (
+        lambda root, run: ["publish", damaged(root, run, "model.safetensors"), "--repo-id", "a/b", "--dry-run"],
+        r"runs/copy/model\.safetensors is damaged",
+    ),
+    "publish: licence": (of_model("publish", "--repo-id", "a/b", "--license", "apache"), "'apache'.*'apache-2.0'"),
+    "publish: repository": (of_model("publish", "--repo-id", "a b/c"), "--repo-id a b/c"),
+    "report: missing": (lambda root, run: ["report", "gone", "-o", "out/r.html"], "there is no gone"),
+    "report: unfinished": (lambda root, run: ["report", "images", "-o", "out/r.html"], "images.*not a finished run"),
+    "report: suffix": (of_model("report", "-o", "r.pdf"), r"--output r\.pdf.*HTML"),
+    "report: output is a folder": (
+        with_file("r.html/x", "", of_model("report", "-o", "r.html")),
+        r"r\.html is a folder",
+    ),
+    "report: damaged": (
+        with_file("run/metrics.json", "{", lambda root, run: ["report", "run", "-o", "r.html"]),
+        r"run/metrics\.json",
+    ),
+    # Runs that are there
+    "train: a run is there": (
+        lambda root, run: ["train", *places_of(root, run)],
+        "already holds a run: resume it with --resume auto",
+    ),
+    "train: fewer epochs than done": (
+        lambda root, run: ["train", *places_of(root, run), "--resume", "auto", "--epochs", "2"],
+        "has trained 3 epochs already, and 2 are asked for: expected at least 3",
+    ),
+    "train: another recipe": (
+        lambda root, run: ["train", *places_of(root, run), "--resume", "auto", "--epochs", "3", "--lr", "0.7"],
+        r"holds a run of another recipe: lr \(.* 0\.7 asked for\)",
+    ),
+    "train: damaged checkpoints": (
+        lambda root, run: ["train", *with_damaged_checkpoints(root, run), "--resume", "auto", "--epochs", "4"],
+        r"runs/copy/\w+\.ckpt is truncated or not a checkpoint",
+    ),
+    "train: a folder for a recipe": (
+        lambda root, run: ["train", "images"],
+        "images is a folder, and no recipe; .* --dataset folder --data-dir images",
+    ),
+    "train: nothing to resume": (folder("--resume", "gone"), "nothing to resume at gone"),
+    "train: output is a file": (
+        with_file("notes.txt", "", folder("--output", "notes.txt")),
+        r"notes\.txt is a file; choose another folder",
+    ),
+}
+for name, (make, message) in PLACES.items():
+    CASES[f"train: {name}"] = (
+        partial(lambda make, root, run: train("--dataset", "folder", "--data-dir", make(root)), make),
+        message,
+    )
+    CASES[f"data: {name}"] = (partial(lambda make, root, run: look(make(root)), make), message)
+
+
+def places_of(root, run):
+    """Arguments that train where a copy of the run is."""
+    shutil.copytree(run, root / "runs" / "copy")
+    return ["--output", "runs", "--experiment", "copy", "--device", "cpu", "--workers", "0", "--warmup-epochs", "1"]
+
+
+def unfinished(root, run):
+    """Make a copy of the run that has no result yet."""
+    places_of(root, run)
+    (root / "runs" / "copy" / "metrics.json").unlink()
+    return "runs/copy"
+
+
+def damaged(root, run, name):
+    """Make a copy of the run of which one file is damaged."""
+    places_of(root, run)
+    write(root / "runs" / "copy" / name, b"{")
+    return "runs/copy"
+
+
+def with_damaged_checkpoints(root, run):
+    """Make a copy of the run whose checkpoints are damaged, and return how to train there."""
+    arguments = places_of(root, run)
+    for file in (root / "runs" / "copy").glob("*.ckpt"):
+        file.write_bytes(b"abc")
+    return arguments
+
+
+def contents(folder):
+    """Every file and folder below one, with size and time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name != ".lock":
+            found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_ends_with_one_message_and_leaves_nothing(name, finished_run, tmp_path, monkeypatch, capsys):
+    if name.endswith("not permitted") and AS_ROOT:
+        pytest.skip("root may read any folder")
+    if name.endswith("without pyarrow"):
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    elif "parquet" in name:
+        pytest.importorskip("pyarrow")
+    make, message = CASES[name]
+    class_folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    argv = make(tmp_path, finished_run)
+    before = contents(tmp_path), contents(finished_run)
+    capsys.readouterr()
+    status = main(argv)
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert "Traceback" not in out + err
+    start, error, text = err.rpartition("mbib: error: ")
+    assert error
+    assert all(line.startswith("warning: ") for line in start.splitlines())
+    assert all(line.startswith("  ") for line in text.splitlines()[1:])
+    assert re.search(message, text)
+    assert (contents(tmp_path), contents(finished_run)) == before
