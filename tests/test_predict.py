@@ -491,6 +491,22 @@ def test_a_file_in_the_place_of_a_folder(finished_run, photos, tmp_path, capsys)
     assert "cannot make the folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "extra"),
+    [
+        (["--output", "out.parquet"], "table"),
+        (["--output", "out.csv", "--embeddings", "out.parquet"], "table"),
+        (["--cam", "cam"], "cam"),
+    ],
+)
+def test_without_its_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys, flags, extra):
+    monkeypatch.setattr("mbib_timm.inference.prediction_files.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "no_model", "no_image.png", *flags]) == 2
+    assert f"pip install 'mbib-timm[{extra}]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_parquet_files_are_whole_or_not_there(finished_run, photos, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     items, called = Predictor.items, []

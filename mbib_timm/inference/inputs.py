@@ -6,7 +6,6 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from PIL import Image
 
@@ -178,12 +177,3 @@ def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImag
             images = [replace(image, label=name) for image, name in zip(found.images, names, strict=True)]
             return replace(found, images=images)
     return found
-
-
-def import_parquet() -> Any:
-    """Return pyarrow's module for Parquet. Raises MbibError where it is not installed."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise MbibError("Parquet files need pyarrow: pip install 'mbib-timm[table]'") from None
-    return parquet

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -108,6 +109,10 @@ class OutputChoice:
         for path in (self.file, self.embeddings):
             if path is not None:
                 check_place(path)
+        if format == "parquet" or (self.embeddings is not None and self.embeddings.suffix.lower() == ".parquet"):
+            _require("pyarrow", "Parquet files need pyarrow", "table")
+        if self.cam is not None:
+            _require("pytorch_grad_cam", "--cam needs grad-cam", "cam")
         if self.cam is not None and self.cam.exists() and not self.cam.is_dir():
             raise MbibError(f"--cam {self.cam}: expected a folder, and this is a file")
         if self.cam is not None:
@@ -115,6 +120,11 @@ class OutputChoice:
         if self.file is not None and self.file == self.embeddings:
             raise MbibError(f"--output and --embeddings are both {self.file}; give them a file each")
         return format
+
+
+def _require(package: str, needed: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise MbibError(f"{needed}: pip install 'mbib-timm[{extra}]'")
 
 
 def make_folder(path: Path) -> None:
@@ -287,11 +297,11 @@ class ParquetFile:
     """
 
     def __init__(self, path: Path, schema: Any) -> None:
-        from mbib_timm.inference.inputs import import_parquet
+        from pyarrow import parquet
 
         self.path, self.schema = path, schema
         self.beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self.writer = import_parquet().ParquetWriter(self.beside, schema)
+        self.writer = parquet.ParquetWriter(self.beside, schema)
 
     def write(self, columns: Sequence[Any]) -> None:
         """Write rows, given by column."""
