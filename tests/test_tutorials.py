@@ -1,4 +1,4 @@
-"""The tutorials in docs/: their blocks run in order, on photographs made here, and what they say of the output is so."""
+"""The tutorials in docs/: their blocks run in order, on photographs made here, and do what the text says."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ ANIMALS = {
 def photograph(name, seed, frame=0):
     """An animal before a background of its own; in the second frame of a burst it has moved by a pixel."""
     scene = np.random.RandomState(seed)
-    background = scene.randint(-50, 50, (4, 5, 3)) + (80, 130, 80)
+    background = scene.randint(-50, 50, (4, 5, 3)) + np.array((80, 130, 80))
     picture = Image.fromarray(background.clip(0, 255).astype(np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
     x, y, size = scene.randint(2, 30), scene.randint(2, 18), scene.randint(22, 28)
     draw = ImageDraw.Draw(picture)
@@ -38,7 +38,7 @@ def photograph(name, seed, frame=0):
 
 
 def make_photographs(root):
-    """Make what the tutorials have: photos in class folders, later photos in a table, and new ones of no known class."""
+    """Make what the tutorials have: photos in class folders, later photos in a table, and new ones."""
     photos, seed = root / "photos", 0
     for name, (_, bursts, sites) in ANIMALS.items():
         for burst in range(bursts):
@@ -82,7 +82,8 @@ def without_numbers(line):
 
 def run(command, folder):
     """Run a command as a reader would, and return what it writes to the terminal."""
-    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
+    python = {"PYTHONPATH": str(DOCS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **python}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
