@@ -173,7 +173,7 @@ def test_your_own_images(tmp_path):
 
     # Pass it on
     report = (tmp_path / "traps.html").read_text(encoding="utf-8")
-    assert "onfusion" in report
+    assert "Most confident errors" in report
     assert "data:image/" in report
     assert "license: cc-by-4.0" in printed
     assert "in whole groups by folder:1" in printed[printed.index("me/traps would get") :]
@@ -196,7 +196,7 @@ assert heads["prediction"].measured["overall"] == (22, 3)
     """
 assert [*result.columns] == ["species", "images", "accuracy", "group"] and [*result.group] == ["few"] * 3
 assert [*result.species] == ["fox", "badger", "Mäusebussard"] and result.images.sum() == len(training)
-parts = loss.parts(model.train()(images), labels)
+parts = loss.parts(model.train()(images), torch.zeros(8, dtype=torch.int64))
 assert set(parts) > {"loss"} and torch.isfinite(parts["loss"])
 """,
     """
