@@ -1,7 +1,6 @@
 """Use from Python: every function against its command, and losses in loops that are not ours."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,6 @@ from mbib_timm.files import to_json
 from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.recipe import find_recipe, load_recipe
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COUNTS = (40, 12, 5)
 
 
@@ -356,21 +354,3 @@ def test_the_trainer_of_transformers(tmp_path):
     predicted = trainer.predict(rows)
     accuracy = 100 * (predicted.predictions.argmax(1) == predicted.label_ids).mean()
     assert evaluate(task.model, loader, COUNTS)["prediction"].top1 == pytest.approx(accuracy)
-
-
-def test_the_loop_in_the_readme(tmp_path):
-    pytest.importorskip("pandas")
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "create_loss(" in b]
-    assert len(block.splitlines()) <= 25
-    root = class_folders(tmp_path)
-    root.rename(tmp_path / "my_images")
-    done = subprocess.run(
-        [sys.executable, "-c", block.replace("num_classes=3", "num_classes=4")],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    header, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert header == ["class", "images", "accuracy", "group"]
-    assert [(row[1], row[2], row[4]) for row in rows] == [
-        ("ant", "12", "few"), ("bee", "5", "few"), ("cat", "3", "few"), ("dog", "1", "few")
-    ]  # fmt: skip
