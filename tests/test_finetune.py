@@ -116,4 +116,4 @@ def test_where_it_starts_from_is_asked_of_the_model_alone(my_images, tuned, tmp_
     assert main(["train", "finetune/mbib_resnet32", *flags, *both]) == 2
     assert "has weights of its own" in capsys.readouterr().err
     assert main(["train", "finetune/mbib_resnet32", *flags, "--model", f"local-dir:{tmp_path / 'nowhere'}"]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
