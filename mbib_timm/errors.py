@@ -1,7 +1,7 @@
 """Errors a user can mend: one short sentence each, naming the file, key or class at fault."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MbibError(Exception):
@@ -31,6 +31,12 @@ class NonFiniteLossError(MbibError):
 def first_line(error: BaseException) -> str:
     """Return what an error says first; libraries add paragraphs."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def few(names: Sequence[object], most: int = 5) -> str:
+    """Return the first of some names in a line, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(str, names[:most]))}{more}"
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:

@@ -1,12 +1,14 @@
 """Files that are written whole or not at all, the plain values of JSON as typed objects, and text for a terminal."""
 
+import csv
 import dataclasses
 import errno
+import io
 import json
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -84,6 +86,13 @@ def to_json(content: Any, indent: int = 2) -> bytes:
     """Return a dataclass or plain values as JSON; NaN and infinity are refused."""
     plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
     return (json.dumps(plain, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def to_csv(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as CSV in UTF-8."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def read_json(kind: type[T], file: Path, what: str) -> T:

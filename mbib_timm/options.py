@@ -169,3 +169,12 @@ def _check_range(where: str, value: Any, limits: Mapping[str, Any]) -> None:
             raise MbibError(f"{where}: expected at most {limits['maximum']:g}, got {value:g}")
         if limits["below"] is not None and value >= limits["below"]:
             raise MbibError(f"{where}: expected less than {limits['below']:g}, got {value:g}")
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a number, infinity and nan among them."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

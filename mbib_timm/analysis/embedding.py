@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, few
 
 CLASSES = 10  # as figure 8 has them
 IMAGES_PER_CLASS = 100
@@ -106,13 +106,11 @@ def choose_images(labels: np.ndarray, classes: Sequence[int], per_class: int, se
     for label in classes:
         places = np.flatnonzero(labels == label)
         if not len(places):
-            raise MbibError(f"class {label} has no image to show; classes with images: {_some(np.unique(labels))}")
+            raise MbibError(
+                f"class {label} has no image to show; classes with images: {few(np.unique(labels).tolist(), 20)}"
+            )
         chosen.append(np.sort(generator.permutation(places)[:per_class]))
     return np.concatenate(chosen)
-
-
-def _some(labels: np.ndarray) -> str:
-    return ", ".join(map(str, labels[:20])) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
 
 
 def perplexity_for(images: int) -> float:

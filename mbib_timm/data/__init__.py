@@ -33,7 +33,7 @@ from mbib_timm.data.long_tail import count_classes, shot_groups
 from mbib_timm.data.overview import summary
 from mbib_timm.data.samplers import SAMPLERS, check_sampler, class_probabilities, parse_sampler, sampler
 from mbib_timm.data.sources import SOURCES, Source, open_split
-from mbib_timm.data.splits import Splits, match_classes, missing_classes, open_data, open_evaluation
+from mbib_timm.data.splits import Splits, match_classes, missing_classes, open_data
 
 __all__ = [
     "SAMPLERS",
@@ -57,7 +57,6 @@ __all__ = [
     "match_classes",
     "missing_classes",
     "open_data",
-    "open_evaluation",
     "open_split",
     "parse_sampler",
     "sampler",

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mbib_timm.errors import DataError, first_line
+from mbib_timm.data.long_tail import named
+from mbib_timm.errors import DataError, few, first_line
+from mbib_timm.options import is_number
 from mbib_timm.recipe.checks import parse_class_weights
 
 
@@ -40,8 +42,7 @@ def loss_weights(given: str, class_counts: np.ndarray, class_names: Sequence[str
     if kind == "none":
         return None
     if kind == "file":
-        names = tuple(map(str, range(len(counts)))) if class_names is None else tuple(class_names)
-        weights = _in_order(_read(Path(given)), names, given)
+        weights = _in_order(_read(Path(given)), named(class_names, len(counts)), given)
     elif kind == "effective":
         weights = (1 - number) / (1 - number**counts)
     else:
@@ -66,10 +67,7 @@ def _in_order(given: Mapping[str, Any], names: Sequence[str], file: str) -> np.n
         if not 0 < weights[known[key]] < math.inf:
             raise DataError(f"class weights {file}: class {name!r}: expected a number above 0, got {text!r}")
     if missing := [name for name in names if name not in weights]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(
-            f"class weights {file}: no weight for {', '.join(map(repr, missing[:5]))}{more}; every class needs one"
-        )
+        raise DataError(f"class weights {file}: no weight for {few([*map(repr, missing)])}; every class needs one")
     return np.array([weights[name] for name in names])
 
 
@@ -100,17 +98,9 @@ def _of_rows(rows: list[list[str]], file: Path) -> dict[str, Any]:
         if len(row) != 2:
             raise DataError(f"class weights {file}, line {number}: expected 'class,weight', got {','.join(row)!r}")
         name, weight = row[0], row[1].strip()
-        if number == 1 and not _is_number(weight):
+        if number == 1 and not is_number(weight):
             continue
         if name in found:
             raise DataError(f"class weights {file}, line {number}: class {name!r} for the second time")
         found[name] = weight
     return found
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

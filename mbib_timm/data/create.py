@@ -284,7 +284,7 @@ def build_eval_loader(
 
     Args:
         recipe: names the preprocessing.
-        split: what `open_evaluation` has opened.
+        split: with the labels of training, see `match_classes`.
         input_size: (C, H, W) of the model.
         device: where the batches go.
         rank: this process.

@@ -1,5 +1,6 @@
 """Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,6 +141,11 @@ class Split:
     def path(self, place: int) -> str:
         """Return where the image at a place is, for messages."""
         return self.reader.path(self.index_of(place))
+
+    def name(self, place: int, folder: str | None) -> str:
+        """Return where the image at a place is: below a folder, if one is given and it lies there."""
+        path = self.path(place)
+        return os.path.abspath(path).removeprefix(f"{os.path.abspath(folder)}/") if folder else path
 
     def __len__(self) -> int:
         return len(self.targets)

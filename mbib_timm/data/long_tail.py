@@ -45,6 +45,11 @@ def count_classes(targets: np.ndarray, num_classes: int, class_names: Sequence[s
     return np.bincount(targets, minlength=num_classes)
 
 
+def named(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Return the names of K classes: their labels where they have none."""
+    return tuple(map(str, range(num_classes))) if class_names is None else tuple(class_names)
+
+
 def shot_groups(class_counts: np.ndarray) -> dict[str, np.ndarray]:
     """Return the classes of each shot group (Liu et al. 2019).
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split
-from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.splits import Splits
 from mbib_timm.files import printable
 
@@ -14,7 +14,7 @@ from mbib_timm.files import printable
 def summary(splits: Splits) -> list[str]:
     """Return what a run trains on and is evaluated on, a line each; what was left out comes last, as warnings."""
     counts = splits.class_counts
-    names = splits.class_names or [str(label) for label in range(len(counts))]
+    names = named(splits.class_names, len(counts))
     lines = [
         f"{len(counts):,} classes, {len(splits.train):,} training images: {int(counts.max()):,} in the largest class, "
         f"{int(counts.min()):,} in the smallest; {_shots(counts)}"

@@ -19,9 +19,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from mbib_timm.data.long_tail import named
 from mbib_timm.data.splits import Splits
 from mbib_timm.environment import World
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import DataError, MbibError, few
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.declared import stream_names
 from mbib_timm.registry import Registry
@@ -286,9 +287,8 @@ def check_sampler(text: str, splits: Splits, foregrounds: str | None = None) -> 
         return
     empty = np.flatnonzero(np.asarray(splits.class_counts) == 0)
     if len(empty):
-        shown = [str(k) if splits.class_names is None else splits.class_names[k] for k in empty[:5]]
-        more = f" and {len(empty) - len(shown)} more" if len(empty) > len(shown) else ""
-        raise DataError(f"sampler {text!r}: no training images of class {', '.join(shown)}{more}")
+        names = named(splits.class_names, splits.num_classes)
+        raise DataError(f"sampler {text!r}: no training images of class {few([names[k] for k in empty])}")
 
 
 def class_probabilities(name: str, counts: np.ndarray, epoch: int, epochs: int) -> np.ndarray:

@@ -56,6 +56,7 @@ class Source:
         self.recipe = recipe
         name = "hfds/NAME" if recipe.dataset.startswith(HFDS_PREFIX) else recipe.dataset
         self._opened = SOURCES[name](recipe)
+        self._splits: dict[tuple[str, ...], list[Split]] = {}
 
     @property
     def has_splits(self) -> bool:
@@ -98,7 +99,9 @@ class Source:
         """
         if isinstance(self._opened, Split):
             return [self._part(name) for name in names]
-        return usable([self._opened(name) for name in names], self.recipe)
+        if tuple(names) not in self._splits:
+            self._splits[tuple(names)] = usable([self._opened(name) for name in names], self.recipe)
+        return self._splits[tuple(names)]
 
     def _part(self, name: str) -> Split:
         recipe = self.recipe

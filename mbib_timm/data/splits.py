@@ -2,6 +2,7 @@
 
 import difflib
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,9 @@ import numpy as np
 
 from mbib_timm.data.groups import hold_out_groups
 from mbib_timm.data.images import Split
-from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices
-from mbib_timm.data.sources import Source, open_split
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices, named
+from mbib_timm.data.sources import Source
+from mbib_timm.errors import DataError, MbibError, few
 from mbib_timm.recipe import Recipe
 
 
@@ -53,7 +54,7 @@ class Splits:
         return self.held_out
 
 
-def open_data(recipe: Recipe) -> Splits:
+def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
     """Open the recipe's splits, take the long-tailed subset, count the classes, and check that all of it fits.
 
     Images for methods that choose a constant are, in this order:
@@ -65,13 +66,15 @@ def open_data(recipe: Recipe) -> Splits:
     3. where there is a test split, the validation split;
     4. none.
 
+    Args:
+        recipe: names the data.
+        source: of them, where it is open already.
+
     Raises:
         DataError: data that are missing, malformed, or do not fit the recipe or one another.
     """
-    names = [recipe.train_split, recipe.val_split]
-    if recipe.test_split is not None or recipe.test_list is not None:
-        names.append(recipe.test_split or "test")
-    train, *evaluated = Source(recipe).splits(names)
+    names = recipe.split_names
+    train, *evaluated = (source or Source(recipe)).splits(names)
     held_out, held_out_from = None, "none"
     num_classes = _num_classes(recipe, train)
     matched = [
@@ -135,15 +138,6 @@ def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
     return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
 
 
-def open_evaluation(recipe: Recipe, name: str, class_names: Sequence[str] | None, num_classes: int) -> Split:
-    """Open a split to be evaluated, with the labels of training; see `match_classes`.
-
-    Raises:
-        DataError: data that are missing, or have classes that training had not.
-    """
-    return match_classes(name, open_split(recipe, name), class_names, num_classes)
-
-
 def match_classes(name: str, split: Split, class_names: Sequence[str] | None, num_classes: int) -> Split:
     """Return a split with the labels of training: classes of one name are one class, in whatever order they come.
 
@@ -179,17 +173,15 @@ def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequen
     known = [unicodedata.normalize("NFC", each) for each in class_names]
     given = {int(label): unicodedata.normalize("NFC", own[label]) for label in np.unique(split.targets)}
     for names, where in ((known, "training"), ([*given.values()], f"split {name!r}")):
-        if twice := next((each for each in names if names.count(each) > 1), None):
+        if twice := next((each for each, number in Counter(names).items() if number > 1), None):
             raise DataError(f"{where} has two classes {twice!r}, and split {name!r} other classes: no match by name")
     labels = {each: label for label, each in enumerate(known)}
     if unknown := [each for each in given.values() if each not in labels]:
-        listed = ", ".join(f"{each!r}{_nearest(each, known)}" for each in unknown[:5])
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        if not any(_nearest(each, known) for each in unknown):
-            others = f" and {len(known) - 5} more" if len(known) > 5 else ""
-            more += f"; it had {', '.join(map(repr, known[:5]))}{others}"
+        hints = [_nearest(each, known) for each in unknown]
+        had = "" if any(hints) else f"; it had {few([*map(repr, known)])}"
         raise DataError(
-            f"split {name!r} has {len(unknown)} class{'es' * (len(unknown) > 1)} that training had not: {listed}{more}"
+            f"split {name!r} has {len(unknown)} class{'es' * (len(unknown) > 1)} that training had not: "
+            f"{few([f'{each!r}{hint}' for each, hint in zip(unknown, hints, strict=True)])}{had}"
         )
     to_label = np.full(len(own), -1, dtype=np.int64)
     to_label[[*given]] = [labels[each] for each in given.values()]
@@ -213,9 +205,8 @@ def missing_classes(name: str, split: Split, num_classes: int) -> str:
     missing = np.setdiff1d(np.arange(num_classes), split.targets)
     if not len(missing):
         return ""
-    names = [str(i) if split.class_names is None else split.class_names[i] for i in missing[:5].tolist()]
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    names = named(split.class_names, num_classes)
     return (
         f"split {name!r} has no images of {len(missing)} of the {num_classes} classes, which are not measured: "
-        f"{', '.join(names)}{more}"
+        f"{few([names[i] for i in missing])}"
     )

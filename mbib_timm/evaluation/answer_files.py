@@ -9,7 +9,6 @@ errors.json        the wrong answers of the highest probability, with small imag
 import base64
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data.images import Split, convert_image
+from mbib_timm.data.long_tail import named
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import Answers
 from mbib_timm.evaluation.metrics import class_accuracy, class_f1, wilson_interval
-from mbib_timm.files import read_json, to_json, write_bytes
+from mbib_timm.files import read_json, to_csv, to_json, write_bytes
 
 PREDICTIONS, CONFUSION, CLASSES, ERRORS = "predictions.csv", "confusion.csv", "classes.csv", "errors.json"
 # A matrix of more classes is a list of its cells that are not empty: iNaturalist's would have 66 million.
@@ -110,15 +110,8 @@ def write_answers(
         CLASSES: _classes(answers, class_counts, names),
     }
     for name, rows in contents.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_bytes(folder / f"{prefix}{name}", text.getvalue().encode())
+        write_bytes(folder / f"{prefix}{name}", to_csv(rows))
     return [folder / f"{prefix}{name}" for name in contents]
-
-
-def named(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Return the names of K classes: numbers where they have none."""
-    return tuple(map(str, range(num_classes))) if class_names is None else tuple(class_names)
 
 
 def _predictions(
@@ -128,13 +121,7 @@ def _predictions(
     for place, target, guess, probability in zip(
         answers.index, answers.targets, answers.predicted, answers.probability, strict=True
     ):
-        yield image_name(images, int(place), data_dir), names[target], names[guess], f"{probability:.6f}"
-
-
-def image_name(images: Split, place: int, data_dir: str | None) -> str:
-    """Return where the image at a place of a split is: below the folder of the data, if it lies there."""
-    path = images.reader.path(place if images.indices is None else int(images.indices[place]))
-    return os.path.abspath(path).removeprefix(f"{os.path.abspath(data_dir)}/") if data_dir else path
+        yield images.name(int(place), data_dir), names[target], names[guess], f"{probability:.6f}"
 
 
 def _confusion(answers: Answers, names: Sequence[str]) -> Iterable[Sequence[object]]:
@@ -176,7 +163,7 @@ def write_errors(
     names = named(class_names, int(max(answers.targets.max(), answers.predicted.max())) + 1)
     errors = [
         ConfidentError(
-            image=image_name(images, int(answers.index[i]), data_dir),
+            image=images.name(int(answers.index[i]), data_dir),
             label=names[answers.targets[i]],
             predicted=names[answers.predicted[i]],
             probability=round(float(answers.probability[i]), 6),
@@ -189,8 +176,7 @@ def write_errors(
 
 def _thumbnail(images: Split, place: int) -> str:
     """Return the image at a place as a data URL, at most `THUMBNAIL` pixels wide and high."""
-    opened = images.reader.read(place if images.indices is None else int(images.indices[place]))
-    image = convert_image(opened, "RGB")
+    image = convert_image(images.reader.read(images.index_of(place)), "RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content, small = io.BytesIO(), max(image.size) <= THUMBNAIL // 2
     options: dict[str, Any] = {"format": "PNG"} if small else {"format": "JPEG", "quality": 85}

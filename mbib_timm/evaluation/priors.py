@@ -9,6 +9,7 @@ expectation-maximisation finds the p' under which the images are most likely.
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mbib_timm.errors import DataError, MbibError, unknown_name
+from mbib_timm.data.long_tail import named
+from mbib_timm.errors import DataError, MbibError, few, unknown_name
+from mbib_timm.options import is_number
 
 TRAIN, UNIFORM, ESTIMATE = "train", "uniform", "estimate"
 # What is added to the logit of a class without any share, for log 0: its probability is 0, and sums stay finite.
@@ -75,12 +78,9 @@ def label_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[st
         class_names: in label order, where they are known.
         num_classes: classes K.
     """
-    if class_names is None:
-        return tuple(map(str, range(num_classes)))
-    count: dict[str, int] = {}
-    for name in class_names:
-        count[name] = count.get(name, 0) + 1
-    return tuple(name if count[name] == 1 else f"{name} [{label}]" for label, name in enumerate(class_names))
+    names = named(class_names, num_classes)
+    count = Counter(names)
+    return tuple(name if count[name] == 1 else f"{name} [{label}]" for label, name in enumerate(names))
 
 
 def log_shift(wanted: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ class _Texts(yaml.BaseLoader):
 def _parse(file: Path, text: str) -> Mapping[str, str] | Sequence[str]:
     """Return a list of numbers in label order, or numbers by class name, all of them still text."""
     words = text.split()
-    if words and all(map(_is_number, words)):
+    if words and all(map(is_number, words)):
         return words
     first = text.strip().partition("\n")[0]
     if file.suffix.lower() == ".csv" or ("," in first and ":" not in first and not first.startswith(("[", "{"))):
@@ -243,7 +243,7 @@ def _parse_csv(file: Path, text: str) -> dict[str, str]:
     columns = (0, 1)
     if "class" in header and "share" in header:
         columns, rows = (header.index("class"), header.index("share")), rows[1:]
-    elif len(header) == 2 and not _is_number(header[1]):
+    elif len(header) == 2 and not is_number(header[1]):
         rows = rows[1:]
     elif len(header) != 2:
         raise DataError(f"{file}: expected two columns, or columns 'class' and 'share', got {', '.join(header)}")
@@ -264,20 +264,11 @@ def _by_name(file: Path, content: Mapping[str, str], names: Sequence[str]) -> li
             raise DataError(f"{file}: {unknown_name('class', name, names)}")
     missing = [name for name in names if name not in content]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(f"{file} lacks class {', '.join(missing[:5])}{more}; a class that does not occur has share 0")
+        raise DataError(f"{file} lacks class {few(missing)}; a class that does not occur has share 0")
     return [_number(file, f"class {name}", content[name]) for name in names]
 
 
 def _number(file: Path, of: str, text: str) -> float:
-    if not _is_number(text) or float(text) < 0 or not math.isfinite(float(text)):
+    if not is_number(text) or float(text) < 0 or not math.isfinite(float(text)):
         raise DataError(f"{file}: {of} has {text!r}, expected a number of at least 0")
     return float(text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -8,24 +8,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mbib_timm.data import (
-    build_eval_loader,
-    match_classes,
-    missing_classes,
-    open_data,
-    open_evaluation,
-    open_split,
-)
+from mbib_timm.data import Source, build_eval_loader, match_classes, missing_classes, open_data
 from mbib_timm.data.batch import Loader
+from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
 from mbib_timm.environment import World
-from mbib_timm.errors import DataError, MbibError
-from mbib_timm.models.weights import Source, create_trained, find_source
+from mbib_timm.errors import MbibError
+from mbib_timm.models.weights import Source as ModelSource
+from mbib_timm.models.weights import create_trained, find_source
 from mbib_timm.models.zoo import is_published
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
-
-# Sources whose data may have no splits of their own, and then have one named ``all``.
-WITHOUT_SPLITS = ("folder", "table")
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Target:
     """
 
     name: str
-    source: Source
+    source: ModelSource
     recipe: Recipe
     elsewhere: bool = False
 
@@ -51,9 +43,7 @@ class Target:
 
     def split(self) -> str:
         """Return the split that the run's result is on."""
-        recipe = self.recipe
-        has_test = recipe.test_split is not None or recipe.test_list is not None
-        return recipe.test_split or "test" if has_test else recipe.val_split
+        return self.recipe.split_names[-1]
 
 
 @dataclass(frozen=True)
@@ -148,20 +138,17 @@ def _open_images(
     Of other data than the model's own, which have no splits, all images are evaluated: the share that training would
     have held out is no split of theirs.
     """
-    recipe = target.recipe
-    if split is None and target.elsewhere and recipe.dataset in WITHOUT_SPLITS:
-        try:
-            opened = open_split(recipe, "all")
-        except DataError:  # there are splits, or whatever is wrong is wrong with those too
-            pass
-        else:
-            note = (
-                f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
-                f"{recipe.val_split} takes only the share that training would hold out"
-            )
-            return "all", match_classes("all", opened, names, num_classes), (note,)
-    split = split or target.split()
-    return split, open_evaluation(recipe, split, names, num_classes), ()
+    recipe, data = target.recipe, Source(target.recipe)
+    whole = split is None and target.elsewhere and not data.has_splits
+    name = ALL if whole else split or target.split()
+    (opened,) = data.splits([name])
+    notes: tuple[str, ...] = ()
+    if whole:
+        notes = (
+            f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
+            f"{recipe.val_split} takes only the share that training would hold out",
+        )
+    return name, match_classes(name, opened, names, num_classes), notes
 
 
 def _input_size(model: nn.Module, recipe: Recipe) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import convert_image, pil_mode
 from mbib_timm.environment import join_world, leave_world
-from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.errors import MbibError, few, first_line, unknown_name
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
 from mbib_timm.evaluation.priors import (
     ESTIMATE,
@@ -600,6 +600,5 @@ def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: flo
             )
     if result.unknown:
         images = sum(result.unknown.values())
-        listed = [f"{printable(name)} ({count:,})" for name, count in tally.unknown.most_common(NAMED)]
-        more = f" and {len(result.unknown) - NAMED} more" if len(result.unknown) > NAMED else ""
-        yield f"not counted: {images:,} images of classes that the model does not know: {', '.join(listed)}{more}"
+        listed = few([f"{printable(name)} ({count:,})" for name, count in tally.unknown.most_common()], NAMED)
+        yield f"not counted: {images:,} images of classes that the model does not know: {listed}"

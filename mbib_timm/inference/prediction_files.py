@@ -113,9 +113,8 @@ class OutputChoice:
             _require("pyarrow", "Parquet files need pyarrow", "table")
         if self.cam is not None:
             _require("pytorch_grad_cam", "--cam needs grad-cam", "cam")
-        if self.cam is not None and self.cam.exists() and not self.cam.is_dir():
-            raise MbibError(f"--cam {self.cam}: expected a folder, and this is a file")
-        if self.cam is not None:
+            if self.cam.exists() and not self.cam.is_dir():
+                raise MbibError(f"--cam {self.cam}: expected a folder, and this is a file")
             check_folder(self.cam)
         if self.file is not None and self.file == self.embeddings:
             raise MbibError(f"--output and --embeddings are both {self.file}; give them a file each")
@@ -146,6 +145,16 @@ class Writer(Protocol):
 
     def abandon(self) -> None:
         """Leave what makes no sense unless it is whole."""
+
+
+class TextWriter:
+    """What ends the writers of text: nothing is left to do, and what there is makes sense."""
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+    def abandon(self) -> None:
+        """Keep what there is."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,7 @@ class RowColumns:
         ]
 
 
-class TableWriter:
+class TableWriter(TextWriter):
     """Predictions for a reader: an image, and below it its classes.
 
     Args:
@@ -209,14 +218,8 @@ class TableWriter:
                 print(f"  {100 * probability:6.2f} %  {printable(self.names[label_of])}", file=self.file)
         self.file.flush()
 
-    def close(self) -> None:
-        """Nothing is left to do."""
 
-    def abandon(self) -> None:
-        """Keep what there is."""
-
-
-class CsvWriter:
+class CsvWriter(TextWriter):
     """Predictions as CSV: one row per image, see `RowColumns`.
 
     Args:
@@ -238,14 +241,8 @@ class CsvWriter:
             self.csv.writerow([f"{cell:.{DIGITS}f}" if isinstance(cell, float) else cell for cell in row])
         self.file.flush()
 
-    def close(self) -> None:
-        """Nothing is left to do."""
 
-    def abandon(self) -> None:
-        """Keep what there is."""
-
-
-class JsonlWriter:
+class JsonlWriter(TextWriter):
     """Predictions as JSON lines: an object per image.
 
     Args:
@@ -280,12 +277,6 @@ class JsonlWriter:
             values = [round(value, DIGITS) for value in item.probabilities.tolist()]
             content["probabilities"] = dict(zip(self.names, values, strict=True))
         return content
-
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-    def abandon(self) -> None:
-        """Keep what there is."""
 
 
 class ParquetFile:

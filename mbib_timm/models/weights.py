@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
+from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
 from mbib_timm.models.zoo import ZooModel
 
@@ -74,7 +74,7 @@ def prefix_backbone(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, T
 def _require_same_keys(given: Iterable[str], expected: Iterable[str], what: str) -> None:
     given, expected = set(given), set(expected)
     problems = [
-        f"{label} {', '.join(sorted(keys)[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        f"{label} {few(sorted(keys))}"
         for label, keys in (("missing keys:", expected - given), ("unexpected keys:", given - expected))
         if keys
     ]

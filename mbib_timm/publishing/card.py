@@ -11,7 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.errors import MbibError
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS
@@ -303,7 +303,7 @@ def _groups(counts: np.ndarray) -> Table:
 def _classes(run: FinishedRun) -> Table:
     """Return the classes with their names, from most to fewest training images, and what the prediction achieves."""
     counts, accuracies = run.record.class_counts, run.record.result.prediction.per_class
-    names = run.record.class_names or [str(label) for label in range(len(counts))]
+    names = named(run.record.class_names, len(counts))
     order = sorted(range(len(counts)), key=lambda label: -counts[label])
     if len(order) > LISTED_CLASSES:
         order = order[: LISTED_CLASSES // 2] + order[-LISTED_CLASSES // 2 :]

@@ -276,6 +276,12 @@ class Recipe:
         return 0 if self.previous is None else self.previous.stage + 1
 
     @property
+    def split_names(self) -> list[str]:
+        """Names of the splits for training and validation, and of a further one for testing if there is one."""
+        tests = self.test_split is not None or self.test_list is not None
+        return [self.train_split, self.val_split, *([self.test_split or "test"] if tests else [])]
+
+    @property
     def soft_targets(self) -> bool:
         """Whether training targets are (B, K): images are mixed, or labels smoothed."""
         return self.mixup > 0 or self.cutmix > 0 or self.smoothing > 0

@@ -1,9 +1,7 @@
 """`mbib data`: what there is to train on, before training: as text, CSV and figure; and a split to keep."""
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
 from mbib_timm.data.folders import SUFFIXES, is_archive
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
+from mbib_timm.data.long_tail import named
 from mbib_timm.drawing import GROUP_COLORS, canvas, render
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import check_place, printable, write_bytes
+from mbib_timm.files import check_place, printable, to_csv, write_bytes
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
@@ -84,11 +83,11 @@ def data_report(
             raise MbibError(f"cannot write {file}: there is no folder {file.parent}")
         if file is not None:
             check_place(file)
-    splits = open_data(recipe)
-    names = list(splits.class_names or map(str, range(splits.num_classes)))
-    parts = [(recipe.train_split, splits.train), (recipe.val_split, splits.val)]
-    if splits.test is not None:
-        parts.append((recipe.test_split or "test", splits.test))
+    source = Source(recipe)
+    splits = open_data(recipe, source)
+    names = named(splits.class_names, splits.num_classes)
+    opened = [splits.train, splits.val, *([] if splits.test is None else [splits.test])]
+    parts = list(zip(recipe.split_names, opened, strict=True))
     print("\n".join(summary(splits)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
@@ -101,7 +100,7 @@ def data_report(
         write_bytes(figure, render(lambda: class_histogram(splits, names), (form,))[form])
         print(figure)
     if split_file is not None:
-        write_bytes(split_file, split_rows(recipe))
+        write_bytes(split_file, split_rows(recipe, source))
         folder = "" if recipe.data_dir is None else f" --data-dir {recipe.data_dir}"
         print(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}")
     return found
@@ -194,7 +193,7 @@ def image_rows(found: Inspection) -> bytes:
         ]
         for place, picture in enumerate(found.pictures)
     )
-    return _csv(header, rows)
+    return to_csv([header, *rows])
 
 
 def _numbers(found: Duplicates | None) -> dict[int, int]:
@@ -202,36 +201,27 @@ def _numbers(found: Duplicates | None) -> dict[int, int]:
     return {place: number for number, each in enumerate(sets, start=1) for place in each}
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def split_rows(recipe: Recipe) -> bytes:
+def split_rows(recipe: Recipe, source: Source) -> bytes:
     """Return a CSV with path, class, split and group of every image, before a long-tailed subset is taken of them.
+
+    Args:
+        recipe: names the splits.
+        source: of its data.
 
     Raises:
         DataError: images in one of several archives.
     """
-    names = [recipe.train_split, recipe.val_split]
-    if recipe.test_split is not None or recipe.test_list is not None:
-        names.append(recipe.test_split or "test")
     root = recipe.data_dir or str(Path(recipe.table or "").parent)
-    rows = []
-    for name, split in zip(names, Source(recipe).splits(names), strict=True):
-        classes = split.class_names or tuple(map(str, range(int(split.targets.max()) + 1)))
+    rows: list[Sequence[object]] = [["path", "label", "split", "group"]]
+    for name, split in zip(recipe.split_names, source.splits(recipe.split_names), strict=True):
+        classes = named(split.class_names, int(split.targets.max()) + 1)
         groups = np.full(len(split), "") if split.groups is None else split.groups
         for place, label in enumerate(split.targets):
-            path = split.path(place)
-            if path.startswith(f"{root.rstrip('/')}/"):
-                path = path[len(root.rstrip("/")) + 1 :]
+            path = split.name(place, root)
             if any(part.lower().endswith(SUFFIXES) for part in path.split("/")[:-1]):
                 raise DataError(f"--write-split: {split.path(place)} is in one of several archives; unpack them")
             rows.append([path, classes[int(label)], name, groups[place]])
-    return _csv(["path", "label", "split", "group"], rows)
+    return to_csv(rows)
 
 
 def class_histogram(splits: Splits, names: Sequence[str]) -> Any:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.options import is_number
 from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import ABLATIONS, RESULTS
@@ -194,15 +195,8 @@ class Sweep:
             )
         if kind == "lines":
             for value in self.values(self.figure["x"]):
-                if not _is_number(value.name):
+                if not is_number(value.name) or not math.isfinite(float(value.name)):
                     raise MbibError(f"sweep {self.name}: lines need numbers along x, got {value.name!r}")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def plain(value: Any) -> str:

@@ -14,7 +14,7 @@ from mbib_timm.data import Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.class_weights import loss_weights
 from mbib_timm.environment import World, seed_generators
-from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
+from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.models.weights import find_source
 from mbib_timm.recipe import Recipe
@@ -144,10 +144,7 @@ def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str]
     differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
-        raise CheckpointError(
-            f"the weights of {source} do not fit this stage's model: "
-            f"{', '.join(sorted(differing)[:5])}{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}"
-        )
+        raise CheckpointError(f"the weights of {source} do not fit this stage's model: {few(sorted(differing))}")
 
 
 def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict[str, Any]) -> nn.Module:
