@@ -24,8 +24,8 @@ from mbib_timm.evaluation import evaluate as evaluate_batches
 from mbib_timm.evaluation.priors import ESTIMATE, estimate_prior
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.inference.inputs import FoundImage, find_images, label_by_folder
-from mbib_timm.inference.predict import Predictor, ScoredBatch
 from mbib_timm.inference.prediction_files import Broken, Prediction
+from mbib_timm.inference.predictor import Predictor, ScoredBatch
 from mbib_timm.methods import METHODS, Facts, Method, head_names, resolve_method
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import load_model

@@ -18,7 +18,7 @@ from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import demo as demo_module
 from mbib_timm.inference.demo import build_page, class_labels, classify, open_upload, shown_heads
 from mbib_timm.inference.inputs import find_images
-from mbib_timm.inference.predict import Predictor
+from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.weights import LoadedModel, load_model
 
 

@@ -20,8 +20,9 @@ from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import predict as predict_module
 from mbib_timm.inference.inputs import find_images
-from mbib_timm.inference.predict import Predictor, predict
+from mbib_timm.inference.predict import predict
 from mbib_timm.inference.prediction_files import Broken, Prediction
+from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.weights import LoadedModel, load_model
 
 

@@ -13,7 +13,7 @@ from mbib_timm.environment import find_device
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.priors import label_names
 from mbib_timm.inference.cam import GradCam, overlay
-from mbib_timm.inference.predict import Predictor, unreadable
+from mbib_timm.inference.predictor import Predictor, unreadable
 from mbib_timm.models.head_outputs import PREDICTION, head_titles, predicting_parts
 from mbib_timm.models.weights import LoadedModel, load_model
 

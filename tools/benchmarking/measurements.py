@@ -40,7 +40,8 @@ from mbib_timm.data.samplers import training_sampler
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.inference.inputs import find_images
-from mbib_timm.inference.predict import Predictor, predict
+from mbib_timm.inference.predict import predict
+from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.weights import load_model
 from mbib_timm.recipe import DEFAULT_RECIPE
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
