@@ -166,6 +166,19 @@ def test_splits_of_other_data_are_kept(run, tmp_path, capsys):
         open_split(Recipe(dataset="folder", data_dir=str(tmp_path / "other")), "all")
 
 
+def test_what_is_not_measured_is_named(run, tmp_path, capsys):
+    other = colored(tmp_path / "other", {"bee": 2, "ant": 2})
+    (other / "bee" / "broken.png").write_text("no image")
+    (other / "bee" / "phone.heic").write_bytes(b"")
+    status, out, _ = validated(run, capsys, "--data-dir", str(other), "--results", str(tmp_path / "r.json"))
+    assert status == 0
+    assert "warning: left out: images of kinds that are not read: 1 (bee/phone.heic)\n" in out
+    assert f"warning: left out: images that cannot be read: 1 ({other}/bee/broken.png)\n" in out
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["left_out_images"] == [f"{other}/bee/broken.png"]
+    assert results["heads"]["prediction"]["images"] == 4
+
+
 def test_a_renamed_folder_is_an_error(run, tmp_path, capsys):
     other = colored(tmp_path / "other", {"bee": 2, "ant": 2})
     (other / "bee").rename(other / "Bees")

@@ -12,6 +12,7 @@ from mbib_timm.data import Source, build_eval_loader, match_classes, missing_cla
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
+from mbib_timm.data.overview import warnings
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.models.weights import Source as ModelSource
@@ -124,6 +125,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     loader = build_eval_loader(
         recipe, images, input_size=size, device=world.device, rank=world.rank, world_size=world.world_size
     )
+    notes = (*notes, *warnings([images]))
     if missing := missing_classes(split, images, num_classes):
         notes = (*notes, missing)
     names = images.class_names if names is None else names

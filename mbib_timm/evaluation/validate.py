@@ -1,7 +1,7 @@
 """`mbib validate`: evaluate a run's folder, an exported folder, a published name, or any timm model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbib_timm.data.folders import in_words
+from mbib_timm.data.sources import UNREADABLE
 from mbib_timm.environment import Environment, World, describe_environment, join_world, leave_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import write_answers
@@ -38,6 +40,7 @@ class Validation:
         heads: metrics of ``prediction``, and of each head and expert where there are several.
         environment: versions, hardware, command.
         prior: class frequencies that the logits were shifted to, by class, their sum 1; None where they were not.
+        left_out_images: broken images, which are not measured.
     """
 
     target: str
@@ -46,6 +49,7 @@ class Validation:
     heads: dict[str, HeadMetrics]
     environment: Environment
     prior: list[float] | None = None
+    left_out_images: list[str] = field(default_factory=list)
 
 
 def validate(
@@ -97,11 +101,13 @@ def validate(
         answers = log.read()
         shares = None if moved is None else moved.shares.tolist()
         environment = describe_environment(world)
-        results = Validation(target, opened.split, opened.class_counts.tolist(), heads, environment, shares)
+        broken = list(dict.fromkeys(world.gather(opened.loader.broken_images())))
+        results = Validation(target, opened.split, opened.class_counts.tolist(), heads, environment, shares, broken)
         if world.is_main:
             if moved is not None and moved.note:
                 print(printable(moved.note))
-            print("\n".join([*map(printable, opened.notes), f"{target} on {opened.split}:"]))
+            unreadable = [f"warning: left out: {in_words({UNREADABLE: broken})}"] if broken else []
+            print("\n".join([*map(printable, [*opened.notes, *unreadable]), f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             if results_file is not None:
                 results_file.parent.mkdir(parents=True, exist_ok=True)
