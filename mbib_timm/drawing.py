@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
+from mbib_timm.files import printable
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Its black is the foreground of the theme.
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
@@ -205,6 +206,11 @@ def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: f
     below = (at, min(mean - deviation, marked))
     box = dict(facecolor=color, linewidth=0, pad=0.5)
     axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=text_on(color), bbox=box, **text)
+
+
+def figure_text(name: str) -> str:
+    """Return a name that somebody else has given as a figure shows it: printable, and its dollars begin no formula."""
+    return printable(name).replace("$", r"\$")
 
 
 @dataclass(frozen=True)

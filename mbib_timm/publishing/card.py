@@ -230,8 +230,8 @@ def dataset_title(run: FinishedRun, stated: Stated = NOTHING_STATED) -> str:
 def _dataset(run: FinishedRun, stated: Stated) -> Markup:
     """Return the data set's title as Markdown; a name that is only the recipe's as code."""
     title = dataset_title(run, stated)
-    named = stated.dataset_name is not None or _data_name(run) in DATASETS
-    return Markup(markdown_text(title) if named else code_span(title))
+    is_title = stated.dataset_name is not None or _data_name(run) in DATASETS
+    return Markup(markdown_text(title) if is_title else code_span(title))
 
 
 def _data_name(run: FinishedRun) -> str:

@@ -12,7 +12,7 @@ from mbib_timm.data.folders import SUFFIXES, is_archive
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.long_tail import named
-from mbib_timm.drawing import GROUP_COLORS, canvas, render
+from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, printable, to_csv, write_bytes
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
@@ -240,9 +240,7 @@ def class_histogram(splits: Splits, names: Sequence[str]) -> Any:
     axes.set_ylabel("training images")
     axes.grid(axis="x", visible=False)
     if len(counts) <= NAMED_CLASSES:
-        # A dollar sign would begin a formula.
-        shown = [printable(names[label]).replace("$", r"\$") for label in order]
-        axes.set_xticks(range(len(order)), shown, rotation=90, fontsize=7)
+        axes.set_xticks(range(len(order)), [figure_text(names[label]) for label in order], rotation=90, fontsize=7)
     else:
         axes.set_xlabel(f"{len(counts):,} classes, largest first")
     axes.legend()

@@ -20,11 +20,11 @@ from mbib_timm.drawing import (
     YELLOW,
     Illustration,
     canvas,
+    figure_text,
     foreground,
     render,
 )
 from mbib_timm.errors import MbibError
-from mbib_timm.files import printable
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.columns import MODEL_COLUMNS
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
@@ -314,6 +314,5 @@ def _mean(accuracy: np.ndarray) -> float:
 
 
 def shortened(name: str, longest: int = 20) -> str:
-    """Return a name for a figure: cut where it is too long, and with dollars that are dollars and no formula's."""
-    cut = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    return printable(cut).replace("$", r"\$")
+    """Return a name for a figure, cut where it is too long; see `figure_text`."""
+    return figure_text(name if len(name) <= longest else f"{name[: longest - 1]}…")
