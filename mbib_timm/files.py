@@ -6,15 +6,20 @@ import errno
 import io
 import json
 import os
+import stat
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from mbib_timm.errors import MbibError
+import yaml
+
+from mbib_timm.errors import MbibError, first_line
 
 T = TypeVar("T")
+LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -95,6 +100,112 @@ def to_csv(rows: Iterable[Sequence[object]]) -> bytes:
     return text.getvalue().encode()
 
 
+def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int = LARGEST) -> bytes:
+    """Return the content of a regular file; a pipe or a device would keep a reader waiting.
+
+    Args:
+        file: to read.
+        what: the file is, for messages, such as ``list file``.
+        error: kind of error to raise.
+        most: bytes that it may have.
+
+    Raises:
+        MbibError: it is not there, no regular file, too large, or cannot be read.
+    """
+    try:
+        with open(file, "rb", opener=_without_waiting) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise error(f"cannot read the {what} {file}: it is no regular file")
+            content = opened.read(most + 1)
+    except OSError as problem:
+        raise error(f"cannot read the {what} {printable(str(file))}: {problem.strerror}") from None
+    except ValueError as problem:  # a name with a NUL
+        raise error(f"cannot read the {what} {printable(str(file))}: {problem}") from None
+    if len(content) > most:
+        raise error(f"the {what} {file} is larger than {most / 2**20:,.0f} MB")
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_text(file: Path, what: str, error: type[MbibError] = MbibError, most: int = LARGEST) -> str:
+    """Return the text of a file in UTF-8, without a byte-order mark. Raises as `read_content` does."""
+    try:
+        return read_content(file, what, error, most).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"cannot read the {what} {file}: byte {problem.start:,} is no text in UTF-8; save it in that encoding"
+        ) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the plain values of JSON.
+
+    Raises:
+        ValueError: no JSON, a key that stands twice in one mapping, or nesting that is too deep; in one line.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"key {_repeated([key for key, _ in pairs])!r} stands there twice")
+    return found
+
+
+def _repeated(keys: Sequence[object]) -> object:
+    return next(key for key, times in Counter(keys).items() if times > 1)
+
+
+def parse_yaml(text: str, as_text: bool = False) -> Any:
+    """Return the plain values of YAML.
+
+    Args:
+        text: a document.
+        as_text: leave every value the text that it is; a class that is called ``no`` would become False.
+
+    Raises:
+        ValueError: no YAML, a key that stands twice in one mapping, or nesting that is too deep; in one line.
+    """
+    try:
+        return yaml.load(text, _TextsOnce if as_text else _ValuesOnce)
+    except yaml.MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark is not None else ""
+        raise ValueError(f"{place}{error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(first_line(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+# libyaml's loader is twenty times as fast, and limits nesting.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _ValuesOnce(_LOADER):
+    """Loads plain values, and refuses keys that stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {_repeated(keys)!r} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+class _TextsOnce(_ValuesOnce):
+    """Leaves every value the text that it is."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
 def read_json(kind: type[T], file: Path, what: str) -> T:
     """Read a dataclass that `to_json` has written.
 
@@ -107,9 +218,7 @@ def read_json(kind: type[T], file: Path, what: str) -> T:
         MbibError: the file cannot be read, or holds something else; names the field.
     """
     try:
-        return from_plain(kind, json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise MbibError(f"cannot read {file}: {error.strerror}") from None
+        return from_plain(kind, parse_json(read_content(file, what)))
     except ValueError as error:  # of JSON, of UTF-8, or ours
         raise MbibError(f"{file} does not hold {what}: {error}") from None
 

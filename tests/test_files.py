@@ -1,0 +1,73 @@
+"""The readers of files: what they read, and what they refuse."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.files import parse_json, parse_yaml, read_content, read_text
+
+
+def test_text_is_read_without_its_byte_order_mark(tmp_path):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "list.txt").write_bytes(mark + "a/Füchse 1.png 0\n".encode())
+        assert read_text(tmp_path / "list.txt", "list") == "a/Füchse 1.png 0\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda file: None, "No such file"),
+        (lambda file: file.mkdir(), "Is a directory"),
+        (lambda file: os.mkfifo(file), "it is no regular file"),
+        (lambda file: file.write_bytes(b"x" * 101), "larger than"),
+        (lambda file: file.write_bytes(b"ab\xff"), "byte 2 is no text in UTF-8"),
+        (lambda file: file.symlink_to(file), "symbolic links"),
+        (lambda file: file.symlink_to("/dev/zero"), "it is no regular file"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(make, said, tmp_path):
+    make(tmp_path / "given.txt")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_text(tmp_path / "given.txt", "checkpoint", CheckpointError, most=100)
+    assert "\n" not in str(caught.value)
+    assert "given.txt" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_names_that_no_file_has_are_refused(name, tmp_path):
+    with pytest.raises(MbibError, match="cannot read the list"):
+        read_content(tmp_path / name, "list")
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "said"),
+    [
+        (parse_json, '{"a": 1, "a": 2}', "key 'a' stands there twice"),
+        (parse_json, '{"b": {"a": 1, "a": 1}}', "key 'a' stands there twice"),
+        (parse_json, "[" * 100_000, "nested too deep"),
+        (parse_json, b"\xff", "utf-8"),
+        (parse_yaml, "a: 1\nb: 2\na: 3\n", "key 'a' stands there twice"),
+        (parse_yaml, "a:\n  b: 2\n  b: 3\n", "line 2: key 'b' stands there twice"),
+        (parse_yaml, "[" * 100_000, "nest"),
+        (parse_yaml, "- " * 100_000, "nest"),
+        (parse_yaml, "a: [", "line "),
+        (parse_yaml, "a: !!python/object:os.system x", "tag"),
+    ],
+)
+def test_damaged_text_is_a_value_error_of_one_line(parse, text, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_sound_text_gives_what_the_libraries_give():
+    content = {"a": [1, 2.5, None, True, "x"], "b": {"c": "no"}}
+    assert parse_json(json.dumps(content)) == content
+    assert parse_yaml(yaml.safe_dump(content)) == content
+
+
+def test_yaml_as_text_leaves_names_and_numbers_alone():
+    assert parse_yaml("no: 1\nnull: 0x10\n", as_text=True) == {"no": "1", "null": "0x10"}
