@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loopback_hub import TestHub
 from PIL import Image, ImageDraw
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -80,10 +81,10 @@ def without_numbers(line):
     return " ".join(re.sub(r"\d+(\.\d+)?", "#", line).split())
 
 
-def run(command, folder):
+def run(command, folder, **variables):
     """Run a command as a reader would, and return what it writes to the terminal."""
     python = {"PYTHONPATH": str(DOCS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **python}
+    environment = {**os.environ, **python, **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -153,6 +154,10 @@ def test_your_own_images(tmp_path):
     assert right == sum(row["class"] == row["predicted"] for row in predictions) / 25
     assert metrics["result"]["heads"]["prediction"]["top1"] == pytest.approx(100 * right)
 
+    weighted = json.loads((tmp_path / "runs" / "traps-ce" / "metrics.json").read_text(encoding="utf-8"))
+    assert weighted["result"]["heads"]["prediction"]["images"] == 25
+    assert "mbib_resnet32.ce_finetune" in (tmp_path / "compared.html").read_text(encoding="utf-8")
+
     # Test on other images
     later = rows(tmp_path / "later" / "result_predictions.csv")
     assert len(later) == 22
@@ -168,6 +173,9 @@ def test_your_own_images(tmp_path):
     for row in predicted:
         assert (row["predicted"] == "unsure") == (float(row["probability"]) < 0.6)
         assert sum(float(row[f"p({name})"]) for name in names) == pytest.approx(1, abs=1e-5)
+    shifted = rows(tmp_path / "shifted.csv")
+    assert len(shifted) == 42
+    assert "lynx" not in {row["predicted"] for row in shifted}
     assert "class frequencies estimated from 42 images" in printed
     assert len(rows(tmp_path / "estimated.csv")) == 42
 
@@ -178,6 +186,19 @@ def test_your_own_images(tmp_path):
     assert "license: cc-by-4.0" in printed
     assert "in whole groups by folder:1" in printed[printed.index("me/traps would get") :]
     assert (tmp_path / "traps.pt2").is_file()
+
+    # The same without --dry-run, and a colleague's use of it
+    hub = TestHub(tmp_path / "hub", user="me").start()
+    there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "home")}
+    (publish,) = [
+        line for _, text in blocks_of("your_own_images.md") for line in text.splitlines() if "--dry-run" in line
+    ]
+    run([sys.executable, "-m", *shlex.split(publish.replace("mbib", "mbib_timm", 1))[:-1]], tmp_path, **there)
+    given = ["new", "--probabilities", "--threshold", "0.6", "--output", "theirs.csv"]
+    run([sys.executable, "-m", "mbib_timm", "predict", "hf-hub:me/traps", *given], tmp_path, **there)
+    hub.stop()
+    for mine, theirs in zip(predicted, rows(tmp_path / "theirs.csv"), strict=True):
+        assert {name: theirs[name] for name in mine} == mine
 
 
 # What the page says of each of its blocks.
