@@ -156,17 +156,43 @@ def test_draws_are_samples_of_as_many_images_and_repeat():
     assert all((one[0] == other[0]).all() for one, other in zip(pieces, _draws(y, p, 4), strict=True))
 
 
-def test_where_no_draw_differs_the_interval_is_wilsons():
+def intervals_of(y, p, counts):
+    logits = torch.nn.functional.one_hot(torch.as_tensor(p), len(counts)).float()
+    metrics = summarize(batch_statistics(logits, torch.as_tensor(y)), counts)
+    return metrics, with_intervals(metrics, y, p, counts).intervals
+
+
+def test_where_no_draw_differs_the_interval_is_that_of_the_classes():
     """Three images that are all right do not prove that all are."""
     y = np.array([0] * 50 + [1] * 3)
     p = np.where(np.arange(53) < 10, 1, y)
-    logits = torch.nn.functional.one_hot(torch.as_tensor(p), 2).float()
-    counts = np.array([500, 3])
-    found = with_intervals(summarize(batch_statistics(logits, torch.as_tensor(y)), counts), y, p, counts).intervals
-    assert found["few"] == wilson_interval(3, 3)
+    _, found = intervals_of(y, p, np.array([500, 3]))
+    assert found["few"] == pytest.approx(wilson_interval(3, 3))
     assert found["few"][0] < 50
     assert found["many"][0] < 80 < found["many"][1]
     assert "medium" not in found
+
+
+def test_a_class_that_is_right_and_one_that_is_wrong():
+    """No draw differs where the images of each are many; the mean's interval is around the mean, not around a share."""
+    y = np.array([0] * 15 + [1] * 5)
+    metrics, found = intervals_of(y, np.zeros(20, int), np.array([500, 300]))
+    (low_a, _), (_, high_b) = wilson_interval(15, 15), wilson_interval(0, 5)
+    assert metrics.macro == 50
+    assert found["macro"] == pytest.approx((50 - (100 - low_a) / 2, 50 + high_b / 2))
+    assert found["many"] == found["macro"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_interval_holds_its_number(seed):
+    rng = np.random.RandomState(seed)
+    classes, images = rng.randint(2, 8), rng.randint(1, 40)
+    y = np.minimum(rng.geometric(0.4, images) - 1, classes - 1)
+    p = np.where(rng.rand(images) < rng.rand(classes)[y].round(), y, rng.randint(0, classes, images))
+    metrics, found = intervals_of(y, p, rng.choice([5, 50, 200], classes))
+    for name, (low, high) in found.items():
+        assert 0 <= low <= getattr(metrics, name) <= high <= 100, name
+        assert low < high, name
 
 
 def test_inaturalists_classes_take_seconds():

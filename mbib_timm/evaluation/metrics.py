@@ -177,14 +177,30 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
     return 100.0 * (0.0 if correct == 0 else centre - reach), 100.0 * (1.0 if correct == images else centre + reach)
 
 
+def mean_interval(correct: np.ndarray, images: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval in percent of the mean accuracy of classes, from each one's Wilson interval.
+
+    The distances of the classes' limits from their accuracies add up as standard errors do (Zou and Donner 2008).
+
+    Args:
+        correct: images of each class that are right, (K,).
+        images: of each class, (K,); classes without images do not count.
+    """
+    counted = [(int(k), int(n)) for k, n in zip(correct, images, strict=True) if n]
+    limits = np.array([wilson_interval(k, n) for k, n in counted])
+    accuracy = np.array([100.0 * k / n for k, n in counted])
+    low, high = np.sqrt(((limits - accuracy[:, None]) ** 2).sum(axis=0)) / len(counted)
+    return float(accuracy.mean() - low), float(accuracy.mean() + high)
+
+
 def with_intervals(
     metrics: HeadMetrics, targets: np.ndarray, predicted: np.ndarray, class_counts: np.ndarray
 ) -> HeadMetrics:
     """Return metrics with 95 % intervals of macro accuracy, macro F1 and the shot groups: bootstrap over images.
 
     1,000 draws of N images out of N, with a fixed seed; the percentiles 2.5 and 97.5. A draw leaves classes out of
-    which it has no image, as the metric itself does. Where all images of a group are right, or all wrong, no draw
-    differs, and Wilson's interval for its images stands in the bootstrap's place.
+    which it has no image, as the metric itself does. Where no draw differs, because every class is right as a whole or
+    wrong as a whole, the interval is made of the classes' own: see `mean_interval`.
 
     Args:
         metrics: of the head.
@@ -193,6 +209,8 @@ def with_intervals(
         class_counts: training images of each class, (K,).
     """
     groups = {"macro": np.arange(len(class_counts)), **shot_groups(class_counts)}
+    images = np.bincount(targets, minlength=len(class_counts))
+    right = np.bincount(targets[targets == predicted], minlength=len(class_counts))
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in ("macro_f1", *groups)}
     for total, correct, taken in _draws(targets, predicted, len(class_counts)):
         accuracy = class_accuracy(total, correct)
@@ -206,8 +224,8 @@ def with_intervals(
             continue
         low, high = np.nanpercentile(values, [2.5, 97.5]).tolist()
         if low == high:
-            inside = np.isin(targets, groups.get(name, groups["macro"]))
-            low, high = wilson_interval(int((targets == predicted)[inside].sum()), int(inside.sum()))
+            classes = groups.get(name, groups["macro"])
+            low, high = mean_interval(right[classes], images[classes])
         intervals[name] = (low, high)
     return replace(metrics, intervals=intervals)
 

@@ -41,5 +41,6 @@ DEFINITIONS = (
 )
 INTERVALS = (
     "Intervals hold 95 %, and say what the evaluated images alone leave open, not how another training would differ: "
-    "Wilson's for overall, for the others a bootstrap over the images (1,000 draws)."
+    "Wilson's for overall; for the others a bootstrap over the images (1,000 draws), or where each class is right or "
+    "wrong as a whole, Wilson's of the classes combined."
 )
