@@ -144,12 +144,17 @@ def parse_json(text: str | bytes) -> Any:
     """Return the plain values of JSON.
 
     Raises:
-        ValueError: no JSON, a key that stands twice in one mapping, or nesting that is too deep; in one line.
+        ValueError: no JSON, NaN or infinity, a key that stands twice in one mapping, or nesting that is too deep; in
+            one line.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,6 +187,10 @@ def parse_yaml(text: str, as_text: bool = False) -> Any:
         raise ValueError(first_line(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as error:  # such as a number of too many digits, or a date that is none
+        raise ValueError(first_line(error).partition(";")[0]) from None
+    except Exception as error:  # PyYAML's constructors raise of all kinds at values that do not fit their tags
+        raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from None
 
 
 # libyaml's loader is twenty times as fast, and limits nesting.

@@ -25,9 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.errors import MbibError, shown, unknown_name
+from mbib_timm.files import parse_yaml, printable, read_text
 from mbib_timm.options import is_number
 from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
@@ -141,24 +140,28 @@ class Sweep:
         return self.labels.get(axis, axis)
 
     def _check_axis(self, name: str, values: Any) -> None:
+        if not isinstance(values, list | Mapping) or not values:
+            raise MbibError(f"sweep {self.name}: axis {name!r} needs a list of values, got {shown(values)}")
         is_place = name in self.placeholders()
         if isinstance(values, Mapping):
             for value, what in values.items():
                 if is_place and not isinstance(what, str):
                     raise MbibError(
-                        f"sweep {self.name}: axis {name!r}: {value!r} needs a part of the recipe's name, got {what!r}"
+                        f"sweep {self.name}: axis {name!r}: {shown(value)} needs a part of the recipe's name, got {shown(what)}"
                     )
                 if not is_place:
                     self._check_settings(name, value, what or {})
         elif not is_place:
             self._check_address("axis", name)
-        if not isinstance(values, list | Mapping) or not values:
-            raise MbibError(f"sweep {self.name}: axis {name!r} needs a list of values, got {values!r}")
+        names = [value.name for value in self.values(name)]
+        for value in names:
+            if names.count(value) > 1:
+                raise MbibError(f"sweep {self.name}: axis {name!r} has {shown(value)} twice")
 
     def _check_settings(self, axis: str, value: Any, settings: Any) -> None:
         if not isinstance(settings, Mapping):
             raise MbibError(
-                f"sweep {self.name}: axis {axis!r}: {value!r} needs recipe keys and their values, got {settings!r}"
+                f"sweep {self.name}: axis {axis!r}: {shown(value)} needs recipe keys and their values, got {shown(settings)}"
             )
         for address in settings:
             self._check_address(f"key in axis {axis}", address)
@@ -234,9 +237,9 @@ def _is_sweep(path: Path) -> bool:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MbibError(f"{path}: not a YAML file ({first_line(error)})") from None
+        return parse_yaml(read_text(path, "sweep or recipe"))
+    except ValueError as error:
+        raise MbibError(f"{path}: not a YAML file ({error})") from None
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -286,5 +289,5 @@ def _checked(content: Any, kinds: Mapping[str, type | tuple[type, ...]], where: 
         if not isinstance(value, kinds[key]):
             kind = kinds[key]
             expected = " or a ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-            raise MbibError(f"{where}: key {key!r}: expected a {expected}, got {value!r}")
+            raise MbibError(f"{where}: key {key!r}: expected a {expected}, got {shown(value)}")
     return content
