@@ -84,7 +84,7 @@ def _whole(text: str, least: int, most: int | None = None) -> int:
     """Parse a whole number; without a largest one it is of 31 bits, which is what libraries count in."""
     value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
     if not least <= value <= (2**31 - 1 if most is None else most):
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        allowed = f"of at least {least}" if most is None and len(text) < 10 else f"from {least} to {most or 2**31 - 1}"
         raise argparse.ArgumentTypeError(f"expected a whole number {allowed}, got {shown(text)}")
     return value
 
@@ -187,10 +187,17 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         MbibError: a value of another type, or out of its key's range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    overrides = {name: dict(value) if name.endswith("_kwargs") else value for name, value in given.items()}
+    overrides = {name: _named(name, value) if name.endswith("_kwargs") else value for name, value in given.items()}
     for name, value in overrides.items():
         check_key(name, {"name": value} if name == "method" else value)
     return {**overrides, **getattr(arguments, "dotted", {})}
+
+
+def _named(name: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise MbibError(f"flag {flag(name)}: a name stands there twice: {', '.join(key for key, _ in pairs)}")
+    return named
 
 
 def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

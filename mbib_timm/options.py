@@ -17,7 +17,7 @@ from typing import Any
 from mbib_timm.errors import MbibError, shown, unknown_name
 
 # What no option needs more of: characters of a text, items of a list, and values in a mapping with all that is in them.
-LONGEST_TEXT, LONGEST_LIST, MOST_VALUES = 4096, 1000, 10_000
+LONGEST_TEXT, LONGEST_LIST, MOST_VALUES, DEEPEST = 4096, 1000, 10_000, 20
 # Numbers are those of float32, with which everything is computed, and integers of 64 bits.
 LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, 3.4e38, 1.2e-38
 
@@ -196,19 +196,21 @@ def _check_plain(where: str, content: Mapping[Any, Any]) -> None:
 
     A YAML file may name a part of itself again and again, inside itself too: what there would be is counted.
     """
-    waiting: list[Any] = [content]
+    waiting: list[tuple[Any, int]] = [(content, 0)]
     for _ in range(MOST_VALUES):
         if not waiting:
             return
-        value = waiting.pop()
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise MbibError(f"{where}: expected at most {DEEPEST} values within one another")
         if isinstance(value, Mapping):
             for name in value:
                 if not isinstance(name, str):
                     raise MbibError(f"{where}: expected names, got {shown(name)} for one")
                 _check_text(where, name)
-            waiting += value.values()
+            waiting += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list | tuple):
-            waiting += value
+            waiting += [(item, depth + 1) for item in value]
         elif isinstance(value, str):
             if value:
                 _check_text(where, value)

@@ -31,8 +31,15 @@ POLICIES: Mapping[str, Mapping[str, tuple[float, float]]] = {
 }
 # Sets of operations that RandAugment may draw from, after a t, as timm calls them.
 OPERATIONS = ("weights", "3a", "3aw")
-# Bytes of a batch of images in float32 that no device has; activations take many times as much.
-LARGEST_INPUT = 2**36
+# Arguments of a model that other keys give, and what timm itself would do with some of them.
+OTHER_KEYS = {
+    "num_classes": "the number of classes is that of the data; see key 'num_classes'",
+    "pretrained": "see key 'pretrained'",
+    "checkpoint_path": "see key 'initial_checkpoint'",
+    "features_only": "a model of features has no classes",
+}
+# Bytes of a batch of images in float32 that are too many for any device: activations take many times as much.
+LARGEST_INPUT = 2**33
 
 # Class weights by name, and the number that one takes after a colon where the name gives none.
 CLASS_WEIGHTS = {"none": None, "balanced": None, "effective": 0.9999, "power": 0.5}
@@ -54,6 +61,7 @@ def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     _check_mixing(recipe, method)
     _check_class_weights(recipe, method)
     _check_values(recipe)
+    _check_model(recipe)
     _check_views(recipe, method)
     _check_stage(recipe, method)
 
@@ -179,8 +187,6 @@ def _check_values(recipe: "Recipe") -> None:
     for name in ("mean", "std"):
         if len(getattr(recipe, name)) not in (1, 3):
             raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(getattr(recipe, name))}")
-    if min(recipe.std) <= 0:
-        raise MbibError(f"recipe key 'std': expected positive numbers, got {shown(recipe.std)}")
     if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
         raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {shown(recipe.experiment)}")
     for name in ("train", "reset"):
@@ -206,6 +212,19 @@ def _check_values(recipe: "Recipe") -> None:
         raise MbibError(
             f"recipe key 'decay_milestones': expected ascending epochs, got {shown(recipe.decay_milestones)}"
         )
+
+
+def _check_model(recipe: "Recipe") -> None:
+    for name, value in recipe.model_kwargs.items():
+        if name in OTHER_KEYS:
+            raise MbibError(f"recipe key 'model_kwargs': it gives no {name!r}: {OTHER_KEYS[name]}")
+        if re.fullmatch(r"\w*drop\w*_rate", name) and value is not None:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < 1:
+                raise MbibError(
+                    f"recipe key 'model_kwargs': {name}: expected a number of at least 0 and below 1, got "
+                    f"{shown(value)}"
+                )
 
 
 def _check_augmentation(recipe: "Recipe", given: Iterable[str]) -> None:

@@ -133,11 +133,17 @@ class Recipe:
         "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
     )
     crop_pct: float = _input(
-        0.875, "fraction of the resized test image that the centre crop keeps", above=0, maximum=1, evaluation=True
+        0.875, "fraction of the resized test image that the centre crop keeps", minimum=0.1, maximum=1, evaluation=True
     )
-    mean: list[float] = _input([0.485, 0.456, 0.406], "channel means of the normalisation", evaluation=True)
+    mean: list[float] = _input(
+        [0.485, 0.456, 0.406], "channel means of the normalisation", minimum=0, maximum=1, evaluation=True
+    )
     std: list[float] = _input(
-        [0.229, 0.224, 0.225], "channel standard deviations of the normalisation", evaluation=True
+        [0.229, 0.224, 0.225],
+        "channel standard deviations of the normalisation",
+        minimum=0.001,
+        maximum=1000,
+        evaluation=True,
     )
 
     # Augmentation

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mbib_timm.errors import MbibError, shown, unknown_name
+from mbib_timm.errors import MbibError, few, shown, unknown_name
 from mbib_timm.files import parse_yaml, read_text
 from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import TABLE_KEYS
@@ -53,9 +53,9 @@ def find_recipe(name: str) -> Path:
     Raises:
         MbibError: neither exists; the nearest names are given.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise MbibError(f"{name} is a folder, and no recipe; its images train with --dataset folder --data-dir {name}")
-    if Path(name).exists():
+    if name and Path(name).exists():
         return Path(name)
     packaged = packaged_recipes()
     if name.removesuffix(".yaml") not in packaged:
@@ -134,10 +134,26 @@ def _overridden(
                 keys.pop(key, None)
     for address in sorted(overrides, key=lambda address: address.count(".")):
         _override(content, address, overrides[address], where)
-    for line in _shorten(content, overrides):
-        if say is not None:
+    lines = list(_shorten(content, overrides))
+    recipe = _resolve(content, where)
+    lines += _unreached(recipe)
+    if say is not None:
+        for line in lines:
             say(line)
-    return _resolve(content, where)
+    return recipe
+
+
+def _unreached(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each stage with milestones that its epochs do not reach."""
+    stages = recipe.chain()
+    for number, stage in enumerate(stages, start=1):
+        beyond = [milestone for milestone in stage.decay_milestones if milestone > stage.epochs > 0]
+        if stage.sched == "multistep" and beyond:
+            of_stage = f"stage {number}, " if len(stages) > 1 else ""
+            yield (
+                f"{of_stage}{stage.epochs} epoch{'s' * (stage.epochs > 1)}: the learning rate does not come to "
+                f"decay_milestones {few(beyond)}"
+            )
 
 
 def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:
@@ -195,9 +211,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         content = parse_yaml(read_text(path, "recipe"))
     except ValueError as error:
         raise MbibError(f"{path}: not a YAML file ({error})") from None
-    content = {} if content is None else content
     if not isinstance(content, dict):
-        raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
+        raise MbibError(
+            f"{path}: expected 'key: value' lines, got {'nothing' if content is None else f'a {type(content).__name__}'}"
+        )
     _check_keys(content, path.name, (BASE, STAGES))
     stages = content.get(STAGES, [])
     if not isinstance(stages, list) or (STAGES in content and not stages):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbib_timm.errors import MbibError, shown, unknown_name
-from mbib_timm.files import parse_yaml, printable, read_text
+from mbib_timm.files import parse_yaml, read_text
 from mbib_timm.options import is_number
 from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
@@ -147,7 +147,8 @@ class Sweep:
             for value, what in values.items():
                 if is_place and not isinstance(what, str):
                     raise MbibError(
-                        f"sweep {self.name}: axis {name!r}: {shown(value)} needs a part of the recipe's name, got {shown(what)}"
+                        f"sweep {self.name}: axis {name!r}: {shown(value)} needs a part of the recipe's name, got "
+                        f"{shown(what)}"
                     )
                 if not is_place:
                     self._check_settings(name, value, what or {})
@@ -161,7 +162,8 @@ class Sweep:
     def _check_settings(self, axis: str, value: Any, settings: Any) -> None:
         if not isinstance(settings, Mapping):
             raise MbibError(
-                f"sweep {self.name}: axis {axis!r}: {shown(value)} needs recipe keys and their values, got {shown(settings)}"
+                f"sweep {self.name}: axis {axis!r}: {shown(value)} needs recipe keys and their values, got "
+                f"{shown(settings)}"
             )
         for address in settings:
             self._check_address(f"key in axis {axis}", address)
