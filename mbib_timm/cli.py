@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mbib_timm
 from mbib_timm.errors import MbibError, first_line, unknown_name
-from mbib_timm.files import printable
+from mbib_timm.files import printable, printable_lines
 from mbib_timm.flags import (
     Parser,
     add_recipe_flags,
@@ -591,7 +591,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parse(argv))
     except MbibError as error:
         # Names in it are somebody else's.
-        print("mbib: error:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
+        print("mbib: error:", printable_lines(str(error)), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         place = {"train": "from the last checkpoint ", "sweep": "from the last checkpoint "}

@@ -70,6 +70,8 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     if nearest:
         hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?"
+    elif not names:
+        hint = "there are none."
     elif len(names) <= 20:
         hint = f"choose from {', '.join(names)}."
     else:

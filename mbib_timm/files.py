@@ -16,9 +16,10 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import yaml
 
-from mbib_timm.errors import MbibError, first_line
+from mbib_timm.errors import MbibError, first_line, shown
 
 T = TypeVar("T")
+LARGEST_NUMBER, LARGEST_FLOAT = 2**63, 10**308  # beyond what numpy and Python hold
 LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
 
@@ -82,6 +83,11 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() or char in _JOINERS else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines with each `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 _JOINERS = "\u200c\u200d"
@@ -257,15 +263,22 @@ def from_plain(kind: Any, value: Any, place: str = "") -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _from_mapping(kind, value, place)
     if origin is dict and isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{place.lstrip('.') or 'content'}: expected names, got {shown(odd[0])} for one")
         return {key: from_plain(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     if origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(from_plain(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and kind is int and abs(value) >= LARGEST_NUMBER:
+        raise ValueError(f"{place.lstrip('.') or 'content'}: expected a number of at most 64 bits, got {shown(value)}")
+    if kind is float and is_number and abs(value) < LARGEST_FLOAT:  # nan is none
         return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    if kind is int and is_number and isinstance(value, int):
         return value
     expected = getattr(kind, "__name__", str(kind))
-    raise ValueError(f"{place.lstrip('.') or 'content'}: expected {expected}, got {str(value)[:40]!r}")
+    raise ValueError(f"{place.lstrip('.') or 'content'}: expected {expected}, got {shown(value)}")
 
 
 def _from_mapping(kind: Any, content: Mapping[str, Any], place: str) -> Any:

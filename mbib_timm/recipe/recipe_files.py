@@ -213,7 +213,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise MbibError(f"{path}: not a YAML file ({error})") from None
     if not isinstance(content, dict):
         raise MbibError(
-            f"{path}: expected 'key: value' lines, got {'nothing' if content is None else f'a {type(content).__name__}'}"
+            f"{path}: expected 'key: value' lines, got "
+            f"{'nothing' if content is None else f'a {type(content).__name__}'}"
         )
     _check_keys(content, path.name, (BASE, STAGES))
     stages = content.get(STAGES, [])
