@@ -267,6 +267,8 @@ def from_plain(kind: Any, value: Any, place: str = "") -> Any:
             raise ValueError(f"{place.lstrip('.') or 'content'}: expected names, got {shown(odd[0])} for one")
         return {key: from_plain(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     if origin in (list, tuple) and isinstance(value, list | tuple):
+        if origin is tuple and Ellipsis not in arguments and len(value) != len(arguments):
+            raise ValueError(f"{place.lstrip('.') or 'content'}: expected {len(arguments)} values, got {len(value)}")
         return origin(from_plain(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and kind is int and abs(value) >= LARGEST_NUMBER:

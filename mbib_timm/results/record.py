@@ -61,6 +61,8 @@ class HeadMetrics:
             for value in found if isinstance(found, list) else (found,):
                 if value is not None and not 0 <= round(value, 6) <= 100:
                     raise ValueError(f"{name}: expected percent, got {value:g}")
+        if self.measured and not self.measured.keys() >= COLUMNS.keys():
+            raise ValueError(f"measured: expected {', '.join(COLUMNS)}")
 
     def accuracies(self) -> dict[str, float | None]:
         """Return the accuracies of `COLUMNS`, in percent: ``overall``, then those of the shot groups."""
