@@ -19,6 +19,7 @@ import yaml
 from mbib_timm.errors import MbibError, first_line, shown
 
 T = TypeVar("T")
+LONGEST_PLACE = 200  # characters of a place in a message
 LARGEST_NUMBER, LARGEST_FLOAT = 2**63, 10**308  # beyond what numpy and Python hold
 LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
@@ -264,15 +265,15 @@ def from_plain(kind: Any, value: Any, place: str = "") -> Any:
         return _from_mapping(kind, value, place)
     if origin is dict and isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"{place.lstrip('.') or 'content'}: expected names, got {shown(odd[0])} for one")
+            raise ValueError(f"{_said(place)}: expected names, got {shown(odd[0])} for one")
         return {key: from_plain(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     if origin in (list, tuple) and isinstance(value, list | tuple):
         if origin is tuple and Ellipsis not in arguments and len(value) != len(arguments):
-            raise ValueError(f"{place.lstrip('.') or 'content'}: expected {len(arguments)} values, got {len(value)}")
+            raise ValueError(f"{_said(place)}: expected {len(arguments)} values, got {len(value)}")
         return origin(from_plain(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and kind is int and abs(value) >= LARGEST_NUMBER:
-        raise ValueError(f"{place.lstrip('.') or 'content'}: expected a number of at most 64 bits, got {shown(value)}")
+        raise ValueError(f"{_said(place)}: expected a number of at most 64 bits, got {shown(value)}")
     if kind is float and is_number and abs(value) < LARGEST_FLOAT:  # nan is none
         return float(value)
     if kind in (str, bool) and isinstance(value, kind):
@@ -280,17 +281,23 @@ def from_plain(kind: Any, value: Any, place: str = "") -> Any:
     if kind is int and is_number and isinstance(value, int):
         return value
     expected = getattr(kind, "__name__", str(kind))
-    raise ValueError(f"{place.lstrip('.') or 'content'}: expected {expected}, got {shown(value)}")
+    raise ValueError(f"{_said(place)}: expected {expected}, got {shown(value)}")
+
+
+def _said(place: str) -> str:
+    """Return a place in plain values for a message; names in it may be somebody else's."""
+    text = printable(place.lstrip(".")) or "content"
+    return text if len(text) <= LONGEST_PLACE else f"{text[:LONGEST_PLACE]}..."
 
 
 def _from_mapping(kind: Any, content: Mapping[str, Any], place: str) -> Any:
     hints = typing.get_type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind) if item.init}
     if unknown := [name for name in content if name not in fields]:
-        raise ValueError(f"{f'{place}.{unknown[0]}'.lstrip('.')}: unknown field")
+        raise ValueError(f"{_said(f'{place}.{unknown[0]}')}: unknown field")
     missing = [name for name, item in fields.items() if name not in content and not _has_default(item)]
     if missing:
-        raise ValueError(f"{f'{place}.{missing[0]}'.lstrip('.')}: missing")
+        raise ValueError(f"{_said(f'{place}.{missing[0]}')}: missing")
     return kind(**{name: from_plain(hints[name], value, f"{place}.{name}") for name, value in content.items()})
 
 

@@ -191,26 +191,26 @@ def _check_number(where: str, value: float) -> None:
         raise MbibError(f"{where}: expected a number that float32 holds, got {value}")
 
 
-def _check_plain(where: str, content: Mapping[Any, Any]) -> None:
+def _check_plain(whole: str, content: Mapping[Any, Any]) -> None:
     """Raise MbibError unless a mapping is of names to plain values, as recipe.yaml can hold and a function can take.
 
     A YAML file may name a part of itself again and again, inside itself too: what there would be is counted.
     """
-    waiting: list[tuple[Any, int]] = [(content, 0)]
+    waiting: list[tuple[str, Any, int]] = [(whole, content, 0)]
     for _ in range(MOST_VALUES):
         if not waiting:
             return
-        value, depth = waiting.pop()
+        where, value, depth = waiting.pop()
         if depth > DEEPEST:
-            raise MbibError(f"{where}: expected at most {DEEPEST} values within one another")
+            raise MbibError(f"{whole}: expected at most {DEEPEST} values within one another")
         if isinstance(value, Mapping):
             for name in value:
                 if not isinstance(name, str):
                     raise MbibError(f"{where}: expected names, got {shown(name)} for one")
                 _check_text(where, name)
-            waiting += [(item, depth + 1) for item in value.values()]
+            waiting += [(f"{where}: {name}", item, depth + 1) for name, item in value.items()]
         elif isinstance(value, list | tuple):
-            waiting += [(item, depth + 1) for item in value]
+            waiting += [(where, item, depth + 1) for item in value]
         elif isinstance(value, str):
             if value:
                 _check_text(where, value)
@@ -218,7 +218,7 @@ def _check_plain(where: str, content: Mapping[Any, Any]) -> None:
             _check_number(where, value)
         elif value is not None:
             raise MbibError(f"{where}: expected numbers, texts, lists and mappings, got {shown(value)}")
-    raise MbibError(f"{where}: expected at most {MOST_VALUES:,} values")
+    raise MbibError(f"{whole}: expected at most {MOST_VALUES:,} values")
 
 
 def _check_range(where: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbib_timm.environment import Environment
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, shown
 from mbib_timm.files import printable, read_json, read_text, to_json, write_bytes
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
@@ -176,7 +176,7 @@ def check_classes(
     for head, metrics in heads.items():
         if len(metrics.per_class) != len(class_counts):
             raise ValueError(
-                f"heads.{head}.per_class: expected {len(class_counts)} for as many class_counts, got "
+                f"heads: per_class of {shown(head)}: expected {len(class_counts)} for as many class_counts, got "
                 f"{len(metrics.per_class)}"
             )
 

@@ -116,7 +116,7 @@ class Sweep:
         for name in self.labels:
             if name not in self.axes:
                 raise unknown_name(f"axis in the labels of sweep {self.name}", name, self.axes)
-        if Path(self.name).name != self.name or self.name == "..":
+        if self.name in ("", "..") or Path(self.name).name != self.name:
             raise MbibError(f"sweep {shown(self.name)}: expected a name that a folder can have")
         for seed in self.seeds:
             check_key("seed", seed)
