@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mbib_timm
-from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.errors import MbibError, first_line, shown, unknown_name
 from mbib_timm.files import printable, printable_lines
 from mbib_timm.flags import (
     Parser,
@@ -574,7 +574,7 @@ def parse(argv: Sequence[str]) -> Namespace:
             commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
             flags = [flag for flag in commands.choices[name]._option_string_actions if flag[:2] == "--"]
             raise unknown_name(f"flag of mbib {name}", text.partition("=")[0], flags)
-        raise MbibError(f"unexpected argument {text!r}; see mbib {name} --help")
+        raise MbibError(f"unexpected argument {shown(text)}; see mbib {name} --help")
     given.dotted = dotted
     return given
 

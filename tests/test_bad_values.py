@@ -220,7 +220,6 @@ def test_arguments_that_cannot_be(words, message, capsys):
 
 RATES = ", ".join(str(1e-5 * rate) for rate in range(1, 1002))
 SWEEPS = {
-    "empty": ("", r"s\.yaml: expected 'key: value' lines, got nothing"),
     "no values": ("axes: {lr: []}", r"axis 'lr' needs a list of values, got \[\]"),
     "value twice": ("axes: {lr: [0.1, 0.1]}", "axis 'lr' has '0.1' twice"),
     "key": ("axes: {lrr: [1]}", "unknown axis of sweep s 'lrr': did you mean 'lr'"),
@@ -247,7 +246,7 @@ SWEEPS = {
 def test_a_sweep_that_cannot_be(name, tmp_path, monkeypatch, capsys):
     text, message = SWEEPS[name]
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "s.yaml", (f"recipe: cifar_resnet20.ce_digits\n{text}" if text else "").encode())
+    write(tmp_path / "s.yaml", f"recipe: cifar_resnet20.ce_digits\n{text}".encode())
     assert main(["sweep", "s.yaml", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
@@ -301,7 +300,7 @@ RECORDS = {
     "counts": (changed("class_counts", [-1, 5]), "class_counts: expected a number of at least 0 for each class"),
     "no counts": (changed("class_counts", []), "class_counts: expected a number"),
     "names": (changed("class_names", ["ant"]), "class_names: expected 2 for as many class_counts, got 1"),
-    "classes": (changed("result.heads.prediction.per_class", [1.0]), "per_class of 'prediction': expected 2 .*, got 1"),
+    "classes": (changed("result.heads.prediction.per_class", [1.0]), "'prediction': per_class: expected 2 .*, got 1"),
     "prediction": (changed("result.heads", {}), "heads: 'prediction' is missing"),
     "interval": (changed("result.heads.prediction.intervals", {"top1": [1.0]}), "top1: expected 2 values, got 1"),
     "stages": (changed("stages", []), "stages: there are none"),

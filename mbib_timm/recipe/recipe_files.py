@@ -211,11 +211,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         content = parse_yaml(read_text(path, "recipe"))
     except ValueError as error:
         raise MbibError(f"{path}: not a YAML file ({error})") from None
+    content = {} if content is None else content
     if not isinstance(content, dict):
-        raise MbibError(
-            f"{path}: expected 'key: value' lines, got "
-            f"{'nothing' if content is None else f'a {type(content).__name__}'}"
-        )
+        raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
     _check_keys(content, path.name, (BASE, STAGES))
     stages = content.get(STAGES, [])
     if not isinstance(stages, list) or (STAGES in content and not stages):

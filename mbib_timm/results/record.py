@@ -54,8 +54,10 @@ class HeadMetrics:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     measured: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for percentages that are none: of a file that somebody has changed."""
+    def check(self, num_classes: int) -> None:
+        """Raise ValueError for what no command writes: accuracies that are none, or of another number of classes."""
+        if len(self.per_class) != num_classes:
+            raise ValueError(f"per_class: expected {num_classes} for as many class_counts, got {len(self.per_class)}")
         for name in ("top1", "top5", "macro", "many", "medium", "few", "ece", "macro_f1", "per_class"):
             found = getattr(self, name)
             for value in found if isinstance(found, list) else (found,):
@@ -92,11 +94,6 @@ class Evaluation:
     heads: dict[str, HeadMetrics]
     epoch: int | None = None
     weights: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where the prediction is not among the heads."""
-        if "prediction" not in self.heads:
-            raise ValueError("heads: 'prediction' is missing")
 
     @property
     def prediction(self) -> HeadMetrics:
@@ -159,8 +156,10 @@ class RunRecord:
     held_out: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError where classes, their names and their accuracies are not equally many."""
-        check_classes(self.class_counts, self.class_names, self.result.heads)
+        """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""
+        for evaluation in (self.result, self.raw, self.best):
+            if evaluation is not None:
+                check_classes(self.class_counts, self.class_names, evaluation.heads)
         if not self.stages:
             raise ValueError("stages: there are none")
 
@@ -173,12 +172,13 @@ def check_classes(
         raise ValueError("class_counts: expected a number of at least 0 for each class")
     if class_names is not None and len(class_names) != len(class_counts):
         raise ValueError(f"class_names: expected {len(class_counts)} for as many class_counts, got {len(class_names)}")
+    if "prediction" not in heads:
+        raise ValueError("heads: 'prediction' is missing")
     for head, metrics in heads.items():
-        if len(metrics.per_class) != len(class_counts):
-            raise ValueError(
-                f"heads: per_class of {shown(head)}: expected {len(class_counts)} for as many class_counts, got "
-                f"{len(metrics.per_class)}"
-            )
+        try:
+            metrics.check(len(class_counts))
+        except ValueError as error:
+            raise ValueError(f"heads: {shown(head)}: {error}") from None
 
 
 @dataclass

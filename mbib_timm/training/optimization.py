@@ -40,7 +40,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
             kwargs.setdefault("capturable", True)
     settings = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
     try:
-        if recipe.opt_kwargs:
+        if recipe.opt_kwargs or get_optimizer_class(recipe.opt) not in FUSED_OPTIMIZERS:
             _try_step({**settings, **kwargs}, method.device)
         optimizer = create_optimizer_v2(
             network,
