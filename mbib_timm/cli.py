@@ -15,12 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mbib_timm
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, first_line, shown, unknown_name
+from mbib_timm.files import printable, printable_lines
 from mbib_timm.flags import (
     Parser,
     add_recipe_flags,
     not_negative,
+    port,
     positive,
+    random_seed,
     recipe_overrides,
     share,
     take_dotted,
@@ -144,7 +147,7 @@ def sweep(flags: Parser) -> Action:
 
     flags.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
     flags.add_argument("--recipe", help="base recipe in place of the sweep's, such as mbib_resnet32.digits")
-    flags.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds in place of the sweep's own")
+    flags.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds in place of the sweep's own")
     flags.add_argument("--name", help="name for the sweep's folders")
     flags.add_argument("--only", default="", metavar="TEXT", help="train only runs whose name contains this")
     flags.add_argument(
@@ -216,7 +219,7 @@ def aggregate(flags: Parser) -> Action:
         help="class distributions: forward50, ..., forward2, uniform, backward2, ..., backward50; all when not given",
     )
     flags.add_argument(
-        "--seed", dest="aggregation_seed", type=int, default=0, metavar="N", help="seed of all draws (0)"
+        "--seed", dest="aggregation_seed", type=random_seed, default=0, metavar="N", help="seed of all draws (0)"
     )
     flags.add_argument(
         "--results",
@@ -252,7 +255,11 @@ def analyze(flags: Parser) -> Action:
     )
     add_data_flags(flags, split="split to analyze; that of the run's result when not given")
     flags.add_argument(
-        "--classes", nargs="+", type=int, metavar="LABEL", help="labels of the classes to embed; ten when not given"
+        "--classes",
+        nargs="+",
+        type=not_negative,
+        metavar="LABEL",
+        help="labels of the classes to embed; ten when not given",
     )
     flags.add_argument(
         "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
@@ -362,7 +369,6 @@ def predict(flags: Parser) -> Action:
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> int:
-        from mbib_timm.files import printable
         from mbib_timm.inference.prediction_files import OutputChoice
 
         # Before the imports that take seconds.
@@ -427,7 +433,7 @@ def export(flags: Parser) -> Action:
 def demo(flags: Parser) -> Action:
     """Try a trained model in the browser."""
     flags.add_argument("model", help=MODEL)
-    flags.add_argument("--port", type=positive, metavar="N", help="port of the page; a free one when not given")
+    flags.add_argument("--port", type=port, metavar="N", help="port of the page; a free one when not given")
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> None:
@@ -568,7 +574,7 @@ def parse(argv: Sequence[str]) -> Namespace:
             commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
             flags = [flag for flag in commands.choices[name]._option_string_actions if flag[:2] == "--"]
             raise unknown_name(f"flag of mbib {name}", text.partition("=")[0], flags)
-        raise MbibError(f"unexpected argument {text!r}; see mbib {name} --help")
+        raise MbibError(f"unexpected argument {shown(text)}; see mbib {name} --help")
     given.dotted = dotted
     return given
 
@@ -584,10 +590,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parse(argv))
     except MbibError as error:
-        from mbib_timm.files import printable
-
         # Names in it are somebody else's.
-        print("mbib: error:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
+        print("mbib: error:", printable_lines(str(error)), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         place = {"train": "from the last checkpoint ", "sweep": "from the last checkpoint "}
@@ -602,12 +606,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # A full or closed disk, or a name that no disk takes, is no bug; other system errors keep their traceback.
-        known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-        if error.errno not in known:
+        # A file or folder that is not as it should be, or a full disk, is no bug; other errors keep their traceback.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"mbib: error: {error.strerror}: {error.filename or 'the output folder'}", file=sys.stderr)
+        where = "the output folder" if error.filename is None else printable(str(error.filename))
+        print(f"mbib: error: {error.strerror}: {where[:LONGEST_PLACE]}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"mbib: error: out of memory ({first_line(error)}); expected a smaller batch_size or img_size, or fewer "
+            "workers",
+            file=sys.stderr,
+        )
+        return 2
+
+
+LONGEST_PLACE = 400  # characters of a file's name in a message
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error is Python's, torch's of a device or its untyped one of the host."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def find_device(name: str | None) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise MbibError(f"unknown device {name!r}: expected cpu, cuda, cuda:<index> or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise MbibError(f"unknown device {name!r}: expected cpu, cuda, cuda:<index> or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MbibError(f"device {name!r} asked for, but there is no CUDA device; omit --device to detect one")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -1,6 +1,7 @@
 """Errors a user can mend: one short sentence each, naming the file, key or class at fault."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Sequence
 
 
@@ -33,6 +34,24 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+class _Shown(reprlib.Repr):
+    """Shows the beginning of what is long or nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 8, 8, 8
+        self.maxstring, self.maxlong, self.maxother = 100, 40, 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        """Show a number; Python writes none of thousands of digits."""
+        return f"a number of {value.bit_length():,} bits" if value.bit_length() > 256 else repr(value)
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut where it is long or deep: what a message says of somebody's input."""
+    return _Shown().repr(value)
+
+
 def few(names: Sequence[object], most: int = 5) -> str:
     """Return the first of some names in a line, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -51,8 +70,10 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     if nearest:
         hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?"
+    elif not names:
+        hint = "there are none."
     elif len(names) <= 20:
         hint = f"choose from {', '.join(names)}."
     else:
         hint = f"there are {len(names)} valid names, e.g. {', '.join(names[:3])}."
-    return MbibError(f"unknown {kind} {name!r}: {hint}")
+    return MbibError(f"unknown {kind} {shown(name)}: {hint}")

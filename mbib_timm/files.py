@@ -16,9 +16,11 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import yaml
 
-from mbib_timm.errors import MbibError, first_line
+from mbib_timm.errors import MbibError, first_line, shown
 
 T = TypeVar("T")
+LONGEST_PLACE = 200  # characters of a place in a message
+LARGEST_NUMBER, LARGEST_FLOAT = 2**63, 10**308  # beyond what numpy and Python hold
 LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
 
@@ -84,6 +86,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """Return text of several lines with each `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 _JOINERS = "\u200c\u200d"
 
 
@@ -144,12 +151,17 @@ def parse_json(text: str | bytes) -> Any:
     """Return the plain values of JSON.
 
     Raises:
-        ValueError: no JSON, a key that stands twice in one mapping, or nesting that is too deep; in one line.
+        ValueError: no JSON, NaN or infinity, a key that stands twice in one mapping, or nesting that is too deep; in
+            one line.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,6 +194,10 @@ def parse_yaml(text: str, as_text: bool = False) -> Any:
         raise ValueError(first_line(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as error:  # such as a number of too many digits, or a date that is none
+        raise ValueError(first_line(error).partition(";")[0]) from None
+    except Exception as error:  # PyYAML's constructors raise of all kinds at values that do not fit their tags
+        raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from None
 
 
 # libyaml's loader is twenty times as fast, and limits nesting.
@@ -192,11 +208,14 @@ class _ValuesOnce(_LOADER):
     """Loads plain values, and refuses keys that stand twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {_repeated(keys)!r} stands there twice", node.start_mark
-            )
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -245,25 +264,40 @@ def from_plain(kind: Any, value: Any, place: str = "") -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _from_mapping(kind, value, place)
     if origin is dict and isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{_said(place)}: expected names, got {shown(odd[0])} for one")
         return {key: from_plain(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     if origin in (list, tuple) and isinstance(value, list | tuple):
+        if origin is tuple and Ellipsis not in arguments and len(value) != len(arguments):
+            raise ValueError(f"{_said(place)}: expected {len(arguments)} values, got {len(value)}")
         return origin(from_plain(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and kind is int and abs(value) >= LARGEST_NUMBER:
+        raise ValueError(f"{_said(place)}: expected a number of at most 64 bits, got {shown(value)}")
+    if kind is float and is_number and abs(value) < LARGEST_FLOAT:  # nan is none
         return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    if kind is int and is_number and isinstance(value, int):
         return value
     expected = getattr(kind, "__name__", str(kind))
-    raise ValueError(f"{place.lstrip('.') or 'content'}: expected {expected}, got {str(value)[:40]!r}")
+    raise ValueError(f"{_said(place)}: expected {expected}, got {shown(value)}")
+
+
+def _said(place: str) -> str:
+    """Return a place in plain values for a message; names in it may be somebody else's."""
+    text = printable(place.lstrip(".")) or "content"
+    return text if len(text) <= LONGEST_PLACE else f"{text[:LONGEST_PLACE]}..."
 
 
 def _from_mapping(kind: Any, content: Mapping[str, Any], place: str) -> Any:
     hints = typing.get_type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind) if item.init}
     if unknown := [name for name in content if name not in fields]:
-        raise ValueError(f"{f'{place}.{unknown[0]}'.lstrip('.')}: unknown field")
+        raise ValueError(f"{_said(f'{place}.{unknown[0]}')}: unknown field")
     missing = [name for name, item in fields.items() if name not in content and not _has_default(item)]
     if missing:
-        raise ValueError(f"{f'{place}.{missing[0]}'.lstrip('.')}: missing")
+        raise ValueError(f"{_said(f'{place}.{missing[0]}')}: missing")
     return kind(**{name: from_plain(hints[name], value, f"{place}.{name}") for name, value in content.items()})
 
 

@@ -9,14 +9,15 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-import yaml
-
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, shown
+from mbib_timm.files import parse_yaml
 from mbib_timm.options import option_types
 from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
 from mbib_timm.recipe.declared import find_method
+from mbib_timm.recipe.keys import LARGEST_SEED
 
 UNCHANGED = "when not given, as in the recipe or in the model's own recipe"
+LONGEST_ERROR = 500  # characters of an error of argparse, which cuts no value
 DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.DOTALL)
 
 
@@ -30,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     shown: Recipe | None = None
 
     def error(self, message: str) -> NoReturn:
-        raise MbibError(message)
+        raise MbibError(message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}...")
 
 
 # Types of arguments
@@ -40,36 +41,52 @@ def name_value(text: str) -> tuple[str, Any]:
     """Parse ``name=value``, the value as YAML."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected name=value, got {shown(text)}")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a valid value") from None
+        return name, parse_yaml(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(value)} is not a valid value: {error}") from None
 
 
 def mapping(text: str) -> dict[str, Any]:
     """Parse a YAML mapping, such as ``{cutout: 8}``."""
+    expected = f"expected a mapping such as {{cutout: 8}}, got {shown(text)}"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{expected}: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a mapping such as {{cutout: 8}}, got {text!r}")
+        raise argparse.ArgumentTypeError(expected)
     return value
 
 
 def not_negative(text: str) -> int:
     """Parse a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+    return _whole(text, 0)
 
 
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return _whole(text, 1)
+
+
+def random_seed(text: str) -> int:
+    """Parse a seed, from 0 to `LARGEST_SEED`."""
+    return _whole(text, 0, LARGEST_SEED)
+
+
+def port(text: str) -> int:
+    """Parse the number of a port."""
+    return _whole(text, 1, 65_535)
+
+
+def _whole(text: str, least: int, most: int | None = None) -> int:
+    """Parse a whole number; without a largest one it is of 31 bits, which is what libraries count in."""
+    value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
+    if not least <= value <= (2**31 - 1 if most is None else most):
+        allowed = f"of at least {least}" if most is None and len(text) < 10 else f"from {least} to {most or 2**31 - 1}"
+        raise argparse.ArgumentTypeError(f"expected a whole number {allowed}, got {shown(text)}")
+    return value
 
 
 def share(text: str) -> float:
@@ -79,7 +96,7 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {shown(text)}")
     return value
 
 
@@ -170,10 +187,17 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         MbibError: a value of another type, or out of its key's range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    overrides = {name: dict(value) if name.endswith("_kwargs") else value for name, value in given.items()}
+    overrides = {name: _named(name, value) if name.endswith("_kwargs") else value for name, value in given.items()}
     for name, value in overrides.items():
         check_key(name, {"name": value} if name == "method" else value)
     return {**overrides, **getattr(arguments, "dotted", {})}
+
+
+def _named(name: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise MbibError(f"flag {flag(name)}: a name stands there twice: {', '.join(key for key, _ in pairs)}")
+    return named
 
 
 def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -190,7 +214,7 @@ def take_dotted(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if text is None or text.startswith("--"):
             raise MbibError(f"flag --{match[1]} needs a value")
         try:
-            dotted[match[1].replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise MbibError(f"flag --{match[1]}: {text!r} is not a valid value") from None
+            dotted[match[1].replace("-", "_")] = parse_yaml(text)
+        except ValueError as error:
+            raise MbibError(f"flag --{match[1]}: {shown(text)} is not a valid value: {error}") from None
     return dotted, rest

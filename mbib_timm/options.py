@@ -6,14 +6,20 @@ The keys of a recipe and the settings of a method are declared and checked alike
 import contextlib
 import dataclasses
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, shown, unknown_name
+
+# What no option needs more of: characters of a text, items of a list, and values in a mapping with all that is in them.
+LONGEST_TEXT, LONGEST_LIST, MOST_VALUES, DEEPEST = 4096, 1000, 10_000, 20
+# Numbers are those of float32, with which everything is computed, and integers of 64 bits.
+LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, 3.4e38, 1.2e-38
 
 
 def option(
@@ -134,41 +140,108 @@ def _typed(where: str, value: Any, expected: Any) -> Any:
             return None
         return _typed(where, value, arguments[0])
     if expected == list[str] and isinstance(value, str):
-        return [value]
+        value = [value]
     if origin is list and isinstance(value, list | tuple):
+        if len(value) > LONGEST_LIST:
+            raise MbibError(f"{where}: expected at most {LONGEST_LIST:,} values, got {len(value):,}")
         return [_typed(where, item, arguments[0]) for item in value]
     if origin is dict and isinstance(value, Mapping):
+        _check_plain(where, value)
         return dict(value)
     if expected is float and isinstance(value, str):
         # YAML reads 3e-4 (no dot) as a string.
         with contextlib.suppress(ValueError):
             value = float(value)
     if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise MbibError(f"{where}: expected a finite number, got {value}")
+        _check_number(where, value)
         return float(value)
     if expected is int and isinstance(value, int) and not isinstance(value, bool):
+        _check_number(where, value)
         return value
-    if expected in (str, bool) and isinstance(value, expected):
+    if expected is str and isinstance(value, str):
+        _check_text(where, value)
+        return value
+    if expected is bool and isinstance(value, bool):
         return value
     wanted = f"list of {arguments[0].__name__}" if origin is list else (origin or expected).__name__
-    raise MbibError(f"{where}: expected {wanted}, got {value!r}")
+    raise MbibError(f"{where}: expected {wanted}, got {shown(value)}")
+
+
+def _check_text(where: str, text: str) -> None:
+    if not text:
+        raise MbibError(f"{where}: expected a text, got an empty one")
+    if len(text) > LONGEST_TEXT:
+        raise MbibError(f"{where}: expected at most {LONGEST_TEXT:,} characters, got {len(text):,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise MbibError(f"{where}: expected text in UTF-8, got {shown(text)}") from None
+    if "\0" in text:
+        raise MbibError(f"{where}: expected text without NUL, got {shown(text)}")
+
+
+def _check_number(where: str, value: float) -> None:
+    if isinstance(value, int):
+        if abs(value) > LARGEST_INT:
+            raise MbibError(f"{where}: expected a number of at most 64 bits, got {shown(value)}")
+        return
+    if not math.isfinite(value):
+        raise MbibError(f"{where}: expected a finite number, got {value}")
+    if abs(value) > LARGEST_FLOAT or 0 < abs(value) < SMALLEST_FLOAT:
+        raise MbibError(f"{where}: expected a number that float32 holds, got {value}")
+
+
+def _check_plain(whole: str, content: Mapping[Any, Any]) -> None:
+    """Raise MbibError unless a mapping is of names to plain values, as recipe.yaml can hold and a function can take.
+
+    A YAML file may name a part of itself again and again, inside itself too: what there would be is counted.
+    """
+    waiting: list[tuple[str, Any, int]] = [(whole, content, 0)]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        where, value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise MbibError(f"{whole}: expected at most {DEEPEST} values within one another")
+        if isinstance(value, Mapping):
+            for name in value:
+                if not isinstance(name, str):
+                    raise MbibError(f"{where}: expected names, got {shown(name)} for one")
+                _check_text(where, name)
+            waiting += [(f"{where}: {name}", item, depth + 1) for name, item in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(where, item, depth + 1) for item in value]
+        elif isinstance(value, str):
+            if value:
+                _check_text(where, value)
+        elif isinstance(value, int | float):
+            _check_number(where, value)
+        elif value is not None:
+            raise MbibError(f"{where}: expected numbers, texts, lists and mappings, got {shown(value)}")
+    raise MbibError(f"{whole}: expected at most {MOST_VALUES:,} values")
 
 
 def _check_range(where: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None:
         return
     if limits["choices"] and value not in limits["choices"]:
-        raise unknown_name(f"value of {where}", str(value), limits["choices"])
+        raise unknown_name(f"value of {where}", value, limits["choices"])
     if isinstance(value, int | float):
-        if limits["minimum"] is not None and value < limits["minimum"]:
-            raise MbibError(f"{where}: expected at least {limits['minimum']:g}, got {value:g}")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise MbibError(f"{where}: expected more than {limits['above']:g}, got {value:g}")
-        if limits["maximum"] is not None and value > limits["maximum"]:
-            raise MbibError(f"{where}: expected at most {limits['maximum']:g}, got {value:g}")
-        if limits["below"] is not None and value >= limits["below"]:
-            raise MbibError(f"{where}: expected less than {limits['below']:g}, got {value:g}")
+        for kind, (words, is_right) in LIMITS.items():
+            if limits[kind] is not None and not is_right(value, limits[kind]):
+                raise MbibError(f"{where}: expected {words} {_number(limits[kind])}, got {_number(value)}")
+
+
+LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "minimum": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}"
 
 
 def is_number(text: str) -> bool:

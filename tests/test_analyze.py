@@ -172,8 +172,11 @@ def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
 @pytest.mark.slow
 def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):
     """Into a folder of the analysis, which is not where runs go."""
-    command = ["analyze", str(run), "--device", "cpu", "--images-per-class", "5"]
+    own = shutil.copytree(run, tmp_path / "own", ignore=shutil.ignore_patterns("analysis"))
+    command = ["analyze", str(own), "--device", "cpu", "--images-per-class", "5"]
     assert main([*command, "--output", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new" / "analysis.json").is_file()
+    assert not (own / "analysis").exists()
     assert main(command) == 0
+    assert (own / "analysis" / "analysis.json").is_file()
     assert "mean positive posterior" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_names_that_no_file_has_are_refused(name, tmp_path):
         (parse_json, "[" * 100_000, "nested too deep"),
         (parse_json, b"\xff", "utf-8"),
         (parse_yaml, "a: 1\nb: 2\na: 3\n", "key 'a' stands there twice"),
-        (parse_yaml, "a:\n  b: 2\n  b: 3\n", "line 2: key 'b' stands there twice"),
+        (parse_yaml, "a:\n  b: 2\n  b: 3\n", "line 3: key 'b' stands there twice"),
         (parse_yaml, "[" * 100_000, "nest"),
         (parse_yaml, "- " * 100_000, "nest"),
         (parse_yaml, "a: [", "line "),

@@ -310,7 +310,7 @@ def test_loss_is_the_papers(name):
         ("holdout: 0.95", r"'holdout': expected at most 0.9, got 0.95"),
         ("plugin: [none.py]", r"plugin none\.py: there is no such file"),
         ("base: cifar", r"unknown base in own\.yaml 'cifar': did you mean 'cifar100_lt'"),
-        ("base: [digits]", r"unknown base in own\.yaml"),
+        ("base: [digits]", r"own\.yaml: key 'base': expected the name of another file"),
         ("stages: {}", r"'stages': expected a list of stages, got {}"),
         ("stages: []", r"'stages': expected a list of stages, got \[\]"),
         ("stages: [ce]", r"stage 1: expected keys and values, got 'ce'"),

@@ -25,11 +25,12 @@ from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFin
 from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.recipe.keys import SCHEDULES
 from mbib_timm.results.record import read_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import save_checkpoint
-from mbib_timm.training.optimization import SCHEDULES, Precision, create_schedule
+from mbib_timm.training.optimization import Precision, create_schedule
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.step import training_step
 

@@ -42,7 +42,7 @@ from mbib_timm.environment import Environment
 from mbib_timm.files import from_plain, read_json, write_bytes
 from mbib_timm.models.complexity import Efficiency, efficiency
 from mbib_timm.models.head_outputs import PREDICTION
-from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.record import HeadMetrics, check_classes
 from mbib_timm.results.run_figures import shot_groups_figure
 
 FOLDER, FILE = "analysis", "analysis.json"
@@ -249,6 +249,19 @@ class Analysis(Analyzed):
             draw_costs,
         ),
     )
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is missing, and for classes that are not equally many everywhere."""
+        for item in dataclasses.fields(self):
+            if "measure" in item.metadata and getattr(self, item.name) is None:
+                raise ValueError(f"{item.name}: missing")
+        check_classes(self.class_counts, self.class_names, self.heads)
+        if min(self.class_counts) < 1:
+            raise ValueError("class_counts: expected at least 1 for each class")
+        if PREDICTION not in self.heads or PREDICTION not in self.reliability:
+            raise ValueError(f"heads: {PREDICTION!r} is missing")
+        if len(self.positive_posterior.get(PREDICTION, ())) != len(self.class_counts):
+            raise ValueError(f"positive_posterior: expected {len(self.class_counts)} of {PREDICTION!r}")
 
     @property
     def title(self) -> str:

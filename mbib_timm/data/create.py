@@ -1,6 +1,7 @@
 """From the splits of a run to its loaders: resident where the data fit, timm's where they do not."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from mbib_timm.data.batch import Loader, TrainLoader
-from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits
+from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits, free_memory
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.mixing import train_loader
@@ -21,6 +22,9 @@ from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import DATA_KEYS, Recipe
+
+# Times its input, in float32, that a network keeps for its gradients, or more.
+KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,10 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
     """Return which loader a recipe's data take: ``resident`` or ``timm``.
 
     Raises:
-        MbibError: the recipe asks for resident data, which its augmentation does not allow.
+        MbibError: the recipe asks for resident data, which its augmentation does not allow, or for batches that do not
+            fit onto the device.
     """
+    _check_memory(splits, recipe, input_size, device)
     by_image = any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations())
     if recipe.loader == "resident" and by_image:
         raise MbibError(
@@ -112,6 +118,18 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
     needed = sum(decoded_bytes(split, recipe, input_size, training=False) for split in evaluated)
     needed += decoded_bytes(splits.train, recipe, input_size, training=True)
     return "resident" if fits(needed, device) else "timm"
+
+
+def _check_memory(splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> None:
+    """Raise MbibError where a batch and what the least network keeps of it are more than there is free on a device."""
+    images = min(recipe.batch_size, len(splits.train)) * len(recipe.choice("views"))
+    needed, free = KEPT * 4 * images * math.prod(input_size), free_memory(device)
+    if needed > free:
+        raise MbibError(
+            f"recipe keys 'batch_size' and 'img_size': a step with {images:,} images of "
+            f"{'x'.join(map(str, input_size))} takes more than {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are "
+            "free; expected fewer or smaller images"
+        )
 
 
 def create_loaders(

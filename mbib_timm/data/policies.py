@@ -5,7 +5,6 @@ probability and a level of its own. ``rand-m9-n2-mstd0.5-inc1``: RandAugment (Cu
 timm's notation. timm's other policies work on single images, and so on timm's loader alone.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +16,7 @@ from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor
 
 from mbib_timm.data.pixels import NOTHING, NUMBER
-from mbib_timm.recipe.checks import unknown_policy
+from mbib_timm.recipe.checks import parse_policy
 
 CIFAR10, CIFAR10_FILL = "cifar10", 128
 # Operation, probability in tenths and level 0 to 9, twice for each pair.
@@ -144,14 +143,11 @@ def create_policy(aa: str) -> Policy | None:
     Raises:
         MbibError: a name that is neither one of ours nor one of timm's.
     """
-    if aa == CIFAR10:
+    name, given, operations = parse_policy(aa)
+    if name == CIFAR10:
         return AutoAugmentCifar10()
-    kind, *parts = aa.split("-")
-    found = [re.fullmatch(r"(mstd|m|n|p|inc)(\d+(?:\.\d+)?)", part) for part in parts]
-    given = {match[1]: float(match[2]) for match in found if match is not None}
     # timm draws magnitudes uniformly where their deviation is above 100.
-    if kind != "rand" or None in found or given.get("mstd", 0.0) > 100:
-        timm_policy(aa, shift=1, color=(0, 0, 0))
+    if name != "rand" or operations is not None or "mmax" in given or given.get("mstd", 0.0) > 100:
         return None
     return RandAugment(
         given.get("m", 10.0),
@@ -176,13 +172,11 @@ def timm_policy(
     Raises:
         MbibError: timm has no such policy.
     """
+    parse_policy(aa)
     kind = aa.partition("-")[0]
     settings = {"translate_const": shift, "img_mean": color, "interpolation": interpolation}
     if kind == "augmix":
         settings["translate_pct"] = 0.3
     build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
-    try:
-        policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
-    except Exception:  # timm asserts and raises of all kinds
-        raise unknown_policy(aa) from None
+    policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
     return policy

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, shown, unknown_name
 from mbib_timm.options import check_options, default_of
 from mbib_timm.recipe.declared import DeclaredMethod, known_methods, stream_names
 
@@ -20,9 +20,26 @@ if TYPE_CHECKING:
 
 # Keys that describe a table.
 TABLE_KEYS = ("table", "path_column", "label_column", "split_column", "group_column")
-# What the name of a policy begins with, ours or timm's; the rest of the name is for `mbib_timm.data.policies` to read.
-POLICIES = ("cifar10", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
-
+# Augmentation policies, ours and timm's, and the parts that may follow a name, as in rand-m9-n2: each with its least
+# and largest number, whole where both are written whole. timm itself passes over parts that it does not know.
+_DEVIATION = {"mstd": (0.0, 1000.0)}
+POLICIES: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "cifar10": {},
+    "rand": {"m": (0, 30), "mmax": (1, 30), "n": (1, 20), "p": (0.0, 1.0), "inc": (0, 1), **_DEVIATION},
+    "augmix": {"m": (0, 10), "w": (1, 20), "d": (1, 20), "a": (0.001, 1000.0), "b": (0, 1), **_DEVIATION},
+    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), _DEVIATION),
+}
+# Sets of operations that RandAugment may draw from, after a t, as timm calls them.
+OPERATIONS = ("weights", "3a", "3aw")
+# Arguments of a model that other keys give, and what timm itself would do with some of them.
+OTHER_KEYS = {
+    "num_classes": "the number of classes is that of the data; see key 'num_classes'",
+    "pretrained": "see key 'pretrained'",
+    "checkpoint_path": "see key 'initial_checkpoint'",
+    "features_only": "a model of features has no classes",
+}
+# Bytes of a batch of images in float32 that are too many for any device: activations take many times as much.
+LARGEST_INPUT = 2**33
 
 # Class weights by name, and the number that one takes after a colon where the name gives none.
 CLASS_WEIGHTS = {"none": None, "balanced": None, "effective": 0.9999, "power": 0.5}
@@ -44,6 +61,7 @@ def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     _check_mixing(recipe, method)
     _check_class_weights(recipe, method)
     _check_values(recipe)
+    _check_model(recipe)
     _check_views(recipe, method)
     _check_stage(recipe, method)
 
@@ -64,16 +82,17 @@ def _check_data(recipe: "Recipe") -> None:
         return
     if kind != "pattern" or not argument:
         raise MbibError(
-            f"recipe key 'group_by': expected column, folder:N with N from 1, or pattern:REGEX, got {recipe.group_by!r}"
+            "recipe key 'group_by': expected column, folder:N with N from 1, or pattern:REGEX, got "
+            f"{shown(recipe.group_by)}"
         )
     try:
         groups = re.compile(argument).groups
-    except re.error as error:
-        raise MbibError(f"recipe key 'group_by': {argument!r} is no regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise MbibError(f"recipe key 'group_by': {shown(argument)} is no regular expression: {error}") from None
     if groups == 0:
         raise MbibError(
-            f"recipe key 'group_by': {argument!r} has no group in parentheses, for what the images of a group share; "
-            "such as pattern:(site[0-9]+)"
+            f"recipe key 'group_by': {shown(argument)} has no group in parentheses, for what the images of a group "
+            "share; such as pattern:(site[0-9]+)"
         )
 
 
@@ -107,7 +126,7 @@ def _check_mixing(recipe: "Recipe", method: DeclaredMethod) -> None:
         )
     if recipe.cutmix_sampler is not None:
         if len(stream_names(recipe.cutmix_sampler)) > 1:
-            raise MbibError(f"recipe key 'cutmix_sampler': expected one sampler, got {recipe.cutmix_sampler!r}")
+            raise MbibError(f"recipe key 'cutmix_sampler': expected one sampler, got {shown(recipe.cutmix_sampler)}")
         if len(stream_names(method.sampler)) > 1:
             raise MbibError(
                 f"recipe key 'cutmix_sampler': method {method.name!r} takes two streams of images already, "
@@ -153,10 +172,10 @@ def parse_class_weights(text: str) -> tuple[str, float]:
     except ValueError:
         number = float("nan")
     if default is None:
-        raise MbibError(f"recipe key 'class_weights': {name} takes no number, got {text!r}")
+        raise MbibError(f"recipe key 'class_weights': {name} takes no number, got {shown(text)}")
     if not (0 <= number < 1 if name == "effective" else 0 <= number < float("inf")):
         allowed = "a beta of at least 0 and below 1" if name == "effective" else "an exponent of at least 0"
-        raise MbibError(f"recipe key 'class_weights': {name} takes {allowed}, got {text!r}")
+        raise MbibError(f"recipe key 'class_weights': {name} takes {allowed}, got {shown(text)}")
     return name, number
 
 
@@ -164,18 +183,48 @@ def _check_values(recipe: "Recipe") -> None:
     for name in ("scale", "ratio"):
         low_high = getattr(recipe, name)
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-            raise MbibError(f"recipe key {name!r}: expected two numbers, 0 < low <= high, got {low_high}")
+            raise MbibError(f"recipe key {name!r}: expected two numbers, 0 < low <= high, got {shown(low_high)}")
     for name in ("mean", "std"):
         if len(getattr(recipe, name)) not in (1, 3):
-            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {getattr(recipe, name)}")
-    if min(recipe.std) <= 0:
-        raise MbibError(f"recipe key 'std': expected positive numbers, got {recipe.std}")
+            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(getattr(recipe, name))}")
     if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
-        raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {recipe.experiment!r}")
+        raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {shown(recipe.experiment)}")
+    for name in ("train", "reset"):
+        try:
+            re.compile(getattr(recipe, name) or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise MbibError(
+                f"recipe key {name!r}: {shown(getattr(recipe, name))} is no regular expression: {error}"
+            ) from None
+    for name in ("batch_size", "validation_batch_size"):
+        needed = 12 * getattr(recipe, name) * (recipe.img_size or 1) ** 2
+        if needed > LARGEST_INPUT:
+            raise MbibError(
+                f"recipe keys {name!r} and 'img_size': a batch of {getattr(recipe, name):,} images of "
+                f"{recipe.img_size:,} x {recipe.img_size:,} pixels takes {needed / 2**30:,.0f} GiB; expected fewer or "
+                "smaller images"
+            )
+    if recipe.min_lr > recipe.lr:
+        raise MbibError(f"recipe key 'min_lr': expected at most lr, {recipe.lr:g}, got {recipe.min_lr:g}")
     if recipe.warmup_epochs >= recipe.epochs > 0 and recipe.warmup_epochs > 0:
         raise MbibError(f"recipe key 'warmup_epochs': {recipe.warmup_epochs} leaves none of the {recipe.epochs} epochs")
     if recipe.sched == "multistep" and sorted(recipe.decay_milestones) != recipe.decay_milestones:
-        raise MbibError(f"recipe key 'decay_milestones': expected ascending epochs, got {recipe.decay_milestones}")
+        raise MbibError(
+            f"recipe key 'decay_milestones': expected ascending epochs, got {shown(recipe.decay_milestones)}"
+        )
+
+
+def _check_model(recipe: "Recipe") -> None:
+    for name, value in recipe.model_kwargs.items():
+        if name in OTHER_KEYS:
+            raise MbibError(f"recipe key 'model_kwargs': it gives no {name!r}: {OTHER_KEYS[name]}")
+        if re.fullmatch(r"\w*drop\w*_rate", name) and value is not None:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < 1:
+                raise MbibError(
+                    f"recipe key 'model_kwargs': {name}: expected a number of at least 0 and below 1, got "
+                    f"{shown(value)}"
+                )
 
 
 def _check_augmentation(recipe: "Recipe", given: Iterable[str]) -> None:
@@ -188,16 +237,45 @@ def _check_augmentation(recipe: "Recipe", given: Iterable[str]) -> None:
         "color_jitter_prob": ("color_jitter or hue", recipe.color_jitter > 0 or recipe.hue > 0),
     }
     _require_effect(recipe, {key: need for key, need in needs.items() if key in given})
-    if recipe.aa is not None and "aa" in given and recipe.aa.partition("-")[0] not in POLICIES:
-        raise unknown_policy(recipe.aa)
+    if recipe.aa is not None and "aa" in given:
+        parse_policy(recipe.aa)
 
 
-def unknown_policy(aa: str) -> MbibError:
-    """Build the error for a policy that is neither ours nor timm's."""
-    return MbibError(
-        f"recipe key 'aa': unknown policy {aa!r}; expected cifar10, rand-m9-n2-mstd0.5-inc1, or one of timm's: "
-        "original, originalr, v0, v0r, 3a, augmix-m3-w3"
-    )
+def parse_policy(aa: str) -> tuple[str, dict[str, float], str | None]:
+    """Return what a recipe's policy is: its name, of `POLICIES`; its numbers, by the letters before them; and the name
+    in `OPERATIONS` of what RandAugment draws from, None for its own.
+
+    Raises:
+        MbibError: neither ours nor timm's, a part that it does not take or takes once, or a number out of range.
+    """
+    name, *parts = aa.split("-")
+    unknown = f"recipe key 'aa': unknown policy {shown(aa)}"
+    if name not in POLICIES:
+        raise MbibError(
+            f"{unknown}; expected cifar10, rand-m9-n2-mstd0.5-inc1, or one of timm's: original, originalr, v0, v0r, "
+            "3a, augmix-m3-w3"
+        )
+    numbers: dict[str, float] = {}
+    operations = None
+    for part in parts:
+        match = re.fullmatch(r"([a-z]+)(\d{1,9}(?:\.\d{1,9})?)", part)
+        if name == "rand" and part[:1] == "t" and part[1:] in OPERATIONS and operations is None:
+            operations = part[1:]
+        elif match is None or match[1] not in POLICIES[name] or match[1] in numbers:
+            raise MbibError(f"{unknown}: {name} takes no {shown(part)}{_parts_of(name)}")
+        else:
+            low, high = POLICIES[name][match[1]]
+            if not low <= float(match[2]) <= high or (isinstance(low, int) and not match[2].isdecimal()):
+                raise MbibError(f"{unknown}: expected {match[1]} from {low} to {high}, got {match[2]}")
+            numbers[match[1]] = float(match[2])
+    if name == "rand" and numbers.get("m", 0) > (most := numbers.get("mmax", 10)):
+        raise MbibError(f"{unknown}: expected m from 0 to {most:g}, got {numbers['m']:g}; mmax allows more")
+    return name, numbers, operations
+
+
+def _parts_of(name: str) -> str:
+    said = f"; expected {', '.join(POLICIES[name])}, each with a number and once" if POLICIES[name] else ""
+    return f"{said}, or t with {', '.join(OPERATIONS)}" if name == "rand" else said
 
 
 def _require_effect(recipe: "Recipe", needs: Mapping[str, tuple[str, bool]]) -> None:

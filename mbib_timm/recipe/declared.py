@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, shown, unknown_name
 from mbib_timm.options import build_options, option
 
 ENTRY_POINTS = "mbib_timm.methods"
@@ -157,7 +157,7 @@ def resolve_settings(method: Mapping[str, Any]) -> tuple[DeclaredMethod, dict[st
         MbibError: no name, an unknown one, or a setting that the method has not or does not take.
     """
     if not isinstance(method.get("name"), str):
-        raise MbibError(f"recipe key 'method': expected a name, or a mapping with one, got {dict(method)!r}")
+        raise MbibError(f"recipe key 'method': expected a name, or a mapping with one, got {shown(dict(method))}")
     declared = find_method(method["name"])
     given = {key: value for key, value in method.items() if key != "name"}
     return declared, dataclasses.asdict(build_options(declared.Settings, given, f"method {declared.name!r}"))
@@ -210,7 +210,7 @@ def stream_names(sampler: str) -> tuple[str, ...]:
     """
     names = tuple(name.strip() for name in sampler.split("+"))
     if len(names) > 2:
-        raise MbibError(f"sampler {sampler!r}: expected one sampler, or two side by side, got {len(names)}")
+        raise MbibError(f"sampler {shown(sampler)}: expected one sampler, or two side by side, got {len(names)}")
     # Plugins may have registered others; whoever does imports the registry.
     registered = getattr(sys.modules.get("mbib_timm.data.samplers"), "SAMPLERS", ())
     known = dict.fromkeys([*packaged_samplers(), *registered])

@@ -12,6 +12,13 @@ from mbib_timm.recipe.checks import check_recipe, view_of
 from mbib_timm.recipe.declared import find_method, load_plugin, packaged_samplers, packaged_sources, resolve_settings
 
 STAGES = "stages"
+# Of timm's learning-rate schedules those that step once an epoch.
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+# What numpy's and torch's generators take; and more than any run has of the rest, so that a slip of the finger is found
+# before it fills the memory or never ends.
+LARGEST_SEED = 2**32 - 1
+MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 1024
+LARGEST_RATE, LARGEST_ALPHA = 1000, 1000
 # Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
 OPEN_CHOICES = {"loader": "auto", "amp": None}
 
@@ -73,7 +80,9 @@ class Recipe:
         "left out of everything), stop (found first, and an error)",
         choices=("replace", "skip", "stop"),
     )
-    num_classes: int | None = _data(None, "number of classes; taken from the data when not given", minimum=2)
+    num_classes: int | None = _data(
+        None, "number of classes; taken from the data when not given", minimum=2, maximum=MOST_CLASSES
+    )
     imbalance: str = _data("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))
     imbalance_factor: float = _data(100.0, "images in the largest class over images in the smallest", minimum=1)
     imbalance_max: int | None = _data(
@@ -88,7 +97,9 @@ class Recipe:
         maximum=0.9,
         evaluation=False,
     )
-    subset_seed: int = _data(0, "seed that chooses the images of the long-tailed subset", minimum=0)
+    subset_seed: int = _data(
+        0, "seed that chooses the images of the long-tailed subset", minimum=0, maximum=LARGEST_SEED
+    )
 
     loader: str = _data(
         "auto",
@@ -106,7 +117,11 @@ class Recipe:
 
     # Input
     img_size: int | None = _input(
-        None, "height and width of the model's input; the model's own when not given", minimum=1, evaluation=True
+        None,
+        "height and width of the model's input; the model's own when not given",
+        minimum=1,
+        maximum=LARGEST_SIDE,
+        evaluation=True,
     )
     train_crop_mode: str = _input(
         "rrc",
@@ -118,11 +133,17 @@ class Recipe:
         "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
     )
     crop_pct: float = _input(
-        0.875, "fraction of the resized test image that the centre crop keeps", above=0, maximum=1, evaluation=True
+        0.875, "fraction of the resized test image that the centre crop keeps", minimum=0.1, maximum=1, evaluation=True
     )
-    mean: list[float] = _input([0.485, 0.456, 0.406], "channel means of the normalisation", evaluation=True)
+    mean: list[float] = _input(
+        [0.485, 0.456, 0.406], "channel means of the normalisation", minimum=0, maximum=1, evaluation=True
+    )
     std: list[float] = _input(
-        [0.229, 0.224, 0.225], "channel standard deviations of the normalisation", evaluation=True
+        [0.229, 0.224, 0.225],
+        "channel standard deviations of the normalisation",
+        minimum=0.001,
+        maximum=1000,
+        evaluation=True,
     )
 
     # Augmentation
@@ -141,7 +162,7 @@ class Recipe:
         0.0, "probability that an image is converted to greyscale", minimum=0, maximum=1
     )
     gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
-    cutout: int = _augmentation(0, "side of a black square in each image, in pixels", minimum=0)
+    cutout: int = _augmentation(0, "side of a black square in each image, in pixels", minimum=0, maximum=LARGEST_SIDE)
     views: list[dict[str, Any]] | None = _augmentation(
         None,
         "views of each image: for each a mapping with the augmentation keys that differ from the recipe's; the "
@@ -150,10 +171,16 @@ class Recipe:
 
     # Mixing: with any of these on, targets are soft
     mixup: float = _mixing(
-        0.0, "alpha of mixup, whose weight lambda is drawn from Beta(alpha, alpha); 0 for none", minimum=0
+        0.0,
+        "alpha of mixup, whose weight lambda is drawn from Beta(alpha, alpha); 0 for none",
+        minimum=0,
+        maximum=LARGEST_ALPHA,
     )
     cutmix: float = _mixing(
-        0.0, "alpha of CutMix, whose weight lambda is drawn from Beta(alpha, alpha); 0 for none", minimum=0
+        0.0,
+        "alpha of CutMix, whose weight lambda is drawn from Beta(alpha, alpha); 0 for none",
+        minimum=0,
+        maximum=LARGEST_ALPHA,
     )
     cutmix_sampler: str | None = _mixing(
         None,
@@ -163,7 +190,9 @@ class Recipe:
     mixup_switch_prob: float = _mixing(
         0.5, "probability of CutMix, rather than mixup, if both are on", above=0, below=1
     )
-    mixup_off_epochs: int = _mixing(0, "epochs without mixing at the beginning, and as many at the end", minimum=0)
+    mixup_off_epochs: int = _mixing(
+        0, "epochs without mixing at the beginning, and as many at the end", minimum=0, maximum=MOST_EPOCHS
+    )
     smoothing: float = _mixing(0.0, "label smoothing: fraction of a target spread over all classes", minimum=0, below=1)
 
     # Model
@@ -205,37 +234,46 @@ class Recipe:
     )
 
     # Optimisation
-    epochs: int = _optimisation(200, "training epochs; 0 for a method that only changes a trained model", minimum=0)
-    batch_size: int = _optimisation(128, "training images per step and device", minimum=2)
-    validation_batch_size: int = _optimisation(256, "images per evaluation step", minimum=1, evaluation=True)
+    epochs: int = _optimisation(
+        200, "training epochs; 0 for a method that only changes a trained model", minimum=0, maximum=MOST_EPOCHS
+    )
+    batch_size: int = _optimisation(128, "training images per step and device", minimum=2, maximum=LARGEST_BATCH)
+    validation_batch_size: int = _optimisation(
+        256, "images per evaluation step", minimum=1, maximum=LARGEST_BATCH, evaluation=True
+    )
     grad_accum_steps: int = _optimisation(1, "batches whose gradients are accumulated before a step", minimum=1)
     opt: str = _optimisation("sgd", "timm optimizer")
     opt_kwargs: dict[str, Any] = _optimisation({}, "further keyword arguments of the optimizer, as name=value")
-    lr: float = _optimisation(0.1, "learning rate", above=0)
+    lr: float = _optimisation(0.1, "learning rate", above=0, maximum=LARGEST_RATE)
     momentum: float = _optimisation(0.9, "momentum of the optimizer", minimum=0, maximum=1)
-    weight_decay: float = _optimisation(3e-4, "weight decay", minimum=0)
+    weight_decay: float = _optimisation(3e-4, "weight decay", minimum=0, maximum=LARGEST_RATE)
     filter_bias_and_bn: bool = _optimisation(False, "exclude biases and normalisation from weight decay")
     layer_decay: float | None = _optimisation(
         None, "factor on the learning rate from each layer to the one before it", above=0, maximum=1
     )
     clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
     clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
-    sched: str = _optimisation("cosine", "timm learning-rate schedule")
-    warmup_epochs: int = _optimisation(0, "epochs of linear warm-up", minimum=0)
-    warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", minimum=0)
-    min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0)
+    sched: str = _optimisation("cosine", "timm learning-rate schedule", choices=SCHEDULES)
+    warmup_epochs: int = _optimisation(0, "epochs of linear warm-up", minimum=0, maximum=MOST_EPOCHS)
+    warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", minimum=0, maximum=LARGEST_RATE)
+    min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0, maximum=LARGEST_RATE)
     decay_milestones: list[int] = _optimisation(
-        [161, 181], "milestones as timm counts them: multistep decays from the epoch before each"
+        [161, 181],
+        "milestones as timm counts them: multistep decays from the epoch before each",
+        minimum=1,
+        maximum=MOST_EPOCHS,
     )
-    decay_rate: float = _optimisation(0.1, "factor of each decay", above=0)
+    decay_rate: float = _optimisation(0.1, "factor of each decay", above=0, maximum=100)
     model_ema: bool = _optimisation(False, "keep an exponential moving average of the weights, and evaluate it")
-    model_ema_decay: float = _optimisation(0.9998, "decay of that average", minimum=0, maximum=1)
+    model_ema_decay: float = _optimisation(0.9998, "decay of that average", minimum=0, below=1)
 
     # Machine
     device: str | None = _machine(
         None, "cpu, cuda, cuda:1, mps; detected when not given", location=True, evaluation=True
     )
-    workers: int = _machine(2, "processes that load data", minimum=0, location=True, evaluation=True)
+    workers: int = _machine(
+        2, "processes that load data", minimum=0, maximum=MOST_WORKERS, location=True, evaluation=True
+    )
     pin_mem: bool | None = _machine(
         None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
     )
@@ -245,7 +283,7 @@ class Recipe:
     torchcompile: bool = _machine(False, "compile the training step and the evaluation")
     cuda_graph: bool = _machine(False, "capture the training step in a CUDA graph")
     sync_bn: bool = _machine(False, "synchronise batch normalisation across processes")
-    seed: int = _machine(0, "seed of initialisation, sample order and augmentation", minimum=0)
+    seed: int = _machine(0, "seed of initialisation, sample order and augmentation", minimum=0, maximum=LARGEST_SEED)
 
     # Output
     output: str = _output("runs", "folder of the runs", location=True)

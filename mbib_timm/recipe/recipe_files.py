@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.errors import MbibError, few, shown, unknown_name
+from mbib_timm.files import parse_yaml, read_text
 from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
@@ -17,8 +18,7 @@ from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
 
 DEFAULT_RECIPE = "mbib_resnet20.digits"
 BASE = "base"
-# Parses the same ten times as fast, where PyYAML was built with it.
-_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MOST_STAGES = 20
 
 
 def recipes_folder() -> Path:
@@ -53,10 +53,10 @@ def find_recipe(name: str) -> Path:
     Raises:
         MbibError: neither exists; the nearest names are given.
     """
-    if Path(name).is_file():
-        return Path(name)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise MbibError(f"{name} is a folder, and no recipe; its images train with --dataset folder --data-dir {name}")
+    if name and Path(name).exists():
+        return Path(name)
     packaged = packaged_recipes()
     if name.removesuffix(".yaml") not in packaged:
         raise unknown_name("recipe", name, packaged)
@@ -134,10 +134,26 @@ def _overridden(
                 keys.pop(key, None)
     for address in sorted(overrides, key=lambda address: address.count(".")):
         _override(content, address, overrides[address], where)
-    for line in _shorten(content, overrides):
-        if say is not None:
+    lines = list(_shorten(content, overrides))
+    recipe = _resolve(content, where)
+    lines += _unreached(recipe)
+    if say is not None:
+        for line in lines:
             say(line)
-    return _resolve(content, where)
+    return recipe
+
+
+def _unreached(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each stage with milestones that its epochs do not reach."""
+    stages = recipe.chain()
+    for number, stage in enumerate(stages, start=1):
+        beyond = [milestone for milestone in stage.decay_milestones if milestone > stage.epochs > 0]
+        if stage.sched == "multistep" and beyond:
+            of_stage = f"stage {number}, " if len(stages) > 1 else ""
+            yield (
+                f"{of_stage}{stage.epochs} epoch{'s' * (stage.epochs > 1)}: the learning rate does not come to "
+                f"decay_milestones {few(beyond)}"
+            )
 
 
 def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:
@@ -176,11 +192,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     base = content.pop(BASE, None)
     if base is None:
         return content
+    if not isinstance(base, str):
+        raise MbibError(f"{path}: key 'base': expected the name of another file, got {shown(base)}")
     beside, packaged = path.parent / f"{base}.yaml", recipes_folder() / "bases" / f"{base}.yaml"
-    files = [file for file in (Path(str(base)), beside, packaged) if file.is_file()]
+    files = [file for file in (Path(base), beside, packaged) if file.is_file()]
     if not files:
         names = [file.stem for file in packaged.parent.glob("*.yaml")]
-        raise unknown_name(f"base in {path.name}", str(base), names)
+        raise unknown_name(f"base in {path.name}", base, names)
     below = _read_mapping(files[0])
     for key in (BASE, STAGES):
         if key in below:
@@ -190,19 +208,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _YAML_LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MbibError(f"{path}: not a YAML file ({first_line(error)})") from None
+        content = parse_yaml(read_text(path, "recipe"))
+    except ValueError as error:
+        raise MbibError(f"{path}: not a YAML file ({error})") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
     _check_keys(content, path.name, (BASE, STAGES))
     stages = content.get(STAGES, [])
     if not isinstance(stages, list) or (STAGES in content and not stages):
-        raise MbibError(f"{path}: key 'stages': expected a list of stages, got {stages!r}")
+        raise MbibError(f"{path}: key 'stages': expected a list of stages, got {shown(stages)}")
+    if len(stages) > MOST_STAGES:
+        raise MbibError(f"{path}: key 'stages': expected at most {MOST_STAGES} stages, got {len(stages):,}")
     for number, stage in enumerate(stages, start=1):
         if not isinstance(stage, dict):
-            raise MbibError(f"{path}: stage {number}: expected keys and values, got {stage!r}")
+            raise MbibError(f"{path}: stage {number}: expected keys and values, got {shown(stage)}")
         _check_keys(stage, f"stage {number} of {path.name}")
     return content
 
@@ -239,7 +259,7 @@ def _override(content: dict[str, Any], address: str, value: Any, where: str) -> 
     """Set what an address names in a file's content; see `load_recipe`."""
     first, *rest = address.split(".")
     stages, target, shared = content.get(STAGES, []), content, content
-    number = re.fullmatch(r"stage(\d+)", first)
+    number = re.fullmatch(r"stage(\d{1,4})", first)
     if number and rest:
         if not 1 <= int(number[1]) <= len(stages):
             raise MbibError(f"{address}: {where} has {len(stages) or 'no'} stages")
@@ -280,7 +300,7 @@ def _element(whole: Any, part: str, address: str, create: bool = False) -> Any:
             return whole.get(part)
     except (ValueError, IndexError):
         pass
-    raise MbibError(f"{address}: there is no element {part!r} in {whole!r}")
+    raise MbibError(f"{address}: there is no element {shown(part)} in {shown(whole)}")
 
 
 def dump_recipe(recipe: Recipe) -> bytes:

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
+from mbib_timm.errors import MbibError, first_line
 from mbib_timm.evaluation.answer_files import ConfidentError, ConfusionMatrix, read_confusion, read_errors
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS, method_title
@@ -103,10 +104,17 @@ class Section:
         """Draw a figure, in light and in dark, and add it with how to read it.
 
         Raises:
-            MbibError: matplotlib is not installed.
+            MbibError: matplotlib is not installed, or the numbers are such that nothing can be drawn of them.
         """
-        drawn = render(illustration.draw, ("png", "pdf", "svg"))
-        dark = render(illustration.draw, ("svg",), DARK)["svg"]
+        try:
+            drawn = render(illustration.draw, ("png", "pdf", "svg"))
+            dark = render(illustration.draw, ("svg",), DARK)["svg"]
+        except MbibError:
+            raise
+        except Exception as error:  # of files that hold what no command writes
+            raise MbibError(
+                f"{self.title}: the figure {illustration.title!r} cannot be drawn: {first_line(error)}"
+            ) from None
         self.figures[illustration.name] = {form: drawn[form] for form in ("png", "pdf")}
         self.blocks.append(Block("figure", DrawnFigure(illustration.title, illustration.reading, drawn["svg"], dark)))
 
@@ -122,12 +130,18 @@ def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mbib_timm.reporting", "."),
         autoescape=True,
+        finalize=_finalize,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"inline": inline, "breakable": _breakable, "data_url": _data_url}
     return environment.get_template("report.html.j2").render(title=title, lead=lead, sections=sections)
+
+
+def _finalize(value: object) -> object:
+    """Return what a template shows: names are somebody else's."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def inline(text: str) -> Markup:

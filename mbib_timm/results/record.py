@@ -2,13 +2,13 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbib_timm.environment import Environment
-from mbib_timm.errors import MbibError
-from mbib_timm.files import read_json, to_json, write_bytes
+from mbib_timm.errors import MbibError, shown
+from mbib_timm.files import printable, read_json, read_text, to_json, write_bytes
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
 RECORD, HISTORY = "metrics.json", "summary.csv"
@@ -53,6 +53,18 @@ class HeadMetrics:
     macro_f1: float | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     measured: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def check(self, num_classes: int) -> None:
+        """Raise ValueError for what no command writes: accuracies that are none, or of another number of classes."""
+        if len(self.per_class) != num_classes:
+            raise ValueError(f"per_class: expected {num_classes} for as many class_counts, got {len(self.per_class)}")
+        for name in ("top1", "top5", "macro", "many", "medium", "few", "ece", "macro_f1", "per_class"):
+            found = getattr(self, name)
+            for value in found if isinstance(found, list) else (found,):
+                if value is not None and not 0 <= round(value, 6) <= 100:
+                    raise ValueError(f"{name}: expected percent, got {value:g}")
+        if self.measured and not self.measured.keys() >= COLUMNS.keys():
+            raise ValueError(f"measured: expected {', '.join(COLUMNS)}")
 
     def accuracies(self) -> dict[str, float | None]:
         """Return the accuracies of `COLUMNS`, in percent: ``overall``, then those of the shot groups."""
@@ -143,6 +155,31 @@ class RunRecord:
     left_out_images: list[str] = field(default_factory=list)
     held_out: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""
+        for evaluation in (self.result, self.raw, self.best):
+            if evaluation is not None:
+                check_classes(self.class_counts, self.class_names, evaluation.heads)
+        if not self.stages:
+            raise ValueError("stages: there are none")
+
+
+def check_classes(
+    class_counts: Sequence[int], class_names: Sequence[str] | None, heads: Mapping[str, HeadMetrics]
+) -> None:
+    """Raise ValueError where there are no classes, or not equally many counts, names and accuracies of them."""
+    if not class_counts or min(class_counts) < 0:
+        raise ValueError("class_counts: expected a number of at least 0 for each class")
+    if class_names is not None and len(class_names) != len(class_counts):
+        raise ValueError(f"class_names: expected {len(class_counts)} for as many class_counts, got {len(class_names)}")
+    if "prediction" not in heads:
+        raise ValueError("heads: 'prediction' is missing")
+    for head, metrics in heads.items():
+        try:
+            metrics.check(len(class_counts))
+        except ValueError as error:
+            raise ValueError(f"heads: {shown(head)}: {error}") from None
+
 
 @dataclass
 class Epoch:
@@ -212,14 +249,24 @@ def read_history(folder: Path) -> list[Epoch]:
     """
     if not (folder / HISTORY).is_file():
         return []
+    text = read_text(folder / HISTORY, "history of a run")
     try:
-        with (folder / HISTORY).open(encoding="utf-8") as file:
-            return [
-                _epoch({key: float(value) if value else None for key, value in row.items()})
-                for row in csv.DictReader(file)
-            ]
-    except (ValueError, TypeError) as error:
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return [_epoch({key: _number(key, value) for key, value in row.items()}) for row in rows]
+    except (ValueError, csv.Error) as error:
         raise MbibError(f"{folder / HISTORY} does not hold the epochs of a run: {error}") from None
+
+
+def _number(column: str | None, text: str | list[str] | None) -> float | None:
+    """Return the number in a cell; None in an empty one. DictReader calls what is beyond the header None."""
+    if column is None:
+        raise ValueError("a line has more columns than the first")
+    if not text or isinstance(text, list):
+        return None
+    value = float(text)
+    if not abs(value) < 1e300:
+        raise ValueError(f"column {printable(column)}: expected a finite number, got {text}")
+    return value
 
 
 def _epoch(row: dict[str, float | None]) -> Epoch:

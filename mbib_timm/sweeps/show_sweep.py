@@ -15,7 +15,7 @@ import numpy as np
 
 from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar, render
 from mbib_timm.errors import MbibError
-from mbib_timm.files import to_json, write_bytes
+from mbib_timm.files import printable_lines, to_json, write_bytes
 from mbib_timm.methods import method_title
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.tables import Table, difference, mean_and_deviation, mean_of, percent
@@ -100,7 +100,7 @@ def markdown(results: SweepResults) -> str:
     if closest := closest_to_the_paper(results, rows):
         lines += ["", closest]
     lines += ["", *(f"Failed: {label}: {reason}" for label, reason in results.failed.items())]
-    return "\n".join(lines).rstrip() + "\n"
+    return printable_lines("\n".join(lines)).rstrip() + "\n"
 
 
 def what_was_run(results: SweepResults) -> list[str]:

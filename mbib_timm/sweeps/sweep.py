@@ -20,16 +20,16 @@ paper: Table 1                                          # numbers of mbib_timm/r
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.errors import MbibError, shown, unknown_name
+from mbib_timm.files import from_plain, parse_yaml, read_text
 from mbib_timm.options import is_number
-from mbib_timm.recipe import KEYS, find_recipe, list_recipes, list_sweeps, recipes_folder
+from mbib_timm.recipe import KEYS, check_key, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import ABLATIONS, RESULTS
 
@@ -116,13 +116,19 @@ class Sweep:
         for name in self.labels:
             if name not in self.axes:
                 raise unknown_name(f"axis in the labels of sweep {self.name}", name, self.axes)
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise MbibError(f"sweep {shown(self.name)}: expected a name that a folder can have")
+        for seed in self.seeds:
+            check_key("seed", seed)
         if not self.recipe or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise MbibError(f"sweep {self.name} needs a recipe, and at least one seed, each once")
         self._check_figure()
         for number in self.paper.numbers if self.paper else ():
-            for name in number:
+            for name, value in number.items():
                 if name not in (*self.axes, *COLUMNS, HEAD):
                     raise unknown_name(f"axis in the paper's numbers of sweep {self.name}", name, self.axes)
+                if name in COLUMNS and (isinstance(value, bool) or not isinstance(value, int | float)):
+                    raise MbibError(f"sweep {self.name}: the paper's {name}: expected a number, got {shown(value)}")
 
     def placeholders(self) -> list[str]:
         """Return the axes that are parts of the recipe's name."""
@@ -141,24 +147,29 @@ class Sweep:
         return self.labels.get(axis, axis)
 
     def _check_axis(self, name: str, values: Any) -> None:
+        if not isinstance(values, list | Mapping) or not values:
+            raise MbibError(f"sweep {self.name}: axis {name!r} needs a list of values, got {shown(values)}")
         is_place = name in self.placeholders()
         if isinstance(values, Mapping):
             for value, what in values.items():
                 if is_place and not isinstance(what, str):
                     raise MbibError(
-                        f"sweep {self.name}: axis {name!r}: {value!r} needs a part of the recipe's name, got {what!r}"
+                        f"sweep {self.name}: axis {name!r}: {shown(value)} needs a part of the recipe's name, got "
+                        f"{shown(what)}"
                     )
                 if not is_place:
                     self._check_settings(name, value, what or {})
         elif not is_place:
             self._check_address("axis", name)
-        if not isinstance(values, list | Mapping) or not values:
-            raise MbibError(f"sweep {self.name}: axis {name!r} needs a list of values, got {values!r}")
+        for value, times in Counter(value.name for value in self.values(name)).items():
+            if times > 1:
+                raise MbibError(f"sweep {self.name}: axis {name!r} has {shown(value)} twice")
 
     def _check_settings(self, axis: str, value: Any, settings: Any) -> None:
         if not isinstance(settings, Mapping):
             raise MbibError(
-                f"sweep {self.name}: axis {axis!r}: {value!r} needs recipe keys and their values, got {settings!r}"
+                f"sweep {self.name}: axis {axis!r}: {shown(value)} needs recipe keys and their values, got "
+                f"{shown(settings)}"
             )
         for address in settings:
             self._check_address(f"key in axis {axis}", address)
@@ -171,21 +182,11 @@ class Sweep:
             raise MbibError(f"sweep {self.name}: recipe key {address!r} is set by the sweep itself; see --seeds")
 
     def _check_figure(self) -> None:
-        kind = self.figure.get("kind", "")
-        if kind not in FIGURE_ROLES:
-            raise unknown_name(f"kind of figure in sweep {self.name}", kind, FIGURE_ROLES)
-        for role in FIGURE_NEEDS[kind]:
-            if role not in self.figure:
-                raise MbibError(f"sweep {self.name}: a figure of kind {kind!r} needs the role {role!r}")
-        # Groups and heads are drawn as bars alone; heads, where there are any.
-        extra = [] if kind != "bars" else [GROUP, *([HEAD] if self.heads else [])]
-        for role, axis in self.figure.items():
-            if role == "kind":
-                continue
-            if role not in FIGURE_ROLES[kind]:
-                raise unknown_name(f"role in the figure of sweep {self.name}", role, FIGURE_ROLES[kind])
-            if axis not in (*self.axes, *extra):
-                raise unknown_name(f"axis in the figure of sweep {self.name}", str(axis), [*self.axes, *extra])
+        try:
+            check_figure(self.figure, self.axes, self.heads)
+        except ValueError as error:
+            raise MbibError(f"sweep {self.name}: {error}") from None
+        kind = self.figure["kind"]
         # Bars are named after the axes that have no role; lines and maps have no place for them.
         shown = self.figure.values()
         hidden = [axis for axis in self.axes if axis not in shown and len(self.axes[axis]) > 1]
@@ -197,6 +198,31 @@ class Sweep:
             for value in self.values(self.figure["x"]):
                 if not is_number(value.name) or not math.isfinite(float(value.name)):
                     raise MbibError(f"sweep {self.name}: lines need numbers along x, got {value.name!r}")
+
+
+def check_figure(figure: Mapping[str, str], axes: Mapping[str, Any], heads: Mapping[str, str]) -> None:
+    """Raise ValueError for a figure of no known kind, and for roles that are none or whose axes there are not.
+
+    Args:
+        figure: its kind, and the axes' roles.
+        axes: by name.
+        heads: rows for the heads of a run.
+    """
+    kind = figure.get("kind", "")
+    if kind not in FIGURE_ROLES:
+        raise ValueError(unknown_name("kind of figure", kind, FIGURE_ROLES))
+    for role in FIGURE_NEEDS[kind]:
+        if role not in figure:
+            raise ValueError(f"a figure of kind {kind!r} needs the role {role!r}")
+    # Groups and heads are drawn as bars alone; heads, where there are any.
+    extra = [] if kind != "bars" else [GROUP, *([HEAD] if heads else [])]
+    for role, axis in figure.items():
+        if role == "kind":
+            continue
+        if role not in FIGURE_ROLES[kind]:
+            raise ValueError(unknown_name("role in the figure", role, FIGURE_ROLES[kind]))
+        if axis not in (*axes, *extra):
+            raise ValueError(unknown_name("axis in the figure", axis, [*axes, *extra]))
 
 
 def plain(value: Any) -> str:
@@ -234,9 +260,9 @@ def _is_sweep(path: Path) -> bool:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MbibError(f"{path}: not a YAML file ({first_line(error)})") from None
+        return parse_yaml(read_text(path, "sweep or recipe"))
+    except ValueError as error:
+        raise MbibError(f"{path}: not a YAML file ({error})") from None
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -253,8 +279,11 @@ def load_sweep(path: Path) -> Sweep:
         raise MbibError(f"{path}: a sweep needs the key 'recipe'")
     paper = content.pop("paper", None)
     if isinstance(paper, dict):
-        content["paper"] = Paper(**_checked(paper, dict(source=str, recipe=str, numbers=list), str(path)))
-    sweep = Sweep(path.stem, **content)
+        content["paper"] = _checked(paper, dict(source=str, recipe=str, numbers=list), str(path))
+    try:
+        sweep: Sweep = from_plain(Sweep, {"name": path.stem, **content})
+    except ValueError as error:
+        raise MbibError(f"{path}: {error}") from None
     return replace(sweep, paper=_published(paper, sweep)) if isinstance(paper, str) else sweep
 
 
@@ -286,5 +315,5 @@ def _checked(content: Any, kinds: Mapping[str, type | tuple[type, ...]], where: 
         if not isinstance(value, kinds[key]):
             kind = kinds[key]
             expected = " or a ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-            raise MbibError(f"{where}: key {key!r}: expected a {expected}, got {value!r}")
+            raise MbibError(f"{where}: key {key!r}: expected a {expected}, got {shown(value)}")
     return content

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.environment import Environment
+from mbib_timm.errors import shown
 from mbib_timm.files import read_json
 from mbib_timm.recipe import data_of
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.runs import SAME_RESULT
-from mbib_timm.sweeps.sweep import HEAD, Paper
+from mbib_timm.sweeps.sweep import HEAD, Paper, check_figure
 
 FILE = "sweep.json"
 
@@ -100,6 +101,26 @@ class SweepResults:
     planned: int
     runs: list[SweepRun]
     failed: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the runs do not lie on the axes, or the figure and the labels name others."""
+        if not self.runs:
+            raise ValueError("runs: there are none")
+        check_figure(self.figure, self.axes, self.heads)
+        for axis in self.axes:
+            if axis not in self.labels:
+                raise ValueError(f"labels: axis {axis!r} is missing")
+        for place, run in enumerate(self.runs):
+            where = f"runs[{place}]"
+            if run.coordinates.keys() != self.axes.keys():
+                raise ValueError(f"{where}.coordinates: expected a value for each of {', '.join(self.axes)}")
+            for axis, value in run.coordinates.items():
+                if value not in self.axes[axis]:
+                    raise ValueError(f"{where}.coordinates: {shown(value)} is no value of axis {axis!r}")
+            if run.heads.get("prediction", {}).keys() < COLUMNS.keys():
+                raise ValueError(f"{where}.heads: expected a 'prediction' with {', '.join(COLUMNS)}")
+            if not len(run.curve.epoch) == len(run.curve.train_loss) == len(run.curve.val_top1):
+                raise ValueError(f"{where}.curve: expected equally many numbers of each kind")
 
     @property
     def seeds(self) -> list[int]:

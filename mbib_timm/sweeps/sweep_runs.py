@@ -4,15 +4,18 @@ The runs share opened data, resident images and the compiled step.
 """
 
 import itertools
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import BusyFolderError, MbibError
+from mbib_timm.errors import BusyFolderError, MbibError, shown
+from mbib_timm.files import check_folder, printable, printable_lines
 from mbib_timm.recipe import (
     KEYS,
     STAGES,
@@ -31,6 +34,9 @@ from mbib_timm.sweeps.sweep import PER_RUN, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
 from mbib_timm.training import train
 from mbib_timm.training.run_folder import RunFolder
+
+# Runs that a sweep may have; and the bytes of the name of a run's folder.
+MOST_RUNS, LONGEST_LABEL = 1000, 240
 
 
 @dataclass(frozen=True)
@@ -116,11 +122,20 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
     for address in overrides:
         if key_of(address) in PER_RUN:
             raise MbibError(f"recipe key {address!r} is set by the sweep itself; see --seeds")
+    number = len(sweep.seeds) * math.prod(len(values) for values in sweep.axes.values())
+    if number > MOST_RUNS:
+        raise MbibError(
+            f"sweep {sweep.name} has {number:,} runs; expected at most {MOST_RUNS:,}: fewer values, axes or seeds"
+        )
     runs = list(_runs(sweep, {**sweep.set, **overrides}))
-    labels = [run.label for run in runs]
-    for label in labels:
-        if labels.count(label) > 1:
+    for label, times in Counter(run.label for run in runs).items():
+        if times > 1:
             raise MbibError(f"sweep {sweep.name} has two runs named {label}")
+        if len(label.encode()) > LONGEST_LABEL:
+            raise MbibError(
+                f"sweep {sweep.name}: {shown(label)} is too long for a folder's name; give the values of its axes "
+                "names: axis: {name: {key: value}}"
+            )
     epochs = {run.epochs for run in runs}
     as_asked = all(run.epochs == run.recipe_epochs for run in runs)
     folder = sweep.name if as_asked or len(epochs) > 1 else f"{sweep.name}-{epochs.pop()}e"
@@ -196,7 +211,7 @@ def _at(stage: Recipe, address: str) -> Any:
 
 def _in_a_path(value: str) -> str:
     """Return a value as part of a folder's name."""
-    return "_".join(value.replace("/", "_").split())
+    return printable("_".join(value.replace("/", "_").split()))
 
 
 def run_sweep(
@@ -242,6 +257,7 @@ def run_sweep(
                 print(f"{state:<8} {run.label}")
         return True
     folder = results / Path(whole[0].recipe.output).name
+    check_folder(folder)
     pool, text = DataPool(), ""
     failed: dict[str, str] = {}
     busy: list[PlannedRun] = []
@@ -270,7 +286,7 @@ def run_sweep(
             continue
         except MbibError as error:
             failed[run.label] = str(error)
-            print(f"failed: {error}", flush=True)
+            print(f"failed: {printable_lines(str(error))}", flush=True)
         text = write()
     if busy or not text:
         text = write()
@@ -280,7 +296,7 @@ def run_sweep(
     for label in left:
         print(f"left to another process: {label}")
     for label, reason in failed.items():
-        print(f"failed: {label}: {reason}")
+        print(f"failed: {label}: {printable_lines(reason)}")
     return not failed and not left
 
 

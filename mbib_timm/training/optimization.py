@@ -1,5 +1,6 @@
 """The optimizer side of a run, built from the recipe: timm's optimizer, schedule and gradient scaler."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,9 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, unwrap_model
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, first_line, unknown_name
 from mbib_timm.methods import Method
 from mbib_timm.recipe import Recipe
-
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
-
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
 FUSED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -24,7 +22,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     """Build timm's optimizer of the parameters that train: the network's in timm's groups, then the method's own.
 
     Raises:
-        MbibError: an unknown name or keyword, or nothing that trains.
+        MbibError: an unknown name or keyword, a value that the optimizer does not take, or nothing that trains.
     """
     if recipe.opt not in list_optimizers():
         raise unknown_name("optimizer", recipe.opt, list_optimizers())
@@ -40,22 +38,34 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         kwargs.setdefault("fused", True)
         if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
             kwargs.setdefault("capturable", True)
+    settings = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
     try:
+        if recipe.opt_kwargs or get_optimizer_class(recipe.opt) not in FUSED_OPTIMIZERS:
+            _try_step({**settings, **kwargs}, method.device)
         optimizer = create_optimizer_v2(
             network,
-            opt=recipe.opt,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
+            **settings,
             filter_bias_and_bn=recipe.filter_bias_and_bn,
             layer_decay=recipe.layer_decay,
             **kwargs,
         )
-    except TypeError as error:
-        raise MbibError(f"recipe key 'opt_kwargs': {error}") from None
+    except Exception as error:  # timm's and torch's optimizers raise and assert of all kinds
+        raise MbibError(
+            f"recipe key {'opt_kwargs' if recipe.opt_kwargs else 'opt'!r}: optimizer {recipe.opt!r} does not take what "
+            f"it is given: {first_line(error)}"
+        ) from None
     if own:
         optimizer.add_param_group({"params": own, "weight_decay": recipe.weight_decay})
     return optimizer
+
+
+def _try_step(settings: Mapping[str, Any], device: torch.device) -> None:
+    """Take a step of an optimizer: what is wrong with some keyword arguments shows in the first at the earliest."""
+    parameter = torch.nn.Parameter(torch.ones(2, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    create_optimizer_v2([parameter], **settings).step()
+    if not parameter.isfinite().all():
+        raise ValueError("a step leaves no finite weights")
 
 
 def takes_tensor_rates(optimizer: torch.optim.Optimizer) -> bool:
@@ -71,9 +81,7 @@ def round_learning_rates(optimizer: torch.optim.Optimizer) -> None:
 
 
 def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
-    """Build timm's schedule, stepped once an epoch. Raises MbibError for an unknown name."""
-    if recipe.sched not in SCHEDULES:
-        raise unknown_name("schedule", recipe.sched, SCHEDULES)
+    """Build timm's schedule, stepped once an epoch."""
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,

@@ -65,6 +65,8 @@ def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None =
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
     size = input_size(recipe, network)
+    if recipe.model_kwargs:
+        _try_arguments(network, size, world.device)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
@@ -78,6 +80,19 @@ def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None =
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
     return Setup(method, size, loader, optimizer, schedule, Precision.of(recipe, world.device))
+
+
+def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
+    """Raise MbibError where a network fails with a first image: then its keyword arguments are at fault."""
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, *size, device=device))
+    except Exception as error:
+        raise MbibError(
+            f"recipe key 'model_kwargs': with these the model takes no images of {'x'.join(map(str, size))}: "
+            f"{first_line(error)}"
+        ) from None
+    network.train()
 
 
 def _synchronized(network: nn.Module, recipe: Recipe, world: World) -> nn.Module:
@@ -148,8 +163,6 @@ def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str]
 
 
 def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict[str, Any]) -> nn.Module:
-    if "num_classes" in recipe.model_kwargs:
-        raise MbibError("recipe key 'model_kwargs': the number of classes is that of the data; see key 'num_classes'")
     for name in more.keys() & recipe.model_kwargs.keys():
         if more[name] != recipe.model_kwargs[name]:
             raise MbibError(
@@ -164,7 +177,14 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
     elif not timm.is_model(name.partition(".")[0]):
         raise unknown_name("model", name, timm.list_models())
     else:
-        cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        architecture, _, tag = name.partition(".")
+        try:
+            cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        except RuntimeError:
+            tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
+            if not (known := list(filter(None, tags))):
+                raise MbibError(f"model {architecture} has no tag {tag!r}; expected {architecture} alone") from None
+            raise unknown_name(f"tag of model {architecture}", tag, known) from None
         if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault("img_size", recipe.img_size)
         if more and not timm.model_entrypoint(name.partition(".")[0]).__module__.startswith("mbib_timm."):
@@ -174,10 +194,11 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
         kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
-        raise MbibError(f"recipe key 'model_kwargs': {error}") from None
-    except (RuntimeError, ValueError, OSError) as error:  # OSError: no such repository, or no way to it
-        raise MbibError(f"model {name!r}: {first_line(error)}") from None
+    except MbibError:
+        raise
+    except Exception as error:  # whatever a model makes of arguments that it does not take; no way to a repository
+        where = f"model {name!r}" if isinstance(error, RuntimeError | OSError) else "recipe key 'model_kwargs'"
+        raise MbibError(f"{where}: {first_line(error)}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
