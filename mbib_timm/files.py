@@ -100,14 +100,14 @@ def to_csv(rows: Iterable[Sequence[object]]) -> bytes:
     return text.getvalue().encode()
 
 
-def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int = LARGEST) -> bytes:
+def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int | None = LARGEST) -> bytes:
     """Return the content of a regular file; a pipe or a device would keep a reader waiting.
 
     Args:
         file: to read.
         what: the file is, for messages, such as ``list file``.
         error: kind of error to raise.
-        most: bytes that it may have.
+        most: bytes that it may have; None for any number.
 
     Raises:
         MbibError: it is not there, no regular file, too large, or cannot be read.
@@ -116,12 +116,12 @@ def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most
         with open(file, "rb", opener=_without_waiting) as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise error(f"cannot read the {what} {file}: it is no regular file")
-            content = opened.read(most + 1)
+            content = opened.read(-1 if most is None else most + 1)
     except OSError as problem:
         raise error(f"cannot read the {what} {printable(str(file))}: {problem.strerror}") from None
     except ValueError as problem:  # a name with a NUL
         raise error(f"cannot read the {what} {printable(str(file))}: {problem}") from None
-    if len(content) > most:
+    if most is not None and len(content) > most:
         raise error(f"the {what} {file} is larger than {most / 2**20:,.0f} MB")
     return content
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
 from mbib_timm.environment import World, describe_environment, seed_generators
-from mbib_timm.errors import CheckpointError
+from mbib_timm.errors import CheckpointError, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
@@ -46,6 +46,15 @@ class TrainState:
     history: list[Epoch] = field(default_factory=list)
     best: Evaluation | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "TrainState":
+        """Return what a checkpoint holds of it. Raises CheckpointError where it holds something else."""
+        try:
+            found: TrainState = from_plain(cls, state.get("progress"))
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint does not say how far its run has come: {error}") from None
+        return found
 
 
 class Run:
@@ -231,7 +240,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["class_counts"] != self.splits.class_counts.tolist():
+        if state.get("class_counts") != self.splits.class_counts.tolist():
             raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
@@ -240,12 +249,13 @@ class Run:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
             if self.precision.scaler is not None:
                 self.precision.scaler.load_state_dict(state["scaler"])
-            self.done = from_plain(TrainState, state["progress"])
+            self.done = TrainState.of(state)
             if self.done.epoch > 0:
                 # A function of the epoch alone: this recipe's, which may have more epochs than the checkpoint's had.
                 self.schedule.step(self.done.epoch)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            text = f"the checkpoint in {self.folder.path} does not fit: {first_line(error)}"
+            raise CheckpointError(text) from None
 
     # The results
 

@@ -10,8 +10,9 @@ figures/            training curves, accuracy by class and by shot group
 """
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDIC
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
-from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
+from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 # What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
@@ -55,20 +56,26 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
         self._seen = self._checkpoints()
+        self._unsound: tuple[Path, ...] = ()
 
     def _checkpoints(self) -> list[tuple[str, int]]:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
         found = []
         for name in (NEXT, LAST, PREVIOUS):
-            with contextlib.suppress(
-                FileNotFoundError, NotADirectoryError
-            ):  # another process renames them as it writes
-                found.append((name, (self.path / name).stat().st_mtime_ns))
+            # Another process renames them as it writes.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found.append((name, (self.path / name).lstat().st_mtime_ns))
         return found
 
     def has_checkpoint(self) -> bool:
         """Return whether there is anything to resume from."""
-        return any((self.path / name).exists() for name in (NEXT, LAST, PREVIOUS))
+        return any(os.path.lexists(self.path / name) for name in (NEXT, LAST, PREVIOUS))
+
+    def newest(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        """Return the state of the newest sound checkpoint; see `load_newest`. `begin` removes those that are not."""
+        newest = load_newest(self.path, warn)
+        self._unsound = newest.unsound
+        return newest.state
 
     def require_free(self) -> None:
         """Raise MbibError if another run lives here."""
@@ -132,6 +139,8 @@ class RunFolder:
         if self._checkpoints() != self._seen:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
+        for path in self._unsound:
+            set_aside(path)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
 

@@ -11,8 +11,8 @@ from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun
-from mbib_timm.training.checkpoint import load_checkpoint, load_newest
-from mbib_timm.training.run import Run
+from mbib_timm.training.checkpoint import load_checkpoint
+from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, same_computation
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
@@ -157,8 +157,8 @@ def _find_folder(
         return recipe, folder, None
     recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
-    state = load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
-    before, done = folder.recipe().epochs, 0 if state is None else state["progress"]["epoch"]
+    state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
+    before, done = folder.recipe().epochs, TrainState.of(state).epoch
     if done > recipe.epochs:
         raise CheckpointError(
             f"{folder.path} has trained {done} epochs already, and {recipe.epochs} are asked for: expected at least "
