@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 import types
 import typing
@@ -52,6 +53,27 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove from a folder what `write_atomically` has left there of processes that were killed."""
+    for path in folder.glob(".*.tmp"):
+        name = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name, re.DOTALL)
+        if name and not _is_another(int(name[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_another(pid: int) -> bool:
+    """Return whether another process of this machine has a number; True too where the system does not say."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return pid != os.getpid()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

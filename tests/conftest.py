@@ -54,7 +54,7 @@ def post_hoc_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def faults(request) -> int:
+def faults_asked(request) -> int:
     """How many faults a test of such puts in: the option ``--faults``; 0 for as many as the test finds enough."""
     return request.config.getoption("--faults")
 

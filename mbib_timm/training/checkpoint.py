@@ -1,4 +1,4 @@
-"""Checkpoints that survive any interruption, and tell any damage: written aside, synced, renamed; the one before is kept.
+"""Checkpoints that survive any interruption and show any damage: written aside, synced, renamed; the one before stays.
 
 A checkpoint is what ``torch.save`` writes of tensors and plain Python values, so that ``torch.load`` reads it with
 ``weights_only``; after it stand `MARK` and the SHA-256 of all before the mark. One that does not end so, with that sum,
@@ -43,9 +43,15 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     torch.save({"format": FORMAT, **state}, content)
     content.write(MARK + hashlib.sha256(content.getbuffer()).digest())
     write_atomically(folder / NEXT, lambda file: file.write(content.getbuffer()))
-    if (folder / LAST).exists():
-        os.replace(folder / LAST, folder / PREVIOUS)
-    os.replace(folder / NEXT, folder / LAST)
+    take_next(folder)
+
+
+def take_next(folder: Path) -> None:
+    """Let ``next.ckpt`` become ``last.ckpt``, if it is there, and that one ``previous.ckpt``."""
+    if (folder / NEXT).exists():
+        if (folder / LAST).exists():
+            os.replace(folder / LAST, folder / PREVIOUS)
+        os.replace(folder / NEXT, folder / LAST)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

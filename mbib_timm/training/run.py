@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
-from mbib_timm.environment import World, describe_environment, seed_generators
+from mbib_timm.environment import World, describe_environment, seed_generators, share_buffers
 from mbib_timm.errors import CheckpointError, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
@@ -262,6 +262,7 @@ class Run:
     def _finish(self) -> RunRecord:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
+            share_buffers(self._result_model())
             self.method.finish(self._passes())
         loader, images, split = self.loaders.val, splits.val, recipe.val_split
         if self.loaders.test is not None and splits.test is not None:

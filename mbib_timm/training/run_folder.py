@@ -28,10 +28,10 @@ from mbib_timm.data.images import channelwise
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
-from mbib_timm.files import to_json, write_bytes
+from mbib_timm.files import remove_debris, to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
-from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside
+from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside, take_next
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 # What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
@@ -141,6 +141,8 @@ class RunFolder:
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
         for path in self._unsound:
             set_aside(path)
+        take_next(self.path)  # as the process would have done that wrote it, had it not been killed
+        remove_debris(self.path)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.environment import World, join_world, leave_world
+from mbib_timm.environment import World, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, is_finished
@@ -39,16 +39,14 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
     Raises:
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
         NonFiniteLossError: training diverged; the last good checkpoint is kept.
+        LostProcessError: another process of the run has ended.
     """
-    world = join_world(recipe.device)
-    try:
+    with joined_world(recipe.device) as world:
         pool = pool or DataPool()
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _check_stages(recipe, pool, world, Path(folder))
         return _train(recipe, name, world, pool, extend=True)
-    finally:
-        leave_world()
 
 
 def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:

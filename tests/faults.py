@@ -1,0 +1,141 @@
+"""Processes that train and are killed: at a moment, at a step, or at a system call; and what they leave.
+
+A fault is a text, such as ``1 replace 3``: the process of that rank kills itself, as ``kill -9`` does, in the place of
+its third call of ``os.replace``. Other kinds are ``fsync``, ``step`` (of the optimizer) and ``seconds``.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import matplotlib.figure  # noqa: F401  (so that the processes have it already)
+import torch
+from safetensors.torch import load_file
+
+import mbib_timm.training  # noqa: F401
+
+MINUTE = 60.0
+RUNNERS = multiprocessing.get_context("fork")  # a process that has torch already starts at once
+
+
+def die():
+    """End as by ``kill -9``: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def put_in(fault):
+    """Put a fault into this process, if it is the one of the fault's rank; nothing for an empty text."""
+    rank, kind, number = fault.split() if fault else (-1, "", 0)
+    if int(rank) != int(os.environ.get("RANK", "0")):
+        return
+    if kind == "seconds":
+        timer = threading.Timer(float(number), die)
+        timer.daemon = True
+        timer.start()
+    elif kind == "step":
+        count = iter(range(1, int(number) + 1))
+
+        def last(*_):
+            if next(count) == int(number):
+                die()
+
+        torch.optim.optimizer.register_optimizer_step_pre_hook(last)
+    else:
+        original, calls = getattr(os, kind), iter(range(1, sys.maxsize))
+
+        def dying(*args, **kwargs):
+            if next(calls) == int(number):
+                die()
+            return original(*args, **kwargs)
+
+        setattr(os, kind, dying)
+
+
+def _child(argv, rank, ranks, port, fault, log):
+    from mbib_timm.cli import main
+
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }  # fmt: skip
+    torch.set_num_threads(1)
+    put_in(fault)
+    status = 1
+    try:
+        status = main(argv)
+    except BaseException as error:
+        print("Traceback:", repr(error))
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run(argv, log, ranks=1, fault=""):
+    """Run a command in forked processes; once one has ended badly, the others have a minute.
+
+    Returns:
+        Exit statuses by rank: -9 for what was killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [RUNNERS.Process(target=_child, args=(argv, r, ranks, port, fault, log)) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    deadline = None
+    while any(process.is_alive() for process in processes):
+        time.sleep(0.01)
+        ended_badly = any(process.exitcode for process in processes)
+        deadline = deadline or (time.monotonic() + MINUTE if ended_badly else None)
+        if deadline and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"a process waits for one that has ended: {[p.exitcode for p in processes]}")
+    return [process.exitcode for process in processes]
+
+
+def outcome(folder):
+    """What a run has come to, stage by stage: its weights, epochs and results, without times."""
+    found = {}
+    for stage in [Path(folder), *sorted(Path(folder).glob("stage*-*"))]:
+        name = stage.relative_to(folder).as_posix()
+        for file in ("model.safetensors", "best.safetensors"):
+            found |= {f"{name} {file} {key}": value for key, value in load_file(stage / file).items()}
+        with (stage / "summary.csv").open() as rows:
+            found[f"{name} epochs"] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(rows)]
+        record = json.loads((stage / "metrics.json").read_text())
+        found |= {f"{name} {key}": record[key] for key in ("result", "best", "raw", "chosen", "class_counts")}
+        found[f"{name} predictions"] = (stage / "predictions.csv").read_text()
+    return found
+
+
+def differing(one, other):
+    """Names of what differs between two outcomes, bit for bit."""
+
+    def same(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return [name for name in one.keys() | other.keys() if name not in one.keys() & other.keys()
+            or not same(one[name], other[name])]  # fmt: skip
+
+
+def debris(folder):
+    """Files that an interrupted process has left."""
+    names = {"next.ckpt"}
+    return [path for path in Path(folder).rglob("*") if path.name.endswith(".tmp") or path.name in names]
+
+
+def remove(folder):
+    """Remove a run."""
+    shutil.rmtree(folder, ignore_errors=True)

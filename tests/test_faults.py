@@ -1,0 +1,65 @@
+"""Processes that die: whenever it happens, and in whichever of them, the run goes on to the same bits.
+
+``pytest tests/test_faults.py --faults 40`` kills 40 times in each setting; by default it is a few times.
+"""
+
+import time
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+import yaml
+
+TOOLS, HERE = Path(__file__).parents[1] / "tools", Path(__file__).parent
+# 12 to 1 images of each class, a few steps an epoch.
+SHORT = dict(
+    base="digits", model="cifar_resnet20", imbalance_max=24, imbalance_factor=12, batch_size=16, warmup_epochs=1,
+    epochs=2, device="cpu", workers=0, checkpoint_seconds=0,
+)  # fmt: skip
+SETTINGS = {
+    "two stages": (dict(stages=[{"method": "ce"}, {"method": "crt"}], model_ema=True, model_ema_decay=0.5), 1),
+    "queue": (dict(method={"name": "paco", "queue": 32, "features": 8}), 1),
+    "two processes": (dict(method="ce", model_ema=True, model_ema_decay=0.5), 2),
+    "two processes with a queue": (dict(method={"name": "paco", "queue": 32, "features": 8}), 2),
+}
+CALLS = ("replace", "fsync")
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def setting(request, tmp_path_factory):
+    """The command of a setting, its processes, its outcome when nobody disturbs it, its seconds and calls."""
+    keys, ranks = SETTINGS[request.param]
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    (folder / "own.yaml").write_text(yaml.safe_dump({**SHORT, **keys}))
+    argv = ["train", str(folder / "own.yaml"), "--experiment", "run", "--resume", "auto", "--output"]
+    start = time.monotonic()
+    assert faults.run([*argv, str(folder / "whole")], folder / "log", ranks) == [0] * ranks, log(folder)
+    return request.param, folder, argv, ranks, faults.outcome(folder / "whole" / "run"), time.monotonic() - start
+
+
+def log(folder):
+    return (folder / "log").read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(setting, faults_asked):
+    name, folder, argv, ranks, whole, seconds = setting
+    rng = np.random.default_rng(17)
+    killed = 0
+    for number in range(faults_asked or 3):
+        output = folder / f"killed{number}"  # of its own: a finished stage beside would be taken
+        rank, kind = int(rng.integers(ranks)), ("seconds", *CALLS)[number % 3]
+        limit = rng.integers(1, 40) if kind in CALLS else rng.uniform(0.05, 1.0) * seconds
+        # Two kills of one run, the second while it resumes. Only the first process writes.
+        faults_put_in = f"{rank if kind == 'seconds' else 0} {kind} {limit}", f"{rank} seconds {seconds * rng.random()}"
+        for fault in faults_put_in:
+            status = faults.run([*argv, str(output)], folder / "log", ranks, fault)
+            killed += -9 in status
+            assert set(status) <= {0, -9, 1}, log(folder)
+        assert faults.run([*argv, str(output)], folder / "log", ranks) == [0] * ranks, (fault, log(folder))
+        assert faults.differing(faults.outcome(output / "run"), whole) == [], faults_put_in
+        assert faults.debris(output) == [], faults_put_in
+        faults.remove(output)
+    assert "Traceback" not in (folder / "log").read_text()
+    print(f"\n{name}: {number + 1} runs, {killed} kills, all resumed to the same bits; undisturbed {seconds:.1f} s")
