@@ -19,7 +19,7 @@ import torchvision
 from timm.utils.distributed import init_distributed_device_so
 
 import mbib_timm
-from mbib_timm.errors import LostProcessError, MbibError, first_line
+from mbib_timm.errors import LostProcessError, MbibError
 
 GIT_SECONDS = 10  # that git may take to answer
 
@@ -119,8 +119,8 @@ def joined_world(device: str | None) -> Iterator[World]:
         if world.world_size == 1 or not lost:
             raise
         raise LostProcessError(
-            f"another of the {world.world_size} processes has ended, so process {world.rank} does too "
-            f"({first_line(error)[:200]}); resume with --resume auto"
+            f"another of the {world.world_size} processes has ended, so process {world.rank} does too; what ended it "
+            "stands above or in its own output; go on with --resume auto"
         ) from None
     finally:
         leave_world()

@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.figure  # noqa: F401  (so that the processes have it already)
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mbib_timm.training  # noqa: F401
 
@@ -47,7 +48,7 @@ def put_in(fault):
             if next(count) == int(number):
                 die()
 
-        torch.optim.optimizer.register_optimizer_step_pre_hook(last)
+        register_optimizer_step_pre_hook(last)
     else:
         original, calls = getattr(os, kind), iter(range(1, sys.maxsize))
 

@@ -3,6 +3,10 @@
 ``pytest tests/test_faults.py --faults 40`` kills 40 times in each setting; by default it is a few times.
 """
 
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,3 +67,47 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(setting, faults_asked)
         faults.remove(output)
     assert "Traceback" not in (folder / "log").read_text()
     print(f"\n{name}: {number + 1} runs, {killed} kills, all resumed to the same bits; undisturbed {seconds:.1f} s")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0", str(TOOLS / "train.py")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Start two processes as the README says, and return how they end and what they say."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    keys = {**SHORT, "method": "faulty_ce", "plugin": [str(HERE / "faulty_method.py")], "model_ema": True}
+    (folder / "own.yaml").write_text(yaml.safe_dump(keys))
+
+    def start(output, fault="", *flags):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MBIB_TEST_FAULT": fault}
+        command = [*TORCHRUN, str(folder / "own.yaml"), "--output", str(output), "--experiment", "run", *flags]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    begin = time.monotonic()
+    done = start(folder / "whole")
+    assert done.returncode == 0, done.stderr
+    return start, time.monotonic() - begin, faults.outcome(folder / "whole" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("1 step 5", "Signal 9 .SIGKILL. received by PID"),
+        ("0 step 5", "Signal 9 .SIGKILL. received by PID"),
+        ("1 nan 6", "mbib: error: loss part 'loss' became nan at epoch 2, step 3 in process 1; the last good"),
+    ],
+)
+def test_a_process_that_ends_takes_the_others_along_and_the_run_goes_on(undisturbed, tmp_path, fault, reason):
+    start, seconds, whole = undisturbed
+    begin = time.monotonic()
+    done = start(tmp_path, fault)
+    print(f"\n{fault}: {time.monotonic() - begin:.1f} s, status {done.returncode}\n{done.stderr}")
+    assert done.returncode == 1
+    assert time.monotonic() - begin < 60 + 2 * seconds
+    assert re.search(reason, done.stderr)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert start(tmp_path, "", "--resume", "auto").returncode == 0
+    assert faults.differing(faults.outcome(tmp_path / "run"), whole) == []
