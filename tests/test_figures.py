@@ -149,7 +149,22 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     assert "no figure class_accuracy.png: figures need matplotlib" in capsys.readouterr().out
 
 
-NAMES = ["$$", "a$b$c", "$\\frac{", "^_{}", "%s{}", "\udcff", "\ud83d", "\x1b[31m", "a\nb", "\u202ex", "", " ", "\0", "x" * 300]
+NAMES = [
+    "$$",
+    "a$b$c",
+    "$\\frac{",
+    "^_{}",
+    "%s{}",
+    "\udcff",
+    "\ud83d",
+    "\x1b[31m",
+    "a\nb",
+    "\u202ex",
+    "",
+    " ",
+    "\0",
+    "x" * 300,
+]
 
 
 def test_any_class_name_can_be_drawn(tmp_path, capsys):

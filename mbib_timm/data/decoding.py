@@ -338,7 +338,9 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device; on the CPU also within the limit of the control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of what earlier runs have given back is free for the next.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = _available_to_the_machine()

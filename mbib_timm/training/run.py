@@ -85,7 +85,7 @@ class Run:
         if world.is_main:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
-        setup = set_up(recipe, self.splits, world, previous)
+        setup = set_up(recipe, self.splits, world, previous, pool)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.environment import World, joined_world
+from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.run import Run, TrainState
-from mbib_timm.training.run_folder import WEIGHTS, RunFolder, same_computation
+from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 
@@ -60,7 +60,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
     previous: Path | None = None
     for stage in recipe.chain():
         splits = pool.open(stage)
-        setup = set_up(stage, splits, world, previous)
+        setup = set_up(stage, splits, world, previous, pool)
         method = setup.method
         create_step(stage, method, setup.optimizer, setup.precision, world)
         if stage is not recipe:
@@ -137,7 +137,7 @@ def _find_folder(
     A run that is resumed keeps the loader and the precision that it chose when it started; with `extend` it may have
     other epochs.
     """
-    folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
+    folder = RunFolder(place_of(recipe.output, name if recipe.experiment is None else recipe.experiment))
     checkpoint = None
     if recipe.resume not in (None, "auto"):
         path = Path(str(recipe.resume))
@@ -156,6 +156,8 @@ def _find_folder(
     recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
+    if conditions := folder.changed_conditions(describe_environment(world)):
+        warn(conditions)
     before, done = folder.recipe().epochs, TrainState.of(state).epoch
     if done > recipe.epochs:
         raise CheckpointError(
