@@ -143,7 +143,10 @@ def share_buffers(module: torch.nn.Module) -> None:
     """
     if is_distributed():
         for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, 0)
+            value = buffer.contiguous()
+            # As bytes: backends do not take every type.
+            torch.distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
+            buffer.copy_(value)
 
 
 def seed_generators(seed: int, epoch: int, rank: int, stage: int = 0) -> None:

@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write: writes the content to the open file it is given.
 
     Raises:
-        MbibError: no space left on the device.
+        MbibError: no space left on the device, or nothing to be written there.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MbibError(f"no space left to write {path}; what was there before is untouched") from None
-        raise
+        raise MbibError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
     finally:
         beside.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):

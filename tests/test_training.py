@@ -439,12 +439,15 @@ def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):
     dead.wait()
     kept = [f".a.{os.getppid()}.tmp", ".b.tmp", "c.tmp", ".d.1x.tmp"]
     gone = [f".last.ckpt.{dead.pid}.tmp", f".a.b.{os.getpid()}.tmp", f".e.{2**80}.tmp"]
+    (folder / "figures").mkdir()
     for name in (*kept, *gone):
         (folder / name).touch()
+        (folder / "figures" / name).touch()
     run = RunFolder(folder)
     run.begin(digits(tmp_path), {})
     run.end()
-    assert {file.name for file in folder.iterdir()} == {*kept, "recipe.yaml", "environment.json", ".lock"}
+    assert {file.name for file in folder.iterdir()} == {*kept, "figures", "recipe.yaml", "environment.json", ".lock"}
+    assert {file.name for file in (folder / "figures").iterdir()} == {*kept}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):

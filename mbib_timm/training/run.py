@@ -313,7 +313,7 @@ class Run:
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)
             write_errors(self.folder.path, answers, images, splits.class_names, recipe.data_dir)
-            write_record(self.folder.path, record)
             draw_figures(self.folder.path, done.history, record)
+            write_record(self.folder.path, record)  # last: with it the run is finished
             print_report(self.folder.path, record)
         return record

@@ -184,7 +184,8 @@ class RunFolder:
         for path in self._unsound:
             set_aside(path)
         take_next(self.path)  # as the process would have done that wrote it, had it not been killed
-        remove_debris(self.path)
+        for part in ("", "figures", "analysis"):
+            remove_debris(self.path / part)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
 
