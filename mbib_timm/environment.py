@@ -8,6 +8,7 @@ import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import torchvision
 from timm.utils.distributed import init_distributed_device_so
 
 import mbib_timm
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import LostProcessError, MbibError
+
+GIT_SECONDS = 10  # that git may take to answer
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,51 @@ def leave_world() -> None:
     """Take this process out of its group."""
     if is_distributed():
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined_world(device: str | None) -> Iterator[World]:
+    """Join the group of processes, see `join_world`, and leave it at the end.
+
+    Raises:
+        LostProcessError: another process has ended, so that what this one waits for never comes.
+    """
+    world = join_world(device)
+    try:
+        yield world
+    except RuntimeError as error:  # of torch's backends; gloo has no kind of its own
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if world.world_size == 1 or not lost:
+            raise
+        raise LostProcessError(
+            f"another of the {world.world_size} processes has ended, so process {world.rank} does too; what ended it "
+            "stands above or in its own output; go on with --resume auto"
+        ) from None
+    finally:
+        leave_world()
+
+
+def first_problem(problem: str | None) -> str | None:
+    """Return, in every process, what the first process to have a problem says; all have to ask at the same point."""
+    if not is_distributed():
+        return problem
+    found: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, problem)
+    return next((text for text in found if text is not None), None)
+
+
+@torch.no_grad()
+def share_buffers(module: torch.nn.Module) -> None:
+    """Take the first process's buffers in all of them: BatchNorm's statistics are of the images that each has seen.
+
+    They are what the first process saves, and a resumed run has.
+    """
+    if is_distributed():
+        for buffer in module.buffers():
+            value = buffer.contiguous()
+            # As bytes: backends do not take every type.
+            torch.distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
+            buffer.copy_(value)
 
 
 def seed_generators(seed: int, epoch: int, rank: int, stage: int = 0) -> None:
@@ -201,10 +249,24 @@ def processor_name() -> str:
 def current_commit() -> str | None:
     """Return the commit of the checkout that the package runs from, with ``-dirty``; None outside a checkout."""
     folder = Path(__file__).parents[1]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    return commit_of(folder) if (folder / ".git").exists() else None
+
+
+def commit_of(checkout: Path) -> str | None:
+    """Return the commit of a checkout, with ``-dirty`` where files differ from it; None where git does not say in time.
+
+    The repository's lock is not taken, as ``git describe --dirty`` takes it: somebody may be committing.
+    """
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=GIT_SECONDS
+        )
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = ask("describe", "--always", "--abbrev=12")
+        return f"{commit}-dirty" if ask("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
         return None

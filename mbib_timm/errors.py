@@ -23,6 +23,12 @@ class BusyFolderError(MbibError):
     """Another process trains in the run's folder."""
 
 
+class LostProcessError(MbibError):
+    """Another process of a run has ended, and this one cannot go on without it."""
+
+    exit_status = 1
+
+
 class NonFiniteLossError(MbibError):
     """The training loss became infinite or not a number."""
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 import types
 import typing
@@ -32,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write: writes the content to the open file it is given.
 
     Raises:
-        MbibError: no space left on the device.
+        MbibError: no space left on the device, or nothing to be written there.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MbibError(f"no space left to write {path}; what was there before is untouched") from None
-        raise
+        raise MbibError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
     finally:
         beside.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):
@@ -54,6 +55,27 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove from a folder what `write_atomically` has left there of processes that were killed."""
+    for path in folder.glob(".*.tmp"):
+        name = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name, re.DOTALL)
+        if name and not _is_another(int(name[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_another(pid: int) -> bool:
+    """Return whether another process of this machine has a number; True too where the system does not say."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return pid != os.getpid()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -107,14 +129,14 @@ def to_csv(rows: Iterable[Sequence[object]]) -> bytes:
     return text.getvalue().encode()
 
 
-def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int = LARGEST) -> bytes:
+def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int | None = LARGEST) -> bytes:
     """Return the content of a regular file; a pipe or a device would keep a reader waiting.
 
     Args:
         file: to read.
         what: the file is, for messages, such as ``list file``.
         error: kind of error to raise.
-        most: bytes that it may have.
+        most: bytes that it may have; None for any number.
 
     Raises:
         MbibError: it is not there, no regular file, too large, or cannot be read.
@@ -123,12 +145,12 @@ def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most
         with open(file, "rb", opener=_without_waiting) as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise error(f"cannot read the {what} {file}: it is no regular file")
-            content = opened.read(most + 1)
+            content = opened.read(-1 if most is None else most + 1)
     except OSError as problem:
         raise error(f"cannot read the {what} {printable(str(file))}: {problem.strerror}") from None
     except ValueError as problem:  # a name with a NUL
         raise error(f"cannot read the {what} {printable(str(file))}: {problem}") from None
-    if len(content) > most:
+    if most is not None and len(content) > most:
         raise error(f"the {what} {file} is larger than {most / 2**20:,.0f} MB")
     return content
 

@@ -54,6 +54,12 @@ def post_hoc_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def faults_asked(request) -> int:
+    """How many faults a test of such puts in: the option ``--faults``; 0 for as many as the test finds enough."""
+    return request.config.getoption("--faults")
+
+
+@pytest.fixture
 def popen() -> Iterator[Callable[..., "subprocess.Popen[Any]"]]:
     """`subprocess.Popen`, whose processes never outlive the test and can be interrupted.
 
@@ -77,6 +83,7 @@ def popen() -> Iterator[Callable[..., "subprocess.Popen[Any]"]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plugin", action="append", default=[], help="a method of one's own for tests/test_methods.py")
+    parser.addoption("--faults", type=int, default=0, help="kills and damages in each test of such; a few by default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -463,7 +463,7 @@ CASES = {
     ),
     "train: damaged checkpoints": (
         lambda root, run: ["train", *with_damaged_checkpoints(root, run), "--resume", "auto", "--epochs", "4"],
-        r"runs/copy/\w+\.ckpt is truncated or not a checkpoint",
+        r"runs/copy has no sound checkpoint to resume from \(runs/copy/\w+\.ckpt is cut short, damaged",
     ),
     "train: a folder for a recipe": (
         lambda root, run: ["train", "images"],

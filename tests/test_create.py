@@ -33,6 +33,30 @@ def test_what_fits_is_resident_and_what_does_not_is_not(monkeypatch):
     assert choose_loader(data, recipe(loader="timm"), SIZE, CPU) == "timm"
 
 
+def test_images_that_are_there_already_are_not_counted_again(monkeypatch):
+    """A second run on the same data takes the loader of the first, whatever memory that has left."""
+    data, pool, settings = splits(), DataPool(), recipe(loader="auto")
+    needed = 2 * 50 * 3 * 16 * 16
+
+    def free(device):
+        return 2 * needed - sum(images.pixels.numel() for images in pool.images.values())
+
+    monkeypatch.setattr("mbib_timm.data.decoding.free_memory", free)
+    for seed in (0, 1):
+        changed = settings.replace(seed=seed, lr=0.1 + seed)
+        assert choose_loader(data, changed, SIZE, CPU, pool) == "resident"
+        create_loaders(data, changed, SIZE, CPU, pool=pool)
+    assert len(pool.images) == 2
+    assert free(CPU) < 2 * needed
+    # Images of other data give way, rather than change the loader; what never fits takes timm's, then as now.
+    assert choose_loader(data, settings.replace(imbalance="exp"), SIZE, CPU, pool) == "resident"
+    assert not pool.images
+    large = settings.replace(img_size=32)
+    assert choose_loader(data, large, (3, 32, 32), CPU, pool) == "timm"
+    monkeypatch.setattr("mbib_timm.data.decoding.free_memory", lambda device: 1 << 40)
+    assert choose_loader(data, large, (3, 32, 32), CPU, pool) == "timm"
+
+
 def test_single_image_policies_take_timms_loader():
     data = splits()
     policy = dict(train_crop_mode="rrc", aa="augmix-m3-w3")

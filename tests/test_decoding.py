@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from small_data import CPU, SIZE, epoch, image_folder, loaders, recipe, splits
 
@@ -102,6 +103,19 @@ def test_what_is_interrupted_leaves_no_entry(folder, monkeypatch):
     assert entries(folder) == []
     monkeypatch.undo()
     assert equal(batches(cached(folder)), batches(recipe(dataset="folder", data_dir=str(folder))))
+
+
+def test_what_killed_processes_have_half_written_goes_with_the_next_start(folder):
+    cache = folder.parent / "cache"
+    dead, living, foreign = cache / f"{'a' * 32}.abcd1234", cache / f"{'b' * 32}.abcd_234", cache / "photos.2024"
+    for path in (dead, living, foreign):
+        path.mkdir(parents=True)
+        (path / "pixels.bin").touch()
+    with FileLock(cache / f"{'b' * 32}.lock"):
+        batches(cached(folder))
+        assert (dead.exists(), living.exists(), foreign.exists()) == (False, True, True)
+    batches(cached(folder))
+    assert (living.exists(), foreign.exists()) == (False, True)
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(folder, capsys):

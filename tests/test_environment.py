@@ -4,8 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
+
+from mbib_timm.environment import commit_of
 
 FAULTS = """
 import resource
@@ -54,3 +57,46 @@ def test_the_threads_that_are_recorded_are_those_that_the_user_has_set(threads):
     command = [sys.executable, "-c", THREADS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(done.stdout) == threads
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of one commit, and its time of day far from that of its files."""
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("content")
+    git("add", "file")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m")
+    return tmp_path, git("rev-parse", "--short=12", "HEAD").strip()
+
+
+def test_asking_for_the_commit_takes_no_lock(checkout):
+    """`git describe --dirty` would write the index, under its lock, where a file's time has changed."""
+    folder, commit = checkout
+    index = folder / ".git" / "index"
+    os.utime(folder / "file", (1e9, 1e9))
+    before = index.stat()
+    assert commit_of(folder) == commit
+    (folder / ".git" / "index.lock").touch()  # somebody is committing
+    assert commit_of(folder) == commit
+    (folder / "file").write_text("changed")
+    assert commit_of(folder) == f"{commit}-dirty"
+    assert (index.stat().st_ino, index.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_git_that_does_not_answer_is_not_waited_for(checkout, tmp_path, monkeypatch):
+    folder, _ = checkout
+    program = tmp_path / "bin" / "git"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("mbib_timm.environment.GIT_SECONDS", 0.2)
+    begin = time.monotonic()
+    assert commit_of(folder) is None
+    assert time.monotonic() - begin < 10

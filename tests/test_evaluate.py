@@ -1,11 +1,16 @@
 """Evaluation of models: every head, every image once, and the table of the result."""
 
+import importlib
+import os
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.multiprocessing as mp
+import yaml
 
 from mbib_timm.data import Batch
 from mbib_timm.errors import DataError, MbibError
@@ -13,7 +18,11 @@ from mbib_timm.evaluation import AnswerLog, batch_statistics, evaluate, summariz
 from mbib_timm.files import to_json
 from mbib_timm.models import MBIB
 from mbib_timm.models.head_outputs import head_logits
+from mbib_timm.recipe import load_recipe
 from mbib_timm.results.tables import accuracy_table
+from mbib_timm.training import train
+
+evaluate_module = importlib.import_module("mbib_timm.evaluation.evaluate")
 
 COUNTS = np.array([500, 101, 100, 60, 20, 19, 3])
 CPU = torch.device("cpu")
@@ -167,6 +176,7 @@ def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypa
     loader, _, _ = batches()
     sent = []
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, source: None)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: sent.append(tensor.clone()))
     alone = evaluate(model, loader, COUNTS, device=CPU)
     assert [len(tensor) for tensor in sent] == [5] * 6, "each tensor holds all heads"
@@ -211,3 +221,48 @@ def test_the_table_of_data_without_few_shot_classes():
     lines = accuracy_table({"prediction": summarize(batch_statistics(x.flatten(1)[:, :7], y), counts)}, counts)
     assert [line.split()[-1] for line in lines.splitlines()[2:7]] == ["0", "0", "–", "0", "0"]
     assert lines.splitlines()[-2].split()[-2:] == ["–", "–"]
+
+
+# Two processes
+
+
+def train_and_look(rank, folder, ema):
+    """Train in one of two processes; keep the logits of fixed images that every evaluation would give."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    seen, original = [], evaluate_module.head_logits
+
+    def looking(model, images):
+        seen.append(model(probe()))
+        return original(model, images)
+
+    evaluate_module.head_logits = looking
+    keys = dict(base="digits", model="cifar_resnet20", method="ce", epochs=2, warmup_epochs=0, device="cpu", workers=0)
+    (folder / f"own{rank}.yaml").write_text(yaml.safe_dump({**keys, "model_ema": ema, "model_ema_decay": 0.5}))
+    train(load_recipe(folder / f"own{rank}.yaml", {"output": str(folder)}), "run")
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def probe():
+    return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [False, True])
+@torch.no_grad()
+def test_all_processes_evaluate_the_weights_that_are_saved(tmp_path, monkeypatch, ema):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    mp.spawn(train_and_look, (tmp_path, ema), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    # An evaluation an epoch, of 170 images in one batch; with an average also of the raw weights, and at the end again.
+    assert len(first) == len(second) == (5 if ema else 2)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    saved = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    torch.testing.assert_close(saved(probe()), first[-3 if ema else -1], rtol=1e-6, atol=1e-6)
+    if ema:  # and the raw weights after it
+        raw = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+        saved.load_state_dict(raw)
+        torch.testing.assert_close(saved(probe()), first[-1], rtol=1e-6, atol=1e-6)

@@ -146,4 +146,41 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[train\]'"):
         render(lambda: figures.shot_groups_figure({"prediction": result(5)}))
     draw_figures(tmp_path, [EPOCH], RECORD)
-    assert "no figures: figures need matplotlib" in capsys.readouterr().out
+    assert "no figure class_accuracy.png: figures need matplotlib" in capsys.readouterr().out
+
+
+NAMES = [
+    "$$",
+    "a$b$c",
+    "$\\frac{",
+    "^_{}",
+    "%s{}",
+    "\udcff",
+    "\ud83d",
+    "\x1b[31m",
+    "a\nb",
+    "\u202ex",
+    "",
+    " ",
+    "\0",
+    "x" * 300,
+]
+
+
+def test_any_class_name_can_be_drawn(tmp_path, capsys):
+    counts = list(range(len(NAMES), 0, -1))
+    heads = {"prediction": result(len(NAMES))}
+    record = replace(RECORD, class_names=NAMES, class_counts=counts, result=replace(RECORD.result, heads=heads))
+    draw_figures(tmp_path, [EPOCH], record)
+    assert capsys.readouterr().out == ""
+    assert len(list((tmp_path / "figures").iterdir())) == 3
+
+
+def test_a_figure_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("ParseFatalException: Expected end of text\nand more")
+
+    monkeypatch.setattr(figures, "class_accuracy", broken)
+    draw_figures(tmp_path, [EPOCH], RECORD)
+    assert capsys.readouterr().out == "no figure class_accuracy.png: ParseFatalException: Expected end of text\n"
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"training_curves.png", "shot_groups.png"}

@@ -183,6 +183,13 @@ def test_what_is_written_is_read_back(tmp_path, name):
     ]  # fmt: skip
 
 
+def test_a_figure_that_cannot_be_drawn_does_not_end_a_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mbib_timm.sweeps.show_sweep.sweep_figure", lambda results: 1 / 0)
+    write_results(tmp_path, made_up(SMALL))
+    assert "no figure: division by zero" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"runs.csv", "sweep.json", "table.md"}
+
+
 def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     write_results(tmp_path, made_up(SMALL))

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.optimization import Precision, create_schedule
-from mbib_timm.training.run_folder import RunFolder
+from mbib_timm.training.run_folder import RunFolder, place_of
 from mbib_timm.training.step import training_step
 
 GOLDEN_STEPS = json.loads((Path(__file__).parent / "golden" / "digits_steps.json").read_text())
@@ -364,6 +366,89 @@ def test_a_run_that_another_process_has_trained_meanwhile_is_not_trained_again(t
     again = RunFolder(tmp_path / "run")  # and leaves the lock free
     again.begin(recipe, {})
     again.end()
+
+
+# The folder
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../b", "a/../..", "/tmp/x", "a\0b", "x" * 256, "é" * 128, "\ud800", "/"]
+)
+def test_a_run_stays_in_the_folder_of_all(tmp_path, name):
+    with pytest.raises(MbibError, match="recipe key 'experiment': expected the name of a folder"):
+        place_of(str(tmp_path), name)
+    with pytest.raises(MbibError, match="recipe key 'experiment'"):
+        train(digits(tmp_path / "runs", experiment=name), "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "...", "..a", "a b", "-x", "日本", "\udcff", "$(x)"])
+def test_any_name_of_a_folder_will_do(tmp_path, name):
+    assert place_of(str(tmp_path), name).parent == tmp_path
+
+
+def test_an_output_that_is_no_folders_name_is_an_error(tmp_path):
+    with pytest.raises(MbibError, match=r"recipe key 'output': '.*' is no folder's name"):
+        place_of(f"{tmp_path}/a\0b", "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"text"', b"null", b'{"torch": 3}', None])
+@pytest.mark.parametrize("name", ["environment.json", "recipe.yaml"])
+def test_a_run_folder_of_garbage_is_an_error_in_one_sentence(finished, tmp_path, capsys, name, content):
+    shutil.copytree(finished[0], tmp_path / "whole")
+    file = tmp_path / "whole" / name
+    file.unlink()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    flags = ["--epochs", "3", "--warmup-epochs", "1", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
+    status = main(["train", *flags, "--experiment", "whole", "--resume", "auto"])
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert re.fullmatch(
+        rf"mbib: error: .*(whole/{name}|recipe key|key in {name}|another recipe|no recipe\.yaml).*\n", err
+    )
+    assert "epoch" not in out
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_under_other_conditions_says_which(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "whole")
+    file = tmp_path / "whole" / "environment.json"
+    there = json.loads(file.read_text())
+    train(digits(tmp_path, resume="auto"), "whole")
+    assert "other conditions" not in capsys.readouterr().out
+    file.write_text(json.dumps({**there, "device": "cuda", "threads": 64, "numpy": None}))
+    train(digits(tmp_path, resume="auto"), "whole")
+    assert (
+        "goes on under other conditions, maybe to other bits: device ('cuda' there, 'cpu' here), threads (64 there, 1 "
+        "here); precision stays as it was (amp: false)\n"
+    ) in capsys.readouterr().out
+    file.unlink()
+    train(digits(tmp_path, resume="auto"), "whole")
+    assert "has no environment.json" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"another recipe: amp \(False there, True asked for\)"):
+        train(digits(tmp_path, resume="auto", amp=True), "whole")
+
+
+def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = [f".a.{os.getppid()}.tmp", ".b.tmp", "c.tmp", ".d.1x.tmp"]
+    gone = [f".last.ckpt.{dead.pid}.tmp", f".a.b.{os.getpid()}.tmp", f".e.{2**80}.tmp"]
+    (folder / "figures").mkdir()
+    for name in (*kept, *gone):
+        (folder / name).touch()
+        (folder / "figures" / name).touch()
+    run = RunFolder(folder)
+    run.begin(digits(tmp_path), {})
+    run.end()
+    assert {file.name for file in folder.iterdir()} == {*kept, "figures", "recipe.yaml", "environment.json", ".lock"}
+    assert {file.name for file in (folder / "figures").iterdir()} == {*kept}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):

@@ -52,6 +52,7 @@ class DataPool:
     opened: dict[str, Splits] = field(default_factory=dict)
     images: dict[tuple[str, ...], DecodedImages] = field(default_factory=dict)
     introduced: set[str] = field(default_factory=set)
+    resident: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
     def introduce(self, recipe: Recipe) -> list[str]:
         """Return what the recipe's data are, in lines, when first asked; see `summary`."""
@@ -67,6 +68,22 @@ class DataPool:
         if key not in self.opened:
             self.opened[key] = open_data(recipe)
         return self.opened[key]
+
+    def fit(self, splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> bool:
+        """Return whether a recipe's images, those of its splits, fit onto a device; the first answer stays.
+
+        Runs of one process that see the same images take the same loader, and so the same augmentation. Images of
+        other data, which an earlier run has left there, give way.
+        """
+        key = (data_key(recipe), str(input_size), str(device))
+        if key not in self.resident:
+            evaluated = [split for split in (splits.val, splits.test) if split is not None]
+            needed = sum(decoded_bytes(split, recipe, input_size, training=False) for split in evaluated)
+            needed += decoded_bytes(splits.train, recipe, input_size, training=True)
+            if not fits(needed, device):
+                self.images.clear()
+            self.resident[key] = fits(needed, device)
+        return self.resident[key]
 
     def decode(
         self,
@@ -96,8 +113,21 @@ def data_key(recipe: Recipe) -> str:
     return json.dumps({name: getattr(recipe, name) for name in DATA_KEYS})
 
 
-def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> str:
+def choose_loader(
+    splits: Splits,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    pool: DataPool | None = None,
+) -> str:
     """Return which loader a recipe's data take: ``resident`` or ``timm``.
+
+    Args:
+        splits: the data.
+        recipe: loader, augmentation.
+        input_size: (C, H, W) of the model.
+        device: where the batches go.
+        pool: of the process's runs, which knows what is on the device already.
 
     Raises:
         MbibError: the recipe asks for resident data, which its augmentation does not allow, or for batches that do not
@@ -112,12 +142,7 @@ def choose_loader(splits: Splits, recipe: Recipe, input_size: tuple[int, int, in
         )
     if recipe.loader != "auto":
         return recipe.loader
-    if by_image:
-        return "timm"
-    evaluated = [split for split in (splits.val, splits.test) if split is not None]
-    needed = sum(decoded_bytes(split, recipe, input_size, training=False) for split in evaluated)
-    needed += decoded_bytes(splits.train, recipe, input_size, training=True)
-    return "resident" if fits(needed, device) else "timm"
+    return "timm" if by_image or not (pool or DataPool()).fit(splits, recipe, input_size, device) else "resident"
 
 
 def _check_memory(splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> None:
@@ -170,7 +195,7 @@ def create_loaders(
     check_sampler(sampler, splits, recipe.cutmix_sampler)
     names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
     epochs = recipe.epochs if epochs is None else epochs
-    resident = choose_loader(splits, recipe, input_size, device) == "resident"
+    resident = choose_loader(splits, recipe, input_size, device, pool) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
     streams = len(names) + (foregrounds is not None)
     shared = recipe.replace(workers=-(-recipe.workers // streams))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -180,6 +181,7 @@ def cached_decode(dataset: ImageDataset, preprocessing: str, folder: Path | None
     entry = folder / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_halves(folder)
         with FileLock(f"{entry}.lock"):
             if (images := load_entry(entry)) is not None:
                 return images
@@ -189,6 +191,15 @@ def cached_decode(dataset: ImageDataset, preprocessing: str, folder: Path | None
         print(f"decoded images are not kept: {error.strerror or error} ({folder})")
         images = None
     return decode(dataset, workers) if images is None else images
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove the half-written entries that killed processes have left in a cache: those whose lock nobody holds."""
+    for half in folder.glob("*.*"):
+        name = re.fullmatch(r"([0-9a-f]{32})\.\w{8}", half.name)
+        if name and half.is_dir():
+            with contextlib.suppress(Timeout), FileLock(f"{folder / name[1]}.lock", timeout=0):
+                shutil.rmtree(half, ignore_errors=True)
 
 
 def entry_key(dataset: ImageDataset, preprocessing: str) -> str | None:
@@ -327,7 +338,9 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device; on the CPU also within the limit of the control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of what earlier runs have given back is free for the next.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = _available_to_the_machine()

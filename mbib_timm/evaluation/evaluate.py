@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
-from mbib_timm.environment import is_distributed
+from mbib_timm.environment import is_distributed, share_buffers
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank, summarize, with_intervals
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
@@ -85,6 +85,8 @@ def evaluate(
 ) -> dict[str, HeadMetrics]:
     """Evaluate a model; with several processes each takes its share, and every image counts once.
 
+    All processes evaluate the first one's weights: its buffers go to the others.
+
     Args:
         model: gives logits (B, K) in evaluation mode; set to it, and back to its own mode afterwards.
         loader: gives batches on the device.
@@ -105,6 +107,7 @@ def evaluate(
     """
     forward = compiled_head_logits if compile else head_logits
     was_training = model.training
+    share_buffers(model)
     model.eval()
     names: tuple[str, ...] = ()
     sums: Statistics | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbib_timm.environment import is_distributed
+from mbib_timm.environment import is_distributed, share_buffers
 
 NO_LABEL = -1
 
@@ -47,9 +47,7 @@ class MomentumCopy(nn.Module):
 
     def synchronize(self) -> None:
         """Take the first process's buffers in all of them, as a resumed run does, which has these alone."""
-        if is_distributed():
-            for buffer in self.network.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        share_buffers(self.network)
 
 
 class Queue(nn.Module):

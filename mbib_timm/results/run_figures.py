@@ -24,7 +24,8 @@ from mbib_timm.drawing import (
     foreground,
     render,
 )
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import first_line
+from mbib_timm.files import write_bytes
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.columns import MODEL_COLUMNS
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
@@ -36,7 +37,7 @@ BARS = 150  # as many bars as can be told apart
 
 
 def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> None:
-    """Draw a run's figures under ``figures/``; says so where matplotlib is not installed.
+    """Draw a run's figures under ``figures/``; says so where one cannot be drawn: the numbers are there without it.
 
     Args:
         folder: the run's.
@@ -44,12 +45,12 @@ def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> N
         record: of the run.
     """
     target = folder / "figures"
-    target.mkdir(exist_ok=True)
-    try:
-        for illustration in run_figures(history, record):
-            (target / f"{illustration.name}.png").write_bytes(render(illustration.draw)["png"])
-    except MbibError as error:
-        print(f"no figures: {error}")
+    for illustration in run_figures(history, record):
+        try:
+            target.mkdir(exist_ok=True)
+            write_bytes(target / f"{illustration.name}.png", render(illustration.draw)["png"])
+        except Exception as error:  # matplotlib's are of many kinds
+            print(f"no figure {illustration.name}.png: {first_line(error)}")
 
 
 def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustration]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar, render
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import first_line
 from mbib_timm.files import printable_lines, to_json, write_bytes
 from mbib_timm.methods import method_title
 from mbib_timm.results.columns import COLUMNS
@@ -56,8 +56,8 @@ def write_results(folder: Path, results: SweepResults) -> str:
     try:
         drawn = render(lambda: sweep_figure(results), ("png", "pdf"))
         _write(folder, {f"figure.{form}": content for form, content in drawn.items()})
-    except MbibError as error:
-        print(f"no figure: {error}")
+    except Exception as error:  # matplotlib's are of many kinds
+        print(f"no figure: {first_line(error)}")
     return text
 
 

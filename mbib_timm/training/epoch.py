@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data import Batch, TrainLoader
+from mbib_timm.environment import first_problem, is_distributed
 from mbib_timm.errors import NonFiniteLossError
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
@@ -35,23 +36,34 @@ class LossLog:
         self.pending.append(torch.stack([value.float() for value in parts.values()]))
 
     def read(self) -> dict[str, float]:
-        """Fetch what was added and return the means so far. This waits for the device.
+        """Fetch what was added and return the means so far. This waits for the device, and for the other processes.
 
         Raises:
-            NonFiniteLossError: a loss part was infinite or not a number; names epoch, step and part.
+            NonFiniteLossError: a loss part was infinite or not a number, in any process; names epoch, step and part.
         """
+        problem = None
         if self.pending:
-            for values in torch.stack(self.pending).tolist():
-                for name, value in zip(self.names, values, strict=True):
-                    if not math.isfinite(value):
-                        raise NonFiniteLossError(
-                            f"loss part {name!r} became {value} at epoch {self.epoch + 1}, step {self.steps + 1}; the "
-                            "last good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
-                        )
+            rows = torch.stack(self.pending).tolist()
+            problem = next(filter(None, map(self._problem, range(self.steps, self.steps + len(rows)), rows)), None)
+            for values in rows:
                 self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
-                self.steps += 1
+            self.steps += len(rows)
             self.pending.clear()
+        # All stop here together: one that went on alone would wait for the others.
+        if (text := first_problem(problem)) is not None:
+            raise NonFiniteLossError(text)
         return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
+
+    def _problem(self, step: int, values: list[float]) -> str | None:
+        """Return what is wrong with the loss parts of a step, counted from 0; None for nothing."""
+        bad = next(((name, v) for name, v in zip(self.names, values, strict=True) if not math.isfinite(v)), None)
+        if bad is None:
+            return None
+        where = f" in process {torch.distributed.get_rank()}" if is_distributed() else ""
+        return (
+            f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; the last good "
+            "checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
+        )
 
 
 def in_channels_last(batch: Batch) -> Batch:

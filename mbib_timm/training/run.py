@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
-from mbib_timm.environment import World, describe_environment, seed_generators
-from mbib_timm.errors import CheckpointError
+from mbib_timm.environment import World, describe_environment, seed_generators, share_buffers
+from mbib_timm.errors import CheckpointError, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
@@ -47,6 +47,15 @@ class TrainState:
     best: Evaluation | None = None
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "TrainState":
+        """Return what a checkpoint holds of it. Raises CheckpointError where it holds something else."""
+        try:
+            found: TrainState = from_plain(cls, state.get("progress"))
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint does not say how far its run has come: {error}") from None
+        return found
+
 
 class Run:
     """One stage: a run of its own.
@@ -76,7 +85,7 @@ class Run:
         if world.is_main:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
-        setup = set_up(recipe, self.splits, world, previous)
+        setup = set_up(recipe, self.splits, world, previous, pool)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
@@ -231,7 +240,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["class_counts"] != self.splits.class_counts.tolist():
+        if state.get("class_counts") != self.splits.class_counts.tolist():
             raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
@@ -240,18 +249,20 @@ class Run:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
             if self.precision.scaler is not None:
                 self.precision.scaler.load_state_dict(state["scaler"])
-            self.done = from_plain(TrainState, state["progress"])
+            self.done = TrainState.of(state)
             if self.done.epoch > 0:
                 # A function of the epoch alone: this recipe's, which may have more epochs than the checkpoint's had.
                 self.schedule.step(self.done.epoch)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            text = f"the checkpoint in {self.folder.path} does not fit: {first_line(error)}"
+            raise CheckpointError(text) from None
 
     # The results
 
     def _finish(self) -> RunRecord:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
+            share_buffers(self._result_model())
             self.method.finish(self._passes())
         loader, images, split = self.loaders.val, splits.val, recipe.val_split
         if self.loaders.test is not None and splits.test is not None:
@@ -302,7 +313,7 @@ class Run:
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)
             write_errors(self.folder.path, answers, images, splits.class_names, recipe.data_dir)
-            write_record(self.folder.path, record)
             draw_figures(self.folder.path, done.history, record)
+            write_record(self.folder.path, record)  # last: with it the run is finished
             print_report(self.folder.path, record)
         return record

@@ -10,8 +10,9 @@ figures/            training curves, accuracy by class and by shot group
 """
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,19 @@ from mbib_timm.data.images import channelwise
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
-from mbib_timm.files import to_json, write_bytes
+from mbib_timm.files import read_json, remove_debris, to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
-from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS
+from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside, take_next
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 # What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
 MEASURED = (RECORD, PREDICTIONS, CONFUSION, CLASSES, ERRORS, "aggregation.json", "analysis/analysis.json")
+# What of an environment decides the bits that come out.
+CONDITIONS = (
+    "device", "hardware", "processes", "threads", "mbib_timm", "commit", "torch", "timm", "torchvision", "numpy",
+)  # fmt: skip
+LONGEST_NAME = 255  # bytes that file systems take
 # Keys that count in epochs: where a run goes on for another number of them, these may differ as well.
 COUNTED_IN_EPOCHS = ("epochs", "warmup_epochs", "decay_milestones", "mixup_off_epochs")
 
@@ -42,6 +48,26 @@ COUNTED_IN_EPOCHS = ("epochs", "warmup_epochs", "decay_milestones", "mixup_off_e
 def same_computation(recipe: Recipe, run: Recipe) -> bool:
     """Return whether a run computed what a recipe asks for; what the recipe leaves open is as the run has it."""
     return recipe.with_choices_of(run).computation() == run.computation()
+
+
+def place_of(output: str, name: str) -> Path:
+    """Return the folder of a run inside the folder of all.
+
+    Raises:
+        MbibError: a name that is none of a folder, or leads out of it.
+    """
+    try:
+        fits = 0 < len(os.fsencode(name)) <= LONGEST_NAME and name not in (os.curdir, os.pardir)
+    except UnicodeEncodeError:
+        fits = False
+    if not fits or set(name) & {"/", os.sep, "\0"}:
+        raise MbibError(
+            f"recipe key 'experiment': expected the name of a folder in {output}, of at most {LONGEST_NAME} bytes, "
+            f"got {name[:40]!r}"
+        )
+    if "\0" in output:
+        raise MbibError(f"recipe key 'output': {output!r} is no folder's name")
+    return Path(output) / name
 
 
 class RunFolder:
@@ -55,20 +81,26 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
         self._seen = self._checkpoints()
+        self._unsound: tuple[Path, ...] = ()
 
     def _checkpoints(self) -> list[tuple[str, int]]:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
         found = []
         for name in (NEXT, LAST, PREVIOUS):
-            with contextlib.suppress(
-                FileNotFoundError, NotADirectoryError
-            ):  # another process renames them as it writes
-                found.append((name, (self.path / name).stat().st_mtime_ns))
+            # Another process renames them as it writes.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found.append((name, (self.path / name).lstat().st_mtime_ns))
         return found
 
     def has_checkpoint(self) -> bool:
         """Return whether there is anything to resume from."""
-        return any((self.path / name).exists() for name in (NEXT, LAST, PREVIOUS))
+        return any(os.path.lexists(self.path / name) for name in (NEXT, LAST, PREVIOUS))
+
+    def newest(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        """Return the state of the newest sound checkpoint; see `load_newest`. `begin` removes those that are not."""
+        newest = load_newest(self.path, warn)
+        self._unsound = newest.unsound
+        return newest.state
 
     def require_free(self) -> None:
         """Raise MbibError if another run lives here."""
@@ -84,9 +116,26 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """Return the recipe of the run here. Raises CheckpointError where there is none."""
         file = self.path / "recipe.yaml"
-        if not file.exists():
+        if not file.is_file():
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
         return load_recipe(file)
+
+    def changed_conditions(self, environment: Environment) -> str | None:
+        """Return in what a run that goes on finds other conditions than it has had until now; None for nothing.
+
+        Raises:
+            MbibError: the folder's environment.json holds something else.
+        """
+        file = self.path / "environment.json"
+        if not os.path.lexists(file):
+            return f"{self.path} has no environment.json: under which conditions its run has come so far is unknown"
+        there = read_json(Environment, file, "the environment of a run")
+        pairs = {name: (getattr(there, name), getattr(environment, name)) for name in CONDITIONS}
+        changed = {name: f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in pairs.items() if a not in (None, b)}
+        if not changed:
+            return None
+        kept = f"; precision stays as it was (amp: {str(self.recipe().amp).lower()})" if "device" in changed else ""
+        return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
 
     def agree(self, recipe: Recipe, extend: bool = False) -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: loader and precision.
@@ -132,6 +181,11 @@ class RunFolder:
         if self._checkpoints() != self._seen:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
+        for path in self._unsound:
+            set_aside(path)
+        take_next(self.path)  # as the process would have done that wrote it, had it not been killed
+        for part in ("", "figures", "analysis"):
+            remove_debris(self.path / part)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
 

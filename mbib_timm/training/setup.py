@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from mbib_timm.data import Splits, check_sampler, choose_loader
+from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.class_weights import loss_weights
 from mbib_timm.environment import World, seed_generators
@@ -42,7 +42,9 @@ class Setup:
     precision: Precision
 
 
-def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None = None) -> Setup:
+def set_up(
+    recipe: Recipe, splits: Splits, world: World, previous: Path | None = None, pool: DataPool | None = None
+) -> Setup:
     """Build what a stage trains with, a function of recipe and data: every process starts from the same weights.
 
     Args:
@@ -50,6 +52,7 @@ def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None =
         splits: its data.
         world: device and processes.
         previous: folder of the stage before.
+        pool: what this process has on its device already.
 
     Raises:
         MbibError: what recipe, data and weights do not allow.
@@ -73,7 +76,7 @@ def set_up(recipe: Recipe, splits: Splits, world: World, previous: Path | None =
             check_augmentation(view, size)
         except MbibError as error:
             raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
-    loader = choose_loader(splits, recipe, size, world.device)
+    loader = choose_loader(splits, recipe, size, world.device, pool)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.environment import World, join_world, leave_world
+from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun
-from mbib_timm.training.checkpoint import load_checkpoint, load_newest
-from mbib_timm.training.run import Run
-from mbib_timm.training.run_folder import WEIGHTS, RunFolder, same_computation
+from mbib_timm.training.checkpoint import load_checkpoint
+from mbib_timm.training.run import Run, TrainState
+from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 
@@ -39,16 +39,14 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
     Raises:
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
         NonFiniteLossError: training diverged; the last good checkpoint is kept.
+        LostProcessError: another process of the run has ended.
     """
-    world = join_world(recipe.device)
-    try:
+    with joined_world(recipe.device) as world:
         pool = pool or DataPool()
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _check_stages(recipe, pool, world, Path(folder))
         return _train(recipe, name, world, pool, extend=True)
-    finally:
-        leave_world()
 
 
 def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:
@@ -62,7 +60,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
     previous: Path | None = None
     for stage in recipe.chain():
         splits = pool.open(stage)
-        setup = set_up(stage, splits, world, previous)
+        setup = set_up(stage, splits, world, previous, pool)
         method = setup.method
         create_step(stage, method, setup.optimizer, setup.precision, world)
         if stage is not recipe:
@@ -139,7 +137,7 @@ def _find_folder(
     A run that is resumed keeps the loader and the precision that it chose when it started; with `extend` it may have
     other epochs.
     """
-    folder = RunFolder(Path(recipe.output) / (recipe.experiment or name))
+    folder = RunFolder(place_of(recipe.output, name if recipe.experiment is None else recipe.experiment))
     checkpoint = None
     if recipe.resume not in (None, "auto"):
         path = Path(str(recipe.resume))
@@ -157,8 +155,10 @@ def _find_folder(
         return recipe, folder, None
     recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
-    state = load_checkpoint(checkpoint) if checkpoint else load_newest(folder.path, warn)
-    before, done = folder.recipe().epochs, 0 if state is None else state["progress"]["epoch"]
+    state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
+    if conditions := folder.changed_conditions(describe_environment(world)):
+        warn(conditions)
+    before, done = folder.recipe().epochs, TrainState.of(state).epoch
     if done > recipe.epochs:
         raise CheckpointError(
             f"{folder.path} has trained {done} epochs already, and {recipe.epochs} are asked for: expected at least "
