@@ -67,7 +67,7 @@ def test_a_trained_tag_brings_the_network_of_its_method(tmp_path, monkeypatch):
     name = "cifar_resnet32.ldam_drw_cifar100_lt_if100"
     assert count_parameters(timm.create_model(name)) == 470_004  # nothing is known of it before it is trained
     cosine = {"classifier": "cosine", "classifier_scale": 30.0}
-    (tmp_path / "config.json").write_text(json.dumps({"model_args": cosine}))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "cifar_resnet32", "model_args": cosine}))
     monkeypatch.setattr(ZooModel, "folder", property(lambda model: tmp_path if model.name == name else tmp_path / "-"))
     model = timm.create_model(name).eval()
     assert (type(model.fc).__name__, model.fc.scale) == ("CosineClassifier", 30.0)

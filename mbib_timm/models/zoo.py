@@ -7,7 +7,6 @@ and metrics.json, and small weights as well.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
 from mbib_timm.errors import CheckpointError
+from mbib_timm.models.model_config import read_config
 from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
@@ -87,8 +87,7 @@ class ZooModel:
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments of the architecture, where the method has a network of its own; none before training."""
         file = self.folder / "config.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return dict(content.get("model_args", {}))
+        return dict(read_config(file).model_args) if file.is_file() else {}
 
     @property
     def recipe(self) -> str:
@@ -199,7 +198,9 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     cfg = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained:
         _require_weights(architecture, cfg)
-    model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if cfg.tag in PUBLISHED.get(architecture, ()) else {}
+    # A model with a config.json of its own may have a published tag, and says itself how it is built.
+    is_tagged = cfg.tag in PUBLISHED.get(architecture, ()) and "pretrained_model_args" not in kwargs
+    model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if is_tagged else {}
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
     model = build_model_with_cfg(build, architecture, pretrained, **{**model_args, **kwargs})
