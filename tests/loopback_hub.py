@@ -30,7 +30,6 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-
 # What comes instead of an answer.
 FAULTS = {
     "html": dict(raw=b"<html><title>Sign in to the hotel's network</title></html>", kind="text/html"),

@@ -15,12 +15,10 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from mbib_timm.errors import MbibError
-from mbib_timm.files import printable
+from mbib_timm.errors import MbibError, few
 from mbib_timm.licences import check_licence
 from mbib_timm.models.hub import prepare_hub, split_repository, what_went_wrong
-from mbib_timm.models.zoo import ZooModel
-from mbib_timm.publishing.card import Stated, in_zoo
+from mbib_timm.publishing.card import Stated
 from mbib_timm.publishing.release import Release, git_oid, make_release
 from mbib_timm.results.runs import read_run
 
@@ -31,7 +29,7 @@ FIRST_WAIT_SECONDS = 1.0
 
 
 class PublishError(MbibError):
-    """The Hub refuses, cannot be reached, or holds something else than expected. No commit holds a part of a release."""
+    """The Hub refuses, cannot be reached, or holds something else than expected. A commit holds all of a release."""
 
     exit_status = 1
 
@@ -71,9 +69,12 @@ def publish(
     """
     if repository is None:
         finished = read_run(run)
-        if not in_zoo(finished):
-            raise MbibError(f"{finished.name} is not in the zoo: name a repository with --repo-id YOU/{finished.name}")
-        repository = ZooModel(finished.name).repository
+        model = finished.zoo_model
+        if model is None:
+            differing = f" (it differs from it in {few(finished.differing)})" if finished.differing else ""
+            instead = f"name a repository with --repo-id YOU/{finished.name}"
+            raise MbibError(f"{finished.name} of {run} is not in the zoo{differing}: {instead}")
+        repository = model.repository
     try:
         split_repository(repository if revision is None else f"{repository}@{revision}")
     except MbibError as error:
