@@ -24,9 +24,10 @@ from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import Stated, base_model, render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import git_oid, make_release
-from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
+from mbib_timm.recipe import KEYS, Recipe, dump_recipe, load_recipe
+from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.reporting.sections import render_page, run_section
-from mbib_timm.results.redact import redact_command, redact_text
+from mbib_timm.results.redact import redact_command, redact_recipe, redact_text
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 
 REPOSITORY = "tester/mbib_resnet20.digits"
@@ -557,3 +558,84 @@ def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": "folder"}))
     assert "trained on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+
+
+CANARY = "canary"
+PATHS = (
+    f"/home/{CANARY}/w.csv",
+    f"/home/{CANARY}/my files (old)/w.csv",
+    f"~/{CANARY}/w.csv",
+    f"~{CANARY}/x/w.csv",
+    f"../../{CANARY}/w.csv",
+    f"C:\\Users\\{CANARY}\\w.csv",
+    f"C:/Users/{CANARY}/w.csv",
+    f"\\\\server\\{CANARY}\\w.csv",
+    f"file:///home/{CANARY}/w.csv",
+    f"local-dir:/home/{CANARY}/my run/w.csv",
+    f"local-dir:../{CANARY}/w.csv",
+)
+# Values that hold a path, by the key's type; a regular expression and a slice, too.
+HOLDERS = {
+    str: (*PATHS, f"pattern:/home/{CANARY}/(\\d+)", f"train of /home/{CANARY}/w.csv[:80%]"),
+    list: tuple([path] for path in PATHS),
+    dict: (*({"file": path, "nested": {"a": [path]}} for path in PATHS), {"taps": [f"x:/home/{CANARY}/w.csv"]}),
+}
+# Keys that take any text, of all that there are.
+FREE = {
+    "model", "model_kwargs", "opt_kwargs", "initial_checkpoint", "class_weights", "train_split", "val_split",
+    "test_split", "path_column", "label_column", "split_column", "group_column", "train", "reset", "data_dir", "output",
+    "experiment", "resume", "table", "train_list", "val_list", "test_list", "class_map", "image_cache",
+}  # fmt: skip
+
+
+def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    recipe = load_recipe(run / "recipe.yaml")
+    held, published = set(), []
+    for key, item in KEYS.items():
+        kind = type(item.default_factory()) if callable(item.default_factory) else str
+        own_recipe = recipe.replace(dataset="table", table="t.csv") if key in TABLE_KEYS else recipe
+        for value in HOLDERS[kind]:
+            given = {"name": "dive", "teacher": value} if key == "method" else value
+            try:
+                changed = own_recipe.replace(**{key: given})
+            except (MbibError, ImportError, OSError):
+                continue
+            held.add(key)
+            published.append(redact_recipe(changed))
+            own = replace(read_run(run), recipe=changed)
+            published.append(render_card(own, REPOSITORY).encode())
+            group, _ = group_runs([own, replace(own, recipe=recipe.replace(seed=5, epochs=7))])
+            published.append(json.dumps([group.title, {k: str(v) for k, v in group.settings.items()}]).encode())
+    assert held >= FREE, FREE - held
+    for content in published:
+        assert CANARY.encode() not in content, content[:3000]
+
+
+def test_no_path_of_the_machine_is_in_any_published_file(finished_run, tmp_path):
+    """In every text of the record, of config.json and of the command."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    path = f"/home/{CANARY}/my files/w.csv"
+    record = json.loads((run / "metrics.json").read_text())
+    for key in ("name", "model", "dataset", "loader", "chosen_on", "held_out", "precision"):
+        record[key] = path
+    record["replaced_images"] = record["left_out_images"] = [path]
+    record["result"]["split"] = record["best"]["split"] = record["result"]["weights"] = path
+    record["environment"]["command"] = shlex.join(
+        ["mbib", "train", path, "--model", f"local-dir:{path}", f"--initial-checkpoint={path}", "--data-dir", path,
+         "--model-kwargs", f"file={path}", f"--train-split={path}", "--method.teacher", path, f"local-dir:{path}",
+         "--plugin", path, f"--test-split=../../{CANARY}/x"]
+    )  # fmt: skip
+    (run / "metrics.json").write_text(json.dumps(record))
+    config = json.loads((run / "config.json").read_text())
+    config["pretrained_cfg"] |= {"description": path, "url": path, "notes": [path], "origin_url": f"file://{path}"}
+    (run / "config.json").write_text(json.dumps(config))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    changed = {"model": f"local-dir:{path}", "pretrained": True, "train_split": path, "model_kwargs": {"file": path}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changed}))
+    for name, content in make_release(run, REPOSITORY).files.items():
+        assert CANARY.encode() not in content, name
+    (group,) = group_runs([read_run(run)])
+    assert CANARY not in render_page("runs", "", [run_section(group)])

@@ -20,7 +20,7 @@ from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import ZooModel, is_published, split_tag
 from mbib_timm.recipe import Recipe, data_of, load_recipe
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
-from mbib_timm.results.redact import redact_model
+from mbib_timm.results.redact import redact_value
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import (
@@ -239,7 +239,7 @@ def _data_name(run: FinishedRun) -> str:
 
 def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     first = run.recipe.chain()[0]
-    weights = redact_model(first.model) if first.pretrained else None
+    weights = redact_value(first.model) if first.pretrained else None
     if first.initial_checkpoint is not None:
         weights = Path(first.initial_checkpoint).name
     start = f", started from the weights of {code_span(weights)}," if weights else ""
@@ -349,5 +349,5 @@ def _strength(stage: Recipe) -> str:
     }
     if stage.class_weights != "none":
         strong["class_weights"] = Path(stage.class_weights).name
-    named = [f"{key} {value}" for key, value in strong.items() if value]
+    named = [f"{key} {redact_value(value)}" for key, value in strong.items() if value]
     return f", {', '.join(named)}" if named else ""

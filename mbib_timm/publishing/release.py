@@ -13,7 +13,7 @@ from mbib_timm.files import parse_json, to_json
 from mbib_timm.models.weights import load_model
 from mbib_timm.publishing.card import NOTHING_STATED, Stated, figures_of, licence_of, render_card
 from mbib_timm.results.record import RECORD
-from mbib_timm.results.redact import redact_recipe
+from mbib_timm.results.redact import redact_recipe, redact_value
 from mbib_timm.results.runs import read_seeds
 
 TRAINING_HEADS = "training_heads"
@@ -70,6 +70,7 @@ def make_release(
     load_model(f"local-dir:{run}")  # as whoever downloads it will
     weights = (run / "model.safetensors").read_bytes()
     config = parse_json((run / "config.json").read_bytes())
+    config |= {key: redact_value(value) for key, value in config.items() if key in ("model_args", "pretrained_cfg")}
     if inference_only:
         config, weights = without_training_heads(config, weights)
     config["pretrained_cfg"]["license"] = licence_of(own, stated)
