@@ -84,10 +84,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_place(file: Path) -> None:
-    """Raise MbibError where no file can be made: a folder has its name, or a file that of a folder above it."""
-    if file.is_dir():
+    """Raise MbibError where no file can be made: a folder, a device or a pipe has its name, or a file that of a folder
+    above it, or no file can have it."""
+    try:
+        mode = os.stat(file).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return check_folder(file.parent)
+    except (OSError, ValueError) as error:  # a name that is too long, or one with a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MbibError(f"cannot write {printable(str(file))[:200]}: {reason}") from None
+    if stat.S_ISDIR(mode):
         raise MbibError(f"{file} is a folder; expected the name of a file")
-    check_folder(file.parent)
+    if not stat.S_ISREG(mode):
+        raise MbibError(f"{file} is no regular file; expected the name of one")
 
 
 def check_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ with HF_HUB_DISABLE_XET=1. The client reads its settings when huggingface_hub is
     HF_ENDPOINT=http://127.0.0.1:PORT HF_TOKEN=hf_test HF_HOME=<temporary folder>
 
 In a test: `hub = TestHub(root).start()`, then `hub.url`, `hub.requests`, and for faults
-`hub.fail.append([method regex, path regex, status, times])`. By hand:
+`hub.fail.append([method regex, path regex, a status or one of FAULTS, times])`. By hand:
 
     python tests/loopback_hub.py --root DIR [--port 0] [--token hf_test] [--lfs-threshold 1000] [--log FILE]
 
@@ -17,6 +17,7 @@ prints its address once it listens.
 import argparse
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,6 +30,26 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+# What comes instead of an answer.
+FAULTS = {
+    "html": dict(raw=b"<html><title>Sign in to the hotel's network</title></html>", kind="text/html"),
+    "empty": dict(raw=b""),
+    "cut JSON": dict(raw=b'{"id": "tester/mb'),
+    "null": dict(raw=b"null"),
+    "a list": dict(raw=b"[]"),
+    "a number": dict(raw=b"42"),
+    "nothing": dict(raw=b"{}"),
+    "other types": dict(raw=b'{"url": 7, "id": [], "sha": {}, "files": 7, "objects": 7, "tags": 7, "branches": 7}'),
+    "no gzip": dict(raw=b"not compressed", headers={"Content-Encoding": "gzip"}),
+    "short": dict(raw=b"{}", headers={"Content-Length": "1000"}),
+    "to nowhere": dict(status=307, raw=b"", headers={"Location": "http://127.0.0.1:9/gone"}),
+    "to no address": dict(status=307, raw=b"", headers={"Location": "http://[::/"}),
+    "in circles": dict(status=307, raw=b"", headers={"Location": "."}),
+    "hang": None,
+    "drop": None,
+    "done, then html": None,
+}
+
 
 class TestHub:
     __test__ = False  # not a pytest class
@@ -36,6 +57,7 @@ class TestHub:
     def __init__(self, root, token="hf_test", user="tester", lfs_threshold=1000, port=0, log=None):
         self.root, self.token, self.user, self.lfs_threshold = Path(root), token, user, lfs_threshold
         self.requests, self.fail, self.lock, self.log = [], [], threading.RLock(), log
+        self.stopped = threading.Event()
         (self.root / "lfs").mkdir(parents=True, exist_ok=True)
         (self.root / "repos").mkdir(exist_ok=True)
         (self.root / "cas").mkdir(exist_ok=True)
@@ -54,6 +76,7 @@ class TestHub:
         return self
 
     def stop(self):
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -153,20 +176,48 @@ class Handler(BaseHTTPRequestHandler):
             auth=bool(self.headers.get("Authorization")),
             agent=self.headers.get("User-Agent", ""),
         )
+        fault = None
         with hub.lock:
             hub.requests.append(rec)
             if hub.log:
                 with open(hub.log, "a") as f:
                     f.write(json.dumps(rec) + "\n")
-            for rule in hub.fail:  # fault injection: [method regex, path regex, status, times]
+            for rule in hub.fail:
                 if rule[3] > 0 and re.fullmatch(rule[0], self.command) and re.search(rule[1], path):
                     rule[3] -= 1
-                    return self.send(rule[2], {"error": "injected"})
+                    fault = rule[2]
+                    break
+        if fault is not None:
+            return self.fault(fault)
+        self.route(path)
+
+    def route(self, path):
         for pattern, name in ROUTES:
             m = re.fullmatch(pattern, f"{self.command} {path}")
             if m:
                 return getattr(self, name)(**m.groupdict())
         self.error(404, "", f"no route {self.command} {path}")
+
+    def fault(self, kind):
+        if isinstance(kind, int):
+            return self.send(kind, {"error": "injected"})
+        if kind == "hang":
+            self.hub.stopped.wait(60)
+        if kind in ("hang", "drop"):
+            self.close_connection = True
+            return None
+        if kind == "done, then html":
+            wfile, self.wfile = self.wfile, io.BytesIO()
+            self.route(unquote(urlsplit(self.path).path))
+            self.wfile = wfile
+            return self.fault("html")
+        given = FAULTS[kind]
+        headers = {"Content-Type": given.get("kind", "application/json"), **given.get("headers", {})}
+        if kind == "short":
+            self.close_connection = True
+        if headers.get("Location") == ".":
+            headers["Location"] = self.path
+        return self.send(given.get("status", 200), raw=given["raw"], headers=headers)
 
     # The names that the base class calls.
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815

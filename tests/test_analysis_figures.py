@@ -27,6 +27,7 @@ from mbib_timm.analysis.measures import (
     mean_positive_posterior,
     reliability,
 )
+from mbib_timm.data.long_tail import exponential_profile
 from mbib_timm.drawing import DARK, GROUP_COLORS, LIGHT, render, text_on
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
@@ -219,7 +220,11 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
     for name, table in TABLE_5.items():
         short = figure_of(replace(real, name=name), "distances")
         assert not short.axes[0].lines, "the paper's numbers are not for three epochs"
-        figure = figure_of(replace(real, name=name, epochs=200), "distances")
+        others = figure_of(replace(real, name=name, epochs=200), "distances")
+        assert not others.axes[0].lines, "nor for other data under the name"
+        counts = exponential_profile(100, 500, float(name.rpartition("_if")[2]))
+        own = replace(real, name=name, epochs=200, class_counts=counts, class_names=None)
+        figure = figure_of(own, "distances")
         markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
         assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
         assert len(markers) == 7

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -85,6 +86,24 @@ def test_why_an_image_cannot_be_read(tmp_path, picture, monkeypatch):
         open_upload(file)
 
 
+def test_a_small_file_of_many_pixels_is_not_decoded(tmp_path):
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(DataError, match="it has 144 million pixels, and up to 50 are shown"):
+        open_upload(tmp_path / "bomb.png")
+
+
+def test_uploads_have_a_size_limit_and_go_away(finished_run, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed")
+    launched = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **given: launched.update(given, page=page))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
+    monkeypatch.setattr(gradio.Blocks, "local_url", "http://127.0.0.1", raising=False)
+    demo_module.demo(str(finished_run), device="cpu")
+    assert launched["max_file_size"] == 20 * 2**20
+    assert launched["page"].delete_cache == (60, 600)
+
+
 def test_the_page_says_it_and_shows_where_a_class_is_seen(finished_run, picture, tmp_path):
     gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed")
     pytest.importorskip("pytorch_grad_cam", reason="the extra of Grad-CAM is not installed")
@@ -132,6 +151,9 @@ def test_it_is_served_on_this_machine_alone(finished_run, tmp_path, popen):
             page = json.load(answer)
         labels = [part["props"].get("label") for part in page["components"]]
         assert {"Image", *shown_heads(load_model(str(finished_run))).values()} <= set(labels)
+        assert upload(url, b"x" * (21 * 2**20)) == 413
+        assert upload(url, b"x" * 1000) == 200
+        assert [path for path in tmp_path.rglob("*") if path.is_file()]
         addresses = {address for address in socket.gethostbyname_ex(socket.gethostname())[2] if address != "127.0.0.1"}
         for address in addresses:
             with pytest.raises(OSError):  # noqa: PT011 (refused or unreachable, as the system puts it)
@@ -140,3 +162,16 @@ def test_it_is_served_on_this_machine_alone(finished_run, tmp_path, popen):
         server.send_signal(signal.SIGINT)
         _, errors = server.communicate(timeout=60)
     assert "Traceback" not in errors
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "uploads go when the page closes"
+
+
+def upload(url, content):
+    """The status that the page answers to an upload with."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{url}/gradio_api/upload", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -158,3 +159,40 @@ def test_onnx_without_its_packages_says_what_to_install(finished_run, tmp_path, 
 def test_the_file_is_named_after_the_model(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(str(finished_run), "torchscript").name == "mbib_resnet20.digits.torchscript.pt"
+
+
+def named_folder(root):
+    (root / "out").mkdir()
+    return root / "out"
+
+
+def below_a_file(root):
+    (root / "file").write_text("")
+    return root / "file" / "model.pt"
+
+
+def pipe(root):
+    os.mkfifo(root / "pipe")
+    return root / "pipe"
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (named_folder, "is a folder; expected the name of a file"),
+        (below_a_file, "is a file"),
+        (pipe, "is no regular file"),
+        (lambda root: "/dev/null", "/dev/null is no regular file"),
+        (lambda root: root / ("x" * 300), "File name too long"),
+        (lambda root: f"{root}/a\0b", "a\\x00b: embedded null byte"),
+    ],
+)
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(place, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_module, "load_model", None)
+    output = str(place(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["export", "resnet50", "--format", "torchscript", "--output", output]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -67,9 +67,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(setting, faults_asked)
         assert faults.debris(output) == [], faults_put_in
         faults.remove(output)
     assert "Traceback" not in (folder / "log").read_text()
-    print(
-        f"\n{name}: {number + 1 - first} runs, {killed} kills, all to the same bits; undisturbed {seconds:.1f} s"
-    )
+    print(f"\n{name}: {number + 1 - first} runs, {killed} kills, all to the same bits; undisturbed {seconds:.1f} s")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,9 +24,11 @@ from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import Stated, base_model, render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import git_oid, make_release
-from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
-from mbib_timm.results.redact import redact_command, redact_text
-from mbib_timm.results.runs import read_run, read_seeds
+from mbib_timm.recipe import KEYS, Recipe, dump_recipe, load_recipe
+from mbib_timm.recipe.checks import TABLE_KEYS
+from mbib_timm.reporting.sections import render_page, run_section
+from mbib_timm.results.redact import redact_command, redact_recipe, redact_text
+from mbib_timm.results.runs import group_runs, read_run, read_seeds
 
 REPOSITORY = "tester/mbib_resnet20.digits"
 FILES = {
@@ -165,7 +168,7 @@ def test_a_hub_that_stays_away_leaves_nothing_half_published(hub, finished_run, 
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.fail.append(["POST", "/commit/", 503, 1000])
     waits = []
-    with pytest.raises(PublishError, match="nothing is half-published"):
+    with pytest.raises(PublishError, match=r"cannot commit, after 5 attempts: .*; publish again later"):
         publisher(hub, make_release(finished_run, REPOSITORY), waits).publish(private=False, revision=None)
     assert waits == [1, 2, 4, 8]
     repo = state(hub)
@@ -488,3 +491,151 @@ def test_the_card_says_what_the_metrics_say(finished_run):
     assert "467 training images in 10 classes" in body
     assert "for 3 epochs with MBIB, by `mbib_timm`. The method is that of [Mixture of Balanced" in body
     assert "The prediction is the mean of the logits of v3 and z." in body
+
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
+
+
+def claimed(folder, recipe=None, record=None):
+    """A run under a packaged recipe's name, with other keys in its recipe or its record."""
+    folder.mkdir()
+    keys, numbers = yaml.safe_load((PUBLISHED / "recipe.yaml").read_text()), (PUBLISHED / "metrics.json").read_text()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**keys, **(recipe or {})}))
+    (folder / "metrics.json").write_text(json.dumps({**json.loads(numbers), **(record or {})}))
+    return read_run(folder)
+
+
+OWN_COUNTS = [520, *[100] * 98, 5]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "record", "said"),
+    [
+        (dict(lr=0.2), {}, "lr"),
+        (dict(epochs=20, warmup_epochs=2), {}, "epochs"),
+        (dict(model="mbib_resnet20"), {}, "model"),
+        (dict(dataset="torch/cifar10"), {}, "dataset"),
+        (dict(imbalance_factor=50.0), {}, "imbalance_factor"),
+        (dict(val_split="validation"), {}, "val_split"),
+        (dict(method={"name": "mbib", "beta": 1.0}), {}, "method.beta"),
+        ({}, dict(class_counts=OWN_COUNTS), "classes"),
+        ({}, dict(class_names=[f"species {i}" for i in range(100)]), "classes"),
+    ],
+    ids=str,
+)
+def test_a_run_is_the_zoos_only_if_all_it_computed_is_the_packaged_recipes(tmp_path, recipe, record, said, capsys):
+    own = claimed(tmp_path / "own", recipe, record)
+    assert own.zoo_model is None
+    assert said in own.differing
+    assert main(["publish", str(tmp_path / "own"), "--dry-run"]) == 2
+    assert "is not in the zoo (it differs from it in" in capsys.readouterr().err
+    card = render_card(own, "me/own")
+    assert "The paper reports" not in card
+    assert "apache" not in card.lower()
+    assert f"It is not the published model of its name: it was trained with another `{said}`" in card or "more" in card
+    other_data = said in ("dataset", "imbalance_factor", "val_split", "classes")
+    assert ("CIFAR-100-LT" in card) == (not other_data)
+    assert (own.paper == ()) == (other_data or said == "model")
+    (group,) = group_runs([own])
+    page = render_page("runs", "", [run_section(group)])
+    assert ("Beside the paper" in page) == (own.paper != ())
+
+
+def test_a_run_of_the_packaged_recipe_is_the_zoos(tmp_path):
+    """Also with other seeds, and whatever leaves the result as it is."""
+    for number, keys in enumerate((dict(), dict(seed=3), dict(torchcompile=False, loader="timm"))):
+        own = claimed(tmp_path / str(number), keys, dict(seed=keys.get("seed", 0)))
+        assert own.zoo_model.name == "mbib_resnet32.cifar100_lt_if100"
+        card = render_card(own, own.zoo_model.repository)
+        assert "The paper reports 47.5 %" in card
+        assert "not the published model" not in card
+
+
+def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished_run, tmp_path):
+    run = tmp_path / finished_run.name
+    shutil.copytree(finished_run, run)
+    assert "trained on `digits` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": "folder"}))
+    assert "trained on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+
+
+CANARY = "canary"
+PATHS = (
+    f"/home/{CANARY}/w.csv",
+    f"/home/{CANARY}/my files (old)/w.csv",
+    f"~/{CANARY}/w.csv",
+    f"~{CANARY}/x/w.csv",
+    f"../../{CANARY}/w.csv",
+    f"C:\\Users\\{CANARY}\\w.csv",
+    f"C:/Users/{CANARY}/w.csv",
+    f"\\\\server\\{CANARY}\\w.csv",
+    f"file:///home/{CANARY}/w.csv",
+    f"local-dir:/home/{CANARY}/my run/w.csv",
+    f"local-dir:../{CANARY}/w.csv",
+)
+# Values that hold a path, by the key's type; a regular expression and a slice, too.
+HOLDERS = {
+    str: (*PATHS, f"pattern:/home/{CANARY}/(\\d+)", f"train of /home/{CANARY}/w.csv[:80%]"),
+    list: tuple([path] for path in PATHS),
+    dict: (*({"file": path, "nested": {"a": [path]}} for path in PATHS), {"taps": [f"x:/home/{CANARY}/w.csv"]}),
+}
+# Keys that take any text, of all that there are.
+FREE = {
+    "model", "model_kwargs", "opt_kwargs", "initial_checkpoint", "class_weights", "train_split", "val_split",
+    "test_split", "path_column", "label_column", "split_column", "group_column", "train", "reset", "data_dir", "output",
+    "experiment", "resume", "table", "train_list", "val_list", "test_list", "class_map", "image_cache",
+}  # fmt: skip
+
+
+def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    recipe = load_recipe(run / "recipe.yaml")
+    held, published = set(), []
+    for key, item in KEYS.items():
+        kind = type(item.default_factory()) if callable(item.default_factory) else str
+        own_recipe = recipe.replace(dataset="table", table="t.csv") if key in TABLE_KEYS else recipe
+        for value in HOLDERS[kind]:
+            given = {"name": "dive", "teacher": value} if key == "method" else value
+            try:
+                changed = own_recipe.replace(**{key: given})
+            except (MbibError, ImportError, OSError):
+                continue
+            held.add(key)
+            published.append(redact_recipe(changed))
+            own = replace(read_run(run), recipe=changed)
+            published.append(render_card(own, REPOSITORY).encode())
+            group, _ = group_runs([own, replace(own, recipe=recipe.replace(seed=5, epochs=7))])
+            published.append(json.dumps([group.title, {k: str(v) for k, v in group.settings.items()}]).encode())
+    assert held >= FREE, FREE - held
+    for content in published:
+        assert CANARY.encode() not in content, content[:3000]
+
+
+def test_no_path_of_the_machine_is_in_any_published_file(finished_run, tmp_path):
+    """In every text of the record, of config.json and of the command."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    path = f"/home/{CANARY}/my files/w.csv"
+    record = json.loads((run / "metrics.json").read_text())
+    for key in ("name", "model", "dataset", "loader", "chosen_on", "held_out", "precision"):
+        record[key] = path
+    record["replaced_images"] = record["left_out_images"] = [path]
+    record["result"]["split"] = record["best"]["split"] = record["result"]["weights"] = path
+    record["environment"]["command"] = shlex.join(
+        ["mbib", "train", path, "--model", f"local-dir:{path}", f"--initial-checkpoint={path}", "--data-dir", path,
+         "--model-kwargs", f"file={path}", f"--train-split={path}", "--method.teacher", path, f"local-dir:{path}",
+         "--plugin", path, f"--test-split=../../{CANARY}/x"]
+    )  # fmt: skip
+    (run / "metrics.json").write_text(json.dumps(record))
+    config = json.loads((run / "config.json").read_text())
+    config["pretrained_cfg"] |= {"description": path, "url": path, "notes": [path], "origin_url": f"file://{path}"}
+    (run / "config.json").write_text(json.dumps(config))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    changed = {"model": f"local-dir:{path}", "pretrained": True, "train_split": path, "model_kwargs": {"file": path}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changed}))
+    for name, content in make_release(run, REPOSITORY).files.items():
+        assert CANARY.encode() not in content, name
+    (group,) = group_runs([read_run(run)])
+    assert CANARY not in render_page("runs", "", [run_section(group)])

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -19,8 +18,7 @@ from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.models import count_parameters
 from mbib_timm.models.weights import load_model
-from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel
-from mbib_timm.publishing.card import dataset_title
+from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel, split_tag
 from mbib_timm.recipe import data_of, find_recipe, list_recipes, load_recipe
 from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.results.record import read_record
@@ -58,7 +56,7 @@ def test_the_data_set_is_the_end_of_the_tag(name, title):
 def test_a_card_names_the_data_set_of_every_name():
     """Also where one method's name begins as another's does, `sade` and `sade_mbib`, and where a tag says more."""
     for model in ZOO:
-        assert dataset_title(SimpleNamespace(name=model.name)) == model.dataset.title
+        assert data_of(model.name).endswith(split_tag(model.tag)[1])
     assert data_of("mbib_experts_resnet32.sade_mbib_cifar100_lt_if100") == "cifar100_lt_if100"
     assert data_of("experts_resnet32.sade_cifar100_lt_if100") == "cifar100_lt_if100"
 
@@ -67,7 +65,7 @@ def test_a_trained_tag_brings_the_network_of_its_method(tmp_path, monkeypatch):
     name = "cifar_resnet32.ldam_drw_cifar100_lt_if100"
     assert count_parameters(timm.create_model(name)) == 470_004  # nothing is known of it before it is trained
     cosine = {"classifier": "cosine", "classifier_scale": 30.0}
-    (tmp_path / "config.json").write_text(json.dumps({"model_args": cosine}))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "cifar_resnet32", "model_args": cosine}))
     monkeypatch.setattr(ZooModel, "folder", property(lambda model: tmp_path if model.name == name else tmp_path / "-"))
     model = timm.create_model(name).eval()
     assert (type(model.fc).__name__, model.fc.scale) == ("CosineClassifier", 30.0)
@@ -194,7 +192,9 @@ def test_only_finished_runs_of_the_zoos_recipes_enter_the_package(finished_run, 
     metrics = json.loads((finished_run / "metrics.json").read_text())
     metrics["name"] = "bib_resnet32.cifar100_lt_if10"
     (short / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(MbibError, match="has 3 epochs; the recipe asks for 200"):
+    with pytest.raises(
+        MbibError, match=r"differs from the recipe bib_resnet32\.cifar100_lt_if10 in dataset, .* and \d+ more"
+    ):
         zoo_tool.add(short)
     assert not ZooModel("bib_resnet32.cifar100_lt_if10").is_trained
 

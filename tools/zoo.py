@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.errors import MbibError, few, unknown_name
 from mbib_timm.models.zoo import ZOO, ZooModel
 from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.release import make_release
-from mbib_timm.recipe import find_recipe, load_recipe, longest_epochs
+from mbib_timm.recipe import longest_epochs
 from mbib_timm.results.record import RECORD
 from mbib_timm.results.runs import read_run, read_seeds
 
@@ -39,9 +39,8 @@ def add(run: Path) -> Path:
     if finished.name not in models:
         raise unknown_name("model of the zoo", finished.name, models)
     model = models[finished.name]
-    epochs, asked_for = longest_epochs(finished.recipe), longest_epochs(load_recipe(find_recipe(model.recipe)))
-    if epochs != asked_for:
-        raise MbibError(f"{run} has {epochs} epochs; the recipe asks for {asked_for}")
+    if finished.zoo_model is None:
+        raise MbibError(f"{run} differs from the recipe {model.recipe} in {few(finished.differing)}")
     files = make_release(run, model.repository).files
     model.folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "recipe.yaml", RECORD, "model.safetensors"):

@@ -23,6 +23,7 @@ from mbib_timm.drawing import (
 )
 from mbib_timm.models.complexity import TABLE_6_SIZE, Cost
 from mbib_timm.models.head_outputs import heads_of_expert
+from mbib_timm.models.zoo import data_set_of
 from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS, TABLE_6
 from mbib_timm.results.run_figures import drawn_heads
 
@@ -37,8 +38,11 @@ SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 def draw_distances(analysis: "Analysis") -> Any:
     """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5)."""
     features = analysis.distances
-    # The paper's numbers are for the whole schedule.
-    published = TABLE_5.get(analysis.name, {}) if analysis.epochs == TABLE_5_EPOCHS else {}
+    # The paper's numbers are for the whole schedule, and for its data.
+    is_papers = analysis.epochs == TABLE_5_EPOCHS and data_set_of(
+        analysis.name, analysis.class_counts, analysis.class_names
+    )
+    published = TABLE_5.get(analysis.name, {}) if is_papers else {}
     share = 0.8 / max(2, len(features))
     figure, axes = canvas(6.0, 3.6)
     highest = 0.0

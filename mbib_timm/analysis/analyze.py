@@ -25,7 +25,7 @@ from mbib_timm.files import read_json
 from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
-from mbib_timm.results.redact import redact_environment, redact_model
+from mbib_timm.results.redact import redact_environment, redact_value
 from mbib_timm.results.tables import NOTHING, Table
 
 
@@ -135,7 +135,7 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
     config, file, names = source.config(), source.file(RECORD), opened.class_names
     record = None if file is None else read_json(RunRecord, file, "the record of a run")
     architecture = config.architecture or (record.model if record else source.name.partition(".")[0])
-    published = f"{architecture}.{config.tag}" if config.tag else redact_model(source.name)
+    published = f"{architecture}.{config.tag}" if config.tag else redact_value(source.name)
     return Analyzed(
         name=record.name if record else published,
         model=architecture,

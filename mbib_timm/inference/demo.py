@@ -1,5 +1,6 @@
 """`mbib demo`: a page in the browser that shows what a model sees in an image, head by head (Gradio)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from mbib_timm.models.weights import LoadedModel, load_model
 
 LOOPBACK = "127.0.0.1"
 TOP = 5
+# Of an upload. A small file may unpack to many pixels; a decoded image takes three or four bytes for each.
+LARGEST_UPLOAD_BYTES, LARGEST_UPLOAD_PIXELS = 20 * 2**20, 50_000_000
+# How often files that were uploaded are looked at, and after how long they go; all of them go when the page closes.
+CLEANING_SECONDS, KEPT_SECONDS = 60, 600
 
 
 def class_labels(model: LoadedModel) -> list[str]:
@@ -58,10 +63,17 @@ def open_upload(path: str | Path) -> Image.Image:
     """Decode an uploaded image.
 
     Raises:
-        DataError: it cannot be read; the message says why.
+        DataError: it cannot be read, or is too large; the message says why.
     """
     try:
-        image = Image.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            image = Image.open(path)
+        pixels = image.width * image.height
+        if pixels > LARGEST_UPLOAD_PIXELS:
+            raise ValueError(
+                f"it has {pixels / 1e6:,.0f} million pixels, and up to {LARGEST_UPLOAD_PIXELS // 10**6} are shown"
+            )
         image.load()
         return image
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
@@ -132,7 +144,8 @@ def build_page(target: str, device: str | None = None) -> Any:
         shown = [gradio.Markdown(reason, visible=bool(reason)), *seen.heads]
         return shown if grad_cam is None else [*shown, seen.overlay]
 
-    with gradio.Blocks(title=f"mbib_timm: {model.source.name}", analytics_enabled=False) as page:
+    cleaning = (CLEANING_SECONDS, KEPT_SECONDS)
+    with gradio.Blocks(title=f"mbib_timm: {model.source.name}", analytics_enabled=False, delete_cache=cleaning) as page:
         counted = "" if model.class_counts is None else " n is the number of a class's training images."
         gradio.Markdown(
             f"# {model.source.name}\n\nDrop an image. The model knows {model.num_classes:,} classes, and gives one of "
@@ -163,7 +176,14 @@ def demo(target: str, port: int | None = None, device: str | None = None) -> Non
     """
     page = build_page(target, device)
     try:
-        page.launch(server_name=LOOPBACK, server_port=port, share=False, quiet=True, prevent_thread_lock=True)
+        page.launch(
+            server_name=LOOPBACK,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=LARGEST_UPLOAD_BYTES,
+        )
     except OSError:
         raise MbibError(f"port {port} is taken; omit --port to use a free one") from None
     print(f"{target} on {page.local_url} until Ctrl-C", flush=True)

@@ -1,10 +1,10 @@
 """Trained weights: a model by any name, and strict loading, in which a key that does not fit is named.
 
 timm loads leniently whenever the number of classes differs: a renamed layer would stay random without a word.
-`filter_state_dict` runs before timm's loading and refuses such checkpoints.
+`filter_state_dict` runs before timm's loading and refuses such checkpoints; `create_trained` refuses a model of which
+any part is still as it was initialised.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,23 @@ from typing import Any
 
 import numpy as np
 import timm
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
+from mbib_timm.files import printable
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
+from mbib_timm.models.hub import hub_error, prepare_hub, split_repository
+from mbib_timm.models.model_config import ModelConfig, read_config
 from mbib_timm.models.zoo import ZooModel
 
 TRAINING_HEADS = "training_heads."
+# Files of a folder's weights, the first that is there: ours, and what timm writes without safetensors.
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -30,7 +36,8 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
 
     Accepts a checkpoint of the same model, or, where the model holds a backbone, one of the plain backbone. What the
     checkpoint cannot give keeps its fresh initialisation: the classifiers, where it is of another number of classes;
-    heads that serve training only, where it was published without them; all but the backbone, where it is of that.
+    heads that serve training only, where it was published without them; all but the backbone, where it is of that. The
+    model's attribute ``untrained`` has the names of what does.
 
     Raises:
         CheckpointError: missing or unexpected keys, by name.
@@ -38,6 +45,7 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     own: dict[str, Tensor] = model.state_dict()
     if hasattr(model, "backbone_name") and not any(key.startswith(PREFIX) for key in state_dict):
         heads = {key: value for key, value in own.items() if not key.startswith(PREFIX)}
+        model.untrained = tuple(heads)  # type: ignore[assignment]
         return {**heads, **prefix_backbone(state_dict, model)}
     fresh: tuple[str, ...] = ()
     if not any(key.startswith(TRAINING_HEADS) for key in state_dict):
@@ -46,7 +54,9 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     if model.num_classes != cfg.get("num_classes"):
         fresh += tuple(f"{name}." for name in classifier_names(model))
     kept = {key: value for key, value in state_dict.items() if not key.startswith(fresh)}
-    kept |= {key: value for key, value in own.items() if key.startswith(fresh)}
+    anew = {key: value for key, value in own.items() if key.startswith(fresh)}
+    model.untrained = tuple(anew)  # type: ignore[assignment]
+    kept |= anew
     _require_same_keys(kept, own, "checkpoint")
     return kept
 
@@ -83,27 +93,6 @@ def _require_same_keys(given: Iterable[str], expected: Iterable[str], what: str)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What ``config.json`` says of a model; None for what it does not say.
-
-    Attributes:
-        architecture: the name that builds it.
-        tag: of its weights.
-        model_args: keyword arguments of the architecture.
-        class_names: in label order.
-        class_counts: training images of each class, (K,), int64.
-        logit_prior: the class frequencies that its logits are for, see `LoadedModel`.
-    """
-
-    architecture: str | None
-    tag: str | None
-    model_args: Mapping[str, Any]
-    class_names: tuple[str, ...] | None
-    class_counts: np.ndarray | None
-    logit_prior: str | None
-
-
-@dataclass(frozen=True)
 class Source:
     """Where a trained model is.
 
@@ -133,40 +122,61 @@ class Source:
             return file if file.is_file() else None
         if self.repository is None:
             return None
-        repository, _, revision = self.repository.partition("@")
+        prepare_hub()
+        repository, revision = split_repository(self.repository)
         try:
-            return Path(hf_hub_download(repository, name, revision=revision or None))
+            return Path(hf_hub_download(repository, name, revision=revision))
         except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise hub_error(self.repository, error) from None
         except EntryNotFoundError:
             return None
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # whatever the Hub's client makes of an answer
             raise hub_error(self.repository, error) from None
 
     def config(self) -> ModelConfig:
-        """Return what its ``config.json`` says; nothing where there is none."""
+        """Return what its ``config.json`` says; nothing where there is none. Raises as `file` and `read_config` do."""
         file = self.file("config.json")
-        content = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-        names, counts = content.get("label_names"), content.get("class_counts")
-        return ModelConfig(
-            architecture=content.get("architecture"),
-            tag=content.get("pretrained_cfg", {}).get("tag"),
-            model_args=content.get("model_args", {}),
-            class_names=tuple(map(str, names)) if names else None,
-            class_counts=np.asarray(counts, dtype=np.int64) if counts else None,
-            logit_prior=content.get("logit_prior"),
-        )
+        return ModelConfig() if file is None else read_config(file)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Return the weights of a folder; None where timm knows where they are.
+
+        Raises:
+            CheckpointError: there are none, or they cannot be read, see `read_weights`.
+        """
+        if self.folder is None or not self.name.startswith("local-dir:"):
+            return None
+        return read_weights(self.folder)
 
 
-def hub_error(repository: str, error: Exception) -> MbibError:
-    """Return what to tell a user of an error of the Hub's client: one line, without the request's address."""
-    if isinstance(error, RepositoryNotFoundError):
-        return MbibError(
-            f"hf-hub:{repository}: there is no such repository, or it is private and needs a token (hf auth login)"
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        return MbibError(f"hf-hub:{repository}: the Hub cannot be reached, and there is no copy in the cache")
-    return MbibError(f"hf-hub:{repository}: {first_line(error)}")
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a weights file, or that of a run's folder.
+
+    Raises:
+        CheckpointError: missing or unreadable, or a number in it is not finite; names the tensor.
+    """
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in WEIGHTS_FILES if (path / name).exists()), path / WEIGHTS_FILES[0])
+    if not file.exists():
+        raise CheckpointError(f"no weights at {printable(str(file))}")
+    if not file.is_file():  # a pipe would keep us waiting
+        raise CheckpointError(f"{file} is not a weights file: it is no regular file")
+    try:
+        weights = load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # of safetensors, pickle, zip, the file system
+        raise CheckpointError(f"{file} is not a weights file ({first_line(error)})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{file} is not a weights file (it holds something else than tensors)")
+    require_finite(weights, str(file))
+    return weights
+
+
+def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError for weights that are not finite, by the name of the tensor; `where` is for the message."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{where}: tensor {name!r} holds numbers that are not finite")
 
 
 def find_source(target: str) -> Source:
@@ -179,25 +189,31 @@ def find_source(target: str) -> Source:
     Raises:
         MbibError: neither a folder nor a model.
     """
-    folder = Path(target.removeprefix("local-dir:"))
-    if folder.is_dir() or target.startswith("local-dir:"):
-        if not folder.is_dir():
-            raise MbibError(f"there is no folder {folder}")
+    place = target.removeprefix("local-dir:")
+    shown, folder = printable(target)[:200], Path(place)
+    try:
+        is_folder = bool(place) and folder.is_dir() and "\0" not in place
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        is_folder = False
+    if is_folder or target.startswith("local-dir:"):
+        if not is_folder:
+            raise MbibError(f"there is no folder {printable(place)[:200]}")
         if not (folder / "config.json").is_file():
             raise MbibError(f"{folder} holds no config.json: the run is not finished, or this is not a run's folder")
         return Source(f"local-dir:{folder}", folder=folder)
     scheme, colon, repository = target.partition(":")
     if colon:
         if scheme not in ("hf-hub", "hf_hub"):
-            raise unknown_name("source of models", scheme, ("hf-hub", "local-dir"))
+            raise unknown_name("source of models", printable(scheme), ("hf-hub", "local-dir"))
+        split_repository(repository)
         return Source(target, repository=repository)
     architecture, _, tag = target.partition(".")
     if not timm.is_model(architecture):
-        raise unknown_name("model or folder", target, timm.list_models())
+        raise unknown_name("model or folder", shown, timm.list_models())
     try:
         cfg = timm.get_pretrained_cfg(target, allow_unregistered=True)
     except RuntimeError:
-        raise unknown_name("tag of a model", target, timm.list_models(f"{architecture}.*", include_tags=True)) from None
+        raise unknown_name("tag of a model", shown, timm.list_models(f"{architecture}.*", include_tags=True)) from None
     model = ZooModel(f"{architecture}.{tag or (cfg.tag if cfg else '')}")
     if not model.is_trained:
         return Source(target)
@@ -231,18 +247,60 @@ class LoadedModel:
         return int(getattr(self.module, "num_classes", 0) or 0)
 
 
+def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
+    """Create a model with its weights, by whatever arguments; of other classes than these its classifiers start anew.
+
+    Raises:
+        MbibError: it cannot be loaded; one line says why.
+        TypeError: an argument that the architecture does not take.
+    """
+    config, weights = source.config(), source.weights()
+    if weights is not None:
+        if config.num_classes and not any(len(value) == config.num_classes for value in weights.values() if value.ndim):
+            raise CheckpointError(f"{source.name}: its weights are not for {config.num_classes:,} classes")
+        kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "source": None, "file": None}
+    prepare_hub()
+    try:
+        model = timm.create_model(source.name, pretrained=True, **kwargs)
+    except TypeError:
+        raise
+    except MbibError as error:
+        if not source.has_files:
+            raise
+        raise CheckpointError(f"{source.name}: {error}") from None
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError) as error:
+        raise hub_error(source.repository or source.name, error) from None
+    except Exception as error:  # of whatever an architecture makes of its arguments and of its weights
+        # torch names what does not fit in the second line.
+        reason = " ".join(str(error).split("\n")[:2]) if isinstance(error, RuntimeError) else first_line(error)
+        raise CheckpointError(f"cannot load {source.name}: {' '.join(reason.split())}") from None
+    model.pretrained_cfg.pop("state_dict", None)
+    if weights is None:
+        require_finite(model.state_dict(), source.name)
+    return model
+
+
 def create_trained(source: Source, **kwargs: Any) -> nn.Module:
     """Create a trained model, in evaluation mode.
 
     Raises:
-        MbibError: it cannot be loaded; one line says why.
+        MbibError: it cannot be loaded, or a part of it is not trained; one line says why.
     """
     try:
-        return timm.create_model(source.name, pretrained=True, **kwargs).eval()
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError) as error:
-        raise hub_error(source.repository or source.name, error) from None
-    except (RuntimeError, OSError, ValueError, TypeError, SafetensorError) as error:
+        model: Any = create_with_weights(source, **kwargs).eval()
+    except TypeError as error:
         raise CheckpointError(f"cannot load {source.name}: {first_line(error)}") from None
+    known, given = model.pretrained_cfg.get("num_classes"), model.num_classes
+    if given == 0:
+        raise CheckpointError(f"{source.name} has no classifier: it is there to start training from")
+    if known != given:
+        raise CheckpointError(f"{source.name}: its weights are for {known} classes, and {given} are asked for")
+    if untrained := getattr(model, "untrained", ()):
+        raise CheckpointError(
+            f"{source.name} is there to start training from: its weights leave {few(untrained, 3)} untrained"
+        )
+    source.config().require_classes(given, source.name)
+    return model
 
 
 def load_model(target: str) -> LoadedModel:

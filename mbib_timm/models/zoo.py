@@ -7,8 +7,7 @@ and metrics.json, and small weights as well.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
 from mbib_timm.errors import CheckpointError
+from mbib_timm.models.model_config import read_config
 from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
@@ -30,14 +30,28 @@ class Dataset(NamedTuple):
     Attributes:
         title: as people call it.
         num_classes: classes K.
+        images: of training.
+        largest: images of the largest class.
+        smallest: of the smallest.
         licence: of the images, in a sentence.
         preprocessing: entries of a timm cfg, where they are not those of the backbone.
+        class_names: of all classes, in any order; none where a run need not know them.
     """
 
     title: str
     num_classes: int
+    images: int
+    largest: int
+    smallest: int
     licence: str
     preprocessing: Mapping[str, Any] = MappingProxyType({})
+    class_names: frozenset[str] = frozenset()
+
+    def fits(self, class_counts: Sequence[int], class_names: Sequence[str] | None) -> bool:
+        """Return whether training images of each class, and the classes' names if they are known, are these data's."""
+        numbers = (len(class_counts), sum(class_counts), max(class_counts), min(class_counts))
+        named = class_names is None or not self.class_names or self.class_names == set(class_names)
+        return named and numbers == (self.num_classes, self.images, self.largest, self.smallest)
 
 
 _CIFAR_TERMS = "CIFAR-100 (Krizhevsky 2009) is a subset of the 80 million tiny images, and came without a licence."
@@ -46,15 +60,32 @@ _INAT_TERMS = "The iNaturalist 2018 images are under their photographers' licenc
 _NO_SOURCE = dict(hf_hub_id=None, url=None, file=None, paper_ids=None, paper_name=None, origin_url=None)
 _CENTER_224 = dict(crop_pct=0.875, interpolation="bilinear", test_input_size=None, test_crop_pct=None)
 _INAT = dict(_CENTER_224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
+_CIFAR100 = frozenset(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
+    maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+    plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail
+    snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
+    tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905 (a hundred quoted names are no clearer)
+)  # fmt: skip
 
 # By what a tag ends in.
 DATASETS = {
-    "cifar100_lt_if100": Dataset("CIFAR-100-LT, imbalance factor 100", 100, _CIFAR_TERMS),
-    "cifar100_lt_if50": Dataset("CIFAR-100-LT, imbalance factor 50", 100, _CIFAR_TERMS),
-    "cifar100_lt_if10": Dataset("CIFAR-100-LT, imbalance factor 10", 100, _CIFAR_TERMS),
-    "imagenet_lt": Dataset("ImageNet-LT", 1000, _IMAGENET_TERMS, _CENTER_224),
-    "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, _INAT_TERMS, _INAT),
-    "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, _INAT_TERMS, _INAT),
+    "cifar100_lt_if100": Dataset(
+        "CIFAR-100-LT, imbalance factor 100", 100, 10_847, 500, 5, _CIFAR_TERMS, class_names=_CIFAR100
+    ),
+    "cifar100_lt_if50": Dataset(
+        "CIFAR-100-LT, imbalance factor 50", 100, 12_608, 500, 10, _CIFAR_TERMS, class_names=_CIFAR100
+    ),
+    "cifar100_lt_if10": Dataset(
+        "CIFAR-100-LT, imbalance factor 10", 100, 19_573, 500, 50, _CIFAR_TERMS, class_names=_CIFAR100
+    ),
+    "imagenet_lt": Dataset("ImageNet-LT", 1000, 115_846, 1280, 5, _IMAGENET_TERMS, _CENTER_224),
+    "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, 437_513, 1000, 2, _INAT_TERMS, _INAT),
+    "inat2018_90e": Dataset("iNaturalist 2018, 90 epochs", 8142, 437_513, 1000, 2, _INAT_TERMS, _INAT),
 }
 
 
@@ -87,8 +118,7 @@ class ZooModel:
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments of the architecture, where the method has a network of its own; none before training."""
         file = self.folder / "config.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return dict(content.get("model_args", {}))
+        return dict(read_config(file).model_args) if file.is_file() else {}
 
     @property
     def recipe(self) -> str:
@@ -127,6 +157,12 @@ def split_tag(tag: str) -> tuple[str, str]:
     """Split a tag into its start, such as the method, and the key of `DATASETS` it ends in; empty texts for others."""
     found = [name for name in DATASETS if tag == name or tag.endswith(f"_{name}")]
     return (tag.removesuffix(found[0]).rstrip("_"), found[0]) if found else ("", "")
+
+
+def data_set_of(name: str, class_counts: Sequence[int], class_names: Sequence[str] | None) -> Dataset | None:
+    """Return the data set that a run's name ends in, where the run's classes are those; None for any other data."""
+    dataset = DATASETS.get(split_tag(name.partition(".")[2])[1])
+    return dataset if dataset is not None and dataset.fits(class_counts, class_names) else None
 
 
 def _published() -> dict[str, list[str]]:
@@ -199,7 +235,9 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     cfg = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained:
         _require_weights(architecture, cfg)
-    model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if cfg.tag in PUBLISHED.get(architecture, ()) else {}
+    # A model with a config.json of its own may have a published tag, and says itself how it is built.
+    is_tagged = cfg.tag in PUBLISHED.get(architecture, ()) and "pretrained_model_args" not in kwargs
+    model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if is_tagged else {}
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
     model = build_model_with_cfg(build, architecture, pretrained, **{**model_args, **kwargs})

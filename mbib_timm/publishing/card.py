@@ -12,16 +12,15 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from mbib_timm.data.long_tail import named, shot_groups
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, few
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.models.zoo import DATASETS, ZooModel, is_published, split_tag
+from mbib_timm.models.zoo import ZooModel, is_published, split_tag
 from mbib_timm.recipe import Recipe, data_of, load_recipe
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
-from mbib_timm.results.paper import RESULTS
-from mbib_timm.results.redact import redact_model
+from mbib_timm.results.redact import redact_value
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import (
@@ -111,7 +110,8 @@ def render_card(
         spread=table_by_head(heads, spread, f"95 % interval, seed {record.seed}"),
         definitions=f"{DEFINITIONS} {INTERVALS}",
         best=record.best,
-        paper=_paper_text(run) if in_zoo(run) else "",
+        paper=_paper_text(run) if run.zoo_model is not None else "",
+        differing="" if run.zoo_model is not None else few([code_span(key) for key in run.differing]),
         figures=[(f"{figures}/{name}", FIGURES[name]) for name in figures_of(run)],
         dataset=_dataset(run, stated),
         counts=counts,
@@ -123,7 +123,7 @@ def render_card(
         environment=record.environment,
         few=len(shot_groups(counts)["few"]),
         licence=licence_of(run, stated),
-        data_licence=DATASETS[_data_name(run)].licence if in_zoo(run) else "",
+        data_licence=run.dataset.licence if run.dataset is not None else "",
         citations=citations,
     )
 
@@ -152,11 +152,6 @@ def _fenced(text: str, language: str) -> Markup:
     return Markup(f"{fence}{language}\n{text}\n{fence}")
 
 
-def in_zoo(run: FinishedRun) -> bool:
-    """Return whether a run has a published name; False for somebody's own."""
-    return is_published(run.name)
-
-
 def figures_of(run: FinishedRun) -> list[str]:
     """Return the figures of a card that the run's folder holds."""
     return [name for name in FIGURES if (run.folder / "figures" / name).is_file()]
@@ -164,7 +159,7 @@ def figures_of(run: FinishedRun) -> list[str]:
 
 def licence_of(run: FinishedRun, stated: Stated) -> str | None:
     """Return the licence that card and config.json give to the weights; None where nobody has given one."""
-    return stated.license or ("apache-2.0" if in_zoo(run) else None)
+    return stated.license or ("apache-2.0" if run.zoo_model is not None else None)
 
 
 def base_model(recipe: Recipe) -> str | None:
@@ -223,24 +218,28 @@ def card_metadata(run: FinishedRun, stated: Stated = NOTHING_STATED) -> ModelCar
 
 def dataset_title(run: FinishedRun, stated: Stated = NOTHING_STATED) -> str:
     """Return what people call the data set of a run; images of one's own are called as stated, or as the recipe is."""
-    data = _data_name(run)
-    return printable(stated.dataset_name or (DATASETS[data].title if data in DATASETS else data))
+    return printable(stated.dataset_name or (run.dataset.title if run.dataset is not None else _data_name(run)))
 
 
 def _dataset(run: FinishedRun, stated: Stated) -> Markup:
     """Return the data set's title as Markdown; a name that is only the recipe's as code."""
     title = dataset_title(run, stated)
-    is_title = stated.dataset_name is not None or _data_name(run) in DATASETS
+    is_title = stated.dataset_name is not None or run.dataset is not None
     return Markup(markdown_text(title) if is_title else code_span(title))
 
 
 def _data_name(run: FinishedRun) -> str:
-    return split_tag(run.name.partition(".")[2])[1] or data_of(run.name) or run.recipe.dataset
+    """Return what the data are called where nobody has stated it: as in the run's name, if they are what it says."""
+    published = split_tag(run.name.partition(".")[2])[1]
+    if run.dataset is not None:
+        return published
+    is_named = not published and (run.packaged is None or run.has_packaged_data)
+    return (is_named and data_of(run.name)) or run.recipe.dataset
 
 
 def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     first = run.recipe.chain()[0]
-    weights = redact_model(first.model) if first.pretrained else None
+    weights = redact_value(first.model) if first.pretrained else None
     if first.initial_checkpoint is not None:
         weights = Path(first.initial_checkpoint).name
     start = f", started from the weights of {code_span(weights)}," if weights else ""
@@ -314,7 +313,7 @@ def _classes(run: FinishedRun) -> Table:
 def _paper_text(run: FinishedRun) -> str:
     """Return what the paper reports of such a run: ``47.5 % (Table 1), 47.0 % (Table 9; many 64.1, ...)``."""
     said = []
-    for result in RESULTS.get(run.name, ()):
+    for result in run.paper:
         groups = ", ".join(f"{name} {value:.1f}" for name, value in result.accuracies.items() if name != "overall")
         overall = result.accuracies.get("overall")
         number, rest = (groups, "") if overall is None else (f"{overall:.1f} %", groups)
@@ -350,5 +349,5 @@ def _strength(stage: Recipe) -> str:
     }
     if stage.class_weights != "none":
         strong["class_weights"] = Path(stage.class_weights).name
-    named = [f"{key} {value}" for key, value in strong.items() if value]
+    named = [f"{key} {redact_value(value)}" for key, value in strong.items() if value]
     return f", {', '.join(named)}" if named else ""

@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # that of the HTTP client that the Hub's uses
-    LocalTokenNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from mbib_timm.errors import MbibError, first_line
-from mbib_timm.files import printable
+from mbib_timm.errors import MbibError, few
 from mbib_timm.licences import check_licence
-from mbib_timm.models.zoo import ZooModel
-from mbib_timm.publishing.card import Stated, in_zoo
+from mbib_timm.models.hub import prepare_hub, split_repository, what_went_wrong
+from mbib_timm.publishing.card import Stated
 from mbib_timm.publishing.release import Release, git_oid, make_release
 from mbib_timm.results.runs import read_run
 
@@ -36,7 +29,7 @@ FIRST_WAIT_SECONDS = 1.0
 
 
 class PublishError(MbibError):
-    """The Hub refuses, cannot be reached, or holds something else than expected. Nothing is half-published."""
+    """The Hub refuses, cannot be reached, or holds something else than expected. A commit holds all of a release."""
 
     exit_status = 1
 
@@ -76,13 +69,16 @@ def publish(
     """
     if repository is None:
         finished = read_run(run)
-        if not in_zoo(finished):
-            raise MbibError(f"{finished.name} is not in the zoo: name a repository with --repo-id YOU/{finished.name}")
-        repository = ZooModel(finished.name).repository
+        model = finished.zoo_model
+        if model is None:
+            differing = f" (it differs from it in {few(finished.differing)})" if finished.differing else ""
+            instead = f"name a repository with --repo-id YOU/{finished.name}"
+            raise MbibError(f"{finished.name} of {run} is not in the zoo{differing}: {instead}")
+        repository = model.repository
     try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise MbibError(f"--repo-id {printable(repository)}: {first_line(error)}") from None
+        split_repository(repository if revision is None else f"{repository}@{revision}")
+    except MbibError as error:
+        raise MbibError(f"--repo-id or --revision: {error}") from None
     stated = Stated(dataset_name, None if license is None else check_licence(license))
     release = make_release(run, repository, others, inference_only, stated)
     if dry_run:
@@ -107,6 +103,7 @@ class Publisher:
 
     def publish(self, private: bool, revision: str | None) -> str:
         """Commit what has changed, and tag it. Returns the address of the tag."""
+        prepare_hub()
         self._retry(
             "create the repository", lambda: self.api.create_repo(self.repository, private=private, exist_ok=True)
         )
@@ -121,19 +118,30 @@ class Publisher:
         if changes:
             head = self._commit(changes, head)
         if tag not in tags:
-            target = head
-            self._retry(
-                "tag the commit",
-                lambda: self.api.create_tag(self.repository, tag=tag, revision=target, exist_ok=True),
-            )
+            self._tag(tag, head)
         state = "published" if changes else "unchanged"
         print(f"{state}: hf-hub:{self.repository}@{tag} ({len(changes)} of {len(self.release.files)} files new)")
         return f"{self.api.endpoint}/{self.repository}/tree/{tag}"
 
+    def _tag(self, tag: str, head: str) -> None:
+        """Tag a commit. Raises PublishError: it says what is on the Hub already; the next call finishes it."""
+
+        def call() -> None:
+            self.api.create_tag(self.repository, tag=tag, revision=head, exist_ok=True)
+            if self._tags().get(tag) != head:  # whatever answered, or somebody else's tag
+                raise RuntimeError(f"afterwards there is no tag {tag} of this commit")
+
+        try:
+            self._retry("tag the commit", call)
+        except PublishError as error:
+            raise PublishError(
+                f"all files are in {self.repository}, commit {head[:8]}, and only its tag {tag} is missing; the same "
+                f"command sets it ({error})"
+            ) from None
+
     def _remote(self) -> tuple[str, dict[str, str]]:
         """Return the head of the main branch, and the digest of each of its files."""
-        info = self._retry("read the repository", lambda: self.api.model_info(self.repository))
-        head = str(info.sha)
+        head = self._retry("read the repository", lambda: _commit_id(self.api.model_info(self.repository).sha))
         entries = self._retry(
             "list the repository",
             lambda: list(self.api.list_repo_tree(self.repository, revision=head, recursive=True)),
@@ -173,14 +181,11 @@ class Publisher:
             if head != parent:
                 if not self._changes(remote):  # it had arrived
                     return head
-                raise PublishError(
-                    f"{self.repository} was changed by someone else in the meantime; nothing was published. "
-                    "Check it, then publish again"
-                )
+                raise self._changed_meanwhile()
             message = f"Publish {self.release.name}"
             operations = self._changes(remote)
             done = self.api.create_commit(self.repository, operations, commit_message=message, parent_commit=parent)
-            return str(done.oid)
+            return _commit_id(done.oid)
 
         return self._retry("commit", commit)
 
@@ -195,24 +200,37 @@ class Publisher:
                 return call()
             except LocalTokenNotFoundError:
                 raise PublishError("there is no token: log in with hf auth login, or set HF_TOKEN") from None
-            except (HTTPError, OSError, RuntimeError) as error:
+            except PublishError:
+                raise
+            except MbibError as error:  # the Hub has been silent for long
+                raise PublishError(f"cannot {what}: {error}; publish again later") from None
+            except Exception as error:  # of the connection, and whatever the Hub's client makes of an answer
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status == 412:
-                    raise PublishError(
-                        f"{self.repository} was changed by someone else in the meantime; nothing was published. "
-                        "Check it, then publish again"
-                    ) from None
+                    raise self._changed_meanwhile() from None
                 if status in (401, 403):
                     raise PublishError(
                         f"cannot {what}: the Hub does not accept the token, or the token may not write to "
                         f"{self.repository} (hf auth whoami shows whose it is)"
                     ) from None
                 if status is not None and status < 500 and status != 429:
-                    raise PublishError(f"cannot {what}: {first_line(error)}") from None
+                    raise PublishError(f"cannot {what}: {what_went_wrong(error)}") from None
                 if attempt == ATTEMPTS:
                     raise PublishError(
-                        f"cannot {what}, after {ATTEMPTS} attempts: {first_line(error)}; nothing is half-published, "
-                        "publish again later"
+                        f"cannot {what}, after {ATTEMPTS} attempts: {what_went_wrong(error)}; publish again later"
                     ) from None
                 self.wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         raise AssertionError
+
+    def _changed_meanwhile(self) -> PublishError:
+        return PublishError(
+            f"{self.repository} was changed by someone else in the meantime; nothing was published. Check it, then "
+            "publish again"
+        )
+
+
+def _commit_id(value: object) -> str:
+    """Return the name of a commit. Raises ValueError for an answer that holds none."""
+    if not re.fullmatch(r"[0-9a-f]{40}", str(value)):
+        raise ValueError(f"no commit: {value!r}")
+    return str(value)

@@ -1,20 +1,19 @@
 """The files of a published model, made of a run's folder: what the repository holds, and nothing of the machine."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from mbib_timm.errors import MbibError, first_line
-from mbib_timm.files import to_json
+from mbib_timm.errors import MbibError
+from mbib_timm.files import parse_json, to_json
+from mbib_timm.models.weights import load_model
 from mbib_timm.publishing.card import NOTHING_STATED, Stated, figures_of, licence_of, render_card
 from mbib_timm.results.record import RECORD
-from mbib_timm.results.redact import redact_recipe
+from mbib_timm.results.redact import redact_recipe, redact_value
 from mbib_timm.results.runs import read_seeds
 
 TRAINING_HEADS = "training_heads"
@@ -68,15 +67,10 @@ def make_release(
     for name in ("model.safetensors", "config.json"):
         if not (run / name).is_file():
             raise MbibError(f"{run} has no {name}: the run is not finished")
+    load_model(f"local-dir:{run}")  # as whoever downloads it will
     weights = (run / "model.safetensors").read_bytes()
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MbibError(f"{run / 'config.json'} is damaged: {first_line(error)}") from None
-    try:
-        load(weights)
-    except SafetensorError as error:
-        raise MbibError(f"{run / 'model.safetensors'} is damaged: {first_line(error)}") from None
+    config = parse_json((run / "config.json").read_bytes())
+    config |= {key: redact_value(value) for key, value in config.items() if key in ("model_args", "pretrained_cfg")}
     if inference_only:
         config, weights = without_training_heads(config, weights)
     config["pretrained_cfg"]["license"] = licence_of(own, stated)

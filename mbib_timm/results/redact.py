@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mbib_timm.environment import Environment
-from mbib_timm.methods import METHODS
+from mbib_timm.files import from_plain
 from mbib_timm.recipe import KEYS, STAGES, TYPES, Recipe
 from mbib_timm.results.record import RunRecord
 
@@ -18,14 +18,10 @@ from mbib_timm.results.record import RunRecord
 def redact_recipe(recipe: Recipe) -> bytes:
     """Return a run's recipe as YAML, without the keys that say where it ran: folders, devices, workers.
 
-    Of what it started from the name is left.
+    Of what it started from the name is left, and so it is of any path in the other keys.
     """
-    computation = recipe.computation()
+    computation = redact_value(recipe.computation())
     for keys in (computation, *computation.get(STAGES, ())):
-        if "model" in keys:
-            keys["model"] = redact_model(keys["model"])
-        if "method" in keys:
-            keys["method"] = redact_method(keys["method"])
         if "class_weights" in keys:
             keys["class_weights"] = Path(keys["class_weights"]).name  # of a file
     start = recipe.chain()[0].initial_checkpoint
@@ -34,21 +30,28 @@ def redact_recipe(recipe: Recipe) -> bytes:
     return yaml.safe_dump(computation, sort_keys=False, allow_unicode=True).encode()
 
 
-def redact_method(method: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method with its settings, of folders of trained models the last part alone."""
-    settings = dataclasses.fields(METHODS[method["name"]].Settings)
-    places = {item.name for item in settings if item.metadata.get("place")}
-    return {
-        name: [redact_text(redact_model(place)) for place in value] if name in places else value
-        for name, value in method.items()
-    }
+def redact_value(value: Any) -> Any:
+    """Return a plain value with the last part alone of every path of the machine in it; `redact_text` does texts."""
+    if isinstance(value, Mapping):
+        return {redact_value(key): redact_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redact_value, value))
+    if not isinstance(value, str):
+        return value
+    scheme, colon, place = value.partition(":")
+    if colon and scheme == "local-dir":
+        return f"{scheme}:{_last_part(place)}"
+    # A path may hold anything, such as spaces, where it is all that there is.
+    return _last_part(value) if _WHOLE.match(value) else redact_text(value)
 
 
 def redact_record(record: RunRecord) -> RunRecord:
-    """Return a run's record without paths of the machine that it ran on."""
+    """Return a run's record without paths of the machine that it ran on; names of classes are none."""
+    plain = redact_value({**dataclasses.asdict(record), "class_names": None})
+    redacted: RunRecord = from_plain(RunRecord, plain)
     return dataclasses.replace(
-        record,
-        model=redact_model(record.model),
+        redacted,
+        class_names=record.class_names,
         environment=redact_environment(record.environment),
         replaced_images=[Path(path).name for path in record.replaced_images],
         left_out_images=[Path(path).name for path in record.left_out_images],
@@ -85,16 +88,23 @@ def redact_command(command: str) -> str:
         elif flag.replace("--no-", "--") in places:
             skip = not equals and places[flag.replace("--no-", "--")] not in (bool, bool | None)
         else:
-            kept.append(redact_text(word))
+            name, equals, value = word.partition("=")
+            kept.append(f"{redact_value(name)}{equals}{redact_value(value)}")
     return shlex.join(kept)
 
 
 def redact_text(text: str) -> str:
-    """Return a message, or a file's name, with the last part alone of every absolute path in it."""
-    return re.sub(r"(?<![\w./:])/(?:[^\s/'\":]+/)+", "", text)
+    """Return a message, or a file's name, with the last part alone of every path of the machine in it."""
+    return _WINDOWS.sub("", _INSIDE.sub("", text))
 
 
-def redact_model(name: str) -> str:
-    """Return a model's name, of a folder on this machine the last part alone."""
-    scheme, colon, place = name.partition(":")
-    return f"{scheme}:{Path(place).name}" if colon and scheme == "local-dir" else name
+# What begins a path of the machine: its root, a home, a drive, a share, and the folders above this one.
+_WHOLE = re.compile(r"(file://|/|~[\w.-]*/|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\)")
+# The folders of a path inside a text. What regular expressions are made of is left out: `group_by` may be one.
+_PART = r"[^\s/\\'\":()\[\]*?^$|{}]+"
+_INSIDE = re.compile(rf"(?:file://)?(?<![\w./])(?:~[\w.-]*|[A-Za-z]:|(?:\.\./)*\.\.)?/(?:{_PART}/)+")
+_WINDOWS = re.compile(rf"(?<!\w)(?:[A-Za-z]:|\\)\\(?:{_PART}\\)+")
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

@@ -2,21 +2,24 @@
 seeds put together. Nothing here says where on a machine a run was made."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
+from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.results.paper import RESULTS, PaperResult
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
-from mbib_timm.results.redact import redact_method, redact_record
+from mbib_timm.results.redact import redact_record, redact_value
 from mbib_timm.results.tables import mean_of
 
 # Recipe keys that say how a result is reached and reported, and leave it as it is.
 SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "cuda_graph", "channels_last"}
+# Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
+DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,51 @@ class FinishedRun:
     def heads(self) -> Mapping[str, HeadMetrics]:
         """The result's metrics by head."""
         return self.record.result.heads
+
+    @cached_property
+    def packaged(self) -> Recipe | None:
+        """The packaged recipe of the run's name; None where there is none."""
+        return packaged_recipe(self.name)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Keys with other values than in that recipe that compute something else, beside the epochs, by address."""
+        return {} if self.packaged is None else _settings(self.recipe, self.packaged, self._has_named_classes)
+
+    @property
+    def _has_named_classes(self) -> bool:
+        return data_set_of(self.name, self.record.class_counts, self.record.class_names) is not None
+
+    @property
+    def has_packaged_data(self) -> bool:
+        """True if the run saw the images that the packaged recipe of its name names, as far as its keys say."""
+        return self.packaged is not None and not _last_parts(self.settings) & DATA
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """The zoo's data set that the run was trained on: its name says so, and its recipe and its classes agree."""
+        if _last_parts(self.settings) & DATA:
+            return None
+        return data_set_of(self.name, self.record.class_counts, self.record.class_names)
+
+    @property
+    def zoo_model(self) -> ZooModel | None:
+        """The model of the zoo that this is: all that it computed is what the packaged recipe asks for."""
+        return ZooModel(self.name) if is_published(self.name) and not self.differing else None
+
+    @property
+    def differing(self) -> list[str]:
+        """What keeps a run from being the packaged recipe's: addresses of keys, or ``classes``; empty for any other."""
+        if self.packaged is None or not is_published(self.name):
+            return []
+        epochs = ["epochs"] if longest_epochs(self.recipe) != longest_epochs(self.packaged) else []
+        return [*self.settings, *epochs, *([] if self._has_named_classes else ["classes"])]
+
+    @property
+    def paper(self) -> tuple[PaperResult, ...]:
+        """What the paper reports of such a run; nothing of another model, another method, or other data."""
+        others = {"model", "model_kwargs", "method"}
+        return () if self.dataset is None or _last_parts(self.settings) & others else RESULTS.get(self.name, ())
 
     @cached_property
     def history(self) -> list[Epoch]:
@@ -102,14 +150,20 @@ class RunGroup:
     Attributes:
         title: the run's name, with what sets it apart from others of the name.
         runs: by seed.
-        packaged: the packaged recipe of the name; None where there is none.
-        settings: keys with other values than in that recipe that compute something else, beside the epochs, by address.
     """
 
     title: str
     runs: tuple[FinishedRun, ...]
-    packaged: Recipe | None
-    settings: Mapping[str, Any]
+
+    @property
+    def packaged(self) -> Recipe | None:
+        """The packaged recipe of the name; None where there is none."""
+        return self.first.packaged
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Keys with other values than in that recipe that compute something else, beside the epochs, by address."""
+        return self.first.settings
 
     @property
     def first(self) -> FinishedRun:
@@ -147,7 +201,7 @@ class RunGroup:
     @property
     def paper(self) -> tuple[PaperResult, ...]:
         """What the paper reports of such a run."""
-        return RESULTS.get(self.first.name, ())
+        return self.first.paper
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
@@ -162,10 +216,8 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     groups = []
     for members in grouped.values():
         _require_other_seeds(members)
-        own = packaged_recipe(members[0].name)
         ordered = tuple(sorted(members, key=lambda run: run.record.seed))
-        settings = {} if own is None else _settings(members[0].recipe, own)
-        groups.append(RunGroup(_title(members[0], runs), ordered, own, settings))
+        groups.append(RunGroup(_title(members[0], runs), ordered))
     return groups
 
 
@@ -175,9 +227,9 @@ def packaged_recipe(name: str) -> Recipe | None:
     return load_recipe(find_recipe(named[0])) if named else None
 
 
-def _settings(recipe: Recipe, own: Recipe) -> dict[str, Any]:
+def _settings(recipe: Recipe, own: Recipe, same_classes: bool) -> dict[str, Any]:
     """Return what has other values than in the packaged recipe; the same images in files are the same data."""
-    elsewhere = {"dataset"} if recipe.dataset == "folder" and own.imbalance == recipe.imbalance == "exp" else set()
+    elsewhere = {"dataset"} if recipe.dataset == "folder" and same_classes else set()
     before, now = _by_address(own.with_choices_of(recipe)), _by_address(recipe)
     return {
         address: now.get(address)
@@ -187,13 +239,18 @@ def _settings(recipe: Recipe, own: Recipe) -> dict[str, Any]:
     }
 
 
+def _last_parts(addresses: Iterable[str]) -> set[str]:
+    """Return the keys of addresses: ``lr`` of ``stage2.lr``, ``method`` of itself, ``beta`` of ``method.beta``."""
+    return {address.rpartition(".")[2] for address in addresses}
+
+
 def _by_address(recipe: Recipe) -> dict[str, Any]:
     """Return what decides what a recipe computes, by address: settings of the method, and keys of several stages."""
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
-        values = {key: getattr(stage, key) for key, item in KEYS.items() if not item.metadata["location"]}
+        values = {key: redact_value(getattr(stage, key)) for key, item in KEYS.items() if not item.metadata["location"]}
         values["class_weights"] = Path(values["class_weights"]).name  # of a file
-        method = redact_method(values.pop("method"))
+        method = values.pop("method")
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
         prefix = f"stage{number}." if recipe.stage else ""
         found |= {f"{prefix}{address}": value for address, value in values.items()}

@@ -6,8 +6,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
@@ -16,7 +14,7 @@ from mbib_timm.data.class_weights import loss_weights
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
-from mbib_timm.models.weights import find_source
+from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 
@@ -172,10 +170,11 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
                 f"recipe key 'model_kwargs': method {recipe.method['name']!r} sets {name} to {more[name]!r}"
             )
     name, kwargs = recipe.model, {"num_classes": num_classes, **recipe.model_kwargs, **more}
-    if ":" in name:
+    source = find_source(name) if ":" in name else None
+    if source is not None:
         if recipe.initial_checkpoint is not None:
             raise MbibError(f"recipe key 'initial_checkpoint': {name} has weights of its own; see key 'pretrained'")
-        if find_source(name).config().model_args.get("training_heads") is False:
+        if source.config().model_args.get("training_heads") is False:
             kwargs.setdefault("training_heads", True)  # it was published for inference; training needs them
     elif not timm.is_model(name.partition(".")[0]):
         raise unknown_name("model", name, timm.list_models())
@@ -196,27 +195,14 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
     if pretrained and recipe.initial_checkpoint is not None:
         kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        if pretrained:
+            return create_with_weights(source or Source(name), **kwargs)
+        return timm.create_model(name, **kwargs)
     except MbibError:
         raise
     except Exception as error:  # whatever a model makes of arguments that it does not take; no way to a repository
         where = f"model {name!r}" if isinstance(error, RuntimeError | OSError) else "recipe key 'model_kwargs'"
         raise MbibError(f"{where}: {first_line(error)}") from None
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a weights file, or ``model.safetensors`` of a run's folder.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-    """
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"no weights at {file}")
-    try:
-        return load_state_dict(str(file), weights_only=True)
-    except (RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is not a weights file ({first_line(error)})") from None
 
 
 def weights_overlay(weights: dict[str, Tensor], model_name: str) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""What the Hub may do wrong, at every request that publishing and loading make: an end in time, and one sentence."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from huggingface_hub import HfApi, close_session, constants
+from loopback_hub import FAULTS, TestHub
+
+from mbib_timm.errors import MbibError
+from mbib_timm.models import hub as hub_module
+from mbib_timm.models.weights import load_model
+from mbib_timm.publishing.publish import Publisher, PublishError
+from mbib_timm.publishing.release import Release, make_release
+
+REPOSITORY = "tester/mbib_resnet20.digits"
+SECONDS = 10  # within which everything here ends
+STATUSES = (400, 401, 403, 404, 409, 412, 418, 429, 500, 503)
+KINDS = [*FAULTS, *STATUSES]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub whose client waits half a second instead of half a minute, over LFS."""
+    monkeypatch.setattr(hub_module, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub = TestHub(tmp_path / "hub").start()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    close_session()
+    yield hub
+    hub.stop()
+    close_session()
+
+
+@pytest.fixture(scope="module")
+def release(finished_run):
+    """What a run's folder gives, and with it one file that goes by LFS, small enough for a table."""
+    made = make_release(finished_run, REPOSITORY)
+    kept = {name: content for name, content in made.files.items() if not name.startswith("figures/")}
+    return Release(made.name, REPOSITORY, {**kept, "model.safetensors": bytes(5000)})
+
+
+# By what it is called: method and path, and whether publishing makes it.
+PUBLISHING = {
+    "create_repo": ("POST", "/api/repos/create"),
+    "model_info": ("GET", "/api/models/[^/]+/[^/]+$"),
+    "tree": ("GET", "/tree/"),
+    "refs": ("GET", "/refs"),
+    "validate-yaml": ("POST", "/api/validate-yaml"),
+    "preupload": ("POST", "/preupload/"),
+    "LFS batch": ("POST", "/lfs/objects/batch"),
+    "LFS upload": ("PUT", "/_lfs/"),
+    "LFS verify": ("POST", "/verify"),
+    "commit": ("POST", "/commit/"),
+    "tag": ("POST", "/tag/"),
+}
+LOADING = {
+    "HEAD of config.json": ("HEAD", "/config.json"),
+    "GET of config.json": ("GET", "/config.json"),
+    "HEAD of the weights": ("HEAD", "/model.safetensors"),
+    "GET of the weights": ("GET", "/model.safetensors"),
+}
+
+
+def files_of(hub):
+    """What the repository's main branch holds, by path; None where there is no repository."""
+    repository = hub.load(REPOSITORY)
+    return None if repository is None else repository["commits"][repository["refs"]["main"]]["tree"]
+
+
+def fast(calls):
+    """The table, of which a diagonal runs always and all of it with the slow tests."""
+    cells = [(kind, call) for call in calls for kind in KINDS]
+    chosen = {(KINDS[(7 * i) % len(KINDS)], call) for i, call in enumerate(calls)}
+    return [
+        pytest.param(*cell, id=f"{cell[0]}-{cell[1]}", marks=[] if cell in chosen else pytest.mark.slow)
+        for cell in cells
+    ]
+
+
+@pytest.mark.parametrize(("kind", "call"), fast(PUBLISHING))
+def test_publishing(hub, release, kind, call, capsys):
+    hub.fail.append([*PUBLISHING[call], kind, 10**6])
+    start = time.monotonic()
+    try:
+        Publisher(HfApi(endpoint=hub.url), release, wait=lambda seconds: None).publish(False, None)
+        message = None
+    except PublishError as error:
+        message = str(error)
+    assert time.monotonic() - start < SECONDS
+    tree = files_of(hub)
+    there = set() if tree is None else set(tree) - {".gitattributes"}
+    assert there in (set(), set(release.files)), "whole, or untouched"
+    if message is None:
+        assert there == set(release.files), "said to be published"
+        assert hub.load(REPOSITORY)["tags"] == {"v1": hub.load(REPOSITORY)["refs"]["main"]}
+    else:
+        assert "\n" not in message
+        assert hub.token not in message
+        assert len(message) < 600
+        if there:
+            assert "all files are in" in message
+            assert "only its tag v1 is missing" in message
+    assert hub.token not in "".join(capsys.readouterr())
+    hub.fail.clear()
+    Publisher(HfApi(endpoint=hub.url), release).publish(False, None)
+    assert set(files_of(hub)) - {".gitattributes"} == set(release.files)
+    assert hub.load(REPOSITORY)["tags"] == {"v1": hub.load(REPOSITORY)["refs"]["main"]}
+    assert len(hub.load(REPOSITORY)["commits"]) == 2
+
+
+@pytest.mark.parametrize(("kind", "call"), fast(LOADING))
+def test_loading(hub, finished_run, kind, call, capsys):
+    files = {name: (finished_run / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    Publisher(HfApi(endpoint=hub.url), Release("mbib_resnet20.digits", REPOSITORY, files)).publish(False, None)
+    hub.fail.append([*LOADING[call], kind, 10**6])
+    start = time.monotonic()
+    try:
+        loaded = load_model(f"hf-hub:{REPOSITORY}")
+        message = None
+    except MbibError as error:
+        message = str(error)
+    assert time.monotonic() - start < SECONDS
+    if message is None:
+        assert loaded.num_classes == 10
+    else:
+        assert "\n" not in message
+        assert REPOSITORY in message
+        assert hub.token not in message
+        assert len(message) < 600
+    assert hub.token not in "".join(capsys.readouterr())
+    hub.fail.clear()
+    assert load_model(f"hf-hub:{REPOSITORY}").num_classes == 10, "nothing broken is left in the cache"
+
+
+@pytest.mark.parametrize("token", ["hf_käse", "hf_a b", "hf_\x00", "hf_\x1b[31m", "hf_\U0001f600"])
+def test_a_token_that_cannot_be_sent(hub, release, token, monkeypatch):
+    monkeypatch.setattr(hub_module, "get_token", lambda: token)
+    for action in (
+        lambda: Publisher(HfApi(endpoint=hub.url), release).publish(False, None),
+        lambda: load_model(f"hf-hub:{REPOSITORY}"),
+    ):
+        with pytest.raises(MbibError, match="the Hub's token holds characters that cannot be sent") as raised:
+            action()
+        assert token not in str(raised.value)
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_commands_end_too(hub, tmp_path):
+    """With the limits as they are, where the environment shortens those of downloads."""
+    hub.fail.append([".*", ".*", "html", 10**6])
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    call = [sys.executable, "-m", "mbib_timm", "predict", f"hf-hub:{REPOSITORY}", __file__]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for token in ("hf_käse", "hf_a\nb"):
+        done = subprocess.run(call, env={**environment, "HF_TOKEN": token}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert token not in done.stderr
+        assert "Traceback" not in done.stderr
