@@ -534,12 +534,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def build_parser(name: str = "", displayed: Recipe | None = None) -> Parser:
+def build_parser(name: str = "", example: Recipe | None = None) -> Parser:
     """Build the parser of all commands.
 
     Args:
         name: of the command whose flags it reads; others are named alone.
-        displayed: recipe whose values the command's help shows.
+        example: recipe whose values the command's help shows.
     """
     parser = Parser(prog="mbib", description="Long-tailed image classification with timm.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mbib_timm {mbib_timm.__version__}")
@@ -550,7 +550,7 @@ def build_parser(name: str = "", displayed: Recipe | None = None) -> Parser:
             each, help=command.help, usage=usage, epilog=command.epilog or None, allow_abbrev=False
         )
         if each == name:
-            flags.shown = displayed
+            flags.shown = example
             flags.set_defaults(action=command.add_flags(flags))
     return parser
 
@@ -560,12 +560,12 @@ def parse(argv: Sequence[str]) -> Namespace:
     dotted, rest = take_dotted(argv)
     name = rest[0] if rest else ""
     asks = [word for word in rest if word in ("-h", "--help")]
-    displayed = None
+    example = None
     if asks and name == "train":
         # Of this recipe, so that its values stand in the help, and its method's settings.
         known, _ = build_parser(name).parse_known_args([word for word in rest if word not in asks])
-        displayed = load_recipe(find_recipe(known.recipe), {**recipe_overrides(known), **dotted})
-    parser = build_parser(name, displayed)
+        example = load_recipe(find_recipe(known.recipe), {**recipe_overrides(known), **dotted})
+    parser = build_parser(name, example)
     given, unknown = parser.parse_known_args(rest)
     if dotted and name not in ("train", "sweep"):
         raise MbibError(f"unexpected flag --{next(iter(dotted))}; see mbib {name} --help")
