@@ -62,7 +62,7 @@ def put_in(fault):
 def _child(argv, rank, ranks, port, fault, log):
     from mbib_timm.cli import main
 
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 pytest has put its own in their place
+    sys.stdout = sys.stderr = Path(log).open("a", buffering=1)  # noqa: SIM115  (pytest has put its own in their place)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     if ranks > 1:
