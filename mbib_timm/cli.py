@@ -369,6 +369,7 @@ def predict(flags: Parser) -> Action:
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> int:
+        from mbib_timm.files import counted
         from mbib_timm.inference.prediction_files import OutputChoice
 
         # Before the imports that take seconds.
@@ -404,7 +405,7 @@ def predict(flags: Parser) -> Action:
             device=given.device,
         )
         if found.broken:
-            print(f"could not read {len(found.broken)} of the {found.images} images:", file=sys.stderr)
+            print(f"could not read {len(found.broken):,} of {counted(found.images, 'image')}:", file=sys.stderr)
             for image in found.broken:
                 print(printable(f"  {image.image}: {image.reason}"), file=sys.stderr)
         return 1 if found.broken else 0

@@ -46,6 +46,11 @@ class World:
         return list(dict.fromkeys(value for part in parts for value in part))
 
 
+def usable_cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find_device(name: str | None) -> str:
     """Return the device asked for, or the best there is: CUDA, MPS, CPU.
 

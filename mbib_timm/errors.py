@@ -64,6 +64,13 @@ def few(names: Sequence[object], most: int = 5) -> str:
     return f"{', '.join(map(str, names[:most]))}{more}"
 
 
+def nearest(name: str, valid: Iterable[str], most: int = 3) -> list[str]:
+    """Return the valid names that a name may be a slip of, the nearest first, whatever the case of their letters."""
+    folded = {each.casefold(): each for each in valid}
+    # Half of the letters of both together stand in the same order.
+    return [folded[each] for each in difflib.get_close_matches(name.casefold(), folded, n=most, cutoff=0.5)]
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
     """Build the error for an unknown name, with the nearest valid names.
 
@@ -73,9 +80,8 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
         valid: the names that are.
     """
     names = sorted(valid)
-    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    if nearest:
-        hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?"
+    if near := nearest(name, names):
+        hint = f"did you mean {' or '.join(map(repr, near))}?"
     elif not names:
         hint = "there are none."
     elif len(names) <= 20:

@@ -106,6 +106,14 @@ def check_folder(folder: Path) -> None:
         raise MbibError(f"cannot make the folder {folder}: {above} is a file")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it. Raises MbibError where none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MbibError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
 def printable(text: str) -> str:
     """Return text in one line without what a terminal obeys or cannot show, for names that somebody else has given.
 
@@ -125,17 +133,60 @@ def printable_lines(text: str) -> str:
 _JOINERS = "\u200c\u200d"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 image``, ``1,200 classes``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def to_json(content: Any, indent: int = 2) -> bytes:
     """Return a dataclass or plain values as JSON; NaN and infinity are refused."""
     plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
     return (json.dumps(plain, indent=indent, allow_nan=False) + "\n").encode()
 
 
-def to_csv(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as CSV in UTF-8."""
+# What a spreadsheet takes for the beginning of a formula (OWASP, "CSV Injection"); tabs and line breaks are escaped.
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+
+
+def to_cell(text: str) -> str:
+    """Return text of somebody else's for a CSV that people open in spreadsheets: in one line, and no formula.
+
+    A ``'`` goes before what would be one; a number is none.
+    """
+    shown = printable(text)
+    return f"'{shown}" if _is_formula(shown) and not _is_number(shown) else shown
+
+
+def from_cell(cell: str) -> str:
+    """Return a cell of `to_cell` without the ``'``."""
+    return cell[1:] if cell[:1] == "'" and _is_formula(cell[1:]) else cell
+
+
+def _is_formula(text: str) -> bool:
+    return text.lstrip("'").startswith(_FORMULA)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def to_csv(rows: Iterable[Sequence[object]], exact: bool = False) -> bytes:
+    """Return rows as CSV in UTF-8, text as `to_cell` gives it; `exact` leaves it as it is, for programs that read it.
+
+    Bytes of names that are no text in UTF-8 stay what they are in an exact file.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        writer.writerow(row if exact else [to_cell(cell) if isinstance(cell, str) else cell for cell in row])
+    try:
+        return text.getvalue().encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return text.getvalue().encode("utf-8", "surrogatepass")
 
 
 def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int | None = LARGEST) -> bytes:

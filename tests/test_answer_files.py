@@ -19,6 +19,8 @@ from mbib_timm.evaluation.answer_files import read_confusion, read_errors, write
 from mbib_timm.recipe import Recipe
 
 NAMES = ('a "quoted" name', "Käfer, groß", "new\nline", "=1+1")
+# As they stand in files that people open in spreadsheets.
+SHOWN = ('a "quoted" name', "Käfer, groß", "new\\nline", "'=1+1")
 COUNTS = np.array([200, 40, 7, 1])
 
 
@@ -45,14 +47,14 @@ def test_predictions_confusion_and_classes(tmp_path):
     assert header == ["image", "class", "predicted", "probability"]
     assert [row[0] for row in rows] == [f"arrays[{i}]" for i in range(1, 40)]
     assert [row[1:3] for row in rows] == [
-        [NAMES[y], NAMES[p]] for y, p in zip(answers.targets, answers.predicted, strict=True)
+        [SHOWN[y], SHOWN[p]] for y, p in zip(answers.targets, answers.predicted, strict=True)
     ]
     assert [float(row[3]) for row in rows] == pytest.approx(answers.probability.tolist(), abs=1e-6)
 
     header, *rows = rows_of(files[1])
     expected = reference.confusion_matrix(answers.targets, answers.predicted, labels=range(4))
-    assert header[1:] == list(NAMES)
-    assert [row[0] for row in rows] == list(NAMES)
+    assert header[1:] == list(SHOWN)
+    assert [row[0] for row in rows] == list(SHOWN)
     assert np.array([row[1:] for row in rows], dtype=int).tolist() == expected.tolist()
 
     header, *rows = rows_of(files[2])
@@ -62,7 +64,7 @@ def test_predictions_confusion_and_classes(tmp_path):
     f1 = reference.f1_score(answers.targets, answers.predicted, average=None, labels=range(4))
     for label, (name, trained, evaluated, *numbers) in enumerate(rows):
         total, right = expected[label].sum(), expected[label, label]
-        assert (name, int(trained), int(evaluated)) == (NAMES[label], COUNTS[label], total)
+        assert (name, int(trained), int(evaluated)) == (SHOWN[label], COUNTS[label], total)
         if not total:
             assert numbers == [""] * 4
             continue
@@ -79,7 +81,7 @@ def test_a_confusion_matrix_is_read_back(tmp_path, largest, monkeypatch):
     write_answers(tmp_path, answers, split, COUNTS, NAMES, None)
     found = read_confusion(tmp_path)
     expected = reference.confusion_matrix(answers.targets, answers.predicted, labels=range(4))
-    order = [NAMES.index(name) for name in found.names]
+    order = [NAMES.index(name.replace("\\n", "\n")) for name in found.names]
     assert found.dense().tolist() == expected[np.ix_(order, order)].tolist()
     assert (len(rows_of(tmp_path / "confusion.csv")) == 5) == (largest == 500)
 

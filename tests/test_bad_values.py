@@ -65,7 +65,7 @@ RECIPES = {
     "seed": ("seed: 4294967296\n", "'seed': expected at most 4,294,967,295, got 4,294,967,296"),
     "subset_seed": ("subset_seed: -1\n", "'subset_seed': expected at least 0, got -1"),
     "img_size": ("img_size: 100000\n", "'img_size': expected at most 8,192, got 100,000"),
-    "workers": ("workers: 5000\n", "'workers': expected at most 1,024, got 5,000"),
+    "workers": ("workers: 5000\n", "'workers': expected at most 128, got 5,000"),
     "batch_size": ("batch_size: 1000000000\n", "'batch_size': expected at most 65,536"),
     "batch": ("validation_batch_size: 60000\n", "a batch of 60,000 images of 512 x 512 pixels takes 176 GiB"),
     "epochs": ("epochs: 1000000000\n", "'epochs': expected at most 100,000"),

@@ -46,7 +46,8 @@ def said(capsys, *words):
 
 def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     pytest.importorskip("imagehash")
-    files = {name: tmp_path / name for name in ("images.csv", "classes.png")}
+    # In folders that are made.
+    files = {name: tmp_path / "out" / "new" / name for name in ("images.csv", "classes.png")}
     text = said(capsys, photos, "--csv", files["images.csv"], "--figure", files["classes.png"])
     assert "3 classes, 22 training images: 11 in the largest class, 1 in the smallest" in text
     assert "evaluation: 6 images of 2 classes: 20 % of each class, drawn with seed 0" in text
@@ -57,7 +58,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     assert "kinds: PNG RGB: 26, JPEG RGB: 1" in text
     assert "sizes: 80 x 60: 26, 64 x 48: 1" in text
     assert "shorter side: 48 to 60 pixels, median 60" in text
-    assert f"unreadable: 1:\n  {photos / 'fox' / 'site C' / '9.png'}: cannot identify image file" in text
+    assert f"unreadable: 1:\n  {photos / 'fox' / 'site C' / '9.png'}: no image of a kind that is read" in text
     assert "exact duplicates: 2 images in one set" in text
     assert "further near duplicates: 3 images in one set\n  sets with images of several classes: 1" in text
     table = [line.split() for line in text.splitlines() if line.startswith(("fox", "hare", "lynx"))]
@@ -71,7 +72,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     assert near["exact_set"] == ""
     assert near["near_set"] == same[0]["near_set"] != ""
     assert (near["width"], near["height"], near["kind"], near["label"]) == ("64", "48", "PNG RGB", "hare")
-    assert "cannot identify" in by_path[str(photos / "fox" / "site C" / "9.png")]["error"]
+    assert "no image of a kind" in by_path[str(photos / "fox" / "site C" / "9.png")]["error"]
     assert Image.open(files["classes.png"]).size[1] > 300
 
 
@@ -131,15 +132,17 @@ def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
         ),
         (["digitz"], "or a recipe; unknown recipe 'digitz'"),
         (["PHOTOS", "--figure", "x.jpg"], "--figure x.jpg: expected a name that ends in .png, .pdf, .svg"),
-        (["PHOTOS", "--csv", "nowhere/x.csv"], "cannot write nowhere/x.csv: there is no folder nowhere"),
+        (["PHOTOS", "--csv", "photos/stray.png/x.csv"], "cannot make the folder photos/stray.png: photos/stray.png is"),
+        (["pictures.zip"], "pictures.zip is an archive of a kind that is not read (.tar, .tar.gz, .tgz are); unpack"),
         (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1; --broken skip leaves them out\n  "),
-        (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image under"),
+        (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image a group"),
         (["PHOTOS", "--lr", "3"], "unknown flag of mbib data '--lr'"),
         (["mbib_resnet20.digits", "--write-split", "x.csv"], "the images of dataset digits are not in files"),
     ],
 )
 def test_what_cannot_be_done_is_said(photos, capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pictures.zip", b"PK")
     before = sorted(tmp_path.rglob("*"))
     given = [str(photos) if word == "PHOTOS" else word for word in words]
     assert main(["data", *given, *([] if "--lr" in words else ["--workers", "0"])]) == 2

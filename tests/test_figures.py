@@ -55,6 +55,22 @@ def test_bars_of_classes_follow_their_training_images():
     assert figure.axes[1].lines[0].get_ydata().tolist() == [500, 200, 50, 5]
 
 
+def test_both_figures_say_how_many_classes_are_evaluated():
+    counts = np.array([500, 200, 50, 5, 4, 3])
+    metrics = replace(
+        result(6), classes={"many": 2, "medium": 1, "few": 3}, per_class=[10.0, 20.0, 30.0, 40.0, None, 50.0],
+        measured={"overall": (90, 5), "many": (40, 2), "medium": (20, 1), "few": (30, 2)},
+    )  # fmt: skip
+    legend = figures.class_accuracy({"prediction": metrics}, counts).legends[0]
+    by_class = [text.get_text() for text in legend.get_texts()]
+    assert by_class == ["no test images", "many (2 classes)", "medium (1 class)", "few (2 of 3 classes evaluated)"]
+    ticks = figures.shot_groups_figure({"prediction": metrics}).axes[0].get_xticklabels()
+    assert [text.get_text().replace("\n", " ") for text in ticks] == [
+        *("overall 1,000 images", "macro 5 of 6 classes evaluated"),
+        *("many 2 classes", "medium 1 class", "few 2 of 3 classes evaluated"),
+    ]
+
+
 @pytest.mark.parametrize("heads", [[], ["v3", "z"], ["x", "v1", "v2", "v3", "v4", "v5", "v6", "z"]])
 def test_shot_groups(heads):
     results = {"prediction": result(5)} | {head: result(5, few=10.0) for head in heads}

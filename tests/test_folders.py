@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 from mbib_timm.cli import main
 from mbib_timm.data import (
     build_eval_loader,
+    folders,
     open_data,
     open_split,
 )
@@ -92,7 +94,7 @@ def test_a_validation_split_with_an_unknown_class_is_refused(folder, tmp_path):
     for label in ("ant", "eel"):
         (root / "val" / label).mkdir(parents=True)
         picture(1).save(root / "val" / label / "0.png")
-    with pytest.raises(DataError, match=r"split 'validation' has 1 class that training had not: 'eel' \(did you mean"):
+    with pytest.raises(DataError, match=r"split 'validation' has 1 class not in training: 'eel' \(did you mean"):
         open_data(Recipe(dataset="folder", data_dir=str(root)))
 
 
@@ -439,6 +441,32 @@ def test_names_never_lead_to_the_disk(tmp_path):
     assert set(contents(open_archive(archive).read())) == set(pixels([Image.open(io.BytesIO(png(7)))]))
 
 
+def test_names_that_lead_out_links_and_devices_are_named(tmp_path):
+    odd = [("../ant/1.png", png(1)), ("ant/../../1.png", png(1))]
+    odd += [("ant/l.png", entry_of_type(tarfile.SYMTYPE, "/etc/x"))]
+    odd += [("ant/h.png", entry_of_type(tarfile.LNKTYPE, "../x")), ("ant/d.png", entry_of_type(tarfile.CHRTYPE))]
+    archive = write(tmp_path / "x.tar", tar_bytes([*CLASSES.items(), *odd]))
+    split = open_archive(archive).read()
+    assert split.left_out == {
+        "names that lead out of the archive": ("../ant/1.png", "ant/../../1.png"),
+        "links in the archive, which are not followed": ("ant/l.png", "ant/h.png"),
+        "devices, pipes and sockets": ("ant/d.png",),
+    }
+
+
+def test_a_compressed_archive_has_bounds_of_its_own_size_and_of_the_memory(tmp_path, monkeypatch):
+    archive = write(tmp_path / "x.tgz", gzip.compress(SOUND + bytes(len(SOUND) * 100)))
+    open_archive(archive)  # little all the same
+    monkeypatch.setattr(folders, "SMALL", len(SOUND))
+    with pytest.raises(DataError, match=r"x\.tgz has 0\.0 MB and unpacks to more than \d+, which are not held"):
+        open_archive(archive)
+    write(archive, gzip.compress(SOUND))
+    open_archive(archive)
+    monkeypatch.setattr(folders, "MOST", len(SOUND) - 1)
+    with pytest.raises(DataError, match="which are not held in memory; unpack it"):
+        open_archive(archive)
+
+
 def test_of_members_with_one_name_the_last_counts(tmp_path):
     entries = [("ant/1.png", png(1)), ("bee/1.png", png(2)), ("./ant/1.png", png(3, 20)), ("ant//1.png", png(4, 5))]
     split = open_archive(write(tmp_path / "x.tar", tar_bytes(entries))).read()
@@ -491,6 +519,14 @@ def sparse():
         (SOUND[:HEADER] + bytes(100) + SOUND[HEADER + 100 :], "truncated or damaged after 5 members"),
         (changed(SOUND, HEADER + 124, b"\x80" + b"\xff" * 11), None),
         (changed(SOUND, HEADER + 124, b"77777777777\0"), "unexpected end of data"),
+        (changed(SOUND, HEADER + 124, b"\xff" * 10 + b"\xfe\0"), r"damaged header of train/c2/9\.png"),  # -512
+        (changed(SOUND, HEADER + 124, b"\x80" + b"\x7f" * 11), None),
+        (changed(SOUND, HEADER + 156, b"L")[: HEADER + 512], None),
+        (changed(SOUND, HEADER + 156, b"S")[: HEADER + 512], None),
+        (b"".join(changed(SOUND[HEADER : HEADER + 512], 156, b"L") for _ in range(3000)), None),
+        (b"PK\x03\x04" + bytes(600), r"another kind \(zip\) than its name says; unpack it$"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(600), r"another kind \(7z\) than its name says; unpack it$"),
+        (lzma.compress(SOUND), r"another kind \(xz\) than its name says; unpack it$"),
         (sparse(), r"ant/1\.png is a sparse member"),
         (sparse().replace(b"=0,512", b"=0,5x2"), None),
         (gzip.compress(SOUND)[:-9], None),

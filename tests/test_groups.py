@@ -5,8 +5,8 @@ import pytest
 from archive_images import png, tar_bytes, unpacked, write
 from sklearn.model_selection import StratifiedGroupKFold
 
-from mbib_timm.data import open_data, summary
-from mbib_timm.data.groups import group_names, group_numbers, hold_out_groups
+from mbib_timm.data import open_data, open_split, summary
+from mbib_timm.data.groups import group_names, group_numbers, hold_out_groups, require_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
 
@@ -90,12 +90,15 @@ def test_groups_are_found_in_paths(group_by, expected):
     labels = ["fox", "fox", "hare", "lynx"]
     if group_by.startswith("pattern:^"):
         names[3] = "lynx/B/x.jpg"
-    assert group_names(group_by, names, labels, "here").tolist() == expected
+    assert group_names(group_by, names, labels).tolist() == expected
 
 
 def test_a_group_that_no_image_has():
-    with pytest.raises(DataError, match=r"folder:3 gives no image under here a group, such as 'fox/1\.jpg'"):
-        group_names("folder:3", ["fox/1.jpg"], ["fox"], "here")
+    groups = group_names("folder:3", ["fox/1.jpg"], ["fox"])
+    assert groups.tolist() == [""]
+    recipe = Recipe(dataset="folder", group_by="folder:3")
+    with pytest.raises(DataError, match=r"folder:3 gives no image a group, such as fox/1\.jpg"):
+        require_groups(recipe, groups, "fox/1.jpg")
 
 
 BURSTS = {
@@ -125,6 +128,47 @@ def test_folders_and_archives_are_split_by_group(tmp_path):
         assert f"groups: {len(sites['train'])} in training, {len(sites['val'])} in evaluation" in lines
         assert "classes without an evaluation image: 1 (lynx)" in lines
         assert any("about 20 % of each class, drawn with seed 0, in whole groups by folder:1" in line for line in lines)
+
+
+def test_a_class_whose_name_a_mac_has_decomposed_is_no_group(tmp_path):
+    entries = {f"{label}/site {i % 5}/{i}.png": png(i) for label in ("Da\u0308chs", "Eule") for i in range(25)}
+    for place in (unpacked(tmp_path / "data", entries), write(tmp_path / "x.tar", tar_bytes(entries))):
+        data = open_data(Recipe(dataset="folder", data_dir=str(place), group_by="folder:1"))
+        assert set(data.train.groups) | set(data.val.groups) == {f"site {i}" for i in range(5)}
+        assert np.bincount(data.val.targets).tolist() == [5, 5]
+    rows = [f"{name},{name.split('/')[0]}" for name in entries]
+    table = write(tmp_path / "data" / "t.csv", "\n".join(["path,label", *rows]).encode())
+    data = open_data(Recipe(dataset="table", table=str(table), group_by="folder:1"))
+    assert np.bincount(data.val.targets).tolist() == [5, 5]
+
+
+def test_groups_are_needed_only_where_something_is_held_out(tmp_path):
+    flat = {f"{label}/{i}.png": png(i) for label in ("fox", "hare") for i in range(3)}
+    plain = Recipe(dataset="folder", data_dir=str(unpacked(tmp_path / "flat", flat)), group_by="folder:1")
+    assert len(open_split(plain, "all")) == 6
+    with pytest.raises(DataError, match=r"'group_by': folder:1 gives no image a group, such as .*flat/fox/0\.png"):
+        open_split(plain, "validation")
+    unpacked(
+        tmp_path / "splits",
+        {f"{split}/{name}": content for split in ("train", "val") for name, content in flat.items()},
+    )
+    own = plain.replace(data_dir=str(tmp_path / "splits"))
+    assert len(open_split(own, "val")) == 6
+    with pytest.raises(DataError, match="folder:1 gives no image a group"):
+        open_data(own)
+    rows = [f"{name},{name.split('/')[0]}" for name in flat]
+    table = write(tmp_path / "flat" / "t.csv", "\n".join(["path,label", *rows]).encode())
+    listed = Recipe(dataset="table", table=str(table), group_by="column", group_column="site")
+    assert len(open_split(listed, "all")) == 6
+    with pytest.raises(DataError, match=r"t\.csv has no groups: there is no column 'site', or nothing in it"):
+        open_data(listed)
+
+
+def test_images_without_a_group_are_counted(tmp_path):
+    root = unpacked(tmp_path / "data", {**BURSTS, "fox/alone.png": png(3)})
+    lines = summary(open_data(Recipe(dataset="folder", data_dir=str(root), group_by="folder:1")))
+    (line,) = [line for line in lines if line.startswith("groups: ")]
+    assert line.endswith(("; ungrouped: 1 in training, 0 in evaluation", "; ungrouped: 0 in training, 1 in evaluation"))
 
 
 def test_groups_that_leave_nothing_to_hold_out(tmp_path):

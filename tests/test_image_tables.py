@@ -122,8 +122,8 @@ def test_parquet(images):
     split = open_split(recipe(images / "n.parquet"), "all")
     assert split.class_names == ("0", "1", "2")
     assert split.left_out == {"rows without a class": (f"{images / 'n.parquet'}, row 24",)}
-    with pytest.raises(MbibError, match=r"unknown column of .*n\.parquet 'group': choose from label, path"):
-        open_split(recipe(images / "n.parquet", group_by="column"), "all")
+    with pytest.raises(DataError, match=r"n\.parquet has no groups: there is no column 'group'"):
+        open_split(recipe(images / "n.parquet", group_by="column"), "train")
     (images / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"^cannot read .*bad\.parquet: [^\n]*$"):
         open_split(recipe(images / "bad.parquet"), "all")
@@ -135,7 +135,10 @@ def test_parquet(images):
         ("", r"t\.csv is empty; expected a first line that names its columns"),
         ("path,label\n", "lists no images"),
         ("path,label\nBär/0.png,\n", "lists no image with a class"),
-        ("file,label\nBär/0.png,Bär\n", r"unknown column of .*t\.csv 'path'.* Another one is named by --path-column"),
+        (
+            "file,label\nBär/0.png,Bär\n",
+            r"t\.csv has no column 'path', but file, label\. Another one is named by --path-column",
+        ),
         ("path,class\nBär/0.png,Bär\n", r"'label'.* Another one is named by --label-column"),
         ("path,path,label\na,b,c\n", "has 2 columns 'path'"),
         (
@@ -144,9 +147,18 @@ def test_parquet(images):
         ),
         ("path,label\nBär/0.png,Bär\nBär/1.png\n", r"t\.csv, line 3: expected 2 columns, got 1"),
         ('path,label\nBär/0.png,"Bär\n', r"t\.csv, line 2: unexpected end of data"),
-        ("path,label\nBär/0.png,Bär\n,Bär\n", r"t\.csv, line 3: column 'path' holds no path but ''"),
-        ("path,label\nBär/0.png,Bär\na\0b,Bär\n", r"t\.csv, line 3: "),
-        ("path,label\nnowhere/0.png,Bär\n", r"t\.csv, line 2: there is no .*nowhere/0\.png; relative paths begin at"),
+        ("path,label\nBär/0.png,Bär\n,Bär\n", r"t\.csv, line 3: column 'path' holds no path$"),
+        ("path,label\nBär/0.png,Bär\na\0b,Bär\n", r"t\.csv, line 3: column 'path' holds the control character '\\x00'"),
+        ("path,label\nBär/0.png,B\0\n", r"t\.csv, line 2: column 'label' holds the control character '\\x00'"),
+        (f"path,label\nBär/0.png,{'B' * 5000}\n", r"t\.csv, line 2: column 'label' holds 5,000 characters; expected"),
+        (f"path,label\nBär/0.png,{'B' * 200_000}\n", r"t\.csv, line 2: field larger than field limit"),
+        ('path,"label\nBär/0.png,Bär\n', r"t\.csv: the first line names no columns: unexpected end of data"),
+        ('path,"label\nor",label\nBär/0.png,x,Bär\n', r"holds 1 class \(Bär\)"),
+        ("path,label\n" + "x/{},B\n" * 3, r"images of several|of its 1 image, 1 cannot be found"),
+        (
+            "path,label\nnowhere/0.png,Bär\n",
+            r"t\.csv: of its 1 image, 1 cannot be found under .*: nowhere",
+        ),
         ("path,label\nBär/0.png,Bär\nBär/1.png,Bär\n", r"holds 1 class \(Bär\); a classifier needs two or more"),
         (
             "path,label,split\nBär/0.png,Bär,train\nBär/0.png,Bär,val\n",
@@ -159,6 +171,45 @@ def test_bad_tables_are_refused_with_file_and_line(images, content, message):
     with pytest.raises(MbibError, match=message) as caught:
         open_data(recipe(file))
     assert "\n" not in str(caught.value)
+
+
+def test_columns_of_parquet_that_hold_no_text(images):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    labels = {
+        "list": [["a"]] * 4,
+        "struct": [{"a": 1}] * 4,
+        "binary": [b"a"] * 4,
+        "dictionary": pyarrow.array([b"a"] * 4).dictionary_encode(),
+    }
+    for kind, label in labels.items():
+        paths = [row[0] for row in ROWS[:4]]
+        parquet.write_table(pyarrow.table({"path": paths, "label": label}), images / "t.parquet")
+        with pytest.raises(DataError, match=r"t\.parquet: column 'label' holds \S+.*; expected text or numbers"):
+            open_split(recipe(images / "t.parquet"), "all")
+        assert kind
+    data = pyarrow.array([b"\xff\xfe", b"a", b"b", b"c"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"path": paths, "label": data}), images / "t.parquet")
+    with pytest.raises(DataError, match=r"^cannot read .*t\.parquet: 'utf-8' codec can't decode"):
+        open_split(recipe(images / "t.parquet"), "all")
+    whole = (images / "t.parquet").read_bytes()
+    for damaged in (whole[:-20], whole[:100] + whole[-100:], b"PAR1" + b"\xff" * 500 + whole[-8:]):
+        (images / "t.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"^cannot read .*t\.parquet: [^\n]*$"):
+            open_split(recipe(images / "t.parquet"), "all")
+
+
+def test_a_table_has_a_size(images, monkeypatch):
+    monkeypatch.setattr("mbib_timm.data.image_tables.LARGEST_TABLE", 20)
+    file = table_of(images / "t.csv", text_of(ROWS))
+    for name in ("t.csv", "t.parquet"):
+        with pytest.raises(DataError, match=r"the table .* is larger than 0 MB"):
+            open_data(recipe(file.rename(images / name)))
+
+
+def test_a_few_images_of_a_table_may_be_missing(images):
+    rows = [*ROWS, ("gone.png", ROWS[0][1], "")]
+    split = open_split(recipe(table_of(images / "t.csv", text_of(rows))), "all")
+    assert "cannot be found: gone.png; training replaces them" in split.missing
 
 
 def test_more_that_is_no_table(images, tmp_path):

@@ -50,7 +50,7 @@ def test_against_a_loop_over_shuffled_names():
 
 
 def test_an_unknown_name_is_an_error_that_says_which_and_the_nearest():
-    with pytest.raises(DataError, match=r"has 2 classes that training had not: 'Red Fox' \(did you mean 'red fox'\?\)"):
+    with pytest.raises(DataError, match=r"has 2 classes not in training: 'Red Fox' \(did you mean 'red fox'\?\)"):
         match_classes("test", split(("bee", "Red Fox", "zzzz"), [0, 1, 2]), NAMES, 4)
 
 
@@ -76,7 +76,7 @@ def test_without_names_the_numbers_decide():
     assert match_classes("test", split(NAMES, [3, 0]), None, 4).targets.tolist() == [3, 0]
     with pytest.raises(DataError, match=r"labels 0\.\.4, training has 4 classes"):
         match_classes("test", split(None, [4, 0]), NAMES, 4)
-    with pytest.raises(DataError, match="has 4 classes, training had 3, without names to match"):
+    with pytest.raises(DataError, match="has 4 classes, training has 3, without names to match"):
         match_classes("test", split(NAMES, [0]), None, 3)
     with pytest.raises(DataError, match="has no images"):
         match_classes("test", split(NAMES, []), NAMES, 4)
@@ -166,6 +166,14 @@ def test_splits_of_other_data_are_kept(run, tmp_path, capsys):
         open_split(Recipe(dataset="folder", data_dir=str(tmp_path / "other")), "all")
 
 
+def test_other_data_need_no_groups(run, tmp_path, capsys):
+    other = colored(tmp_path / "other", {"bee": 1})
+    for flags in ([], ["--split", "all"]):
+        status, out, err = validated(run, capsys, "--data-dir", str(other), "--group-by", "folder:1", *flags)
+        assert (status, err) == (0, "")
+        assert "on all:" in out
+
+
 def test_what_is_not_measured_is_named(run, tmp_path, capsys):
     other = colored(tmp_path / "other", {"bee": 2, "ant": 2})
     (other / "bee" / "broken.png").write_text("no image")
@@ -186,5 +194,5 @@ def test_a_renamed_folder_is_an_error(run, tmp_path, capsys):
     assert status == 2
     assert out == ""
     assert err == (
-        "mbib: error: split 'all' has 1 class that training had not: 'Bees' (did you mean 'bee'?)\n"
+        "mbib: error: split 'all' has 1 class not in training: 'Bees' (did you mean 'bee'?)\n"
     )  # fmt: skip

@@ -5,22 +5,25 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import types
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mbib_timm.cli import main
 from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import predict as predict_module
 from mbib_timm.inference.inputs import find_images
-from mbib_timm.inference.predict import predict
+from mbib_timm.inference.predict import AGAIN, predict
 from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.weights import LoadedModel, load_model
@@ -98,7 +101,7 @@ def test_another_prior_weighs_the_probabilities_by_its_frequencies(finished_run,
         Predictor(model, prior=str(given)).probabilities(images).double(), expected, rtol=1e-4, atol=1e-7
     )
     given.write_text("1\n2\n")
-    with pytest.raises(MbibError, match="has 2 numbers, the model 10 classes"):
+    with pytest.raises(MbibError, match="expected a share for each of the 10 classes, got 2"):
         Predictor(model, prior=str(given))
 
 
@@ -133,7 +136,7 @@ def test_broken_images_are_listed_at_the_end(finished_run, photos, tmp_path, cap
     }
     assert len(lines) == 13
     assert all(len(line["classes"]) == 5 for line in lines[1:])
-    assert err.startswith("could not read 1 of the 13 images:")
+    assert err.startswith("could not read 1 of 13 images:")
     assert "broken.png: " in err
 
 
@@ -239,6 +242,18 @@ def naive(rows):
     return 100 * sum(sum(values) for values in right.values()) / len(known), sum(means) / len(means), len(known)
 
 
+def told(text):
+    """The numbers of the table of accuracies in what is printed, by row and column."""
+    header = re.search(r"^%  +.*$", text, re.MULTILINE)[0].split("  ")
+    columns = [name.strip() for name in header if name.strip()][1:]
+    found = {}
+    for line in text.splitlines():
+        name, *numbers = [cell.strip() for cell in line.strip().split("  ") if cell.strip()]
+        if len(numbers) == len(columns):
+            found[name] = dict(zip(columns, numbers, strict=True))
+    return found
+
+
 def read_csv(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -260,17 +275,24 @@ def test_folders_that_are_classes_give_the_accuracy(finished_run, labelled, tmp_
     assert (broken["label"], broken["predicted"]) == ("1", "")
     assert "no image of a kind that is read" in broken["error"]
     top1, macro, images = naive(rows)
-    assert f"accuracy on {images} images of 9 classes, %: top-1 {top1:.2f}, mean of classes {macro:.2f}" in out
+    of = told(out)
+    assert (of["prediction"]["overall"], of["prediction"]["macro"]) == (f"{top1:.2f}", f"{macro:.2f}")
+    assert of["prediction"].keys() == {"overall", "macro", "macro F1", "many", "medium", "few"}, (
+        "those of mbib validate"
+    )
+    assert (of["evaluated classes"]["overall"], of["evaluated images"]["overall"]) == ("9", str(images))
+    low, high = map(float, of["95 % interval"]["macro"].split("-"))
+    assert low <= round(macro, 1) <= high
     lynx = sum(row["label"] == "lynx" for row in rows)
-    assert f"not counted: {lynx} images of classes that the model does not know: lynx ({lynx})" in out
-    assert err.startswith("could not read 1 of the 61 images:")
+    assert f"not counted: {lynx} images of classes that the model was not trained on: lynx ({lynx})" in out
+    assert err.startswith("could not read 1 of 61 images:")
     # Standard output holds the predictions alone.
     assert main(["predict", str(finished_run), str(labelled), "--format", "csv", "--device", "cpu"]) == 1
     out, err = capsys.readouterr()
     assert out == output.read_text()
-    assert f"top-1 {top1:.2f}" in err
+    assert told(err)["prediction"]["overall"] == f"{top1:.2f}"
     assert write(finished_run, [labelled], output, "--no-labels") == 1
-    assert "accuracy" not in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
     assert {row["label"] for row in read_csv(output)} == {""}
 
 
@@ -319,13 +341,13 @@ def test_a_table_gives_paths_and_labels(finished_run, labelled, tmp_path, kind):
     ("text", "message"),
     [
         ("", "is empty"),
-        ("pth,label\n1.png,a\n", "list.csv 'path': did you mean 'pth'"),
+        ("pth,label\n1.png,a\n", "list.csv has no column 'path', but pth, label"),
         ("path,label\n", "names no images"),
-        ("path,label\n1.png,a\n2.png,b\n", "names 2 images, and none of them is there"),
+        ("path,label\n1.png,a\n2.png,b\n", "names 2 images, and none is there"),
         ("path,label\n1.png\n", "line 2: expected 2 columns, got 1"),
         ("path,label\n,a\n", "line 2: column 'path' holds no path"),
         (b"path,label\n\xff.png,a\n", "line 2: not UTF-8"),
-        ("path,class\n1.png,a\n", "list.csv 'label'"),
+        ("path,class\n1.png,a\n", "list.csv has no column 'label'"),
         ('path,label\n"1.png,a\n', "line 2: unexpected end of data"),
     ],
 )
@@ -357,7 +379,11 @@ def test_names_of_any_bytes_and_with_escapes_are_written(finished_run, photos, t
     assert "\x1b" not in out
     assert "a\\nb\\x1b[31m.png" in out
     assert write(finished_run, odd, tmp_path / "out.csv") == 0
-    assert [row["image"] for row in read_csv(tmp_path / "out.csv")] == [str(odd[0]), rf"{tmp_path}/\xff.png"]
+    found = [row["image"] for row in read_csv(tmp_path / "out.csv")]
+    assert found == [rf"{tmp_path}/a\nb\x1b[31m.png", rf"{tmp_path}/\xff.png"]
+    assert write(finished_run, odd, tmp_path / "out.jsonl") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [str(odd[0]), rf"{tmp_path}/\xff.png"], "exact"
 
 
 def test_names_of_classes_are_compared_composed():
@@ -382,7 +408,7 @@ def test_below_the_threshold_the_answer_is_unsure(finished_run, labelled, tmp_pa
     unsure = [row for row in rows if row["predicted"] == "unsure"]
     assert unsure
     assert f"unsure (below 0.6): {len(unsure)} of 60 images" in out
-    assert f"top-1 {naive(plain)[0]:.2f}," in out  # over all images
+    assert told(out)["prediction"]["overall"] == f"{naive(plain)[0]:.2f}", "over all images"
     top1, _, images = naive([row for row in rows if row["predicted"] != "unsure"])
     assert f"without the unsure: {top1:.2f} on {images} images" in out
 
@@ -428,35 +454,104 @@ def test_an_interrupted_run_is_continued(finished_run, labelled, tmp_path, capsy
         if cut is not None:
             half.write_bytes(content[:cut])
         scored.clear()
+        done = max(0, content[: cut or 0].count(b"\n") - (kind == "csv"))
+        again = min(AGAIN, done - (done > 10))  # of the images that are done, one of which cannot be read
         assert write(finished_run, [labelled], half, "--threshold", "0.5", "--resume") == 1
         (words, numbers), (other_words, other_numbers) = map(apart, (content.decode(), half.read_text("utf-8")))
         assert other_words == words
         assert other_numbers == pytest.approx(numbers, abs=2e-6)  # a batch of another size rounds otherwise
         assert capsys.readouterr() == expected
-        assert len(scored) == 61 - max(0, content[: cut or 0].count(b"\n") - (kind == "csv"))
+        assert len(scored) == again + 61 - done
 
 
-def test_a_line_end_within_half_a_cell_is_cut_off_too(finished_run, photos, tmp_path):
-    image = tmp_path / "a\nb.png"
-    image.write_bytes((photos / "image0.png").read_bytes())
-    output, images = tmp_path / "out.csv", [photos / "image1.png", image]
-    assert write(finished_run, images, output) == 0
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_names_that_are_formulas_or_escapes_are_continued(finished_run, photos, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "=cmd.png",
+        "@a.png",
+        "-1.png",
+        "+1.png",
+        "'=cmd.png",
+        "a\nb\r\x1b[31m.png",
+        "\ta.png",
+        "a\\nb.png",
+        "1.png",
+    ]
+    for name in names:
+        shutil.copy(photos / "image0.png", tmp_path / name)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"1.png\n=cmd.png\n=cmd.png\n\ta.png\n")))
+    whole, half = Path(f"whole.{kind}"), Path(f"half.{kind}")
+    assert write(finished_run, [f"./{name}" for name in names], whole) == 0
+    assert write(finished_run, ["-"], Path(f"listed.{kind}")) == 0
+    if kind == "csv":
+        cells = [row["image"] for row in read_csv(Path("listed.csv"))]
+        assert cells == ["1.png", "'=cmd.png", "'=cmd.png", r"\ta.png"]
+    content = Path(f"listed.{kind}").read_bytes()
+    half.write_bytes(content[: content.rindex(b"=cmd") + 2])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"1.png\n=cmd.png\n=cmd.png\n\ta.png\n")))
+    assert write(finished_run, ["-"], half, "--resume") == 0
+    assert apart(half.read_text())[0] == apart(content.decode())[0], "an image that is given twice is there twice"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_that_another_model_has_written_is_not_continued(finished_run, labelled, tmp_path, capsys, kind):
+    output = tmp_path / f"out.{kind}"
+    assert write(finished_run, [labelled], output, "--threshold", "0.6", "--batch-size", "8") == 1
     content = output.read_bytes()
-    output.write_bytes(content[: content.index(b"a\nb") + 2])
-    assert write(finished_run, images, output, "--resume") == 0
-    assert output.read_bytes() == content
+    half = content[: len(content) // 2]
+    other = tmp_path / "other"
+    shutil.copytree(finished_run, other)
+    weights = load_file(other / "model.safetensors")
+    changed = {name: 1.2 * weight if weight.ndim == 4 else weight for name, weight in weights.items()}
+    save_file(changed, other / "model.safetensors")
+    capsys.readouterr()
+    for run, flags, message in (
+        (other, [], "was written by another model"),
+        (finished_run, ["--head", "v3"], "or with another --head or --prior"),
+        (finished_run, ["--prior", "train"], "or with another --head or --prior"),
+        (finished_run, ["--threshold", "0.3"], "was written with another --threshold: "),
+        (finished_run, ["--no-labels"], "has the class '0' for "),
+    ):
+        output.write_bytes(half)
+        assert write(run, [labelled], output, "--threshold", "0.6", "--resume", *flags) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.splitlines()) == 1
+        assert output.read_bytes() == half
+    elsewhere = tmp_path / "elsewhere.png"
+    shutil.copy(next(labelled.glob("0/*/*.png")), elsewhere)
+    assert write(finished_run, [elsewhere], output, "--threshold", "0.6", "--resume") == 2
+    assert "holds none of the images given, but " in capsys.readouterr().err
 
 
 def test_a_file_of_another_kind_is_not_continued(finished_run, photos, tmp_path, capsys):
     output = tmp_path / "out.csv"
-    for content, flags in (("a,b\n1,2\n", []), (None, ["--top-k", "2"]), ("\x00\n", [])):
+    cases = (
+        (
+            "a,b\n1,2\n",
+            [],
+            "of the columns it lacks image, label, predicted, probability, class_1 and 10 more and has a, b",
+        ),
+        (None, ["--top-k", "4"], "of the columns it has class_5, probability_5"),
+        (
+            None,
+            ["--top-k", "4", "--probabilities"],
+            "it lacks p(0), p(1), p(2), p(3), p(4) and 5 more and has class_5, prob",
+        ),
+        ("\x00\n", [], "of the columns it lacks"),
+        ("notes on foxes", [], "its first line is another"),
+    )
+    for content, flags, message in cases:
         if content is None:
             write(finished_run, [photos], output)
         else:
             output.write_text(content)
         before = output.read_bytes()
         assert write(finished_run, [photos], output, "--resume", *flags) == 2
-        assert "does not hold predictions of this kind" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "does not hold predictions of this kind" in err
+        assert message in err
         assert output.read_bytes() == before
 
 
@@ -490,6 +585,28 @@ def test_a_file_in_the_place_of_a_folder(finished_run, photos, tmp_path, capsys)
     (tmp_path / "file").write_text("")
     assert write(finished_run, [photos], tmp_path / "file" / "out.csv") == 2
     assert "cannot make the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet"])
+def test_a_full_disk_is_said_of_the_file(finished_run, photos, tmp_path, capsys, monkeypatch, name):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    resource = pytest.importorskip("resource")
+    enter = predict_module._Outputs.__enter__
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(outputs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+        return enter(outputs)
+
+    monkeypatch.setattr(predict_module._Outputs, "__enter__", full)
+    try:
+        status = write(finished_run, [photos], tmp_path / name, "--batch-size", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert f"mbib: error: cannot write {tmp_path / name}: " in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ([] if name.endswith("parquet") else [name])
 
 
 @pytest.mark.parametrize(

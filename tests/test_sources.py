@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 from small_data import normalized_recipe as recipe
 from small_data import picture, save_image
 
-from mbib_timm.data import SOURCES, create_loaders, open_data, open_split
+from mbib_timm.data import SOURCES, create_loaders, open_data, open_split, sources, summary
 from mbib_timm.data.loaders import timm_eval_loader
 from mbib_timm.data.sources import open_digits, open_inaturalist, open_list
 from mbib_timm.environment import World
@@ -108,7 +109,7 @@ def test_lists_that_fit_nothing(image_list):
     with pytest.raises(DataError, match="lists no images"):
         open_list("empty.txt", str(image_list), "train_list", None)
     (image_list / "away.txt").write_text("elsewhere/a.JPEG 0\n")
-    with pytest.raises(DataError, match=r"lists elsewhere/a\.JPEG, which is not under data_dir"):
+    with pytest.raises(DataError, match=r"away\.txt: of its 1 image, 1 cannot be found .*: elsewhere/a\.JPEG;"):
         open_list("away.txt", str(image_list), "train_list", None)
     (image_list / "gap.txt").write_text("train/n01/a.JPEG 0\ntrain/n02/b.JPEG 2\n")
     with pytest.raises(DataError, match="no training images of class 1"):
@@ -120,12 +121,11 @@ def test_a_list_of_437_513_lines(tmp_path):
     """In a fresh process, whose peak memory is its own."""
     lines = "".join(f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg {i % 8142}\n" for i in range(437_513))
     (tmp_path / "train.txt").write_text(lines)
-    first = tmp_path / "train_val2018" / "Plantae" / "0"
-    first.mkdir(parents=True)
-    picture(0).save(first / f"{0:032x}.jpg")
     script = (
         "import resource, sys, time\n"
+        "from mbib_timm.data import sources\n"
         "from mbib_timm.data.sources import open_list\n"
+        "sources.look_for_images = lambda *arguments, **options: ''\n"
         "from mbib_timm.data.long_tail import count_classes\n"
         "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "start = time.process_time()\n"
@@ -142,12 +142,10 @@ def test_a_list_of_437_513_lines(tmp_path):
     assert megabytes < 400
 
 
-def test_real_lists(shared, tmp_path):
+def test_real_lists(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "look_for_images", lambda reader, file, confined: "")
     for name, images, classes in [("ImageNet_LT_test.txt", 50_000, 1000), ("iNaturalist18_val.txt", 24_426, 8142)]:
         file = shared / "data" / "lists" / name
-        first = tmp_path / file.open().readline().split()[0]
-        first.parent.mkdir(parents=True)
-        picture(0).save(first)
         split = open_list(str(file), str(tmp_path), "val_list", None)
         assert len(split) == images
         assert len(np.unique(split.targets)) == classes
@@ -169,9 +167,16 @@ def test_inaturalists_json(tmp_path):
     (tmp_path / "train2018.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="must be a path below"):
         open_inaturalist("train2018.json", str(tmp_path), "train_list")
-    (tmp_path / "train2018.json").write_text("{}")
-    with pytest.raises(DataError, match="is not iNaturalist's json"):
-        open_inaturalist("train2018.json", str(tmp_path), "train_list")
+    for text, message in (
+        ("{}", "it has no list 'images'"),
+        ("[]", "it has no list 'images'"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"images": [], "images": []}', "key 'images' stands there twice"),
+        ("\ufeff", "Expecting value"),
+    ):
+        (tmp_path / "train2018.json").write_text(text)
+        with pytest.raises(DataError, match=f"is not iNaturalist's json of .*: .*{message}"):
+            open_inaturalist("train2018.json", str(tmp_path), "train_list")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_both_layouts_of_lists_and_of_folders(tmp_path, listed, there):
 
 def test_lists_are_read_whatever_separates_and_with_spaces_in_names(tmp_path):
     save_image(tmp_path / "a b.png")
-    (tmp_path / "list.txt").write_text("a b.png\t1\r\n\n  é..png   0\n")
+    (tmp_path / "list.txt").write_bytes("\ufeffa b.png\t1\r\n\n  é..png   0\n".encode())
     split = open_list("list.txt", str(tmp_path), "train_list", None)
     assert split.targets.tolist() == [1, 0]
     assert [split.reader.name(i) for i in range(2)] == ["a b.png", "é..png"]
@@ -206,7 +211,18 @@ def test_lists_are_read_whatever_separates_and_with_spaces_in_names(tmp_path):
         (b"a.png 99999999999999999999\n", r"line 1: label 9+ is too large"),
         (b"a.png 0x1\n", r"line 1: label '0x1' is not an integer"),
         (b"\\\\host\\a.png 0\n", "line 1: .* must be a path below"),
-        (b"\xff\xd8\xff\xe0\n", "is not a text file"),
+        (b"\xff\xd8\xff\xe0\n", r"list\.txt, line 1 is no text in UTF-8; save"),
+        ("a.png 0\n".encode("utf-16"), r"list\.txt, line 1 is no text in UTF-8; save"),
+        ("a.png 0\nä.png 1\n".encode("latin-1"), r"list\.txt, line 2 is no text in UTF-8; save"),
+        (b"a.png 0\na\0.png 1\n", r"line 2: .* holds the control character '\\x00'"),
+        (b"a.png 0\ra.png 1\r", r"line 1: .* holds the control character '\\r'"),
+        (b"a.png 0\n\x1b[2Ja.png 1\n", r"line 2: .* holds the control character '\\x1b'"),
+        (b"a.png 18446744073709551616\n", r"line 1: label 18446744073709551616 is too large"),
+        (b"a.png " + b"9" * 5000 + b"\n", r"line 1: label 9{80} is too large"),
+        ("a.png ١\n".encode(), r"line 1: label '١' is not an integer"),
+        (b"a.png 1_0\n", r"line 1: label '1_0' is not an integer"),
+        (b"x" * 9000 + b".png 0\n", r"line 1 is longer than 8,192 bytes"),
+        (b"x" * 5000 + b".png 0\n", r"of its 1 image, 1 cannot be found under"),
     ],
 )
 def test_more_bad_lists(tmp_path, content, message):
@@ -225,6 +241,80 @@ def test_one_missing_image_is_a_broken_image_and_no_wrong_folder(tmp_path):
     assert loader.broken_images() == [str(tmp_path / "a.png")]
 
 
+def listed(root, there, missing, **keys):
+    """A recipe of a list of images, of which some are there."""
+    names = [*(f"n{i % 2}/{i}.png" for i in range(there)), *(f"n{i % 2}/gone {i}.png" for i in range(missing))]
+    for name in names[:there]:
+        save_image(root / name)
+    (root / "list.txt").write_text("".join(f"{name} {name[1]}\n" for name in names))
+    lists = {"train_list": "list.txt", "val_list": "list.txt", "workers": 0}
+    return Recipe(dataset="list", data_dir=str(root), **lists, **keys)
+
+
+@pytest.mark.parametrize("broken", ["replace", "skip", "stop"])
+def test_a_few_missing_images_are_said_and_counted_as_broken_ones(tmp_path, broken):
+    settings = listed(tmp_path, 10, 4, broken=broken)
+    if broken == "stop":
+        with pytest.raises(DataError, match="images that cannot be read: 8"):
+            open_data(settings)
+        return
+    data = open_data(settings)
+    lines = [line for line in summary(data) if line.startswith("warning")]
+    if broken == "replace":
+        assert data.class_counts.tolist() == [7, 7]
+        assert lines == [
+            f"warning: {tmp_path}/list.txt: of its 14 images, 4 cannot be found: n0/gone 0.png, n1/gone 1.png, "
+            "n0/gone 2.png, ...; training replaces them, an evaluation leaves them out; --broken skip takes them out "
+            "of the class counts too"
+        ]
+    else:
+        assert data.class_counts.tolist() == [5, 5]
+        assert len(lines) == 1
+        assert "left out: images that cannot be read: 4 (" in lines[0]
+
+
+@pytest.mark.parametrize("broken", ["replace", "skip", "stop"])
+def test_more_than_half_missing_is_another_folder(tmp_path, broken):
+    assert open_data(listed(tmp_path / "half", 6, 6)).class_counts.tolist() == [6, 6]
+    with pytest.raises(DataError, match=r"list\.txt: of its 10 images, 6 cannot be .*: n0/gone 0\.png, n1/gone 1"):
+        open_data(listed(tmp_path, 4, 6, broken=broken))
+
+
+def test_of_many_images_a_sample_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("mbib_timm.data.images.MOST_LOOKED_FOR", 5)
+    (line,) = summary(open_data(listed(tmp_path, 12, 4)))[-1:]
+    assert "of its 5 images, 1 cannot be found: " in line
+
+
+def test_links_out_of_a_lists_root_are_refused_and_those_within_it_are_not(tmp_path):
+    root = tmp_path / "root"
+    settings = listed(root, 4, 0)
+    save_image(tmp_path / "secret" / "x.png")
+    (root / "n0" / "within.png").symlink_to(root / "n1" / "1.png")
+    (root / "twin").symlink_to(root / "n0")
+    (tmp_path / "alias").symlink_to(root)
+    lines = (root / "list.txt").read_text()
+    (root / "list.txt").write_text(f"{lines}n0/within.png 0\ntwin/0.png 0\n")
+    assert len(open_data(settings.replace(data_dir=str(tmp_path / "alias"))).train) == 6
+    (root / "n0" / "out.png").symlink_to(tmp_path / "secret" / "x.png")
+    (root / "away").symlink_to(tmp_path / "secret")
+    for name in ("n0/out.png", "away/x.png"):
+        (root / "list.txt").write_text(f"{lines}{name} 0\n")
+        with pytest.raises(DataError, match=f"{name} is a link, or below one, that leads out of data_dir"):
+            open_data(settings)
+
+
+def test_a_pipe_in_a_list_is_no_image(tmp_path):
+    settings = listed(tmp_path, 4, 0)
+    os.mkfifo(tmp_path / "n0" / "pipe.png")
+    with (tmp_path / "list.txt").open("a") as file:
+        file.write("n0/pipe.png 0\n")
+    data = open_data(settings)
+    assert "of its 5 images, 1 cannot be found: " in data.train.missing
+    with pytest.raises(OSError, match="no regular file"):
+        data.train.reader.read(4)
+
+
 def test_a_split_that_no_list_is_for(tmp_path):
     settings = Recipe(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt")
     with pytest.raises(DataError, match="there is no list of split 'holdout': the recipe names train, validation"):
@@ -240,6 +330,15 @@ def test_a_class_map_says_how_many_classes_there_are(tmp_path):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     with pytest.raises(DataError, match="no training images of class cat"):
         open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
+    for content, message in (
+        (b"ant\n\nbee\n", r"names\.txt, line 2 is empty; expected the name of a class"),
+        ("ant\nbär\n".encode("latin-1"), r"class map .*names\.txt: byte 5 is no text in UTF-8"),
+    ):
+        (tmp_path / "names.txt").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
+    (tmp_path / "names.txt").write_bytes("\ufeffant\r\nbee\r\n\r\n".encode())
+    assert open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt"))).class_names == ("ant", "bee")
     (tmp_path / "names.txt").write_text("ant\n")
     with pytest.raises(DataError, match=r"label 1 has no name: class map .* names classes 0\.\.0"):
         open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
@@ -250,7 +349,18 @@ def test_a_class_map_says_how_many_classes_there_are(tmp_path):
     [
         (lambda c: c["annotations"].pop(), r"image 3 \(b\.jpg\) has no annotation with a known category"),
         (lambda c: c["annotations"][0].update(category_id=5), r"image 7 \(a\.jpg\) has no annotation with a known"),
-        (lambda c: c["annotations"][0].update(category_id=0.5), r"image 7 \(a\.jpg\) has no annotation with a known"),
+        (
+            lambda c: c["annotations"][0].update(category_id=0.5),
+            r"json .*: annotations\[0\]: expected image_id \(int\) and cat",
+        ),
+        (lambda c: c["annotations"].append({"image_id": 7, "category_id": 0}), "image 7 has annotations with several"),
+        (lambda c: c["images"].append({"id": 7, "file_name": "a.jpg"}), "two images have the id 7"),
+        (lambda c: c["images"][0].update(id=[7]), r"images\[0\]: expected id \(int\) and file_name \(str\)"),
+        (lambda c: c["images"].append("a.jpg"), r"images\[2\]: expected id \(int\) and file_name \(str\)"),
+        (lambda c: c["images"][0].update(file_name="\ud800.jpg"), "must be a path below"),
+        (lambda c: c["images"][0].update(file_name="a\0.jpg"), "must be a path below"),
+        (lambda c: c["categories"].append({"id": 0, "name": "Fungi"}), r"category ids must be 0\.\.2, each once"),
+        (lambda c: c.update(images={"a": 1}), "it has no list 'images'"),
         (lambda c: c["categories"].pop(0), r"category ids must be 0\.\.0"),
         (lambda c: c["images"].clear(), "lists no images"),
         (lambda c: c["images"][0].update(file_name="/a.jpg"), "must be a path below"),

@@ -31,7 +31,16 @@ from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Of archives that are not read.
+OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
 GZIP_MAGIC = b"\x1f\x8b"
+# First bytes of archives that are not read, whatever their names.
+OTHER_MAGIC = {
+    b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "RAR", b"\x28\xb5\x2f\xfd": "zstd",
+}  # fmt: skip
+# Bytes that an archive may have in memory, whatever its size; times its size, which images are not compressed by, and
+# bytes, above that.
+SMALL, MOST_TIMES, MOST = 64 * 2**20, 50, 16 * 2**30
 # Kinds of images that are read, by suffix; of several frames the first.
 READ = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -62,6 +71,7 @@ WITHOUT_IMAGES = "class folders without images"
 PACKED = "archives within the folder, which are not opened"
 CIRCLES = "links that lead round in circles"
 LINKS = "links in the archive, which are not followed"
+OUT = "names that lead out of the archive"
 NOWHERE = "links that lead nowhere"
 SPECIAL = "devices, pipes and sockets"
 NOT_UTF8 = "names that are not UTF-8"
@@ -198,7 +208,7 @@ class ImageTree:
         number = {name: label for label, name in enumerate(classes)}
         groups = None
         if group_by is not None:
-            groups = group_names(group_by, [self.inside(name) for name in names], labels, str(self))
+            groups = group_names(group_by, [self.inside(name) for name in names], labels)
         targets = np.array([number[label] for label in labels], dtype=np.int64)
         return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out)
 
@@ -224,6 +234,12 @@ def image_kinds() -> list[str]:
 def is_archive(path: Path) -> bool:
     """Return whether a path is that of an archive, by its name."""
     return path.name.lower().endswith(SUFFIXES) and path.is_file()
+
+
+def refuse_packed(path: Path) -> None:
+    """Raise DataError for an archive that is not read."""
+    if path.name.lower().endswith(OTHER_ARCHIVES) and not is_archive(path):
+        raise DataError(f"{path} is an archive of a kind that is not read ({', '.join(SUFFIXES)} are); unpack it")
 
 
 # Scans
@@ -321,17 +337,38 @@ def open_archive(path: Path) -> ImageTree:
     """
     try:
         with path.open("rb") as file:
-            tar = None
-            if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC:
-                with gzip.open(path) as compressed:
-                    tar = compressed.read()
+            tar, first = None, file.read(8)
+            if kind := next((kind for magic, kind in OTHER_MAGIC.items() if first.startswith(magic)), None):
+                raise DataError(f"{path} is an archive of another kind ({kind}) than its name says; unpack it")
+            if first.startswith(GZIP_MAGIC):
+                tar = _unzip(path)
             contents = file if tar is None else io.BytesIO(tar)
             end = contents.seek(0, os.SEEK_END)
             contents.seek(0)
             return _tree(path, _members(contents, end), archive=True, tar=tar)
-    # tarfile lets ValueError and OverflowError of the numbers in a damaged header pass.
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+    except (MemoryError, RecursionError):
+        raise DataError(f"cannot read {path} as a tar archive: a damaged header claims what no memory holds") from None
+    except DAMAGED as error:
         raise DataError(f"cannot read {path} as a tar archive: {first_line(error)}") from None
+
+
+# What gzip and tarfile raise; the latter lets pass what the numbers in a damaged header lead to.
+DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, ArithmeticError, LookupError)
+
+
+def _unzip(path: Path) -> bytes:
+    """Return the content of a compressed archive. Raises DataError where it is a bomb, or too large for the memory."""
+    size = path.stat().st_size
+    most = min(max(SMALL, MOST_TIMES * size), MOST)
+    unpacked = io.BytesIO()
+    with gzip.open(path) as compressed:
+        while block := compressed.read(1 << 20):
+            if unpacked.write(block) and unpacked.tell() > most:
+                raise DataError(
+                    f"{path} has {size / 2**20:,.1f} MB and unpacks to more than {most / 2**20:,.0f}, which are not "
+                    "held in memory; unpack it"
+                )
+    return unpacked.getvalue()
 
 
 def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
@@ -343,7 +380,12 @@ def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, 
         folder: goes before the names, for the tar of a class in a tar.
     """
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
-        members = tar.getmembers()
+        members, before = [], -1
+        while (found := tar.next()) is not None:
+            if tar.offset <= before:  # a negative size leads back, and round in circles
+                raise tarfile.ReadError(f"damaged header of {found.name[:80]}")
+            before = tar.offset
+            members.append(found)
         file.seek(tar.offset)
     # tarfile takes a damaged header, and a file that ends between two members, for the end.
     if tar.offset >= end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -352,7 +394,10 @@ def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, 
     nowhere = (0, 0)
     for member in members:
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
-        if not parts or any(map(is_hidden, parts)):  # ".." among them
+        if ".." in parts:
+            yield OUT, member.name, nowhere
+            continue
+        if not parts or any(map(is_hidden, parts)):
             continue
         name = "/".join((folder, *parts) if folder else parts)
         if "/" in name:  # not every tar has its folders as members
@@ -366,10 +411,10 @@ def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, 
             yield FOLDER, name[: -len(".tar")], nowhere
             yield from _members(file, member.offset_data + member.size, name[: -len(".tar")])
         else:
-            for what, found in _file(name):
+            for what, image in _file(name):
                 if what == IMAGE and member.issparse():  # its bytes are not those of the image
                     raise tarfile.ReadError(f"{name} is a sparse member; pack it without tar's option --sparse")
-                yield what, found, (member.offset_data, member.size)
+                yield what, image, (member.offset_data, member.size)
 
 
 # Splits
@@ -404,7 +449,8 @@ def open_folder(
         places = _split_folders(path, known)
         return scan_folder(path).read(group_by) if places is None else partial(_open, path, places, known, group_by)
     if not is_archive(path):
-        raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}); unpack it")
+        refuse_packed(path)
+        raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)})")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
             return partial(_open, tree, {name: tree.folder(name) for name in tree.tops}, known, group_by)

@@ -6,12 +6,14 @@ without a group stands alone.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from mbib_timm.errors import DataError
+from mbib_timm.recipe import Recipe
 
 # Random orders of the groups that are tried; fewer of many groups, which come out alike.
 TRIES, TRIED_GROUPS = 32, 20_000
@@ -21,27 +23,44 @@ ROUNDS = 4
 UNCOVERED = 4.0
 
 
-def group_names(group_by: str, names: Sequence[str], labels: Sequence[str], place: str) -> np.ndarray:
+def group_names(group_by: str, names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Return the name of each image's group, (N,); empty where it has none.
 
     Args:
         group_by: ``folder:N`` or ``pattern:REGEX``.
         names: relative paths, which begin with the class or not.
-        labels: class names of the images.
-        place: of the images, for messages.
-
-    Raises:
-        DataError: no image has a group.
+        labels: class names of the images, in Unicode's composed form.
     """
     kind, _, argument = group_by.partition(":")
+    names = [unicodedata.normalize("NFC", name) for name in names]  # macOS decomposes those of folders
     if kind == "folder":
         groups = [_folder(name, label, int(argument)) for name, label in zip(names, labels, strict=True)]
     else:
         pattern = re.compile(argument)
         groups = [match[1] or "" if (match := pattern.search(name)) else "" for name in names]
-    if not any(groups):
-        raise DataError(f"recipe key 'group_by': {group_by} gives no image under {place} a group, such as {names[0]!r}")
     return np.array(groups)
+
+
+def require_groups(recipe: Recipe, groups: np.ndarray, first: str) -> None:
+    """Check that there are groups, where something is to be held out by them.
+
+    Args:
+        recipe: names them.
+        groups: names (N,).
+        first: path of the first image, for the message.
+
+    Raises:
+        DataError: no image has a group.
+    """
+    if (groups != "").any():
+        return
+    if recipe.group_by == "column":
+        column = recipe.group_column or "group"
+        raise DataError(
+            f"{recipe.table} has no groups: there is no column {column!r}, or nothing in it; --group-column names "
+            "another one"
+        )
+    raise DataError(f"recipe key 'group_by': {recipe.group_by} gives no image a group, such as {first}")
 
 
 def _folder(name: str, label: str, number: int) -> str:

@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.folders import SUFFIXES, SYNONYMS, ImageTree, class_order, is_archive, open_archive
+from mbib_timm.data.folders import SUFFIXES, SYNONYMS, ImageTree, class_order, is_archive, open_archive, refuse_packed
 from mbib_timm.data.groups import group_names
-from mbib_timm.data.images import PathReader, Split
-from mbib_timm.errors import DataError, MbibError, first_line, unknown_name
-from mbib_timm.files import printable
+from mbib_timm.data.images import PathReader, Split, look_for_images
+from mbib_timm.errors import DataError, few, first_line
+from mbib_timm.files import printable, read_content
 from mbib_timm.recipe import Recipe
 
 PARQUET = (".parquet", ".pq")
 DELIMITED = (".csv", ".tsv", ".txt")
 SEPARATORS = ",;\t"
+LARGEST_TABLE = 512 * 2**20  # bytes; of some million images
+LONGEST_FIELD = 4096  # characters, as many as a path may have
 
 # Reasons for which rows are left out.
 NO_LABEL = "rows without a class"
@@ -61,8 +63,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
         All images, where the table has no splits; else what opens a split by name.
 
     Raises:
-        DataError: no such file, or one that is malformed; names file and line.
-        MbibError: a column that is not there.
+        DataError: no such file, a column that is not there, or a file that is malformed; names file and line.
     """
     file, root = _locate(recipe)
     wanted = {"path": recipe.path_column, "label": recipe.label_column}
@@ -72,7 +73,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     else:
         wanted["split"] = recipe.split_column
     if recipe.group_by == "column":
-        wanted["group"] = recipe.group_column or "group"
+        optional["group"] = recipe.group_column or "group"
     rows = list(read_rows(file, wanted, optional))
     if not rows:
         raise DataError(f"{file} lists no images")
@@ -82,7 +83,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     if not rows:
         raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
     passed = {why: tuple(names) for why, names in left_out.items()}
-    opened = partial(_split, recipe, root, class_order({row.label for row in rows}), passed)
+    opened = partial(_split, recipe, file, root, class_order({row.label for row in rows}), passed)
     if not with_splits:
         return opened(rows)
     by_split: dict[str, list[Row]] = defaultdict(list)
@@ -97,36 +98,34 @@ def _rows_of(file: Path, by_split: dict[str, list[Row]], opened: Callable[[Seque
     rows = next((by_split[name] for name in names if name in by_split), None)
     if rows is None:
         raise DataError(
-            f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}, which are named by "
-            "--train-split and --val-split"
+            f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}: name those to use "
+            "with --train-split and --val-split"
         )
     return opened(rows)
 
 
 def _split(
-    recipe: Recipe, root: Path, classes: tuple[str, ...], left_out: dict[str, tuple[str, ...]], rows: Sequence[Row]
+    recipe: Recipe,
+    file: Path,
+    root: Path,
+    classes: tuple[str, ...],
+    left_out: dict[str, tuple[str, ...]],
+    rows: Sequence[Row],
 ) -> Split:
     number = {name: label for label, name in enumerate(classes)}
     labels, paths = [row.label for row in rows], [row.path for row in rows]
     groups = None
     if recipe.group_by == "column":
         groups = np.array([row.group for row in rows])
-        if not (groups != "").any():
-            raise DataError(
-                f"column {recipe.group_column or 'group'!r} of {recipe.table} is empty; it is to hold groups"
-            )
     elif recipe.group_by is not None:
-        groups = group_names(recipe.group_by, paths, labels, str(recipe.table))
+        groups = group_names(recipe.group_by, paths, labels)
     targets = np.array([number[label] for label in labels], dtype=np.int64)
     if is_archive(root):
-        reader = _in_archive(open_archive(root), rows)
+        reader, missing = _in_archive(open_archive(root), rows), ""
     else:
         reader = PathReader(root, paths)
-        # A few of them: a wrong data_dir shows at once, and a single missing file is no wrong data_dir.
-        sample = np.linspace(0, len(rows) - 1, num=5, dtype=np.int64)
-        if not any(Path(reader.path(int(i))).is_file() for i in sample):
-            raise DataError(f"{rows[0].where}: there is no {reader.path(0)}; relative paths begin at data_dir {root}")
-    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out)
+        missing = look_for_images(reader, file)
+    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing)
 
 
 def _in_archive(tree: ImageTree, rows: Sequence[Row]) -> Any:
@@ -141,6 +140,7 @@ def _locate(recipe: Recipe) -> tuple[Path, Path]:
     assert recipe.table is not None  # the recipe is checked
     root = None if recipe.data_dir is None else Path(recipe.data_dir)
     if root is not None and not (root.is_dir() or is_archive(root)):
+        refuse_packed(root)
         raise DataError(f"data_dir {root} is no folder, and no archive that is read ({', '.join(SUFFIXES)})")
     for candidate in (Path(recipe.table), *([] if root is None else [root / recipe.table])):
         if candidate.is_file():
@@ -190,8 +190,7 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
         optional: the same of fields whose column need not be there.
 
     Raises:
-        DataError: a file that is malformed, or a row without a path; names file and line.
-        MbibError: a column that is not there.
+        DataError: a column that is not there, a file that is malformed, or a row without a path; names file and line.
     """
     suffix = file.suffix.lower()
     if suffix in PARQUET:
@@ -211,14 +210,18 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
             hint = f"Another one is named by --{what}-column"
             if len(names) == 1:
                 hint += "; commas, semicolons or tabs separate columns"
-            raise MbibError(f"{unknown_name(f'column of {file}', name, names)} {hint}")
+            raise DataError(f"{file} has no column {name!r}, but {few([*map(printable, names)])}. {hint}")
         if names.count(name) > 1:
             raise DataError(f"{file} has {names.count(name)} columns {name!r}")
     for where, values in rows(list(wanted.values())):
         row = dict(zip(wanted, values, strict=True))
+        for what, value in row.items():
+            if len(value) > LONGEST_FIELD or "\0" in value:
+                fault = f"{len(value):,} characters" if len(value) > LONGEST_FIELD else "the control character '\\x00'"
+                raise DataError(f"{where}: column {wanted[what]!r} holds {fault}; expected a path or a name")
         path = row.pop("path")
-        if not path or "\0" in path:
-            raise DataError(f"{where}: column {wanted['path']!r} holds no path but {path!r}")
+        if not path:
+            raise DataError(f"{where}: column {wanted['path']!r} holds no path")
         if "\\" in path and "/" not in path:  # written on Windows
             path = path.replace("\\", "/")
         yield Row(where, path, **{what: unicodedata.normalize("NFC", value) for what, value in row.items()})
@@ -227,36 +230,33 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
 def _csv(file: Path, wanted: set[str]) -> Columns:
     """Return a CSV's columns and rows; `wanted` are columns that it should have."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_content(file, "table", DataError, LARGEST_TABLE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: not UTF-8; save the table as 'CSV UTF-8'") from None
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
     header = next((line for line in text.split("\n") if line.strip()), "")
 
-    def columns(separator: str) -> list[str]:
-        return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+    def columns(separator: str) -> set[str]:
+        return {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
 
     # Whichever separates the columns that are wanted, or else the most.
     try:
-        separator = max(SEPARATORS, key=lambda each: (wanted <= {*columns(each)}, len(columns(each))))
+        separator = max(SEPARATORS, key=lambda each: (wanted <= columns(each), len(columns(each))))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        names = next(filter(any, ([value.strip() for value in values] for values in reader)), [])
     except csv.Error as error:
         raise DataError(f"{file}: the first line names no columns: {error}") from None
-    return columns(separator), partial(_csv_rows, file, text, separator)
+    return names, partial(_csv_rows, file, reader, separator, names)
 
 
-def _csv_rows(file: Path, text: str, separator: str, columns: list[str]) -> Iterator[tuple[str, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    names: list[str] = []
+def _csv_rows(
+    file: Path, reader: Any, separator: str, names: list[str], columns: list[str]
+) -> Iterator[tuple[str, list[str]]]:
+    places = [names.index(name) for name in columns]
     try:
         for values in reader:
             values = [value.strip() for value in values]
             if not any(values):
-                continue
-            if not names:
-                names = values
-                places = [names.index(name) for name in columns]
                 continue
             where = f"{file}, line {reader.line_num}"
             if len(values) != len(names):
@@ -276,16 +276,27 @@ def _parquet(file: Path) -> Columns:
         from pyarrow import parquet
     except ImportError:
         raise DataError(f"{file}: Parquet needs pyarrow: pip install 'mbib-timm[table]'") from None
+    # What pyarrow raises of damaged files; text that is no UTF-8 it finds when it makes Python's strings of it.
+    damaged = (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError)
+    content = io.BytesIO(read_content(file, "table", DataError, LARGEST_TABLE))
 
     def rows(columns: list[str]) -> Iterator[tuple[str, list[str]]]:
-        table = parquet.read_table(file, columns=columns)
-        values = [[_text(value) for value in table.column(name).to_pylist()] for name in columns]
+        try:
+            table = parquet.read_table(content, columns=columns)
+            for name in columns:
+                kind = table.schema.field(name).type
+                kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+                if pyarrow.types.is_nested(kind) or "binary" in str(kind):
+                    raise DataError(f"{file}: column {name!r} holds {kind}; expected text or numbers")
+            values = [[_text(value) for value in table.column(name).to_pylist()] for name in columns]
+        except damaged as error:
+            raise DataError(f"cannot read {file}: {first_line(error)}") from None
         for number, row in enumerate(zip(*values, strict=True), start=1):
             yield f"{file}, row {number}", list(row)
 
     try:
-        return list(parquet.read_schema(file).names), rows
-    except (pyarrow.ArrowException, OSError) as error:
+        return list(parquet.read_schema(content).names), rows
+    except damaged as error:
         raise DataError(f"cannot read {file}: {first_line(error)}") from None
 
 

@@ -1,6 +1,9 @@
 """Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
 import os
+import stat
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,14 +11,20 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mbib_timm.errors import DataError, first_line
+from mbib_timm.files import counted, printable
 from mbib_timm.progress import Progress
 
 T = TypeVar("T")
+# Torch's advice about more workers than cores: whoever asks for them waits for a disk or a network.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
+
+# Images of a list that are looked for before training; of more, as many evenly spaced ones.
+MOST_LOOKED_FOR = 1_000_000
 
 # From an image as it is decoded to the pixels (C, H, W), uint8.
 Transform = Callable[[Image.Image], Tensor]
@@ -94,6 +103,13 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
     return np.rint(values * (255 / white)).astype(np.uint8)
 
 
+def why_unreadable(error: Exception) -> str:
+    """Return why an image cannot be read, in a line without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a kind that is read, or damaged from its beginning"
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
+
+
 class Reader(Protocol):
     """Gives the images of a source by index."""
 
@@ -117,6 +133,7 @@ class Split:
             empty stands alone. None where the recipe names none.
         left_out: what the source has passed over: names of files and folders, by the reason in words.
         chosen: how the images were chosen, in words; empty for a split that the data have of their own.
+        missing: a line on listed images that are not there; empty where all are.
     """
 
     reader: Reader
@@ -126,6 +143,7 @@ class Split:
     groups: np.ndarray | None = None
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chosen: str = ""
+    missing: str = ""
 
     def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
         """Return the split of the images at these places; `chosen` says how, where that is not as before."""
@@ -180,7 +198,7 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
             try:
                 image = convert_image(self.reader.read(int(self.indices[place])), self.mode)
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-                reason = f"{self.reader.path(int(self.indices[place]))}: {first_line(error)}"
+                reason = f"{self.reader.path(int(self.indices[place]))}: {why_unreadable(error)}"
                 self._broken[place] = 1
                 if not self.replace_broken:
                     if self._broken.all():
@@ -209,7 +227,7 @@ def _reason(reader: Reader, index: int) -> str:
     try:
         convert_image(reader.read(index), "RGB")
     except Exception as error:
-        return first_line(error)
+        return why_unreadable(error)
     return ""
 
 
@@ -289,7 +307,83 @@ class PathReader:
 
     def read(self, index: int) -> Image.Image:
         """Open an image."""
-        return Image.open(self.path(index))
+        return open_image(self.path(index))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+def open_image(path: str) -> Image.Image:
+    """Open an image file. Raises OSError for what is no file: a pipe would keep the reader waiting."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("no regular file")
+    return Image.open(path)
+
+
+def look_for_images(reader: PathReader, file: Path, confined: bool = False) -> str:
+    """Look for the images of a list before training on them, folder by folder; none is opened.
+
+    Args:
+        reader: of all images.
+        file: the list, for messages.
+        confined: refuse links that lead out of the reader's root.
+
+    Returns:
+        A line on the images that are not there; empty where all are.
+
+    Raises:
+        DataError: more than half are not there, or a link leads out of the root.
+    """
+    count = min(len(reader), MOST_LOOKED_FOR)
+    by_folder: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for place in np.linspace(0, len(reader) - 1, count, dtype=np.int64).tolist():
+        folder, _, name = reader.name(place).rpartition("/")
+        by_folder[folder].append((name, place))
+    root, missing = os.path.realpath(reader.root), []
+    for folder, wanted in by_folder.items():
+        path = os.path.join(reader.root, f"{folder}/" if folder else "")
+        links = _files(path)
+        leads_out = confined and not _is_below(path, root)
+        for name, place in wanted:
+            # Not among them, it may be there under another spelling, or where the reader alone knows.
+            link = links.get(name)
+            if link is None and not os.path.isfile(reader.path(place)):
+                missing.append(place)
+            elif leads_out or (confined and link is not False and not _is_below(reader.path(place), root)):
+                raise DataError(
+                    f"{file}: {reader.name(place)} is a link, or below one, that leads out of data_dir {reader.root}; "
+                    "give the folder that holds the images themselves"
+                )
+    names = ", ".join(printable(reader.name(place)) for place in sorted(missing)[:3])
+    names += ", ..." if len(missing) > 3 else ""
+    if 2 * len(missing) > count:
+        raise DataError(
+            f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found under {reader.root}: {names}; "
+            "is data_dir the folder that its paths begin at?"
+        )
+    if not missing:
+        return ""
+    return (
+        f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found: {names}; training replaces them, "
+        "an evaluation leaves them out; --broken skip takes them out of the class counts too"
+    )
+
+
+def _files(folder: str) -> dict[str, bool]:
+    """Return the names of the files in a folder, and whether each is a link; empty where it cannot be opened."""
+    found = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink() or entry.is_file():
+                    found[entry.name] = entry.is_symlink()
+    except (OSError, ValueError):
+        return found
+    return {name: link for name, link in found.items() if not link or os.path.isfile(os.path.join(folder, name))}
+
+
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
 
 
 class TimmReader:

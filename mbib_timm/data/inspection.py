@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.images import Reader, Split, convert_image, examine
-from mbib_timm.errors import first_line
+from mbib_timm.data.images import Reader, Split, convert_image, examine, why_unreadable
 
 # Two images are near duplicates whose perceptual hashes of 64 bits differ in at most this many.
 NEAR_BITS = 4
@@ -120,7 +119,7 @@ def look_at(reader: Reader, index: int, perceptual: bool) -> Look:
         kind = " ".join(filter(None, (image.format, image.mode)))
         pixels = convert_image(image, "RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-        return Look(error=first_line(error))
+        return Look(error=why_unreadable(error))
     digest = hashlib.blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
     return Look(kind, pixels.size, "", digest, perceptual_hash(pixels) if perceptual else None)
 

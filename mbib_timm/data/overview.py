@@ -8,7 +8,7 @@ from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.splits import Splits
-from mbib_timm.files import printable
+from mbib_timm.files import counted, printable
 
 
 def summary(splits: Splits) -> list[str]:
@@ -16,17 +16,18 @@ def summary(splits: Splits) -> list[str]:
     counts = splits.class_counts
     names = named(splits.class_names, len(counts))
     lines = [
-        f"{len(counts):,} classes, {len(splits.train):,} training images: {int(counts.max()):,} in the largest class, "
-        f"{int(counts.min()):,} in the smallest; {_shots(counts)}"
+        f"{counted(len(counts), 'class')}, {counted(len(splits.train), 'training image')}: "
+        f"{int(counts.max()):,} in the largest class, {int(counts.min()):,} in the smallest; {_shots(counts)}"
     ]
     for title, split in (("evaluation", splits.val), ("test", splits.test), ("held out", splits.held_out)):
         if split is not None and not (title == "held out" and split is splits.val):
             classes = len(np.unique(split.targets))
             chosen = splits.held_out_from if title == "held out" else split.chosen
-            lines.append(f"{title}: {len(split):,} images of {classes:,} classes{f': {chosen}' if chosen else ''}")
+            found = f"{counted(len(split), 'image')} of {counted(classes, 'class')}"
+            lines.append(f"{title}: {found}{f': {chosen}' if chosen else ''}")
     if splits.train.groups is not None:
         (training, alone), (evaluated, more) = _groups(splits.train), _groups(splits.val)
-        without = f"; images without a group: {alone:,} and {more:,}" if alone + more else ""
+        without = f"; ungrouped: {alone:,} in training, {more:,} in evaluation" if alone + more else ""
         lines.append(f"groups: {training:,} in training, {evaluated:,} in evaluation{without}")
     for title, labels in (
         ("classes of one training image", np.flatnonzero(counts == 1)),
@@ -38,12 +39,14 @@ def summary(splits: Splits) -> list[str]:
 
 
 def warnings(splits: Sequence[Split]) -> list[str]:
-    """Return what the sources of splits have left out, a line for each reason."""
+    """Return what is missing of splits, and what their sources have left out, a line for each reason."""
     merged: dict[str, dict[str, None]] = {}
     for split in splits:
         for why, names in split.left_out.items():
             merged.setdefault(why, {}).update(dict.fromkeys(names))
-    return [f"warning: left out: {in_words({why: list(names)})}" for why, names in merged.items()]
+    missing = dict.fromkeys(split.missing for split in splits if split.missing)
+    left_out = [f"left out: {in_words({why: list(names)})}" for why, names in merged.items()]
+    return [f"warning: {line}" for line in (*missing, *left_out)]
 
 
 def _shots(counts: np.ndarray) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mbib_timm.data.groups import hold_out_groups
+from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices, named
 from mbib_timm.data.sources import Source
 from mbib_timm.errors import DataError, MbibError, few
+from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
 
 
@@ -76,6 +77,8 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
     names = recipe.split_names
     train, *evaluated = (source or Source(recipe)).splits(names)
     held_out, held_out_from = None, "none"
+    if train.groups is not None:
+        require_groups(recipe, train.groups, train.path(0))
     num_classes = _num_classes(recipe, train)
     matched = [
         match_classes(name, split, train.class_names, num_classes)
@@ -159,7 +162,9 @@ def match_classes(name: str, split: Split, class_names: Sequence[str] | None, nu
     if own is not None and class_names is not None and tuple(own) != tuple(class_names):
         return replace(split, targets=_renumbered(name, split, own, class_names), class_names=tuple(class_names))
     if own is not None and len(own) != num_classes:
-        raise DataError(f"split {name!r} has {len(own)} classes, training had {num_classes}, without names to match")
+        raise DataError(
+            f"split {name!r} has {counted(len(own), 'class')}, training has {num_classes}, without names to match"
+        )
     if split.targets.min() < 0 or split.targets.max() >= num_classes:
         raise DataError(
             f"split {name!r} has labels {split.targets.min()}..{split.targets.max()}, training has "
@@ -178,9 +183,9 @@ def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequen
     labels = {each: label for label, each in enumerate(known)}
     if unknown := [each for each in given.values() if each not in labels]:
         hints = [_nearest(each, known) for each in unknown]
-        had = "" if any(hints) else f"; it had {few([*map(repr, known)])}"
+        had = "" if any(hints) else f"; training has {few([*map(repr, known)])}"
         raise DataError(
-            f"split {name!r} has {len(unknown)} class{'es' * (len(unknown) > 1)} that training had not: "
+            f"split {name!r} has {counted(len(unknown), 'class')} not in training: "
             f"{few([f'{each!r}{hint}' for each, hint in zip(unknown, hints, strict=True)])}{had}"
         )
     to_label = np.full(len(own), -1, dtype=np.int64)

@@ -21,7 +21,7 @@ from mbib_timm.data.long_tail import named
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import Answers
 from mbib_timm.evaluation.metrics import class_accuracy, class_f1, wilson_interval
-from mbib_timm.files import read_json, read_text, to_csv, to_json, write_bytes
+from mbib_timm.files import from_cell, read_json, read_text, to_csv, to_json, write_bytes
 
 PREDICTIONS, CONFUSION, CLASSES, ERRORS = "predictions.csv", "confusion.csv", "classes.csv", "errors.json"
 # A matrix of more classes is a list of its cells that are not empty: iNaturalist's would have 66 million.
@@ -193,8 +193,10 @@ def read_confusion(folder: Path) -> ConfusionMatrix | None:
     file = folder / CONFUSION
     if not file.is_file():
         return None
+    text = read_text(file, "confusion matrix")
     try:
-        (corner, *header), *rows = csv.reader(io.StringIO(read_text(file, "confusion matrix"), newline=""), strict=True)
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        (corner, *header), *rows = ([from_cell(cell) for cell in row] for row in lines)
         if corner == CORNER:
             matrix = np.array([[int(number) for number in row[1:]] for row in rows], dtype=np.int64)
             if matrix.shape != (len(header), len(header)):
@@ -204,7 +206,7 @@ def read_confusion(folder: Path) -> ConfusionMatrix | None:
         names = {name: place for place, name in enumerate(dict.fromkeys(name for row in rows for name in row[:2]))}
         cells = np.array([[names[true], names[taken], int(number)] for true, taken, number in rows], dtype=np.int64)
         return ConfusionMatrix(tuple(names), *cells.reshape(-1, 3).T)
-    except (ValueError, OverflowError, csv.Error) as error:
+    except (ValueError, IndexError, OverflowError, csv.Error) as error:
         raise MbibError(f"{file} does not hold a confusion matrix: {error}") from None
 
 

@@ -7,22 +7,19 @@ nothing else, Bayes' theorem turns the probabilities for the old frequencies p i
 expectation-maximisation finds the p' under which the images are most likely.
 """
 
-import csv
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
-from mbib_timm.data.long_tail import named
-from mbib_timm.errors import DataError, MbibError, few, unknown_name
-from mbib_timm.options import is_number
+from mbib_timm.data.class_values import ClassValues, label_names, read_class_values
+from mbib_timm.errors import DataError, MbibError, unknown_name
 
 TRAIN, UNIFORM, ESTIMATE = "train", "uniform", "estimate"
+SHARES = ClassValues("prior", "share", zero=True, missing="a class that does not occur has share 0")
 # What is added to the logit of a class without any share, for log 0: its probability is 0, and sums stay finite.
 EXCLUDED = -1e4
 # Expectation-maximisation ends when the shares change by less than this in all, or after so many iterations.
@@ -69,18 +66,6 @@ def wanted_shares(prior: str, class_counts: np.ndarray, class_names: Sequence[st
 def _shares(numbers: np.ndarray) -> np.ndarray:
     values = np.asarray(numbers, dtype=np.float64)
     return values / values.sum()
-
-
-def label_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Return a name of its own for each class: its name, with its label where two share it; its label without one.
-
-    Args:
-        class_names: in label order, where they are known.
-        num_classes: classes K.
-    """
-    names = named(class_names, num_classes)
-    count = Counter(names)
-    return tuple(name if count[name] == 1 else f"{name} [{label}]" for label, name in enumerate(names))
 
 
 def log_shift(wanted: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -163,8 +148,7 @@ def read_prior(path: str | Path, names: Sequence[str]) -> np.ndarray:
     """Read the shares or counts of all classes: only their ratios matter, and 0 excludes a class.
 
     Args:
-        path: a number for each class in label order, one per line or as a JSON or YAML list; or numbers by class name:
-            a JSON or YAML mapping, or a CSV of two columns, or with columns ``class`` and ``share`` among others.
+        path: a file that `read_class_values` reads.
         names: of the classes, each one's own, in label order.
 
     Returns:
@@ -172,103 +156,12 @@ def read_prior(path: str | Path, names: Sequence[str]) -> np.ndarray:
 
     Raises:
         MbibError: there is no such file.
-        DataError: another format, a number that is negative or none, all zeros, or names that are not the classes'.
+        DataError: no shares of these classes, or all zeros.
     """
     file = Path(path)
-    if not file.exists() and not file.suffix and file.parent == Path("."):
+    if not file.suffix and file.parent == Path(".") and not os.path.lexists(file):
         raise unknown_name("prior, and no file either:", str(path), (TRAIN, UNIFORM, ESTIMATE))
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read the prior {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is no text file in UTF-8; save it as 'CSV UTF-8'") from None
-    content = _parse(file, text)
-    if isinstance(content, Mapping):
-        values = _by_name(file, content, names)
-    elif len(content) != len(names):
-        raise DataError(
-            f"{file} has {len(content)} numbers, the model {len(names)} classes; give a number for each, or numbers by "
-            "class name"
-        )
-    else:
-        values = [_number(file, f"class {name}", given) for name, given in zip(names, content, strict=True)]
-    if sum(values) == 0:
-        raise DataError(f"{file}: every class has share 0; give at least one of them more")
-    return _shares(np.array(values))
-
-
-EXPECTED = (
-    "expected a number for each class, one per line or as a JSON or YAML list; or numbers by class name, as a CSV of "
-    "class and share, or a JSON or YAML mapping"
-)
-
-
-class _Texts(yaml.BaseLoader):
-    """Reads every scalar as text, since a class may be called no, null or 1; and no key twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"class {repeated[0]!r} stands there twice")
-        return super().construct_mapping(node, deep)
-
-
-def _parse(file: Path, text: str) -> Mapping[str, str] | Sequence[str]:
-    """Return a list of numbers in label order, or numbers by class name, all of them still text."""
-    words = text.split()
-    if words and all(map(is_number, words)):
-        return words
-    first = text.strip().partition("\n")[0]
-    if file.suffix.lower() == ".csv" or ("," in first and ":" not in first and not first.startswith(("[", "{"))):
-        return _parse_csv(file, text)
-    try:
-        content = yaml.load(text, _Texts)
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: {' '.join(str(error).split())}; {EXPECTED}") from None
-    values = list(content.values()) if isinstance(content, dict) else content
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise DataError(f"{file}: {EXPECTED}")
-    return content
-
-
-def _parse_csv(file: Path, text: str) -> dict[str, str]:
-    try:
-        rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if any(row)]
-    except csv.Error as error:
-        raise DataError(f"{file}: {error}; {EXPECTED}") from None
-    if not rows:
-        raise DataError(f"{file}: {EXPECTED}")
-    header = [cell.strip().lower() for cell in rows[0][1]]
-    columns = (0, 1)
-    if "class" in header and "share" in header:
-        columns, rows = (header.index("class"), header.index("share")), rows[1:]
-    elif len(header) == 2 and not is_number(header[1]):
-        rows = rows[1:]
-    elif len(header) != 2:
-        raise DataError(f"{file}: expected two columns, or columns 'class' and 'share', got {', '.join(header)}")
-    found: dict[str, str] = {}
-    for number, row in rows:
-        if len(row) <= max(columns):
-            raise DataError(f"{file}, line {number}: expected class and share, got {','.join(row)!r}")
-        name = row[columns[0]].strip()
-        if name in found:
-            raise DataError(f"{file}, line {number}: class {name!r} stands there twice")
-        found[name] = row[columns[1]].strip()
-    return found
-
-
-def _by_name(file: Path, content: Mapping[str, str], names: Sequence[str]) -> list[float]:
-    for name in content:
-        if name not in names:
-            raise DataError(f"{file}: {unknown_name('class', name, names)}")
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise DataError(f"{file} lacks class {few(missing)}; a class that does not occur has share 0")
-    return [_number(file, f"class {name}", content[name]) for name in names]
-
-
-def _number(file: Path, of: str, text: str) -> float:
-    if not is_number(text) or float(text) < 0 or not math.isfinite(float(text)):
-        raise DataError(f"{file}: {of} has {text!r}, expected a number of at least 0")
-    return float(text)
+    values = read_class_values(file, names, SHARES)
+    if not values.any():
+        raise DataError(f"the prior {file}: every class has share 0; give at least one of them more")
+    return _shares(values / values.max())  # the sum of the largest numbers would be infinite

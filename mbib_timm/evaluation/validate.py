@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbib_timm.data.class_values import label_names
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.sources import UNREADABLE
 from mbib_timm.environment import Environment, World, describe_environment, join_world, leave_world
@@ -18,7 +19,6 @@ from mbib_timm.evaluation.evaluate import AnswerLog, evaluate
 from mbib_timm.evaluation.priors import (
     ESTIMATE,
     estimate_prior,
-    label_names,
     log_shift,
     trained_shares,
     wanted_shares,

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, first_line
+from mbib_timm.files import make_folder
 from mbib_timm.inference.inputs import FoundImage
-from mbib_timm.inference.prediction_files import make_folder
 
 # Overlays of smaller images are enlarged to this, in pixels of the shorter side.
 SHOWN_SIZE = 224
@@ -158,7 +158,11 @@ class OverlayFolder:
         self.taken: set[Path] = set()
 
     def save(self, image: FoundImage, shown: Image.Image) -> Path:
-        """Write an overlay as PNG, with a number where another image has its name; returns the file."""
+        """Write an overlay as PNG, with a number where another image has its name; returns the file.
+
+        Raises:
+            MbibError: it cannot be written.
+        """
         parts = [part for part in Path(image.name).parts if part not in ("..", "/")]
         plain = self.folder.joinpath(*parts).with_suffix(".png")
         file, number = plain, 1
@@ -167,5 +171,8 @@ class OverlayFolder:
             file = plain.with_name(f"{plain.stem}-{number}.png")
         self.taken.add(file)
         make_folder(file.parent)
-        shown.save(file)
+        try:
+            shown.save(file)
+        except OSError as error:
+            raise MbibError(f"cannot write the overlay {file}: {error.strerror or first_line(error)}") from None
         return file

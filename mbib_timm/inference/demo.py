@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mbib_timm.data.images import convert_image, pil_mode
+from mbib_timm.data.class_values import label_names
+from mbib_timm.data.images import convert_image, pil_mode, why_unreadable
 from mbib_timm.environment import find_device
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.priors import label_names
 from mbib_timm.inference.cam import GradCam, overlay
-from mbib_timm.inference.predictor import Predictor, unreadable
+from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.head_outputs import PREDICTION, head_titles, predicting_parts
 from mbib_timm.models.weights import LoadedModel, load_model
 
@@ -77,7 +77,7 @@ def open_upload(path: str | Path) -> Image.Image:
         image.load()
         return image
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-        raise DataError(f"This file cannot be read: {unreadable(error).rstrip('.')}.") from None
+        raise DataError(f"This file cannot be read: {why_unreadable(error).rstrip('.')}.") from None
 
 
 def classify(

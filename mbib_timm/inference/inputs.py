@@ -9,15 +9,18 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from mbib_timm.data.folders import image_kinds, in_words, is_archive, open_archive, scan_folder
+from mbib_timm.data.folders import image_kinds, in_words, is_archive, open_archive, refuse_packed, scan_folder
 from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
-from mbib_timm.data.images import Reader
+from mbib_timm.data.images import Reader, open_image
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.files import counted
 
 # Among the arguments, what stands for names on standard input.
 STANDARD_INPUT = "-"
 # Of a table, where no other columns are named.
 PATH_COLUMN, LABEL_COLUMN = "path", "label"
+# Bytes of a name on standard input, which may be a device without an end; systems take no more than 4,096.
+LONGEST_LINE = 2**16
 
 
 class FileReader:
@@ -32,8 +35,8 @@ class FileReader:
         self.paths, self.names = paths, names
 
     def read(self, index: int) -> Image.Image:
-        """Open an image."""
-        return Image.open(self.paths[index])
+        """Open an image. Raises OSError for what is no file: a pipe would keep the reader waiting."""
+        return open_image(str(self.paths[index]))
 
     def path(self, index: int) -> str:
         """Return what it is called."""
@@ -59,7 +62,15 @@ class FoundImage:
     @property
     def path(self) -> str:
         """Where it is, as text that can be written anywhere."""
-        return self.reader.path(self.index).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return as_text(self.reader.path(self.index))
+
+
+def as_text(name: str) -> str:
+    """Return a name of the file system as text that can be written anywhere: bytes that are none become escapes."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,20 @@ def _find(given: str, columns: Columns) -> FoundImages:
         raise DataError(f"there is no image, folder, archive or table at {path}")
     if path.suffix.lower() in (*DELIMITED, *PARQUET):
         return FoundImages(given, _read_table(path, columns))
+    refuse_packed(path)
     return FoundImages(given, [FoundImage(FileReader([path]), 0, path.name)])
 
 
 def _names_on_standard_input() -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise MbibError("- reads names of images from standard input, one per line, and there is none: pipe them in")
-    lines = (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer)
-    return [line for line in lines if line]
+    names: list[str] = []
+    while line := sys.stdin.buffer.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"standard input: line {len(names) + 1:,} is too long for the name of a file")
+        if name := os.fsdecode(line).rstrip("\r\n"):
+            names.append(name)
+    return names
 
 
 def _listed(names: Sequence[str], where: str, root: Path | None = None, labels: Sequence[str] = ()) -> list[FoundImage]:
@@ -140,8 +157,9 @@ def _listed(names: Sequence[str], where: str, root: Path | None = None, labels: 
     if not names:
         raise DataError(f"{where} names no images")
     paths = [Path(name) if root is None else root / name for name in names]
-    if not any(path.is_file() for path in paths):
-        raise DataError(f"{where} names {len(paths):,} images, and none of them is there: the first is {paths[0]}")
+    if not any(map(os.path.isfile, paths)):
+        first = str(paths[0])[:200]
+        raise DataError(f"{where} names {counted(len(paths), 'image')}, and none is there: the first is {first}")
     reader = FileReader(paths, names)  # under the list's own names, by which its reader can join what comes out
     named = [PurePosixPath(*(part for part in Path(name).parts if part not in ("/", ".."))) for name in names]
     return [
@@ -172,7 +190,9 @@ def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImag
     known = {unicodedata.normalize("NFC", name) for name in class_names}
     common = is_archive(Path(found.given)) and len({parts[:1] for parts in folders}) == 1
     for level in (0, 1) if common else (0,):
-        names = [unicodedata.normalize("NFC", parts[level]) if len(parts) > level else None for parts in folders]
+        names = [
+            unicodedata.normalize("NFC", as_text(parts[level])) if len(parts) > level else None for parts in folders
+        ]
         if known & {name for name in names if name is not None}:
             images = [replace(image, label=name) for image, name in zip(found.images, names, strict=True)]
             return replace(found, images=images)

@@ -1,9 +1,11 @@
 """`mbib predict`: classes and probabilities for images, written and counted."""
 
+import contextlib
+import io
 import os
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from mbib_timm.data.folders import in_words
 from mbib_timm.environment import join_world, leave_world
-from mbib_timm.errors import MbibError, few
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize
+from mbib_timm.errors import MbibError, few, first_line
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior, estimate_prior
-from mbib_timm.files import printable
+from mbib_timm.files import counted, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
 from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import (
@@ -35,18 +37,21 @@ from mbib_timm.inference.prediction_files import (
     RowColumns,
     TableWriter,
     Writer,
-    make_folder,
     read_continued,
+    written,
 )
 from mbib_timm.inference.predictor import Predictor, ScoredBatch
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import LoadedModel, load_model
 from mbib_timm.progress import Progress
 from mbib_timm.results.record import HeadMetrics
-from mbib_timm.results.tables import percent
+from mbib_timm.results.tables import Table, accuracy_table, cells, interval_row, measured_rows, percent
 
 # Unknown classes that the summary names.
 NAMED = 10
+# Images of an interrupted run that are predicted again, to see that the model is the same; a probability may differ by
+# what its digits in the file leave open, and by this share of it, for devices and batches round differently.
+AGAIN, TOLERANCE, DEVIATION = 32, 2e-6, 0.1
 
 
 class Tally:
@@ -72,6 +77,8 @@ class Tally:
         self.unknown: Counter[str] = Counter()
         self.broken: list[Broken] = []
         self.unsure = self.sure = self.right = 0
+        self._targets: list[int] = []
+        self._predicted: list[int] = []
 
     def count(self, items: Sequence[Prediction | Broken], logits: Tensor) -> None:
         """Count a batch; the logits (B, K) are those of the images that could be read."""
@@ -87,6 +94,8 @@ class Tally:
             return
         counted = batch_statistics(logits[known], torch.tensor([targets[place] for place in known]).to(logits.device))
         self.statistics = counted if self.statistics is None else self.statistics + counted
+        self._targets += [target for target in targets if target is not None]
+        self._predicted += [read[place].classes[0][0] for place in known]
         sure = [place for place in known if not read[place].unsure]
         self.sure += len(sure)
         self.right += sum(read[place].classes[0][0] == targets[place] for place in sure)
@@ -94,31 +103,34 @@ class Tally:
     def count_done(self, done: Sequence[DoneImage]) -> None:
         """Count images of an interrupted run. What its file does not tell, the other classes share evenly."""
         items: list[Prediction | Broken] = []
-        logits = torch.empty(sum(image.best is not None for image in done), len(self.names))
+        logits = torch.empty(sum(bool(image.classes) for image in done), len(self.names))
         rows = iter(logits)
         for image in done:
-            if image.best is None:
+            if not image.classes:
                 items.append(Broken(image.image, image.error, image.label))
                 continue
-            best, row = self.labels[unicodedata.normalize("NFC", image.best)], next(rows)
-            rest = max(1 - image.probability, 1e-7) / max(len(self.names) - 1, 1)
+            (name, probability), row = image.classes[0], next(rows)
+            best = self.labels[unicodedata.normalize("NFC", name)]
+            rest = max(1 - probability, 1e-7) / max(len(self.names) - 1, 1)
             row.fill_(np.log(rest))
-            row[best] = np.log(max(image.probability, 1.001 * rest))
-            items.append(Prediction(image.image, [(best, image.probability)], image.label, unsure=image.unsure))
+            row[best] = np.log(max(probability, 1.001 * rest))
+            items.append(Prediction(image.image, [(best, probability)], image.label, unsure=image.unsure))
         self.count(items, logits)
 
     def _label(self, name: str) -> int | None:
         return self.labels.get(unicodedata.normalize("NFC", name))
 
     def metrics(self, class_counts: np.ndarray | None) -> HeadMetrics | None:
-        """Return the metrics of the images whose class the model knows; None without one.
+        """Return the metrics of the images whose class the model knows, with their intervals; None without one.
 
         Args:
             class_counts: training images of each class, (K,), which decide the shot groups; None where not known.
         """
         if self.statistics is None:
             return None
-        return summarize(self.statistics, np.ones(len(self.names), dtype=int) if class_counts is None else class_counts)
+        counts = np.ones(len(self.names), dtype=int) if class_counts is None else class_counts
+        metrics = summarize(self.statistics, counts)
+        return with_intervals(metrics, np.array(self._targets), np.array(self._predicted), counts)
 
 
 @dataclass(frozen=True)
@@ -187,11 +199,15 @@ def predict(
     Raises:
         MbibError: no such model, no such images, or choices that contradict one another.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that the terminal has not
     choice = OutputChoice(format, output, probabilities, embeddings, cam, resume, prior == ESTIMATE)
     format = choice.check()
     if cam is not None and head != PREDICTION:
         raise MbibError("--cam shows what the prediction rests on; omit --head")
     found = find_images(images, columns)
+    if output is not None and (taken := next((each for each in images if _is_same_file(output, each)), None)):
+        raise MbibError(f"--output {output} is one of the images or tables given, {taken}; choose another file")
     for each in found:
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
@@ -204,8 +220,10 @@ def predict(
         todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
         layout = RowColumns(predictor.names, top_k, probabilities)
         continued = read_continued(output, format, layout) if resume and output else Continued()
-        done = {image.image for image in continued.images}
-        todo = [image for image in todo if image.path not in done]
+        if output is not None and continued.images:
+            todo, done = _parted(todo, continued.images, format)
+            _check_continued(output, continued.images, done, format, threshold)
+            _check_same(predictor, output, done)
         tally = Tally(predictor.names)
         tally.count_done(continued.images)
         # A bar among the lines of the predictions would be in their way.
@@ -240,6 +258,82 @@ def predict(
     for line in _summary(result, tally, model, threshold):
         print(line, file=sys.stderr if output is None else sys.stdout)
     return result
+
+
+def _is_same_file(one: Path, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+
+
+def _parted(
+    images: Sequence[FoundImage], done: Sequence[DoneImage], format: str
+) -> tuple[list[FoundImage], list[tuple[FoundImage, DoneImage]]]:
+    """Return the images that are still to be predicted, and those that are done with what the file says of them."""
+    by_path: dict[str, list[DoneImage]] = defaultdict(list)
+    for each in reversed(done):
+        by_path[each.image].append(each)
+    todo, pairs = [], []
+    for image in images:
+        if found := by_path.get(written(image.path, format)):
+            pairs.append((image, found.pop()))
+        else:
+            todo.append(image)
+    return todo, pairs
+
+
+def _check_continued(
+    file: Path,
+    done: Sequence[DoneImage],
+    pairs: Sequence[tuple[FoundImage, DoneImage]],
+    format: str,
+    threshold: float,
+) -> None:
+    """Raise MbibError where an interrupted run had other images, labels or another threshold."""
+    remedy = f"give those of before, or remove {file}"
+    if not pairs:
+        raise MbibError(f"--resume: {file} holds none of the images given, but {done[0].image}; {remedy}")
+    for image, each in pairs:
+        now, before = (written(label or "", format) for label in (image.label, each.label))
+        if now != before:
+            raise MbibError(
+                f"--resume: {file} has the class {before!r} for {each.image}, which is {now!r} now; {remedy}"
+            )
+    for each in done:
+        if not each.classes or each.classes[0][0] == UNSURE:
+            continue
+        probability = each.classes[0][1]
+        if (probability < threshold) != each.unsure and abs(probability - threshold) > TOLERANCE:
+            raise MbibError(
+                f"--resume: {file} was written with another --threshold: {each.image} has probability {probability:g} "
+                f"and is {'' if each.unsure else 'not '}{UNSURE}; {remedy}"
+            )
+
+
+def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundImage, DoneImage]]) -> None:
+    """Predict some images of an interrupted run again.
+
+    Raises:
+        MbibError: their probabilities were others: of another model, head or prior.
+    """
+    pairs = [(image, each) for image, each in pairs if each.classes]
+    if not pairs:
+        return
+    some = [pairs[place] for place in np.unique(np.linspace(0, len(pairs) - 1, AGAIN).astype(int))]
+    labels = {name: label for label, name in enumerate(predictor.names)}
+    readable = {id(image): each for image, each in some}
+    for batch in predictor.score([image for image, _ in some], AGAIN, workers=0):
+        now = torch.softmax(predictor.adjust(batch.logits.to(predictor.device)), dim=-1).tolist()
+        for image, probabilities in zip(batch.readable(), now, strict=True):
+            for name, before in readable[id(image)].classes:
+                found = probabilities[labels[name]]
+                if abs(found - before) > TOLERANCE + DEVIATION * before:
+                    raise MbibError(
+                        f"--resume: {file} was written by another model, or with another --head or --prior: of "
+                        f"{image.path} it has {before:g} for {name!r}, which is {found:g} now; give those of before, "
+                        f"or remove {file}"
+                    )
 
 
 def _labelled(found: FoundImages, class_names: Sequence[str] | None) -> list[FoundImage]:
@@ -288,39 +382,62 @@ class _Outputs:
         for path in (file, embeddings):
             if path is not None:
                 make_folder(path.parent)
+        self.path, self.embeddings = file, embeddings
         self.file: TextIO | None = None
         self.writer: Writer
-        if format == "parquet" and file is not None:
-            self.writer = ParquetWriter(layout, file)
-        else:
-            to: TextIO = sys.stdout
-            if file is not None:
-                to = self.file = _open_text(file, continued)
-            if format == "csv":
-                self.writer = CsvWriter(layout, to, continued=continued.length > 0)
+        with _writing(file):
+            if format == "parquet" and file is not None:
+                self.writer = ParquetWriter(layout, file)
             else:
-                kind = JsonlWriter if format == "jsonl" else TableWriter
-                self.writer = kind(layout.names, to)
+                to: TextIO = sys.stdout
+                if file is not None:
+                    to = self.file = _open_text(file, continued)
+                if format == "csv":
+                    self.writer = CsvWriter(layout, to, continued=continued.length > 0)
+                else:
+                    kind = JsonlWriter if format == "jsonl" else TableWriter
+                    self.writer = kind(layout.names, to)
         self.vectors = None if embeddings is None else EmbeddingsWriter(embeddings, images)
 
     def write(self, items: Sequence[Prediction | Broken], features: Tensor | None) -> None:
         """Write a batch."""
-        self.writer.write(items)
+        with _writing(self.path):
+            self.writer.write(items)
         if self.vectors is not None and features is not None:
-            self.vectors.write(items, features.cpu().numpy())
+            with _writing(self.embeddings):
+                self.vectors.write(items, features.cpu().numpy())
 
     def __enter__(self) -> "_Outputs":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        outputs: list[Writer | EmbeddingsWriter] = [self.writer, *([self.vectors] if self.vectors else [])]
-        for output in outputs:
-            if kind is None:
+        outputs: list[tuple[Writer | EmbeddingsWriter, Path | None]] = [(self.writer, self.path)]
+        outputs += [(self.vectors, self.embeddings)] if self.vectors else []
+        if kind is not None:
+            for output, _path in outputs:
+                with contextlib.suppress(OSError):  # the first error is told
+                    output.abandon()
+            with contextlib.suppress(OSError):
+                if self.file is not None:
+                    self.file.close()
+            return
+        for output, path in outputs:
+            with _writing(path):
                 output.close()
-            else:
-                output.abandon()
-        if self.file is not None:
-            self.file.close()
+        with _writing(self.path):
+            if self.file is not None:
+                self.file.close()
+
+
+@contextlib.contextmanager
+def _writing(file: Path | None) -> Iterator[None]:
+    """Say of a full disk or a folder without permission which file it concerns; None for standard output."""
+    try:
+        yield
+    except OSError as error:
+        if file is None:
+            raise
+        raise MbibError(f"cannot write {file}: {error.strerror or first_line(error)}") from None
 
 
 def _open_text(file: Path, continued: Continued) -> TextIO:
@@ -361,22 +478,23 @@ def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: flo
     if result.prior is not None:
         yield printable(result.prior.describe(tally.names))
     if result.unsure:
-        yield f"{UNSURE} (below {threshold:g}): {result.unsure:,} of {result.images - len(result.broken):,} images"
+        readable = counted(result.images - len(result.broken), "image")
+        yield f"{UNSURE} (below {threshold:g}): {result.unsure:,} of {readable}"
     metrics = result.metrics
     if metrics is not None:
-        measured = sum(value is not None for value in metrics.per_class)
-        groups = [] if model.class_counts is None else ["many", "medium", "few"]
-        values = {"top-1": metrics.top1, "mean of classes": metrics.macro}
-        values |= {f"{name}-shot classes": getattr(metrics, name) for name in groups}
-        yield f"accuracy on {metrics.images:,} images of {measured} classes, %: " + ", ".join(
-            f"{name} {percent(value, 2)}" for name, value in values.items() if value is not None
-        )
+        yield "on the images whose class is known:"
+        if model.class_counts is None:
+            columns = ("overall", "macro", "macro F1")
+            rows = [[PREDICTION, *cells(metrics, 2, columns)], *interval_row(metrics, columns)]
+            yield from Table(["%", *columns], [*measured_rows(metrics, columns), *rows]).lines()
+        else:
+            yield accuracy_table({PREDICTION: metrics}, model.class_counts)
         if result.unsure and tally.sure:
             yield (
-                f"  without the unsure: {percent(100 * tally.right / tally.sure, 2)} on {tally.sure:,} images, "
-                f"{100 * tally.sure / metrics.images:.1f} %"
+                f"overall without the unsure: {percent(100 * tally.right / tally.sure, 2)} on "
+                f"{counted(tally.sure, 'image')}, {100 * tally.sure / metrics.images:.1f} % of them"
             )
     if result.unknown:
         images = sum(result.unknown.values())
         listed = few([f"{printable(name)} ({count:,})" for name, count in tally.unknown.most_common()], NAMED)
-        yield f"not counted: {images:,} images of classes that the model does not know: {listed}"
+        yield f"not counted: {counted(images, 'image')} of classes that the model was not trained on: {listed}"

@@ -9,19 +9,20 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import check_folder, check_place, printable
+from mbib_timm.errors import DataError, MbibError, few, first_line
+from mbib_timm.files import check_folder, check_place, counted, from_cell, parse_json, printable, to_cell
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMATS = ("table", "csv", "jsonl", "parquet")
+FILE_FORMATS = ("csv", "jsonl", "parquet")
+FORMATS = ("table", *FILE_FORMATS)
 RESUMABLE = ("csv", "jsonl")
 EMBEDDINGS = (".npy", ".parquet")
 # Of a probability in text.
@@ -88,8 +89,7 @@ class OutputChoice:
 
     def check(self) -> str:
         """Return the format. Raises MbibError for choices that contradict one another."""
-        suffix = self.file.suffix.lower().lstrip(".") if self.file else ""
-        format = self.format or (suffix if suffix in FORMATS else "table")
+        format = self.format or self._format_of_name()
         if format == "parquet" and self.file is None:
             raise MbibError("--format parquet needs --output FILE")
         if self.probabilities and format == "table":
@@ -120,18 +120,22 @@ class OutputChoice:
             raise MbibError(f"--output and --embeddings are both {self.file}; give them a file each")
         return format
 
+    def _format_of_name(self) -> str:
+        if self.file is None:
+            return "table"
+        if self.file == Path("-"):
+            raise MbibError("--output -: predictions go to standard output without --output")
+        suffix = self.file.suffix.lower().lstrip(".")
+        if suffix not in FILE_FORMATS:
+            check_place(self.file)
+            endings = ", ".join(f".{each}" for each in FILE_FORMATS)
+            raise MbibError(f"--output {self.file}: expected a name that ends in {endings}; or give --format too")
+        return suffix
+
 
 def _require(package: str, needed: str, extra: str) -> None:
     if find_spec(package) is None:
         raise MbibError(f"{needed}: pip install 'mbib-timm[{extra}]'")
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, with those above it. Raises MbibError where a file is in the way."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise MbibError(f"cannot make the folder {path}: there is a file of that name on the way") from None
 
 
 class Writer(Protocol):
@@ -171,9 +175,13 @@ class RowColumns:
     top_k: int
     probabilities: bool
 
+    def ranks(self) -> int:
+        """Return how many classes each image has columns of: no more than there are."""
+        return min(self.top_k, len(self.names))
+
     def header(self) -> list[str]:
         """Return the columns' names."""
-        ranks = range(1, min(self.top_k, len(self.names)) + 1)
+        ranks = range(1, self.ranks() + 1)
         return [
             *("image", "label", "predicted", "probability"),
             *(column for rank in ranks for column in (f"class_{rank}", f"probability_{rank}")),
@@ -220,7 +228,7 @@ class TableWriter(TextWriter):
 
 
 class CsvWriter(TextWriter):
-    """Predictions as CSV: one row per image, see `RowColumns`.
+    """Predictions as CSV: one row per image, see `RowColumns`; text that is somebody else's as `to_cell` gives it.
 
     Args:
         columns: of the table.
@@ -232,14 +240,18 @@ class CsvWriter(TextWriter):
         self.columns, self.file = columns, file
         self.csv = csv.writer(file, lineterminator="\n")
         if not continued:
-            self.csv.writerow(columns.header())
+            self.csv.writerow(map(to_cell, columns.header()))
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some rows."""
         for item in items:
-            row = self.columns.row(item)
-            self.csv.writerow([f"{cell:.{DIGITS}f}" if isinstance(cell, float) else cell for cell in row])
+            self.csv.writerow(map(self._cell, self.columns.row(item)))
         self.file.flush()
+
+    def _cell(self, value: str | float | None) -> str:
+        if isinstance(value, str):
+            return to_cell(value)
+        return "" if value is None else f"{value:.{DIGITS}f}"
 
 
 class JsonlWriter(TextWriter):
@@ -256,7 +268,7 @@ class JsonlWriter(TextWriter):
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some lines."""
         for item in items:
-            print(json.dumps(self._content(item), ensure_ascii=False), file=self.file)
+            print(_encodable(json.dumps(self._content(item), ensure_ascii=False)), file=self.file)
         self.file.flush()
 
     def _content(self, item: Prediction | Broken) -> dict[str, Any]:
@@ -279,6 +291,11 @@ class JsonlWriter(TextWriter):
         return content
 
 
+def _encodable(text: str) -> str:
+    """Return text whose surrogates, which UTF-8 has not, are escapes: those of JSON."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class ParquetFile:
     """A Parquet file that is there when it is closed, and until then under another name.
 
@@ -298,6 +315,7 @@ class ParquetFile:
         """Write rows, given by column."""
         import pyarrow
 
+        columns = [[_encodable(cell) if isinstance(cell, str) else cell for cell in column] for column in columns]
         arrays = [pyarrow.array(column, kind.type) for column, kind in zip(columns, self.schema, strict=True)]
         self.writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self.schema))
 
@@ -326,7 +344,7 @@ class ParquetWriter:
         self.columns = columns
         text = {"image", "label", "predicted", "error"}
         schema = [
-            (name, pyarrow.string() if name in text or name.startswith("class_") else pyarrow.float32())
+            (_encodable(name), pyarrow.string() if name in text or name.startswith("class_") else pyarrow.float32())
             for name in columns.header()
         ]
         self.file = ParquetFile(path, pyarrow.schema(schema))
@@ -415,18 +433,17 @@ class DoneImage:
     """What the file of an interrupted run says of an image.
 
     Attributes:
-        image: its path.
+        image: its path, as the file has it; see `written`.
         label: name of its class, where it is known.
-        best: name of its most probable class; None for an image that could not be read.
-        probability: of that class.
-        unsure: it was not probable enough.
+        classes: names and probabilities of its most probable classes, the first the most probable; none of an image
+            that could not be read.
+        unsure: the first was not probable enough.
         error: why the image could not be read; empty where it could.
     """
 
     image: str
     label: str | None
-    best: str | None
-    probability: float
+    classes: Sequence[tuple[str, float]]
     unsure: bool
     error: str
 
@@ -444,6 +461,11 @@ class Continued:
     length: int = 0
 
 
+def written(text: str, format: str) -> str:
+    """Return a name as a file of one of `RESUMABLE` has it."""
+    return to_cell(text) if format == "csv" else text
+
+
 def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
     """Read the file of an interrupted run; there may be none.
 
@@ -453,58 +475,76 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
     if not file.exists():
         return Continued()
     content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+    length = content.rfind(b"\n") + 1
     try:
-        found = _read_csv(whole, columns) if format == "csv" else _read_jsonl(whole, columns)
-        known = {*columns.names, None}
-        if (other := next((image.best for image in found.images if image.best not in known), None)) is not None:
-            raise ValueError(f"the model has no class {other!r}")
-        return found
+        read, first = (_read_csv, ",".join(map(to_cell, columns.header()))) if format == "csv" else (_read_jsonl, "{")
+        if not length and content and not _begin_alike(content, first.encode()):
+            raise ValueError("its first line is another")
+        images = read(content[:length].decode(), columns) if length else []
+        _check_done(images, columns.names)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error) as error:
-        raise MbibError(f"--resume: {file} does not hold predictions of this kind ({error}); remove it first") from None
-
-
-def _read_csv(content: bytes, columns: RowColumns) -> Continued:
-    lines = io.BytesIO(content)
-    ends = [0]
-
-    def texts() -> Iterable[str]:
-        for line in lines:
-            ends[0] += len(line)
-            yield line.decode()
-
-    header = columns.header()
-    reader = csv.reader(texts())
-    if content and (first := next(reader)) != header:
-        expected = "expected columns " + ", ".join(header[:8]) + (" ..." if len(header) > 8 else "")
-        raise ValueError(f"{expected}, got {', '.join(first[:8])}")
-    images, length = [], ends[0]
-    for row in reader:
-        if len(row) != len(header):
-            if ends[0] == len(content):  # a line end in half a quoted cell
-                break
-            raise ValueError(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}")
-        length = ends[0]
-        of = dict(zip(header, row, strict=True))
-        best = of["class_1"] or None
-        probability = float(of["probability"]) if best else math.nan
-        images.append(DoneImage(row[0], row[1] or None, best, probability, row[2] == UNSURE != best, row[-1]))
+        raise MbibError(
+            f"--resume: {file} does not hold predictions of this kind ({first_line(error)}); remove it first"
+        ) from None
     return Continued(images, length)
 
 
-def _read_jsonl(content: bytes, columns: RowColumns) -> Continued:
+def _begin_alike(one: bytes, other: bytes) -> bool:
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
+
+
+def _check_done(images: Sequence[DoneImage], names: Sequence[str]) -> None:
+    known = set(names)
+    for image in images:
+        if not all(isinstance(text, str) for text in (image.image, image.label or "", image.error)):
+            raise ValueError("an image, a label or an error is no text")
+        for name, probability in image.classes:
+            if name not in known:
+                raise ValueError(f"the model has no class {name!r}")
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{probability} is no probability")
+
+
+def _read_csv(content: str, columns: RowColumns) -> list[DoneImage]:
+    header = [*map(to_cell, columns.header())]
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    first = next(reader)
+    if first != header:
+        differences = [
+            f"{verb} {few(names)}"
+            for verb, names in (
+                ("lacks", [name for name in header if name not in first]),
+                ("has", [name for name in first if name not in header]),
+            )
+            if names
+        ]
+        raise ValueError(f"of the columns it {' and '.join(differences) or 'has another order'}")
+    names = {to_cell(name): name for name in columns.names}
     images = []
-    for line in content.decode().rstrip("\n").split("\n") if content else ():
-        item = json.loads(line)
+    for row in reader:
+        if len(row) != len(header):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}")
+        ranked = zip(row[4 : 4 + 2 * columns.ranks() : 2], row[5 : 5 + 2 * columns.ranks() : 2], strict=True)
+        classes = [] if row[-1] else [(names.get(name, name), float(value)) for name, value in ranked]
+        unsure = bool(classes) and row[2] == UNSURE != classes[0][0]
+        label = names.get(row[1], from_cell(row[1])) or None
+        images.append(DoneImage(row[0], label, classes, unsure, row[-1]))
+    return images
+
+
+def _read_jsonl(content: str, columns: RowColumns) -> list[DoneImage]:
+    images = []
+    for line in content.rstrip("\n").split("\n"):
+        item = parse_json(line)
         label = item.get("label")
         if "error" in item:
-            images.append(DoneImage(item["image"], label, None, math.nan, False, item["error"]))
+            images.append(DoneImage(item["image"], label, [], False, item["error"]))
             continue
-        if len(item["classes"]) != min(columns.top_k, len(columns.names)):
-            raise ValueError(f"it has {len(item['classes'])} classes of each image, not {columns.top_k}")
+        classes = [(each["name"], float(each["probability"])) for each in item["classes"]]
+        if len(classes) != columns.ranks():
+            raise ValueError(f"it has {counted(len(classes), 'class')} of each image, not {columns.ranks()}")
         if ("probabilities" in item) != columns.probabilities:
             raise ValueError(f"it is written with{'' if 'probabilities' in item else 'out'} --probabilities")
-        best = item["classes"][0]["name"]
-        unsure = item["predicted"] != best
-        images.append(DoneImage(item["image"], label, best, float(item["probability"]), unsure, ""))
-    return Continued(images, len(content))
+        images.append(DoneImage(item["image"], label, classes, item["predicted"] != classes[0][0], ""))
+    return images

@@ -1,19 +1,19 @@
 """A trained model with everything between images and the probabilities of their classes, in batches."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mbib_timm.data.images import convert_image, pil_mode
-from mbib_timm.errors import first_line, unknown_name
-from mbib_timm.evaluation.priors import label_names, log_shift, trained_shares, wanted_shares
+from mbib_timm.data.class_values import label_names
+from mbib_timm.data.images import convert_image, pil_mode, why_unreadable
+from mbib_timm.environment import usable_cores
+from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.evaluation.priors import log_shift, trained_shares, wanted_shares
 from mbib_timm.inference.inputs import FoundImage
 from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, logits_and_features, reported_heads
@@ -42,14 +42,7 @@ class Photos(Dataset):
         try:
             return self.transform(convert_image(image.reader.read(image.index), self.mode))
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-            return unreadable(error)
-
-
-def unreadable(error: Exception) -> str:
-    """Return why an image cannot be read, in a line without its path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "no image of a kind that is read, or damaged from its beginning"
-    return (isinstance(error, OSError) and error.strerror) or first_line(error)
+            return why_unreadable(error)
 
 
 def collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | None]]:
@@ -166,8 +159,10 @@ class Predictor:
             workers: processes that decode; by default as many as there are CPUs, 8 at most; none for one batch or CPU.
         """
         photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform(as_bytes=True))
+        batch_size = max(1, min(batch_size, len(images)))
         if workers is None:
-            workers = 0 if len(images) <= batch_size or _cpus() == 1 else min(MOST_WORKERS, _cpus())
+            workers = 0 if len(images) <= batch_size or usable_cores() == 1 else min(MOST_WORKERS, usable_cores())
+        workers = min(workers, -(-len(images) // batch_size))
         loader = DataLoader(
             photos, batch_size, num_workers=workers, collate_fn=collate, pin_memory=self.device.type == "cuda"
         )
@@ -183,7 +178,11 @@ class Predictor:
         workers: int | None = None,
         with_features: bool = False,
     ) -> Iterator[ScoredBatch]:
-        """Give what the model says of images, in order; arguments as those of `batches`."""
+        """Give what the model says of images, in order; arguments as those of `batches`.
+
+        Raises:
+            MbibError: a logit that is infinite or not a number.
+        """
         for batch, readable, reasons in self.batches(images, batch_size, workers):
             logits, features = torch.zeros(0, len(self.names)), torch.zeros(0, 0) if with_features else None
             if readable is not None:
@@ -192,6 +191,10 @@ class Predictor:
                     memory_format=torch.channels_last
                 )
                 logits, features = self._forward(on_device, with_features)
+                if not torch.isfinite(logits).all():  # waits for the device, as whoever takes the batch does
+                    raise MbibError(
+                        f"{self.model.source.name}: logits of {batch[0].path} or an image after it are not finite"
+                    )
             yield ScoredBatch(batch, reasons, logits, features)
 
     def items(
@@ -226,7 +229,3 @@ class Predictor:
         """Predict images, in order; arguments as those of `batches` and `items`."""
         for batch in self.score(images, batch_size, workers):
             yield from self.items(batch, top_k)
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 # What numpy's and torch's generators take; and more than any run has of the rest, so that a slip of the finger is found
 # before it fills the memory or never ends.
 LARGEST_SEED = 2**32 - 1
-MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 1024
+MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
 LARGEST_RATE, LARGEST_ALPHA = 10**12, 1000
 # Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
 OPEN_CHOICES = {"loader": "auto", "amp": None}

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
-from mbib_timm.data.folders import SUFFIXES, is_archive
+from mbib_timm.data.folders import SUFFIXES, is_archive, refuse_packed
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.long_tail import named
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import check_place, printable, to_csv, write_bytes
+from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe.recipe_files import change_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
 # Classes of the table, and sets of duplicates, that are shown; the CSV has all.
@@ -38,11 +39,12 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
     """
     place = Path(target)
     if place.is_dir() or is_archive(place):
-        return Recipe(**{"dataset": "folder", "data_dir": target, **overrides})
+        return change_recipe(Recipe(dataset="folder", data_dir=target), overrides)
     if place.suffix.lower() in (*DELIMITED, *PARQUET):
-        return Recipe(**{"dataset": "table", "table": target, **overrides})
+        return change_recipe(Recipe(dataset="table", table=target), overrides)
     kinds = f"a folder or archive ({', '.join(SUFFIXES)}) of images, a table ({', '.join((*DELIMITED, *PARQUET))})"
     if place.is_file() and place.suffix.lower() not in (".yaml", ".yml"):
+        refuse_packed(place)
         raise MbibError(f"{target} is a file of another kind: expected {kinds}, or a recipe")
     try:
         file = find_recipe(target)
@@ -79,8 +81,6 @@ def data_report(
     if figure is not None and figure.suffix[1:].lower() not in FIGURES:
         raise MbibError(f"--figure {figure}: expected a name that ends in .{', .'.join(FIGURES)}")
     for file in (csv_file, figure, split_file):
-        if file is not None and not file.parent.is_dir():
-            raise MbibError(f"cannot write {file}: there is no folder {file.parent}")
         if file is not None:
             check_place(file)
     source = Source(recipe)
@@ -93,17 +93,22 @@ def data_report(
     found = inspect(parts, names, recipe.workers)
     print("\n".join(lines(found)))
     if csv_file is not None:
-        write_bytes(csv_file, image_rows(found))
+        _write(csv_file, image_rows(found))
         print(csv_file)
     if figure is not None:
         form = figure.suffix[1:].lower()
-        write_bytes(figure, render(lambda: class_histogram(splits, names), (form,))[form])
+        _write(figure, render(lambda: class_histogram(splits, names), (form,))[form])
         print(figure)
     if split_file is not None:
-        write_bytes(split_file, split_rows(recipe, source))
+        _write(split_file, split_rows(recipe, source))
         folder = "" if recipe.data_dir is None else f" --data-dir {recipe.data_dir}"
         print(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}")
     return found
+
+
+def _write(file: Path, content: bytes) -> None:
+    make_folder(file.parent)
+    write_bytes(file, content)
 
 
 def class_table(splits: Splits, names: Sequence[str]) -> str:
@@ -165,7 +170,7 @@ def _without(near: Duplicates, exact: Duplicates, pictures: Sequence[Picture]) -
 def _about(title: str, found: Duplicates, pictures: Sequence[Picture]) -> Iterator[str]:
     images = sum(map(len, found.sets))
     sets = "one set" if len(found.sets) == 1 else f"{len(found.sets):,} sets"
-    yield f"{title}: {images:,} images in {sets}" if images else f"{title}: none"
+    yield f"{title}: {counted(images, 'image')} in {sets}" if images else f"{title}: none"
     if not images:
         return
     mixed = [each for each in found.sets if len({pictures[i].label for i in each}) > 1]
@@ -173,7 +178,7 @@ def _about(title: str, found: Duplicates, pictures: Sequence[Picture]) -> Iterat
         yield f"  sets with images of several classes: {len(mixed):,}"
     if found.leaks:
         hint = "" if any(picture.group for picture in pictures) else "; --group-by keeps together what belongs together"
-        yield f"  evaluated images that training has too: {len(found.leaks):,}{hint}"
+        yield f"  evaluated images that are also in training: {len(found.leaks):,}{hint}"
     # Those that matter most first.
     across = [each for each in found.sets if len({pictures[i].split for i in each}) > 1]
     for each in list({each[0]: each for each in (*mixed, *across, *found.sets)}.values())[:SHOWN_SETS]:
@@ -221,7 +226,7 @@ def split_rows(recipe: Recipe, source: Source) -> bytes:
             if any(part.lower().endswith(SUFFIXES) for part in path.split("/")[:-1]):
                 raise DataError(f"--write-split: {split.path(place)} is in one of several archives; unpack them")
             rows.append([path, classes[int(label)], name, groups[place]])
-    return to_csv(rows)
+    return to_csv(rows, exact=True)
 
 
 def class_histogram(splits: Splits, names: Sequence[str]) -> Any:
@@ -232,7 +237,7 @@ def class_histogram(splits: Splits, names: Sequence[str]) -> Any:
     figure, axes = canvas(max(5.0, min(14.0, 0.16 * len(counts) + 2)), 3.5)
     for name, labels in shot_groups(counts).items():
         if len(labels):
-            title = f"{name}: {len(labels):,} class{'es' if len(labels) > 1 else ''}"
+            title = f"{name}: {counted(len(labels), 'class')}"
             axes.bar(place[labels], counts[labels], width=0.85, color=GROUP_COLORS[name], label=title)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)

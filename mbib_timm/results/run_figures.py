@@ -158,7 +158,11 @@ def class_accuracy(
     """
     accuracy = np.array([np.nan if v is None else v for v in results["prediction"].per_class])
     figure, axes = canvas(9, 3.8)
-    classes_a_bar = class_bars(axes, accuracy, class_counts)
+    labels = {
+        name: f"{name} ({number_of_classes(len(classes), int(np.isfinite(accuracy[classes]).sum()))})"
+        for name, classes in shot_groups(class_counts).items()
+    }
+    classes_a_bar = class_bars(axes, accuracy, class_counts, labels)
     axes.set(title=class_bars_title("Accuracy of the prediction by class", classes_a_bar))
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100))
     order = name_classes(axes, class_counts, class_names)
@@ -177,7 +181,13 @@ def class_accuracy(
     return figure
 
 
-def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: Mapping[str, str] | None = None) -> int:
+def number_of_classes(trained: int, evaluated: int) -> str:
+    """Return in words how many classes of a group were trained on, and evaluated where that is not all of them."""
+    of = f"{evaluated} of " if evaluated != trained else ""
+    return f"{of}{trained} class{'es' * (trained != 1)}{' evaluated' * bool(of)}"
+
+
+def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: Mapping[str, str]) -> int:
     """Draw a quantity of classes as bars, sorted by their training images and coloured by shot group.
 
     Where there are too many classes to tell their bars apart, a bar is the mean of neighbours in one shot group.
@@ -186,7 +196,7 @@ def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: 
         axes: where to draw.
         values: (K,); nan for classes without images, which get a cross instead.
         class_counts: training images of each class, (K,).
-        labels: what the legend says of each shot group; by default its name and number of classes.
+        labels: what the legend says of each shot group.
 
     Returns:
         How many classes a bar stands for.
@@ -194,13 +204,12 @@ def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: 
     sorted_values = values[np.argsort(-class_counts, kind="stable")]
     classes_a_bar, edges_of = neighbours(class_counts)
     for name, edges in edges_of.items():
-        number = int(edges[-1] - edges[0])
         bars = [_mean(sorted_values[a:b]) for a, b in pairwise(edges)]
         gap = 0.2 if classes_a_bar == 1 else 0.0
-        label = labels[name] if labels else f"{name} ({number} class{'es' * (number > 1)})"
         axes.bar(
-            edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge", color=GROUP_COLORS[name], label=label
-        )
+            edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge", color=GROUP_COLORS[name],
+            label=labels[name],
+        )  # fmt: skip
     unseen = np.flatnonzero(np.isnan(sorted_values)) + 1
     if len(unseen):
         axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)
@@ -296,10 +305,12 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
                 number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7
             )
     prediction = results["prediction"]
-    classes = {name: number for name, (_, number) in prediction.measured.items()} or prediction.classes
-    total = classes.get("overall", sum(classes.values()))
-    labels = [f"{name}\n{(n := classes.get(name, total))} class{'es' * (n != 1)}" for name in columns]
-    labels[0] = f"overall\n{(n := prediction.images):,} image{'s' * (n != 1)}"
+    trained = prediction.classes | {"macro": sum(prediction.classes.values())}
+    evaluated = {name: number for name, (_, number) in prediction.measured.items()} or trained
+    evaluated["macro"] = evaluated.get("overall", trained["macro"])
+    numbers = {name: number_of_classes(trained[name], evaluated.get(name, 0)) for name in trained}
+    numbers["overall"] = f"{(n := prediction.images):,} image{'s' * (n != 1)}"
+    labels = [f"{name}\n{numbers[name]}".replace(" evaluated", "\nevaluated") for name in columns]
     axes.set_xticks(range(len(columns)), labels)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 105), yticks=range(0, 101, 20))
