@@ -177,16 +177,13 @@ def _is_number(text: str) -> bool:
 def to_csv(rows: Iterable[Sequence[object]], exact: bool = False) -> bytes:
     """Return rows as CSV in UTF-8, text as `to_cell` gives it; `exact` leaves it as it is, for programs that read it.
 
-    Bytes of names that are no text in UTF-8 stay what they are in an exact file.
+    Bytes of names that are no text in UTF-8 become escapes in either.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
         writer.writerow(row if exact else [to_cell(cell) if isinstance(cell, str) else cell for cell in row])
-    try:
-        return text.getvalue().encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # surrogates that stand for no byte
-        return text.getvalue().encode("utf-8", "surrogatepass")
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int | None = LARGEST) -> bytes:

@@ -22,6 +22,7 @@ from mbib_timm.results.tables import NOTHING, Table
 # Classes of the table, and sets of duplicates, that are shown; the CSV has all.
 SHOWN_CLASSES, SHOWN_SETS, SHOWN_SIZES = 60, 5, 3
 NAMED_CLASSES = 60  # as many names as can be read below bars
+LONGEST_NAME = 36  # characters of a class in the table and the figure
 FIGURES = ("png", "pdf", "svg")
 # Sources whose images a table can name.
 IN_FILES = ("folder", "table", "list", "inat2018")
@@ -94,15 +95,15 @@ def data_report(
     print("\n".join(lines(found)))
     if csv_file is not None:
         _write(csv_file, image_rows(found))
-        print(csv_file)
+        print(printable(str(csv_file)))
     if figure is not None:
         form = figure.suffix[1:].lower()
         _write(figure, render(lambda: class_histogram(splits, names), (form,))[form])
-        print(figure)
+        print(printable(str(figure)))
     if split_file is not None:
         _write(split_file, split_rows(recipe, source))
         folder = "" if recipe.data_dir is None else f" --data-dir {recipe.data_dir}"
-        print(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}")
+        print(printable(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}"))
     return found
 
 
@@ -126,7 +127,7 @@ def class_table(splits: Splits, names: Sequence[str]) -> str:
         [f"... {len(order) - 2 * half:,} more", *[""] * (2 + len(others))]
         if label is None
         else [
-            printable(names[label]),
+            printable(_short(names[label])),
             f"{counts[label]:,}",
             *(f"{other[label]:,}" if other[label] else NOTHING for other in others.values()),
             group[label],
@@ -134,6 +135,10 @@ def class_table(splits: Splits, names: Sequence[str]) -> str:
         for label in shown
     ]
     return Table(["class", "training", *others, "shot group"], rows).text()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def lines(found: Inspection) -> Iterator[str]:
@@ -245,7 +250,9 @@ def class_histogram(splits: Splits, names: Sequence[str]) -> Any:
     axes.set_ylabel("training images")
     axes.grid(axis="x", visible=False)
     if len(counts) <= NAMED_CLASSES:
-        axes.set_xticks(range(len(order)), [figure_text(names[label]) for label in order], rotation=90, fontsize=7)
+        axes.set_xticks(
+            range(len(order)), [figure_text(_short(names[label])) for label in order], rotation=90, fontsize=7
+        )
     else:
         axes.set_xlabel(f"{len(counts):,} classes, largest first")
     axes.legend()
