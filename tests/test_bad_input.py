@@ -1,5 +1,6 @@
 """Bad input to the commands: one message that names what is at fault, exit status 2, and nothing half-written."""
 
+import gzip
 import os
 import re
 import shutil
@@ -44,6 +45,24 @@ def listed(text, *flags):
         write(root / "val.txt", b"ant/0.png 0\nbee/0.png 1\n")
         lists = ["--train-list", "train.txt", "--val-list", "val.txt"]
         return train("--dataset", "list", "--data-dir", "images", *lists, *flags)
+
+    return made
+
+
+def inaturalist(text):
+    """Arguments of training on iNaturalist's json."""
+    lists = ["--train-list", "train.json", "--val-list", "train.json"]
+    return with_file(
+        "train.json", text, lambda root, run: train("--dataset", "inat2018", "--data-dir", "images", *lists)
+    )
+
+
+def with_link(name, target, arguments):
+    """Arguments that name a link, once it is made."""
+
+    def made(root, run):
+        (root / name).symlink_to(target)
+        return arguments(root, run)
 
     return made
 
@@ -183,6 +202,42 @@ def broken_images(root):
     return "data"
 
 
+def zip_named_tar(root):
+    shutil.make_archive(str(root / "x"), "zip", root / "images")
+    (root / "x.zip").rename(root / "x.tar")
+    return "x.tar"
+
+
+def bomb(root):
+    write(root / "x.tgz", gzip.compress(tar_bytes(CLASSES) + bytes(80 * 2**20), 1))
+    return "x.tgz"
+
+
+def back_and_forth(root):
+    header = tarfile.TarInfo("ant/1.png").tobuf(tarfile.GNU_FORMAT)
+    header = header[:124] + b"\xff" * 10 + b"\xfe\0" + header[136:]  # a size of -512
+    total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+    write(root / "x.tar", header[:148] + b"%06o\0 " % total + header[156:] + bytes(1024))
+    return "x.tar"
+
+
+def pipe(root):
+    os.mkfifo(root / "x.tar")
+    return "x.tar"
+
+
+def only_pipes(root):
+    (root / "data" / "ant").mkdir(parents=True)
+    os.mkfifo(root / "data" / "ant" / "1.png")
+    return "data"
+
+
+def not_text(root):
+    place = os.fsdecode(b"\xe4")
+    unpacked(root / place, {f"{name}/{i}.png": png(i) for name in ("ant", "bee") for i in range(3)})
+    return place
+
+
 # What is given for the images of `train` and `data`, and what the message must say.
 PLACES = {
     "missing": (lambda root: "gone", "gone"),
@@ -203,6 +258,12 @@ PLACES = {
     "not a tar": (not_a_tar, r"cannot read x\.tar"),
     "a zip": (a_zip, r"x\.zip is an archive of a kind that is not read \(\.tar, .* are\); unpack it$"),
     "sparse": (sparse, r"cannot read x\.tar as a tar archive: ant/1\.png is a sparse member; pack"),
+    "a zip named tar": (zip_named_tar, r"x\.tar is an archive of another kind \(zip\) than its name says; unpack it$"),
+    "a bomb": (bomb, r"x\.tgz has 0\.\d MB and unpacks to more than 64, which are not held in memory; unpack it$"),
+    "negative size": (back_and_forth, r"cannot read x\.tar as a tar archive: damaged header of ant/1\.png"),
+    "a pipe": (pipe, r"x\.tar is .*; expected|x\.tar is no folder, and no archive"),
+    "only pipes": (only_pipes, r"no images in .*devices, pipes and sockets: 1 \(ant/1\.png\)"),
+    "not UTF-8": (not_text, r"'data_dir': '\\udce4' is no text in UTF-8"),
     "empty file": (empty_file, r"x\.tar"),
     "empty tar": (empty_tar, r"x\.tar"),
 }
@@ -234,6 +295,29 @@ CASES = {
         with_file("map.txt", b"\xe4\n\xe4\n", listed(IMAGES, "--class-map", "map.txt")),
         r"class map map\.txt: byte 0 is no text in UTF-8",
     ),
+    "list: most missing": (
+        listed(IMAGES + "".join(f"ant/gone{i}.png 0\n" for i in range(3))),
+        r"train\.txt: of its 5 images, 3 cannot be found under images: ant/gone0\.png, ant/gone1\.png, ant/gone2",
+    ),
+    "list: link out": (
+        with_link("images/ant/out.png", "/etc/passwd", listed(IMAGES + "ant/out.png 0\n")),
+        r"train\.txt: ant/out\.png is a link, or below one, that leads out of data_dir images",
+    ),
+    "list: UTF-16": (listed(IMAGES.encode("utf-16")), r"train\.txt, line 1 is no text in UTF-8; save"),
+    "list: NUL": (listed(IMAGES + "ant/\0.png 0\n"), r"train\.txt, line 3: .* holds the control character"),
+    "list: 65 bits": (
+        listed(IMAGES + f"ant/1.png {2**64}\n"),
+        r"train\.txt, line 3: label 18446744073709551616 is too",
+    ),
+    "list: digits": (listed(IMAGES + f"ant/1.png {'9' * 5000}\n"), r"train\.txt, line 3: label 9{80} is too large"),
+    "list: one line without end": (listed("x" * 100_000), r"train\.txt, line 1 is longer than 8,192 bytes"),
+    "list: empty line in the class map": (
+        with_file("map.txt", "ant\n\nbee\n", listed(IMAGES, "--class-map", "map.txt")),
+        r"class map map\.txt, line 2 is empty",
+    ),
+    "inat2018: nested": (inaturalist("[" * 100_000), r"train\.json is not iNaturalist's json .*nested too deep"),
+    "inat2018: shape": (inaturalist('{"images": {}}'), r"train\.json is not iNaturalist's json .*no list 'images'"),
+    "inat2018: not JSON": (inaturalist("images"), r"train\.json is not iNaturalist's json .*Expecting value"),
     "list: long name": (
         listed(f"{'x' * 300}.png 0\n"),
         r"train\.txt: of its 1 .* images: x{300}\.png",

@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -121,6 +123,31 @@ def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
     assert not {"\x1b", "\r"} & set(text)
     assert "b\\nc" in text
     assert "bad\\r.png" in text
+
+
+def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_path):
+    """Control characters, formulas, mathematics, long names; what is no text, no file or no folder is passed over."""
+    root = tmp_path / "data"
+    labels = ("ant", "b\x1b[31mee", "c\nat", "=cmd|x", "$$", "x" * 250)
+    images = ("0.png", "a\nb.png", "e\x1b[2J.png", "=1+1.png", 'q"u,o.png', f"{'y' * 240}.png")
+    unpacked(root, {f"{label}/{name}": png(i) for i, (label, name) in enumerate(itertools.product(labels, images))})
+    for name in (b"ant/\xe4.png", b"\xe4/0.png"):
+        place = os.fsencode(root) + b"/" + name
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with open(place, "wb") as file:
+            file.write(png(1))
+    os.mkfifo(root / "ant" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(os.path.relpath(root / "ant" / "socket.png"))
+    names = [tmp_path / name for name in ("images.csv", "classes.png", "split.csv")]
+    text = said(capsys, root, "--csv", names[0], "--figure", names[1], "--write-split", names[2])
+    assert text.isascii() or all(char.isprintable() for char in text.replace("\n", ""))
+    assert "names that are not UTF-8: 2 (ant/\\udce4.png, \\udce4)" in text
+    assert "devices, pipes and sockets: 2 (ant/pipe.png, ant/socket.png)" in text
+    rows = list(csv.DictReader(names[0].open(encoding="utf-8", newline="")))
+    assert {row["path"] for row in rows} == {str(root / label / name) for label in labels for name in images}
+    again = Recipe(dataset="table", table=str(names[2]), data_dir=str(root))
+    assert set(open_split(again, "train").class_names) == set(labels)
 
 
 @pytest.mark.parametrize(

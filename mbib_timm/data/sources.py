@@ -60,6 +60,10 @@ class Source:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        for key in ("data_dir", "table", "train_list", "val_list", "test_list", "class_map"):
+            if CONTROL.search(getattr(recipe, key) or ""):
+                # Records, caches and tables could not name it.
+                raise DataError(f"recipe key {key!r}: {getattr(recipe, key)!r} is no text in UTF-8; rename it")
         name = "hfds/NAME" if recipe.dataset.startswith(HFDS_PREFIX) else recipe.dataset
         self._opened = SOURCES[name](recipe)
         self._splits: dict[tuple[str, ...], list[Split]] = {}
