@@ -44,7 +44,7 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
     if place.suffix.lower() in (*DELIMITED, *PARQUET):
         return change_recipe(Recipe(dataset="table", table=target), overrides)
     kinds = f"a folder or archive ({', '.join(SUFFIXES)}) of images, a table ({', '.join((*DELIMITED, *PARQUET))})"
-    if place.is_file() and place.suffix.lower() not in (".yaml", ".yml"):
+    if place.exists() and place.suffix.lower() not in (".yaml", ".yml"):
         refuse_packed(place)
         raise MbibError(f"{target} is a file of another kind: expected {kinds}, or a recipe")
     try:
