@@ -595,7 +595,7 @@ def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run
     held, published = set(), []
     for key, item in KEYS.items():
         kind = type(item.default_factory()) if callable(item.default_factory) else str
-        own_recipe = recipe.replace(dataset="table", table="t.csv") if key in TABLE_KEYS else recipe
+        own_recipe = recipe.replace(dataset="table", table="t.csv", group_by="column") if key in TABLE_KEYS else recipe
         for value in HOLDERS[kind]:
             given = {"name": "dive", "teacher": value} if key == "method" else value
             try:
@@ -610,7 +610,7 @@ def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run
             published.append(json.dumps([group.title, {k: str(v) for k, v in group.settings.items()}]).encode())
     assert held >= FREE, FREE - held
     for content in published:
-        assert CANARY.encode() not in content, content[:3000]
+        assert not [line for line in content.decode().splitlines() if CANARY in line]
 
 
 def test_no_path_of_the_machine_is_in_any_published_file(finished_run, tmp_path):
