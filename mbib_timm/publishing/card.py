@@ -332,10 +332,10 @@ def _stage(stage: Recipe) -> Markup:
     title = markdown_text(METHODS[stage.method["name"]].title or stage.method["name"])
     if not stage.epochs:
         return Markup(f"{title}, without training")
-    plural = "s" if stage.epochs > 1 else ""
+    plural, opt, sched = "s" if stage.epochs > 1 else "", redact_value(stage.opt), redact_value(stage.sched)
     return Markup(
-        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {markdown_text(stage.opt)}, "
-        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule {code_span(stage.sched)}"
+        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {markdown_text(opt)}, "
+        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule {code_span(sched)}"
         f"{markdown_text(_strength(stage))}"
     )
 
