@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import previous_run
 
@@ -145,6 +147,8 @@ REFUSED = {
     "prior a list": (changed(logit_prior=["train"]), "logit_prior: expected one of uniform, train"),
     # Its preprocessing
     "cfg a list": (changed(pretrained_cfg=[]), "pretrained_cfg: expected keys and values"),
+    "cfg null": (changed(pretrained_cfg=None), "pretrained_cfg: expected keys and values, got null"),
+    "model_args null": (changed(model_args=None), "model_args: expected keys and values, got null"),
     "cfg foreign": (changed(cfg__crop=0.9), "unknown key of pretrained_cfg 'crop': did you mean 'crop_"),
     "cfg weights": (changed(cfg__state_dict={}), "unknown key of pretrained_cfg 'state_dict'"),
     "size two numbers": (changed(cfg__input_size=[16, 16]), "pretrained_cfg.input_size: expected [channels, height"),
@@ -262,6 +266,58 @@ def test_every_cfg_of_timm_passes(tmp_path):
         }  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert read_config(tmp_path / "config.json").num_classes == cfg.num_classes, name
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([0, 4, "train"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def read_or_refused(file):
+    """What a file says; None where it is refused in one line that names it."""
+    try:
+        return read_config(file)
+    except CheckpointError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert str(file) in message
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_config_is_read_or_refused_in_a_sentence(tmp_path_factory, data):
+    """Any values under any of the known keys: what comes out is typed and agrees with itself."""
+    content = json.loads((previous_run(CLASSES, names=NAMES) / "config.json").read_text())
+    for place, keys in (
+        (content, _TOP.keys()),
+        (content["pretrained_cfg"], _CFG.keys()),
+        (content["model_args"], _ARGS.keys()),
+    ):
+        for key in data.draw(st.lists(st.sampled_from(sorted(keys - {"architecture"})), max_size=2)):
+            place[key] = data.draw(PLAIN)
+    file = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    file.write_text(json.dumps(content))
+    config = read_or_refused(file)
+    if config is None:
+        return
+    assert timm.is_model(config.architecture)
+    for values in (config.class_names, config.class_counts):
+        assert values is None or config.num_classes is None or len(values) == config.num_classes
+    assert config.class_names is None or all(name.encode() is not None for name in config.class_names)
+    assert config.class_counts is None or (config.class_counts > 0).all()
+    assert config.logit_prior in (None, "uniform", "train")
+
+
+@settings(max_examples=300, deadline=None)
+@given(cut=st.integers(0, 2000), junk=st.binary(max_size=8))
+def test_a_damaged_config_is_read_or_refused_in_a_sentence(tmp_path_factory, cut, junk):
+    content = (previous_run(CLASSES, names=NAMES) / "config.json").read_bytes()
+    file = tmp_path_factory.getbasetemp() / "damaged.json"
+    file.write_bytes(content[:cut] + junk + content[cut + len(junk) :])
+    read_or_refused(file)
 
 
 # Weights

@@ -75,14 +75,14 @@ def _checked(content: Any) -> ModelConfig:
     # timm once wrote all of it as one mapping.
     cfg = content.get("pretrained_cfg", {key: value for key, value in content.items() if key in _CFG})
     for key, kind in _TOP.items():
-        if content.get(key) is not None:
+        if content.get(key) is not None or (kind is _MAPPING and key in content and key != "label_descriptions"):
             _require(key, content[key], kind)
     architecture = content.get("architecture")
     if architecture is None:
         raise ValueError("architecture: missing")
     if "." in architecture or not timm.is_model(architecture):
         raise unknown_name("architecture", printable(architecture), timm.list_models())
-    args = content.get("model_args") or {}
+    args = content.get("model_args", {})
     _check_cfg(cfg, args)
     num_classes = _agreed(
         {
@@ -204,7 +204,7 @@ _SIDES = _Kind(
 _POOL = _list_of(_whole(1, LARGEST_SIDE), "whole numbers")
 _LABELS = _Kind("a list of names, or a mapping of them", lambda value: isinstance(value, list | dict))
 
-# What is checked of the file, by key; null is as good as nothing everywhere.
+# What is checked of the file, by key; null is as good as nothing, but for the mappings that timm looks into.
 _TOP = {
     "architecture": _TEXT,
     "num_classes": _CLASSES,

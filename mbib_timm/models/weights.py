@@ -274,7 +274,7 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
         # torch names what does not fit in the second line.
         reason = " ".join(str(error).split("\n")[:2]) if isinstance(error, RuntimeError) else first_line(error)
         raise CheckpointError(f"cannot load {source.name}: {' '.join(reason.split())}") from None
-    model.pretrained_cfg.pop("state_dict", None)
+    getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     if weights is None:
         require_finite(model.state_dict(), source.name)
     return model
@@ -290,7 +290,8 @@ def create_trained(source: Source, **kwargs: Any) -> nn.Module:
         model: Any = create_with_weights(source, **kwargs).eval()
     except TypeError as error:
         raise CheckpointError(f"cannot load {source.name}: {first_line(error)}") from None
-    known, given = model.pretrained_cfg.get("num_classes"), model.num_classes
+    given = int(getattr(model, "num_classes", 0))
+    known = getattr(model, "pretrained_cfg", {}).get("num_classes", given)
     if given == 0:
         raise CheckpointError(f"{source.name} has no classifier: it is there to start training from")
     if known != given:

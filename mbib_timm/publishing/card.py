@@ -20,7 +20,7 @@ from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import ZooModel, is_published, split_tag
 from mbib_timm.recipe import Recipe, data_of, load_recipe
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
-from mbib_timm.results.redact import redact_value
+from mbib_timm.results.redact import last_part, redact_value
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import (
@@ -234,14 +234,14 @@ def _data_name(run: FinishedRun) -> str:
     if run.dataset is not None:
         return published
     is_named = not published and (run.packaged is None or run.has_packaged_data)
-    return (is_named and data_of(run.name)) or run.recipe.dataset
+    return (is_named and data_of(run.name)) or str(redact_value(run.recipe.dataset))
 
 
 def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     first = run.recipe.chain()[0]
     weights = redact_value(first.model) if first.pretrained else None
     if first.initial_checkpoint is not None:
-        weights = Path(first.initial_checkpoint).name
+        weights = last_part(first.initial_checkpoint)
     start = f", started from the weights of {code_span(weights)}," if weights else ""
     epochs = _epochs(run.recipe)
     data = _dataset(run, stated)
@@ -332,10 +332,10 @@ def _stage(stage: Recipe) -> Markup:
     title = markdown_text(METHODS[stage.method["name"]].title or stage.method["name"])
     if not stage.epochs:
         return Markup(f"{title}, without training")
-    plural = "s" if stage.epochs > 1 else ""
+    plural, opt, sched = "s" if stage.epochs > 1 else "", redact_value(stage.opt), redact_value(stage.sched)
     return Markup(
-        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {markdown_text(stage.opt)}, "
-        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule {code_span(stage.sched)}"
+        f"{title}: {stage.epochs} epoch{plural} of batches of {stage.batch_size} with {markdown_text(opt)}, "
+        f"learning rate {stage.lr:g}, weight decay {stage.weight_decay:g}, schedule {code_span(sched)}"
         f"{markdown_text(_strength(stage))}"
     )
 
@@ -348,6 +348,6 @@ def _strength(stage: Recipe) -> str:
         if key != "model_ema_decay" or stage.model_ema
     }
     if stage.class_weights != "none":
-        strong["class_weights"] = Path(stage.class_weights).name
+        strong["class_weights"] = last_part(stage.class_weights)
     named = [f"{key} {redact_value(value)}" for key, value in strong.items() if value]
     return f", {', '.join(named)}" if named else ""

@@ -23,10 +23,10 @@ def redact_recipe(recipe: Recipe) -> bytes:
     computation = redact_value(recipe.computation())
     for keys in (computation, *computation.get(STAGES, ())):
         if "class_weights" in keys:
-            keys["class_weights"] = Path(keys["class_weights"]).name  # of a file
+            keys["class_weights"] = last_part(keys["class_weights"])  # of a file
     start = recipe.chain()[0].initial_checkpoint
     if start is not None:
-        computation["initial_checkpoint"] = Path(start).name
+        computation["initial_checkpoint"] = last_part(start)
     return yaml.safe_dump(computation, sort_keys=False, allow_unicode=True).encode()
 
 
@@ -40,9 +40,9 @@ def redact_value(value: Any) -> Any:
         return value
     scheme, colon, place = value.partition(":")
     if colon and scheme == "local-dir":
-        return f"{scheme}:{_last_part(place)}"
+        return f"{scheme}:{last_part(place)}"
     # A path may hold anything, such as spaces, where it is all that there is.
-    return _last_part(value) if _WHOLE.match(value) else redact_text(value)
+    return last_part(value) if _WHOLE.match(value) else redact_text(value)
 
 
 def redact_record(record: RunRecord) -> RunRecord:
@@ -106,5 +106,6 @@ _INSIDE = re.compile(rf"(?:file://)?(?<![\w./])(?:~[\w.-]*|[A-Za-z]:|(?:\.\./)*\
 _WINDOWS = re.compile(rf"(?<!\w)(?:[A-Za-z]:|\\)\\(?:{_PART}\\)+")
 
 
-def _last_part(path: str) -> str:
+def last_part(path: str) -> str:
+    """Return the last part of a path of any system."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

@@ -13,7 +13,7 @@ from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.results.paper import RESULTS, PaperResult
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
-from mbib_timm.results.redact import redact_record, redact_value
+from mbib_timm.results.redact import last_part, redact_record, redact_value
 from mbib_timm.results.tables import mean_of
 
 # Recipe keys that say how a result is reached and reported, and leave it as it is.
@@ -249,7 +249,7 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
         values = {key: redact_value(getattr(stage, key)) for key, item in KEYS.items() if not item.metadata["location"]}
-        values["class_weights"] = Path(values["class_weights"]).name  # of a file
+        values["class_weights"] = last_part(values["class_weights"])  # of a file
         method = values.pop("method")
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}
         prefix = f"stage{number}." if recipe.stage else ""
