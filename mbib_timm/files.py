@@ -246,7 +246,7 @@ def _refuse(name: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"key {_repeated([key for key, _ in pairs])!r} stands there twice")
+        raise ValueError(f"key {_repeated([key for key, _ in pairs])!r} occurs twice")
     return found
 
 
@@ -292,7 +292,7 @@ class _ValuesOnce(_LOADER):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} stands there twice", key.start_mark
+                        None, None, f"key {key.value!r} occurs twice", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -196,7 +196,7 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 def _named(name: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     named = dict(pairs)
     if len(named) < len(pairs):
-        raise MbibError(f"flag {flag(name)}: a name stands there twice: {', '.join(key for key, _ in pairs)}")
+        raise MbibError(f"flag {flag(name)}: a name occurs twice: {', '.join(key for key, _ in pairs)}")
     return named
 
 

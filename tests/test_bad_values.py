@@ -33,8 +33,8 @@ LAUGHS = "".join(
 
 # What a recipe's file holds after BASE, and what the message must say; before torch is imported.
 RECIPES = {
-    "key twice": ("lr: 0.1\nlr: 0.2\n", r"own\.yaml: not a YAML file \(line 14: key 'lr' stands there twice\)"),
-    "argument twice": ("opt_kwargs: {a: 1, a: 2}\n", "line 13: key 'a' stands there twice"),
+    "key twice": ("lr: 0.1\nlr: 0.2\n", r"own\.yaml: not a YAML file \(line 14: key 'lr' occurs twice\)"),
+    "argument twice": ("opt_kwargs: {a: 1, a: 2}\n", "line 13: key 'a' occurs twice"),
     "NUL": ("val_split: a\0b\n", r"own\.yaml: not a YAML file \(unacceptable character"),
     "NUL as an escape": ('val_split: "a\\0b"\n', r"'val_split': expected text without NUL, got 'a\\x00b'"),
     "empty text": ('output: ""\n', "'output': expected a text, got an empty one"),
@@ -178,12 +178,12 @@ def test_colour_jitter_follows_a_padded_crop():
 
 FLAGS = {
     "no value": (["--model-kwargs", "a"], "--model-kwargs: expected name=value, got 'a'"),
-    "argument twice": (["--model-kwargs", "a=1", "a=2"], "--model-kwargs: a name stands there twice"),
-    "mapping": (["--opt-kwargs", "a={b: 1, b: 2}"], "--opt-kwargs: .*key 'b' stands there twice"),
+    "argument twice": (["--model-kwargs", "a=1", "a=2"], "--model-kwargs: a name occurs twice"),
+    "mapping": (["--opt-kwargs", "a={b: 1, b: 2}"], "--opt-kwargs: .*key 'b' occurs twice"),
     "nested": (["--model-kwargs", f"a={DEEP}"], "--model-kwargs: .*exceeded maximum nesting depth"),
     "views": (["--views", "{"], "--views: expected a mapping such as {cutout: 8}, got '{'"),
     "long": (["--lr", "x" * 100_000], "--lr: invalid float value: 'xxx"),
-    "dotted": (["--method.beta", "{a: 1, a: 2}"], "flag --method.beta: .*key 'a' stands there twice"),
+    "dotted": (["--method.beta", "{a: 1, a: 2}"], "flag --method.beta: .*key 'a' occurs twice"),
     "not finite": (["--lr", "nan"], "'lr': expected a finite number, got nan"),
     "stage": (["--stage99999999999999999999.lr", "1"], "unknown recipe key 'stage99999999999999999999'"),
     "element": (["--mean.9", "0.5"], r"mean\.9: there is no element '9' in \["),
@@ -224,7 +224,7 @@ SWEEPS = {
     "value twice": ("axes: {lr: [0.1, 0.1]}", "axis 'lr' has '0.1' twice"),
     "key": ("axes: {lrr: [1]}", "unknown axis of sweep s 'lrr': did you mean 'lr'"),
     "number for a key": ("axes: {1: [1]}", r"s\.yaml: axes: expected names, got 1 for one"),
-    "a key twice": ("axes: {}\naxes: {}", "key 'axes' stands there twice"),
+    "a key twice": ("axes: {}\naxes: {}", "key 'axes' occurs twice"),
     "runs": (f"axes: {{lr: [{RATES}]}}", "sweep s has 1,001 runs; expected at most 1,000"),
     "combinations": (f"axes: {{lr: [1, 2]}}\nseeds: {list(range(600))}", "sweep s has 1,200 runs"),
     "seeds": ("seeds: [[1]]", r"s\.yaml: seeds\[0\]: expected int, got \[1\]"),
@@ -292,7 +292,7 @@ def changed(place, value):
 RECORDS = {
     "NaN": (changed("training_seconds", float("nan")), "NaN is no number of JSON"),
     "nested": ("[" * 100_000, "it is nested too deep"),
-    "key twice": ('{"name": 1, "name": 2}', "key 'name' stands there twice"),
+    "key twice": ('{"name": 1, "name": 2}', "key 'name' occurs twice"),
     "cut": (to_json(RUN).decode()[:500], "does not hold the record of a run"),
     "list": ("[]", "expected RunRecord"),
     "percent": (changed("result.heads.prediction.top1", 101), "top1: expected percent, got 101"),

@@ -83,7 +83,7 @@ def test_classes_that_are_numbers_are_no_header(tmp_path):
         ("p.json", "[[1, 2], [3, 4], 5, 6]", "class 'fox': expected a number of at least 0, got a list"),
         ("p.json", '{"fox": true}', "class 'fox': expected a number of at least 0, got a bool"),
         ("p.json", '{"fox": {"share": 1}}', "class 'fox': expected a number of at least 0, got a dict"),
-        ("p.json", '{"fox": 1, "fox": 2}', "FILE: key 'fox' stands there twice; expected a share for each class"),
+        ("p.json", '{"fox": 1, "fox": 2}', "FILE: key 'fox' occurs twice; expected a share for each class"),
         ("p.json", "[" * 100_000, "FILE: it is nested too deep"),
         ("p.yaml", "fox: 1\nred deer: 2\nBär: x\nno: 1\n", "class 'Bär': expected a number of at least 0, got 'x'"),
         ("p.yaml", "fox: [", "FILE: line 2: did not find expected node content; expected a share"),

@@ -45,12 +45,12 @@ def test_names_that_no_file_has_are_refused(name, tmp_path):
 @pytest.mark.parametrize(
     ("parse", "text", "said"),
     [
-        (parse_json, '{"a": 1, "a": 2}', "key 'a' stands there twice"),
-        (parse_json, '{"b": {"a": 1, "a": 1}}', "key 'a' stands there twice"),
+        (parse_json, '{"a": 1, "a": 2}', "key 'a' occurs twice"),
+        (parse_json, '{"b": {"a": 1, "a": 1}}', "key 'a' occurs twice"),
         (parse_json, "[" * 100_000, "nested too deep"),
         (parse_json, b"\xff", "utf-8"),
-        (parse_yaml, "a: 1\nb: 2\na: 3\n", "key 'a' stands there twice"),
-        (parse_yaml, "a:\n  b: 2\n  b: 3\n", "line 3: key 'b' stands there twice"),
+        (parse_yaml, "a: 1\nb: 2\na: 3\n", "key 'a' occurs twice"),
+        (parse_yaml, "a:\n  b: 2\n  b: 3\n", "line 3: key 'b' occurs twice"),
         (parse_yaml, "[" * 100_000, "nest"),
         (parse_yaml, "- " * 100_000, "nest"),
         (parse_yaml, "a: [", "line "),

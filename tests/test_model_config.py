@@ -70,7 +70,7 @@ REFUSED = {
     "byte-order mark": (lambda content: b"\xef\xbb\xbf" + json.dumps(content).encode(), "BOM"),
     "UTF-16": (lambda content: json.dumps(content).encode("utf-16"), "can't decode"),
     "Latin-1": (lambda content: json.dumps(content).encode().replace(b"ant", b"\xe4nt"), "can't decode"),
-    "key twice": (twice("num_classes"), "'num_classes' stands there twice"),
+    "key twice": (twice("num_classes"), "'num_classes' occurs twice"),
     "foreign key twice": (lambda content: json.dumps(content)[:-1].encode() + b', "a": 1, "a": 2}', "twice"),
     "too large": (lambda content: json.dumps(content).encode() + b" " * (9 << 20), "larger than 8 MB"),
     "endless number": (raw(b'{"num_classes": ' + b"1" * 5000 + b"}"), "Exceeds the limit"),

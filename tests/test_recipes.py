@@ -508,26 +508,36 @@ def test_every_key_is_documented_and_belongs_to_a_group():
 @pytest.mark.parametrize(
     ("file", "overrides", "expected", "said"),
     [
-        ("epochs: 60\nwarmup_epochs: 4\n", {"epochs": 1}, [(1, 0, 0)], ["1 epoch: warmup_epochs 0 instead of 4"]),
-        ("epochs: 60\nwarmup_epochs: 4\n", {"epochs": 4}, [(4, 3, 0)], ["4 epochs: warmup_epochs 3 instead of 4"]),
+        (
+            "epochs: 60\nwarmup_epochs: 4\n",
+            {"epochs": 1},
+            [(1, 0, 0)],
+            ["1 epoch: warmup_epochs shortened from 4 to 0"],
+        ),
+        (
+            "epochs: 60\nwarmup_epochs: 4\n",
+            {"epochs": 4},
+            [(4, 3, 0)],
+            ["4 epochs: warmup_epochs shortened from 4 to 3"],
+        ),
         ("epochs: 60\nwarmup_epochs: 4\n", {"epochs": 5}, [(5, 4, 0)], []),
         (
             "epochs: 60\nwarmup_epochs: 4\nmixup: 1.0\nmixup_off_epochs: 3\n",
             {"epochs": 4},
             [(4, 3, 1)],
-            ["4 epochs: warmup_epochs 3 instead of 4, mixup_off_epochs 1 instead of 3"],
+            ["4 epochs: warmup_epochs shortened from 4 to 3, mixup_off_epochs shortened from 3 to 1"],
         ),
         (
             "warmup_epochs: 4\nstages: [{method: ce, epochs: 9}, {method: crt, epochs: 8}]\n",
             {"stage2.epochs": 2},
             [(9, 4, 0), (2, 1, 0)],
-            ["stage 2, 2 epochs: warmup_epochs 1 instead of 4"],
+            ["stage 2, 2 epochs: warmup_epochs shortened from 4 to 1"],
         ),
         (
             "warmup_epochs: 4\nepochs: 9\nstages: [{method: ce}, {method: crt, epochs: 8, warmup_epochs: 0}]\n",
             {"epochs": 2},
             [(2, 1, 0), (8, 0, 0)],
-            ["stage 1, 2 epochs: warmup_epochs 1 instead of 4"],
+            ["stage 1, 2 epochs: warmup_epochs shortened from 4 to 1"],
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path, undrawn):
     assert "the recipe was changed" not in differences(own)[-1]
     page = tmp_path / "r.html"
     assert main(["report", str(MBIB), str(folder), "-o", str(page)]) == 0
-    assert "<dt>set otherwise than in the recipe</dt><dd><code>method.beta</code> 1.0</dd>" in page.read_text()
+    assert "<dt>changed from the recipe</dt><dd><code>method.beta</code> 1.0</dd>" in page.read_text()
 
 
 def test_baselines_are_not_said_to_have_a_z():

@@ -171,7 +171,7 @@ def test_inaturalists_json(tmp_path):
         ("{}", "it has no list 'images'"),
         ("[]", "it has no list 'images'"),
         ("[" * 100_000, "nested too deep"),
-        ('{"images": [], "images": []}', "key 'images' stands there twice"),
+        ('{"images": [], "images": []}', "key 'images' occurs twice"),
         ("\ufeff", "Expecting value"),
     ):
         (tmp_path / "train2018.json").write_text(text)

@@ -411,4 +411,4 @@ def test_what_was_set_from_outside_is_told_and_decides_whether_the_paper_compare
     assert ("difference" in text) == results.is_papers == comparable
     for key, value in settings.items():
         assert (f"`{key}` {value}" in text) == (key != "data_dir"), "where data lie decides nothing, and is private"
-    assert ("Set otherwise" in text) == bool(settings)
+    assert ("Changed from the recipe" in text) == bool(settings)

@@ -176,7 +176,7 @@ def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[
             before = value(key)
             if not is_given(key) and isinstance(before, int) and before > most:
                 stage[key] = most
-                shortened.append(f"{key} {most} instead of {before}")
+                shortened.append(f"{key} shortened from {before} to {most}")
         if shortened:
             run = f"{epochs} epoch{'s' * (epochs > 1)}"
             yield f"{f'stage {number}, ' if prefix else ''}{run}: {', '.join(shortened)}"

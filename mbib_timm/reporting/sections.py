@@ -175,7 +175,7 @@ def run_section(group: RunGroup) -> Section:
 
     section.heading("Result")
     result, best = run.record.result, run.record.best
-    when = method_title(run.record.method) if result.epoch is None else f"the last epoch, {result.epoch}"
+    when = method_title(run.record.method) if result.epoch is None else f"epoch {result.epoch}, the last"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
     section.paragraphs([f"In percent on {images:,} images of the split `{result.split}` after {when}{spread}."])
@@ -265,7 +265,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     hours = statistics.mean(member.record.training_seconds for member in group.runs) / 3600
     epochs = " + ".join(str(stage.epochs) for stage in run.recipe.chain())
     if group.is_short:
-        epochs += f" of the {group.recipe_epochs} that the recipe asks for: compares with no other schedule"
+        epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
     return [
         ("model", f"`{run.record.model}`"),
@@ -275,7 +275,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} per class",
         ),
         ("epochs", epochs),
-        *([("set otherwise than in the recipe", settings)] if settings else []),
+        *([("changed from the recipe", settings)] if settings else []),
         ("seeds", f"{seeds} (n = {len(group.runs)})"),
         ("time", f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"),
         ("hardware", environment.machine),

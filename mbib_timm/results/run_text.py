@@ -37,7 +37,7 @@ def print_report(folder: Path, record: RunRecord) -> None:
     if raw := raw_text(record):
         print(raw)
     if (best := record.best) is not None:
-        print(f"Best epoch on {best.split}: {best.epoch} with {best.prediction.top1:.2f} (not the result)")
+        print(f"Best epoch on {best.split}, which is not the result: epoch {best.epoch}, {best.prediction.top1:.2f} %")
     if record.replaced_images:
         print(f"broken training images that were replaced: {len(record.replaced_images)}, see metrics.json")
     if record.left_out_images:

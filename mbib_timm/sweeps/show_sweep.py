@@ -115,7 +115,7 @@ def what_was_run(results: SweepResults) -> list[str]:
     ]
     if results.settings:
         listing = listed([f"`{key}` {value}" for key, value in results.settings.items()])
-        said.append(f"Set otherwise than in the recipe: {listing}.")
+        said.append(f"Changed from the recipe: {listing}.")
     if results.is_short:
         said.append(
             "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. The rows "
