@@ -301,8 +301,9 @@ def test_the_licence_is_the_same_in_card_and_config(finished_run, capsys):
 def test_the_card_lists_every_class_with_its_images_and_accuracy(finished_run):
     record = read_run(finished_run).record
     card = render_card(read_run(finished_run), REPOSITORY)
-    rows = zip(record.class_names, record.class_counts, record.result.prediction.per_class, strict=True)
-    expected = [f"| {name} | {count} | {accuracy:.1f} |" for name, count, accuracy in rows]
+    images = [34] * 10  # of the digits' test split
+    rows = zip(record.class_names, record.class_counts, images, record.result.prediction.per_class, strict=True)
+    expected = [f"| {name} | {count} | {of} | {accuracy:.1f} |" for name, count, of, accuracy in rows]
     assert "\n".join(expected) in card, "from most to fewest images, which is the digits' order"
 
 

@@ -132,7 +132,9 @@ def summarize(statistics: Statistics, class_counts: np.ndarray) -> HeadMetrics:
         top1=100.0 * int(correct.sum()) / images,
         top5=100.0 * int(statistics.correct_top5.sum()) / images,
         macro=mean(accuracy, whole),
-        **{name: mean(accuracy, classes) for name, classes in groups.items()},
+        many=mean(accuracy, groups["many"]),
+        medium=mean(accuracy, groups["medium"]),
+        few=mean(accuracy, groups["few"]),
         ece=100.0 * expected_calibration_error(statistics.bins.cpu().numpy()),
         nll=float(statistics.negative_log_likelihood) / images,
         images=images,
@@ -196,11 +198,12 @@ def mean_interval(correct: np.ndarray, images: np.ndarray) -> tuple[float, float
 def with_intervals(
     metrics: HeadMetrics, targets: np.ndarray, predicted: np.ndarray, class_counts: np.ndarray
 ) -> HeadMetrics:
-    """Return metrics with 95 % intervals of macro accuracy, macro F1 and the shot groups: bootstrap over images.
+    """Return metrics with the images of each class, and the 95 % intervals of what is a mean over classes.
 
-    1,000 draws of N images out of N, with a fixed seed; the percentiles 2.5 and 97.5. A draw leaves classes out of
-    which it has no image, as the metric itself does. Where no draw differs, because every class is right as a whole or
-    wrong as a whole, the interval is made of the classes' own: see `mean_interval`.
+    Those of macro accuracy, macro F1 and the shot groups are of a bootstrap over images: 1,000 draws of N images out of
+    N, with a fixed seed; the percentiles 2.5 and 97.5. A draw leaves classes out of which it has no image, as the
+    metric itself does. Where no draw differs, because every class is right as a whole or wrong as a whole, the interval
+    is made of the classes' own: see `mean_interval`.
 
     Args:
         metrics: of the head.
@@ -227,7 +230,7 @@ def with_intervals(
             classes = groups.get(name, groups["macro"])
             low, high = mean_interval(right[classes], images[classes])
         intervals[name] = (low, high)
-    return replace(metrics, intervals=intervals)
+    return replace(metrics, intervals=intervals, class_images=images.tolist())
 
 
 def _mean_of_rows(values: np.ndarray) -> np.ndarray:

@@ -301,13 +301,19 @@ def _groups(counts: np.ndarray) -> Table:
 
 def _classes(run: FinishedRun) -> Table:
     """Return the classes with their names, from most to fewest training images, and what the prediction achieves."""
-    counts, accuracies = run.record.class_counts, run.record.result.prediction.per_class
+    counts, prediction = run.record.class_counts, run.record.result.prediction
     names = named(run.record.class_names, len(counts))
     order = sorted(range(len(counts)), key=lambda label: -counts[label])
     if len(order) > LISTED_CLASSES:
         order = order[: LISTED_CLASSES // 2] + order[-LISTED_CLASSES // 2 :]
-    rows = [[markdown_text(names[i]), f"{counts[i]:,}", percent(accuracies[i])] for i in order]
-    return Table(["class", "training images", "top-1, %"], rows)
+    columns = {
+        "class": [markdown_text(names[i]) for i in order],
+        "training images": [f"{counts[i]:,}" for i in order],
+        "evaluated images": [f"{prediction.class_images[i]:,}" for i in order] if prediction.class_images else [],
+        "top-1, %": [percent(prediction.per_class[i]) for i in order],
+    }
+    known = {name: cells for name, cells in columns.items() if cells}  # older records do not have all
+    return Table([*known], [*zip(*known.values(), strict=True)])
 
 
 def _paper_text(run: FinishedRun) -> str:

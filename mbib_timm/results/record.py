@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbib_timm.environment import Environment
-from mbib_timm.errors import MbibError, shown
+from mbib_timm.errors import MbibError, few, shown
 from mbib_timm.files import printable, read_json, read_text, to_json, write_bytes
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
@@ -36,6 +36,7 @@ class HeadMetrics:
         intervals: 95 %, in percent, by the name of the metric: ``top1`` (Wilson), and of the prediction ``macro``,
             ``macro_f1``, ``many``, ``medium`` and ``few`` (bootstrap over images).
         measured: images, and classes that have any, behind ``overall``, ``many``, ``medium`` and ``few``.
+        class_images: of the prediction, images of each class that were evaluated, K of them.
     """
 
     top1: float
@@ -53,11 +54,14 @@ class HeadMetrics:
     macro_f1: float | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     measured: dict[str, tuple[int, int]] = field(default_factory=dict)
+    class_images: list[int] = field(default_factory=list)
 
     def check(self, num_classes: int) -> None:
         """Raise ValueError for what no command writes: accuracies that are none, or of another number of classes."""
         if len(self.per_class) != num_classes:
             raise ValueError(f"per_class: expected {num_classes} for as many class_counts, got {len(self.per_class)}")
+        if self.class_images and (len(self.class_images) != num_classes or min(self.class_images) < 0):
+            raise ValueError(f"class_images: expected {num_classes} numbers of images, got {few(self.class_images)}")
         for name in ("top1", "top5", "macro", "many", "medium", "few", "ece", "macro_f1", "per_class"):
             found = getattr(self, name)
             for value in found if isinstance(found, list) else (found,):
