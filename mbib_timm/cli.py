@@ -27,6 +27,7 @@ from mbib_timm.flags import (
     recipe_overrides,
     share,
     take_dotted,
+    workers,
 )
 from mbib_timm.licences import check_licence
 from mbib_timm.recipe import (
@@ -362,7 +363,7 @@ def predict(flags: Parser) -> Action:
     flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (64)")
     flags.add_argument(
         "--workers",
-        type=not_negative,
+        type=workers,
         metavar="N",
         help="processes that decode images; by default as many as CPUs, 8 at most",
     )

@@ -14,7 +14,7 @@ from mbib_timm.files import parse_yaml
 from mbib_timm.options import option_types
 from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
 from mbib_timm.recipe.declared import find_method
-from mbib_timm.recipe.keys import LARGEST_SEED
+from mbib_timm.recipe.keys import LARGEST_SEED, MOST_WORKERS
 
 UNCHANGED = "when not given, as in the recipe or in the model's own recipe"
 LONGEST_ERROR = 500  # characters of an error of argparse, which cuts no value
@@ -73,6 +73,11 @@ def positive(text: str) -> int:
 def random_seed(text: str) -> int:
     """Parse a seed, from 0 to `LARGEST_SEED`."""
     return _whole(text, 0, LARGEST_SEED)
+
+
+def workers(text: str) -> int:
+    """Parse a number of processes, from 0 to `MOST_WORKERS`."""
+    return _whole(text, 0, MOST_WORKERS)
 
 
 def port(text: str) -> int:

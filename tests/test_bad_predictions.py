@@ -163,6 +163,7 @@ CASES = {
     ),
     "predict: batch size": (predict("--batch-size", "0"), "--batch-size: expected a whole number of at least 1"),
     "predict: top k": (predict("--top-k", "-3"), "--top-k"),
+    "predict: workers": (predict("--workers", "1000"), "--workers: expected a whole number from 0 to 128"),
     "predict: threshold that is none": (predict("--threshold", "nan"), "--threshold: expected a number from 0 to 1"),
     "predict: resume other columns": (
         resumed(HEADER.replace("label", "class")),
