@@ -96,7 +96,7 @@ def check_place(file: Path) -> None:
     if stat.S_ISDIR(mode):
         raise MbibError(f"{file} is a folder; expected the name of a file")
     if not stat.S_ISREG(mode):
-        raise MbibError(f"{file} is no regular file; expected the name of one")
+        raise MbibError(f"{file} is a pipe or a device; expected the name of a file")
 
 
 def check_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from archive_images import write
-from test_bad_input import ROWS, damaged, empty, of_model, refused, truncated, with_file
+from test_bad_input import ROWS, a_zip, damaged, empty, of_model, refused, truncated, with_file
 
 # Class names of the digits, on which the run is trained.
 DIGITS = [str(i) for i in range(10)]
@@ -106,7 +106,7 @@ CASES = {
     ),
     "predict: damaged weights": (
         lambda root, run: ["predict", damaged(root, run, "model.safetensors"), "images"],
-        "cannot load local-dir:runs/copy",
+        "model.safetensors is not a weights file",
     ),
     "predict: threshold": (predict("--threshold", "1.5"), r"--threshold.*from 0 to 1, got '1\.5'"),
     "predict: head": (predict("--head", "y"), "'y'.*'v1'|'y'.*prediction"),
@@ -162,6 +162,7 @@ CASES = {
         r"cannot make the folder notes\.txt/cam: notes\.txt is a file",
     ),
     "predict: batch size": (predict("--batch-size", "0"), "--batch-size: expected a whole number of at least 1"),
+    "predict: a zip": (lambda root, run: ["predict", str(run), a_zip(root)], r"x\.zip is an archive .*; unpack it$"),
     "predict: top k": (predict("--top-k", "-3"), "--top-k"),
     "predict: workers": (predict("--workers", "1000"), "--workers: expected a whole number from 0 to 128"),
     "predict: threshold that is none": (predict("--threshold", "nan"), "--threshold: expected a number from 0 to 1"),

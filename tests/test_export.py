@@ -181,8 +181,8 @@ def pipe(root):
     [
         (named_folder, "is a folder; expected the name of a file"),
         (below_a_file, "is a file"),
-        (pipe, "is no regular file"),
-        (lambda root: "/dev/null", "/dev/null is no regular file"),
+        (pipe, "is a pipe or a device"),
+        (lambda root: "/dev/null", "/dev/null is a pipe or a device"),
         (lambda root: root / ("x" * 300), "File name too long"),
         (lambda root: f"{root}/a\0b", "a\\x00b: embedded null byte"),
     ],

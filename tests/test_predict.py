@@ -1,6 +1,7 @@
 """Prediction: against the model called by hand, over files, folders and tars, with broken images and other priors."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -601,12 +602,26 @@ def test_a_full_disk_is_said_of_the_file(finished_run, photos, tmp_path, capsys,
 
     monkeypatch.setattr(predict_module._Outputs, "__enter__", full)
     try:
-        status = write(finished_run, [photos], tmp_path / name, "--batch-size", "2")
+        # Worker processes send images through files that the limit holds for too.
+        status = write(finished_run, [photos], tmp_path / name, "--batch-size", "2", "--workers", "0")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
     assert f"mbib: error: cannot write {tmp_path / name}: " in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ([] if name.endswith("parquet") else [name])
+
+
+def test_a_disk_too_full_for_embeddings_is_said_and_nothing_is_left(
+    finished_run, photos, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    place = tmp_path / "out"
+    assert write(finished_run, [photos], place / "x.parquet", "--embeddings", str(place / "e.npy")) == 2
+    assert f"cannot write {place / 'e.npy'}: No space left on device" in capsys.readouterr().err
+    assert [*place.iterdir()] == []
 
 
 @pytest.mark.parametrize(

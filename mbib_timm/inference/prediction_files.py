@@ -403,6 +403,10 @@ class EmbeddingsWriter:
         if self.array is None and features.size:
             shape = (self.images, features.shape[1])
             self.array = np.lib.format.open_memmap(self.beside, mode="w+", dtype=np.float32, shape=shape)
+            # A full disk is an error now; writing to a map for which the disk has no room would end the process.
+            if hasattr(os, "posix_fallocate"):
+                with self.beside.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, self.beside.stat().st_size)
             self.array[:] = math.nan
         for place, row in enumerate(given, start=self.done):
             if row is not None:
