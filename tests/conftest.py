@@ -17,7 +17,9 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mbib_tests.")
 
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 
+set_hypothesis_home_dir(Path(os.environ["XDG_CACHE_HOME"], "hypothesis"))
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
