@@ -85,11 +85,18 @@ def popen() -> Iterator[Callable[..., "subprocess.Popen[Any]"]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plugin", action="append", default=[], help="a method of one's own for tests/test_methods.py")
-    parser.addoption("--faults", type=int, default=0, help="kills and damages in each test of such; a few by default")
+    parser.addoption(
+        "--faults",
+        type=int,
+        default=0,
+        help="kills and damages in each test of such, and all faults of the Hub; a few by default",
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the Hub on loopback, and skip what needs a GPU where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs the Hub on loopback; leave out what is not asked for, and skip what needs a missing GPU."""
+    if not config.getoption("--faults"):
+        items[:] = [item for item in items if not item.get_closest_marker("all_faults")]
     for item in items:
         if "hub" in getattr(item, "fixturenames", ()):
             item.add_marker("hub")

@@ -72,7 +72,7 @@ class TestHub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def start(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def stop(self):
