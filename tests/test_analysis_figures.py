@@ -223,7 +223,16 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
         others = figure_of(replace(real, name=name, epochs=200), "distances")
         assert not others.axes[0].lines, "nor for other data under the name"
         counts = exponential_profile(100, 500, float(name.rpartition("_if")[2]))
-        own = replace(real, name=name, epochs=200, class_counts=counts, class_names=None)
+        heads = {head: replace(one, per_class=[50.0] * 100, class_images=[]) for head, one in real.heads.items()}
+        own = replace(
+            real,
+            name=name,
+            epochs=200,
+            class_counts=counts,
+            class_names=None,
+            heads=heads,
+            positive_posterior={"prediction": [0.5] * 100},
+        )
         figure = figure_of(own, "distances")
         markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
         assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]

@@ -13,6 +13,7 @@ from PIL import Image
 from mbib_timm.cli import main
 from mbib_timm.data import inspection, open_split
 from mbib_timm.data.inspection import Look, Picture, duplicates, near_pairs, perceptual_hash
+from mbib_timm.files import to_cell
 from mbib_timm.recipe import Recipe
 
 
@@ -145,7 +146,9 @@ def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_pat
     assert "names that are not UTF-8: 2 (ant/\\udce4.png, \\udce4)" in text
     assert "devices, pipes and sockets: 2 (ant/pipe.png, ant/socket.png)" in text
     rows = list(csv.DictReader(names[0].open(encoding="utf-8", newline="")))
-    assert {row["path"] for row in rows} == {str(root / label / name) for label in labels for name in images}
+    assert {row["path"] for row in rows} == {to_cell(str(root / label / name)) for label in labels for name in images}
+    shown = {"ant", "b\\x1b[31mee", "c\\nat", "'=cmd|x", "$$", "x" * 250}
+    assert {row["label"] for row in rows} == {*map(to_cell, labels)} == shown
     again = Recipe(dataset="table", table=str(names[2]), data_dir=str(root))
     assert set(open_split(again, "train").class_names) == set(labels)
 

@@ -135,7 +135,8 @@ def test_a_log_has_the_answer_for_every_image_in_the_order_of_the_split(model):
     plain = evaluate(model, loader, COUNTS, device=CPU)["prediction"]
     assert set(plain.intervals) == {"top1"}, "bootstrap is for results alone"
     assert set(metrics.intervals) == {"top1", "macro", "macro_f1", "many", "medium", "few"}
-    assert replace(metrics, intervals=plain.intervals, nll=plain.nll, ece=plain.ece) == plain
+    assert metrics.class_images == torch.bincount(y, minlength=len(COUNTS)).tolist()
+    assert replace(metrics, intervals=plain.intervals, nll=plain.nll, ece=plain.ece, class_images=[]) == plain
     assert metrics.intervals == with_intervals(plain, y.numpy(), answers.predicted, COUNTS).intervals, "one seed"
 
 

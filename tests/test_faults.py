@@ -108,7 +108,7 @@ def undisturbed(tmp_path_factory):
     [
         ("1 step 5", "Signal 9 .SIGKILL. received by PID"),
         ("0 step 5", "Signal 9 .SIGKILL. received by PID"),
-        ("1 nan 6", "mbib: error: loss part 'loss' became nan at epoch 2, step 3 in process 1; the last good"),
+        ("1 nan 6", "loss part 'loss' became nan at epoch 2, step 3 in process 1; the last good"),
     ],
 )
 def test_a_process_that_ends_takes_the_others_along_and_the_run_goes_on(undisturbed, tmp_path, fault, reason):

@@ -401,8 +401,7 @@ def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, 
 def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monkeypatch):
     results = read_results(finished[1])
     monkeypatch.setattr(show_sweep, "sweep_figure", lambda results: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        show_sweep.write_results(tmp_path, results)
+    show_sweep.write_results(tmp_path, results)
     assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "runs.csv", "table.md"}
 
 

@@ -251,10 +251,10 @@ class Analysis(Analyzed):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what is missing, and for classes that are not equally many everywhere."""
-        for item in dataclasses.fields(self):
-            if "measure" in item.metadata and getattr(self, item.name) is None:
-                raise ValueError(f"{item.name}: missing")
+        """Raise ValueError for classes that are not equally many everywhere; older files may lack a measure."""
+        for name in ("heads", "reliability", "positive_posterior"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: missing")
         check_classes(self.class_counts, self.class_names, self.heads)
         if min(self.class_counts) < 1:
             raise ValueError("class_counts: expected at least 1 for each class")

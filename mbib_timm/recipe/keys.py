@@ -18,7 +18,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 # before it fills the memory or never ends.
 LARGEST_SEED = 2**32 - 1
 MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
-LARGEST_RATE, LARGEST_ALPHA = 10**12, 1000
+LARGEST_RATE, LARGEST_ALPHA = 10**12, 10**6
 # Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
 OPEN_CHOICES = {"loader": "auto", "amp": None}
 
