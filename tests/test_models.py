@@ -854,3 +854,10 @@ def test_the_packaged_weights_give_the_logits_that_they_always_gave():
 def test_timm_finds_the_models_only_after_the_import():
     assert timm.is_model("mbib_resnet32")
     assert mbib_timm.__version__
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_experts_resnet32"])
+def test_a_bottleneck_of_no_width_is_refused(name):
+    for width in (0, -5):
+        with pytest.raises(MbibError, match=f"bottleneck_features: expected at least 1, got {width}"):
+            timm.create_model(name, num_classes=10, bottleneck_features=width)

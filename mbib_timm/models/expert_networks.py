@@ -290,7 +290,7 @@ class MBIBExperts(_ExpertModel):
                 for name, width in zip(shallow, (trunk, v2), strict=False)
             }
         )
-        width = bottleneck_features or v3
+        width = v3 if bottleneck_features is None else bottleneck_features
         self.heads = nn.ModuleList(
             ObservationWithBottleneck(v3, *options, features=width, act=bottleneck_act, **dd) for _ in experts
         )

@@ -177,6 +177,9 @@ class Bottleneck(nn.Module):
         act: apply ReLU; the paper does not say.
         drop_rate: dropout before the classifier.
         classifier: makes it, from its width, the classes, device and dtype.
+
+    Raises:
+        MbibError: a width below 1.
     """
 
     def __init__(
@@ -190,6 +193,8 @@ class Bottleneck(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
+        if features < 1:
+            raise MbibError(f"bottleneck_features: expected at least 1, got {features}")
         self.num_features = features
         self.fc = LINEAR(in_features, features, **dd)
         self.norm = nn.BatchNorm1d(features, **dd)

@@ -127,7 +127,7 @@ class MBIB(MultiHeadModel):
         self.observation = Observation(channels[-1], observed_classes, observation_norm, drop_rate, create, **dd)
         self.bottleneck: nn.Module = nn.Identity()
         if self.predicts_from_z:
-            width = bottleneck_features or channels[-1]
+            width = channels[-1] if bottleneck_features is None else bottleneck_features
             self.bottleneck = Bottleneck(channels[-1], width, num_classes, bottleneck_act, drop_rate, create, **dd)
 
     @torch.jit.ignore
