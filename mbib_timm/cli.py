@@ -8,6 +8,7 @@ top of this file imports torch or timm. Bad input ends with one line and exit st
 import argparse
 import dataclasses
 import errno
+import io
 import os
 import shlex
 import sys
@@ -589,6 +590,8 @@ def run(given: Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``mbib``; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that the terminal has not
     try:
         return run(parse(argv))
     except MbibError as error:

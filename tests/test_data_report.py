@@ -1,9 +1,11 @@
 """`mbib data`: what it finds, against what the test made; duplicates against a comparison of all pairs."""
 
 import csv
+import io
 import itertools
 import os
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -218,3 +220,12 @@ def test_sets_are_joined_and_only_evaluated_images_leak():
     found = duplicates(pictures, "train", ["a", "b", "c", "d", "d", None], [("a", "b"), ("b", "c")])
     assert found.sets == [[0, 1, 2], [3, 4]]
     assert found.leaks == {2: 1}, "near the second image, and not the first"
+
+
+def test_a_terminal_of_few_letters_gets_escapes(tmp_path, monkeypatch):
+    unpacked(tmp_path / "data", {f"{label}/{i}.png": png(i) for label in ("Bär", "ant") for i in range(2)})
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["data", str(tmp_path / "data"), "--workers", "0"]) == 0
+    terminal.flush()
+    assert rb"B\xe4r" in terminal.buffer.getvalue()

@@ -1,7 +1,6 @@
 """`mbib predict`: classes and probabilities for images, written and counted."""
 
 import contextlib
-import io
 import os
 import sys
 import unicodedata
@@ -199,8 +198,6 @@ def predict(
     Raises:
         MbibError: no such model, no such images, or choices that contradict one another.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that the terminal has not
     choice = OutputChoice(format, output, probabilities, embeddings, cam, resume, prior == ESTIMATE)
     format = choice.check()
     if cam is not None and head != PREDICTION:
