@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 import yaml
 
 from mbib_timm.errors import MbibError, first_line, shown
+from mbib_timm.options import is_number
 
 T = TypeVar("T")
 LONGEST_PLACE = 200  # characters of a place in a message
@@ -92,7 +93,7 @@ def check_place(file: Path) -> None:
         return check_folder(file.parent)
     except (OSError, ValueError) as error:  # a name that is too long, or one with a NUL
         reason = error.strerror if isinstance(error, OSError) else error
-        raise MbibError(f"cannot write {printable(str(file))[:200]}: {reason}") from None
+        raise MbibError(f"cannot write {printable(str(file))[:LONGEST_PLACE]}: {reason}") from None
     if stat.S_ISDIR(mode):
         raise MbibError(f"{file} is a folder; expected the name of a file")
     if not stat.S_ISREG(mode):
@@ -154,7 +155,7 @@ def to_cell(text: str) -> str:
     A ``'`` goes before what would be one; a number is none.
     """
     shown = printable(text)
-    return f"'{shown}" if _is_formula(shown) and not _is_number(shown) else shown
+    return f"'{shown}" if _is_formula(shown) and not is_number(shown) else shown
 
 
 def from_cell(cell: str) -> str:
@@ -164,14 +165,6 @@ def from_cell(cell: str) -> str:
 
 def _is_formula(text: str) -> bool:
     return text.lstrip("'").startswith(_FORMULA)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def to_csv(rows: Iterable[Sequence[object]], exact: bool = False) -> bytes:
@@ -277,6 +270,15 @@ def parse_yaml(text: str, as_text: bool = False) -> Any:
         raise ValueError(first_line(error).partition(";")[0]) from None
     except Exception as error:  # PyYAML's constructors raise of all kinds at values that do not fit their tags
         raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from None
+
+
+def read_yaml(file: Path, what: str) -> Any:
+    """Return the plain values of a YAML file. Raises MbibError as `read_text` does, and for what is no YAML."""
+    text = read_text(file, what)
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise MbibError(f"{file}: not a YAML file ({error})") from None
 
 
 # libyaml's loader is twenty times as fast, and limits nesting.

@@ -17,9 +17,20 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mbib_tests.")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 set_hypothesis_home_dir(Path(os.environ["XDG_CACHE_HOME"], "hypothesis"))
+# The same inputs every time, in seconds.
+settings.register_profile(
+    "bounded",
+    derandomize=True,
+    deadline=2000,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("bounded")
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from archive_images import png, tar_bytes, write
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mbib_timm.data.folders import open_archive
@@ -17,14 +17,6 @@ from mbib_timm.data.sources import open_inaturalist, open_list
 from mbib_timm.errors import MbibError
 
 NAMES = ["ant/0.png", "ant/1.png", "bee/0.png", "bee/ä b.png"]
-# The same inputs every time, in seconds.
-bounded = settings(
-    derandomize=True,
-    deadline=2000,
-    max_examples=60,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +52,6 @@ labels = st.one_of(
 listed = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 3).map(str)), min_size=1, max_size=4)
 
 
-@bounded
 @given(
     sound=listed,
     odd=st.lists(st.tuples(names, labels), max_size=2),
@@ -80,7 +71,6 @@ def test_lists(root, sound, odd, end, encoding):
         assert Path(split.path(place)).resolve().is_relative_to(root.resolve())
 
 
-@bounded
 @given(content=st.binary(max_size=200))
 def test_bytes_are_no_list(root, content):
     file = write(root / "bytes.txt", content)
@@ -104,7 +94,6 @@ FIELDS = [
 ]
 
 
-@bounded
 @given(where=st.sampled_from(FIELDS), value=plain)
 def test_inaturalists_json(root, where, value):
     content = {
@@ -142,7 +131,6 @@ def with_checksum(tar, header):
     tar[header + 148 : header + 156] = b"%06o\0 " % total
 
 
-@bounded
 @given(
     header=st.sampled_from(HEADERS),
     part=st.sampled_from(PARTS),
@@ -171,7 +159,6 @@ keys = st.sampled_from(["path", "size", "linkpath", "GNU.sparse.map", "GNU.spars
 values = st.one_of(st.text(max_size=5), st.integers(-(2**70), 2**70).map(str))
 
 
-@bounded
 @given(
     kind=st.sampled_from([b"x", b"g", b"L", b"K", b"S"]),
     body=st.one_of(st.binary(max_size=60), st.lists(st.tuples(keys, values), max_size=3)),
@@ -188,7 +175,6 @@ def test_extended_headers_of_archives(root, kind, body):
         assert_within(tree, archive.stat().st_size)
 
 
-@bounded
 @given(
     sound=listed,
     odd=st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6)), max_size=2),
@@ -216,7 +202,6 @@ def parquet_table():
     return content.getvalue()
 
 
-@bounded
 @given(cut=st.tuples(st.floats(0, 1), st.floats(0, 1)), filled=st.binary(max_size=20))
 def test_damaged_parquet(root, parquet_table, cut, filled):
     first, last = sorted(int(part * len(parquet_table)) for part in cut)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,13 +27,6 @@ from mbib_timm.inference.prediction_files import (
     written,
 )
 
-FAST = settings(
-    derandomize=True,
-    deadline=2000,
-    max_examples=60,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 NAMES = ("fox", "=red", "Bär", "no", "1")
 SHARES = ClassValues("prior", "share", zero=True, missing="give it 0")
 # Any characters, with more of those that mean something somewhere, and surrogates.
@@ -52,7 +45,6 @@ def one_sentence(error):
 numbers = st.one_of(st.floats(min_value=0, allow_nan=False, allow_infinity=False), st.integers(0, 10**6))
 
 
-@FAST
 @given(st.lists(numbers, min_size=5, max_size=5), st.permutations(range(5)), st.sampled_from(["csv", "json", "yaml"]))
 def test_class_values_come_back_in_any_order_and_format(tmp_path, values, order, kind):
     of = {NAMES[place]: values[place] for place in order}
@@ -64,7 +56,6 @@ def test_class_values_come_back_in_any_order_and_format(tmp_path, values, order,
     assert read_class_values(file, NAMES, SHARES).tolist() == [float(value) for value in values]
 
 
-@FAST
 @given(
     st.one_of(
         st.binary(max_size=60),
@@ -105,7 +96,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@FAST
 @given(
     st.lists(
         st.one_of(
@@ -169,7 +159,6 @@ def file_of(items, kind):
     return out.getvalue().encode()
 
 
-@FAST
 @given(st.lists(items, max_size=5), st.sampled_from(["csv", "jsonl"]), st.floats(0, 1))
 def test_a_file_that_is_cut_anywhere_gives_its_whole_lines(tmp_path, items, kind, share):
     content = file_of(items, kind)
@@ -189,7 +178,6 @@ def test_a_file_that_is_cut_anywhere_gives_its_whole_lines(tmp_path, items, kind
             assert image.unsure == item.unsure
 
 
-@FAST
 @given(
     st.lists(items, min_size=1, max_size=3),
     st.sampled_from(["csv", "jsonl"]),
@@ -212,7 +200,6 @@ def test_a_damaged_file_of_predictions_is_read_or_refused(tmp_path, items, kind,
             assert all(name in NAMES and 0 <= p <= 1 for name, p in image.classes)
 
 
-@FAST
 @given(text)
 def test_no_cell_is_a_formula_or_an_escape(value):
     (row,) = csv.reader(io.StringIO(to_csv([[value, 1.5]]).decode(), newline=""))

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_results import made_up_record
 
@@ -22,13 +22,7 @@ from mbib_timm.results.record import RECORD, HeadMetrics, read_record
 from mbib_timm.sweeps.sweep import load_sweep
 
 # The same examples in every run: a failure is somebody's change.
-FUZZ = settings(
-    derandomize=True,
-    max_examples=60,
-    deadline=timedelta(seconds=10),
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+FUZZ = settings(deadline=timedelta(seconds=10))
 LONGEST = 1000  # characters of a message
 
 numbers = st.one_of(

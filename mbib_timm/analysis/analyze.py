@@ -132,7 +132,7 @@ def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
 
 def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> Analyzed:
     """Return which run it is and what it is analyzed on; None for what is not known."""
-    config, file, names = source.config(), source.file(RECORD), opened.class_names
+    config, file, names = source.config, source.file(RECORD), opened.class_names
     record = None if file is None else read_json(RunRecord, file, "the record of a run")
     architecture = config.architecture or (record.model if record else source.name.partition(".")[0])
     published = f"{architecture}.{config.tag}" if config.tag else redact_value(source.name)

@@ -1,6 +1,5 @@
 """The data of a run: its splits, the long-tailed subset, the class counts; opened and checked against one another."""
 
-import difflib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices, named
 from mbib_timm.data.sources import Source
-from mbib_timm.errors import DataError, MbibError, few
+from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
 
@@ -182,7 +181,8 @@ def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequen
             raise DataError(f"{where} has two classes {twice!r}, and split {name!r} other classes: no match by name")
     labels = {each: label for label, each in enumerate(known)}
     if unknown := [each for each in given.values() if each not in labels]:
-        hints = [_nearest(each, known) for each in unknown]
+        near = [nearest(each, known, most=1) for each in unknown]
+        hints = [f" (did you mean {found[0]!r}?)" if found else "" for found in near]
         had = "" if any(hints) else f"; training has {few([*map(repr, known)])}"
         raise DataError(
             f"split {name!r} has {counted(len(unknown), 'class')} not in training: "
@@ -191,12 +191,6 @@ def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequen
     to_label = np.full(len(own), -1, dtype=np.int64)
     to_label[[*given]] = [labels[each] for each in given.values()]
     return to_label[split.targets]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    folded = {each.casefold(): each for each in known}
-    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    return f" (did you mean {folded[found[0]]!r}?)" if found else ""
 
 
 def missing_classes(name: str, split: Split, num_classes: int) -> str:

@@ -39,7 +39,7 @@ class Target:
 
     def class_counts(self) -> np.ndarray:
         """Return the training images of each class: from the checkpoint, or from the training data."""
-        counts = self.source.config().class_counts
+        counts = self.source.config.class_counts
         return open_data(self.recipe).class_counts if counts is None else counts
 
     def split(self) -> str:
@@ -120,7 +120,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     if len(counts) != num_classes:
         raise MbibError(f"{target.name} has {num_classes} classes, but the data have {len(counts)}")
     size = _input_size(model, recipe)
-    names = source.config().class_names
+    names = source.config.class_names
     split, images, notes = _open_images(target, split, names, num_classes)
     loader = build_eval_loader(
         recipe, images, input_size=size, device=world.device, rank=world.rank, world_size=world.world_size

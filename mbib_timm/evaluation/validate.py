@@ -142,7 +142,7 @@ class MovedPrior(NamedTuple):
 
 
 def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) -> MovedPrior:
-    config, counts, note = target.source.config(), opened.class_counts, ""
+    config, counts, note = target.source.config, opened.class_counts, ""
     trained = trained_shares(target.name, config.logit_prior, counts)
     if prior != ESTIMATE:
         shares = wanted_shares(prior, counts, config.class_names)

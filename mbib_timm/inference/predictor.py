@@ -19,7 +19,7 @@ from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, logits_and_features, reported_heads
 from mbib_timm.models.weights import LoadedModel
 
-MOST_WORKERS = 8
+USUAL_WORKERS = 8
 
 
 class Photos(Dataset):
@@ -161,7 +161,7 @@ class Predictor:
         photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform(as_bytes=True))
         batch_size = max(1, min(batch_size, len(images)))
         if workers is None:
-            workers = 0 if len(images) <= batch_size or usable_cores() == 1 else min(MOST_WORKERS, usable_cores())
+            workers = 0 if len(images) <= batch_size or usable_cores() == 1 else min(USUAL_WORKERS, usable_cores())
         workers = min(workers, -(-len(images) // batch_size))
         loader = DataLoader(
             photos, batch_size, num_workers=workers, collate_fn=collate, pin_memory=self.device.type == "cuda"

@@ -15,9 +15,10 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 
 from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
 from mbib_timm.files import parse_json, printable, read_content
+from mbib_timm.recipe.keys import LARGEST_SIDE, MOST_CLASSES
 
 LARGEST_BYTES = 8 * 2**20
-LARGEST_SIDE, MOST_CHANNELS, MOST_CLASSES, MOST_IMAGES = 8192, 1024, 10**6, 10**12
+MOST_CHANNELS, MOST_IMAGES = 1024, 10**12
 PRIORS = ("uniform", "train")
 
 

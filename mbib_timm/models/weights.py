@@ -7,6 +7,7 @@ any part is still as it was initialised.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class Source:
         except Exception as error:  # whatever the Hub's client makes of an answer
             raise hub_error(self.repository, error) from None
 
+    @cached_property
     def config(self) -> ModelConfig:
         """Return what its ``config.json`` says; nothing where there is none. Raises as `file` and `read_config` do."""
         file = self.file("config.json")
@@ -254,7 +256,7 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
         MbibError: it cannot be loaded; one line says why.
         TypeError: an argument that the architecture does not take.
     """
-    config, weights = source.config(), source.weights()
+    config, weights = source.config, source.weights()
     if weights is not None:
         if config.num_classes and not any(len(value) == config.num_classes for value in weights.values() if value.ndim):
             raise CheckpointError(f"{source.name}: its weights are not for {config.num_classes:,} classes")
@@ -300,7 +302,7 @@ def create_trained(source: Source, **kwargs: Any) -> nn.Module:
         raise CheckpointError(
             f"{source.name} is there to start training from: its weights leave {few(untrained, 3)} untrained"
         )
-    source.config().require_classes(given, source.name)
+    source.config.require_classes(given, source.name)
     return model
 
 
@@ -312,7 +314,7 @@ def load_model(target: str) -> LoadedModel:
     """
     source = find_source(target)
     module = create_trained(source)
-    config = source.config()
+    config = source.config
     names = config.class_names or _imagenet_names(module)
     preprocessing = resolve_model_data_config(module)
     return LoadedModel(source, module, preprocessing, names, config.class_counts, config.logit_prior)

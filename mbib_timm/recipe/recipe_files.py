@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mbib_timm.errors import MbibError, few, shown, unknown_name
-from mbib_timm.files import parse_yaml, read_text
+from mbib_timm.files import read_yaml
 from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
@@ -207,10 +207,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_yaml(read_text(path, "recipe"))
-    except ValueError as error:
-        raise MbibError(f"{path}: not a YAML file ({error})") from None
+    content = read_yaml(path, "recipe")
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")

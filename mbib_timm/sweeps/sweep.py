@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbib_timm.errors import MbibError, shown, unknown_name
-from mbib_timm.files import from_plain, parse_yaml, read_text
+from mbib_timm.files import from_plain, read_yaml
 from mbib_timm.options import is_number
 from mbib_timm.recipe import KEYS, check_key, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
@@ -254,15 +254,8 @@ def find_sweep(names: Sequence[str]) -> Sweep:
 
 
 def _is_sweep(path: Path) -> bool:
-    content = _read(path)
+    content = read_yaml(path, "sweep or recipe")
     return isinstance(content, dict) and {"recipe", "axes"} & content.keys() != set()
-
-
-def _read(path: Path) -> Any:
-    try:
-        return parse_yaml(read_text(path, "sweep or recipe"))
-    except ValueError as error:
-        raise MbibError(f"{path}: not a YAML file ({error})") from None
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -274,7 +267,7 @@ def load_sweep(path: Path) -> Sweep:
     kinds: dict[str, type | tuple[type, ...]] = dict(
         title=str, recipe=str, axes=dict, seeds=list, set=dict, labels=dict, heads=dict, figure=dict, paper=(str, dict)
     )
-    content = _checked(_read(path), kinds, str(path))
+    content = _checked(read_yaml(path, "sweep or recipe"), kinds, str(path))
     if "recipe" not in content:
         raise MbibError(f"{path}: a sweep needs the key 'recipe'")
     paper = content.pop("paper", None)

@@ -174,7 +174,7 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
     if source is not None:
         if recipe.initial_checkpoint is not None:
             raise MbibError(f"recipe key 'initial_checkpoint': {name} has weights of its own; see key 'pretrained'")
-        if source.config().model_args.get("training_heads") is False:
+        if source.config.model_args.get("training_heads") is False:
             kwargs.setdefault("training_heads", True)  # it was published for inference; training needs them
     elif not timm.is_model(name.partition(".")[0]):
         raise unknown_name("model", name, timm.list_models())
