@@ -112,8 +112,12 @@ def leave_world() -> None:
 
 
 @contextlib.contextmanager
-def joined_world(device: str | None) -> Iterator[World]:
+def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
     """Join the group of processes, see `join_world`, and leave it at the end.
+
+    Args:
+        device: of this process, see `join_world`.
+        advice: what to do where another process has ended; the end of the message.
 
     Raises:
         LostProcessError: another process has ended, so that what this one waits for never comes.
@@ -127,7 +131,7 @@ def joined_world(device: str | None) -> Iterator[World]:
             raise
         raise LostProcessError(
             f"another of the {world.world_size} processes has ended, so process {world.rank} does too; what ended it "
-            "stands above or in its own output; go on with --resume auto"
+            f"stands above or in its own output{advice}"
         ) from None
     finally:
         leave_world()

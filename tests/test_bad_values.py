@@ -147,7 +147,7 @@ SETUPS = {
     "one beta": ("opt: adamw\nopt_kwargs: {betas: [0.9]}\n", "'opt_kwargs': optimizer 'adamw' does not take"),
     "epsilon": ("opt: adamw\nopt_kwargs: {eps: x}\n", "'opt_kwargs': optimizer 'adamw' does not take"),
     "device": ("device: meta\n", "unknown device 'meta': expected cpu, cuda"),
-    "memory": ("img_size: 2000\nvalidation_batch_size: 8\n", "'batch_size' and 'img_size': a .* GiB"),
+    "memory": ("img_size: 2000\nvalidation_batch_size: 8\n", "'batch_size' and 'img_size': a step with .* GiB or more"),
     "operations of timm's": (
         "aa: rand-m9-t3a\nloader: resident\n",
         "resident augments images in batches",
@@ -160,7 +160,7 @@ def test_what_a_run_cannot_begin_with(name, tmp_path, monkeypatch, capsys):
     text, message = SETUPS[name]
     monkeypatch.chdir(tmp_path)
     if name == "memory":
-        monkeypatch.setattr("mbib_timm.data.create.free_memory", lambda device: 1 << 28)
+        monkeypatch.setattr("mbib_timm.training.setup.free_memory", lambda device: 1 << 28)
     class_folders(tmp_path)
     lines = {line.partition(":")[0]: line for line in (BASE + text).splitlines()}
     write(tmp_path / "own.yaml", "\n".join(lines.values()).encode())

@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import group_parameters, register_model, resolve_pretrained_cfg, save_for_hf
+from torch import nn
 
 import mbib_timm
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import CLASSIFIERS, count_macs, count_parameters, create_classifier, prefix_backbone
+from mbib_timm.models.complexity import activation_bytes
 
 MODULES = ("mbib_variants", "plain_resnets", "with_classifier")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
@@ -379,6 +381,21 @@ def test_macs_agree_with_torch():
         model(torch.empty(1, 3, 32, 32, device="meta"))
     macs = count_macs(model, (3, 32, 32))
     assert counter.get_total_flops() == 2 * (macs["conv"] + macs["linear"])
+
+
+def test_bytes_that_a_step_keeps_are_those_that_autograd_holds():
+    """A convolution keeps its input; ReLU its output, which the linear layer keeps too; weights are no activations."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
+    assert activation_bytes(model, (3, 16, 16)) == 4 * (3 + 8) * 16 * 16
+    assert next(model.parameters()).device.type == "cpu"
+    wide, narrow = (activation_bytes(create("mbib_resnet20"), (3, side, side)) for side in (64, 32))
+    assert wide / narrow == pytest.approx(4, rel=0.01)
+
+    class Undecided(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    assert activation_bytes(Undecided(), (3, 16, 16)) is None
 
 
 # Taps.

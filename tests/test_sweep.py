@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -539,3 +540,19 @@ def test_a_run_that_has_its_first_stage_alone_is_partial(tmp_path):
     assert run.status() == "missing"
     (run.folder().path / "stage1-ce").mkdir(parents=True)
     assert run.status() == "partial"
+
+
+@pytest.mark.parametrize(
+    ("images", "kept"), [(500, {"val_interval": 20}), (499, {"val_interval": 20, "dataset": "folder"})]
+)
+def test_the_same_images_in_a_folder_are_the_same_data_and_others_are_not(tmp_path, images, kept):
+    label = "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0"
+    shutil.copytree(Path(__file__).parents[1] / "results" / label, tmp_path / label)
+    record = json.loads((tmp_path / label / "metrics.json").read_text())
+    assert max(record["class_counts"]) == 500
+    record["class_counts"][record["class_counts"].index(500)] = images
+    (tmp_path / label / "metrics.json").write_text(json.dumps(record))
+    recipe = load_recipe(find_recipe("cifar_resnet32.ce_cifar100_lt_if100")).replace(output=str(tmp_path))
+    settings = {"dataset": "folder"}
+    planned = sweep_runs.PlannedRun(label, "ce", {}, label.rpartition("-200e")[0], recipe, 200, settings)
+    assert sweep_runs._sweep_run(planned).settings == kept

@@ -18,7 +18,7 @@ from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
 from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group, posterior_difference
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.drawing import Illustration, write_illustrations
-from mbib_timm.environment import World, describe_environment, join_world, leave_world
+from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
 from mbib_timm.files import read_json
@@ -107,8 +107,7 @@ def _own_folder(target: Target) -> Path:
 
 def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, images_per_class: int) -> Analysis:
     require_scikit_learn()
-    world = join_world(found.recipe.device)
-    try:
+    with joined_world(found.recipe.device) as world:
         if world.world_size > 1:
             raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: start it without torchrun")
         opened = open_target(found, world, split)
@@ -120,8 +119,6 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
         outputs = collect_outputs(model, opened.loader, counts, device=world.device, channels_last=channels_last)
         subject = Subject(model, outputs, counts, opened.input_size, classes, images_per_class)
         return measure(_describe(found.source, opened, len(outputs.labels), world), subject)
-    finally:
-        leave_world()
 
 
 def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:

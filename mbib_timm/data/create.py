@@ -1,7 +1,6 @@
 """From the splits of a run to its loaders: resident where the data fit, timm's where they do not."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from mbib_timm.data.batch import Loader, TrainLoader
-from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits, free_memory
+from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.mixing import train_loader
@@ -22,9 +21,6 @@ from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import DATA_KEYS, Recipe
-
-# Times its input, in float32, that a network keeps for its gradients, or more.
-KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -130,10 +126,8 @@ def choose_loader(
         pool: of the process's runs, which knows what is on the device already.
 
     Raises:
-        MbibError: the recipe asks for resident data, which its augmentation does not allow, or for batches that do not
-            fit onto the device.
+        MbibError: the recipe asks for resident data, which its augmentation does not allow.
     """
-    _check_memory(splits, recipe, input_size, device)
     by_image = any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations())
     if recipe.loader == "resident" and by_image:
         raise MbibError(
@@ -143,18 +137,6 @@ def choose_loader(
     if recipe.loader != "auto":
         return recipe.loader
     return "timm" if by_image or not (pool or DataPool()).fit(splits, recipe, input_size, device) else "resident"
-
-
-def _check_memory(splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> None:
-    """Raise MbibError where a batch and what the least network keeps of it are more than there is free on a device."""
-    images = min(recipe.batch_size, len(splits.train)) * len(recipe.choice("views"))
-    needed, free = KEPT * 4 * images * math.prod(input_size), free_memory(device)
-    if needed > free:
-        raise MbibError(
-            f"recipe keys 'batch_size' and 'img_size': a step with {images:,} images of "
-            f"{'x'.join(map(str, input_size))} takes more than {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are "
-            "free; expected fewer or smaller images"
-        )
 
 
 def create_loaders(

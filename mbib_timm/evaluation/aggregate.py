@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mbib_timm.data import build_views_loader
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.long_tail import exponential_profile, largest_class, long_tailed_indices
-from mbib_timm.environment import Environment, describe_environment, join_world, leave_world, seed_generators
+from mbib_timm.environment import Environment, describe_environment, joined_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
 from mbib_timm.files import to_json
@@ -209,8 +209,7 @@ def aggregate(
         if name not in DISTRIBUTIONS:
             raise unknown_name("test distribution", name, DISTRIBUTIONS)
     found = find_target(target, recipe, overrides)
-    world = join_world(found.recipe.device)
-    try:
+    with joined_world(found.recipe.device) as world:
         if world.world_size > 1:
             raise MbibError(f"mbib aggregate runs in one process, not in {world.world_size}: start it without torchrun")
         opened = open_target(found, world, split)
@@ -226,8 +225,6 @@ def aggregate(
         rows = _measure(opened, parts, test_sets, found.recipe, seed)
         environment = redact_environment(describe_environment(world))
         results = Aggregation(target, opened.split, seed, rows, environment)
-    finally:
-        leave_world()
     print(f"{target} on {opened.split}, top-1, %:")
     print(table(rows, parts))
     source = found.source

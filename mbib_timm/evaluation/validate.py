@@ -12,7 +12,7 @@ from torch import Tensor
 from mbib_timm.data.class_values import label_names
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.sources import UNREADABLE
-from mbib_timm.environment import Environment, World, describe_environment, join_world, leave_world
+from mbib_timm.environment import Environment, World, describe_environment, joined_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import write_answers
 from mbib_timm.evaluation.evaluate import AnswerLog, evaluate
@@ -83,8 +83,7 @@ def validate(
     if results_file is not None:
         _check(results_file)
     found = find_target(target, recipe, overrides)
-    world = join_world(found.recipe.device)
-    try:
+    with joined_world(found.recipe.device) as world:
         opened = open_target(found, world, split)
         channels_last = found.recipe.channels_last
         moved = None if prior is None else _move_prior(prior, found, opened, world)
@@ -123,8 +122,6 @@ def validate(
                 )
                 print("\n".join(map(str, [results_file, *files])))
         return results
-    finally:
-        leave_world()
 
 
 class MovedPrior(NamedTuple):

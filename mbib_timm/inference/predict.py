@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data.folders import in_words
-from mbib_timm.environment import join_world, leave_world
+from mbib_timm.environment import joined_world
 from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior, estimate_prior
@@ -208,8 +208,7 @@ def predict(
     for each in found:
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
-    world = join_world(device)
-    try:
+    with joined_world(device) as world:
         model = load_model(target)
         predictor = Predictor(model, head, None if prior == ESTIMATE else prior, world.device)
         trained = predictor.trained_shares() if prior == ESTIMATE else None
@@ -242,8 +241,6 @@ def predict(
                 classes += [None if isinstance(item, Broken) else item.classes[0][0] for item in items]
         if cam is not None and grad_cam is not None:
             _write_overlays(predictor, grad_cam, cam, todo, classes, batch_size, workers)
-    finally:
-        leave_world()
     result = Predicted(
         images=len(todo) + len(continued.images),
         broken=tally.broken,

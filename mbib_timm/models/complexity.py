@@ -67,6 +67,36 @@ def count_macs(
     return {**macs, "total": sum(macs.values())}
 
 
+def activation_bytes(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
+    """Return the bytes that a float32 training step keeps of one image for its gradients; without memory of its own.
+
+    Args:
+        model: in training mode, on any device; not changed.
+        input_size: image size (C, H, W).
+
+    Returns:
+        The bytes; None for a model that cannot be tried on the meta device.
+    """
+    own: Any = copy.deepcopy(model).to("meta")
+    weights = {tensor.untyped_storage()._cdata for tensor in (*own.parameters(), *own.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()  # views share one
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    images = 2  # BatchNorm takes no single value
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = own(torch.empty(images, *input_size, device="meta"))  # holds the graph, and so what it keeps
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None
+    del logits
+    return sum(kept.values()) // images
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a forward pass over one image takes.

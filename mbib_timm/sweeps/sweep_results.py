@@ -45,7 +45,8 @@ class SweepRun:
         chosen: what the method has chosen by itself.
         epochs: of the longest stage.
         recipe_epochs: the same, as the recipe asks for them.
-        settings: what was set from outside and computes something else, by address.
+        settings: what was set from outside and computes something else, by address; the same images in files of
+            their own do not.
         dataset: the recipe's.
         test_images: how many the result is on.
         heads: accuracies in percent by head, under ``overall``, ``many``, ``medium`` and ``few``.
@@ -142,10 +143,7 @@ class SweepResults:
         """True if the sweep is the paper's: its recipe as it stands, in full. Then a difference from it counts."""
         if self.paper is None or self.recipe != self.paper.recipe or self.is_short:
             return False
-        # The same images in files of their own are the benchmark still, and so is any other way to the same numbers.
-        return self.settings.keys() <= SAME_RESULT or (
-            self.settings.keys() <= {*SAME_RESULT, "dataset"} and self.settings["dataset"] == "folder"
-        )
+        return self.settings.keys() <= SAME_RESULT
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from mbib_timm.data import DataPool
 from mbib_timm.errors import BusyFolderError, MbibError, shown
 from mbib_timm.files import check_folder, printable, printable_lines
+from mbib_timm.models.zoo import data_set_of
 from mbib_timm.recipe import (
     KEYS,
     STAGES,
@@ -329,6 +330,10 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
     """Return what a sweep keeps of a finished run."""
     folder = planned.folder().path
     record, history = redact_record(read_record(folder)), read_history(folder)
+    same_data = data_set_of(record.name, record.class_counts, record.class_names) is not None
+    settings = dict(planned.settings)
+    if same_data and settings.get("dataset") == "folder":
+        del settings["dataset"]
     return SweepRun(
         label=planned.label,
         configuration=planned.configuration,
@@ -339,7 +344,7 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         chosen=record.chosen,
         epochs=planned.epochs,
         recipe_epochs=planned.recipe_epochs,
-        settings=planned.settings,
+        settings=settings,
         dataset=record.dataset,
         test_images=record.result.prediction.images,
         heads={head: metrics.accuracies() for head, metrics in record.result.heads.items()},

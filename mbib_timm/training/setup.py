@@ -1,5 +1,6 @@
 """What a stage trains with: network, method, optimizer and schedule, checked as a whole before anything begins."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ from torch import Tensor, nn
 from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.class_weights import loss_weights
+from mbib_timm.data.decoding import free_memory
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
+from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
+
+# Times its input, in float32, that a network keeps of an image for its gradients: 100 to 200 of timm's; never less than
+# the first, and where a batch times the second is free nothing is counted.
+LEAST_KEPT, MOST_KEPT = 4, 1000
 
 
 @dataclass(frozen=True)
@@ -74,13 +81,15 @@ def set_up(
             check_augmentation(view, size)
         except MbibError as error:
             raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
+    precision = Precision.of(recipe, world.device)
+    _check_memory(network, recipe, len(splits.train), size, world.device, precision)
     loader = choose_loader(splits, recipe, size, world.device, pool)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, Precision.of(recipe, world.device))
+    return Setup(method, size, loader, optimizer, schedule, precision)
 
 
 def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
@@ -94,6 +103,31 @@ def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch
             f"{first_line(error)}"
         ) from None
     network.train()
+
+
+def _check_memory(
+    network: nn.Module,
+    recipe: Recipe,
+    train_images: int,
+    size: tuple[int, int, int],
+    device: torch.device,
+    precision: Precision,
+) -> None:
+    """Raise MbibError where a batch and what the network keeps of it for its gradients are more than is free."""
+    images = min(recipe.batch_size, train_images) * len(recipe.choice("views"))
+    batch, free = 4 * images * math.prod(size), free_memory(device)
+    if MOST_KEPT * batch <= free:
+        return
+    kept = images * (activation_bytes(network, size) or 0)
+    if recipe.torchcompile or precision.autocast_dtype is not None:
+        kept //= 2  # what is fused is not kept, and half-precision numbers have half the bytes
+    needed = max(batch + kept, LEAST_KEPT * batch)
+    if needed > free:
+        raise MbibError(
+            f"recipe keys 'batch_size' and 'img_size': a step with {images:,} images of {'x'.join(map(str, size))} "
+            f"takes {needed / 2**30:,.1f} GiB or more, and {free / 2**30:,.1f} are free; expected fewer or smaller "
+            "images (grad_accum_steps keeps the batch of an update)"
+        )
 
 
 def _synchronized(network: nn.Module, recipe: Recipe, world: World) -> nn.Module:

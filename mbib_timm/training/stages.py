@@ -41,7 +41,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
         NonFiniteLossError: training diverged; the last good checkpoint is kept.
         LostProcessError: another process of the run has ended.
     """
-    with joined_world(recipe.device) as world:
+    with joined_world(recipe.device, "; go on with --resume auto") as world:
         pool = pool or DataPool()
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
