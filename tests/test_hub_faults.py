@@ -1,6 +1,7 @@
 """What the Hub may do wrong, at every request that publishing and loading make: an end in time, and one sentence."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,9 +10,9 @@ import pytest
 from huggingface_hub import HfApi, close_session, constants
 from loopback_hub import FAULTS, TestHub
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import hub as hub_module
-from mbib_timm.models.weights import load_model
+from mbib_timm.models.weights import Source, create_with_weights, load_model
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import Release, make_release
 
@@ -155,6 +156,20 @@ def test_a_token_that_cannot_be_sent(hub, release, token, monkeypatch):
             action()
         assert token not in str(raised.value)
     assert hub.requests == []
+
+
+def test_weights_at_a_plain_address_have_a_time_limit(monkeypatch, tmp_path):
+    """timm fetches what is not on the Hub through torch, whose client waits for ever."""
+    monkeypatch.setattr(hub_module, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    before = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth"
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"cannot load resnet10t: .*timed out"):
+            create_with_weights(Source("resnet10t"), pretrained_cfg_overlay={"url": address, "hf_hub_id": None})
+    assert time.monotonic() - start < SECONDS
+    assert socket.getdefaulttimeout() == before
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """The Hub as this package asks it: names that can be, requests that end, and one sentence for what goes wrong."""
 
+import contextlib
 import re
+import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub import constants, get_session, get_token, set_client_factory
@@ -91,6 +94,17 @@ def prepare_hub() -> None:
         return kind(event_hooks=limits, follow_redirects=True, timeout=REQUEST_SECONDS)
 
     set_client_factory(limited)
+
+
+@contextlib.contextmanager
+def limited_sockets() -> Iterator[None]:
+    """Give a time limit to requests of clients that have none, such as torch's for weights that timm has elsewhere."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(REQUEST_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def hub_error(repository: str, error: Exception) -> MbibError:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.files import printable
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
-from mbib_timm.models.hub import hub_error, prepare_hub, split_repository
+from mbib_timm.models.hub import hub_error, limited_sockets, prepare_hub, split_repository
 from mbib_timm.models.model_config import ModelConfig, read_config
 from mbib_timm.models.zoo import ZooModel
 
@@ -263,7 +263,8 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "source": None, "file": None}
     prepare_hub()
     try:
-        model = timm.create_model(source.name, pretrained=True, **kwargs)
+        with limited_sockets():
+            model = timm.create_model(source.name, pretrained=True, **kwargs)
     except TypeError:
         raise
     except MbibError as error:
