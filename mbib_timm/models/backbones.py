@@ -148,6 +148,22 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
     )
 
 
+class StoredFeatures(nn.Module):
+    """In the place of a backbone, where the images are features of it already: (B, D, 1, 1), D being all its widths.
+
+    Args:
+        widths: of the pooled vectors that the model's heads stand on, in order.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that features (B, D, 1, 1) hold side by side."""
+        return features.flatten(1).split(self.widths, dim=1)
+
+
 POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
 
 

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.backbones import MultiHeadModel, create_pool, create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.backbones import (
+    MultiHeadModel,
+    StoredFeatures,
+    create_pool,
+    create_tapped,
+    prefixed_levels,
+    resolve_taps,
+)
 from mbib_timm.models.head_outputs import POOLED
 from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
 
@@ -183,6 +190,8 @@ class MBIB(MultiHeadModel):
 
         Nothing else of a forward pass reads the backbone. With ``global_pool=''`` they are unpooled maps.
         """
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
         if not len(self.training_heads):
             return (self.global_pool(self._maps(x, self.taps[-1:])[0]),)
         maps = [x] * self.observes_input + self._maps(x, self.taps)

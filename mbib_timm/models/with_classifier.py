@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.models.backbones import BackboneModel, FeatureNet, backbone_cfg, prefixed_levels
+from mbib_timm.models.backbones import BackboneModel, FeatureNet, StoredFeatures, backbone_cfg, prefixed_levels
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -123,6 +123,8 @@ class WithClassifier(BackboneModel):
     @torch.jit.ignore
     def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled features (B, D) that the classifier stands on, alone in a tuple."""
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
         return (self.forward_head(self.forward_features(x), pre_logits=True),)
 
     @torch.jit.ignore
