@@ -65,6 +65,10 @@ class Tiny(nn.Module):
         pooled = self.forward_features(x).mean(dim=(2, 3))
         return {name: mix(pooled) for name, mix in self.mixed.items()}
 
+    def forward_heads(self, x):
+        features = self.features(x)
+        return tuple(self.classifiers[name](features[name]) for name in self.head_names)
+
     def forward(self, x):
         features = self.features(x)
         if self.training and len(self.head_names) > 1:

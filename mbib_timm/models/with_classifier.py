@@ -67,14 +67,12 @@ class WithClassifier(BackboneModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
         # timm leaves out what is None; many backbones do not know all of these.
-        optional = {
-            "global_pool": global_pool,
-            "drop_rate": drop_rate or None,
-            "drop_path_rate": drop_path_rate or None,
-        }
+        optional = {"global_pool": global_pool, "drop_path_rate": drop_path_rate or None}
         self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
+        # Here and not in the backbone, some of which drop nothing before the classifier, or cannot.
+        self.drop = nn.Dropout(drop_rate)
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
         width = self.head_hidden_size
         self.classifier = create_classifier(
@@ -116,7 +114,7 @@ class WithClassifier(BackboneModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits (B, K) of the last map; with `pre_logits` the pooled features (B, D)."""
         x = self.backbone.forward_head(x, pre_logits=True)
-        return x if pre_logits else self.classifier(x)
+        return x if pre_logits else self.classifier(self.drop(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
