@@ -225,6 +225,7 @@ def test_features_without_direction_are_an_error_that_names_class_and_head(value
 # The nearest class mean
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # each class has one centroid
 @pytest.mark.parametrize("name", ["cifar_resnet20", "bib_resnet20"])
 def test_ncm_is_scikit_learns_nearest_centroid_on_normalised_features(name):
     model, batches = build(name, **({"prediction": "v"} if name.startswith("bib") else {})), photographs()

@@ -204,6 +204,8 @@ def _check_values(recipe: "Recipe") -> None:
         raise MbibError(f"recipe key 'min_lr': expected at most lr, {recipe.lr:g}, got {recipe.min_lr:g}")
     if recipe.warmup_epochs >= recipe.epochs > 0 and recipe.warmup_epochs > 0:
         raise MbibError(f"recipe key 'warmup_epochs': {recipe.warmup_epochs} leaves none of the {recipe.epochs} epochs")
+    if recipe.sched == "rsqrt" and recipe.warmup_epochs == 0:
+        raise MbibError("recipe key 'warmup_epochs': sched: rsqrt is measured in epochs of warm-up; expected 1 or more")
     if recipe.sched == "multistep" and sorted(recipe.decay_milestones) != recipe.decay_milestones:
         raise MbibError(
             f"recipe key 'decay_milestones': expected ascending epochs, got {shown(recipe.decay_milestones)}"

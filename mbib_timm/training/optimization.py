@@ -58,8 +58,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
             f"it is given: {first_line(error)}"
         ) from None
     if recipe.param_groups:
-        # In place: a wrapper such as Lookahead holds the same list.
-        optimizer.param_groups[:] = _divided(optimizer.param_groups, recipe, network)
+        optimizer.param_groups = _divided(optimizer.param_groups, recipe, network)
     if own:
         optimizer.add_param_group({"params": own, "weight_decay": recipe.weight_decay})
     return optimizer
