@@ -19,6 +19,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.models.heads import Observation, renew_classifier
 
 # What a model that holds a backbone calls it: the first part of the backbone's keys.
@@ -402,6 +403,5 @@ def create_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
 
 def classifier_names(model: Any) -> tuple[str, ...]:
     """Return the names of a model's classifiers, in the order in which it gives their logits."""
-    classifiers = model.get_classifier()
     names = {id(module): name for name, module in model.named_modules()}
-    return tuple(names[id(c)] for c in (classifiers if isinstance(classifiers, tuple) else (classifiers,)))
+    return tuple(names[id(classifier)] for classifier in classifiers_of(model))

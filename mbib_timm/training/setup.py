@@ -16,10 +16,11 @@ from mbib_timm.data.decoding import free_memory
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
+from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
 from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.frozen_backbone import FrozenBackbone
-from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
+from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights, under_keys_of
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 
@@ -95,6 +96,8 @@ def set_up(
     _check_memory(network, recipe, len(splits.train), seen, world.device, precision)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
+    if recipe.choice("classifier_start") == CLASS_MEANS:
+        require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
@@ -177,7 +180,7 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
     model = _create_model(recipe, num_classes, False, kwargs)
     anew = part_of(model, reset)
     if previous is not None:
-        weights = read_weights(previous)
+        weights = under_keys_of(model, read_weights(previous))
     else:
         torch.set_rng_state(state)
         weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
@@ -200,7 +203,10 @@ def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str]
     """
     if anew == own.keys():
         return
-    differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
+    # A layer that starts anew may be of another kind: what it has no more, such as a bias, is not asked for.
+    layers = {name.rpartition(".")[0] for name in anew}
+    missing = {name for name in weights.keys() - own.keys() if name.rpartition(".")[0] not in layers}
+    differing = missing | (own.keys() - weights.keys() - anew)
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
         raise CheckpointError(f"the weights of {source} do not fit this stage's model: {few(sorted(differing))}")
