@@ -187,6 +187,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def start_config(path: Path) -> ModelConfig:
+    """Return what is known of weights to start from: the ``config.json`` of a folder, or of the run that a file is of.
+
+    Raises:
+        CheckpointError: as `read_config`.
+    """
+    folder = path if path.is_dir() else path.parent
+    known = (folder / "config.json").is_file() and (path.is_dir() or (folder / "recipe.yaml").is_file())
+    return read_config(folder / "config.json") if known else ModelConfig()
+
+
 def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
     """Raise CheckpointError for weights that are not finite, by the name of the tensor; `where` is for the message."""
     for name, value in weights.items():

@@ -187,8 +187,9 @@ def _check_values(recipe: "Recipe") -> None:
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise MbibError(f"recipe key {name!r}: expected two numbers, 0 < low <= high, got {shown(low_high)}")
     for name in ("mean", "std"):
-        if len(getattr(recipe, name)) not in (1, 3):
-            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(getattr(recipe, name))}")
+        values = getattr(recipe, name)
+        if values is not None and len(values) not in (1, 3):
+            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(values)}")
     if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
         raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {shown(recipe.experiment)}")
     for name in ("train", "reset"):

@@ -20,8 +20,10 @@ LARGEST_SEED = 2**32 - 1
 MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
 MOST_PASSES = 1000
 LARGEST_RATE, LARGEST_ALPHA = 10**12, 10**6
-# Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
-OPEN_CHOICES = {"loader": "auto", "amp": None}
+# How images become a model's input: keys that a recipe leaves to the model, whose weights know them.
+MODEL_KEYS = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+# Values by which a recipe leaves a choice to the machine or the model; a run's recipe.yaml has what was chosen.
+OPEN_CHOICES = {"loader": "auto", "amp": None, **dict.fromkeys(MODEL_KEYS)}
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
@@ -130,18 +132,37 @@ class Recipe:
         choices=("pad", "rrc", "none"),
         evaluation=True,
     )
-    interpolation: str = _input(
-        "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
+    interpolation: str | None = _input(
+        None,
+        "resampling of images; the model's own when not given",
+        choices=("bilinear", "bicubic", "random"),
+        evaluation=True,
     )
-    crop_pct: float = _input(
-        0.875, "fraction of the resized test image that the centre crop keeps", minimum=0.1, maximum=1, evaluation=True
+    crop_pct: float | None = _input(
+        None,
+        "side of the model's input over that of the resized test image; the model's own when not given",
+        minimum=0.01,
+        maximum=2,
+        evaluation=True,
     )
-    mean: list[float] = _input(
-        [0.485, 0.456, 0.406], "channel means of the normalisation", minimum=0, maximum=1, evaluation=True
+    crop_mode: str | None = _input(
+        None,
+        "how test images are cut: center (shorter side resized, centre cropped), squash (both sides resized), border "
+        "(longer side resized, the rest filled); the model's own when not given; squash and 1 with train_crop_mode: "
+        "pad",
+        choices=("center", "squash", "border"),
+        evaluation=True,
     )
-    std: list[float] = _input(
-        [0.229, 0.224, 0.225],
-        "channel standard deviations of the normalisation",
+    mean: list[float] | None = _input(
+        None,
+        "channel means of the normalisation; the model's own when not given",
+        minimum=0,
+        maximum=1,
+        evaluation=True,
+    )
+    std: list[float] | None = _input(
+        None,
+        "channel standard deviations of the normalisation; the model's own when not given",
         minimum=0.001,
         maximum=1000,
         evaluation=True,
@@ -349,6 +370,16 @@ class Recipe:
         classifier_start or frozen_bn."""
         value = getattr(self, key)
         return getattr(find_method(self.method["name"]), key if key != "train" else "part") if value is None else value
+
+    def settled(self, key: str) -> Any:
+        """Return the value of a key of `MODEL_KEYS`, of a recipe that has a model's; see `settle`.
+
+        Raises:
+            ValueError: the recipe leaves it to a model, and has none yet.
+        """
+        if (value := getattr(self, key)) is None:
+            raise ValueError(f"recipe key {key!r} is left to the model: settle the recipe with one")
+        return value
 
     def augmentations(self) -> "list[Recipe]":
         """Return the recipe of each view of an image: this one, with what the view has of its own."""

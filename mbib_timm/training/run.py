@@ -88,12 +88,16 @@ class Run:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
+        if world.is_main:
+            for line in setup.notes:
+                print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.frozen = setup.frozen
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
-        # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
+        # From here on, and in recipe.yaml, the recipe says which loader, precision and preprocessing it is: alike in
+        # all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
-        self.recipe = recipe = recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
+        self.recipe = recipe = setup.recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
         self.pool = pool
         self.store: FeatureStore | None = None
         if self.frozen is not None:

@@ -25,6 +25,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from mbib_timm.data.images import channelwise
+from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
@@ -138,7 +139,7 @@ class RunFolder:
         return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
 
     def agree(self, recipe: Recipe, extend: bool = False) -> Recipe:
-        """Return a recipe with what the run here has chosen, where it leaves that open: loader and precision.
+        """Return a recipe with what the run here has chosen, where it leaves that open: see `OPEN_CHOICES`.
 
         Args:
             recipe: what is asked for.
@@ -228,10 +229,9 @@ class RunFolder:
             config["label_names"] = list(class_names)
         data_config = {
             "input_size": input_size,
-            "mean": channelwise(recipe.mean, input_size[0]),
-            "std": channelwise(recipe.std, input_size[0]),
-            "crop_pct": 1.0 if recipe.train_crop_mode == "pad" else recipe.crop_pct,
-            "interpolation": "bilinear" if recipe.interpolation == "random" else recipe.interpolation,
+            "mean": channelwise(recipe.settled("mean"), input_size[0]),
+            "std": channelwise(recipe.settled("std"), input_size[0]),
+            **evaluation_crop(recipe),
         }
         with tempfile.TemporaryDirectory() as beside:
             file = Path(beside) / "config.json"

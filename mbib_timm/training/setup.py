@@ -20,7 +20,15 @@ from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
 from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.frozen_backbone import FrozenBackbone
-from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights, under_keys_of
+from mbib_timm.models.preprocessing import departures, inherited, input_size, settle
+from mbib_timm.models.weights import (
+    Source,
+    create_with_weights,
+    find_source,
+    read_weights,
+    start_config,
+    under_keys_of,
+)
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 
@@ -34,6 +42,7 @@ class Setup:
     """What a stage trains with.
 
     Attributes:
+        recipe: of the stage, with the preprocessing of its model where it leaves that open.
         method: around its network, on the device, with what does not train frozen.
         input_size: of the images, (C, H, W).
         loader: ``resident`` or ``timm``, as this process would choose.
@@ -41,8 +50,10 @@ class Setup:
         schedule: of the optimizer's learning rates.
         precision: of a step.
         frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
+        notes: what whoever starts the run should know: a line each.
     """
 
+    recipe: Recipe
     method: Method
     input_size: tuple[int, int, int]
     loader: str
@@ -50,6 +61,7 @@ class Setup:
     schedule: Any
     precision: Precision
     frozen: FrozenBackbone | None
+    notes: tuple[str, ...]
 
 
 def set_up(
@@ -67,6 +79,7 @@ def set_up(
     Raises:
         MbibError: what recipe, data and weights do not allow.
     """
+    recipe = inherited(recipe)
     check_sampler(recipe.choice("sampler"), splits, recipe.cutmix_sampler)
     kind, given = resolve_method(recipe.method)
     settings = kind.Settings(**given)
@@ -77,6 +90,8 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
+    departure = departures(recipe, network)
+    recipe = settle(recipe, network)
     size = input_size(recipe, network)
     if recipe.model_kwargs:
         _try_arguments(network, size, world.device)
@@ -101,7 +116,8 @@ def set_up(
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, precision, frozen)
+    notes = () if departure is None else (departure,)
+    return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes)
 
 
 def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
@@ -220,6 +236,8 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             )
     name, kwargs = recipe.model, {"num_classes": num_classes, **recipe.model_kwargs, **more}
     source = find_source(name) if ":" in name else None
+    # Weights of another run: of images as that run had them.
+    overlay = start_config(Path(recipe.initial_checkpoint)).preprocessing if recipe.initial_checkpoint else {}
     if source is not None:
         if recipe.initial_checkpoint is not None:
             raise MbibError(f"recipe key 'initial_checkpoint': {name} has weights of its own; see key 'pretrained'")
@@ -236,15 +254,19 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             if not (known := list(filter(None, tags))):
                 raise MbibError(f"model {architecture} has no tag {tag!r}; expected {architecture} alone") from None
             raise unknown_name(f"tag of model {architecture}", tag, known) from None
-        if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
-            kwargs.setdefault("img_size", recipe.img_size)
+        if cfg is not None and cfg.fixed_input_size and recipe.img_size is not None:
+            own = overlay.get("input_size", cfg.input_size)
+            if tuple(own[1:]) != (recipe.img_size, recipe.img_size):
+                kwargs.setdefault("img_size", recipe.img_size)
         module = timm.model_entrypoint(architecture).__module__
         plain = not module.startswith("mbib_timm.")
         if (more and plain) or (recipe.feature_passes and (plain or module == plain_resnets.__name__)):
             # timm's own models take no other classifiers than theirs, and no plain one says what they stand on.
             kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
     if pretrained and recipe.initial_checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
+        overlay = {**overlay, **weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)}
+    if overlay:
+        kwargs["pretrained_cfg_overlay"] = overlay
     try:
         if pretrained:
             return create_with_weights(source or Source(name), **kwargs)
@@ -268,15 +290,6 @@ def weights_overlay(weights: dict[str, Tensor], model_name: str) -> dict[str, An
     return overlay
 
 
-def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
-    """Return the size (C, H, W) of the images that a recipe feeds to its network, or to the model in it."""
-    cfgs = (getattr(module, "pretrained_cfg", None) for module in network.modules())
-    cfg: Any = next((cfg for cfg in cfgs if cfg), {})
-    channels, height, width = cfg.get("input_size", (3, 224, 224))
-    channels = recipe.model_kwargs.get("in_chans", channels)
-    return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
-
-
 def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previous: Path | None = None) -> Facts:
     """Return what a stage's method may know.
 
@@ -294,8 +307,8 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         recipe.epochs,
         previous,
         size,
-        tuple(recipe.mean),
-        tuple(recipe.std),
+        tuple(recipe.settled("mean")),
+        tuple(recipe.settled("std")),
         splits.class_names,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
         class_weights=loss_weights(recipe.class_weights, splits.class_counts, splits.class_names),
