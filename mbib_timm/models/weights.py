@@ -176,7 +176,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for name, value in weights.items():
         if value.dtype not in _DTYPES or (not value.is_floating_point() and name.rpartition(".")[2] in _REAL):
             kind = str(value.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{file}: tensor {printable(name)!r} is {kind}; expected float32, float16 or bfloat16")
+            raise CheckpointError(
+                f"{file}: tensor {printable(name)!r} is {kind}; expected float32, float16 or bfloat16"
+            )
     require_finite(weights, str(file))
     return weights
 
