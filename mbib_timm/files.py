@@ -336,7 +336,7 @@ def read_json(kind: type[T], file: Path, what: str) -> T:
         MbibError: the file cannot be read, or holds something else; names the field.
     """
     try:
-        return from_plain(kind, parse_json(read_content(file, what)))
+        return from_plain(kind, parse_json(read_content(file, what.removeprefix("the "))))
     except ValueError as error:  # of JSON, of UTF-8, or ours
         raise MbibError(f"{file} does not hold {what}: {error}") from None
 

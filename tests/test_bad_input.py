@@ -460,6 +460,20 @@ CASES = {
         lambda root, run: ["publish", damaged(root, run, "config.json"), "--repo-id", "a/b", "--dry-run"],
         r"runs/copy/config\.json: Expecting property name",
     ),
+    "publish: of another run": (
+        lambda root, run: ["publish", rewritten(root, run, "    144,", "    145,"), "--repo-id", "a/b", "--dry-run"],
+        r"runs/copy: class_counts of config\.json are not those of metrics\.json",
+    ),
+    "publish: no preprocessing": (
+        lambda root, run: [
+            "publish",
+            rewritten(root, run, '"pretrained_cfg"', '"other"'),
+            "--repo-id",
+            "a/b",
+            "--dry-run",
+        ],
+        r"runs/copy/config\.json: pretrained_cfg: missing",
+    ),
     "publish: damaged weights": (
         lambda root, run: ["publish", damaged(root, run, "model.safetensors"), "--repo-id", "a/b", "--dry-run"],
         r"runs/copy/model\.safetensors is not a weights file",
@@ -535,6 +549,16 @@ def damaged(root, run, name):
     """Make a copy of the run of which one file is damaged."""
     places_of(root, run)
     write(root / "runs" / "copy" / name, b"{")
+    return "runs/copy"
+
+
+def rewritten(root, run, old, new):
+    """Make a copy of the run with another text in config.json."""
+    places_of(root, run)
+    file = root / "runs" / "copy" / "config.json"
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
     return "runs/copy"
 
 

@@ -275,6 +275,7 @@ def test_a_sweep_that_cannot_be(name, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["--name", ".."], r"sweep '\.\.': expected a name that a folder can have"),
+        (["--name", "a\x1b[31m"], r"sweep 'a\\x1b\[31m': expected a name that a folder can have"),
         (["--name", "a/b"], "sweep 'a/b': expected a name that a folder can have"),
         (["--name", ""], "sweep '': expected a name that a folder can have"),
         (["--only", "zzz"], "has no run whose name contains 'zzz'"),
