@@ -111,6 +111,7 @@ class Method(TrainingTask):
         takes_class_weights: its loss of an image is multiplied by ``label_weights`` of the image's class, as a recipe
             with ``class_weights`` asks; for targets (B, K), label by label.
         needs_start: it starts from a trained model.
+        needs_images: more than its network's heads looks at an image, so that features of a backbone will not do.
         post_hoc: it trains nothing; all it does is `finish`.
 
     Args:
@@ -133,6 +134,7 @@ class Method(TrainingTask):
     reset: ClassVar[str] = "none"
     frozen_bn: ClassVar[str | None] = None
     needs_start: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
     post_hoc: ClassVar[bool] = False
 
     label_weights: Tensor | None

@@ -65,6 +65,7 @@ def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     _check_values(recipe)
     _check_model(recipe)
     _check_views(recipe, method)
+    _check_features(recipe, method)
     _check_stage(recipe, method)
 
 
@@ -365,3 +366,23 @@ def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
         raise MbibError(f"recipe key 'epochs': method {method.name!r} trains nothing; expected 0, got {recipe.epochs}")
     if recipe.epochs == 0 and not starts:
         raise MbibError("recipe key 'epochs': 0 trains nothing, and there are no weights to start from")
+
+
+def _check_features(recipe: "Recipe", method: DeclaredMethod) -> None:
+    """Raise MbibError where the heads are to train on stored features, and something else asks for images."""
+    if recipe.feature_passes is None:
+        return
+    if method.needs_images or len(recipe.choice("views")) > 1:
+        able = [name for name, known in known_methods().items() if not known.needs_images and len(known.views) == 1]
+        raise MbibError(
+            f"recipe key 'feature_passes': method {method.name!r} looks at images, not at features alone; methods that "
+            f"train heads on features: {', '.join(able)}"
+        )
+    if recipe.cutmix:
+        raise MbibError("recipe keys 'feature_passes' and 'cutmix': features cannot be cut; mixup takes them")
+    starts = recipe.previous is not None or recipe.initial_checkpoint is not None or recipe.pretrained
+    if not starts or recipe.choice("reset") == "all":
+        raise MbibError(
+            "recipe key 'feature_passes': the frozen backbone needs weights: expected pretrained: true, "
+            "initial_checkpoint, or a stage before"
+        )

@@ -45,6 +45,7 @@ class DeclaredMethod:
     soft_targets: bool
     takes_class_weights: bool
     needs_start: bool
+    needs_images: bool
     post_hoc: bool
 
     @classmethod

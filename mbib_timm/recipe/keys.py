@@ -18,6 +18,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 # before it fills the memory or never ends.
 LARGEST_SEED = 2**32 - 1
 MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
+MOST_PASSES = 1000
 LARGEST_RATE, LARGEST_ALPHA = 10**12, 10**6
 # Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
 OPEN_CHOICES = {"loader": "auto", "amp": None}
@@ -200,6 +201,13 @@ class Recipe:
     model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
     pretrained: bool = _model(False, "start from the model's published weights")
     initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
+    feature_passes: int | None = _model(
+        None,
+        "train the heads alone, on features of the frozen backbone that are computed once: of 1 pass over the images, "
+        "as an evaluation sees them, or of further, augmented passes",
+        minimum=1,
+        maximum=MOST_PASSES,
+    )
 
     # Method
     method: dict[str, Any] = _method(

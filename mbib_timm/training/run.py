@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
+from mbib_timm.data.features import FeatureStore
 from mbib_timm.environment import World, describe_environment, seed_generators, share_buffers
 from mbib_timm.errors import CheckpointError, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
@@ -87,6 +88,7 @@ class Run:
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
+        self.frozen = setup.frozen
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
@@ -101,6 +103,9 @@ class Run:
         self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
         # Last, since it may take long to decode the images: what does not fit is known by now.
         self.pool = pool
+        self.store: FeatureStore | None = None
+        if self.frozen is not None:
+            self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features)
         self.loaders: Loaders = create_loaders(
             self.splits,
             recipe,
@@ -113,6 +118,7 @@ class Run:
             stage=recipe.stage,
             epochs=recipe.epochs,
             views=recipe.augmentations(),
+            store=self.store,
         )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
@@ -185,7 +191,7 @@ class Run:
 
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
-        return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool)
+        return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool, self.store)
 
     def _last_epoch_is_result(self) -> bool:
         """Whether the result is what the last epoch's evaluation finds: on its split, of weights that stay."""
@@ -222,7 +228,8 @@ class Run:
     def _save(self) -> None:
         """Write what the run has come to; the checkpoint last, since it stands for all of it."""
         if self.best_weights is not None:
-            self.folder.write_weights(BEST_WEIGHTS, self.best_weights)
+            whole = {} if self.frozen is None else self.frozen.state_dict()
+            self.folder.write_weights(BEST_WEIGHTS, whole | self.best_weights)
             self.best_weights = None
         if self.done.history:
             write_history(self.folder.path, self.done.history)
@@ -232,6 +239,8 @@ class Run:
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
         }
+        if self.frozen is not None:
+            state["backbone"] = self.frozen.digest
         if self.recipe.model_ema:
             state |= self.method.get_checkpoint_state(ema=True)
         if self.precision.scaler is not None:
@@ -242,6 +251,8 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("class_counts") != self.splits.class_counts.tolist():
             raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
+        if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
+            raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             self.optimizer.load_state_dict(state["optimizer"])
@@ -302,6 +313,8 @@ class Run:
             held_out=(splits.test or splits.val).chosen or None,
         )
         if self.world.is_main:
+            if self.frozen is not None:
+                self.frozen.put_back(self._result_model())
             self.folder.write_model(
                 self._result_model(),
                 input_size=self.input_size,

@@ -17,7 +17,9 @@ from mbib_timm.data.decoding import free_memory
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
+from mbib_timm.models import plain_resnets
 from mbib_timm.models.complexity import activation_bytes
+from mbib_timm.models.frozen_backbone import FrozenBackbone
 from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
@@ -38,6 +40,7 @@ class Setup:
         optimizer: of what trains.
         schedule: of the optimizer's learning rates.
         precision: of a step.
+        frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
     """
 
     method: Method
@@ -46,6 +49,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision
+    frozen: FrozenBackbone | None
 
 
 def set_up(
@@ -83,14 +87,19 @@ def set_up(
         except MbibError as error:
             raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
     precision = Precision.of(recipe, world.device)
-    _check_memory(network, recipe, len(splits.train), size, world.device, precision)
-    loader = choose_loader(splits, recipe, size, world.device, pool)
+    if recipe.feature_passes is None:
+        frozen, seen = None, size
+        loader = choose_loader(splits, recipe, size, world.device, pool)
+    else:
+        frozen, loader = FrozenBackbone(network, precision.autocast_dtype), "timm"
+        seen = (frozen.width, 1, 1)
+    _check_memory(network, recipe, len(splits.train), seen, world.device, precision)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, precision)
+    return Setup(method, size, loader, optimizer, schedule, precision, frozen)
 
 
 def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
@@ -224,8 +233,10 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             raise unknown_name(f"tag of model {architecture}", tag, known) from None
         if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault("img_size", recipe.img_size)
-        if more and not timm.model_entrypoint(name.partition(".")[0]).__module__.startswith("mbib_timm."):
-            # timm's own models take no other classifiers than theirs.
+        module = timm.model_entrypoint(architecture).__module__
+        plain = not module.startswith("mbib_timm.")
+        if (more and plain) or (recipe.feature_passes and (plain or module == plain_resnets.__name__)):
+            # timm's own models take no other classifiers than theirs, and no plain one says what they stand on.
             kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
     if pretrained and recipe.initial_checkpoint is not None:
         kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
