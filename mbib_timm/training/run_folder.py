@@ -29,7 +29,7 @@ from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
-from mbib_timm.files import read_json, remove_debris, to_json, write_bytes
+from mbib_timm.files import check_folder, printable, read_json, remove_debris, to_json, write_bytes
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside, take_next
@@ -57,17 +57,16 @@ def place_of(output: str, name: str) -> Path:
     Raises:
         MbibError: a name that is none of a folder, or leads out of it.
     """
-    try:
-        fits = 0 < len(os.fsencode(name)) <= LONGEST_NAME and name not in (os.curdir, os.pardir)
-    except UnicodeEncodeError:
-        fits = False
-    if not fits or set(name) & {"/", os.sep, "\0"}:
+    fits = printable(name) == name and name == name.strip() and 0 < len(os.fsencode(name)) <= LONGEST_NAME
+    if not fits or name in (os.curdir, os.pardir) or set(name) & {"/", os.sep}:
         raise MbibError(
-            f"recipe key 'experiment': expected the name of a folder in {output}, of at most {LONGEST_NAME} bytes, "
-            f"got {name[:40]!r}"
+            f"recipe key 'experiment': expected the name of a folder in {output}, of at most {LONGEST_NAME} bytes "
+            f"and without control characters, got {name[:40]!r}"
         )
     if "\0" in output:
         raise MbibError(f"recipe key 'output': {output!r} is no folder's name")
+    if Path(output).parts[:1] == ("~",):
+        check_folder(Path(output))
     return Path(output) / name
 
 

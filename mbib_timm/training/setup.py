@@ -1,6 +1,7 @@
 """What a stage trains with: network, method, optimizer and schedule, checked as a whole before anything begins."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def set_up(
     departure = departures(recipe, network)
     recipe = settle(recipe, network)
     size = input_size(recipe, network)
-    if recipe.model_kwargs:
-        _try_arguments(network, size, world.device)
+    if keys := [key for key, given in (("img_size", recipe.img_size), ("model_kwargs", recipe.model_kwargs)) if given]:
+        _try_image(network, size, world.device, keys)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
@@ -120,15 +121,15 @@ def set_up(
     return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes)
 
 
-def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
-    """Raise MbibError where a network fails with a first image: then its keyword arguments are at fault."""
+def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
+    """Raise MbibError where a network fails with a first image: then the recipe's `keys` are at fault."""
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, *size, device=device))
     except Exception as error:
         raise MbibError(
-            f"recipe key 'model_kwargs': with these the model takes no images of {'x'.join(map(str, size))}: "
-            f"{first_line(error)}"
+            f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: so the model takes no images "
+            f"of {'x'.join(map(str, size))}: {first_line(error)}"
         ) from None
     network.train()
 
