@@ -87,7 +87,7 @@ class Run:
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
-        self.optimizer, self.schedule = setup.optimizer, setup.schedule
+        self.optimizer, self.schedule, self.origin = setup.optimizer, setup.schedule, setup.origin
         # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
         self.recipe = recipe = recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
@@ -300,6 +300,7 @@ class Run:
             left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
+            origin=self.origin,
         )
         if self.world.is_main:
             self.folder.write_model(
@@ -309,6 +310,7 @@ class Run:
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=self.method.result_prior,
+                origin=self.origin,
                 tag=self.name.partition(".")[2],
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)

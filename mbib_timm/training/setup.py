@@ -17,6 +17,8 @@ from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.models.complexity import activation_bytes
+from mbib_timm.models.origin import origin_of
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
@@ -37,6 +39,7 @@ class Setup:
         optimizer: of what trains.
         schedule: of the optimizer's learning rates.
         precision: of a step.
+        origin: where the run's weights started.
     """
 
     method: Method
@@ -45,6 +48,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision
+    origin: Origin
 
 
 def set_up(
@@ -89,7 +93,8 @@ def set_up(
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, precision)
+    origin = origin_of(recipe, splits.class_counts.tolist(), splits.class_names, previous)
+    return Setup(method, size, loader, optimizer, schedule, precision, origin)
 
 
 def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
