@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import timm
 from mbib_timm.errors import MbibError
 from mbib_timm.files import printable
 from mbib_timm.models.hub import split_repository
+from mbib_timm.models.model_config import ModelConfig
 from mbib_timm.models.pretraining import PRETRAINING, UNKNOWN, Origin, Weights, data_of_tag
 from mbib_timm.models.weights import Source, find_source
 from mbib_timm.models.zoo import DATASETS, ZooModel
@@ -31,24 +33,40 @@ def starts_from_weights(recipe: Recipe) -> bool:
     return (first.pretrained or first.initial_checkpoint is not None) and first.choice("reset") != "all"
 
 
-def origin_of(
-    recipe: Recipe,
-    class_counts: Sequence[int] | None = None,
-    class_names: Sequence[str] | None = None,
-    previous: Path | None = None,
-) -> Origin:
+@dataclass(frozen=True)
+class OwnData:
+    """What a run is trained on: what was trained on the same has seen no other data.
+
+    Attributes:
+        name: its key in the zoo; None where it has none, or for a run that is not of the zoo.
+        class_counts: training images of each class; None where they are not known.
+        class_names: of the classes, in the same order; None where the data have none.
+    """
+
+    name: str | None = None
+    class_counts: list[int] | None = None
+    class_names: list[str] | None = None
+
+    def is_of(self, config: ModelConfig) -> bool:
+        """Return whether a model was trained on these data."""
+        if self.name is not None and config.training_data == self.name:
+            return True
+        if config.class_counts is None or config.class_counts.tolist() != self.class_counts:
+            return False
+        return (None if config.class_names is None else list(config.class_names)) == self.class_names
+
+
+def origin_of(recipe: Recipe, own: OwnData, previous: Path | None = None) -> Origin:
     """Return where a run starts: the first stage's start, and the teachers of all stages.
 
     Args:
         recipe: of the run; of several stages the last.
-        class_counts: training images of each class: what was trained on the same has seen no other data.
-        class_names: of the classes, with them.
+        own: what it is trained on.
         previous: folder of the stage before, which says where it started.
 
     Raises:
         MbibError: weights that are not there.
     """
-    own = None if class_counts is None else (list(class_counts), None if class_names is None else list(class_names))
     before = None if previous is None else Source(f"local-dir:{previous}", folder=previous).config.origin
     if before is not None:
         return Origin(before.weights, [*before.teachers, *_teachers(recipe, own)])
@@ -56,16 +74,13 @@ def origin_of(
     return Origin(_start(recipe.chain()[0], own) if starts_from_weights(recipe) else [], teachers)
 
 
-_Classes = tuple[list[int], list[str] | None] | None
-
-
-def _start(first: Recipe, own: _Classes) -> list[Weights]:
+def _start(first: Recipe, own: OwnData) -> list[Weights]:
     if first.initial_checkpoint is not None:
         return _of_checkpoint(Path(first.initial_checkpoint), own)
     return _of_model(first.model, first.model_kwargs, own)
 
 
-def _teachers(stage: Recipe, own: _Classes) -> list[Weights]:
+def _teachers(stage: Recipe, own: OwnData) -> list[Weights]:
     """Return the teachers of a stage that have seen other data than it has."""
     found = []
     for target in stage.method.get("teacher", ()):
@@ -77,7 +92,7 @@ def _teachers(stage: Recipe, own: _Classes) -> list[Weights]:
     return found
 
 
-def _of_checkpoint(path: Path, own: _Classes) -> list[Weights]:
+def _of_checkpoint(path: Path, own: OwnData) -> list[Weights]:
     folder = path if path.is_dir() else path.parent
     if (folder / "config.json").is_file():
         try:
@@ -87,7 +102,7 @@ def _of_checkpoint(path: Path, own: _Classes) -> list[Weights]:
     return [Weights("file", printable(path.name), None, [UNKNOWN])]
 
 
-def _of_model(name: str, model_kwargs: dict[str, Any], own: _Classes) -> list[Weights]:
+def _of_model(name: str, model_kwargs: dict[str, Any], own: OwnData) -> list[Weights]:
     """Return what a model's published weights are, given its name and the arguments that it is created with."""
     if ":" in name:
         return _of_source(find_source(name), own)
@@ -105,7 +120,7 @@ def _of_model(name: str, model_kwargs: dict[str, Any], own: _Classes) -> list[We
     return [Weights("timm", weights, repository or None, data_of_tag(tag.removeprefix(BACKBONE)))]
 
 
-def _of_source(source: Source, own: _Classes) -> list[Weights]:
+def _of_source(source: Source, own: OwnData) -> list[Weights]:
     """Return what the weights of a model with a config.json are: of a run, of the zoo, or of a repository."""
     config = source.config
     repository: str | None
@@ -122,9 +137,7 @@ def _of_source(source: Source, own: _Classes) -> list[Weights]:
         kind, name = "run", printable(named)
     if config.origin is None or config.training_data is None:  # another program's
         return [Weights(kind, name, repository, [UNKNOWN])]
-    counts = None if config.class_counts is None else config.class_counts.tolist()
-    names = None if config.class_names is None else list(config.class_names)
-    data = [] if own is not None and own == (counts, names) else [config.training_data]
+    data = [] if own.is_of(config) else [config.training_data]
     before = config.origin
     return [*before.weights, *before.teachers, Weights(kind, name, repository, data)]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import timm
 
 from mbib_timm.models.complexity import count_macs, count_parameters
-from mbib_timm.models.origin import origin_of
+from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.models.pretraining import Origin
-from mbib_timm.models.zoo import ZOO, ZooModel
+from mbib_timm.models.zoo import ZOO, ZooModel, split_tag
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import read_record
@@ -69,7 +69,7 @@ def catalogue() -> list[Entry]:
         if model.is_trained:
             origin = read_record(model.folder).origin
         else:
-            origin = origin_of(load_recipe(find_recipe(model.recipe)))
+            origin = origin_of(load_recipe(find_recipe(model.recipe)), OwnData(split_tag(model.tag)[1]))
         entries.append(Entry(model, count_parameters(network), macs, size, origin))
     return entries
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.origin import origin_of, origin_text, overlap_text
+from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
@@ -92,7 +92,8 @@ class FinishedRun:
     @property
     def _has_packaged_start(self) -> bool:
         """Whether the run started as its packaged recipe does: a run's folder as a start is in no other key."""
-        packaged = Origin() if self.packaged is None else origin_of(self.packaged)
+        own = OwnData(split_tag(self.name.partition(".")[2])[1])
+        packaged = Origin() if self.packaged is None else origin_of(self.packaged, own)
         return packaged.is_scratch == self.origin.is_scratch and packaged.data == self.origin.data
 
     @property

@@ -17,7 +17,7 @@ from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.models.complexity import activation_bytes
-from mbib_timm.models.origin import origin_of
+from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
 from mbib_timm.recipe import Recipe
@@ -93,7 +93,8 @@ def set_up(
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    origin = origin_of(recipe, splits.class_counts.tolist(), splits.class_names, previous)
+    names = None if splits.class_names is None else list(splits.class_names)
+    origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
     return Setup(method, size, loader, optimizer, schedule, precision, origin)
 
 
