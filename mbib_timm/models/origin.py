@@ -28,9 +28,9 @@ PREVIOUS = "previous"  # of teachers: the stage before
 
 
 def starts_from_weights(recipe: Recipe) -> bool:
-    """Return whether the first stage of a recipe starts from weights, and does not throw all of them away."""
+    """Return whether a recipe starts from weights: its first stage does."""
     first = recipe.chain()[0]
-    return (first.pretrained or first.initial_checkpoint is not None) and first.choice("reset") != "all"
+    return first.pretrained or first.initial_checkpoint is not None
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,12 @@ def _of_model(name: str, model_kwargs: dict[str, Any], own: OwnData) -> list[Wei
     model = ZooModel(f"{name.partition('.')[0]}.{tag}")
     if model.is_trained:
         return _of_source(Source(model.name, folder=model.folder), own)
-    repository = cfg.hf_hub_id if cfg is not None else None
+    in_package = cfg is not None and cfg.file is not None
+    repository = cfg.hf_hub_id if cfg is not None and not in_package else None
     owner, _, place = (repository or "").partition("/")
     weights = place if owner == TIMM and place else f"{name.partition('.')[0]}.{tag}".rstrip(".")
-    return [Weights("timm", weights, repository or None, data_of_tag(tag.removeprefix(BACKBONE)))]
+    data = data_of_tag(tag.removeprefix(BACKBONE))
+    return [Weights("package" if in_package else "timm", weights, repository or None, data)]
 
 
 def _of_source(source: Source, own: OwnData) -> list[Weights]:
@@ -188,6 +190,7 @@ def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] |
             "pretraining. This is no result of long-tailed learning."
         )
         distinct = [name for name in distinct if name not in IMAGENETS]
+    counted = False
     for name in distinct:
         title, known = data_title(name), _class_names(name)
         if name == UNKNOWN:
@@ -195,13 +198,15 @@ def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] |
         elif not known or class_names is None:
             said.append(f"How many images of these classes are in {title} is not known; check it.")
         else:
-            common = sum(_plain(each) in known for each in class_names)
+            common, counted = sum(_plain(each) in known for each in class_names), True
+            one = common == 1
             said.append(
-                f"Of the {len(class_names):,} class names {common:,} {'is' if common == 1 else 'are'} also "
-                f"{'a name' if common == 1 else 'names'} of a class of {title}; equal names may mean different things, "
-                "and the same thing may have another name there."
+                f"Of the {len(class_names):,} class names {common:,} "
+                f"{'is a name of a class' if one else 'are names of classes'} of {title}."
             )
-    if imagenets and dataset.startswith("cifar100_lt"):
+    if counted:
+        said.append("Equal names may mean different things, and the same thing may have another name there.")
+    if imagenets == ["in1k"] and dataset.startswith(("cifar100_lt", "torch/cifar100")):
         said.append(
             "95 of CIFAR-100's class names are names of classes of ImageNet-22k, of which ImageNet-1k is a part: the "
             "pretraining may have seen many images of what is rare here."
