@@ -254,9 +254,11 @@ def checked_groups(groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _check_model(recipe: "Recipe") -> None:
-    for name, value in recipe.model_kwargs.items():
+    inside = recipe.model_kwargs.get("backbone_args")
+    for name in (*recipe.model_kwargs, *(inside if isinstance(inside, dict) else ())):
         if name in OTHER_KEYS:
             raise MbibError(f"recipe key 'model_kwargs': it gives no {name!r}: {OTHER_KEYS[name]}")
+    for name, value in recipe.model_kwargs.items():
         if re.fullmatch(r"\w*drop\w*_rate", name) and value is not None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < 1:

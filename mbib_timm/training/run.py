@@ -93,7 +93,7 @@ class Run:
                 print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.frozen = setup.frozen
-        self.optimizer, self.schedule = setup.optimizer, setup.schedule
+        self.optimizer, self.schedule, self.origin = setup.optimizer, setup.schedule, setup.origin
         # From here on, and in recipe.yaml, the recipe says which loader, precision and preprocessing it is: alike in
         # all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
@@ -317,6 +317,7 @@ class Run:
             left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
+            origin=self.origin,
         )
         if self.world.is_main:
             if self.frozen is not None:
@@ -328,6 +329,7 @@ class Run:
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=self.method.result_prior,
+                origin=self.origin,
                 tag=self.name.partition(".")[2],
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)

@@ -21,7 +21,9 @@ from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
 from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.frozen_backbone import FrozenBackbone
+from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.models.preprocessing import departures, inherited, input_size, settle
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.weights import (
     Source,
     create_with_weights,
@@ -52,6 +54,7 @@ class Setup:
         precision: of a step.
         frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
         notes: what whoever starts the run should know: a line each.
+        origin: where the run's weights started.
     """
 
     recipe: Recipe
@@ -63,6 +66,7 @@ class Setup:
     precision: Precision
     frozen: FrozenBackbone | None
     notes: tuple[str, ...]
+    origin: Origin
 
 
 def set_up(
@@ -118,7 +122,9 @@ def set_up(
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
     notes = () if departure is None else (departure,)
-    return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes)
+    names = None if splits.class_names is None else list(splits.class_names)
+    origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
+    return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes, origin)
 
 
 def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:

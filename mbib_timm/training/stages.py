@@ -76,6 +76,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=method.result_prior,
+                origin=setup.origin,
                 tag=previous.name,
             )
 
