@@ -15,6 +15,7 @@ from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
+from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
@@ -33,7 +34,7 @@ from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import round_learning_rates
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
-from mbib_timm.training.setup import set_up
+from mbib_timm.training.setup import set_up, trained_line
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
 
@@ -86,6 +87,8 @@ class Run:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
+        if world.is_main and (line := trained_line(recipe, setup.method)) is not None:
+            print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
@@ -214,7 +217,7 @@ class Run:
         done, last = self.done, Evaluation(self.recipe.val_split, heads, epoch, BEST_WEIGHTS)
         if done.best is None or last.prediction.top1 > done.best.prediction.top1:
             done.best = last
-            weights = self._result_model().state_dict()
+            weights = merged_weights(self._result_model())
             self.best_weights = {name: value.clone() for name, value in weights.items()}
 
     # Saving and restoring

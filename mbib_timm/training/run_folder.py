@@ -29,6 +29,7 @@ from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
 from mbib_timm.files import read_json, remove_debris, to_json, write_bytes
+from mbib_timm.models.adapters import merged_weights
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside, take_next
@@ -237,5 +238,5 @@ class RunFolder:
             file = Path(beside) / "config.json"
             save_config_for_hf(model, str(file), model_config=config, data_config=data_config)
             text = file.read_bytes()
-        self.write_weights(WEIGHTS, model.state_dict())
+        self.write_weights(WEIGHTS, merged_weights(model))
         write_bytes(self.path / "config.json", text)
