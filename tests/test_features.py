@@ -37,7 +37,8 @@ def recipe(images, **keys):
         dataset="folder", data_dir=str(images), output=str(images.parent / "runs"), device="cpu", workers=0,
         image_cache=str(images.parent / "cache"), loader="timm", img_size=32, train_crop_mode="none", hflip=0.0,
         model="mbib_resnet32.cifar100_lt_if100", pretrained=True, method="mbib", feature_passes=1, epochs=3,
-        batch_size=6, lr=0.05, seed=1, mean=[0.5], std=[0.25], crop_pct=0.875, interpolation="bicubic", crop_mode="center",
+        batch_size=6, lr=0.05, seed=1, mean=[0.5], std=[0.25], crop_pct=0.875, crop_mode="center",
+        interpolation="bicubic",
     )  # fmt: skip
     return Recipe(**{**base, **keys})
 

@@ -406,6 +406,10 @@ def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
         )
     if method.post_hoc and recipe.epochs > 0:
         raise MbibError(f"recipe key 'epochs': method {method.name!r} trains nothing; expected 0, got {recipe.epochs}")
+    if recipe.lora is not None and recipe.epochs == 0:
+        raise MbibError("recipe key 'lora' has no effect with epochs: 0, which trains nothing")
+    if recipe.lora is not None and recipe.train == "all":
+        raise MbibError("recipe key 'lora' has no effect with train: all; expected train: heads, or another part")
     if recipe.epochs == 0 and not starts:
         raise MbibError("recipe key 'epochs': 0 trains nothing, and there are no weights to start from")
 

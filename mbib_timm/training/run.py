@@ -17,6 +17,7 @@ from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
+from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
@@ -226,7 +227,7 @@ class Run:
         done, last = self.done, Evaluation(self.recipe.val_split, heads, epoch, BEST_WEIGHTS)
         if done.best is None or last.prediction.top1 > done.best.prediction.top1:
             done.best = last
-            weights = self._result_model().state_dict()
+            weights = merged_weights(self._result_model())
             self.best_weights = {name: value.clone() for name, value in weights.items()}
 
     # Saving and restoring

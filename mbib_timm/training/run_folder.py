@@ -31,6 +31,7 @@ from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
 from mbib_timm.files import check_folder, printable, read_json, remove_debris, to_json, write_bytes
+from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import data_set_of, split_tag
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
@@ -244,5 +245,5 @@ class RunFolder:
             file = Path(beside) / "config.json"
             save_config_for_hf(model, str(file), model_config=config, data_config=data_config)
             text = file.read_bytes()
-        self.write_weights(WEIGHTS, model.state_dict())
+        self.write_weights(WEIGHTS, merged_weights(model))
         write_bytes(self.path / "config.json", text)

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
@@ -19,6 +20,7 @@ from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknow
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
+from mbib_timm.models.adapters import adapted_layers, add_adapters
 from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.frozen_backbone import FrozenBackbone
 from mbib_timm.models.origin import OwnData, origin_of
@@ -121,10 +123,24 @@ def set_up(
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    notes = () if departure is None else (departure,)
+    notes = tuple(filter(None, (departure, _trained_line(recipe, method))))
     names = None if splits.class_names is None else list(splits.class_names)
     origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
     return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes, origin)
+
+
+def _trained_line(recipe: Recipe, method: Method) -> str | None:
+    """Return a line on what trains, where not all of the network does; None otherwise."""
+    network = unwrap_model(method.trainable_module)
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+    if trained in (0, total):
+        return None
+    share = 100 * trained / total
+    what = str(recipe.choice("train"))
+    if (adapters := recipe.adapters) is not None:
+        what += f", and LoRA of rank {adapters.rank} in {len(adapted_layers(network))} layers"
+    return f"trains {share:.{2 if share < 10 else 3}g} % of {total / 1e6:.1f} M parameters: {what}"
 
 
 def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
@@ -188,7 +204,10 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
     kind, settings = resolve_method(recipe.method)
 
     def build(**kwargs: Any) -> nn.Module:
-        return _with_start(recipe, num_classes, previous, kwargs)
+        model = _with_start(recipe, num_classes, previous, kwargs)
+        if (adapters := recipe.adapters) is not None:
+            add_adapters(model, adapters, part_of(model, "heads"), input_size(recipe, model))
+        return model
 
     return kind.build_network(kind.Settings(**settings), build)
 
