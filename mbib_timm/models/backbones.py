@@ -244,6 +244,11 @@ class MultiHeadModel(BackboneModel):
         raise NotImplementedError
 
     @torch.jit.ignore
+    def _gives_all_heads(self) -> bool:
+        """Return whether `forward` returns the logits of every head."""
+        return self.training and self.training_logits == "all" and self.num_classes > 0
+
+    @torch.jit.ignore
     def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
         logits, _ = self._observe(x)
@@ -337,7 +342,7 @@ class MultiHeadModel(BackboneModel):
 
     def forward(self, x: Tensor) -> Any:
         """Return the prediction (B, K); in training the logits of every head."""
-        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and self._gives_all_heads():
             return self.forward_heads(x)
         return self.forward_head(self.forward_features(x))
 

@@ -86,6 +86,9 @@ def logits_and_features(model: Any, images: Tensor) -> tuple[dict[str, Tensor], 
     if hasattr(model, "heads_and_features"):
         logits, features = model.heads_and_features(images)
         return _by_name(model, logits), features
+    if hasattr(model, "pool_features"):
+        (features,) = model.pool_features(images)
+        return {PREDICTION: model.forward_pooled((features,))}, {POOLED: features}
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise MbibError(
             f"{type(model).__name__} does not give its features: expected timm's forward_features and forward_head"
