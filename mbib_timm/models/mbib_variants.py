@@ -131,9 +131,10 @@ def _create_on(method: str, backbone: str, pretrained: bool, **kwargs: Any) -> A
     """Build a network on any backbone; `pretrained` loads the backbone's own weights."""
     backbone_name = backbone.partition(".")[0]
     if method in _OBSERVATIONS:
-        kwargs.setdefault("taps", tuple(range(-_OBSERVATIONS[method], 0)))
+        kwargs.setdefault("taps", _OBSERVATIONS[method])
     if kwargs.get("pretrained_cfg") is None and timm.is_model(backbone_name):
-        names = _classifiers(method, len(kwargs.get("taps", ())))
+        taps = kwargs.get("taps", ())
+        names = _classifiers(method, taps if isinstance(taps, int) else len(taps))
         kwargs["pretrained_cfg"] = dataclasses.asdict(backbone_cfg(backbone, names))
         if pretrained and method not in _OBSERVATIONS:
             _require_full_width(method, kwargs)
@@ -162,6 +163,8 @@ def _build(method: str, name: str, pretrained: bool, ends: tuple[int, ...] | Non
     )
     if isinstance(model, network):  # and not its features-only form
         model.name_classifiers()
+    if isinstance(model, MBIB):
+        model.record_choices()
     return model
 
 
