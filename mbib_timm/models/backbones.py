@@ -21,6 +21,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.models.heads import Observation, renew_classifier
 
 # What a model that holds a backbone calls it: the first part of the backbone's keys.
@@ -209,6 +210,22 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
         classifier=classifier if isinstance(classifier, str) else tuple(classifier),
         first_conv=prefixed_names(cfg.first_conv),
     )
+
+
+class StoredFeatures(nn.Module):
+    """In the place of a backbone, where the images are features of it already: (B, D, 1, 1), D being all its widths.
+
+    Args:
+        widths: of the pooled vectors that the model's heads stand on, in order.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that features (B, D, 1, 1) hold side by side."""
+        return features.flatten(1).split(self.widths, dim=1)
 
 
 POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
@@ -483,6 +500,5 @@ def set_token_pool(backbone: Any, pool_type: str) -> None:
 
 def classifier_names(model: Any) -> tuple[str, ...]:
     """Return the names of a model's classifiers, in the order in which it gives their logits."""
-    classifiers = model.get_classifier()
     names = {id(module): name for name, module in model.named_modules()}
-    return tuple(names[id(c)] for c in (classifiers if isinstance(classifiers, tuple) else (classifiers,)))
+    return tuple(names[id(classifier)] for classifier in classifiers_of(model))

@@ -20,6 +20,7 @@ from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.backbones import (
     BackboneModel,
     MultiHeadModel,
+    StoredFeatures,
     Taps,
     prefixed_levels,
     resolve_taps,
@@ -237,6 +238,8 @@ class MBIB(MultiHeadModel):
 
         Nothing else of a forward pass reads the backbone. With ``global_pool=''`` they are unpooled maps.
         """
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
         last = not len(self.training_heads)
         whole = self.tapping.prefix and getattr(self.backbone, "attn_pool", None) is None
         *shallow, end = self.tapping.read(self.backbone, x, last, whole)

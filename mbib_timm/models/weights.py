@@ -47,7 +47,7 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
         CheckpointError: missing or unexpected keys, by name.
     """
     own: dict[str, Tensor] = model.state_dict()
-    if hasattr(model, "backbone_name") and not any(key.startswith(PREFIX) for key in state_dict):
+    if _is_of_plain_backbone(state_dict, model):
         heads = {key: value for key, value in own.items() if not key.startswith(PREFIX)}
         model.untrained = tuple(heads)  # type: ignore[assignment]
         return {**heads, **prefix_backbone(state_dict, model)}
@@ -63,6 +63,19 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     kept |= anew
     _require_same_keys(kept, own, "checkpoint")
     return kept
+
+
+def under_keys_of(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as they are, or those of the plain backbone that a model holds under the model's keys.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, by name.
+    """
+    return prefix_backbone(state_dict, model) if _is_of_plain_backbone(state_dict, model) else state_dict
+
+
+def _is_of_plain_backbone(state_dict: Mapping[str, Tensor], model: nn.Module) -> bool:
+    return hasattr(model, "backbone_name") and not any(key.startswith(PREFIX) for key in state_dict)
 
 
 def prefix_backbone(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.models.backbones import BackboneModel, FeatureNet, backbone_cfg, prefixed_levels
+from mbib_timm.models.backbones import BackboneModel, FeatureNet, StoredFeatures, backbone_cfg, prefixed_levels
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -71,6 +71,7 @@ class WithClassifier(BackboneModel):
         self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
+        # Here and not in the backbone, some of which drop nothing before the classifier, or cannot.
         self.drop = nn.Dropout(drop_rate)
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
         width = self.head_hidden_size
@@ -123,6 +124,8 @@ class WithClassifier(BackboneModel):
     @torch.jit.ignore
     def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled features (B, D) that the classifier stands on, alone in a tuple."""
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
         return (self.forward_head(self.forward_features(x), pre_logits=True),)
 
     @torch.jit.ignore

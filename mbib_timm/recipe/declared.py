@@ -41,10 +41,12 @@ class DeclaredMethod:
     views: tuple[Mapping[str, Any], ...]
     part: str
     reset: str
+    classifier_start: str
     frozen_bn: str | None
     soft_targets: bool
     takes_class_weights: bool
     needs_start: bool
+    needs_images: bool
     post_hoc: bool
 
     @classmethod

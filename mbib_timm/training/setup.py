@@ -16,8 +16,11 @@ from mbib_timm.data.decoding import free_memory
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
+from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
+from mbib_timm.models import plain_resnets
 from mbib_timm.models.complexity import activation_bytes
-from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
+from mbib_timm.models.frozen_backbone import FrozenBackbone
+from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights, under_keys_of
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 
@@ -37,6 +40,7 @@ class Setup:
         optimizer: of what trains.
         schedule: of the optimizer's learning rates.
         precision: of a step.
+        frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
     """
 
     method: Method
@@ -45,6 +49,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision
+    frozen: FrozenBackbone | None
 
 
 def set_up(
@@ -82,14 +87,21 @@ def set_up(
         except MbibError as error:
             raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
     precision = Precision.of(recipe, world.device)
-    _check_memory(network, recipe, len(splits.train), size, world.device, precision)
-    loader = choose_loader(splits, recipe, size, world.device, pool)
+    if recipe.feature_passes is None:
+        frozen, seen = None, size
+        loader = choose_loader(splits, recipe, size, world.device, pool)
+    else:
+        frozen, loader = FrozenBackbone(network, precision.autocast_dtype), "timm"
+        seen = (frozen.width, 1, 1)
+    _check_memory(network, recipe, len(splits.train), seen, world.device, precision)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
+    if recipe.choice("classifier_start") == CLASS_MEANS:
+        require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, precision)
+    return Setup(method, size, loader, optimizer, schedule, precision, frozen)
 
 
 def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
@@ -168,7 +180,7 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
     model = _create_model(recipe, num_classes, False, kwargs)
     anew = part_of(model, reset)
     if previous is not None:
-        weights = read_weights(previous)
+        weights = under_keys_of(model, read_weights(previous))
     else:
         torch.set_rng_state(state)
         weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
@@ -191,7 +203,10 @@ def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str]
     """
     if anew == own.keys():
         return
-    differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
+    # A layer that starts anew may be of another kind: what it has no more, such as a bias, is not asked for.
+    layers = {name.rpartition(".")[0] for name in anew}
+    missing = {name for name in weights.keys() - own.keys() if name.rpartition(".")[0] not in layers}
+    differing = missing | (own.keys() - weights.keys() - anew)
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
         raise CheckpointError(f"the weights of {source} do not fit this stage's model: {few(sorted(differing))}")
@@ -223,8 +238,10 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             raise unknown_name(f"tag of model {architecture}", tag, known) from None
         if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault("img_size", recipe.img_size)
-        if more and not timm.model_entrypoint(name.partition(".")[0]).__module__.startswith("mbib_timm."):
-            # timm's own models take no other classifiers than theirs.
+        module = timm.model_entrypoint(architecture).__module__
+        plain = not module.startswith("mbib_timm.")
+        if (more and plain) or (recipe.feature_passes and (plain or module == plain_resnets.__name__)):
+            # timm's own models take no other classifiers than theirs, and no plain one says what they stand on.
             kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
     if pretrained and recipe.initial_checkpoint is not None:
         kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)

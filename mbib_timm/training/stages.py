@@ -62,6 +62,8 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
         splits = pool.open(stage)
         setup = set_up(stage, splits, world, previous, pool)
         method = setup.method
+        if setup.frozen is not None:
+            setup.frozen.put_back(method.result_model())
         create_step(stage, method, setup.optimizer, setup.precision, world)
         if stage is not recipe:
             previous = folder / f"stage {stage.stage + 1}"
