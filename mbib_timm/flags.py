@@ -200,7 +200,8 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         MbibError: a value of another type, or out of its key's range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    overrides = {name: _named(name, value) if name.endswith("_kwargs") else value for name, value in given.items()}
+    pairs = [name for name in given if typing.get_origin(_not_none(TYPES[name])) is dict and name != "method"]
+    overrides = {name: _named(name, value) if name in pairs else value for name, value in given.items()}
     for name, value in overrides.items():
         check_key(name, {"name": value} if name == "method" else value)
     return {**overrides, **getattr(arguments, "dotted", {})}

@@ -83,6 +83,7 @@ RECIPES = {
     "interpolation": ("interpolation: lanczos\n", "'interpolation' 'lanczos'"),
     "sched": ("sched: cosin\n", "'sched' 'cosin': did you mean 'cosine'"),
     "warmup": ("warmup_epochs: 1\n", "'warmup_epochs': 1 leaves none of the 1 epochs"),
+    "rsqrt": ("sched: rsqrt\n", "'warmup_epochs': sched: rsqrt is measured in epochs of warm-up; expected 1"),
     "milestones": ("decay_milestones: [0]\n", "'decay_milestones': expected at least 1, got 0"),
     "min_lr": ("min_lr: 1\n", "'min_lr': expected at most lr, 0.1, got 1"),
     "model_ema_decay": ("model_ema_decay: 1\n", "'model_ema_decay': expected less than 1, got 1"),

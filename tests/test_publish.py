@@ -21,10 +21,10 @@ from mbib_timm.cli import main
 from mbib_timm.data.sources import open_split
 from mbib_timm.errors import MbibError
 from mbib_timm.publishing import publish as publish_module
-from mbib_timm.publishing.card import Stated, base_model, render_card
+from mbib_timm.publishing.card import Stated, render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
 from mbib_timm.publishing.release import git_oid, make_release
-from mbib_timm.recipe import KEYS, Recipe, dump_recipe, load_recipe
+from mbib_timm.recipe import KEYS, Recipe, load_recipe
 from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.reporting.sections import render_page, run_section
 from mbib_timm.results.redact import redact_command, redact_recipe, redact_text
@@ -321,39 +321,6 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     run = read_run(finished_run)
     card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)
     assert f"The images that were evaluated are of the same source, and were not trained on: {chosen}." in card
-
-
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        (dict(), None),
-        (dict(model="resnet50.a1_in1k"), None),
-        (dict(model="resnet50.a1_in1k", pretrained=True), "timm/resnet50.a1_in1k"),
-        (dict(model="resnet50", pretrained=True), "timm/resnet50.a1_in1k"),
-        (dict(model="mbib_resnet50.backbone_a1_in1k", pretrained=True), "timm/resnet50.a1_in1k"),
-        (dict(model="mbib_resnet32", pretrained=True), "mbib-timm/mbib_resnet32.cifar100_lt_if100"),
-        (dict(model="hf-hub:me/birds@v2", pretrained=True), "me/birds"),
-        (dict(initial_checkpoint="weights.pt"), None),
-    ],
-    ids=str,
-)
-def test_the_base_model_is_that_of_the_weights_that_training_started_from(keys, expected, tmp_path):
-    recipe = Recipe(**{"method": "ce", **keys})
-    assert base_model(recipe) == expected
-    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
-    (tmp_path / "model.safetensors").touch()
-    for start in (tmp_path, tmp_path / "model.safetensors"):
-        assert base_model(Recipe(method="ce", initial_checkpoint=str(start))) == expected, "what the run started from"
-    assert base_model(Recipe(method="ce", model=f"local-dir:{tmp_path}", pretrained=True)) == expected
-
-
-def test_the_card_names_the_base_model(finished_run):
-    run = read_run(finished_run)
-    tuned = replace(run, recipe=run.recipe.replace(model="mbib_resnet50.backbone_a1_in1k", pretrained=True))
-    card = render_card(tuned, REPOSITORY)
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "timm/resnet50.a1_in1k"
-    assert "started from the weights of `mbib_resnet50.backbone_a1_in1k`" in card
-    assert "base_model" not in render_card(run, REPOSITORY)
 
 
 def test_commands_lose_their_paths():

@@ -487,8 +487,8 @@ def test_what_a_recipe_leaves_open_is_the_methods(kind):
     start = {"initial_checkpoint": "somewhere"} if METHODS[kind].needs_start else {}
     recipe = Recipe(method=kind, epochs=0 if METHODS[kind].post_hoc else 3, **start)
     own = METHODS[kind]
-    chosen = [recipe.choice(key) for key in ("sampler", "train", "reset", "frozen_bn")]
-    assert chosen == [own.sampler, own.part, own.reset, own.frozen_bn]
+    chosen = [recipe.choice(key) for key in ("sampler", "train", "reset", "classifier_start", "frozen_bn")]
+    assert chosen == [own.sampler, own.part, own.reset, own.classifier_start, own.frozen_bn]
     assert recipe.replace(sampler="sqrt", train="all").choice("sampler") == "sqrt"
 
 

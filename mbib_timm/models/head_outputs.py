@@ -17,6 +17,18 @@ PREDICTION = "prediction"
 POOLED = "v"
 
 
+def classifiers_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return a model's classifiers, in the order of its heads.
+
+    Raises:
+        MbibError: a model that does not say what they are.
+    """
+    if not hasattr(model, "get_classifier"):
+        raise MbibError(f"{type(model).__name__} does not say what its classifier is")
+    found: Any = model.get_classifier()  # type: ignore[operator]
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
 def prediction_heads(model: nn.Module) -> tuple[str, ...]:
     """Return the heads whose logits' mean is a model's prediction; none for a network of one head."""
     return tuple(getattr(model, "prediction_heads", ()))

@@ -71,6 +71,7 @@ class WithClassifier(BackboneModel):
         self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
+        # Here and not in the backbone, some of which drop nothing before the classifier, or cannot.
         self.drop = nn.Dropout(drop_rate)
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
         width = self.head_hidden_size

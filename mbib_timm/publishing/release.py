@@ -70,10 +70,12 @@ def make_release(
     _check_same_run(run, load_model(f"local-dir:{run}"), own.record)  # as whoever downloads it will
     weights = (run / "model.safetensors").read_bytes()
     config = parse_json((run / "config.json").read_bytes())
-    config |= {key: redact_value(value) for key, value in config.items() if key in ("model_args", "pretrained_cfg")}
+    config |= {key: redact_value(config[key]) for key in ("model_args", "pretrained_cfg", "origin") if key in config}
     if inference_only:
         config, weights = without_training_heads(config, weights)
     config["pretrained_cfg"]["license"] = licence_of(own, stated)
+    if stated.dataset_name is not None:
+        config["training_data"] = stated.dataset_name
     files = {
         "README.md": render_card(own, repository, rest, inference_only=inference_only, stated=stated).encode(),
         "config.json": to_json(config),

@@ -41,6 +41,7 @@ class DeclaredMethod:
     views: tuple[Mapping[str, Any], ...]
     part: str
     reset: str
+    classifier_start: str
     frozen_bn: str | None
     soft_targets: bool
     takes_class_weights: bool

@@ -278,6 +278,8 @@ def _override(content: dict[str, Any], address: str, value: Any, where: str) -> 
         whole = copy.deepcopy(target.get(first, shared.get(first)))
     else:
         whole = default_of(KEYS[first])
+    if first == "lora":
+        whole = {} if whole is None else whole
     if first == "method":
         whole = {"name": whole} if isinstance(whole, str) else whole
         if len(rest) > 1:  # an element of a setting, which the file may leave to the method
