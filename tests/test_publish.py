@@ -522,7 +522,7 @@ def test_a_run_of_the_packaged_recipe_is_the_zoos(tmp_path):
 def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished_run, tmp_path):
     run = tmp_path / finished_run.name
     shutil.copytree(finished_run, run)
-    assert "trained on `digits` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+    assert "trained from scratch on `digits` for 3 epochs" in render_card(read_run(run), REPOSITORY)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": "folder"}))
     assert "trained on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
