@@ -177,6 +177,41 @@ def test_features_and_head_compose_to_the_forward_pass(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name in (*WRAPPED, "with_classifier")])
+def test_pooled_features_and_heads_compose_to_the_forward_pass(name, training):
+    model, x = create(name).train(training), images(name, 4)
+    if name in EXPERTS:
+        assert not hasattr(model, "pool_features")
+        return
+    # Training mode moves BatchNorm's running statistics, which nothing reads there.
+    pooled = model.pool_features(x)
+    assert tuple(p.shape[1] for p in pooled) == model.pooled_widths
+    assert all(p.ndim == 2 for p in pooled)
+    for given, expected in zip(as_tuple(model.forward_pooled(pooled)), as_tuple(model(x)), strict=True):
+        assert torch.equal(given, expected)
+
+
+def test_pooled_features_are_the_means_of_the_tapped_maps():
+    model, x = create("mbib_resnet20", taps=("input", 3, 9)).eval(), images("mbib_resnet20")
+    maps = [x, *model.forward_intermediates(x, indices=[3, 9], intermediates_only=True)]
+    torch.testing.assert_close(model.pool_features(x), tuple(each.mean(dim=(2, 3)) for each in maps))
+    model.remove_training_heads()
+    torch.testing.assert_close(model.pool_features(x), (maps[-1].mean(dim=(2, 3)),))
+    assert model.pooled_widths == (64,)
+
+
+def test_dropout_is_the_heads():
+    """What `pool_features` gives does not drop anything, so that it can be kept."""
+    for name in ("mbib_resnet20", "with_classifier"):
+        model, x = create(name, drop_rate=0.9), images(name, 4)
+        assert torch.equal(model.pool_features(x)[-1], model.pool_features(x)[-1])
+        pooled = model.pool_features(x)
+        different = zip(as_tuple(model.forward_pooled(pooled)), as_tuple(model.forward_pooled(pooled)), strict=True)
+        assert not any(torch.equal(*pair) for pair in different)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_intermediates_over_every_level(name):
     model = create(name).eval()

@@ -19,6 +19,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.models.heads import Observation, renew_classifier
 
 # What a model that holds a backbone calls it: the first part of the backbone's keys.
@@ -148,6 +149,22 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
     )
 
 
+class StoredFeatures(nn.Module):
+    """In the place of a backbone, where the images are features of it already: (B, D, 1, 1), D being all its widths.
+
+    Args:
+        widths: of the pooled vectors that the model's heads stand on, in order.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that features (B, D, 1, 1) hold side by side."""
+        return features.flatten(1).split(self.widths, dim=1)
+
+
 POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
 
 
@@ -244,6 +261,11 @@ class MultiHeadModel(BackboneModel):
         raise NotImplementedError
 
     @torch.jit.ignore
+    def _gives_all_heads(self) -> bool:
+        """Return whether `forward` returns the logits of every head."""
+        return self.training and self.training_logits == "all" and self.num_classes > 0
+
+    @torch.jit.ignore
     def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the logits (B, K) of every head, in the order of `head_names`, in any mode."""
         logits, _ = self._observe(x)
@@ -337,7 +359,7 @@ class MultiHeadModel(BackboneModel):
 
     def forward(self, x: Tensor) -> Any:
         """Return the prediction (B, K); in training the logits of every head."""
-        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and self._gives_all_heads():
             return self.forward_heads(x)
         return self.forward_head(self.forward_features(x))
 
@@ -381,6 +403,5 @@ def create_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
 
 def classifier_names(model: Any) -> tuple[str, ...]:
     """Return the names of a model's classifiers, in the order in which it gives their logits."""
-    classifiers = model.get_classifier()
     names = {id(module): name for name, module in model.named_modules()}
-    return tuple(names[id(c)] for c in (classifiers if isinstance(classifiers, tuple) else (classifiers,)))
+    return tuple(names[id(classifier)] for classifier in classifiers_of(model))

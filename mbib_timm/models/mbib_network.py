@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.backbones import MultiHeadModel, create_pool, create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.backbones import (
+    MultiHeadModel,
+    StoredFeatures,
+    create_pool,
+    create_tapped,
+    prefixed_levels,
+    resolve_taps,
+)
 from mbib_timm.models.head_outputs import POOLED
 from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
 
@@ -62,6 +69,8 @@ class MBIB(MultiHeadModel):
     Raises:
         MbibError: unknown taps, pooling, prediction or classifier, with the valid ones.
     """
+
+    __jit_unused_properties__ = ("pooled_widths",)
 
     def __init__(
         self,
@@ -154,10 +163,13 @@ class MBIB(MultiHeadModel):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the prediction (B, K) from the last map; with `pre_logits` the last observation v (B, C)."""
-        x = self.global_pool(x)
+        return self._predict(self.global_pool(x), pre_logits)
+
+    def _predict(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return what `forward_head` does from the pooled last map (B, C); an unpooled map as it is."""
         if self.global_pool.pool_type == "":
-            return x
-        v = self.observation.norm(x)
+            return pooled
+        v = self.observation.norm(pooled)
         if pre_logits or self.num_classes == 0:
             return v
         if not self.predicts_from_z:
@@ -166,14 +178,44 @@ class MBIB(MultiHeadModel):
             return self.bottleneck(v)
         return (self.observation.classify(v) + self.bottleneck(v)) / 2
 
+    @property
+    def pooled_widths(self) -> tuple[int, ...]:
+        """Widths of what `pool_features` returns."""
+        observations: list[Any] = [*self.training_heads.values(), self.observation]
+        return tuple(observation.num_features for observation in observations)
+
+    @torch.jit.ignore
+    def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that the heads stand on, in order of depth: one for each observation.
+
+        Nothing else of a forward pass reads the backbone. With ``global_pool=''`` they are unpooled maps.
+        """
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
+        if not len(self.training_heads):
+            return (self.global_pool(self._maps(x, self.taps[-1:])[0]),)
+        maps = [x] * self.observes_input + self._maps(x, self.taps)
+        return tuple(self.global_pool(each) for each in maps)
+
+    @torch.jit.ignore
+    def forward_pooled(self, pooled: tuple[Tensor, ...]) -> Any:
+        """Return what `forward` does, from what `pool_features` returns."""
+        return self._observe_pooled(pooled)[0] if self._gives_all_heads() else self._predict(pooled[-1])
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the prediction (B, K); in training the logits of every head."""
+        if torch.jit.is_scripting():
+            return self.forward_head(self.forward_features(x))
+        return self.forward_pooled(self.pool_features(x))
+
     @torch.jit.ignore
     def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
-        maps = self._maps(x, self.taps if len(self.training_heads) else self.taps[-1:])
-        logits = []
-        if len(self.training_heads):
-            pooled = [self.global_pool(m) for m in ([x] if self.observes_input else []) + maps[:-1]]
-            logits = [head(p) for head, p in zip(self.training_heads.values(), pooled, strict=True)]
-        v = self.observation.norm(self.global_pool(maps[-1]))
+        return self._observe_pooled(self.pool_features(x))
+
+    @torch.jit.ignore
+    def _observe_pooled(self, pooled: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
+        logits = [head(p) for head, p in zip(self.training_heads.values(), pooled[:-1], strict=True)]
+        v = self.observation.norm(pooled[-1])
         features = {POOLED: [v]}
         if self.predicts_from_v:
             logits.append(self.observation.classify(v))

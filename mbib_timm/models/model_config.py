@@ -36,6 +36,7 @@ class ModelConfig:
         class_names: in label order.
         class_counts: training images of each class, (K,), int64.
         logit_prior: the class frequencies that its logits are for, see `LoadedModel`.
+        preprocessing: entries of a timm cfg that say how images become its input.
         training_data: what it was trained on: a key of the zoo's data sets, or what the recipe calls them.
         origin: where that training started.
     """
@@ -47,6 +48,7 @@ class ModelConfig:
     class_names: tuple[str, ...] | None = None
     class_counts: np.ndarray | None = None
     logit_prior: str | None = None
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training_data: str | None = None
     origin: Origin | None = None
 
@@ -110,6 +112,11 @@ def _checked(content: Any) -> ModelConfig:
         class_names=None if names is None else tuple(names),
         class_counts=None if counts is None else np.asarray(counts, dtype=np.int64),
         logit_prior=content.get("logit_prior"),
+        preprocessing={
+            key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key]
+            for key in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+            if cfg.get(key) is not None
+        },
         training_data=content.get("training_data"),
         origin=_origin(content["origin"]) if "origin" in content else None,
     )

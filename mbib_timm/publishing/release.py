@@ -10,9 +10,9 @@ from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
 from mbib_timm.files import parse_json, to_json
-from mbib_timm.models.weights import load_model
+from mbib_timm.models.weights import LoadedModel, load_model
 from mbib_timm.publishing.card import NOTHING_STATED, Stated, figures_of, licence_of, render_card
-from mbib_timm.results.record import RECORD
+from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_recipe, redact_value
 from mbib_timm.results.runs import read_seeds
 
@@ -67,7 +67,7 @@ def make_release(
     for name in ("model.safetensors", "config.json"):
         if not (run / name).is_file():
             raise MbibError(f"{run} has no {name}: the run is not finished")
-    load_model(f"local-dir:{run}")  # as whoever downloads it will
+    _check_same_run(run, load_model(f"local-dir:{run}"), own.record)  # as whoever downloads it will
     weights = (run / "model.safetensors").read_bytes()
     config = parse_json((run / "config.json").read_bytes())
     config |= {key: redact_value(config[key]) for key in ("model_args", "pretrained_cfg", "origin") if key in config}
@@ -85,6 +85,19 @@ def make_release(
     }
     files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in figures_of(own)}
     return Release(own.name, repository, files)
+
+
+def _check_same_run(run: Path, model: LoadedModel, record: RunRecord) -> None:
+    """Raise MbibError where config.json and metrics.json are not of the same run, or the first says too little."""
+    names, counts = model.class_names, None if model.class_counts is None else model.class_counts.tolist()
+    for key, stated, recorded in (
+        ("label_names", names, record.class_names and tuple(record.class_names)),
+        ("class_counts", counts, list(record.class_counts)),
+    ):
+        if stated is not None and recorded is not None and stated != recorded:
+            raise MbibError(f"{run}: {key} of config.json are not those of metrics.json")
+    if "pretrained_cfg" not in parse_json((run / "config.json").read_bytes()):
+        raise MbibError(f"{run}/config.json: pretrained_cfg: missing")
 
 
 def without_training_heads(config: dict[str, Any], weights: bytes) -> tuple[dict[str, Any], bytes]:
