@@ -5,7 +5,9 @@ timm loads leniently whenever the number of classes differs: a renamed layer wou
 any part is still as it was initialised.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,7 @@ from mbib_timm.files import printable
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
 from mbib_timm.models.hub import hub_error, limited_sockets, prepare_hub, split_repository
 from mbib_timm.models.model_config import ModelConfig, read_config
+from mbib_timm.models.pip_weights import BACKBONE, packaged_weights
 from mbib_timm.models.zoo import ZooModel
 
 TRAINING_HEADS = "training_heads."
@@ -296,8 +299,8 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "source": None, "file": None}
     prepare_hub()
     try:
-        with limited_sockets():
-            model = timm.create_model(source.name, pretrained=True, **kwargs)
+        with limited_sockets(), _overlaid(source, kwargs) as arguments:
+            model = timm.create_model(source.name, pretrained=True, **arguments)
     except TypeError:
         raise
     except MbibError as error:
@@ -314,6 +317,18 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
     if weights is None:
         require_finite(model.state_dict(), source.name)
     return model
+
+
+@contextmanager
+def _overlaid(source: Source, kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a model's arguments, for timm's own model whose weights a pip package brings with those."""
+    if source.has_files or source.name.partition(".")[0] != BACKBONE:
+        yield dict(kwargs)
+        return
+    given = kwargs.get("pretrained_cfg_overlay")
+    cfg = dataclasses.replace(timm.get_pretrained_cfg(source.name), **(given or {}))
+    with packaged_weights(cfg, given) as overlay:
+        yield {**kwargs, "pretrained_cfg_overlay": overlay}
 
 
 def create_trained(source: Source, **kwargs: Any) -> nn.Module:

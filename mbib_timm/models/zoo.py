@@ -8,6 +8,7 @@ and metrics.json, and small weights as well.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 
 from mbib_timm.errors import CheckpointError
 from mbib_timm.models.model_config import read_config
+from mbib_timm.models.pip_weights import packaged_weights
 from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
@@ -249,7 +251,12 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if is_tagged else {}
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
-    model = build_model_with_cfg(build, architecture, pretrained, **{**model_args, **kwargs})
+    given = kwargs.pop("pretrained_cfg_overlay", None)
+    with packaged_weights(cfg, given) if pretrained else nullcontext(given) as overlay:
+        arguments = {**model_args, **kwargs, "pretrained_cfg_overlay": overlay}
+        model = build_model_with_cfg(build, architecture, pretrained, **arguments)
+    if overlay is not given:
+        del model.pretrained_cfg["state_dict"]
     model._model_args = model_args  # timm adds the caller's own; together they go into config.json
     return model
 
