@@ -448,7 +448,7 @@ def test_runs_that_started_elsewhere_are_no_seeds_of_one_another(tmp_path):
     groups, _ = read_inputs([str(MBIB), str(other)])
     assert [group.title for group in groups] == [
         "mbib_resnet32.cifar100_lt_if100 (from scratch)",
-        "mbib_resnet32.cifar100_lt_if100 (from resnet50.a1_in1k (ImageNet-1k))",
+        "mbib_resnet32.cifar100_lt_if100 (from resnet50.a1_in1k)",
     ]
 
 

@@ -165,10 +165,15 @@ def origin_text(origin: Origin) -> str:
     """Return where a run started in a few words, for a cell or a line: ``resnet50.a1_in1k (ImageNet-1k)``."""
     if origin.is_scratch:
         return "from scratch"
-    said = [f"{printable(weights.name)}" for weights in origin.weights[-1:]]
+    return f"{start_name(origin)} ({data_text(origin.data) or 'the same data'})"
+
+
+def start_name(origin: Origin) -> str:
+    """Return the name of the weights that a run which is not from scratch started from, and those of its teachers."""
+    said = [printable(weights.name) for weights in origin.weights[-1:]]
     if origin.teachers:
         said.append(f"teacher {', '.join(printable(each.name) for each in origin.teachers)}")
-    return f"{', '.join(said)} ({data_text(origin.data) or 'the same data'})"
+    return ", ".join(said)
 
 
 def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] | None) -> str:
