@@ -464,16 +464,6 @@ CASES = {
         lambda root, run: ["publish", rewritten(root, run, "    144,", "    145,"), "--repo-id", "a/b", "--dry-run"],
         r"runs/copy: class_counts of config\.json are not those of metrics\.json",
     ),
-    "publish: no preprocessing": (
-        lambda root, run: [
-            "publish",
-            rewritten(root, run, '"pretrained_cfg"', '"other"'),
-            "--repo-id",
-            "a/b",
-            "--dry-run",
-        ],
-        r"runs/copy/config\.json: pretrained_cfg: missing",
-    ),
     "publish: damaged weights": (
         lambda root, run: ["publish", damaged(root, run, "model.safetensors"), "--repo-id", "a/b", "--dry-run"],
         r"runs/copy/model\.safetensors is not a weights file",

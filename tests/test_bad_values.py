@@ -74,7 +74,7 @@ RECIPES = {
     "batch": ("validation_batch_size: 60000\n", "a batch of 60,000 images of 512 x 512 pixels takes 176 GiB"),
     "epochs": ("epochs: 1000000000\n", "'epochs': expected at most 100,000"),
     "num_classes": ("num_classes: 1000000000\n", "'num_classes': expected at most 1,000,000"),
-    "crop_pct": ("crop_pct: 1.0e-5\n", "'crop_pct': expected at least 0.1"),
+    "crop_pct": ("crop_pct: 1.0e-5\n", "'crop_pct': expected at least 0.01"),
     "mixup": ("mixup: .nan\n", "'mixup': expected a finite number, got nan"),
     "cutmix": ("cutmix: 1.0e+30\n", "'cutmix': expected at most 1,000"),
     "mean": ("mean: [1.0e+30, 0, 0]\n", "'mean': expected at most 1, got 1e\\+30"),

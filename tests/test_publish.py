@@ -409,7 +409,7 @@ def test_the_card_of_a_method_that_trains_nothing(post_hoc_run):
     metrics = json.loads((post_hoc_run / "metrics.json").read_text())
     release = make_release(post_hoc_run, "me/decoupled")
     card = release.files["README.md"].decode()
-    assert "trained on `digits` for 3 epochs with CE, then tau-norm, by `mbib_timm`." in card
+    assert "trained from scratch on `digits` for 3 epochs with CE, then tau-norm, by `mbib_timm`." in card
     assert "of the split `test`, after CE, then tau-norm, of these weights" in card
     assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g}, on {metrics['chosen_on']}." in card
     assert "1. CE: 3 epochs of batches of 32" in card
@@ -522,10 +522,10 @@ def test_a_run_of_the_packaged_recipe_is_the_zoos(tmp_path):
 def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished_run, tmp_path):
     run = tmp_path / finished_run.name
     shutil.copytree(finished_run, run)
-    assert "trained on `digits` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+    assert "trained from scratch on `digits` for 3 epochs" in render_card(read_run(run), REPOSITORY)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": "folder"}))
-    assert "trained on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+    assert "trained from scratch on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
 
 
 CANARY = "canary"

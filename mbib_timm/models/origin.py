@@ -11,6 +11,7 @@ import timm
 
 from mbib_timm.errors import MbibError
 from mbib_timm.files import printable
+from mbib_timm.models import pip_weights
 from mbib_timm.models.hub import split_repository
 from mbib_timm.models.model_config import ModelConfig
 from mbib_timm.models.pretraining import PRETRAINING, UNKNOWN, Origin, Weights, data_of_tag
@@ -114,12 +115,13 @@ def _of_model(name: str, model_kwargs: dict[str, Any], own: OwnData) -> list[Wei
     model = ZooModel(f"{name.partition('.')[0]}.{tag}")
     if model.is_trained:
         return _of_source(Source(model.name, folder=model.folder), own)
-    in_package = cfg is not None and cfg.file is not None
-    repository = cfg.hf_hub_id if cfg is not None and not in_package else None
+    repository = (cfg.hf_hub_id if cfg is not None else None) or None
     owner, _, place = (repository or "").partition("/")
     weights = place if owner == TIMM and place else f"{name.partition('.')[0]}.{tag}".rstrip(".")
     data = data_of_tag(tag.removeprefix(BACKBONE))
-    return [Weights("package" if in_package else "timm", weights, repository or None, data)]
+    if repository == pip_weights.REPOSITORY and pip_weights.packaged_file() is not None:
+        return [Weights("package", weights, None, data)]  # whether they are the same numbers nobody has said
+    return [Weights("timm", weights, repository, data)]
 
 
 def _of_source(source: Source, own: OwnData) -> list[Weights]:
@@ -163,10 +165,15 @@ def origin_text(origin: Origin) -> str:
     """Return where a run started in a few words, for a cell or a line: ``resnet50.a1_in1k (ImageNet-1k)``."""
     if origin.is_scratch:
         return "from scratch"
-    said = [f"{printable(weights.name)}" for weights in origin.weights[-1:]]
+    return f"{start_name(origin)} ({data_text(origin.data) or 'the same data'})"
+
+
+def start_name(origin: Origin) -> str:
+    """Return the name of the weights that a run which is not from scratch started from, and those of its teachers."""
+    said = [printable(weights.name) for weights in origin.weights[-1:]]
     if origin.teachers:
         said.append(f"teacher {', '.join(printable(each.name) for each in origin.teachers)}")
-    return f"{', '.join(said)} ({data_text(origin.data) or 'the same data'})"
+    return ", ".join(said)
 
 
 def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] | None) -> str:

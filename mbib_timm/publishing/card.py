@@ -250,7 +250,7 @@ def _start(run: FinishedRun) -> list[Markup]:
 # Where weights are from, by `Weights.source`.
 _PLACES = {
     "timm": "timm's, whose tag names the data",
-    "package": "installed by pip",
+    "package": "of a pip package",
     "run": "a run of mbib_timm",
     "hub": "somebody's repository",
     "file": "a file",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text
+from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text, start_name
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
@@ -296,12 +296,14 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
 
 
 def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
-    """Return the run's name, and the settings that differ among the runs of this name."""
+    """Return the run's name, and the settings that differ among the runs of this name, or where it started."""
     own = _by_address(run.recipe)
     others = [_by_address(other.recipe) for other in runs if other.name == run.name]
     differing = [key for key in own if key.rpartition(".")[2] != "seed" and any(o.get(key) != own[key] for o in others)]
     said = [f"{key} {own[key]}" for key in differing]
-    if any(other.origin != run.origin for other in runs if other.name == run.name):
-        said.append(_from(run))
+    recipe = _without_seed(run.recipe)
+    alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
+    if any(other.origin != run.origin for other in alike):
+        said.append("from scratch" if run.origin.is_scratch else f"from {start_name(run.origin)}")
     settings = ", ".join(said)
     return f"{run.name} ({settings})" if settings else run.name
