@@ -563,7 +563,11 @@ def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run
     held, published = set(), []
     for key, item in KEYS.items():
         kind = type(item.default_factory()) if callable(item.default_factory) else str
-        own_recipe = recipe.replace(dataset="table", table="t.csv", group_by="column") if key in TABLE_KEYS else recipe
+        own_recipe = recipe
+        if key in TABLE_KEYS:
+            own_recipe = recipe.replace(dataset="table", table="t.csv", group_by="column")
+        if key in ("train_list", "val_list", "test_list", "class_map"):
+            own_recipe = recipe.replace(dataset="list", train_list="t.txt", val_list="v.txt")
         for value in HOLDERS[kind]:
             given = {"name": "dive", "teacher": value} if key == "method" else value
             try:
