@@ -92,10 +92,13 @@ def prefix_backbone(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, T
     cfg: Any = plain.pretrained_cfg
     classifiers = cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    expected = {key: value for key, value in plain.state_dict().items() if not key.startswith(prefixes)}
-    given = {key: value for key, value in state_dict.items() if not key.startswith(prefixes)}
+
+    def of_features(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+
+    expected, given = of_features(plain.state_dict()), of_features(state_dict)
     if {key: value.shape for key, value in given.items()} != {key: value.shape for key, value in expected.items()}:
-        given = _converted(state_dict, model) or given
+        given = of_features(_converted(state_dict, model) or state_dict)
     _require_same_keys(given, expected, f"checkpoint of backbone {model.backbone_name!r}")
     for key, value in given.items():
         if value.shape != expected[key].shape:
@@ -111,11 +114,11 @@ def _converted(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor
     """Return what timm makes of a checkpoint for the plain backbone of a model; None if it cannot load it."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
     overlay = {key: cfg[key] for key in ("input_size", "num_classes") if cfg.get(key) is not None}
+    # Of other classes than the checkpoint's timm would load what fits, and leave the rest random.
+    args = {"num_classes": overlay.get("num_classes"), **model.backbone_args}
     overlay |= {"state_dict": dict(state_dict), "source": None, "file": None}
     try:
-        plain = timm.create_model(
-            model.backbone_name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **model.backbone_args
-        )
+        plain = timm.create_model(model.backbone_name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError, TypeError):  # of a family's conversion
         return None
     weights: dict[str, Tensor] = plain.state_dict()
