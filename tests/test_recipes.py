@@ -357,12 +357,6 @@ def test_numbers_without_a_dot_are_read_as_yaml_leaves_them(tmp_path):
     assert (recipe.lr, recipe.weight_decay) == (3e-4, 0.0)
 
 
-def test_an_empty_file_is_the_defaults(tmp_path):
-    path = tmp_path / "own.yaml"
-    path.write_text("# nothing\n")
-    assert load_recipe(path) == Recipe()
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_saved_recipe_is_read_back_the_same(tmp_path, name):
     recipe = load(name)

@@ -150,9 +150,8 @@ def decode_split(
     Raises:
         DataError: no image can be read.
     """
-    channels, height, width = input_size
-    transform = resident_transform(recipe, height, width, training)
-    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken)
+    transform = resident_transform(recipe, input_size, training)
+    dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken)
     fixed = fixed_preprocessing(recipe, input_size, training)
     return cached_decode(dataset, fixed, cache_folder(recipe, "images"), recipe.workers).to(device)
 

@@ -181,15 +181,13 @@ class _Pass:
 
     def key(self) -> tuple[str, bool]:
         """Return the digest that names the pass, and whether its images are in files."""
-        recipe, (channels, height, width) = self.recipe, self.input_size
-        dataset = ImageDataset(
-            self.split, pil_mode(channels), eval_transform(recipe, height, width), self.replace_broken
-        )
+        recipe, size = self.recipe, self.input_size
+        dataset = ImageDataset(self.split, pil_mode(size[0]), eval_transform(recipe, size), self.replace_broken)
         seen: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, **evaluation_crop(recipe)}
         if self.number:
             seen |= {name: getattr(recipe, name) for name in AUGMENTATION}
         backbone = [self.observe.digest, str(self.observe.dtype)]
-        described = json.dumps([FORMAT, CHUNK, backbone, self.input_size, self.number, seen])
+        described = json.dumps([FORMAT, CHUNK, backbone, size, self.number, seen])
         if (key := entry_key(dataset, described)) is not None:
             return key, True
         # Of images that are not in files, as those of a package, source and places stand for all.

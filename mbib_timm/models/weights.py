@@ -33,6 +33,9 @@ from mbib_timm.models.zoo import ZooModel
 TRAINING_HEADS = "training_heads."
 # Files of a folder's weights, the first that is there: ours, and what timm writes without safetensors.
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+# What a tensor may hold; torch would take integers and quantised numbers for a layer's as if they were its own.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+_REAL = ("weight", "bias", "running_mean", "running_var")
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -198,7 +201,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a weights file, or that of a run's folder.
 
     Raises:
-        CheckpointError: missing or unreadable, or a number in it is not finite; names the tensor.
+        CheckpointError: missing or unreadable, or a tensor of numbers that are not finite or of no layer's kind.
     """
     file = path
     if path.is_dir():
@@ -213,8 +216,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is not a weights file ({first_line(error)})") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{file} is not a weights file (it holds something else than tensors)")
+    for name, value in weights.items():
+        if value.dtype not in _DTYPES or (not value.is_floating_point() and name.rpartition(".")[2] in _REAL):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{file}: tensor {printable(name)!r} is {kind}; expected float32, float16 or bfloat16"
+            )
     require_finite(weights, str(file))
     return weights
+
+
+def start_config(path: Path) -> ModelConfig:
+    """Return what is known of weights to start from: the ``config.json`` of a folder, or of the run that a file is of.
+
+    Raises:
+        CheckpointError: as `read_config`.
+    """
+    folder = path if path.is_dir() else path.parent
+    known = (folder / "config.json").is_file() and (path.is_dir() or (folder / "recipe.yaml").is_file())
+    return read_config(folder / "config.json") if known else ModelConfig()
 
 
 def require_finite(weights: Mapping[str, Tensor], where: str) -> None:

@@ -24,6 +24,9 @@ from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
 ORGANIZATION = "mbib-timm"
+# How a tag begins whose recipe starts from weights of other data: the backbone stays as it is, changes a little, or
+# trains as a whole.
+STARTS = ("frozen", "adapt", "finetune")
 
 
 class Dataset(NamedTuple):
@@ -155,6 +158,11 @@ class ZooModel:
         return {"hf_hub_id": self.repository} if self.is_trained else {}
 
 
+def is_start_tag(tag: str) -> bool:
+    """Return whether a tag says that training started from weights of other data: ``frozen_cifar100_lt_if100``."""
+    return tag.startswith(tuple(f"{start}_" for start in STARTS))
+
+
 def split_tag(tag: str) -> tuple[str, str]:
     """Split a tag into its start, such as the method, and the key of `DATASETS` it ends in; empty texts for others."""
     found = [name for name in DATASETS if tag == name or tag.endswith(f"_{name}")]
@@ -175,9 +183,9 @@ def _published() -> dict[str, list[str]]:
         if split_tag(tag)[1]:
             tags.setdefault(architecture, []).append(tag)
 
-    def order(tag: str) -> tuple[bool, int, str]:
+    def order(tag: str) -> tuple[bool, bool, int, str]:
         method, dataset = split_tag(tag)
-        return method not in ("", "ce"), [*DATASETS].index(dataset), method
+        return is_start_tag(tag), method not in ("", "ce"), [*DATASETS].index(dataset), method
 
     return {architecture: sorted(found, key=order) for architecture, found in tags.items()}
 
@@ -203,8 +211,9 @@ def published_cfgs(architecture: str, cfg: PretrainedCfg) -> dict[str, Pretraine
     for tag in reversed(PUBLISHED.get(architecture, ())):
         model = ZooModel(f"{architecture}.{tag}")
         entries = {**_NO_SOURCE, "num_classes": model.dataset.num_classes, **model.dataset.preprocessing}
-        # timm takes the first tag with weights for the default, unless a star says which it is.
-        star = "*" if tag == PUBLISHED[architecture][0] else ""
+        # timm takes the first tag with weights for the default, unless a star says which it is: a model that was
+        # trained from scratch. Of the others the backbone's own weights come first.
+        star = "*" if tag == PUBLISHED[architecture][0] and not is_start_tag(tag) else ""
         cfgs[model.name + star] = dataclasses.replace(cfg, **{**entries, **model.source()})
     return cfgs
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Keys that describe a table.
 TABLE_KEYS = ("table", "path_column", "label_column", "split_column", "group_column")
+# Sources that list files describe, and the keys that name those.
+LIST_SOURCES, LIST_KEYS = ("list", "inat2018"), ("train_list", "val_list", "test_list", "class_map")
 # Augmentation policies, ours and timm's, and the parts that may follow a name, as in rand-m9-n2: each with its least
 # and largest number, whole where both are written whole. timm itself passes over parts that it does not know.
 _DEVIATION = {"mstd": (0.0, 1000.0)}
@@ -73,6 +75,7 @@ def _check_data(recipe: "Recipe") -> None:
     if of_table and recipe.table is None:
         raise MbibError("recipe key 'table': dataset: table needs the CSV or Parquet file that lists the images")
     needs = dict.fromkeys(TABLE_KEYS, ("dataset: table", of_table))
+    needs |= dict.fromkeys(LIST_KEYS, ("dataset: list or inat2018", recipe.dataset in LIST_SOURCES))
     needs["group_by"] = ("dataset: folder or table", of_table or recipe.dataset == "folder")
     _require_effect(recipe, needs)
     _require_effect(recipe, {"group_column": ("group_by: column", recipe.group_by == "column")})
@@ -187,8 +190,9 @@ def _check_values(recipe: "Recipe") -> None:
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise MbibError(f"recipe key {name!r}: expected two numbers, 0 < low <= high, got {shown(low_high)}")
     for name in ("mean", "std"):
-        if len(getattr(recipe, name)) not in (1, 3):
-            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(getattr(recipe, name))}")
+        values = getattr(recipe, name)
+        if values is not None and len(values) not in (1, 3):
+            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(values)}")
     if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
         raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {shown(recipe.experiment)}")
     for name in ("train", "reset"):
@@ -250,9 +254,11 @@ def checked_groups(groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _check_model(recipe: "Recipe") -> None:
-    for name, value in recipe.model_kwargs.items():
+    inside = recipe.model_kwargs.get("backbone_args")
+    for name in (*recipe.model_kwargs, *(inside if isinstance(inside, dict) else ())):
         if name in OTHER_KEYS:
             raise MbibError(f"recipe key 'model_kwargs': it gives no {name!r}: {OTHER_KEYS[name]}")
+    for name, value in recipe.model_kwargs.items():
         if re.fullmatch(r"\w*drop\w*_rate", name) and value is not None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < 1:
@@ -400,6 +406,10 @@ def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
         )
     if method.post_hoc and recipe.epochs > 0:
         raise MbibError(f"recipe key 'epochs': method {method.name!r} trains nothing; expected 0, got {recipe.epochs}")
+    if recipe.lora is not None and recipe.epochs == 0:
+        raise MbibError("recipe key 'lora' has no effect with epochs: 0, which trains nothing")
+    if recipe.lora is not None and recipe.train == "all":
+        raise MbibError("recipe key 'lora' has no effect with train: all; expected train: heads, or another part")
     if recipe.epochs == 0 and not starts:
         raise MbibError("recipe key 'epochs': 0 trains nothing, and there are no weights to start from")
 

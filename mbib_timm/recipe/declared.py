@@ -256,6 +256,8 @@ def load_plugin(plugin: str) -> str:
         return where
     if is_file and not path.is_file():
         raise MbibError(f"plugin {plugin}: there is no such file")
+    if is_file and path.suffix != ".py":
+        raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
     before = set(known_methods())
     try:
         if is_file:

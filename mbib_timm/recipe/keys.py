@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.options import check_option, check_options, option, option_types
+from mbib_timm.options import build_options, check_option, check_options, option, option_types
 from mbib_timm.recipe.checks import check_recipe, checked_groups, view_of
 from mbib_timm.recipe.declared import find_method, load_plugin, packaged_samplers, packaged_sources, resolve_settings
 
@@ -19,9 +19,11 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 LARGEST_SEED = 2**32 - 1
 MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
 MOST_PASSES = 1000
-LARGEST_RATE, LARGEST_ALPHA = 10**12, 10**6
-# Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
-OPEN_CHOICES = {"loader": "auto", "amp": None}
+LARGEST_RATE, LARGEST_ALPHA, LARGEST_RANK = 10**12, 10**6, 1024
+# How images become a model's input: keys that a recipe leaves to the model, whose weights know them.
+MODEL_KEYS = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+# Values by which a recipe leaves a choice to the machine or the model; a run's recipe.yaml has what was chosen.
+OPEN_CHOICES = {"loader": "auto", "amp": None, **dict.fromkeys(MODEL_KEYS)}
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
@@ -39,6 +41,16 @@ _data, _input, _augmentation, _mixing, _model, _method, _optimisation, _machine,
         ("output", False),
     )
 )
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The settings of the recipe key ``lora``. Raises MbibError where `build_options` does."""
+
+    rank: int = option(8, "rank r of an adapter", minimum=1, maximum=LARGEST_RANK)
+    alpha: float = option(16.0, "an adapter counts alpha / r", above=0, maximum=LARGEST_ALPHA)
+    dropout: float = option(0.0, "dropout before an adapter", minimum=0, below=1)
+    targets: list[str] | None = option(None, "names of the layers, or how they end; all that fit when not given")
 
 
 @dataclass(frozen=True)
@@ -130,18 +142,37 @@ class Recipe:
         choices=("pad", "rrc", "none"),
         evaluation=True,
     )
-    interpolation: str = _input(
-        "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
+    interpolation: str | None = _input(
+        None,
+        "resampling of images; the model's own when not given",
+        choices=("bilinear", "bicubic", "random"),
+        evaluation=True,
     )
-    crop_pct: float = _input(
-        0.875, "fraction of the resized test image that the centre crop keeps", minimum=0.1, maximum=1, evaluation=True
+    crop_pct: float | None = _input(
+        None,
+        "side of the model's input over that of the resized test image; the model's own when not given",
+        minimum=0.01,
+        maximum=2,
+        evaluation=True,
     )
-    mean: list[float] = _input(
-        [0.485, 0.456, 0.406], "channel means of the normalisation", minimum=0, maximum=1, evaluation=True
+    crop_mode: str | None = _input(
+        None,
+        "how test images are cut: center (shorter side resized, centre cropped), squash (both sides resized), border "
+        "(longer side resized, the rest filled); the model's own when not given; squash and 1 with train_crop_mode: "
+        "pad",
+        choices=("center", "squash", "border"),
+        evaluation=True,
     )
-    std: list[float] = _input(
-        [0.229, 0.224, 0.225],
-        "channel standard deviations of the normalisation",
+    mean: list[float] | None = _input(
+        None,
+        "channel means of the normalisation; the model's own when not given",
+        minimum=0,
+        maximum=1,
+        evaluation=True,
+    )
+    std: list[float] | None = _input(
+        None,
+        "channel standard deviations of the normalisation; the model's own when not given",
         minimum=0.001,
         maximum=1000,
         evaluation=True,
@@ -226,13 +257,18 @@ class Recipe:
     )
     train: str | None = _method(
         None,
-        "the part that trains: all, classifier, or a regular expression for parameters' names; the method's own when "
-        "not given",
+        "the part that trains: all, none, classifier, heads (all but the backbone), norm, bias, several of these as in "
+        "heads+norm+bias, or a regular expression for parameters' names; the method's own when not given, with lora "
+        "heads",
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew if weights are given: none, classifier, all, or a regular expression for names; "
-        "the method's own when not given",
+        "the part that starts anew if weights are given, named as those of train; the method's own when not given",
+    )
+    lora: dict[str, Any] | None = _method(
+        None,
+        "low-rank adapters (peft) in the backbone's linear layers and 1x1 convolutions, merged when saved, as "
+        "name=value: rank (8), alpha (16), dropout (0), targets (layers by the end of their names, as in [qkv, proj])",
     )
     classifier_start: str | None = _method(
         None,
@@ -242,8 +278,8 @@ class Recipe:
     )
     frozen_bn: str | None = _method(
         None,
-        "batch normalisation in the part that does not train: train (its running statistics are updated) or eval; the "
-        "method's own when not given",
+        "batch normalisation whose statistics are not in the part that trains: train (they are updated, and batches "
+        "normalised by their own) or eval; the method's own when not given",
         choices=("train", "eval"),
     )
 
@@ -326,6 +362,8 @@ class Recipe:
         declared, settings = resolve_settings(self.method)
         object.__setattr__(self, "method", {"name": declared.name, **settings})
         object.__setattr__(self, "param_groups", checked_groups(self.param_groups))
+        if self.lora is not None:
+            object.__setattr__(self, "lora", dataclasses.asdict(build_options(LoraSettings, self.lora, "key 'lora'")))
         check_recipe(self, declared)
 
     @property
@@ -348,7 +386,25 @@ class Recipe:
         """Return the value of a key that is left to the method where it is None: sampler, views, train, reset,
         classifier_start or frozen_bn."""
         value = getattr(self, key)
-        return getattr(find_method(self.method["name"]), key if key != "train" else "part") if value is None else value
+        if value is not None:
+            return value
+        own = getattr(find_method(self.method["name"]), key if key != "train" else "part")
+        return "heads" if key == "train" and own == "all" and self.lora is not None else own
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """The settings of the key ``lora``; None without adapters."""
+        return None if self.lora is None else LoraSettings(**self.lora)
+
+    def settled(self, key: str) -> Any:
+        """Return the value of a key of `MODEL_KEYS`, of a recipe that has a model's; see `settle`.
+
+        Raises:
+            ValueError: the recipe leaves it to a model, and has none yet.
+        """
+        if (value := getattr(self, key)) is None:
+            raise ValueError(f"recipe key {key!r} is left to the model: settle the recipe with one")
+        return value
 
     def augmentations(self) -> "list[Recipe]":
         """Return the recipe of each view of an image: this one, with what the view has of its own."""

@@ -17,6 +17,7 @@ from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
+from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
@@ -88,12 +89,16 @@ class Run:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
+        if world.is_main:
+            for line in setup.notes:
+                print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.frozen = setup.frozen
-        self.optimizer, self.schedule = setup.optimizer, setup.schedule
-        # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
+        self.optimizer, self.schedule, self.origin = setup.optimizer, setup.schedule, setup.origin
+        # From here on, and in recipe.yaml, the recipe says which loader, precision and preprocessing it is: alike in
+        # all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
-        self.recipe = recipe = recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
+        self.recipe = recipe = setup.recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
         self.pool = pool
         self.store: FeatureStore | None = None
         if self.frozen is not None:
@@ -222,7 +227,7 @@ class Run:
         done, last = self.done, Evaluation(self.recipe.val_split, heads, epoch, BEST_WEIGHTS)
         if done.best is None or last.prediction.top1 > done.best.prediction.top1:
             done.best = last
-            weights = self._result_model().state_dict()
+            weights = merged_weights(self._result_model())
             self.best_weights = {name: value.clone() for name, value in weights.items()}
 
     # Saving and restoring
@@ -313,6 +318,7 @@ class Run:
             left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
+            origin=self.origin,
         )
         if self.world.is_main:
             if self.frozen is not None:
@@ -324,6 +330,7 @@ class Run:
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=self.method.result_prior,
+                origin=self.origin,
                 tag=self.name.partition(".")[2],
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)

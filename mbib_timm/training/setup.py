@@ -1,12 +1,14 @@
 """What a stage trains with: network, method, optimizer and schedule, checked as a whole before anything begins."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
@@ -18,9 +20,20 @@ from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknow
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
 from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
+from mbib_timm.models.adapters import adapted_layers, add_adapters
 from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.frozen_backbone import FrozenBackbone
-from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights, under_keys_of
+from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.preprocessing import departures, inherited, input_size, settle
+from mbib_timm.models.pretraining import Origin
+from mbib_timm.models.weights import (
+    Source,
+    create_with_weights,
+    find_source,
+    read_weights,
+    start_config,
+    under_keys_of,
+)
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 
@@ -34,6 +47,7 @@ class Setup:
     """What a stage trains with.
 
     Attributes:
+        recipe: of the stage, with the preprocessing of its model where it leaves that open.
         method: around its network, on the device, with what does not train frozen.
         input_size: of the images, (C, H, W).
         loader: ``resident`` or ``timm``, as this process would choose.
@@ -41,8 +55,11 @@ class Setup:
         schedule: of the optimizer's learning rates.
         precision: of a step.
         frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
+        notes: what whoever starts the run should know: a line each.
+        origin: where the run's weights started.
     """
 
+    recipe: Recipe
     method: Method
     input_size: tuple[int, int, int]
     loader: str
@@ -50,6 +67,8 @@ class Setup:
     schedule: Any
     precision: Precision
     frozen: FrozenBackbone | None
+    notes: tuple[str, ...]
+    origin: Origin
 
 
 def set_up(
@@ -67,6 +86,7 @@ def set_up(
     Raises:
         MbibError: what recipe, data and weights do not allow.
     """
+    recipe = inherited(recipe)
     check_sampler(recipe.choice("sampler"), splits, recipe.cutmix_sampler)
     kind, given = resolve_method(recipe.method)
     settings = kind.Settings(**given)
@@ -77,9 +97,11 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
+    departure = departures(recipe, network)
+    recipe = settle(recipe, network)
     size = input_size(recipe, network)
-    if recipe.model_kwargs:
-        _try_arguments(network, size, world.device)
+    if keys := [key for key, given in (("img_size", recipe.img_size), ("model_kwargs", recipe.model_kwargs)) if given]:
+        _try_image(network, size, world.device, keys)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
@@ -101,18 +123,35 @@ def set_up(
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, precision, frozen)
+    notes = tuple(filter(None, (departure, _trained_line(recipe, method))))
+    names = None if splits.class_names is None else list(splits.class_names)
+    origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
+    return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes, origin)
 
 
-def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
-    """Raise MbibError where a network fails with a first image: then its keyword arguments are at fault."""
+def _trained_line(recipe: Recipe, method: Method) -> str | None:
+    """Return a line on what trains, where not all of the network does; None otherwise."""
+    network = unwrap_model(method.trainable_module)
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+    if trained in (0, total):
+        return None
+    share = 100 * trained / total
+    what = str(recipe.choice("train"))
+    if (adapters := recipe.adapters) is not None:
+        what += f", and LoRA of rank {adapters.rank} in {len(adapted_layers(network))} layers"
+    return f"trains {share:.{2 if share < 10 else 3}g} % of {total / 1e6:.1f} M parameters: {what}"
+
+
+def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
+    """Raise MbibError where a network fails with a first image: then the recipe's `keys` are at fault."""
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, *size, device=device))
     except Exception as error:
         raise MbibError(
-            f"recipe key 'model_kwargs': with these the model takes no images of {'x'.join(map(str, size))}: "
-            f"{first_line(error)}"
+            f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: so the model takes no images "
+            f"of {'x'.join(map(str, size))}: {first_line(error)}"
         ) from None
     network.train()
 
@@ -165,7 +204,10 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
     kind, settings = resolve_method(recipe.method)
 
     def build(**kwargs: Any) -> nn.Module:
-        return _with_start(recipe, num_classes, previous, kwargs)
+        model = _with_start(recipe, num_classes, previous, kwargs)
+        if (adapters := recipe.adapters) is not None:
+            add_adapters(model, adapters, part_of(model, "heads"), input_size(recipe, model))
+        return model
 
     return kind.build_network(kind.Settings(**settings), build)
 
@@ -220,6 +262,8 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             )
     name, kwargs = recipe.model, {"num_classes": num_classes, **recipe.model_kwargs, **more}
     source = find_source(name) if ":" in name else None
+    # Weights of another run: of images as that run had them.
+    overlay = start_config(Path(recipe.initial_checkpoint)).preprocessing if recipe.initial_checkpoint else {}
     if source is not None:
         if recipe.initial_checkpoint is not None:
             raise MbibError(f"recipe key 'initial_checkpoint': {name} has weights of its own; see key 'pretrained'")
@@ -238,15 +282,19 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             raise unknown_name(f"tag of model {architecture}", tag, known) from None
         if timm.is_model(str(kwargs.get("backbone", "")).partition(".")[0]):  # whose size it is, in `mbib` and others
             cfg = timm.get_pretrained_cfg(kwargs["backbone"].partition(".")[0])
-        if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
-            kwargs.setdefault("img_size", recipe.img_size)
+        if cfg is not None and cfg.fixed_input_size and recipe.img_size is not None:
+            own = overlay.get("input_size", cfg.input_size)
+            if tuple(own[1:]) != (recipe.img_size, recipe.img_size):
+                kwargs.setdefault("img_size", recipe.img_size)
         module = timm.model_entrypoint(architecture).__module__
         plain = not module.startswith("mbib_timm.")
         if (more and plain) or (recipe.feature_passes and (plain or module == plain_resnets.__name__)):
             # timm's own models take no other classifiers than theirs, and no plain one says what they stand on.
             kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
     if pretrained and recipe.initial_checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
+        overlay = {**overlay, **weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)}
+    if overlay:
+        kwargs["pretrained_cfg_overlay"] = overlay
     try:
         if pretrained:
             return create_with_weights(source or Source(name), **kwargs)
@@ -270,15 +318,6 @@ def weights_overlay(weights: dict[str, Tensor], model_name: str) -> dict[str, An
     return overlay
 
 
-def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
-    """Return the size (C, H, W) of the images that a recipe feeds to its network, or to the model in it."""
-    cfgs = (getattr(module, "pretrained_cfg", None) for module in network.modules())
-    cfg: Any = next((cfg for cfg in cfgs if cfg), {})
-    channels, height, width = cfg.get("input_size", (3, 224, 224))
-    channels = recipe.model_kwargs.get("in_chans", channels)
-    return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
-
-
 def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previous: Path | None = None) -> Facts:
     """Return what a stage's method may know.
 
@@ -296,8 +335,8 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         recipe.epochs,
         previous,
         size,
-        tuple(recipe.mean),
-        tuple(recipe.std),
+        tuple(recipe.settled("mean")),
+        tuple(recipe.settled("std")),
         splits.class_names,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
         class_weights=loss_weights(recipe.class_weights, splits.class_counts, splits.class_names),
