@@ -280,6 +280,8 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             if not (known := list(filter(None, tags))):
                 raise MbibError(f"model {architecture} has no tag {tag!r}; expected {architecture} alone") from None
             raise unknown_name(f"tag of model {architecture}", tag, known) from None
+        if timm.is_model(str(kwargs.get("backbone", "")).partition(".")[0]):  # whose size it is, in `mbib` and others
+            cfg = timm.get_pretrained_cfg(kwargs["backbone"].partition(".")[0])
         if cfg is not None and cfg.fixed_input_size and recipe.img_size is not None:
             own = overlay.get("input_size", cfg.input_size)
             if tuple(own[1:]) != (recipe.img_size, recipe.img_size):
