@@ -219,7 +219,7 @@ def timm_train_loader(
     recipe: Recipe,
     input_size: tuple[int, int, int],
     world: World,
-    sampler: TrainingSampler,
+    sampler: IndexSampler,
     views: Sequence[Recipe] = (),
 ) -> TimmLoader:
     """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
@@ -242,7 +242,12 @@ def timm_train_loader(
 
 
 def timm_eval_loader(
-    split: Split, recipe: Recipe, input_size: tuple[int, int, int], world: World, replace_broken: bool = False
+    split: Split,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    world: World,
+    replace_broken: bool = False,
+    sampler: IndexSampler | None = None,
 ) -> TimmLoader:
     """Build an evaluation loader: in order, every image once over all processes.
 
@@ -252,9 +257,10 @@ def timm_eval_loader(
         input_size: (C, H, W).
         world: the device, and this process among those that share the images.
         replace_broken: give the next image for one that cannot be read; else leave it out.
+        sampler: another order, or a part of the images.
     """
     dataset = ImageDataset(split, pil_mode(input_size[0]), eval_transform(recipe, input_size), replace_broken)
-    sampler = ShardSampler(len(dataset), world.rank, world.world_size)
+    sampler = sampler or ShardSampler(len(dataset), world.rank, world.world_size)
     return _through_timm(dataset, recipe, input_size, world, sampler, training=False)
 
 

@@ -8,7 +8,7 @@ evaluation) is the frame's, and reads off the class what the method wants.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -20,7 +20,10 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, nearest
+from mbib_timm.models.adapters import plain_names
+from mbib_timm.models.backbones import PREFIX, BackboneModel
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.recipe.declared import resolve_settings
 from mbib_timm.registry import Registry
 
@@ -64,34 +67,81 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
+# Parts of a network that a recipe may name, besides all and none; several are joined by a plus sign.
+PARTS = ("classifier", "heads", "norm", "bias")
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
 def part_of(network: nn.Module, part: str) -> set[str]:
     """Return the names of the parameters and buffers in a part of a network.
 
     Args:
-        network: whose names.
-        part: ``all``, ``none``, ``classifier`` (all of its classifiers), or a regular expression that a name contains.
+        network: whose names; expressions see those that they have without adapters, which only ``all`` includes.
+        part: ``all``; ``none``; ``classifier``, all of its classifiers; ``heads``, what lies outside the backbone, of a
+            plain timm model its classifier; ``norm``, the normalisation layers; ``bias``, the biases, those of
+            normalisation layers among them (BitFit; Ben Zaken et al., ACL 2022); several of these, as in
+            ``heads+norm+bias``; or a regular expression that a name contains.
 
     Raises:
         MbibError: a network without classifiers, a malformed expression, or one that no name contains.
     """
-    names = set(network.state_dict())
     if part in ("all", "none"):
-        return names if part == "all" else set()
-    if part == "classifier":
-        if not hasattr(network, "get_classifier"):
-            raise MbibError(f"{type(network).__name__} does not say what its classifier is; give a regular expression")
-        classifiers: Any = network.get_classifier()  # type: ignore[operator]
-        wanted = {id(c) for c in (classifiers if isinstance(classifiers, tuple | list) else (classifiers,))}
-        prefixes = tuple(f"{name}." for name, module in network.named_modules() if id(module) in wanted)
-        return {name for name in names if name.startswith(prefixes)}
+        return set(network.state_dict()) if part == "all" else set()
+    names = plain_names(network)
+    pieces = part.split("+")
+    if all(piece in PARTS for piece in pieces):
+        return set().union(*(_named_part(network, piece, names) for piece in pieces))
     try:
-        found = {name for name in names if re.search(part, name)}
+        found = {name for name, plain in names.items() if re.search(part, plain)}
     except re.error as error:
         raise MbibError(f"part {part!r} is not a regular expression: {error}") from None
     if not found:
         tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in network.state_dict()))
-        raise MbibError(f"part {part!r} matches no parameter's name; the network has {tops}")
+        near = [match for piece in pieces if piece not in PARTS for match in nearest(piece, PARTS, 1)]
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise MbibError(
+            f"part {part!r} matches no parameter's name; {hint}expected all, none, {', '.join(PARTS)}, several "
+            f"joined by +, or an expression for names: the network has {tops}"
+        )
     return found
+
+
+def _named_part(network: nn.Module, part: str, names: Iterable[str]) -> set[str]:
+    """Return the names, of those of a network, in one of `PARTS`."""
+    if part == "classifier":
+        return _classifiers(network, names)
+    if part == "heads":
+        return set(names) - _backbone(network, names)
+    if part == "norm":
+        prefixes = {name for name, module in network.named_modules() if _is_norm(module)}
+        return {name for name in names if name.rpartition(".")[0] in prefixes}
+    parameters = dict(network.named_parameters())
+    return {name for name in names if name in parameters and re.search(r"(^|[._])bias$", name)}
+
+
+def _classifiers(network: nn.Module, names: Iterable[str]) -> set[str]:
+    wanted = {id(classifier) for classifier in classifiers_of(network)}
+    prefixes = tuple(f"{name}." for name, module in network.named_modules() if id(module) in wanted)
+    return {name for name in names if name.startswith(prefixes)}
+
+
+def _backbone(network: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the names below ``backbone`` of the model in a network; of a model that is one itself, all but the
+    classifier's."""
+    models = {name: module for name, module in network.named_modules() if hasattr(module, "pretrained_cfg")}
+    # The outermost comes first: a method's own layers lie around it, a backbone within.
+    where, model = next(iter(models.items()), ("", network))
+    inside = f"{where}." if where else ""
+    if isinstance(model, BackboneModel):
+        inside += PREFIX
+    within = {name for name in names if name.startswith(inside)}
+    return within if isinstance(model, BackboneModel) else within - _classifiers(network, within)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # timm's own have no common base.
+    own = type(module).__module__.startswith("timm.layers") and "norm" in type(module).__name__.lower()
+    return own or isinstance(module, NORMS)
 
 
 class Method(TrainingTask):
@@ -103,15 +153,16 @@ class Method(TrainingTask):
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
         logit_prior: the class frequencies that trained logits are for: ``train`` after a plain loss, ``uniform`` after
             one that evens out the classes. May be a property.
-        sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
-            ``frozen_bn`` where they are not given.
+        sampler, part, reset, classifier_start, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``,
+            ``reset``, ``classifier_start`` and ``frozen_bn`` where they are not given.
         views: the views of each image in a batch: for each the augmentation keys of a recipe in which it differs from
             the run's. Two draws of the same augmentation are ``({}, {})``. The recipe's key ``views`` goes before.
         soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.
         takes_class_weights: its loss of an image is multiplied by ``label_weights`` of the image's class, as a recipe
             with ``class_weights`` asks; for targets (B, K), label by label.
         needs_start: it starts from a trained model.
-        post_hoc: it trains nothing; all it does is `finish`.
+        needs_images: more than its network's heads looks at an image, so that features of a backbone will not do.
+        post_hoc: it trains nothing; what it does is how its classifiers start, or `finish`.
 
     Args:
         network: what `build_network` has built, with its weights, on the device.
@@ -131,8 +182,10 @@ class Method(TrainingTask):
     takes_class_weights: ClassVar[bool] = False
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
+    classifier_start: ClassVar[str] = "random"
     frozen_bn: ClassVar[str | None] = None
     needs_start: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
     post_hoc: ClassVar[bool] = False
 
     label_weights: Tensor | None
@@ -248,27 +301,31 @@ class Method(TrainingTask):
     def freeze_all_but(self, part: str, frozen_bn: str | None) -> None:
         """Freeze the network outside a part: its parameters, and with ``eval`` the statistics of its BatchNorm layers.
 
+        Adapters train beside every part. A BatchNorm layer of whose tensors only some are in the part, as a bias is,
+        is one whose statistics are frozen.
+
         Args:
             part: see `part_of`.
-            frozen_bn: ``train`` or ``eval``: the mode of the frozen BatchNorm layers while the rest trains.
+            frozen_bn: ``train`` or ``eval``: the mode of the BatchNorm layers whose statistics are not in the part.
 
         Raises:
-            MbibError: something is frozen, and nothing says how its BatchNorm layers behave.
+            MbibError: there are such layers, and nothing says how they behave.
         """
         network = unwrap_model(self.trainable_module)
-        kept = part_of(network, part)
+        kept, plain = part_of(network, part), plain_names(network)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in kept)
+            parameter.requires_grad_(parameter.requires_grad and (name in kept or name not in plain))
         norms = {
             name: module
             for name, module in network.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and not any(f"{name}.{key}" in kept for key in module.state_dict())
+            and module.track_running_stats
+            and f"{name}.running_mean" not in kept
         }
         if norms and frozen_bn is None:
             raise MbibError(
-                f"recipe key 'frozen_bn': with train: {part} the layer {next(iter(norms))} is frozen; say whether its "
-                "statistics are updated (train) or not (eval)"
+                f"recipe key 'frozen_bn': with train: {part} the statistics of the layer {next(iter(norms))} are not "
+                "trained; say whether they are updated (train) or not (eval)"
             )
         self._frozen_norms = list(norms.values()) if frozen_bn == "eval" else []
 

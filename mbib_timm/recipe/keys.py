@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.options import check_option, check_options, option, option_types
-from mbib_timm.recipe.checks import check_recipe, view_of
+from mbib_timm.options import build_options, check_option, check_options, option, option_types
+from mbib_timm.recipe.checks import check_recipe, checked_groups, view_of
 from mbib_timm.recipe.declared import find_method, load_plugin, packaged_samplers, packaged_sources, resolve_settings
 
 STAGES = "stages"
@@ -18,7 +18,8 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 # before it fills the memory or never ends.
 LARGEST_SEED = 2**32 - 1
 MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
-LARGEST_RATE, LARGEST_ALPHA = 10**12, 10**6
+MOST_PASSES = 1000
+LARGEST_RATE, LARGEST_ALPHA, LARGEST_RANK = 10**12, 10**6, 1024
 # How images become a model's input: keys that a recipe leaves to the model, whose weights know them.
 MODEL_KEYS = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 # Values by which a recipe leaves a choice to the machine or the model; a run's recipe.yaml has what was chosen.
@@ -40,6 +41,16 @@ _data, _input, _augmentation, _mixing, _model, _method, _optimisation, _machine,
         ("output", False),
     )
 )
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The settings of the recipe key ``lora``. Raises MbibError where `build_options` does."""
+
+    rank: int = option(8, "rank r of an adapter", minimum=1, maximum=LARGEST_RANK)
+    alpha: float = option(16.0, "an adapter counts alpha / r", above=0, maximum=LARGEST_ALPHA)
+    dropout: float = option(0.0, "dropout before an adapter", minimum=0, below=1)
+    targets: list[str] | None = option(None, "names of the layers, or how they end; all that fit when not given")
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,13 @@ class Recipe:
     model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
     pretrained: bool = _model(False, "start from the model's published weights")
     initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
+    feature_passes: int | None = _model(
+        None,
+        "train the heads alone, on features of the frozen backbone that are computed once: of 1 pass over the images, "
+        "as an evaluation sees them, or of further, augmented passes",
+        minimum=1,
+        maximum=MOST_PASSES,
+    )
 
     # Method
     method: dict[str, Any] = _method(
@@ -239,18 +257,29 @@ class Recipe:
     )
     train: str | None = _method(
         None,
-        "the part that trains: all, classifier, or a regular expression for parameters' names; the method's own when "
-        "not given",
+        "the part that trains: all, none, classifier, heads (all but the backbone), norm, bias, several of these as in "
+        "heads+norm+bias, or a regular expression for parameters' names; the method's own when not given, with lora "
+        "heads",
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew if weights are given: none, classifier, all, or a regular expression for names; "
-        "the method's own when not given",
+        "the part that starts anew if weights are given, named as those of train; the method's own when not given",
+    )
+    lora: dict[str, Any] | None = _method(
+        None,
+        "low-rank adapters (peft) in the backbone's linear layers and 1x1 convolutions, merged when saved, as "
+        "name=value: rank (8), alpha (16), dropout (0), targets (layers by the end of their names, as in [qkv, proj])",
+    )
+    classifier_start: str | None = _method(
+        None,
+        "how classifiers start, before the first epoch: random, or class_means (cosine classifiers: the class means of "
+        "their standardised inputs at length 1); the method's own when not given",
+        choices=("random", "class_means"),
     )
     frozen_bn: str | None = _method(
         None,
-        "batch normalisation in the part that does not train: train (its running statistics are updated) or eval; the "
-        "method's own when not given",
+        "batch normalisation whose statistics are not in the part that trains: train (they are updated, and batches "
+        "normalised by their own) or eval; the method's own when not given",
         choices=("train", "eval"),
     )
 
@@ -271,6 +300,11 @@ class Recipe:
     filter_bias_and_bn: bool = _optimisation(False, "exclude biases and normalisation from weight decay")
     layer_decay: float | None = _optimisation(
         None, "factor on the learning rate from each layer to the one before it", above=0, maximum=1
+    )
+    param_groups: dict[str, Any] = _optimisation(
+        {},
+        "parts with a learning rate or a weight decay of their own, as PART={lr_scale: 10, weight_decay: 0}: a factor "
+        "on lr, and a value; PART as in key train, but for all and none",
     )
     clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
     clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
@@ -327,6 +361,9 @@ class Recipe:
         object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
         declared, settings = resolve_settings(self.method)
         object.__setattr__(self, "method", {"name": declared.name, **settings})
+        object.__setattr__(self, "param_groups", checked_groups(self.param_groups))
+        if self.lora is not None:
+            object.__setattr__(self, "lora", dataclasses.asdict(build_options(LoraSettings, self.lora, "key 'lora'")))
         check_recipe(self, declared)
 
     @property
@@ -346,10 +383,18 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0 or self.smoothing > 0
 
     def choice(self, key: str) -> Any:
-        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset or
-        frozen_bn."""
+        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset,
+        classifier_start or frozen_bn."""
         value = getattr(self, key)
-        return getattr(find_method(self.method["name"]), key if key != "train" else "part") if value is None else value
+        if value is not None:
+            return value
+        own = getattr(find_method(self.method["name"]), key if key != "train" else "part")
+        return "heads" if key == "train" and own == "all" and self.lora is not None else own
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """The settings of the key ``lora``; None without adapters."""
+        return None if self.lora is None else LoraSettings(**self.lora)
 
     def settled(self, key: str) -> Any:
         """Return the value of a key of `MODEL_KEYS`, of a recipe that has a model's; see `settle`.

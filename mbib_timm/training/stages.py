@@ -63,6 +63,8 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
         splits = pool.open(stage)
         setup = set_up(stage.replace_previous(before), splits, world, previous, pool)
         before, method = setup.recipe, setup.method
+        if setup.frozen is not None:
+            setup.frozen.put_back(method.result_model())
         create_step(before, method, setup.optimizer, setup.precision, world)
         if stage is not recipe:
             previous = folder / f"stage {stage.stage + 1}"
@@ -74,6 +76,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=method.result_prior,
+                origin=setup.origin,
                 tag=previous.name,
             )
 

@@ -25,6 +25,7 @@ from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
 from mbib_timm.models.head_outputs import head_logits
 from mbib_timm.models.preprocessing import settle
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch
@@ -148,6 +149,7 @@ def write_model(folder: Path, recipe: Recipe, size: int, counts: np.ndarray) -> 
         class_counts=counts,
         class_names=None,
         logit_prior="uniform",
+        origin=Origin(),
         tag="fresh",
     )
 
