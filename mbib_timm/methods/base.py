@@ -71,7 +71,7 @@ PARTS = ("classifier", "heads", "norm", "bias")
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def part_of(network: nn.Module, part: str) -> set[str]:
+def part_of(network: nn.Module, part: str, key: str = "train") -> set[str]:
     """Return the names of the parameters and buffers in a part of a network.
 
     Args:
@@ -81,26 +81,28 @@ def part_of(network: nn.Module, part: str) -> set[str]:
             normalisation layers among them (BitFit; Ben Zaken et al., ACL 2022); several of these, as in
             ``heads+norm+bias``; or a regular expression that a name contains.
 
+        key: of the recipe, that names the part.
+
     Raises:
         MbibError: a network without classifiers, a malformed expression, or one that no name contains.
     """
     if part in ("all", "none"):
         return set(network.state_dict()) if part == "all" else set()
     names = plain_names(network)
-    pieces = part.split("+")
+    pieces = [piece.strip() for piece in part.split("+")]
     if all(piece in PARTS for piece in pieces):
         return set().union(*(_named_part(network, piece, names) for piece in pieces))
     try:
         found = {name for name, plain in names.items() if re.search(part, plain)}
     except re.error as error:
-        raise MbibError(f"part {part!r} is not a regular expression: {error}") from None
+        raise MbibError(f"recipe key {key!r}: {part!r} is not a regular expression: {error}") from None
     if not found:
         tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in network.state_dict()))
         near = [match for piece in pieces if piece not in PARTS for match in nearest(piece, PARTS, 1)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise MbibError(
-            f"part {part!r} matches no parameter's name; {hint}expected all, none, {', '.join(PARTS)}, several "
-            f"joined by +, or an expression for names: the network has {tops}"
+            f"recipe key {key!r}: {part!r} matches no parameter's name; {hint}expected all, none, {', '.join(PARTS)}, "
+            f"several of these joined by +, or an expression for names: the network has {tops}"
         )
     return found
 
@@ -323,8 +325,8 @@ class Method(TrainingTask):
         }
         if norms and frozen_bn is None:
             raise MbibError(
-                f"recipe key 'frozen_bn': with train: {part} the statistics of the layer {next(iter(norms))} are not "
-                "trained; say whether they are updated (train) or not (eval)"
+                f"recipe key 'frozen_bn': with train: {part} the statistics of layer {next(iter(norms))} are frozen; "
+                "say whether they are updated all the same (train) or not (eval)"
             )
         self._frozen_norms = list(norms.values()) if frozen_bn == "eval" else []
 

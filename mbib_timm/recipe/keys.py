@@ -322,7 +322,8 @@ class Recipe:
         declared, settings = resolve_settings(self.method)
         object.__setattr__(self, "method", {"name": declared.name, **settings})
         if self.lora is not None:
-            object.__setattr__(self, "lora", dataclasses.asdict(build_options(LoraSettings, self.lora, "key 'lora'")))
+            lora = build_options(LoraSettings, self.lora, "recipe key 'lora'")
+            object.__setattr__(self, "lora", dataclasses.asdict(lora))
         check_recipe(self, declared)
 
     @property

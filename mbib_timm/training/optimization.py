@@ -33,7 +33,9 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         parameter.requires_grad_(id(parameter) in trained)
     own = [parameter for _, parameter in method.own_parameters() if id(parameter) in trained]
     if not trained:
-        raise MbibError(f"method {method.name!r} trains no parameter of this network")
+        raise MbibError(
+            f"recipe key 'train': with {recipe.choice('train')} method {method.name!r} trains nothing of its network"
+        )
     if method.device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
         kwargs.setdefault("fused", True)
         if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:

@@ -87,8 +87,8 @@ class Run:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
-        if world.is_main and (line := trained_line(recipe, setup.method)) is not None:
-            print(line, flush=True)
+        if world.is_main and (trained := trained_line(recipe, setup.method)) is not None:
+            print(trained, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.optimizer, self.schedule = setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
