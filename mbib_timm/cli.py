@@ -22,6 +22,7 @@ from mbib_timm.flags import (
     Parser,
     add_recipe_flags,
     not_negative,
+    place,
     port,
     positive,
     random_seed,
@@ -104,11 +105,11 @@ def command(usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], A
 def data(flags: Parser) -> Action:
     """Look at images before training: classes, sizes, unreadable files, duplicates, what is held out."""
     flags.add_argument("target", help="folder or .tar of images, CSV or Parquet file of them, or a recipe")
-    flags.add_argument("--csv", type=Path, metavar="FILE", help="write a line per image")
-    flags.add_argument("--figure", type=Path, metavar="FILE", help="draw the images of each class (.png, .pdf, .svg)")
+    flags.add_argument("--csv", type=place, metavar="FILE", help="write a line per image")
+    flags.add_argument("--figure", type=place, metavar="FILE", help="draw the images of each class (.png, .pdf, .svg)")
     flags.add_argument(
         "--write-split",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="write which image is in which split as a CSV, which dataset: table reads back",
     )
@@ -153,7 +154,7 @@ def sweep(flags: Parser) -> Action:
     flags.add_argument("--name", help="name for the sweep's folders")
     flags.add_argument("--only", default="", metavar="TEXT", help="train only runs whose name contains this")
     flags.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
+        "--results", type=place, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
     )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and which of them are done, then stop")
     add_recipe_flags(flags, [key for key in KEYS if key not in PER_RUN])
@@ -186,7 +187,7 @@ def validate(flags: Parser) -> Action:
     flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument(
         "--results",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="write the metrics to this JSON file, and beside it the predictions, the confusion matrix and the classes "
         "as CSV",
@@ -225,7 +226,7 @@ def aggregate(flags: Parser) -> Action:
     )
     flags.add_argument(
         "--results",
-        type=Path,
+        type=place,
         help="write the results to this JSON file; by default aggregation.json in the run's folder",
     )
     add_recipe_flags(flags, EVALUATION_KEYS)
@@ -267,7 +268,7 @@ def analyze(flags: Parser) -> Action:
         "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
     )
     # Not the recipe's key of that name.
-    flags.add_argument("--output", dest="folder", type=Path, metavar="DIR", help="folder for the results")
+    flags.add_argument("--output", dest="folder", type=place, metavar="DIR", help="folder for the results")
     add_recipe_flags(flags, EVALUATION_KEYS)
 
     def run(given: Namespace) -> None:
@@ -296,7 +297,7 @@ def report(flags: Parser) -> Action:
         help="folders of runs, kept results or sweep results, or names of published models",
     )
     flags.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (report.html)"
+        "-o", "--output", type=place, default=Path("report.html"), metavar="FILE", help="file to write (report.html)"
     )
     flags.add_argument("--title", help="title of the page")
 
@@ -323,7 +324,7 @@ def predict(flags: Parser) -> Action:
         choices=("table", "csv", "jsonl", "parquet"),
         help="output format: by default that of the output's suffix, else table",
     )
-    flags.add_argument("--output", type=Path, metavar="FILE", help="write to this file")
+    flags.add_argument("--output", type=place, metavar="FILE", help="write to this file")
     flags.add_argument(
         "--resume", action="store_true", help="continue the CSV or JSON lines file of an interrupted run"
     )
@@ -337,12 +338,12 @@ def predict(flags: Parser) -> Action:
     )
     flags.add_argument(
         "--embeddings",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="write the features before the classifiers to this .npy or .parquet file",
     )
     flags.add_argument(
-        "--cam", type=Path, metavar="DIR", help="write pictures of where each image shows its class (Grad-CAM)"
+        "--cam", type=place, metavar="DIR", help="write pictures of where each image shows its class (Grad-CAM)"
     )
     flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table's paths (path)")
     flags.add_argument(
@@ -420,7 +421,7 @@ def export(flags: Parser) -> Action:
     """Write a trained model in another format."""
     flags.add_argument("model", help=MODEL)
     flags.add_argument("--format", choices=export_formats(), required=True, help="file format")
-    flags.add_argument("--output", type=Path, metavar="FILE", help="file to write; named after the model by default")
+    flags.add_argument("--output", type=place, metavar="FILE", help="file to write; named after the model by default")
     flags.add_argument("--softmax", action="store_true", help="give probabilities instead of logits")
     flags.add_argument("--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; the model's own by default")
 
@@ -450,11 +451,11 @@ def demo(flags: Parser) -> Action:
 @command()
 def publish(flags: Parser) -> Action:
     """Publish a finished run on the Hub."""
-    flags.add_argument("run", type=Path, help="the run's folder")
+    flags.add_argument("run", type=place, help="the run's folder")
     flags.add_argument("--repo-id", metavar="ORG/NAME", help="repository; a model of the zoo has its own")
     flags.add_argument(
         "--seeds",
-        type=Path,
+        type=place,
         nargs="+",
         default=[],
         metavar="RUN",

@@ -102,6 +102,8 @@ def check_place(file: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise MbibError where a folder cannot be made, for a file has its name or that of a folder above it."""
+    if folder.parts[:1] == ("~",):
+        raise MbibError(f"cannot make the folder {folder}: ~ is not read as your home folder here; write its path")
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir():
         raise MbibError(f"cannot make the folder {folder}: {above} is a file")
@@ -300,6 +302,22 @@ class _ValuesOnce(_LOADER):
         return super().construct_mapping(node, deep)
 
 
+def _plain_number(loader: Any, node: yaml.ScalarNode) -> float:
+    """Return a number, but for those that YAML 1.1 takes for others than they look: octal 010, and 1:30 for 90."""
+    text = str(node.value)
+    if ":" in text or re.fullmatch("[-+]?0[0-9_]+", text):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{text} is no plain number; write one without leading zeros or colons", node.start_mark
+        )
+    is_whole = node.tag.endswith(":int")
+    number: float = loader.construct_yaml_int(node) if is_whole else loader.construct_yaml_float(node)
+    return number
+
+
+for _kind in ("int", "float"):
+    _ValuesOnce.add_constructor(f"tag:yaml.org,2002:{_kind}", _plain_number)
+
+
 class _TextsOnce(_ValuesOnce):
     """Leaves every value the text that it is."""
 
@@ -318,7 +336,7 @@ def read_json(kind: type[T], file: Path, what: str) -> T:
         MbibError: the file cannot be read, or holds something else; names the field.
     """
     try:
-        return from_plain(kind, parse_json(read_content(file, what)))
+        return from_plain(kind, parse_json(read_content(file, what.removeprefix("the "))))
     except ValueError as error:  # of JSON, of UTF-8, or ours
         raise MbibError(f"{file} does not hold {what}: {error}") from None
 

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mbib_timm.errors import MbibError, shown
@@ -92,6 +93,13 @@ def _whole(text: str, least: int, most: int | None = None) -> int:
         allowed = f"of at least {least}" if most is None and len(text) < 10 else f"from {least} to {most or 2**31 - 1}"
         raise argparse.ArgumentTypeError(f"expected a whole number {allowed}, got {shown(text)}")
     return value
+
+
+def place(text: str) -> Path:
+    """Parse a path; an empty text, as of a variable that is not set, would mean the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
 
 
 def share(text: str) -> float:
@@ -192,10 +200,8 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         MbibError: a value of another type, or out of its key's range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    overrides = {
-        name: _named(name, value) if typing.get_origin(_not_none(TYPES[name])) is dict and name != "method" else value
-        for name, value in given.items()
-    }
+    pairs = [name for name in given if typing.get_origin(_not_none(TYPES[name])) is dict and name != "method"]
+    overrides = {name: _named(name, value) if name in pairs else value for name, value in given.items()}
     for name, value in overrides.items():
         check_key(name, {"name": value} if name == "method" else value)
     return {**overrides, **getattr(arguments, "dotted", {})}

@@ -11,6 +11,9 @@ import timm
 
 from mbib_timm.environment import Environment
 from mbib_timm.methods import head_names
+from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.pretraining import Origin
+from mbib_timm.models.zoo import split_tag
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import Evaluation, HeadMetrics, RunRecord
 from mbib_timm.sweeps.sweep import Sweep
@@ -53,6 +56,7 @@ def made_up_record(heads: dict[str, HeadMetrics], class_counts: list[int], **fie
         replaced_images=[],
         environment=ENVIRONMENT,
         precision="float32",
+        origin=Origin(),
     )
     return replace(record, **fields)
 
@@ -107,6 +111,7 @@ def made_up(sweep: Sweep, accuracy: Accuracy = pretty, only: str = "", **overrid
                 curve=Curve(epoch=[1, 2], train_loss=[4.6, 4.1], val_top1=[None, 45.0]),
                 training_seconds=12.5,
                 environment=replace(ENVIRONMENT, command=f"mbib sweep {sweep.name}"),
+                origin=origin_of(run.recipe, OwnData(split_tag(run.name.partition(".")[2])[1])),
             )
         )
     paper = sweep.paper

@@ -318,6 +318,10 @@ CASES = {
     "inat2018: nested": (inaturalist("[" * 100_000), r"train\.json is not iNaturalist's json .*nested too deep"),
     "inat2018: shape": (inaturalist('{"images": {}}'), r"train\.json is not iNaturalist's json .*no list 'images'"),
     "inat2018: not JSON": (inaturalist("images"), r"train\.json is not iNaturalist's json .*Expecting value"),
+    "list: two labels": (
+        listed(IMAGES + "./ant//0.png 1\n"),
+        r"train\.txt, line 3: \./ant//0\.png has label 1 here, and 0 in a line before",
+    ),
     "list: long name": (
         listed(f"{'x' * 300}.png 0\n"),
         r"train\.txt: of its 1 .* images: x{300}\.png",
@@ -341,6 +345,10 @@ CASES = {
     "table: two splits": (
         table("path,label,split\nant/0.png,ant,train\nbee/0.png,bee,train\nant/0.png,ant,val\n"),
         r"t\.csv, line 4: ant/0\.png is in split 'val' here, and in 'train' in t\.csv, line 2",
+    ),
+    "table: two splits, spelled otherwise": (
+        table("path,label,split\nant/0.png,ant,train\nbee/0.png,bee,train\nbee/../ant/0.png,ant,val\n"),
+        r"t\.csv, line 4: bee/\.\./ant/0\.png is in split 'val' here, and in 'train' in t\.csv, line 2",
     ),
     "table: unknown split": (
         table("path,label,split\nant/0.png,ant,train\nbee/0.png,bee,train\nant/1.png,ant,dev\n"),
@@ -452,6 +460,10 @@ CASES = {
         lambda root, run: ["publish", damaged(root, run, "config.json"), "--repo-id", "a/b", "--dry-run"],
         r"runs/copy/config\.json: Expecting property name",
     ),
+    "publish: of another run": (
+        lambda root, run: ["publish", rewritten(root, run, "    144,", "    145,"), "--repo-id", "a/b", "--dry-run"],
+        r"runs/copy: class_counts of config\.json are not those of metrics\.json",
+    ),
     "publish: damaged weights": (
         lambda root, run: ["publish", damaged(root, run, "model.safetensors"), "--repo-id", "a/b", "--dry-run"],
         r"runs/copy/model\.safetensors is not a weights file",
@@ -469,6 +481,12 @@ CASES = {
         with_file("run/metrics.json", "{", lambda root, run: ["report", "run", "-o", "r.html"]),
         r"run/metrics\.json",
     ),
+    # Other files that a recipe names
+    "train: a plugin of another kind": (
+        with_file("own.yaml", "lr: 1\n", folder("--plugin", "own.yaml")),
+        r"plugin own\.yaml: expected a file whose name ends in \.py, or the name of a module",
+    ),
+    "train: no name of a data set": (lambda root, run: train("--dataset", "hfds/"), "hfds/"),
     # Runs that are there
     "train: a run is there": (
         lambda root, run: ["train", *places_of(root, run)],
@@ -521,6 +539,16 @@ def damaged(root, run, name):
     """Make a copy of the run of which one file is damaged."""
     places_of(root, run)
     write(root / "runs" / "copy" / name, b"{")
+    return "runs/copy"
+
+
+def rewritten(root, run, old, new):
+    """Make a copy of the run with another text in config.json."""
+    places_of(root, run)
+    file = root / "runs" / "copy" / "config.json"
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
     return "runs/copy"
 
 

@@ -139,6 +139,15 @@ CASES = {
         r"p\.xyz: .* in \.csv, \.jsonl, \.parquet; or",
     ),
     "predict: output without a suffix": (predict("--output", "p"), r"--output p: expected a name that ends in \.csv"),
+    "predict: output to an empty name": (
+        predict("--output", ""),
+        "--output: expected a path, got an empty text",
+    ),
+    "predict: cam to an empty name": (predict("--cam="), "--cam: expected a path, got an empty text"),
+    "predict: output to the home folder": (
+        predict("--output", "~/out.csv"),
+        "cannot make the folder ~: ~ is not read as your home folder here; write its path",
+    ),
     "predict: output to -": (
         predict("--output", "-"),
         "--output -: predictions go to standard output",

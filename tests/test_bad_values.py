@@ -62,6 +62,10 @@ RECIPES = {
     "stages": (f"stages: [{', '.join(['{lr: 0.1}'] * 10_000)}]\n", "'stages': expected at most 20 stages, got 10,000"),
     "no base": ("base: [a]\n", r"key 'base': expected the name of another file, got \['a'\]"),
     "list": (f"mean: [{', '.join(['0.5'] * 10_000)}]\n", "'mean': expected at most 1,000 values, got 10,000"),
+    "octal": ("epochs: 010\n", r"line 13: 010 is no plain number; write one without leading zeros"),
+    "base 60": ("lr: 1:30\n", "line 13: 1:30 is no plain number"),
+    "base 60 with a fraction": ("lr: 1:30.5\n", "line 13: 1:30.5 is no plain number"),
+    "list of none": ("class_map: names.txt\n", "'class_map' has no effect without dataset: list or inat2018"),
     "seed": ("seed: 4294967296\n", "'seed': expected at most 4,294,967,295, got 4,294,967,296"),
     "subset_seed": ("subset_seed: -1\n", "'subset_seed': expected at least 0, got -1"),
     "img_size": ("img_size: 100000\n", "'img_size': expected at most 8,192, got 100,000"),
@@ -70,7 +74,7 @@ RECIPES = {
     "batch": ("validation_batch_size: 60000\n", "a batch of 60,000 images of 512 x 512 pixels takes 176 GiB"),
     "epochs": ("epochs: 1000000000\n", "'epochs': expected at most 100,000"),
     "num_classes": ("num_classes: 1000000000\n", "'num_classes': expected at most 1,000,000"),
-    "crop_pct": ("crop_pct: 1.0e-5\n", "'crop_pct': expected at least 0.1"),
+    "crop_pct": ("crop_pct: 1.0e-5\n", "'crop_pct': expected at least 0.01"),
     "mixup": ("mixup: .nan\n", "'mixup': expected a finite number, got nan"),
     "cutmix": ("cutmix: 1.0e+30\n", "'cutmix': expected at most 1,000"),
     "mean": ("mean: [1.0e+30, 0, 0]\n", "'mean': expected at most 1, got 1e\\+30"),
@@ -79,6 +83,7 @@ RECIPES = {
     "interpolation": ("interpolation: lanczos\n", "'interpolation' 'lanczos'"),
     "sched": ("sched: cosin\n", "'sched' 'cosin': did you mean 'cosine'"),
     "warmup": ("warmup_epochs: 1\n", "'warmup_epochs': 1 leaves none of the 1 epochs"),
+    "rsqrt": ("sched: rsqrt\n", "'warmup_epochs': sched: rsqrt is measured in epochs of warm-up; expected 1"),
     "milestones": ("decay_milestones: [0]\n", "'decay_milestones': expected at least 1, got 0"),
     "min_lr": ("min_lr: 1\n", "'min_lr': expected at most lr, 0.1, got 1"),
     "model_ema_decay": ("model_ema_decay: 1\n", "'model_ema_decay': expected less than 1, got 1"),
@@ -114,6 +119,13 @@ def test_a_recipe_with_a_value_that_cannot_be(name, tmp_path):
     assert len(str(refused.value)) < 600
 
 
+@pytest.mark.parametrize("content", [b"", b"# to be written\n", b"---\n", b"{}"])
+def test_a_recipe_without_a_key_does_not_train_something_else(content, tmp_path):
+    write(tmp_path / "own.yaml", content)
+    with pytest.raises(MbibError, match=r"own\.yaml: expected 'key: value' lines, got none"):
+        load_recipe(tmp_path / "own.yaml")
+
+
 @pytest.mark.parametrize("content", [BASE.encode("utf-16"), BASE.encode() + b"val_split: \xe4\n"])
 def test_a_recipe_in_another_encoding(content, tmp_path):
     write(tmp_path / "own.yaml", content)
@@ -146,6 +158,13 @@ SETUPS = {
     "betas": ("opt: adamw\nopt_kwargs: {betas: [5, 7]}\n", "'opt_kwargs': optimizer 'adamw' .*Invalid beta"),
     "one beta": ("opt: adamw\nopt_kwargs: {betas: [0.9]}\n", "'opt_kwargs': optimizer 'adamw' does not take"),
     "epsilon": ("opt: adamw\nopt_kwargs: {eps: x}\n", "'opt_kwargs': optimizer 'adamw' does not take"),
+    "small images": (
+        "model: densenet121\nimg_size: 8\n",
+        "key 'img_size': so the model takes no images of 3x8x8: .*too small",
+    ),
+    "home": ("output: ~/runs\n", "cannot make the folder ~/runs: ~ is not read as your home folder here"),
+    "tab": ('experiment: "a\\tb"\n', r"'experiment': expected the name of a folder in runs, .*, got 'a\\tb'"),
+    "space": ('experiment: " "\n', "'experiment': expected the name of a folder in runs, .*, got ' '"),
     "device": ("device: meta\n", "unknown device 'meta': expected cpu, cuda"),
     "memory": ("img_size: 2000\nvalidation_batch_size: 8\n", "'batch_size' and 'img_size': a step with .* GiB or more"),
     "operations of timm's": (
@@ -257,6 +276,7 @@ def test_a_sweep_that_cannot_be(name, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["--name", ".."], r"sweep '\.\.': expected a name that a folder can have"),
+        (["--name", "a\x1b[31m"], r"sweep 'a\\x1b\[31m': expected a name that a folder can have"),
         (["--name", "a/b"], "sweep 'a/b': expected a name that a folder can have"),
         (["--name", ""], "sweep '': expected a name that a folder can have"),
         (["--only", "zzz"], "has no run whose name contains 'zzz'"),

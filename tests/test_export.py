@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny import previous_run
 
 import mbib_timm
 from mbib_timm.cli import main
@@ -148,6 +150,16 @@ def test_an_export_that_differs_is_not_left_behind(finished_run, tmp_path, monke
     with pytest.raises(MbibError, match="logits differ"):
         export(str(finished_run), "torchscript", tmp_path / "model.pt")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["of before"]
+
+
+def test_a_model_that_gives_no_numbers_is_not_exported(tmp_path, monkeypatch):
+    shutil.copytree(previous_run(4), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["bn1.running_var"].fill_(-1)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MbibError, match="model: its logits are not finite"):
+        export(str(tmp_path / "model"), "torch-export", tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_onnx_without_its_packages_says_what_to_install(finished_run, tmp_path, monkeypatch, capsys):

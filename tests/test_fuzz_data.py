@@ -49,7 +49,12 @@ labels = st.one_of(
     st.integers(-(2**70), 2**70).map(str),
     st.sampled_from(["", "1.5", "nan", "0x1", "1e3", "١", "0" * 30, "9" * 5000, "-0", "+1", "true"]),
 )
-listed = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 3).map(str)), min_size=1, max_size=4)
+# An image has one label, however often it is listed.
+listed = st.lists(st.sampled_from(NAMES), min_size=1, max_size=4).flatmap(
+    lambda images: st.fixed_dictionaries(dict.fromkeys(images, st.integers(0, 3).map(str))).map(
+        lambda label_of: [(name, label_of[name]) for name in images]
+    )
+)
 
 
 @given(

@@ -36,7 +36,7 @@ def recipe(file, **keys):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 def test_however_a_csv_is_written(images, encoding, separator, line_end):
     file = table_of(images / "t.csv", text_of(ROWS, separator, lineterminator=line_end), encoding)
     split = open_split(recipe(file), "all")
@@ -74,9 +74,9 @@ def test_a_table_and_folders_of_the_same_images_are_the_same_data(tmp_path):
 def test_columns_of_any_name_with_splits_and_groups(images):
     splits = ["train", "Training", "VAL", "train", "test", "train"]
     rows = [(i, label, path, splits[i % 6], site) for i, (path, label, site) in enumerate(ROWS)]
-    file = table_of(images / "t.csv", text_of(rows, header=("id", "Art", "Datei", "Teil", "Ort")))
+    file = table_of(images / "t.csv", text_of(rows, header=("id", "Art", "Datei", "Teil", "O\u0308rt")))
     keys = dict(path_column="Datei", label_column="Art", split_column="Teil")
-    data = open_data(recipe(file, **keys, group_by="column", group_column="Ort", test_split="test"))
+    data = open_data(recipe(file, **keys, group_by="column", group_column="\u00d6rt", test_split="test"))
     assert data.class_counts.tolist() == [3] * 4, "a split of its own name comes before its synonyms"
     assert len(data.val) == len(data.test) == 4
     assert data.train.groups.tolist() == [site for i, (*_, site) in enumerate(ROWS) if splits[i % 6] == "train"]

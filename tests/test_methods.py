@@ -1145,6 +1145,8 @@ RUNS = {
     "ldam_drw on several heads": {"method": "ldam_drw", "model": "mbib_resnet20"},
     "ldam_drw on a model of timm's": {"method": "ldam_drw", "model": "resnet10t", "img_size": 32},
     "tau_norm of mbib": {"method": "tau_norm", "model": "mbib_resnet20"},
+    "ncm of mbib": {"method": "ncm", "model": "mbib_resnet20"},
+    "ncm of a model of timm's": {"method": "ncm", "model": "resnet10t", "img_size": 32},
     "toy with a moving average": {"method": "toy", "model": "cifar_resnet20", "model_ema": True},
 }
 LOAD = """

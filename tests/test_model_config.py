@@ -336,6 +336,10 @@ def filled(name, value):
     return saved(lambda weights: weights[name].view(-1)[-1:].fill_(value))
 
 
+def as_kind(dtype):
+    return saved(lambda weights: weights.update({"fc.weight": weights["fc.weight"].to(dtype)}))
+
+
 def as_text(file):
     file.write_text("weights")
 
@@ -375,6 +379,10 @@ WEIGHTS = {
         saved(lambda weights: weights.update({"fc.weight": torch.ones(7, 64), "fc.bias": torch.ones(7)})),
         "its weights are not for 4 classes",
     ),
+    "of whole numbers": (as_kind(torch.int8), "tensor 'fc.weight' is int8; expected float32"),
+    "of large whole numbers": (as_kind(torch.int64), "tensor 'fc.weight' is int64; expected float32"),
+    "complex": (as_kind(torch.complex64), "tensor 'fc.weight' is complex64; expected float32"),
+    "of eight bits": (as_kind(torch.float8_e4m3fn), "tensor 'fc.weight' is float8_e4m3fn; expected float32"),
     "none": (saved(lambda weights: weights.clear()), "its weights are not for 4 classes"),
 }
 

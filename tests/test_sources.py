@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -259,7 +260,8 @@ def test_a_few_missing_images_are_said_and_counted_as_broken_ones(tmp_path, brok
             open_data(settings)
         return
     data = open_data(settings)
-    lines = [line for line in summary(data) if line.startswith("warning")]
+    trained_on, *lines = [line for line in summary(data) if line.startswith("warning")]
+    assert re.fullmatch(r"warning: split 'validation': (\d+) of its \1 images are trained on; .*", trained_on)
     if broken == "replace":
         assert data.class_counts.tolist() == [7, 7]
         assert lines == [
@@ -324,8 +326,8 @@ def test_a_split_that_no_list_is_for(tmp_path):
 
 
 def test_a_class_map_says_how_many_classes_there_are(tmp_path):
-    save_image(tmp_path / "a.png")
-    (tmp_path / "list.txt").write_text("a.png 0\na.png 1\n")
+    images_in(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\n")
     keys = dict(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt")
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     with pytest.raises(DataError, match="no training images of class cat"):
@@ -475,3 +477,33 @@ def test_hugging_face_set_that_is_not_there(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match="cannot open hfds/"):
         open_split(Recipe(dataset=f"hfds/{tmp_path / 'nowhere'}", data_dir=str(tmp_path / "cache")), "train")
+
+
+def images_in(root, *names):
+    for color, name in enumerate(names):
+        save_image(root / name, color)
+    return str(root)
+
+
+def list_of_one_twice(root):
+    (root / "a.txt").write_text("a/0.png 0\nb/0.png 1\n")
+    (root / "b.txt").write_text("./a/0.png 0\nb/1.png 1\n")
+    return {"dataset": "list", "train_list": "a.txt", "val_list": "b.txt"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (lambda root: {"dataset": "digits", "val_split": "train"}, "split 'train': 1,457 of its 1,457 images are"),
+        (lambda root: {"dataset": "digits"}, None),
+        (lambda root: {"dataset": "folder", "val_split": "train"}, "split 'train': 2 of its 2 images are trained on"),
+        (lambda root: {"dataset": "folder", "val_split": "validation"}, None),
+        (list_of_one_twice, "split 'validation': 1 of its 2 images are trained on"),
+    ],
+)
+def test_evaluated_images_that_are_trained_on_are_said(keys, line, tmp_path):
+    folder = images_in(tmp_path, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    data = open_data(Recipe(**{"data_dir": folder, "imbalance": "none", "workers": 0, **keys(tmp_path)}))
+    said = [text for text in summary(data) if "trained on" in text]
+    assert len(said) == (line is not None)
+    assert all(text.startswith(f"warning: {line}") for text in said)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbib_timm.data.batch import Batch
+from mbib_timm.models.heads import CosineClassifier
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.run_folder import RunFolder
 
@@ -19,12 +21,8 @@ EXPERTS = ("expert1", "expert2", "expert3")
 MBIB_EXPERTS = tuple(f"{expert}_{head}" for expert in EXPERTS for head in OBSERVATIONS)
 
 
-class Cosine(nn.Module):
+class Cosine(CosineClassifier):
     """s <f / |f|, W_j / |W_j|>, written out."""
-
-    def __init__(self, in_features, out_features, scale):
-        super().__init__()
-        self.weight, self.scale = nn.Parameter(torch.empty(out_features, in_features).uniform_(-1, 1)), scale
 
     def forward(self, x):
         return self.scale * F.linear(x / x.norm(dim=1, keepdim=True), self.weight / self.weight.norm(dim=1)[:, None])
@@ -68,6 +66,10 @@ class Tiny(nn.Module):
         pooled = self.forward_features(x).mean(dim=(2, 3))
         return {name: mix(pooled) for name, mix in self.mixed.items()}
 
+    def forward_heads(self, x):
+        features = self.features(x)
+        return tuple(self.classifiers[name](features[name]) for name in self.head_names)
+
     def forward(self, x):
         features = self.features(x)
         if self.training and len(self.head_names) > 1:
@@ -102,5 +104,5 @@ def previous_run(classes, model="cifar_resnet20", size=(3, 16, 16), seed=0, name
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
     settings = dict(input_size=size, recipe=Recipe(**keys), class_counts=np.arange(classes, 0, -1), class_names=names)
-    RunFolder(folder).write_model(network, **settings, logit_prior="uniform", tag="made_up")
+    RunFolder(folder).write_model(network, **settings, logit_prior="uniform", origin=Origin(), tag="made_up")
     return folder

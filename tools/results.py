@@ -30,7 +30,7 @@ from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.runs import FinishedRun, packaged_recipe, read_run
-from mbib_timm.results.tables import Table, cells
+from mbib_timm.results.tables import Table, cells, markdown_by_start
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep_results import epochs_run, listed
@@ -84,14 +84,15 @@ def draw(result: Path) -> None:
 
 
 def table(results: Path) -> str:
-    """Return the Markdown table of all results, the last epoch's, with the epochs of the schedule beside them."""
+    """Return the Markdown tables of all results, the last epoch's, with the epochs of the schedule beside them."""
     rows = []
     for file in sorted(results.glob(f"*/{RECORD}")):
         run = read_run(file.parent)
         prediction = run.record.result.prediction
         link = f"[{run.name}](results/{file.parent.name})"
-        rows.append([link, epochs(run), str(run.record.seed), *cells(prediction), str(prediction.images)])
-    return Table(["run", "epochs", "seed", *COLUMNS, "test images"], rows).markdown() + "\n"
+        row = [link, epochs(run), str(run.record.seed), *cells(prediction), str(prediction.images)]
+        rows.append((run.origin, row))
+    return markdown_by_start(["run", "epochs", "seed", *COLUMNS, "test images"], rows)
 
 
 def epochs(run: FinishedRun) -> str:

@@ -133,8 +133,8 @@ def _policy_operation(aa: str, recipe: Recipe, channels: int) -> Operation:
         raise MbibError(f"recipe key 'aa': {aa!r} works on single images; use loader: timm")
     if aa == CIFAR10:
         return PolicyOperation(policy, (CIFAR10_FILL,) * channels, "nearest")
-    interpolation = "bicubic" if recipe.interpolation == "bicubic" else "bilinear"
-    return PolicyOperation(policy, mean_color(channelwise(recipe.mean, channels)), interpolation)
+    interpolation = "bicubic" if recipe.settled("interpolation") == "bicubic" else "bilinear"
+    return PolicyOperation(policy, mean_color(channelwise(recipe.settled("mean"), channels)), interpolation)
 
 
 class Rotation:

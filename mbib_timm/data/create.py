@@ -10,6 +10,7 @@ import torch
 
 from mbib_timm.data.batch import Loader, TrainLoader
 from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits
+from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.mixing import train_loader
@@ -47,6 +48,7 @@ class DataPool:
 
     opened: dict[str, Splits] = field(default_factory=dict)
     images: dict[tuple[str, ...], DecodedImages] = field(default_factory=dict)
+    features: dict[str, Features] = field(default_factory=dict)
     introduced: set[str] = field(default_factory=set)
     resident: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
@@ -152,6 +154,7 @@ def create_loaders(
     stage: int = 0,
     epochs: int | None = None,
     views: Sequence[Recipe] = (),
+    store: FeatureStore | None = None,
 ) -> Loaders:
     """Make batches of a run's splits.
 
@@ -167,6 +170,7 @@ def create_loaders(
         stage: of the run, 0 for the first; another stage has other orders and augmentations.
         epochs: of the stage, for samplers that change with the epoch; the recipe's when not given.
         views: the recipe of each view of a training image, see `Recipe.augmentations`; `recipe` alone when not given.
+        store: the batches are of features, and these are they.
 
     Raises:
         MbibError: a loader or a sampler that the data or the recipe do not allow.
@@ -177,7 +181,7 @@ def create_loaders(
     check_sampler(sampler, splits, recipe.cutmix_sampler)
     names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
     epochs = recipe.epochs if epochs is None else epochs
-    resident = choose_loader(splits, recipe, input_size, device, pool) == "resident"
+    resident = store is None and choose_loader(splits, recipe, input_size, device, pool) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
     streams = len(names) + (foregrounds is not None)
     shared = recipe.replace(workers=-(-recipe.workers // streams))
@@ -193,12 +197,16 @@ def create_loaders(
             stage=stage,
             stream=number,
         )
+        if store is not None:
+            return store.train_loader(splits.train, order)
         if not resident:
             return timm_train_loader(splits.train, shared, input_size, world, order, views)
         images = pool.decode("train", splits.train, recipe, input_size, device, training=True, replace_broken=True)
         return resident_loader(images, recipe, input_size, world, order, views)
 
     def evaluated(name: str, split: Split) -> Loader:
+        if store is not None:
+            return store.eval_loader(split)
         if not resident:
             return timm_eval_loader(split, recipe, input_size, world)
         images = pool.decode(name, split, recipe, input_size, device, training=False, replace_broken=False)
@@ -231,6 +239,7 @@ class Passes:
         input_size: (C, H, W) of the model.
         world: the device, and this process among those that share the data.
         pool: holds resident images for the next run.
+        store: the batches are of features, and these are they.
     """
 
     def __init__(
@@ -240,8 +249,9 @@ class Passes:
         input_size: tuple[int, int, int],
         world: World,
         pool: DataPool | None = None,
+        store: FeatureStore | None = None,
     ) -> None:
-        self.splits, self.recipe, self.input_size, self.world = splits, recipe, input_size, world
+        self.splits, self.recipe, self.input_size, self.world, self.store = splits, recipe, input_size, world, store
         self.pool = pool or DataPool()
 
     @cached_property
@@ -261,6 +271,8 @@ class Passes:
 
     def _loader(self, name: str, split: Split, replace_broken: bool) -> Loader:
         recipe, size, world = self.recipe, self.input_size, self.world
+        if self.store is not None:
+            return self.store.eval_loader(split, replace_broken)
         # Both kinds give the same batches, so that each process may choose by its own memory.
         if recipe.loader == "resident" and fits(decoded_bytes(split, recipe, size, training=False), world.device):
             images = self.pool.decode(

@@ -18,6 +18,8 @@ from mbib_timm.recipe import Recipe
 Draws = dict[str, Tensor]
 # What a crop or an operation takes per pixel: a few int64 places, and levels as float32.
 WORK_BYTES = 64
+# Of random resized crops, by recipe key `interpolation`: the share that is resized with the bicubic filter.
+BICUBIC_SHARE = {"bilinear": 0.0, "random": 0.5, "bicubic": 1.0}
 ATTEMPTS = 10  # as timm and torchvision, before they take the central crop
 # Memory for the crops of one pair of batched products.
 CHUNK_BYTES = 256 << 20
@@ -97,7 +99,7 @@ class ResizedCrop:
         return {
             "boxes": draw_resized_crops(sizes, scale, ratio, generator),
             "flips": torch.rand(n, generator=generator) < recipe.hflip,
-            "bicubic": torch.rand(n, generator=generator) < {"bilinear": 0, "random": 0.5}.get(recipe.interpolation, 1),
+            "bicubic": torch.rand(n, generator=generator) < BICUBIC_SHARE[recipe.settled("interpolation")],
         }
 
     def __call__(self, images: DecodedImages, chosen: Tensor, draws: Draws) -> Tensor:

@@ -150,17 +150,19 @@ def decode_split(
     Raises:
         DataError: no image can be read.
     """
-    channels, height, width = input_size
-    transform = resident_transform(recipe, height, width, training)
-    dataset = ImageDataset(split, pil_mode(channels), transform, replace_broken)
+    transform = resident_transform(recipe, input_size, training)
+    dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken)
     fixed = fixed_preprocessing(recipe, input_size, training)
-    folder = {"auto": default_cache(), "none": None}.get(recipe.image_cache, Path(recipe.image_cache))
-    return cached_decode(dataset, fixed, folder, recipe.workers).to(device)
+    return cached_decode(dataset, fixed, cache_folder(recipe, "images"), recipe.workers).to(device)
 
 
-def default_cache() -> Path:
-    """Return this package's folder of decoded images in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbib_timm" / "images"
+def cache_folder(recipe: Recipe, kind: str) -> Path | None:
+    """Return the folder where a recipe's ``images``, or ``features`` of them, are kept; None for none."""
+    if recipe.image_cache == "none":
+        return None
+    if recipe.image_cache == "auto":
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbib_timm" / kind
+    return Path(recipe.image_cache)
 
 
 def cached_decode(dataset: ImageDataset, preprocessing: str, folder: Path | None, workers: int) -> DecodedImages:

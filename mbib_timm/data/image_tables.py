@@ -5,6 +5,7 @@ As labelling tools and camera-trap platforms export them. A CSV is UTF-8, with c
 
 import csv
 import io
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,9 +158,9 @@ def _usable(rows: Sequence[Row], with_splits: bool, left_out: dict[str, list[str
             left_out[NO_LABEL].append(row.where)
         elif with_splits and not row.split:
             left_out[NO_SPLIT].append(row.where)
-        elif (known := first.setdefault(row.path, row)) is not row:
+        elif (known := first.setdefault(os.path.normpath(row.path), row)) is not row:
             if known.label != row.label:
-                ambiguous[row.path] = f"{row.path}: {known.label}, {row.label}"
+                ambiguous[os.path.normpath(row.path)] = f"{row.path}: {known.label}, {row.label}"
             elif known.split != row.split:
                 raise DataError(
                     f"{row.where}: {row.path} is in split {row.split!r} here, and in {known.split!r} in {known.where}"
@@ -204,7 +205,13 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
         )
     if not names:
         raise DataError(f"{file} is empty; expected a first line that names its columns, such as path,label")
-    wanted = {**wanted, **{what: name for what, name in optional.items() if name in names}}
+    composed = {unicodedata.normalize("NFC", name): name for name in names}  # macOS may write them decomposed
+
+    def own(name: str) -> str:
+        return name if name in names else composed.get(unicodedata.normalize("NFC", name), name)
+
+    wanted = {what: own(name) for what, name in wanted.items()}
+    wanted |= {what: own(name) for what, name in optional.items() if own(name) in names}
     for what, name in wanted.items():
         if name not in names:
             hint = f"Another one is named by --{what}-column"
@@ -234,6 +241,8 @@ def _csv(file: Path, wanted: set[str]) -> Columns:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: not UTF-8; save the table as 'CSV UTF-8'") from None
+    if "\n" not in text:  # the line ends of old Macs
+        text = text.replace("\r", "\n")
     header = next((line for line in text.split("\n") if line.strip()), "")
 
     def columns(separator: str) -> set[str]:

@@ -22,6 +22,8 @@ from mbib_timm.progress import Progress
 T = TypeVar("T")
 # Torch's advice about more workers than cores: whoever asks for them waits for a disk or a network.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
+# Large images are read; from twice this size on, Pillow refuses them.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Images of a list that are looked for before training; of more, as many evenly spaced ones.
 MOST_LOOKED_FOR = 1_000_000

@@ -154,8 +154,8 @@ def resident_loader(
         batch_size,
         drop_last=training and drops_last(len(order), batch_size),
         augmentations=[create_augmentation(view, input_size) for view in views or (recipe,)] if training else [None],
-        mean=channelwise(recipe.mean, channels),
-        std=channelwise(recipe.std, channels),
+        mean=channelwise(recipe.settled("mean"), channels),
+        std=channelwise(recipe.settled("std"), channels),
         seed=seed,
         channels_last=recipe.channels_last,
     )
@@ -219,7 +219,7 @@ def timm_train_loader(
     recipe: Recipe,
     input_size: tuple[int, int, int],
     world: World,
-    sampler: TrainingSampler,
+    sampler: IndexSampler,
     views: Sequence[Recipe] = (),
 ) -> TimmLoader:
     """Build one stream of training: ordered by the sampler, augmented, the last short batch kept.
@@ -242,7 +242,12 @@ def timm_train_loader(
 
 
 def timm_eval_loader(
-    split: Split, recipe: Recipe, input_size: tuple[int, int, int], world: World, replace_broken: bool = False
+    split: Split,
+    recipe: Recipe,
+    input_size: tuple[int, int, int],
+    world: World,
+    replace_broken: bool = False,
+    sampler: IndexSampler | None = None,
 ) -> TimmLoader:
     """Build an evaluation loader: in order, every image once over all processes.
 
@@ -252,10 +257,10 @@ def timm_eval_loader(
         input_size: (C, H, W).
         world: the device, and this process among those that share the images.
         replace_broken: give the next image for one that cannot be read; else leave it out.
+        sampler: another order, or a part of the images.
     """
-    channels, height, width = input_size
-    dataset = ImageDataset(split, pil_mode(channels), eval_transform(recipe, height, width), replace_broken)
-    sampler = ShardSampler(len(dataset), world.rank, world.world_size)
+    dataset = ImageDataset(split, pil_mode(input_size[0]), eval_transform(recipe, input_size), replace_broken)
+    sampler = sampler or ShardSampler(len(dataset), world.rank, world.world_size)
     return _through_timm(dataset, recipe, input_size, world, sampler, training=False)
 
 
@@ -277,8 +282,8 @@ def _through_timm(
         input_size=(views * channels, height, width),
         batch_size=batch_size,
         is_training=training,
-        mean=views * channelwise(recipe.mean, channels),
-        std=views * channelwise(recipe.std, channels),
+        mean=views * channelwise(recipe.settled("mean"), channels),
+        std=views * channelwise(recipe.settled("std"), channels),
         num_workers=recipe.workers,
         pin_memory=world.device.type == "cuda" if recipe.pin_mem is None else recipe.pin_mem,
         collate_fn=_Readable((views * channels, height, width)),

@@ -35,6 +35,7 @@ def summary(splits: Splits) -> list[str]:
     ):
         if len(labels):
             lines.append(f"{title}: {_few([names[label] for label in labels])}")
+    lines += [f"warning: {line}" for line in splits.shared]
     return lines + warnings([splits.train, splits.val, *([] if splits.test is None else [splits.test])])
 
 

@@ -410,11 +410,11 @@ def training_sampler(
     return sampler
 
 
-class ShardSampler:
-    """Every `world_size`-th image in order, from `rank` on: together the ranks see each image once, none twice."""
+class OrderedSampler:
+    """The images at some places, in order."""
 
-    def __init__(self, length: int, rank: int, world_size: int) -> None:
-        self.places = range(rank, length, world_size)
+    def __init__(self, places: range) -> None:
+        self.places = places
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.places)
@@ -423,7 +423,14 @@ class ShardSampler:
         return len(self.places)
 
     def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the order of an evaluation is always the same."""
+        """Do nothing: the order is always the same."""
+
+
+class ShardSampler(OrderedSampler):
+    """Every `world_size`-th image in order, from `rank` on: together the ranks see each image once, none twice."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        super().__init__(range(rank, length, world_size))
 
 
 def drops_last(images: int, batch_size: int) -> bool:

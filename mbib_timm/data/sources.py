@@ -259,7 +259,7 @@ def _open_hugging_face(recipe: Recipe, split: str) -> Split:
         reader: Any = create_reader(recipe.dataset, root=recipe.data_dir, split=split)
     except ImportError:
         raise DataError("hfds/ needs Hugging Face datasets: pip install 'mbib-timm[hfds]'") from None
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever the library makes of a name, a folder or an answer
         raise DataError(f"cannot open {recipe.dataset}, split {split!r}: {first_line(error)}") from None
     # The whole column at once: the reader's own iteration takes a minute for a million images.
     targets = np.asarray(reader.dataset.select_columns(reader.label_key).with_format("numpy")[:][reader.label_key])
@@ -339,14 +339,17 @@ def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: 
         class_map: file with one class name per line, in label order.
 
     Raises:
-        DataError: no file, a line that is malformed, absolute, or leads out of the root, of which file and line are
-            named; or images of which more than half are missing, see `look_for_images`.
+        DataError: no file, a line that is malformed, absolute, or leads out of the root, or an image of two labels, of
+            which file and line are named; or images of which more than half are missing, see `look_for_images`.
     """
     file, root = _locate(list_file, data_dir, key)
     names: list[str] = []
     labels: list[int] = []
+    label_of: dict[str, int] = {}
     for number, line in read_lines(file):
         name, label = _parse_line(line, f"{file}, line {number}")
+        if (other := label_of.setdefault(os.path.normpath(name), label)) != label:
+            raise DataError(f"{file}, line {number}: {name} has label {label} here, and {other} in a line before")
         names.append(name)
         labels.append(label)
     if not names:

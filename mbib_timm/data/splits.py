@@ -1,5 +1,6 @@
 """The data of a run: its splits, the long-tailed subset, the class counts; opened and checked against one another."""
 
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mbib_timm.data.folders import ArchiveReader
 from mbib_timm.data.groups import hold_out_groups, require_groups
-from mbib_timm.data.images import Split
+from mbib_timm.data.images import PathReader, Split
 from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices, named
 from mbib_timm.data.sources import Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
@@ -29,6 +31,7 @@ class Splits:
         class_names: in label order, where they are known.
         held_out: images that are never trained on, for methods that choose a constant; or None. See `open_data`.
         held_out_from: what those are, in words, for the record.
+        shared: a line on each evaluated split of which images are trained on.
     """
 
     train: Split
@@ -38,6 +41,7 @@ class Splits:
     class_names: tuple[str, ...] | None
     held_out: Split | None = None
     held_out_from: str = "none"
+    shared: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -99,7 +103,29 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
     counts = count_classes(train.targets, num_classes, train.class_names)
     if held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
-    return Splits(train, val, test, counts, train.class_names, held_out, held_out_from)
+    shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
+    return Splits(train, val, test, counts, train.class_names, held_out, held_out_from, tuple(filter(None, shared)))
+
+
+def trained_on(train: Split, evaluated: Split, name: str, training_name: str) -> str:
+    """Return a line on the images of an evaluated split that are trained on; empty where there are none.
+
+    Args:
+        train: training images.
+        evaluated: images of the other split.
+        name: of that split.
+        training_name: of the training split; images that are no files have numbers, which hold within one split.
+    """
+    if not isinstance(evaluated.reader, PathReader | ArchiveReader) and name != training_name:
+        return ""
+    training = {os.path.normpath(train.path(place)) for place in range(len(train))}
+    number = sum(os.path.normpath(evaluated.path(place)) in training for place in range(len(evaluated)))
+    if number == 0:
+        return ""
+    return (
+        f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')} are trained on; their accuracy says "
+        "nothing of other images"
+    )
 
 
 def _num_classes(recipe: Recipe, train: Split) -> int:

@@ -38,9 +38,9 @@ def train_transform(recipe: Recipe, input_size: tuple[int, int, int], whole: boo
         steps.append(transforms.RandomCrop((height, width), padding=(width // 8, height // 8)))
     elif recipe.train_crop_mode == "rrc":
         scale, ratio = (recipe.scale[0], recipe.scale[1]), (recipe.ratio[0], recipe.ratio[1])
-        steps.append(RandomResizedCropAndInterpolation((height, width), scale, ratio, recipe.interpolation))
+        steps.append(RandomResizedCropAndInterpolation((height, width), scale, ratio, recipe.settled("interpolation")))
     elif not whole:
-        steps += [eval_transform(recipe, height, width), torch.as_tensor, transforms.ToPILImage()]
+        steps += [eval_transform(recipe, input_size), torch.as_tensor, transforms.ToPILImage()]
     if recipe.train_crop_mode != "none":
         steps.append(transforms.RandomHorizontalFlip(recipe.hflip))
     steps += _operations(recipe, channels, min(height, width))
@@ -58,7 +58,7 @@ def _operations(recipe: Recipe, channels: int, side: int) -> Iterator[Callable[[
         yield timm_policy(
             recipe.aa,
             int(0.45 * side),
-            mean_color(channelwise(recipe.mean, channels)),
+            mean_color(channelwise(recipe.settled("mean"), channels)),
             str_to_pil_interp(_fixed_interpolation(recipe)),
         )
     if recipe.color_jitter or recipe.hue:
@@ -106,26 +106,28 @@ class EvaluationCrop(TypedDict):
 
 
 def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
-    """Return what an evaluation sees: the centre of the resized image; with ``pad`` the whole image, squashed."""
+    """Return what an evaluation sees: what the recipe's keys leave of an image; with ``pad`` all of it, squashed."""
     interpolation = _fixed_interpolation(recipe)
     if recipe.train_crop_mode == "pad":
         return {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": interpolation}
-    return {"crop_pct": recipe.crop_pct, "crop_mode": "center", "interpolation": interpolation}
+    crop_pct, crop_mode = recipe.settled("crop_pct"), recipe.settled("crop_mode")
+    return {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
 
 
-def eval_transform(recipe: Recipe, height: int, width: int) -> Transform:
-    """Build the transform of an evaluation, see `evaluation_crop`."""
-    transform: Transform = create_transform((3, height, width), use_prefetcher=True, **evaluation_crop(recipe))
+def eval_transform(recipe: Recipe, input_size: tuple[int, int, int]) -> Transform:
+    """Build the transform of an evaluation to images of `input_size` (C, H, W), see `evaluation_crop`."""
+    mean = channelwise(recipe.settled("mean"), input_size[0])  # the colour of a border
+    transform: Transform = create_transform(input_size, use_prefetcher=True, mean=mean, **evaluation_crop(recipe))
     return transform
 
 
-def resident_transform(recipe: Recipe, height: int, width: int, training: bool) -> Transform:
+def resident_transform(recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> Transform:
     """Build the part of the preprocessing that is the same in every epoch, which resident images have behind them.
 
     What random resized crops are cut from keeps its size, but for sides beyond `LONGEST_SIDE`.
     """
     if not training or recipe.train_crop_mode != "rrc":
-        return eval_transform(recipe, height, width)
+        return eval_transform(recipe, input_size)
     shrink = partial(_shrink, interpolation=_fixed_interpolation(recipe))
     transform: Transform = transforms.Compose([shrink, transforms.PILToTensor()])
     return transform
@@ -133,8 +135,11 @@ def resident_transform(recipe: Recipe, height: int, width: int, training: bool) 
 
 def fixed_preprocessing(recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> str:
     """Return a description of what decoded images have behind them: images that agree in it are the same."""
-    kept = "whole" if training and recipe.train_crop_mode == "rrc" else "as evaluated"
-    return f"{kept} {recipe.train_crop_mode} {input_size} {recipe.crop_pct} {recipe.interpolation}"
+    crop = evaluation_crop(recipe)
+    if training and recipe.train_crop_mode == "rrc":
+        return f"whole {crop['interpolation']}"
+    border = f" {recipe.settled('mean')}" if crop["crop_mode"] == "border" else ""
+    return f"{input_size} {crop['crop_pct']} {crop['crop_mode']} {crop['interpolation']}{border}"
 
 
 def _shrink(image: Image.Image, interpolation: str) -> Image.Image:
@@ -146,7 +151,7 @@ def _shrink(image: Image.Image, interpolation: str) -> Image.Image:
 
 
 def _fixed_interpolation(recipe: Recipe) -> str:
-    return "bilinear" if recipe.interpolation == "random" else recipe.interpolation
+    return "bilinear" if (own := recipe.settled("interpolation")) == "random" else str(own)
 
 
 def _resize(recipe: Recipe, height: int, width: int) -> transforms.Resize:

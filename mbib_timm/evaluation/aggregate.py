@@ -222,7 +222,7 @@ def aggregate(
         for note in opened.notes:
             print(note)
         test_sets = _draw(distributions, opened.images.targets, opened.class_counts, seed)
-        rows = _measure(opened, parts, test_sets, found.recipe, seed)
+        rows = _measure(opened, parts, test_sets, opened.recipe, seed)
         environment = redact_environment(describe_environment(world))
         results = Aggregation(target, opened.split, seed, rows, environment)
     print(f"{target} on {opened.split}, top-1, %:")

@@ -15,6 +15,7 @@ from mbib_timm.data.images import Split
 from mbib_timm.data.overview import warnings
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
+from mbib_timm.models.preprocessing import input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
 from mbib_timm.models.zoo import is_published
@@ -53,6 +54,7 @@ class OpenTarget:
 
     Attributes:
         model: in evaluation mode.
+        recipe: of the images' preprocessing, with the model's own where it leaves that open.
         class_counts: training images of each class, (K,).
         class_names: in label order, where they are known.
         input_size: of the images, (C, H, W).
@@ -63,6 +65,7 @@ class OpenTarget:
     """
 
     model: nn.Module
+    recipe: Recipe
     class_counts: np.ndarray
     class_names: tuple[str, ...] | None
     input_size: tuple[int, int, int]
@@ -119,7 +122,8 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     num_classes = int(getattr(model, "num_classes", len(counts)))
     if len(counts) != num_classes:
         raise MbibError(f"{target.name} has {num_classes} classes, but the data have {len(counts)}")
-    size = _input_size(model, recipe)
+    recipe = settle(recipe, model)
+    size = input_size(recipe, model)
     names = source.config.class_names
     split, images, notes = _open_images(target, split, names, num_classes)
     loader = build_eval_loader(
@@ -129,7 +133,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     if missing := missing_classes(split, images, num_classes):
         notes = (*notes, missing)
     names = images.class_names if names is None else names
-    return OpenTarget(model.to(world.device), counts, names, size, split, images, loader, notes)
+    return OpenTarget(model.to(world.device), recipe, counts, names, size, split, images, loader, notes)
 
 
 def _open_images(
@@ -151,9 +155,3 @@ def _open_images(
             f"{recipe.val_split} takes only the share that training would hold out",
         )
     return name, match_classes(name, opened, names, num_classes), notes
-
-
-def _input_size(model: nn.Module, recipe: Recipe) -> tuple[int, int, int]:
-    cfg: Any = getattr(model, "pretrained_cfg", {})
-    channels, height, width = cfg.get("input_size", (3, 224, 224))
-    return (channels, recipe.img_size or height, recipe.img_size or width)

@@ -26,6 +26,7 @@ from mbib_timm.evaluation.priors import (
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
 from mbib_timm.files import check_place, printable, to_json, write_bytes
 from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.run_text import start_text
 from mbib_timm.results.tables import accuracy_table
 
 
@@ -108,6 +109,9 @@ def validate(
             unreadable = [f"warning: left out: {in_words({UNREADABLE: broken})}"] if broken else []
             print("\n".join([*map(printable, [*opened.notes, *unreadable]), f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
+            origin = found.source.config.origin
+            if origin is not None and (start := start_text(origin)):
+                print(start)
             if results_file is not None:
                 results_file.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(results_file, to_json(results))

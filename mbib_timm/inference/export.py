@@ -140,6 +140,7 @@ def export(
     module = WithSoftmax(module).eval() if softmax else module
     size = described.input_size
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    require_finite_logits(module, images, target)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as beside:
         written = Path(beside) / file.name
@@ -200,6 +201,13 @@ def _summary(described: Description) -> str:
 
 
 @torch.inference_mode()
+def require_finite_logits(module: nn.Module, images: Tensor, target: str) -> None:
+    """Raise MbibError where a model does not give numbers for images (B, C, H, W): the check would compare nothing."""
+    if not torch.isfinite(module(images)).all():
+        raise MbibError(f"{target}: its logits are not finite; a model that gives no numbers cannot be exported")
+
+
+@torch.inference_mode()
 def largest_difference(module: nn.Module, exported: Forward, size: tuple[int, ...]) -> float:
     """Return the largest difference of outputs over batches of 1, 2 and 5 images, relative to the largest output."""
     generator = torch.Generator().manual_seed(1)
@@ -207,7 +215,7 @@ def largest_difference(module: nn.Module, exported: Forward, size: tuple[int, ..
     for batch_size in (1, 2, 5):
         images = torch.randn(batch_size, *size, generator=generator)
         expected = module(images)
-        difference = (exported(images) - expected).abs().max() / expected.abs().max()
+        difference = (exported(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
         worst = max(worst, float(difference)) if difference == difference else float("nan")
     return worst
 

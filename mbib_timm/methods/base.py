@@ -23,6 +23,7 @@ from mbib_timm.data import Batch, Passes
 from mbib_timm.errors import MbibError, nearest
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.recipe.declared import resolve_settings
 from mbib_timm.registry import Registry
 
@@ -121,10 +122,7 @@ def _named_part(network: nn.Module, part: str, names: Iterable[str]) -> set[str]
 
 
 def _classifiers(network: nn.Module, names: Iterable[str]) -> set[str]:
-    if not hasattr(network, "get_classifier"):
-        raise MbibError(f"{type(network).__name__} does not say what its classifier is; give a regular expression")
-    classifiers: Any = network.get_classifier()  # type: ignore[operator]
-    wanted = {id(c) for c in (classifiers if isinstance(classifiers, tuple | list) else (classifiers,))}
+    wanted = {id(classifier) for classifier in classifiers_of(network)}
     prefixes = tuple(f"{name}." for name, module in network.named_modules() if id(module) in wanted)
     return {name for name in names if name.startswith(prefixes)}
 
@@ -157,15 +155,16 @@ class Method(TrainingTask):
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
         logit_prior: the class frequencies that trained logits are for: ``train`` after a plain loss, ``uniform`` after
             one that evens out the classes. May be a property.
-        sampler, part, reset, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``, ``reset`` and
-            ``frozen_bn`` where they are not given.
+        sampler, part, reset, classifier_start, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``,
+            ``reset``, ``classifier_start`` and ``frozen_bn`` where they are not given.
         views: the views of each image in a batch: for each the augmentation keys of a recipe in which it differs from
             the run's. Two draws of the same augmentation are ``({}, {})``. The recipe's key ``views`` goes before.
         soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.
         takes_class_weights: its loss of an image is multiplied by ``label_weights`` of the image's class, as a recipe
             with ``class_weights`` asks; for targets (B, K), label by label.
         needs_start: it starts from a trained model.
-        post_hoc: it trains nothing; all it does is `finish`.
+        needs_images: more than its network's heads looks at an image, so that features of a backbone will not do.
+        post_hoc: it trains nothing; what it does is how its classifiers start, or `finish`.
 
     Args:
         network: what `build_network` has built, with its weights, on the device.
@@ -185,8 +184,10 @@ class Method(TrainingTask):
     takes_class_weights: ClassVar[bool] = False
     part: ClassVar[str] = "all"
     reset: ClassVar[str] = "none"
+    classifier_start: ClassVar[str] = "random"
     frozen_bn: ClassVar[str | None] = None
     needs_start: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
     post_hoc: ClassVar[bool] = False
 
     label_weights: Tensor | None

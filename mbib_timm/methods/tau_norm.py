@@ -14,6 +14,8 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Method, Passes, register
+from mbib_timm.methods.class_means import captured_inputs
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.options import option
 
 
@@ -72,21 +74,18 @@ class TauNorm(Method):
         return {"tau": self.tau}
 
     def _classifiers(self) -> list[nn.Linear]:
-        found: Any = self.result_model().get_classifier()  # type: ignore[operator]
-        classifiers = list(found) if isinstance(found, tuple | list) else [found]
+        classifiers: Any = classifiers_of(self.result_model())
         for classifier in classifiers:
             if type(classifier) is not nn.Linear:
                 raise MbibError(f"method {self.name!r} needs linear classifiers, got {type(classifier).__name__}")
-        return classifiers
+        return list(classifiers)
 
     @torch.no_grad()
     def _choose(self, classifiers: list[nn.Linear], images: Iterable[Batch]) -> float:
         """Return the exponent whose predictions have the best mean of class accuracies; one pass for all of them."""
         model = self.result_model().eval()
-        seen: dict[nn.Linear, Tensor] = {}
-        hooks = [c.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]})) for c in classifiers]
         counts = torch.zeros(len(CANDIDATES) + 1, classifiers[0].out_features, device=self.device)
-        try:
+        with captured_inputs(classifiers) as seen:
             for batch in images:
                 seen.clear()
                 model(batch.images)
@@ -96,9 +95,6 @@ class TauNorm(Method):
                     correct = torch.stack(logits).mean(dim=0).argmax(dim=1) == batch.targets
                     counts[i].index_add_(0, batch.targets, correct.to(counts.dtype))
                 counts[-1].index_add_(0, batch.targets, torch.ones_like(correct, dtype=counts.dtype))
-        finally:
-            for hook in hooks:
-                hook.remove()
         if is_distributed():
             torch.distributed.all_reduce(counts)
         *correct_by_tau, total = counts.double()

@@ -114,6 +114,7 @@ class Taught(Method):
     """
 
     Settings = TeacherSettings
+    needs_images = True
 
     table: Tensor | None
 

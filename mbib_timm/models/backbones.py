@@ -4,8 +4,10 @@ The backbone is timm's model itself, under the keys ``backbone.<timm's key>``; w
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -19,6 +21,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
+from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.models.heads import Observation, renew_classifier
 
 # What a model that holds a backbone calls it: the first part of the backbone's keys.
@@ -36,55 +39,116 @@ def skeleton(backbone: str, backbone_args: Mapping[str, Any]) -> nn.Module:
     return timm.create_model(backbone, device="meta", **backbone_args)
 
 
-def resolve_taps(backbone: str, taps: Sequence[int | str], backbone_args: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return taps as ascending indices into the backbone's ``feature_info``.
+@dataclass(frozen=True)
+class Taps:
+    """Where a backbone is observed.
+
+    A backbone whose levels are all alike, a transformer mostly, has one normalisation at its end: every level is seen
+    through it. Of such a backbone with a class token or registers (`tokens`) the last observation is the end of the
+    network, cut behind its last tap, and is pooled as the backbone pools.
+
+    Attributes:
+        observed: levels, as ascending indices into the backbone's ``feature_info``; at last, it may be, `FEATURES`.
+        tokens: the backbone gives tokens (B, N, C).
+        norm: the backbone's last normalisation is applied to every level.
+        prefix: with the class token and registers before those of the patches, where a level is asked for them.
+    """
+
+    observed: tuple[int | str, ...]
+    tokens: bool
+    norm: bool
+    prefix: bool
+
+    @property
+    def ends_with_backbone(self) -> bool:
+        """True if what is observed last is what ``forward_features`` returns."""
+        return self.tokens or self.observed[-1] == FEATURES
+
+    def width(self, tap: int | str, backbone: Any) -> int:
+        """Return the channels of what is observed at a tap."""
+        if self.ends_with_backbone and tap == self.observed[-1]:
+            return int(backbone.head_hidden_size if self.tokens else backbone.num_features)
+        level = backbone.feature_info[tap]
+        return int(level.get("num_chs_norm", level["num_chs"]) if self.norm else level["num_chs"])
+
+    def prune(self, backbone: Any) -> None:
+        """Remove from a backbone what lies behind the last tap."""
+        if self.observed[-1] == FEATURES or not hasattr(backbone, "prune_intermediate_layers"):
+            return
+        ends = self.ends_with_backbone
+        backbone.prune_intermediate_layers([*self.observed], prune_norm=not self.norm, prune_head=not ends)
+
+    def read(self, backbone: Any, x: Tensor, last: bool, whole: bool = False) -> list[Tensor]:
+        """Return what is observed, in order of depth.
+
+        Args:
+            backbone: cut by `prune`.
+            x: images.
+            last: the last observation alone.
+            whole: before the last, tokens (B, N, C) with their prefix; else maps (B, C, H, W).
+        """
+        levels: list[Any] = [*(self.observed[-1:] if last else self.observed)]
+        if not self.ends_with_backbone:
+            return backbone.forward_intermediates(
+                x, indices=levels, norm=self.norm, output_fmt="NCHW", intermediates_only=True
+            )
+        if len(levels) == 1:
+            return [backbone.forward_features(x)]
+        options = dict(output_fmt="NLC", return_prefix_tokens=True) if whole else dict(output_fmt="NCHW")
+        end, found = backbone.forward_intermediates(x, indices=levels[:-1], norm=self.norm, **options)
+        return [*(torch.cat((each[1], each[0]), dim=1) if isinstance(each, tuple) else each for each in found), end]
+
+
+# Behind the last level, where a backbone has layers there: EfficientNet's last convolution. The name of that tap.
+FEATURES = "features"
+
+
+def resolve_taps(backbone: str, taps: int | Sequence[int | str], backbone_args: Mapping[str, Any]) -> Taps:
+    """Return where a backbone is observed.
 
     Args:
         backbone: timm model name.
-        taps: indices, negative ones from the end, or names of the levels' modules.
+        taps: indices of levels, negative ones from the end, or names of the levels' modules, or at last `FEATURES`. A
+            number of taps instead is spread over a backbone whose levels are all alike, and is of the last levels, and
+            of what lies behind them, of any other: 3 are levels 3, 7 and 11 of 12, or the ends of the last stages.
         backbone_args: keyword arguments of the backbone.
 
     Raises:
         MbibError: an unknown backbone or tap, a backbone that timm cannot tap, no tap, or taps that are not in order
             of depth.
     """
-    plain = skeleton(backbone, backbone_args)
+    plain: Any = skeleton(backbone, backbone_args)
     if not hasattr(plain, "forward_intermediates") or not getattr(plain, "feature_info", None):
         raise MbibError(f"backbone {backbone!r} cannot be tapped: it has no forward_intermediates, as timm's models do")
-    feature_info: Any = plain.feature_info
-    modules = [info["module"] for info in feature_info]
-    levels = []
-    for tap in taps:
-        if isinstance(tap, str):
-            if tap not in modules:
-                raise unknown_name(f"tap of {backbone}", tap, modules)
-            levels.append(modules.index(tap))
-        elif -len(modules) <= tap < len(modules):
-            levels.append(tap % len(modules))
-        else:
-            listing = ", ".join(f"{i}: {name}" for i, name in enumerate(modules))
-            raise MbibError(f"unknown tap {tap} of {backbone}: its levels are {listing}")
-    if not levels or levels != sorted(set(levels)):
-        raise MbibError(f"taps of {backbone} must be one or more levels in order of depth, got {list(taps)}")
-    return tuple(levels)
+    levels: list[Any] = [*plain.feature_info]
+    alike = len(levels) > 1 and len({(level["num_chs"], level["reduction"]) for level in levels}) == 1
+    tokens = alike and hasattr(plain, "num_prefix_tokens")
+    names = [level["module"] for level in levels]
+    if not alike and plain.num_features != levels[-1]["num_chs"]:
+        names.append(FEATURES)
+    if isinstance(taps, int):
+        if not 1 <= taps <= len(names):
+            raise MbibError(f"taps of {backbone}: expected from 1 to {len(names)}, got {taps}")
+        every = range(1, taps + 1)
+        places = [len(names) * i // taps - 1 if alike else len(names) - taps + i - 1 for i in every]
+    else:
+        places = [_place(tap, names, len(levels), backbone) for tap in taps]
+        if not places or places != sorted(set(places)):
+            raise MbibError(f"taps of {backbone} must be one or more levels in order of depth, got {list(taps)}")
+    prefix = tokens and "return_prefix_tokens" in inspect.signature(plain.forward_intermediates).parameters
+    return Taps(tuple(i if i < len(levels) else FEATURES for i in places), tokens, alike, prefix)
 
 
-def create_tapped(backbone: str, levels: Sequence[int], **kwargs: Any) -> Any:
-    """Build a backbone that ends at its last tapped level, under timm's own keys.
-
-    timm's ``features_only`` prunes what lies behind that level; the model inside its feature net is returned, and its
-    ``forward_intermediates`` gives the maps.
-
-    Raises:
-        MbibError: timm builds the features-only form of this backbone as another network.
-    """
-    try:
-        net = timm.create_model(backbone, features_only=True, feature_cls="getter", out_indices=tuple(levels), **kwargs)
-    except TypeError as error:
-        if "feature_cls" not in str(error):
-            raise
-        raise MbibError(f"backbone {backbone!r} cannot be tapped: its features_only takes no feature class") from None
-    return net.model
+def _place(tap: int | str, names: Sequence[str], levels: int, backbone: str) -> int:
+    """Return the place of a tap among the names of all. Raises MbibError for what is none of them."""
+    if isinstance(tap, str):
+        if tap not in names:
+            raise unknown_name(f"tap of {backbone}", tap, names)
+        return names.index(tap)
+    if -levels <= tap < levels:
+        return tap % levels
+    listing = ", ".join(f"{i}: {name}" for i, name in enumerate(names[:levels]))
+    raise MbibError(f"unknown tap {tap} of {backbone}: its levels are {listing}")
 
 
 class FeatureNet(FeatureGetterNet):
@@ -146,6 +210,22 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
         classifier=classifier if isinstance(classifier, str) else tuple(classifier),
         first_conv=prefixed_names(cfg.first_conv),
     )
+
+
+class StoredFeatures(nn.Module):
+    """In the place of a backbone, where the images are features of it already: (B, D, 1, 1), D being all its widths.
+
+    Args:
+        widths: of the pooled vectors that the model's heads stand on, in order.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that features (B, D, 1, 1) hold side by side."""
+        return features.flatten(1).split(self.widths, dim=1)
 
 
 POOL_TYPES = ("avg", "max", "avgmax", "fastavg", "fastmax", "fastavgmax")
@@ -217,12 +297,14 @@ class MultiHeadModel(BackboneModel):
         head_names: of the logits that training returns, in order.
         prediction_heads: those whose mean is the prediction.
         training_logits: see `set_training_logits`.
-        global_pool: of every map that a head is on.
+        pool_type: timm's word for the pooling of every map that a head is on.
+        global_pool: that pooling.
         feature_info: the backbone's levels, up to the last that is used.
     """
 
     if TYPE_CHECKING:
-        global_pool: SelectAdaptivePool2d
+        global_pool: Any
+        pool_type: str
         head_names: tuple[str, ...]
         prediction_heads: tuple[str, ...]
         num_classes: int
@@ -234,6 +316,17 @@ class MultiHeadModel(BackboneModel):
         classifier_kind: str
         classifier_scale: float | None
 
+    @torch.jit.ignore
+    def default_pool(self) -> str:
+        """Return how maps are pooled where nobody says how."""
+        return "avg"
+
+    @torch.jit.ignore
+    def set_pool(self, global_pool: str, num_classes: int) -> None:
+        """Choose how maps are pooled. Raises PoolingError for a type that heads of so many classes cannot take."""
+        self.global_pool = create_pool(global_pool, num_classes).train(self.training)
+        self.pool_type = global_pool
+
     def _heads(self) -> Sequence[Any]:
         """Return the heads, in the order of `head_names`: each has a `classifier` on `num_features`."""
         raise NotImplementedError
@@ -242,6 +335,11 @@ class MultiHeadModel(BackboneModel):
     def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         """Return what `forward_heads` does, and the features by name, in parts (B, C) that stand side by side."""
         raise NotImplementedError
+
+    @torch.jit.ignore
+    def _gives_all_heads(self) -> bool:
+        """Return whether `forward` returns the logits of every head."""
+        return self.training and self.training_logits == "all" and self.num_classes > 0
 
     @torch.jit.ignore
     def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -290,15 +388,15 @@ class MultiHeadModel(BackboneModel):
         Args:
             num_classes: classes K; with 0, `forward` returns the pooled features, (B, `head_hidden_size`).
             global_pool: pooling type; None keeps it, ``""`` (with no classes) returns the unpooled map. Classes after
-                ``""``, without a type, are on average-pooled maps.
+                ``""``, without a type, are on maps pooled as they are by default.
 
         Raises:
             PoolingError: a pooling type that the heads cannot take.
         """
-        if global_pool is None and self.global_pool.pool_type == "" and num_classes > 0:
-            global_pool = "avg"
+        if global_pool is None and self.pool_type == "" and num_classes > 0:
+            global_pool = self.default_pool()
         if global_pool is not None:
-            self.global_pool = create_pool(global_pool, num_classes).train(self.training)
+            self.set_pool(global_pool, num_classes)
         self.num_classes = num_classes
         kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
         for head in self._heads():
@@ -337,7 +435,7 @@ class MultiHeadModel(BackboneModel):
 
     def forward(self, x: Tensor) -> Any:
         """Return the prediction (B, K); in training the logits of every head."""
-        if self.training and self.training_logits == "all" and self.num_classes > 0 and not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and self._gives_all_heads():
             return self.forward_heads(x)
         return self.forward_head(self.forward_features(x))
 
@@ -379,8 +477,28 @@ def create_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
     return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
 
 
+def token_pools(backbone: Any) -> tuple[str, ...]:
+    """Return how a transformer can pool its tokens, in timm's words, its own way first: ``token``, ``avg``, ``map``."""
+    own = [backbone.global_pool] if backbone.global_pool else []
+    token = ["token"] if getattr(backbone, "cls_token", None) is not None else []
+    return tuple(dict.fromkeys([*own, *token, "avg"]))
+
+
+def set_token_pool(backbone: Any, pool_type: str) -> None:
+    """Let a transformer pool its tokens in one of its ways. Raises PoolingError for another."""
+    choices = token_pools(backbone)
+    if pool_type not in choices:
+        name = f"global_pool of {type(backbone).__name__}"
+        raise PoolingError(str(unknown_name(name, str(pool_type), choices)))
+    if pool_type == backbone.global_pool:
+        return
+    own = backbone.global_pool
+    backbone.reset_classifier(0, pool_type)  # attention pooling goes
+    if backbone.global_pool != pool_type:
+        raise PoolingError(f"{type(backbone).__name__} pools its tokens its own way alone, {own!r}")
+
+
 def classifier_names(model: Any) -> tuple[str, ...]:
     """Return the names of a model's classifiers, in the order in which it gives their logits."""
-    classifiers = model.get_classifier()
     names = {id(module): name for name, module in model.named_modules()}
-    return tuple(names[id(c)] for c in (classifiers if isinstance(classifiers, tuple) else (classifiers,)))
+    return tuple(names[id(classifier)] for classifier in classifiers_of(model))

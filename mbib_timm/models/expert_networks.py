@@ -24,7 +24,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.backbones import MultiHeadModel, create_pool, prefixed_levels, skeleton
+from mbib_timm.models.backbones import MultiHeadModel, prefixed_levels, skeleton
 from mbib_timm.models.head_outputs import POOLED, head_of_expert
 from mbib_timm.models.heads import Observation, ObservationWithBottleneck, create_classifier
 from mbib_timm.models.plain_resnets import CifarResNet
@@ -159,7 +159,7 @@ class _ExpertModel(MultiHeadModel):
         super().__init__()
         if not isinstance(experts, int) or experts < 1:
             raise MbibError(f"experts: expected a whole number of at least 1, got {experts!r}")
-        self.global_pool = create_pool(global_pool, num_classes)
+        self.set_pool(global_pool, num_classes)
         self.set_training_logits(training_logits)
         family = _family(backbone, backbone_args or {})
         self.backbone_name = backbone
@@ -203,7 +203,7 @@ class _ExpertModel(MultiHeadModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the mean of the experts' predictions (B, K); with `pre_logits` their features (B, E C)."""
         x = self.global_pool(x)
-        if self.global_pool.pool_type == "":
+        if self.pool_type == "":
             return x
         parts = x.chunk(len(self.heads), dim=1)
         outputs = []

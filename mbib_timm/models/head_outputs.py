@@ -17,6 +17,18 @@ PREDICTION = "prediction"
 POOLED = "v"
 
 
+def classifiers_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return a model's classifiers, in the order of its heads.
+
+    Raises:
+        MbibError: a model that does not say what they are.
+    """
+    if not hasattr(model, "get_classifier"):
+        raise MbibError(f"{type(model).__name__} does not say what its classifier is")
+    found: Any = model.get_classifier()  # type: ignore[operator]
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
 def prediction_heads(model: nn.Module) -> tuple[str, ...]:
     """Return the heads whose logits' mean is a model's prediction; none for a network of one head."""
     return tuple(getattr(model, "prediction_heads", ()))
@@ -86,6 +98,9 @@ def logits_and_features(model: Any, images: Tensor) -> tuple[dict[str, Tensor], 
     if hasattr(model, "heads_and_features"):
         logits, features = model.heads_and_features(images)
         return _by_name(model, logits), features
+    if hasattr(model, "pool_features"):
+        (features,) = model.pool_features(images)
+        return {PREDICTION: model.forward_pooled((features,))}, {POOLED: features}
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise MbibError(
             f"{type(model).__name__} does not give its features: expected timm's forward_features and forward_head"

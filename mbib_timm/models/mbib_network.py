@@ -12,11 +12,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.models.backbones import MultiHeadModel, create_pool, create_tapped, prefixed_levels, resolve_taps
+from mbib_timm.models.backbones import (
+    BackboneModel,
+    MultiHeadModel,
+    StoredFeatures,
+    Taps,
+    prefixed_levels,
+    resolve_taps,
+    set_token_pool,
+    token_pools,
+)
 from mbib_timm.models.head_outputs import POOLED
 from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
 
@@ -25,6 +35,11 @@ __all__ = ["MBIB"]
 # The head on the bottleneck, and the bottleneck among the features.
 BOTTLENECK = "z"
 PREDICTIONS = ("mean", "v", "z")
+
+
+def _mean(maps: Tensor) -> Tensor:
+    """Return the means (B, C) of maps (B, C, H, W)."""
+    return maps.mean(dim=(2, 3))
 
 
 class MBIB(MultiHeadModel):
@@ -39,10 +54,14 @@ class MBIB(MultiHeadModel):
     Args:
         backbone: timm model that is tapped, e.g. ``resnet50`` or ``convnext_tiny``.
         taps: levels to observe, in order of depth: indices into the backbone's ``feature_info`` (negative ones
-            count from the end), names of its modules (``layer2.4``), and first, if wanted, ``"input"``.
+            count from the end), names of its modules (``layer2.4``), first, if wanted, ``"input"``, and at last, of a
+            backbone that has layers behind its levels, ``"features"``. Or how many, at depths of our choice, see
+            `resolve_taps`. A transformer's levels are seen through its last normalisation.
         num_classes: classes K; 0 for none.
         in_chans: channels of the images.
-        global_pool: timm pooling type of every observation; those that keep the width.
+        global_pool: timm pooling type of every observation; those that keep the width, ``avg`` when None. Of a
+            transformer with tokens ``token``, ``avg``, or its own, such as ``map``, which is the one when None. What
+            pools by attention does so at the end alone, where it was trained: before, patches are averaged.
         bottleneck_features: width of z; that of the last observation when None.
         bottleneck_act: ReLU after z's normalisation.
         observation_norm: normalise the pooled observations.
@@ -63,13 +82,16 @@ class MBIB(MultiHeadModel):
         MbibError: unknown taps, pooling, prediction or classifier, with the valid ones.
     """
 
+    __jit_unused_properties__ = ("pooled_widths", "taps")
+    __constants__ = ("reads_tokens",)
+
     def __init__(
         self,
         backbone: str = "resnet50",
-        taps: Sequence[int | str] = (-3, -2, -1),
+        taps: int | Sequence[int | str] = 3,
         num_classes: int = 1000,
         in_chans: int = 3,
-        global_pool: str = "avg",
+        global_pool: str | None = None,
         bottleneck_features: int | None = None,
         bottleneck_act: bool = True,
         observation_norm: bool = True,
@@ -87,7 +109,6 @@ class MBIB(MultiHeadModel):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.global_pool = create_pool(global_pool, num_classes)
         if prediction not in PREDICTIONS:
             raise unknown_name("prediction", str(prediction), PREDICTIONS)
         self.backbone_name = backbone
@@ -97,13 +118,20 @@ class MBIB(MultiHeadModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.observes_input = len(taps) > 0 and taps[0] == "input"
-        self.taps = resolve_taps(backbone, taps[1:] if self.observes_input else taps, self.backbone_args)
+        self.observes_input = not isinstance(taps, int) and [*taps[:1]] == ["input"]
+        observed = taps if isinstance(taps, int) else taps[self.observes_input :]
+        self.tapping = resolve_taps(backbone, observed, self.backbone_args)
         optional = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
-        self.backbone = create_tapped(backbone, self.taps, in_chans=in_chans, **optional, **self.backbone_args, **dd)
-        self.feature_info = prefixed_levels(self.backbone.feature_info)[: self.taps[-1] + 1]
+        build = partial(timm.create_model, backbone, num_classes=0, in_chans=in_chans)
+        self.backbone = build(**optional, **self.backbone_args, **dd)
+        self.tapping.prune(self.backbone)
+        levels = prefixed_levels(self.backbone.feature_info)
+        last = self.taps[-1]
+        self.feature_info = levels[: last + 1] if isinstance(last, int) else levels
+        self.reads_tokens = self.tapping.tokens
+        self.set_pool(self.default_pool() if global_pool is None else global_pool, num_classes)
 
-        channels = [self.feature_info[level]["num_chs"] for level in self.taps]
+        channels = [self.tapping.width(tap, self.backbone) for tap in self.taps]
         names = [*["x"] * self.observes_input, *(f"v{i}" for i in range(1, len(channels) + 1))]
         widths = dict(zip(names, [in_chans] * self.observes_input + channels, strict=True))
         shallow = names[:-1] if training_heads else []
@@ -137,27 +165,59 @@ class MBIB(MultiHeadModel):
         self.head_names = self.prediction_heads
         self.name_classifiers()
 
+    @torch.jit.ignore
+    def record_choices(self) -> None:
+        """Record among the arguments that timm saves with a model what later defaults might choose otherwise.
+
+        timm adds the caller's own arguments, and `global_pool`.
+        """
+        taps = ["input"] * self.observes_input + [*self.taps]
+        self._model_args: Any = {**self._model_args, "backbone": self.backbone_name, "taps": taps}
+
     def _heads(self) -> list[Any]:
         predicting = [self.observation] * self.predicts_from_v + [self.bottleneck] * self.predicts_from_z
         return [*self.training_heads.values(), *predicting]
 
+    @property
+    def taps(self) -> tuple[int | str, ...]:
+        """What is observed of the backbone: levels, and at last, it may be, ``"features"``."""
+        return self.tapping.observed
+
     @torch.jit.ignore
-    def _maps(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """Return the backbone's maps (B, C, H, W) at some levels, in order of depth."""
-        return self.backbone.forward_intermediates(x, indices=list(levels), output_fmt="NCHW", intermediates_only=True)
+    def default_pool(self) -> str:
+        """Return how observations are pooled where nobody says how: as the backbone does, where it is of tokens."""
+        return token_pools(self.backbone)[0] if self.reads_tokens else super().default_pool()
+
+    @torch.jit.ignore
+    def set_pool(self, global_pool: str, num_classes: int) -> None:
+        """Choose how observations are pooled. Raises PoolingError for a type that the heads cannot take."""
+        if not self.reads_tokens or (global_pool == "" and num_classes > 0):
+            return super().set_pool(global_pool, num_classes)
+        if global_pool:
+            set_token_pool(self.backbone, global_pool)
+        self.global_pool = self.pool_type = global_pool
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last tapped map, (B, C, H, W)."""
+        """Return what is observed last: a map (B, C, H, W), or a transformer's tokens (B, N, C)."""
         if not torch.jit.is_scripting():
-            return self._maps(x, self.taps[-1:])[0]
+            return self.tapping.read(self.backbone, x, last=True)[0]
         return self.backbone.forward_features(x)  # see __prepare_scriptable__
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the prediction (B, K) from the last map; with `pre_logits` the last observation v (B, C)."""
-        x = self.global_pool(x)
-        if self.global_pool.pool_type == "":
-            return x
-        v = self.observation.norm(x)
+        return self._predict(self._pool(x), pre_logits)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Return what is observed last as vectors (B, C)."""
+        if self.reads_tokens:
+            return x if self.pool_type == "" else self.backbone.forward_head(x, pre_logits=True)
+        return self.global_pool(x)
+
+    def _predict(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return what `forward_head` does from the pooled last map (B, C); an unpooled map as it is."""
+        if self.pool_type == "":
+            return pooled
+        v = self.observation.norm(pooled)
         if pre_logits or self.num_classes == 0:
             return v
         if not self.predicts_from_z:
@@ -166,14 +226,61 @@ class MBIB(MultiHeadModel):
             return self.bottleneck(v)
         return (self.observation.classify(v) + self.bottleneck(v)) / 2
 
+    @property
+    def pooled_widths(self) -> tuple[int, ...]:
+        """Widths of what `pool_features` returns."""
+        observations: list[Any] = [*self.training_heads.values(), self.observation]
+        return tuple(observation.num_features for observation in observations)
+
+    @torch.jit.ignore
+    def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that the heads stand on, in order of depth: one for each observation.
+
+        Nothing else of a forward pass reads the backbone. With ``global_pool=''`` they are unpooled maps.
+        """
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
+        last = not len(self.training_heads)
+        whole = self.tapping.prefix and getattr(self.backbone, "attn_pool", None) is None
+        *shallow, end = self.tapping.read(self.backbone, x, last, whole)
+        pool = self._pool if whole or not self.reads_tokens else _mean
+        image = [] if last or not self.observes_input else [(_mean if self.reads_tokens else self.global_pool)(x)]
+        return (*image, *(pool(each) for each in shallow), self._pool(end))
+
+    @torch.jit.ignore
+    def forward_pooled(self, pooled: tuple[Tensor, ...]) -> Any:
+        """Return what `forward` does, from what `pool_features` returns."""
+        return self._observe_pooled(pooled)[0] if self._gives_all_heads() else self._predict(pooled[-1])
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the prediction (B, K); in training the logits of every head."""
+        if torch.jit.is_scripting():
+            return self.forward_head(self.forward_features(x))
+        return self.forward_pooled(self.pool_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return what `forward_features` does and the maps of the chosen levels, as timm's models do."""
+        ends = self.tapping.ends_with_backbone and not stop_early
+        kind = BackboneModel if ends else MultiHeadModel
+        return kind.forward_intermediates(self, x, indices, norm, stop_early, output_fmt, intermediates_only)
+
     @torch.jit.ignore
     def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
-        maps = self._maps(x, self.taps if len(self.training_heads) else self.taps[-1:])
-        logits = []
-        if len(self.training_heads):
-            pooled = [self.global_pool(m) for m in ([x] if self.observes_input else []) + maps[:-1]]
-            logits = [head(p) for head, p in zip(self.training_heads.values(), pooled, strict=True)]
-        v = self.observation.norm(self.global_pool(maps[-1]))
+        return self._observe_pooled(self.pool_features(x))
+
+    @torch.jit.ignore
+    def _observe_pooled(self, pooled: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
+        logits = [head(p) for head, p in zip(self.training_heads.values(), pooled[:-1], strict=True)]
+        v = self.observation.norm(pooled[-1])
         features = {POOLED: [v]}
         if self.predicts_from_v:
             logits.append(self.observation.classify(v))
@@ -186,7 +293,8 @@ class MBIB(MultiHeadModel):
 
     def _replace_heads(self, head: Observation, level: int) -> None:
         """Leave a single observation, of a level."""
-        self.taps, self.observes_input = (level,), False
+        self.tapping, self.observes_input = Taps((level,), tokens=False, norm=False, prefix=False), False
+        self.reads_tokens = False
         self.training_heads = nn.ModuleDict()
         self.observation, self.bottleneck = head, nn.Identity()
         self.predicts_from_v, self.predicts_from_z, self.bottleneck_head = True, False, None
@@ -197,7 +305,7 @@ class MBIB(MultiHeadModel):
         from the backbone's ``forward_features``.
 
         Raises:
-            MbibError: that is another map, as in transformers.
+            MbibError: that is another map, as in Swin.
         """
         cfg: Any = getattr(self, "pretrained_cfg", {})
         size = self.backbone_args.get("img_size") or cfg.get("input_size", (3, 224, 224))[1:]
@@ -207,7 +315,7 @@ class MBIB(MultiHeadModel):
         training = [module for module in self.backbone.modules() if module.training]
         self.backbone.eval()
         with torch.no_grad():
-            expected, given = self._maps(x, self.taps[-1:])[0], self.backbone.forward_features(x)
+            (expected,), given = self.tapping.read(self.backbone, x, last=True), self.backbone.forward_features(x)
         for module in training:
             module.training = True
         if expected.shape != given.shape or not (reference.is_meta or torch.equal(expected, given)):

@@ -18,7 +18,7 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model, re
 
 from mbib_timm.errors import CheckpointError
 from mbib_timm.models import plain_resnets  # noqa: F401 (the backbones below must be registered)
-from mbib_timm.models.backbones import FeatureNet, backbone_cfg
+from mbib_timm.models.backbones import FEATURES, FeatureNet, backbone_cfg
 from mbib_timm.models.expert_networks import SHALLOW, Experts, MBIBExperts
 from mbib_timm.models.mbib_network import MBIB
 from mbib_timm.models.weights import filter_state_dict
@@ -32,12 +32,12 @@ class Variant(NamedTuple):
 
     Attributes:
         backbone: timm's name, with the tag of the ImageNet weights that fine-tuning starts from.
-        stage_ends: the levels at which its last three stages end; MBIB observes them.
+        depths: three that MBIB observes: the levels at which its last stages end, and what may lie behind them.
         backbone_args: keyword arguments of the backbone.
     """
 
     backbone: str
-    stage_ends: tuple[int, int, int]
+    depths: tuple[int | str, ...]
     backbone_args: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -58,6 +58,7 @@ VARIANTS = {
     "resnet152": Variant("resnet152.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnext50": Variant("resnext50_32x4d.a1_in1k", _IMAGENET_ENDS, _PLAIN_START),
     "resnext101": Variant("resnext101_32x8d.tv_in1k", _IMAGENET_ENDS, _PLAIN_START),
+    "efficientnet_lite0": Variant("tf_efficientnet_lite0.in1k", (3, 4, FEATURES)),
 }
 
 
@@ -106,16 +107,16 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
-    """Build a registered name: what stands before its last underscore says which network, the rest which backbone.
+    """Build a registered name: it begins with the network's, and ends with the backbone's.
 
     Raises:
         CheckpointError: `pretrained`, where there are no weights that fit.
     """
-    method, _, variant_name = name.rpartition("_")
-    variant = VARIANTS[variant_name]
+    method = next(method for method in sorted(_NETWORKS, key=len) if name.removeprefix(f"{method}_") in VARIANTS)
+    variant = VARIANTS[name.removeprefix(f"{method}_")]
     args: dict[str, Any] = {"backbone": variant.backbone.partition(".")[0], **kwargs}
     args["backbone_args"] = {**variant.backbone_args, **kwargs.get("backbone_args", {})}
-    ends = variant.stage_ends
+    ends: Any = variant.depths
     if method in _OBSERVATIONS:
         args.setdefault("taps", ends[-_OBSERVATIONS[method] :])
     else:
@@ -131,9 +132,10 @@ def _create_on(method: str, backbone: str, pretrained: bool, **kwargs: Any) -> A
     """Build a network on any backbone; `pretrained` loads the backbone's own weights."""
     backbone_name = backbone.partition(".")[0]
     if method in _OBSERVATIONS:
-        kwargs.setdefault("taps", tuple(range(-_OBSERVATIONS[method], 0)))
+        kwargs.setdefault("taps", _OBSERVATIONS[method])
     if kwargs.get("pretrained_cfg") is None and timm.is_model(backbone_name):
-        names = _classifiers(method, len(kwargs.get("taps", ())))
+        taps = kwargs.get("taps", ())
+        names = _classifiers(method, taps if isinstance(taps, int) else len(taps))
         kwargs["pretrained_cfg"] = dataclasses.asdict(backbone_cfg(backbone, names))
         if pretrained and method not in _OBSERVATIONS:
             _require_full_width(method, kwargs)
@@ -162,6 +164,8 @@ def _build(method: str, name: str, pretrained: bool, ends: tuple[int, ...] | Non
     )
     if isinstance(model, network):  # and not its features-only form
         model.name_classifiers()
+    if isinstance(model, MBIB):
+        model.record_choices()
     return model
 
 
@@ -250,6 +254,12 @@ def mbib_resnext101(pretrained: bool = False, **kwargs: Any) -> MBIB:
 
 
 @register_model
+def mbib_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on EfficientNet-Lite0, whose ImageNet weights the extra ``lite0`` brings by pip."""
+    return _create("mbib_efficientnet_lite0", pretrained, **kwargs)
+
+
+@register_model
 def bib_resnet20(pretrained: bool = False, **kwargs: Any) -> MBIB:
     """BIB on CIFAR ResNet-20."""
     return _create("bib_resnet20", pretrained, **kwargs)
@@ -319,6 +329,12 @@ def bib_resnext50(pretrained: bool = False, **kwargs: Any) -> MBIB:
 def bib_resnext101(pretrained: bool = False, **kwargs: Any) -> MBIB:
     """BIB on ResNeXt-101 32x8d."""
     return _create("bib_resnext101", pretrained, **kwargs)
+
+
+@register_model
+def bib_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on EfficientNet-Lite0, whose ImageNet weights the extra ``lite0`` brings by pip."""
+    return _create("bib_efficientnet_lite0", pretrained, **kwargs)
 
 
 @register_model

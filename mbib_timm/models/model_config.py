@@ -14,7 +14,9 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg
 
 from mbib_timm.errors import CheckpointError, MbibError, first_line, unknown_name
-from mbib_timm.files import parse_json, printable, read_content
+from mbib_timm.files import from_plain, parse_json, printable, read_content
+from mbib_timm.models.hub import split_repository
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.recipe.keys import LARGEST_SIDE, MOST_CLASSES
 
 LARGEST_BYTES = 8 * 2**20
@@ -34,6 +36,9 @@ class ModelConfig:
         class_names: in label order.
         class_counts: training images of each class, (K,), int64.
         logit_prior: the class frequencies that its logits are for, see `LoadedModel`.
+        preprocessing: entries of a timm cfg that say how images become its input.
+        training_data: what it was trained on: a key of the zoo's data sets, or what the recipe calls them.
+        origin: where that training started.
     """
 
     architecture: str | None = None
@@ -43,6 +48,9 @@ class ModelConfig:
     class_names: tuple[str, ...] | None = None
     class_counts: np.ndarray | None = None
     logit_prior: str | None = None
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training_data: str | None = None
+    origin: Origin | None = None
 
     def require_classes(self, num_classes: int, where: str) -> None:
         """Raise CheckpointError unless what is said of the classes is said of so many; `where` is for the message."""
@@ -104,7 +112,22 @@ def _checked(content: Any) -> ModelConfig:
         class_names=None if names is None else tuple(names),
         class_counts=None if counts is None else np.asarray(counts, dtype=np.int64),
         logit_prior=content.get("logit_prior"),
+        preprocessing={
+            key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key]
+            for key in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+            if cfg.get(key) is not None
+        },
+        training_data=content.get("training_data"),
+        origin=_origin(content["origin"]) if "origin" in content else None,
     )
+
+
+def _origin(content: Any) -> Origin:
+    origin: Origin = from_plain(Origin, content, "origin")
+    for weights in (*origin.weights, *origin.teachers):
+        if weights.repository is not None:
+            split_repository(weights.repository)
+    return origin
 
 
 def _check_cfg(cfg: Mapping[str, Any], args: Mapping[str, Any]) -> None:
@@ -214,6 +237,8 @@ _TOP = {
     "label_descriptions": _MAPPING,
     "class_counts": _list_of(_whole(1, MOST_IMAGES), "numbers of training images"),
     "logit_prior": _one_of(*PRIORS),
+    "training_data": _TEXT,
+    "origin": _MAPPING,
     "model_args": _MAPPING,
     "pretrained_cfg": _MAPPING,
 }

@@ -5,7 +5,9 @@ timm loads leniently whenever the number of classes differs: a renamed layer wou
 any part is still as it was initialised.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +27,15 @@ from mbib_timm.files import printable
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
 from mbib_timm.models.hub import hub_error, limited_sockets, prepare_hub, split_repository
 from mbib_timm.models.model_config import ModelConfig, read_config
+from mbib_timm.models.pip_weights import BACKBONE, packaged_weights
 from mbib_timm.models.zoo import ZooModel
 
 TRAINING_HEADS = "training_heads."
 # Files of a folder's weights, the first that is there: ours, and what timm writes without safetensors.
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+# What a tensor may hold; torch would take integers and quantised numbers for a layer's as if they were its own.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+_REAL = ("weight", "bias", "running_mean", "running_var")
 
 
 def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -44,7 +50,7 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
         CheckpointError: missing or unexpected keys, by name.
     """
     own: dict[str, Tensor] = model.state_dict()
-    if hasattr(model, "backbone_name") and not any(key.startswith(PREFIX) for key in state_dict):
+    if _is_of_plain_backbone(state_dict, model):
         heads = {key: value for key, value in own.items() if not key.startswith(PREFIX)}
         model.untrained = tuple(heads)  # type: ignore[assignment]
         return {**heads, **prefix_backbone(state_dict, model)}
@@ -60,6 +66,19 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     kept |= anew
     _require_same_keys(kept, own, "checkpoint")
     return kept
+
+
+def under_keys_of(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as they are, or those of the plain backbone that a model holds under the model's keys.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, by name.
+    """
+    return prefix_backbone(state_dict, model) if _is_of_plain_backbone(state_dict, model) else state_dict
+
+
+def _is_of_plain_backbone(state_dict: Mapping[str, Tensor], model: nn.Module) -> bool:
+    return hasattr(model, "backbone_name") and not any(key.startswith(PREFIX) for key in state_dict)
 
 
 def prefix_backbone(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -155,7 +174,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a weights file, or that of a run's folder.
 
     Raises:
-        CheckpointError: missing or unreadable, or a number in it is not finite; names the tensor.
+        CheckpointError: missing or unreadable, or a tensor of numbers that are not finite or of no layer's kind.
     """
     file = path
     if path.is_dir():
@@ -170,8 +189,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is not a weights file ({first_line(error)})") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{file} is not a weights file (it holds something else than tensors)")
+    for name, value in weights.items():
+        if value.dtype not in _DTYPES or (not value.is_floating_point() and name.rpartition(".")[2] in _REAL):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{file}: tensor {printable(name)!r} is {kind}; expected float32, float16 or bfloat16"
+            )
     require_finite(weights, str(file))
     return weights
+
+
+def start_config(path: Path) -> ModelConfig:
+    """Return what is known of weights to start from: the ``config.json`` of a folder, or of the run that a file is of.
+
+    Raises:
+        CheckpointError: as `read_config`.
+    """
+    folder = path if path.is_dir() else path.parent
+    known = (folder / "config.json").is_file() and (path.is_dir() or (folder / "recipe.yaml").is_file())
+    return read_config(folder / "config.json") if known else ModelConfig()
 
 
 def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
@@ -263,8 +299,8 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "source": None, "file": None}
     prepare_hub()
     try:
-        with limited_sockets():
-            model = timm.create_model(source.name, pretrained=True, **kwargs)
+        with limited_sockets(), _overlaid(source, kwargs) as arguments:
+            model = timm.create_model(source.name, pretrained=True, **arguments)
     except TypeError:
         raise
     except MbibError as error:
@@ -281,6 +317,18 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
     if weights is None:
         require_finite(model.state_dict(), source.name)
     return model
+
+
+@contextmanager
+def _overlaid(source: Source, kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a model's arguments, for timm's own model whose weights a pip package brings with those."""
+    if source.has_files or source.name.partition(".")[0] != BACKBONE:
+        yield dict(kwargs)
+        return
+    given = kwargs.get("pretrained_cfg_overlay")
+    cfg = dataclasses.replace(timm.get_pretrained_cfg(source.name), **(given or {}))
+    with packaged_weights(cfg, given) as overlay:
+        yield {**kwargs, "pretrained_cfg_overlay": overlay}
 
 
 def create_trained(source: Source, **kwargs: Any) -> nn.Module:

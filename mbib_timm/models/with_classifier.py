@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.models.backbones import BackboneModel, FeatureNet, backbone_cfg, prefixed_levels
+from mbib_timm.models.backbones import BackboneModel, FeatureNet, StoredFeatures, backbone_cfg, prefixed_levels
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -40,7 +40,7 @@ class WithClassifier(BackboneModel):
         MbibError: an unknown backbone or classifier, with the valid ones.
     """
 
-    __jit_unused_properties__ = ("feature_info", "num_features", "head_hidden_size")
+    __jit_unused_properties__ = ("feature_info", "num_features", "head_hidden_size", "pooled_widths")
 
     def __init__(
         self,
@@ -67,14 +67,12 @@ class WithClassifier(BackboneModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
         # timm leaves out what is None; many backbones do not know all of these.
-        optional = {
-            "global_pool": global_pool,
-            "drop_rate": drop_rate or None,
-            "drop_path_rate": drop_path_rate or None,
-        }
+        optional = {"global_pool": global_pool, "drop_path_rate": drop_path_rate or None}
         self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
+        # Here and not in the backbone, some of which drop nothing before the classifier, or cannot.
+        self.drop = nn.Dropout(drop_rate)
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
         width = self.head_hidden_size
         self.classifier = create_classifier(
@@ -116,10 +114,29 @@ class WithClassifier(BackboneModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits (B, K) of the last map; with `pre_logits` the pooled features (B, D)."""
         x = self.backbone.forward_head(x, pre_logits=True)
-        return x if pre_logits else self.classifier(x)
+        return x if pre_logits else self.classifier(self.drop(x))
+
+    @property
+    def pooled_widths(self) -> tuple[int, ...]:
+        """Widths of what `pool_features` returns."""
+        return (self.head_hidden_size,)
+
+    @torch.jit.ignore
+    def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled features (B, D) that the classifier stands on, alone in a tuple."""
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
+        return (self.forward_head(self.forward_features(x), pre_logits=True),)
+
+    @torch.jit.ignore
+    def forward_pooled(self, pooled: tuple[Tensor, ...]) -> Tensor:
+        """Return the logits (B, K), as `forward` does, from what `pool_features` returns."""
+        return self.classifier(self.drop(pooled[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        if torch.jit.is_scripting():
+            return self.forward_head(self.forward_features(x))
+        return self.forward_pooled(self.pool_features(x))
 
     @torch.jit.ignore
     def prune_intermediate_layers(

@@ -8,6 +8,7 @@ and metrics.json, and small weights as well.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,10 +19,14 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 
 from mbib_timm.errors import CheckpointError
 from mbib_timm.models.model_config import read_config
+from mbib_timm.models.pip_weights import packaged_weights
 from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
 ORGANIZATION = "mbib-timm"
+# How a tag begins whose recipe starts from weights of other data: the backbone stays as it is, changes a little, or
+# trains as a whole.
+STARTS = ("frozen", "adapt", "finetune")
 
 
 class Dataset(NamedTuple):
@@ -153,6 +158,11 @@ class ZooModel:
         return {"hf_hub_id": self.repository} if self.is_trained else {}
 
 
+def is_start_tag(tag: str) -> bool:
+    """Return whether a tag says that training started from weights of other data: ``frozen_cifar100_lt_if100``."""
+    return tag.startswith(tuple(f"{start}_" for start in STARTS))
+
+
 def split_tag(tag: str) -> tuple[str, str]:
     """Split a tag into its start, such as the method, and the key of `DATASETS` it ends in; empty texts for others."""
     found = [name for name in DATASETS if tag == name or tag.endswith(f"_{name}")]
@@ -173,9 +183,9 @@ def _published() -> dict[str, list[str]]:
         if split_tag(tag)[1]:
             tags.setdefault(architecture, []).append(tag)
 
-    def order(tag: str) -> tuple[bool, int, str]:
+    def order(tag: str) -> tuple[bool, bool, int, str]:
         method, dataset = split_tag(tag)
-        return method not in ("", "ce"), [*DATASETS].index(dataset), method
+        return is_start_tag(tag), method not in ("", "ce"), [*DATASETS].index(dataset), method
 
     return {architecture: sorted(found, key=order) for architecture, found in tags.items()}
 
@@ -201,8 +211,9 @@ def published_cfgs(architecture: str, cfg: PretrainedCfg) -> dict[str, Pretraine
     for tag in reversed(PUBLISHED.get(architecture, ())):
         model = ZooModel(f"{architecture}.{tag}")
         entries = {**_NO_SOURCE, "num_classes": model.dataset.num_classes, **model.dataset.preprocessing}
-        # timm takes the first tag with weights for the default, unless a star says which it is.
-        star = "*" if tag == PUBLISHED[architecture][0] else ""
+        # timm takes the first tag with weights for the default, unless a star says which it is: a model that was
+        # trained from scratch. Of the others the backbone's own weights come first.
+        star = "*" if tag == PUBLISHED[architecture][0] and not is_start_tag(tag) else ""
         cfgs[model.name + star] = dataclasses.replace(cfg, **{**entries, **model.source()})
     return cfgs
 
@@ -240,7 +251,12 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if is_tagged else {}
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
-    model = build_model_with_cfg(build, architecture, pretrained, **{**model_args, **kwargs})
+    given = kwargs.pop("pretrained_cfg_overlay", None)
+    with packaged_weights(cfg, given) if pretrained else nullcontext(given) as overlay:
+        arguments = {**model_args, **kwargs, "pretrained_cfg_overlay": overlay}
+        model = build_model_with_cfg(build, architecture, pretrained, **arguments)
+    if overlay is not given:
+        del model.pretrained_cfg["state_dict"]
     model._model_args = model_args  # timm adds the caller's own; together they go into config.json
     return model
 

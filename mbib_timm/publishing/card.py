@@ -3,22 +3,22 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
 import numpy as np
-import timm
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from mbib_timm.data.long_tail import named, shot_groups
-from mbib_timm.errors import MbibError, few
+from mbib_timm.errors import few
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.models.zoo import ZooModel, is_published, split_tag
-from mbib_timm.recipe import Recipe, data_of, load_recipe
+from mbib_timm.models.origin import data_text
+from mbib_timm.models.pretraining import UNKNOWN
+from mbib_timm.models.zoo import split_tag
+from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.redact import last_part, redact_value
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
@@ -116,8 +116,10 @@ def render_card(
         dataset=_dataset(run, stated),
         counts=counts,
         groups=_groups(counts),
+        overlap=run.overlap,
         classes=_classes(run),
         left_out=max(0, len(counts) - LISTED_CLASSES),
+        start=_start(run),
         stages=[_stage(stage) for stage in recipe.chain()],
         duration=_duration(record.training_seconds),
         environment=record.environment,
@@ -162,31 +164,6 @@ def licence_of(run: FinishedRun, stated: Stated) -> str | None:
     return stated.license or ("apache-2.0" if run.zoo_model is not None else None)
 
 
-def base_model(recipe: Recipe) -> str | None:
-    """Return the repository on the Hub of the weights that a recipe started from; None where there is none.
-
-    A run that started from another run started from what that run started from.
-    """
-    first = recipe.chain()[0]
-    scheme, _, place = first.model.partition(":")
-    folder = first.initial_checkpoint or (place if scheme == "local-dir" and first.pretrained else None)
-    if folder is not None:
-        file = (Path(folder).parent if Path(folder).is_file() else Path(folder)) / "recipe.yaml"
-        try:
-            return base_model(load_recipe(file)) if file.is_file() else None
-        except MbibError:  # a recipe of a plugin that is not here
-            return None
-    if not first.pretrained:
-        return None
-    if scheme in ("hf-hub", "hf_hub"):
-        return place.partition("@")[0]
-    cfg = timm.get_pretrained_cfg(first.model, allow_unregistered=True)
-    if cfg is None:
-        return None
-    name = f"{first.model.partition('.')[0]}.{cfg.tag}"
-    return ZooModel(name).repository if is_published(name) else cfg.hf_hub_id
-
-
 def card_metadata(run: FinishedRun, stated: Stated = NOTHING_STATED) -> ModelCardData:
     """Return the card's metadata, the results in the form of the Hub's model-index."""
     result = run.record.result
@@ -208,7 +185,7 @@ def card_metadata(run: FinishedRun, stated: Stated = NOTHING_STATED) -> ModelCar
         library_name="timm",
         pipeline_tag="image-classification",
         license=licence_of(run, stated),
-        base_model=base_model(run.recipe),
+        base_model=run.origin.base_model,
         tags=["image-classification", "timm", "mbib-timm", "long-tailed-recognition", "class-imbalance"],
         metrics=["accuracy"],
         model_name=run.name,
@@ -238,14 +215,12 @@ def _data_name(run: FinishedRun) -> str:
 
 
 def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
-    first = run.recipe.chain()[0]
-    weights = redact_value(first.model) if first.pretrained else None
-    if first.initial_checkpoint is not None:
-        weights = last_part(first.initial_checkpoint)
-    start = f", started from the weights of {code_span(weights)}," if weights else ""
+    names = [code_span(each.name) for each in run.origin.weights[-1:]]
+    start = f", started from the weights of {names[0]}," if names else ""
     epochs = _epochs(run.recipe)
     data = _dataset(run, stated)
-    how = f"trained on {data} for {epochs} with" if epochs else f"changed on {data} by"
+    from_scratch = " from scratch" if run.origin.is_scratch else ""
+    how = f"trained{from_scratch} on {data} for {epochs} with" if epochs else f"changed on {data} by"
     methods = markdown_text(stages_text(run.record.stages))
     text = f"{code_span(run.name.partition('.')[0])}{start} {how} {methods}, by `mbib_timm`."
     papers = _papers(run)
@@ -257,6 +232,30 @@ def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     if inference_only:
         text += " These weights lack the classifiers that serve training only."
     return Markup(text)
+
+
+def _start(run: FinishedRun) -> list[Markup]:
+    """Return a line for each of the weights and teachers that the model has learnt from; none from scratch."""
+    lines = []
+    for step, each in enumerate((*run.origin.weights, *run.origin.teachers)):
+        role = "Weights" if step < len(run.origin.weights) else "Teacher"
+        place = markdown_text(_PLACES.get(each.source, each.source))
+        if each.repository is not None:
+            place += f", on the Hub {code_span(each.repository)}"
+        data = data_text(each.data) if each.data else "the same data as this model"
+        lines.append(Markup(f"{role} {code_span(each.name)} ({place}), trained on {markdown_text(data)}"))
+    return lines
+
+
+# Where weights are from, by `Weights.source`.
+_PLACES = {
+    "timm": "timm's, whose tag names the data",
+    "package": "of a pip package",
+    "run": "a run of mbib_timm",
+    "hub": "somebody's repository",
+    "file": "a file",
+    UNKNOWN: "not recorded",
+}
 
 
 def _epochs(recipe: Recipe) -> str:

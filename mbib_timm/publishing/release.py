@@ -10,9 +10,9 @@ from safetensors.torch import load, save
 
 from mbib_timm.errors import MbibError
 from mbib_timm.files import parse_json, to_json
-from mbib_timm.models.weights import load_model
+from mbib_timm.models.weights import LoadedModel, load_model
 from mbib_timm.publishing.card import NOTHING_STATED, Stated, figures_of, licence_of, render_card
-from mbib_timm.results.record import RECORD
+from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_recipe, redact_value
 from mbib_timm.results.runs import read_seeds
 
@@ -67,13 +67,15 @@ def make_release(
     for name in ("model.safetensors", "config.json"):
         if not (run / name).is_file():
             raise MbibError(f"{run} has no {name}: the run is not finished")
-    load_model(f"local-dir:{run}")  # as whoever downloads it will
+    _check_same_run(run, load_model(f"local-dir:{run}"), own.record)  # as whoever downloads it will
     weights = (run / "model.safetensors").read_bytes()
     config = parse_json((run / "config.json").read_bytes())
-    config |= {key: redact_value(value) for key, value in config.items() if key in ("model_args", "pretrained_cfg")}
+    config |= {key: redact_value(config[key]) for key in ("model_args", "pretrained_cfg", "origin") if key in config}
     if inference_only:
         config, weights = without_training_heads(config, weights)
     config["pretrained_cfg"]["license"] = licence_of(own, stated)
+    if stated.dataset_name is not None:
+        config["training_data"] = stated.dataset_name
     files = {
         "README.md": render_card(own, repository, rest, inference_only=inference_only, stated=stated).encode(),
         "config.json": to_json(config),
@@ -83,6 +85,17 @@ def make_release(
     }
     files |= {f"figures/{name}": (run / "figures" / name).read_bytes() for name in figures_of(own)}
     return Release(own.name, repository, files)
+
+
+def _check_same_run(run: Path, model: LoadedModel, record: RunRecord) -> None:
+    """Raise MbibError where config.json and metrics.json are not of the same run."""
+    names, counts = model.class_names, None if model.class_counts is None else model.class_counts.tolist()
+    for key, stated, recorded in (
+        ("label_names", names, record.class_names and tuple(record.class_names)),
+        ("class_counts", counts, list(record.class_counts)),
+    ):
+        if stated is not None and recorded is not None and stated != recorded:
+            raise MbibError(f"{run}: {key} of config.json are not those of metrics.json")
 
 
 def without_training_heads(config: dict[str, Any], weights: bytes) -> tuple[dict[str, Any], bytes]:

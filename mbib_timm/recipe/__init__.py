@@ -19,6 +19,7 @@ Nothing here imports torch or timm, unless a plugin does: the command line answe
 from mbib_timm.recipe.keys import (
     DATA_KEYS,
     KEYS,
+    MODEL_KEYS,
     OPEN_CHOICES,
     STAGES,
     TYPES,
@@ -50,6 +51,7 @@ __all__ = [
     "DATA_KEYS",
     "DEFAULT_RECIPE",
     "KEYS",
+    "MODEL_KEYS",
     "OPEN_CHOICES",
     "STAGES",
     "TYPES",

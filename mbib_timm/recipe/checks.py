@@ -8,11 +8,12 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbib_timm.errors import MbibError, shown, unknown_name
-from mbib_timm.options import check_options, default_of
+from mbib_timm.options import build_options, check_options, default_of, option
 from mbib_timm.recipe.declared import DeclaredMethod, known_methods, stream_names
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Keys that describe a table.
 TABLE_KEYS = ("table", "path_column", "label_column", "split_column", "group_column")
+# Sources that list files describe, and the keys that name those.
+LIST_SOURCES, LIST_KEYS = ("list", "inat2018"), ("train_list", "val_list", "test_list", "class_map")
 # Augmentation policies, ours and timm's, and the parts that may follow a name, as in rand-m9-n2: each with its least
 # and largest number, whole where both are written whole. timm itself passes over parts that it does not know.
 _DEVIATION = {"mstd": (0.0, 1000.0)}
@@ -63,6 +66,7 @@ def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
     _check_values(recipe)
     _check_model(recipe)
     _check_views(recipe, method)
+    _check_features(recipe, method)
     _check_stage(recipe, method)
 
 
@@ -71,6 +75,7 @@ def _check_data(recipe: "Recipe") -> None:
     if of_table and recipe.table is None:
         raise MbibError("recipe key 'table': dataset: table needs the CSV or Parquet file that lists the images")
     needs = dict.fromkeys(TABLE_KEYS, ("dataset: table", of_table))
+    needs |= dict.fromkeys(LIST_KEYS, ("dataset: list or inat2018", recipe.dataset in LIST_SOURCES))
     needs["group_by"] = ("dataset: folder or table", of_table or recipe.dataset == "folder")
     _require_effect(recipe, needs)
     _require_effect(recipe, {"group_column": ("group_by: column", recipe.group_by == "column")})
@@ -185,17 +190,13 @@ def _check_values(recipe: "Recipe") -> None:
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise MbibError(f"recipe key {name!r}: expected two numbers, 0 < low <= high, got {shown(low_high)}")
     for name in ("mean", "std"):
-        if len(getattr(recipe, name)) not in (1, 3):
-            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(getattr(recipe, name))}")
+        values = getattr(recipe, name)
+        if values is not None and len(values) not in (1, 3):
+            raise MbibError(f"recipe key {name!r}: expected 1 or 3 numbers, got {shown(values)}")
     if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
         raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {shown(recipe.experiment)}")
     for name in ("train", "reset"):
-        try:
-            re.compile(getattr(recipe, name) or "")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise MbibError(
-                f"recipe key {name!r}: {shown(getattr(recipe, name))} is no regular expression: {error}"
-            ) from None
+        _check_part(name, getattr(recipe, name) or "")
     for name in ("batch_size", "validation_batch_size"):
         needed = 12 * getattr(recipe, name) * (recipe.img_size or 1) ** 2
         if needed > LARGEST_INPUT:
@@ -208,16 +209,56 @@ def _check_values(recipe: "Recipe") -> None:
         raise MbibError(f"recipe key 'min_lr': expected at most lr, {recipe.lr:g}, got {recipe.min_lr:g}")
     if recipe.warmup_epochs >= recipe.epochs > 0 and recipe.warmup_epochs > 0:
         raise MbibError(f"recipe key 'warmup_epochs': {recipe.warmup_epochs} leaves none of the {recipe.epochs} epochs")
+    if recipe.sched == "rsqrt" and recipe.warmup_epochs == 0:
+        raise MbibError("recipe key 'warmup_epochs': sched: rsqrt is measured in epochs of warm-up; expected 1 or more")
     if recipe.sched == "multistep" and sorted(recipe.decay_milestones) != recipe.decay_milestones:
         raise MbibError(
             f"recipe key 'decay_milestones': expected ascending epochs, got {shown(recipe.decay_milestones)}"
         )
 
 
+def _check_part(key: str, part: str) -> None:
+    try:
+        re.compile(part)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise MbibError(f"recipe key {key!r}: {shown(part)} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """What a part of the network has of its own: a value of the recipe key ``param_groups``."""
+
+    lr_scale: float = option(1.0, "factor on the learning rate", above=0, maximum=1e6)
+    weight_decay: float = option(0.0, "weight decay of what has any", minimum=0, maximum=1e12)
+
+
+def checked_groups(groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return a recipe's ``param_groups``, each with the values that were given for it, as numbers.
+
+    Raises:
+        MbibError: a part that cannot be, or a value that is none of `ParamGroup`.
+    """
+    checked = {}
+    for part, given in groups.items():
+        where = f"recipe key 'param_groups': {part}"
+        if part in ("all", "none"):
+            raise MbibError(f"{where} is not a part; what all have in common are the keys 'lr' and 'weight_decay'")
+        _check_part("param_groups", part)
+        if not isinstance(given, Mapping) or not given:
+            raise MbibError(
+                f"{where}: expected a mapping such as {{lr_scale: 10, weight_decay: 0}}, got {shown(given)}"
+            )
+        group = dataclasses.asdict(build_options(ParamGroup, given, where))
+        checked[part] = {name: group[name] for name in given}
+    return checked
+
+
 def _check_model(recipe: "Recipe") -> None:
-    for name, value in recipe.model_kwargs.items():
+    inside = recipe.model_kwargs.get("backbone_args")
+    for name in (*recipe.model_kwargs, *(inside if isinstance(inside, dict) else ())):
         if name in OTHER_KEYS:
             raise MbibError(f"recipe key 'model_kwargs': it gives no {name!r}: {OTHER_KEYS[name]}")
+    for name, value in recipe.model_kwargs.items():
         if re.fullmatch(r"\w*drop\w*_rate", name) and value is not None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < 1:
@@ -353,6 +394,11 @@ def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
                 raise MbibError(
                     f"recipe key {key!r} has no effect: with method {method.name!r} the whole network starts anew{hint}"
                 )
+    if method.post_hoc and recipe.choice("classifier_start") != method.classifier_start:
+        raise MbibError(
+            f"recipe key 'classifier_start': method {method.name!r} trains nothing, and its classifiers are "
+            f"{'class means' if method.classifier_start == 'class_means' else 'those of the model that it starts from'}"
+        )
     if method.needs_start and not starts:
         raise MbibError(
             f"method {method.name!r} starts from a trained model, and this recipe gives none: put a stage before it "
@@ -368,3 +414,23 @@ def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
         raise MbibError("recipe key 'lora' has no effect with train: all; expected train: heads, or another part")
     if recipe.epochs == 0 and not starts:
         raise MbibError("recipe key 'epochs': 0 trains nothing, and there are no weights to start from")
+
+
+def _check_features(recipe: "Recipe", method: DeclaredMethod) -> None:
+    """Raise MbibError where the heads are to train on stored features, and something else asks for images."""
+    if recipe.feature_passes is None:
+        return
+    if method.needs_images or len(recipe.choice("views")) > 1:
+        able = [name for name, known in known_methods().items() if not known.needs_images and len(known.views) == 1]
+        raise MbibError(
+            f"recipe key 'feature_passes': method {method.name!r} looks at images, not at features alone; methods that "
+            f"train heads on features: {', '.join(able)}"
+        )
+    if recipe.cutmix:
+        raise MbibError("recipe keys 'feature_passes' and 'cutmix': features cannot be cut; mixup takes them")
+    starts = recipe.previous is not None or recipe.initial_checkpoint is not None or recipe.pretrained
+    if not starts or recipe.choice("reset") == "all":
+        raise MbibError(
+            "recipe key 'feature_passes': the frozen backbone needs weights: expected pretrained: true, "
+            "initial_checkpoint, or a stage before"
+        )

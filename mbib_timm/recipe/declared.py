@@ -41,10 +41,12 @@ class DeclaredMethod:
     views: tuple[Mapping[str, Any], ...]
     part: str
     reset: str
+    classifier_start: str
     frozen_bn: str | None
     soft_targets: bool
     takes_class_weights: bool
     needs_start: bool
+    needs_images: bool
     post_hoc: bool
 
     @classmethod
@@ -254,6 +256,8 @@ def load_plugin(plugin: str) -> str:
         return where
     if is_file and not path.is_file():
         raise MbibError(f"plugin {plugin}: there is no such file")
+    if is_file and path.suffix != ".py":
+        raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
     before = set(known_methods())
     try:
         if is_file:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mbib_timm.errors import unknown_name
 from mbib_timm.options import build_options, check_option, check_options, option, option_types
-from mbib_timm.recipe.checks import check_recipe, view_of
+from mbib_timm.recipe.checks import check_recipe, checked_groups, view_of
 from mbib_timm.recipe.declared import find_method, load_plugin, packaged_samplers, packaged_sources, resolve_settings
 
 STAGES = "stages"
@@ -18,9 +18,12 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 # before it fills the memory or never ends.
 LARGEST_SEED = 2**32 - 1
 MOST_CLASSES, MOST_EPOCHS, LARGEST_BATCH, LARGEST_SIDE, MOST_WORKERS = 1_000_000, 100_000, 65_536, 8192, 128
+MOST_PASSES = 1000
 LARGEST_RATE, LARGEST_ALPHA, LARGEST_RANK = 10**12, 10**6, 1024
-# Values by which a recipe leaves a choice to the machine; the recipe.yaml of a run has what was chosen.
-OPEN_CHOICES = {"loader": "auto", "amp": None}
+# How images become a model's input: keys that a recipe leaves to the model, whose weights know them.
+MODEL_KEYS = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+# Values by which a recipe leaves a choice to the machine or the model; a run's recipe.yaml has what was chosen.
+OPEN_CHOICES = {"loader": "auto", "amp": None, **dict.fromkeys(MODEL_KEYS)}
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
@@ -139,18 +142,37 @@ class Recipe:
         choices=("pad", "rrc", "none"),
         evaluation=True,
     )
-    interpolation: str = _input(
-        "bicubic", "resampling of images", choices=("bilinear", "bicubic", "random"), evaluation=True
+    interpolation: str | None = _input(
+        None,
+        "resampling of images; the model's own when not given",
+        choices=("bilinear", "bicubic", "random"),
+        evaluation=True,
     )
-    crop_pct: float = _input(
-        0.875, "fraction of the resized test image that the centre crop keeps", minimum=0.1, maximum=1, evaluation=True
+    crop_pct: float | None = _input(
+        None,
+        "side of the model's input over that of the resized test image; the model's own when not given",
+        minimum=0.01,
+        maximum=2,
+        evaluation=True,
     )
-    mean: list[float] = _input(
-        [0.485, 0.456, 0.406], "channel means of the normalisation", minimum=0, maximum=1, evaluation=True
+    crop_mode: str | None = _input(
+        None,
+        "how test images are cut: center (shorter side resized, centre cropped), squash (both sides resized), border "
+        "(longer side resized, the rest filled); the model's own when not given; squash and 1 with train_crop_mode: "
+        "pad",
+        choices=("center", "squash", "border"),
+        evaluation=True,
     )
-    std: list[float] = _input(
-        [0.229, 0.224, 0.225],
-        "channel standard deviations of the normalisation",
+    mean: list[float] | None = _input(
+        None,
+        "channel means of the normalisation; the model's own when not given",
+        minimum=0,
+        maximum=1,
+        evaluation=True,
+    )
+    std: list[float] | None = _input(
+        None,
+        "channel standard deviations of the normalisation; the model's own when not given",
         minimum=0.001,
         maximum=1000,
         evaluation=True,
@@ -210,6 +232,13 @@ class Recipe:
     model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
     pretrained: bool = _model(False, "start from the model's published weights")
     initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
+    feature_passes: int | None = _model(
+        None,
+        "train the heads alone, on features of the frozen backbone that are computed once: of 1 pass over the images, "
+        "as an evaluation sees them, or of further, augmented passes",
+        minimum=1,
+        maximum=MOST_PASSES,
+    )
 
     # Method
     method: dict[str, Any] = _method(
@@ -241,6 +270,12 @@ class Recipe:
         "low-rank adapters (peft) in the backbone's linear layers and 1x1 convolutions, merged when saved, as "
         "name=value: rank (8), alpha (16), dropout (0), targets (layers by the end of their names, as in [qkv, proj])",
     )
+    classifier_start: str | None = _method(
+        None,
+        "how classifiers start, before the first epoch: random, or class_means (cosine classifiers: the class means of "
+        "their standardised inputs at length 1); the method's own when not given",
+        choices=("random", "class_means"),
+    )
     frozen_bn: str | None = _method(
         None,
         "batch normalisation whose statistics are not in the part that trains: train (they are updated, and batches "
@@ -265,6 +300,11 @@ class Recipe:
     filter_bias_and_bn: bool = _optimisation(False, "exclude biases and normalisation from weight decay")
     layer_decay: float | None = _optimisation(
         None, "factor on the learning rate from each layer to the one before it", above=0, maximum=1
+    )
+    param_groups: dict[str, Any] = _optimisation(
+        {},
+        "parts with a learning rate or a weight decay of their own, as PART={lr_scale: 10, weight_decay: 0}: a factor "
+        "on lr, and a value; PART is classifier or a regular expression for parameters' names",
     )
     clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
     clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
@@ -321,6 +361,7 @@ class Recipe:
         object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
         declared, settings = resolve_settings(self.method)
         object.__setattr__(self, "method", {"name": declared.name, **settings})
+        object.__setattr__(self, "param_groups", checked_groups(self.param_groups))
         if self.lora is not None:
             lora = build_options(LoraSettings, self.lora, "recipe key 'lora'")
             object.__setattr__(self, "lora", dataclasses.asdict(lora))
@@ -343,8 +384,8 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0 or self.smoothing > 0
 
     def choice(self, key: str) -> Any:
-        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset or
-        frozen_bn."""
+        """Return the value of a key that is left to the method where it is None: sampler, views, train, reset,
+        classifier_start or frozen_bn."""
         value = getattr(self, key)
         if value is not None:
             return value
@@ -355,6 +396,16 @@ class Recipe:
     def adapters(self) -> LoraSettings | None:
         """The settings of the key ``lora``; None without adapters."""
         return None if self.lora is None else LoraSettings(**self.lora)
+
+    def settled(self, key: str) -> Any:
+        """Return the value of a key of `MODEL_KEYS`, of a recipe that has a model's; see `settle`.
+
+        Raises:
+            ValueError: the recipe leaves it to a model, and has none yet.
+        """
+        if (value := getattr(self, key)) is None:
+            raise ValueError(f"recipe key {key!r} is left to the model: settle the recipe with one")
+        return value
 
     def augmentations(self) -> "list[Recipe]":
         """Return the recipe of each view of an image: this one, with what the view has of its own."""

@@ -12,7 +12,7 @@ import yaml
 from mbib_timm.errors import MbibError, few, shown, unknown_name
 from mbib_timm.files import read_yaml
 from mbib_timm.options import default_of
-from mbib_timm.recipe.checks import TABLE_KEYS
+from mbib_timm.recipe.checks import LIST_KEYS, LIST_SOURCES, TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
 
@@ -111,7 +111,7 @@ def load_recipe(
         overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
             part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
             without stage holds for all stages that do not set it themselves, as in the file. Another `dataset` takes
-            along what the file says of a table and of groups, and a table the folder of the other data.
+            along what the file says of a table, of lists and of groups, and a table the folder of the other data.
         say: told in a line about each stage whose epochs shorten something.
 
     Raises:
@@ -129,8 +129,11 @@ def _overridden(
     content: dict[str, Any], overrides: Mapping[str, Any], where: str, say: Callable[[str], None] | None
 ) -> Recipe:
     if "dataset" in overrides and overrides["dataset"] != content.get("dataset"):
+        dataset = overrides["dataset"]
+        of_others = [*TABLE_KEYS, "group_by", *(["data_dir"] if dataset == "table" else [])]
+        of_others += [] if dataset in LIST_SOURCES else LIST_KEYS
         for keys in (content, *content.get(STAGES, ())):
-            for key in (*TABLE_KEYS, "group_by", *(["data_dir"] if overrides["dataset"] == "table" else [])):
+            for key in of_others:
                 keys.pop(key, None)
     for address in sorted(overrides, key=lambda address: address.count(".")):
         _override(content, address, overrides[address], where)
@@ -208,7 +211,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     content = read_yaml(path, "recipe")
-    content = {} if content is None else content
+    if not content and isinstance(content, dict | None):
+        raise MbibError(f"{path}: expected 'key: value' lines, got none; without a recipe, {DEFAULT_RECIPE} trains")
     if not isinstance(content, dict):
         raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
     _check_keys(content, path.name, (BASE, STAGES))

@@ -18,6 +18,7 @@ from mbib_timm.errors import MbibError, first_line
 from mbib_timm.evaluation.answer_files import ConfidentError, ConfusionMatrix, read_confusion, read_errors
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS, method_title
+from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report_figures import (
     CURVES,
@@ -32,7 +33,17 @@ from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
 from mbib_timm.results.runs import RunGroup
-from mbib_timm.results.tables import Table, difference, mean_and_deviation, percent, shown_columns, table_by_head
+from mbib_timm.results.tables import (
+    STARTED,
+    Table,
+    difference,
+    mean_and_deviation,
+    percent,
+    shown_columns,
+    split_by_start,
+    table_by_head,
+    tables_by_start,
+)
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
 
@@ -275,6 +286,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} per class",
         ),
         ("epochs", epochs),
+        *([] if run.origin.is_scratch else [(STARTED, f"{origin_text(run.origin)}. {run.overlap}".strip())]),
         *([("changed from the recipe", settings)] if settings else []),
         ("seeds", f"{seeds} (n = {len(group.runs)})"),
         ("time", f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"),
@@ -302,8 +314,17 @@ def _beside_the_paper(group: RunGroup) -> Table:
 
 
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
-    """Return runs of several recipes side by side."""
+    """Return runs of several recipes side by side: those from scratch, then those that started from weights."""
     section = Section("Side by side")
+    kinds = split_by_start(groups, lambda group: group.origin)
+    for place, (said, kind) in enumerate(kinds):
+        section.paragraphs([said] if said else [])
+        _compare(section, kind, f"-{place + 1}" if len(kinds) > 1 else "")
+    return section
+
+
+def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
+    """Add a table and the figures of runs of one kind, which end in a suffix: all from scratch, or none."""
     columns = shown_columns(run.record.result.prediction for group in groups for run in group.runs)
     rows = []
     for group in groups:
@@ -312,13 +333,14 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
         epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in columns]
-        rows.append(
-            [group.title, epochs, str(len(group.runs)), *accuracies, paper, difference(group.mean("overall"), number)]
-        )
-    section.table(Table(["run", "epochs", "n", *columns, "paper", "difference"], rows))
+        beside = [paper, difference(group.mean("overall"), number)] if group.origin.is_scratch else []
+        rows.append((group.origin, [group.title, epochs, str(len(group.runs)), *accuracies, *beside]))
+    papers = ["paper", "difference"] if groups[0].origin.is_scratch else []
+    for _, table in tables_by_start(["run", "epochs", "n", *columns, *papers], rows):
+        section.table(table)
     section.figure(
         Illustration(
-            "accuracy",
+            f"accuracy{suffix}",
             "Accuracy by shot group",
             "Each colour is a run, and bars are means over its seeds with their standard deviation; diamonds are the "
             "paper's numbers, where recipe and schedule are the paper's.",
@@ -328,7 +350,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
     if any(row.val is not None for group in groups for row in group.first.history):
         section.figure(
             Illustration(
-                "curves",
+                f"curves{suffix}",
                 "Accuracy over the epochs",
                 "Each line is the first run of a colour; where lines cross, an earlier stop would have told another "
                 "story.",
@@ -339,8 +361,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
     for place, other in enumerate(analyses[1:], start=1):
         if analyses[0].class_counts == other.class_counts:
             for illustration in comparison_figures(analyses[0], other):
-                section.figure(replace(illustration, name=f"{illustration.name}-{place}"))
-    return section
+                section.figure(replace(illustration, name=f"{illustration.name}{suffix}-{place}"))
 
 
 def sweep_section(results: SweepResults) -> Section:

@@ -1,4 +1,4 @@
-"""`mbib models`: the zoo as a table, on the terminal and in the README."""
+"""`mbib models`: the zoo as a table, on the terminal and in the README; what is not from scratch in one of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import timm
 
 from mbib_timm.models.complexity import count_macs, count_parameters
-from mbib_timm.models.zoo import ZOO, ZooModel
+from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.pretraining import Origin
+from mbib_timm.models.zoo import ZOO, ZooModel, split_tag
+from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import read_record
-from mbib_timm.results.tables import NOTHING, Table, cells
+from mbib_timm.results.tables import NOTHING, cells, markdown_by_start, tables_by_start
 
 HEADER = ("model", "params, M", "MACs, G", "input", "data", *COLUMNS, "weights")
 
@@ -23,12 +26,14 @@ class Entry:
         parameters: learnable parameters, of all heads.
         macs: operations of one prediction, as `count_macs` has them.
         input_size: (C, H, W).
+        origin: where its training starts.
     """
 
     model: ZooModel
     parameters: int
     macs: int
     input_size: tuple[int, int, int]
+    origin: Origin
 
     def cells(self) -> list[str]:
         """Return the row of the table."""
@@ -60,21 +65,27 @@ def catalogue() -> list[Entry]:
     for model in ZOO:
         network = timm.create_model(model.name, device="meta").eval()
         size = network.pretrained_cfg["input_size"]
-        entries.append(Entry(model, count_parameters(network), count_macs(network, size)["total"], size))
+        macs = count_macs(network, size)["total"]
+        if model.is_trained:
+            origin = read_record(model.folder).origin
+        else:
+            origin = origin_of(load_recipe(find_recipe(model.recipe)), OwnData(split_tag(model.tag)[1]))
+        entries.append(Entry(model, count_parameters(network), macs, size, origin))
     return entries
 
 
 def text_table(entries: Sequence[Entry]) -> str:
     """Return the zoo as aligned text."""
-    return Table(HEADER, [entry.cells() for entry in entries]).text()
+    tables = tables_by_start(HEADER, [(entry.origin, entry.cells()) for entry in entries])
+    return "\n\n".join("\n".join(filter(None, [said, table.text()])) for said, table in tables)
 
 
 def markdown_table(entries: Sequence[Entry]) -> str:
-    """Return the zoo as a Markdown table."""
+    """Return the zoo as Markdown tables."""
     rows = []
     for entry in entries:
         name, *rest, weights = entry.cells()
         card = f"[`{name}`](model_cards/{name}.md)" if entry.model.is_trained else f"`{name}`"
         before, colon, command = weights.partition(": ")
-        rows.append([card, *rest, f"{before}: `{command}`" if colon else weights])
-    return Table(HEADER, rows).markdown() + "\n"
+        rows.append((entry.origin, [card, *rest, f"{before}: `{command}`" if colon else weights]))
+    return markdown_by_start(HEADER, rows)

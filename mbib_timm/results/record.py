@@ -9,6 +9,7 @@ from pathlib import Path
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError, few, shown
 from mbib_timm.files import printable, read_json, read_text, to_json, write_bytes
+from mbib_timm.models.pretraining import NOT_RECORDED, Origin
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
 RECORD, HISTORY = "metrics.json", "summary.csv"
@@ -133,6 +134,7 @@ class RunRecord:
         environment: versions, hardware, command.
         held_out: in words how the result's images were held out of the training data; None where the data have a split
             for them, or where it was not recorded.
+        origin: where it started: from scratch, or from which weights of which data.
     """
 
     name: str
@@ -158,6 +160,7 @@ class RunRecord:
     precision: str | None = None
     left_out_images: list[str] = field(default_factory=list)
     held_out: str | None = None
+    origin: Origin = NOT_RECORDED
 
     def __post_init__(self) -> None:
         """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""

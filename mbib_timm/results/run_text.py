@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from mbib_timm.methods import method_title
+from mbib_timm.models.origin import origin_text
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.results.record import EPOCH_METRICS, Epoch, RunRecord
 from mbib_timm.results.tables import accuracy_table, percent
 
@@ -32,6 +34,8 @@ def print_report(folder: Path, record: RunRecord) -> None:
     """
     print(f"\n{_when(record)}, on {record.result.split}:")
     print(accuracy_table(record.result.heads, np.array(record.class_counts)))
+    if start := start_text(record.origin):
+        print(start)
     if chosen := chosen_text(record):
         print(chosen)
     if raw := raw_text(record):
@@ -52,6 +56,13 @@ def _when(record: RunRecord) -> str:
         return f"After {method_title(record.method)}"
     stage = f" of stage {len(stages)}, {method_title(stages[-1])}" if len(stages) > 1 else ""
     return f"Epoch {epoch} (the last{stage})"
+
+
+def start_text(origin: Origin) -> str:
+    """Return what a run started from, and what its numbers do not compare with; empty for one from scratch."""
+    if origin.is_scratch:
+        return ""
+    return f"Not from scratch: started from {origin_text(origin)}. No result from scratch compares with this one."
 
 
 def chosen_text(record: RunRecord) -> str:

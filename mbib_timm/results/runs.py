@@ -1,6 +1,7 @@
 """Finished runs as reports, cards and tools read them: the record with recipe and history, and runs of several
 seeds put together. Nothing here says where on a machine a run was made."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published
+from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text, start_name
+from mbib_timm.models.pretraining import Origin
+from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
 from mbib_timm.results.paper import RESULTS, PaperResult
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
@@ -83,13 +86,34 @@ class FinishedRun:
         if self.packaged is None or not is_published(self.name):
             return []
         epochs = ["epochs"] if longest_epochs(self.recipe) != longest_epochs(self.packaged) else []
-        return [*self.settings, *epochs, *([] if self._has_named_classes else ["classes"])]
+        start = [] if self._has_packaged_start or {"model", "pretrained"} & _last_parts(self.settings) else ["start"]
+        return [*self.settings, *epochs, *start, *([] if self._has_named_classes else ["classes"])]
+
+    @property
+    def _has_packaged_start(self) -> bool:
+        """Whether the run started as its packaged recipe does: a run's folder as a start is in no other key."""
+        own = OwnData(split_tag(self.name.partition(".")[2])[1])
+        packaged = Origin() if self.packaged is None else origin_of(self.packaged, own)
+        return packaged.is_scratch == self.origin.is_scratch and packaged.data == self.origin.data
 
     @property
     def paper(self) -> tuple[PaperResult, ...]:
         """What the paper reports of such a run; nothing of another model, another method, or other data."""
         others = {"model", "model_kwargs", "method"}
-        return () if self.dataset is None or _last_parts(self.settings) & others else RESULTS.get(self.name, ())
+        if self.dataset is None or not self.origin.is_scratch or _last_parts(self.settings) & others:
+            return ()
+        return RESULTS.get(self.name, ())
+
+    @property
+    def origin(self) -> Origin:
+        """Where it started; the paper's runs start from scratch."""
+        return self.record.origin
+
+    @property
+    def overlap(self) -> str:
+        """What is known of whether its classes were in what its weights had seen, in sentences; empty from scratch."""
+        data = split_tag(self.name.partition(".")[2])[1] if self.dataset is not None else self.record.dataset
+        return overlap_text(self.origin.data, data, self.record.class_names)
 
     @cached_property
     def history(self) -> list[Epoch]:
@@ -117,7 +141,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
-    """Read a run and further ones that differ from it in the seed alone.
+    """Read a run and further ones that differ from it in the seed alone, and so started from the same.
 
     Returns:
         The run, then the others.
@@ -127,6 +151,10 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
     """
     first, *rest = runs = [read_run(path) for path in (folder, *others)]
     for run in rest:
+        if run.origin != first.origin:
+            raise MbibError(
+                f"{run.folder} started {_from(run)}, and {folder} {_from(first)}: more than the seed differs"
+            )
         if _without_seed(run.recipe) != _without_seed(first.recipe):
             raise MbibError(f"{run.folder} is a run of a different recipe from {folder}: more than the seed differs")
     _require_other_seeds(runs)
@@ -135,6 +163,10 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
 
 def _without_seed(recipe: Recipe) -> dict[str, Any]:
     return recipe.everywhere(seed=0).computation()
+
+
+def _from(run: FinishedRun) -> str:
+    return origin_text(run.origin) if run.origin.is_scratch else f"from {origin_text(run.origin)}"
 
 
 def _require_other_seeds(runs: Sequence[FinishedRun]) -> None:
@@ -203,6 +235,11 @@ class RunGroup:
         """What the paper reports of such a run."""
         return self.first.paper
 
+    @property
+    def origin(self) -> Origin:
+        """Where the runs started."""
+        return self.first.origin
+
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     """Put runs together that differ in the seed alone, in the order in which they were given.
@@ -212,7 +249,8 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     """
     grouped: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        grouped.setdefault(json.dumps([run.name, _without_seed(run.recipe)], sort_keys=True), []).append(run)
+        start = dataclasses.asdict(run.origin)
+        grouped.setdefault(json.dumps([run.name, _without_seed(run.recipe), start], sort_keys=True), []).append(run)
     groups = []
     for members in grouped.values():
         _require_other_seeds(members)
@@ -258,9 +296,14 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
 
 
 def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
-    """Return the run's name, and the settings that differ among the runs of this name."""
+    """Return the run's name, and the settings that differ among the runs of this name, or where it started."""
     own = _by_address(run.recipe)
     others = [_by_address(other.recipe) for other in runs if other.name == run.name]
     differing = [key for key in own if key.rpartition(".")[2] != "seed" and any(o.get(key) != own[key] for o in others)]
-    settings = ", ".join(f"{key} {own[key]}" for key in differing)
+    said = [f"{key} {own[key]}" for key in differing]
+    recipe = _without_seed(run.recipe)
+    alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
+    if any(other.origin != run.origin for other in alike):
+        said.append("from scratch" if run.origin.is_scratch else f"from {start_name(run.origin)}")
+    settings = ", ".join(said)
     return f"{run.name} ({settings})" if settings else run.name

@@ -4,16 +4,27 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.files import printable
 from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.models.origin import origin_text
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 from mbib_timm.results.record import HeadMetrics
 
+T = TypeVar("T")
 NOTHING = "–"
+# Above tables, and the column that says it.
+FROM_SCRATCH = "From scratch:"
+FROM_WEIGHTS = (
+    "Started from weights that have seen other data, or learnt from a teacher that has: these results compare with one "
+    "another where they started from the same, and with none from scratch."
+)
+STARTED = "started from"
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,43 @@ def _has_numbers(cells: Sequence[str]) -> bool:
 def _padded(cells: Sequence[str], right: bool) -> list[str]:
     width = max(map(len, cells))
     return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+
+
+def split_by_start(items: Sequence[T], origin: Callable[[T], Origin]) -> list[tuple[str, list[T]]]:
+    """Return results from scratch, then those that started from weights, which never stand in one column.
+
+    Returns:
+        What is to be said above each kind, and its results; a kind without any is left out, and a single one that is
+        from scratch needs no word.
+    """
+    scratch = [item for item in items if origin(item).is_scratch]
+    others = [item for item in items if not origin(item).is_scratch]
+    parts = [(FROM_SCRATCH if others else "", scratch), (FROM_WEIGHTS, others)]
+    return [(said, kind) for said, kind in parts if kind]
+
+
+def tables_by_start(
+    header: Sequence[str], rows: Sequence[tuple[Origin, Sequence[str]]], escape: Callable[[str], str] = str
+) -> list[tuple[str, Table]]:
+    """Return rows as `split_by_start` does: what to say above a table, and the table.
+
+    Rows that started from weights have another column after their first: what these were, escaped as the cells are.
+    """
+    tables = []
+    for said, kind in split_by_start(rows, lambda row: row[0]):
+        if kind[0][0].is_scratch:
+            tables.append((said, Table(header, [cells for _, cells in kind])))
+        else:
+            shown = [[cells[0], escape(origin_text(origin)), *cells[1:]] for origin, cells in kind]
+            tables.append((said, Table([header[0], STARTED, *header[1:]], shown)))
+    return tables
+
+
+def markdown_by_start(header: Sequence[str], rows: Sequence[tuple[Origin, Sequence[str]]]) -> str:
+    """Return `tables_by_start` as Markdown, with a line break at its end. Cells are Markdown."""
+    tables = tables_by_start(header, rows, markdown_text)
+    parts = [part for said, table in tables for part in (said, table.markdown()) if part]
+    return "\n\n".join(parts) + "\n"
 
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"})

@@ -17,8 +17,9 @@ from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas
 from mbib_timm.errors import first_line
 from mbib_timm.files import printable_lines, to_json, write_bytes
 from mbib_timm.methods import method_title
+from mbib_timm.models.origin import origin_text
 from mbib_timm.results.columns import COLUMNS
-from mbib_timm.results.tables import Table, difference, mean_and_deviation, mean_of, percent
+from mbib_timm.results.tables import FROM_WEIGHTS, STARTED, Table, difference, mean_and_deviation, mean_of, percent
 from mbib_timm.sweeps.sweep import GROUP, HEAD
 from mbib_timm.sweeps.sweep_results import (
     FILE,
@@ -82,6 +83,7 @@ def runs_csv(results: SweepResults) -> str:
                 "training_seconds": run.training_seconds,
                 "hardware": run.environment.hardware,
                 "commit": run.environment.commit,
+                **({"started_from": origin_text(run.origin)} if results.starts else {}),
                 "run": run.label,
             }
         )
@@ -116,6 +118,8 @@ def what_was_run(results: SweepResults) -> list[str]:
     if results.settings:
         listing = listed([f"`{key}` {value}" for key, value in results.settings.items()])
         said.append(f"Changed from the recipe: {listing}.")
+    if results.starts:
+        said.append(f"**Not from scratch**: started from {'; '.join(results.starts)}. {FROM_WEIGHTS}")
     if results.is_short:
         said.append(
             "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. The rows "
@@ -135,7 +139,8 @@ def _header(results: SweepResults) -> list[str]:
     axes = [results.labels[axis] for axis in results.axes]
     paper = _paper_columns(results)
     source = results.paper.source if results.paper else ""
-    columns = [*axes, *([HEAD] if results.heads else []), "n", *COLUMNS]
+    starts = [STARTED] if len(results.starts) > 1 else []
+    columns = [*axes, *([HEAD] if results.heads else []), *starts, "n", *COLUMNS]
     for column in paper:
         columns.append(f"paper: {column} ({source})")
         if results.is_papers:
@@ -145,7 +150,8 @@ def _header(results: SweepResults) -> list[str]:
 
 def _row(results: SweepResults, cell: Cell) -> list[str]:
     axes = [method_title(cell.coordinates[axis]) for axis in results.axes]
-    row = [*axes, *([cell.coordinates[HEAD]] if results.heads else []), str(cell.n)]
+    starts = [cell.start] if len(results.starts) > 1 else []
+    row = [*axes, *([cell.coordinates[HEAD]] if results.heads else []), *starts, str(cell.n)]
     row += [mean_and_deviation(cell.values[column]) for column in COLUMNS]
     for column in _paper_columns(results):
         number = cell.paper.get(column)

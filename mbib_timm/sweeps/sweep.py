@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbib_timm.errors import MbibError, shown, unknown_name
-from mbib_timm.files import from_plain, read_yaml
+from mbib_timm.files import from_plain, printable, read_yaml
 from mbib_timm.options import is_number
 from mbib_timm.recipe import KEYS, check_key, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
@@ -116,7 +116,7 @@ class Sweep:
         for name in self.labels:
             if name not in self.axes:
                 raise unknown_name(f"axis in the labels of sweep {self.name}", name, self.axes)
-        if self.name in ("", "..") or Path(self.name).name != self.name:
+        if self.name in ("", "..") or Path(self.name).name != self.name or printable(self.name) != self.name:
             raise MbibError(f"sweep {shown(self.name)}: expected a name that a folder can have")
         for seed in self.seeds:
             check_key("seed", seed)

@@ -8,6 +8,8 @@ from typing import Any
 from mbib_timm.environment import Environment
 from mbib_timm.errors import shown
 from mbib_timm.files import read_json
+from mbib_timm.models.origin import origin_text
+from mbib_timm.models.pretraining import NOT_RECORDED, Origin
 from mbib_timm.recipe import data_of
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.runs import SAME_RESULT
@@ -53,6 +55,7 @@ class SweepRun:
         curve: of the last stage.
         training_seconds: of the last stage.
         environment: versions, hardware, command.
+        origin: where it started.
     """
 
     label: str
@@ -71,6 +74,7 @@ class SweepRun:
     curve: Curve
     training_seconds: float
     environment: Environment
+    origin: Origin = NOT_RECORDED
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,25 @@ class SweepResults:
         return any(run.epochs != run.recipe_epochs for run in self.runs)
 
     @property
+    def starts(self) -> list[str]:
+        """What runs started from, where any did not start from scratch, each once."""
+        if all(run.origin.is_scratch for run in self.runs):
+            return []
+        return list(dict.fromkeys(origin_text(run.origin) for run in self.runs))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What was set from outside in any of the runs, by address."""
         return {key: value for run in self.runs for key, value in run.settings.items()}
 
     @property
     def is_papers(self) -> bool:
-        """True if the sweep is the paper's: its recipe as it stands, in full. Then a difference from it counts."""
+        """True if the sweep is the paper's: its recipe as it stands, in full. Then a difference from it counts.
+
+        The paper's runs start from scratch.
+        """
+        if not all(run.origin.is_scratch for run in self.runs):
+            return False
         if self.paper is None or self.recipe != self.paper.recipe or self.is_short:
             return False
         return self.settings.keys() <= SAME_RESULT
@@ -153,12 +169,14 @@ class Cell:
     Attributes:
         coordinates: value of each axis by its name, and under ``head`` the head's title where rows are heads.
         values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one per seed.
-        paper: the paper's numbers under the same names.
+        paper: the paper's numbers under the same names; none for runs that started from weights.
+        start: what the runs started from.
     """
 
     coordinates: dict[str, str]
     values: dict[str, list[float | None]]
     paper: dict[str, float]
+    start: str
 
     @property
     def n(self) -> int:
@@ -183,7 +201,8 @@ def cells(results: SweepResults) -> list[Cell]:
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
             values = {column: [run.heads[head].get(column) for run in runs] for column in COLUMNS}
-            rows.append(Cell(coordinates, values, _paper_numbers(results, coordinates)))
+            paper = {} if results.starts else _paper_numbers(results, coordinates)
+            rows.append(Cell(coordinates, values, paper, origin_text(runs[0].origin)))
     return rows
 
 
@@ -205,7 +224,8 @@ def short_headline(results: SweepResults) -> str:
     done = len(results.runs)
     some = f", {done} of {results.planned} runs" if done < results.planned else ""
     data = data_of(results.recipe)
-    said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {listed(numbers)}{some}"
+    start = f", started from {'; '.join(results.starts)}" if results.starts else ""
+    said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {listed(numbers)}{some}{start}"
     return f"{results.title} ({said})" if results.title else said
 
 

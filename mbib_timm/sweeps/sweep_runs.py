@@ -16,6 +16,7 @@ from typing import Any
 from mbib_timm.data import DataPool
 from mbib_timm.errors import BusyFolderError, MbibError, shown
 from mbib_timm.files import check_folder, printable, printable_lines
+from mbib_timm.models.origin import starts_from_weights
 from mbib_timm.models.zoo import data_set_of
 from mbib_timm.recipe import (
     KEYS,
@@ -137,6 +138,13 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
                 f"sweep {sweep.name}: {shown(label)} is too long for a folder's name; give the values of its axes "
                 "names: axis: {name: {key: value}}"
             )
+    with_start = [run for run in runs if starts_from_weights(run.recipe)]
+    if 0 < len(with_start) < len(runs):
+        scratch = next(run for run in runs if run not in with_start)
+        raise MbibError(
+            f"sweep {sweep.name}: {with_start[0].label} starts from trained weights and {scratch.label} from scratch, "
+            "and results of the two never stand in one table; expected a sweep of each"
+        )
     epochs = {run.epochs for run in runs}
     as_asked = all(run.epochs == run.recipe_epochs for run in runs)
     folder = sweep.name if as_asked or len(epochs) > 1 else f"{sweep.name}-{epochs.pop()}e"
@@ -355,4 +363,5 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         ),
         training_seconds=round(record.training_seconds, 1),
         environment=record.environment,
+        origin=record.origin,
     )

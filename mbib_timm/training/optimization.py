@@ -9,9 +9,10 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, unwrap_model
+from torch import nn
 
 from mbib_timm.errors import MbibError, first_line, unknown_name
-from mbib_timm.methods import Method
+from mbib_timm.methods import Method, part_of
 from mbib_timm.recipe import Recipe
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
@@ -41,12 +42,14 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
             kwargs.setdefault("capturable", True)
     settings = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
+    # Before timm takes a recipe without weight decay for a network none of whose parameters may have any.
+    decays = recipe.weight_decay or 1.0 if recipe.param_groups else recipe.weight_decay
     try:
         if recipe.opt_kwargs or get_optimizer_class(recipe.opt) not in FUSED_OPTIMIZERS:
             _try_step({**settings, **kwargs}, method.device)
         optimizer = create_optimizer_v2(
             network,
-            **settings,
+            **{**settings, "weight_decay": decays},
             filter_bias_and_bn=recipe.filter_bias_and_bn,
             layer_decay=recipe.layer_decay,
             **kwargs,
@@ -56,14 +59,85 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
             f"recipe key {'opt_kwargs' if recipe.opt_kwargs else 'opt'!r}: optimizer {recipe.opt!r} does not take what "
             f"it is given: {first_line(error)}"
         ) from None
+    if recipe.param_groups:
+        optimizer.param_groups = _divided(optimizer.param_groups, recipe, network)
     if own:
         optimizer.add_param_group({"params": own, "weight_decay": recipe.weight_decay})
     return optimizer
 
 
+def _divided(groups: list[dict[str, Any]], recipe: Recipe, network: nn.Module) -> list[dict[str, Any]]:
+    """Return timm's parameter groups, divided into those of the recipe's parts and the rest.
+
+    A part's `lr_scale` multiplies that of ``layer_decay``. Its weight decay is for those of its parameters that have
+    any: not for biases and norms that ``filter_bias_and_bn`` excludes, nor for what the network itself does.
+
+    Args:
+        groups: of all that trains; those that have weight decay have some above 0.
+        recipe: has the parts.
+        network: whose parameters.
+
+    Raises:
+        MbibError: parts that cannot be, or a weight decay that none of a part's parameters may have.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    parts = _parts(recipe, network)
+    divided: list[dict[str, Any]] = []
+    decaying = set()
+    for group in groups:
+        members: dict[str, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            members.setdefault(parts.get(names[id(parameter)], ""), []).append(parameter)
+        for part, parameters in members.items():
+            own = recipe.param_groups.get(part, {})
+            changed = {**group, "params": parameters}
+            if "lr_scale" in own:
+                changed["lr_scale"] = group.get("lr_scale", 1.0) * own["lr_scale"]
+            if group["weight_decay"] > 0:
+                decaying.add(part)
+                changed["weight_decay"] = own.get("weight_decay", recipe.weight_decay)
+            divided.append(changed)
+    for part, own in recipe.param_groups.items():
+        if "weight_decay" in own and part not in decaying:
+            raise MbibError(
+                f"recipe key 'param_groups': {part}: weight_decay has no effect: filter_bias_and_bn or the network "
+                "itself excludes all of that part from weight decay"
+            )
+    return divided
+
+
+def _parts(recipe: Recipe, network: nn.Module) -> dict[str, str]:
+    """Return the part of ``param_groups`` that a parameter is in, by the parameter's name, of those that train.
+
+    Raises:
+        MbibError: a part without a parameter that trains, or two parts with one parameter.
+    """
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    parts: dict[str, str] = {}
+    for part in recipe.param_groups:
+        try:
+            found = part_of(network, part) & trained
+        except MbibError as error:
+            raise MbibError(f"recipe key 'param_groups': {error}") from None
+        if not found:
+            raise MbibError(f"recipe key 'param_groups': {part} has no effect: no parameter of that part trains")
+        if shared := found & parts.keys():
+            first = min(shared)
+            raise MbibError(f"recipe key 'param_groups': {first} is in {parts[first]} and in {part}; expected one part")
+        parts |= dict.fromkeys(found, part)
+    return parts
+
+
+def unscaled_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the recipe's learning rate at this time: without the factor that a layer or a part has of its own."""
+    scales = [(group.get("lr_scale", 1.0), group["lr"]) for group in optimizer.param_groups]
+    scale, rate = min(scales, key=lambda each: abs(each[0] - 1))  # exact, where a group has the factor 1
+    return float(rate) / scale
+
+
 def _try_step(settings: Mapping[str, Any], device: torch.device) -> None:
     """Take a step of an optimizer: what is wrong with some keyword arguments shows in the first at the earliest."""
-    parameter = torch.nn.Parameter(torch.ones(2, 2, device=device))
+    parameter = nn.Parameter(torch.ones(2, 2, device=device))
     parameter.grad = torch.ones_like(parameter)
     create_optimizer_v2([parameter], **settings).step()
     if not parameter.isfinite().all():

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
+from mbib_timm.data.features import FeatureStore
 from mbib_timm.environment import World, describe_environment, seed_generators, share_buffers
 from mbib_timm.errors import CheckpointError, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.files import from_plain
 from mbib_timm.methods import Method
+from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
@@ -32,9 +34,9 @@ from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
-from mbib_timm.training.optimization import round_learning_rates
+from mbib_timm.training.optimization import round_learning_rates, unscaled_rate
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
-from mbib_timm.training.setup import set_up, trained_line
+from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
 
@@ -87,13 +89,22 @@ class Run:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
-        if world.is_main and (trained := trained_line(recipe, setup.method)) is not None:
-            print(trained, flush=True)
+        if world.is_main:
+            for line in setup.notes:
+                print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
-        self.optimizer, self.schedule = setup.optimizer, setup.schedule
-        # From here on, and in recipe.yaml, the recipe says which loader and precision it is: alike in all processes.
+        self.frozen = setup.frozen
+        self.optimizer, self.schedule, self.origin = setup.optimizer, setup.schedule, setup.origin
+        # From here on, and in recipe.yaml, the recipe says which loader, precision and preprocessing it is: alike in
+        # all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
-        self.recipe = recipe = recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
+        self.recipe = recipe = setup.recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
+        self.pool = pool
+        self.store: FeatureStore | None = None
+        if self.frozen is not None:
+            self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features)
+        if state is None and recipe.choice("classifier_start") == CLASS_MEANS:
+            start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
         self.done = TrainState()
@@ -103,7 +114,6 @@ class Run:
             self.method.prepare_distributed([world.device.index] if world.device.type == "cuda" else None)
         self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
         # Last, since it may take long to decode the images: what does not fit is known by now.
-        self.pool = pool
         self.loaders: Loaders = create_loaders(
             self.splits,
             recipe,
@@ -116,6 +126,7 @@ class Run:
             stage=recipe.stage,
             epochs=recipe.epochs,
             views=recipe.augmentations(),
+            store=self.store,
         )
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
@@ -153,8 +164,7 @@ class Run:
         seed_generators(recipe.seed, epoch, self.world.rank, recipe.stage)
         self.method.start_epoch(epoch)
         self.loaders.train.set_epoch(epoch)
-        # With layer_decay the heads' rate, which is the recipe's.
-        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        learning_rate = unscaled_rate(self.optimizer)
         round_learning_rates(self.optimizer)
         losses = train_one_epoch(
             self.method,
@@ -188,7 +198,7 @@ class Run:
 
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
-        return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool)
+        return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool, self.store)
 
     def _last_epoch_is_result(self) -> bool:
         """Whether the result is what the last epoch's evaluation finds: on its split, of weights that stay."""
@@ -225,7 +235,8 @@ class Run:
     def _save(self) -> None:
         """Write what the run has come to; the checkpoint last, since it stands for all of it."""
         if self.best_weights is not None:
-            self.folder.write_weights(BEST_WEIGHTS, self.best_weights)
+            whole = {} if self.frozen is None else self.frozen.state_dict()
+            self.folder.write_weights(BEST_WEIGHTS, whole | self.best_weights)
             self.best_weights = None
         if self.done.history:
             write_history(self.folder.path, self.done.history)
@@ -235,6 +246,8 @@ class Run:
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
         }
+        if self.frozen is not None:
+            state["backbone"] = self.frozen.digest
         if self.recipe.model_ema:
             state |= self.method.get_checkpoint_state(ema=True)
         if self.precision.scaler is not None:
@@ -245,6 +258,8 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("class_counts") != self.splits.class_counts.tolist():
             raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
+        if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
+            raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             self.optimizer.load_state_dict(state["optimizer"])
@@ -303,8 +318,11 @@ class Run:
             left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
+            origin=self.origin,
         )
         if self.world.is_main:
+            if self.frozen is not None:
+                self.frozen.put_back(self._result_model())
             self.folder.write_model(
                 self._result_model(),
                 input_size=self.input_size,
@@ -312,6 +330,7 @@ class Run:
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=self.method.result_prior,
+                origin=self.origin,
                 tag=self.name.partition(".")[2],
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)

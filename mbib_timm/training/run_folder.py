@@ -13,6 +13,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from mbib_timm.data.images import channelwise
+from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
-from mbib_timm.files import read_json, remove_debris, to_json, write_bytes
+from mbib_timm.files import check_folder, printable, read_json, remove_debris, to_json, write_bytes
 from mbib_timm.models.adapters import merged_weights
+from mbib_timm.models.pretraining import Origin
+from mbib_timm.models.zoo import data_set_of, split_tag
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import RECORD
+from mbib_timm.results.redact import redact_value
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside, take_next
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
@@ -57,17 +62,16 @@ def place_of(output: str, name: str) -> Path:
     Raises:
         MbibError: a name that is none of a folder, or leads out of it.
     """
-    try:
-        fits = 0 < len(os.fsencode(name)) <= LONGEST_NAME and name not in (os.curdir, os.pardir)
-    except UnicodeEncodeError:
-        fits = False
-    if not fits or set(name) & {"/", os.sep, "\0"}:
+    fits = printable(name) == name and name == name.strip() and 0 < len(os.fsencode(name)) <= LONGEST_NAME
+    if not fits or name in (os.curdir, os.pardir) or set(name) & {"/", os.sep}:
         raise MbibError(
-            f"recipe key 'experiment': expected the name of a folder in {output}, of at most {LONGEST_NAME} bytes, "
-            f"got {name[:40]!r}"
+            f"recipe key 'experiment': expected the name of a folder in {output}, of at most {LONGEST_NAME} bytes "
+            f"and without control characters, got {name[:40]!r}"
         )
     if "\0" in output:
         raise MbibError(f"recipe key 'output': {output!r} is no folder's name")
+    if Path(output).parts[:1] == ("~",):
+        check_folder(Path(output))
     return Path(output) / name
 
 
@@ -139,7 +143,7 @@ class RunFolder:
         return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
 
     def agree(self, recipe: Recipe, extend: bool = False) -> Recipe:
-        """Return a recipe with what the run here has chosen, where it leaves that open: loader and precision.
+        """Return a recipe with what the run here has chosen, where it leaves that open: see `OPEN_CHOICES`.
 
         Args:
             recipe: what is asked for.
@@ -213,26 +217,29 @@ class RunFolder:
         class_counts: np.ndarray,
         class_names: Sequence[str] | None,
         logit_prior: str | None,
+        origin: Origin,
         tag: str,
     ) -> None:
         """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
 
-        The config carries the preprocessing, the class names, the training images of each class, and the class
-        frequencies that the logits are for. The tag is that of the run: the model's own would name other weights, and
-        so would its licence, which nobody has given to these.
+        The config carries the preprocessing, the class names, the training images of each class, the class frequencies
+        that the logits are for, what the model was trained on, and where that started. The tag is that of the run: the
+        model's own would name other weights, and so would its licence, which nobody has given to these.
         """
         cfg = {"tag": tag, "license": None}
         config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": cfg}
+        is_zoos = data_set_of(f".{tag}", class_counts.tolist(), class_names) is not None
+        config["training_data"] = split_tag(tag)[1] if is_zoos else redact_value(recipe.dataset)
+        config["origin"] = asdict(origin)
         if logit_prior is not None:
             config["logit_prior"] = logit_prior
         if class_names is not None:
             config["label_names"] = list(class_names)
         data_config = {
             "input_size": input_size,
-            "mean": channelwise(recipe.mean, input_size[0]),
-            "std": channelwise(recipe.std, input_size[0]),
-            "crop_pct": 1.0 if recipe.train_crop_mode == "pad" else recipe.crop_pct,
-            "interpolation": "bilinear" if recipe.interpolation == "random" else recipe.interpolation,
+            "mean": channelwise(recipe.settled("mean"), input_size[0]),
+            "std": channelwise(recipe.settled("std"), input_size[0]),
+            **evaluation_crop(recipe),
         }
         with tempfile.TemporaryDirectory() as beside:
             file = Path(beside) / "config.json"

@@ -1,6 +1,7 @@
 """What a stage trains with: network, method, optimizer and schedule, checked as a whole before anything begins."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,22 @@ from mbib_timm.data.decoding import free_memory
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
+from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
+from mbib_timm.models import plain_resnets
 from mbib_timm.models.adapters import adapted_layers, add_adapters
 from mbib_timm.models.complexity import activation_bytes
-from mbib_timm.models.weights import Source, create_with_weights, find_source, read_weights
+from mbib_timm.models.frozen_backbone import FrozenBackbone
+from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.preprocessing import departures, inherited, input_size, settle
+from mbib_timm.models.pretraining import Origin
+from mbib_timm.models.weights import (
+    Source,
+    create_with_weights,
+    find_source,
+    read_weights,
+    start_config,
+    under_keys_of,
+)
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
 
@@ -33,20 +47,28 @@ class Setup:
     """What a stage trains with.
 
     Attributes:
+        recipe: of the stage, with the preprocessing of its model where it leaves that open.
         method: around its network, on the device, with what does not train frozen.
         input_size: of the images, (C, H, W).
         loader: ``resident`` or ``timm``, as this process would choose.
         optimizer: of what trains.
         schedule: of the optimizer's learning rates.
         precision: of a step.
+        frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
+        notes: what whoever starts the run should know: a line each.
+        origin: where the run's weights started.
     """
 
+    recipe: Recipe
     method: Method
     input_size: tuple[int, int, int]
     loader: str
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision
+    frozen: FrozenBackbone | None
+    notes: tuple[str, ...]
+    origin: Origin
 
 
 def set_up(
@@ -64,6 +86,7 @@ def set_up(
     Raises:
         MbibError: what recipe, data and weights do not allow.
     """
+    recipe = inherited(recipe)
     check_sampler(recipe.choice("sampler"), splits, recipe.cutmix_sampler)
     kind, given = resolve_method(recipe.method)
     settings = kind.Settings(**given)
@@ -74,9 +97,11 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
+    departure = departures(recipe, network)
+    recipe = settle(recipe, network)
     size = input_size(recipe, network)
-    if recipe.model_kwargs:
-        _try_arguments(network, size, world.device)
+    if keys := [key for key, given in (("img_size", recipe.img_size), ("model_kwargs", recipe.model_kwargs)) if given]:
+        _try_image(network, size, world.device, keys)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
@@ -84,17 +109,27 @@ def set_up(
         except MbibError as error:
             raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
     precision = Precision.of(recipe, world.device)
-    _check_memory(network, recipe, len(splits.train), size, world.device, precision)
-    loader = choose_loader(splits, recipe, size, world.device, pool)
+    if recipe.feature_passes is None:
+        frozen, seen = None, size
+        loader = choose_loader(splits, recipe, size, world.device, pool)
+    else:
+        frozen, loader = FrozenBackbone(network, precision.autocast_dtype), "timm"
+        seen = (frozen.width, 1, 1)
+    _check_memory(network, recipe, len(splits.train), seen, world.device, precision)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
+    if recipe.choice("classifier_start") == CLASS_MEANS:
+        require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    return Setup(method, size, loader, optimizer, schedule, precision)
+    notes = tuple(filter(None, (departure, _trained_line(recipe, method))))
+    names = None if splits.class_names is None else list(splits.class_names)
+    origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
+    return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes, origin)
 
 
-def trained_line(recipe: Recipe, method: Method) -> str | None:
+def _trained_line(recipe: Recipe, method: Method) -> str | None:
     """Return a line on what trains, where not all of the network does; None otherwise."""
     network = unwrap_model(method.trainable_module)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
@@ -108,15 +143,15 @@ def trained_line(recipe: Recipe, method: Method) -> str | None:
     return f"trains {share:.{2 if share < 10 else 3}g} % of {total / 1e6:.1f} M parameters: {what}"
 
 
-def _try_arguments(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
-    """Raise MbibError where a network fails with a first image: then its keyword arguments are at fault."""
+def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
+    """Raise MbibError where a network fails with a first image: then the recipe's `keys` are at fault."""
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, *size, device=device))
     except Exception as error:
         raise MbibError(
-            f"recipe key 'model_kwargs': with these the model takes no images of {'x'.join(map(str, size))}: "
-            f"{first_line(error)}"
+            f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: so the model takes no images "
+            f"of {'x'.join(map(str, size))}: {first_line(error)}"
         ) from None
     network.train()
 
@@ -187,7 +222,7 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
     model = _create_model(recipe, num_classes, False, kwargs)
     anew = part_of(model, reset, "reset")
     if previous is not None:
-        weights = read_weights(previous)
+        weights = under_keys_of(model, read_weights(previous))
     else:
         torch.set_rng_state(state)
         weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
@@ -210,7 +245,10 @@ def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str]
     """
     if anew == own.keys():
         return
-    differing = {name for name in own.keys() ^ weights.keys() if name not in anew}
+    # A layer that starts anew may be of another kind: what it has no more, such as a bias, is not asked for.
+    layers = {name.rpartition(".")[0] for name in anew}
+    missing = {name for name in weights.keys() - own.keys() if name.rpartition(".")[0] not in layers}
+    differing = missing | (own.keys() - weights.keys() - anew)
     differing |= {name for name in own.keys() & weights.keys() - anew if own[name].shape != weights[name].shape}
     if differing:
         raise CheckpointError(f"the weights of {source} do not fit this stage's model: {few(sorted(differing))}")
@@ -224,6 +262,8 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             )
     name, kwargs = recipe.model, {"num_classes": num_classes, **recipe.model_kwargs, **more}
     source = find_source(name) if ":" in name else None
+    # Weights of another run: of images as that run had them.
+    overlay = start_config(Path(recipe.initial_checkpoint)).preprocessing if recipe.initial_checkpoint else {}
     if source is not None:
         if recipe.initial_checkpoint is not None:
             raise MbibError(f"recipe key 'initial_checkpoint': {name} has weights of its own; see key 'pretrained'")
@@ -240,13 +280,19 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             if not (known := list(filter(None, tags))):
                 raise MbibError(f"model {architecture} has no tag {tag!r}; expected {architecture} alone") from None
             raise unknown_name(f"tag of model {architecture}", tag, known) from None
-        if recipe.img_size is not None and cfg is not None and cfg.fixed_input_size:
-            kwargs.setdefault("img_size", recipe.img_size)
-        if more and not timm.model_entrypoint(name.partition(".")[0]).__module__.startswith("mbib_timm."):
-            # timm's own models take no other classifiers than theirs.
+        if cfg is not None and cfg.fixed_input_size and recipe.img_size is not None:
+            own = overlay.get("input_size", cfg.input_size)
+            if tuple(own[1:]) != (recipe.img_size, recipe.img_size):
+                kwargs.setdefault("img_size", recipe.img_size)
+        module = timm.model_entrypoint(architecture).__module__
+        plain = not module.startswith("mbib_timm.")
+        if (more and plain) or (recipe.feature_passes and (plain or module == plain_resnets.__name__)):
+            # timm's own models take no other classifiers than theirs, and no plain one says what they stand on.
             kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
     if pretrained and recipe.initial_checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)
+        overlay = {**overlay, **weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)}
+    if overlay:
+        kwargs["pretrained_cfg_overlay"] = overlay
     try:
         if pretrained:
             return create_with_weights(source or Source(name), **kwargs)
@@ -270,15 +316,6 @@ def weights_overlay(weights: dict[str, Tensor], model_name: str) -> dict[str, An
     return overlay
 
 
-def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
-    """Return the size (C, H, W) of the images that a recipe feeds to its network, or to the model in it."""
-    cfgs = (getattr(module, "pretrained_cfg", None) for module in network.modules())
-    cfg: Any = next((cfg for cfg in cfgs if cfg), {})
-    channels, height, width = cfg.get("input_size", (3, 224, 224))
-    channels = recipe.model_kwargs.get("in_chans", channels)
-    return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
-
-
 def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previous: Path | None = None) -> Facts:
     """Return what a stage's method may know.
 
@@ -296,8 +333,8 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         recipe.epochs,
         previous,
         size,
-        tuple(recipe.mean),
-        tuple(recipe.std),
+        tuple(recipe.settled("mean")),
+        tuple(recipe.settled("std")),
         splits.class_names,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
         class_weights=loss_weights(recipe.class_weights, splits.class_counts, splits.class_names),

@@ -58,21 +58,25 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
         folder: an empty one, for these.
     """
     previous: Path | None = None
+    before: Recipe | None = None
     for stage in recipe.chain():
         splits = pool.open(stage)
-        setup = set_up(stage, splits, world, previous, pool)
-        method = setup.method
-        create_step(stage, method, setup.optimizer, setup.precision, world)
+        setup = set_up(stage.replace_previous(before), splits, world, previous, pool)
+        before, method = setup.recipe, setup.method
+        if setup.frozen is not None:
+            setup.frozen.put_back(method.result_model())
+        create_step(before, method, setup.optimizer, setup.precision, world)
         if stage is not recipe:
             previous = folder / f"stage {stage.stage + 1}"
             previous.mkdir()
             RunFolder(previous).write_model(
                 method.result_model(),
                 input_size=setup.input_size,
-                recipe=stage,
+                recipe=before,
                 class_counts=splits.class_counts,
                 class_names=splits.class_names,
                 logit_prior=method.result_prior,
+                origin=setup.origin,
                 tag=previous.name,
             )
 

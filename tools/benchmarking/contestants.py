@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from timm.data import create_loader
 from timm.optim import create_optimizer_v2
@@ -23,6 +24,8 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
 from mbib_timm.models.head_outputs import head_logits
+from mbib_timm.models.preprocessing import settle
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training.epoch import train_one_epoch
@@ -69,7 +72,8 @@ def method_recipe(name: str, world: World) -> Recipe:
 
 def _on_noise(recipe: Recipe, world: World) -> Recipe:
     # A rate at which the loss on noise stays finite without a warm-up.
-    return recipe.replace(lr=0.01, workers=2, loader="resident", image_cache="none", device=str(world.device))
+    recipe = recipe.replace(lr=0.01, workers=2, loader="resident", image_cache="none", device=str(world.device))
+    return settle(recipe, timm.create_model(recipe.model, device="meta"))
 
 
 class Trainer:
@@ -145,6 +149,7 @@ def write_model(folder: Path, recipe: Recipe, size: int, counts: np.ndarray) -> 
         class_counts=counts,
         class_names=None,
         logit_prior="uniform",
+        origin=Origin(),
         tag="fresh",
     )
 
@@ -185,8 +190,8 @@ class TimmLoop:
             recipe.batch_size,
             is_training=True,
             no_aug=True,
-            mean=tuple(recipe.mean),
-            std=tuple(recipe.std),
+            mean=tuple(recipe.settled("mean")),
+            std=tuple(recipe.settled("std")),
             num_workers=recipe.workers,
             pin_memory=world.device.type == "cuda",
             device=world.device,

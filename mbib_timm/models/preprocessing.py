@@ -1,0 +1,83 @@
+"""How images become a model's input: as its weights have seen them, where a recipe does not say otherwise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.data import resolve_data_config
+from torch import nn
+
+from mbib_timm.errors import MbibError
+from mbib_timm.recipe import MODEL_KEYS, Recipe
+
+
+def own_preprocessing(network: nn.Module) -> dict[str, Any]:
+    """Return timm's data config of a network, or of the model in it: that of the cfg with which it was created.
+
+    Returns:
+        ``input_size`` (C, H, W), ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``; timm's defaults for
+        what the cfg leaves out, and for a network without one.
+    """
+    cfgs = (getattr(module, "pretrained_cfg", None) for module in network.modules())
+    cfg = next((cfg for cfg in cfgs if cfg), None)
+    config: dict[str, Any] = resolve_data_config({"in_chans": 3}, pretrained_cfg=cfg)
+    return config
+
+
+def settle(recipe: Recipe, network: nn.Module) -> Recipe:
+    """Return a recipe in which the keys that it leaves to the model have the model's own values.
+
+    `img_size` stays open where the model's images are not square; see `input_size`.
+
+    Raises:
+        MbibError: a value that a recipe cannot have.
+    """
+    own = _own_keys(network)
+    try:
+        return recipe.replace(**{key: own[key] for key in MODEL_KEYS if getattr(recipe, key) is None})
+    except MbibError as error:
+        raise MbibError(
+            f"model {recipe.model!r}: of its own preprocessing: {error}; a recipe may say another"
+        ) from None
+
+
+def inherited(recipe: Recipe) -> Recipe:
+    """Return the recipe of a stage with the preprocessing of the stage before, whose model it trains on."""
+    before = recipe.previous
+    if before is None or before.model != recipe.model:
+        return recipe
+    return recipe.replace(**{key: getattr(before, key) for key in MODEL_KEYS if getattr(recipe, key) is None})
+
+
+def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
+    """Return the size (C, H, W) of the images that a recipe feeds to its network."""
+    channels, height, width = own_preprocessing(network)["input_size"]
+    channels = recipe.model_kwargs.get("in_chans", channels)
+    return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
+
+
+def departures(recipe: Recipe, network: nn.Module) -> str | None:
+    """Return, in a line, what a recipe that starts from weights says otherwise than these; None for nothing."""
+    if not recipe.pretrained and recipe.initial_checkpoint is None:
+        return None
+    own = _own_keys(network)
+    whole = recipe.train_crop_mode == "pad"  # then nothing is cut off
+    named = [key for key in MODEL_KEYS if not (whole and key.startswith("crop_"))]
+    said = [
+        f"{key} {_text(getattr(recipe, key))} ({_text(own[key])})"
+        for key in named
+        if getattr(recipe, key) not in (None, own[key])
+    ]
+    return f"preprocessing: the recipe's, not (in brackets) the weights': {', '.join(said)}" if said else None
+
+
+def _own_keys(network: nn.Module) -> Mapping[str, Any]:
+    """Return the model's own values of `MODEL_KEYS`, as a recipe has them."""
+    own = own_preprocessing(network)
+    _, height, width = own["input_size"]
+    lists = {key: [float(value) for value in own[key]] for key in ("mean", "std")}
+    return {**own, **lists, "img_size": height if height == width else None}
+
+
+def _text(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
