@@ -426,6 +426,10 @@ def _check_features(recipe: "Recipe", method: DeclaredMethod) -> None:
             f"recipe key 'feature_passes': method {method.name!r} looks at images, not at features alone; methods that "
             f"train heads on features: {', '.join(able)}"
         )
+    if recipe.lora is not None:
+        raise MbibError(
+            "recipe keys 'feature_passes' and 'lora': adapters change the backbone, and its features are stored"
+        )
     if recipe.cutmix:
         raise MbibError("recipe keys 'feature_passes' and 'cutmix': features cannot be cut; mixup takes them")
     starts = recipe.previous is not None or recipe.initial_checkpoint is not None or recipe.pretrained

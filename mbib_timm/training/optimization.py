@@ -115,10 +115,7 @@ def _parts(recipe: Recipe, network: nn.Module) -> dict[str, str]:
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     parts: dict[str, str] = {}
     for part in recipe.param_groups:
-        try:
-            found = part_of(network, part) & trained
-        except MbibError as error:
-            raise MbibError(f"recipe key 'param_groups': {error}") from None
+        found = part_of(network, part, "param_groups") & trained
         if not found:
             raise MbibError(f"recipe key 'param_groups': {part} has no effect: no parameter of that part trains")
         if shared := found & parts.keys():
