@@ -19,7 +19,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.methods.class_means import require_class_means, start_from_class_means
-from mbib_timm.models.backbones import classifier_names
+from mbib_timm.models.backbones import StoredFeatures, classifier_names
 from mbib_timm.models.head_outputs import head_logits
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.training import run as run_module
@@ -136,27 +136,12 @@ def test_classifiers_and_the_heads_statistics_change_and_nothing_else(name, kwar
 # Stored features in the place of images
 
 
-class Stored(nn.Module):
-    """Stands for a backbone whose pooled maps (B, D, 1, 1) are given, side by side."""
-
-    def __init__(self, levels, widths):
-        super().__init__()
-        self.levels, self.widths = levels, widths
-
-    def forward_intermediates(self, x, indices, **kwargs):
-        parts = dict(zip(self.levels, x.split(self.widths, dim=1), strict=True))
-        return [parts[level] for level in indices]
-
-
 def features_of(model, batches):
-    """Batches of the pooled maps of the backbone at all taps, and what gives them in the backbone's place."""
+    """Batches of the pooled maps of the backbone at all taps, and what stands in the backbone's place for them."""
     with torch.no_grad():
-        pooled = []
-        for batch in batches:
-            maps = model.eval()._maps(batch.images, model.taps)
-            pooled.append(torch.cat([each.mean(dim=(2, 3), keepdim=True) for each in maps], dim=1))
-    stored = Stored(model.taps, [each.shape[1] for each in maps])
-    return stored, [batch._replace(views=(x,)) for batch, x in zip(batches, pooled, strict=True)]
+        found = [torch.cat(model.eval().pool_features(batch.images), dim=1)[:, :, None, None] for batch in batches]
+    features = [batch._replace(views=(x,)) for batch, x in zip(batches, found, strict=True)]
+    return StoredFeatures(model.pooled_widths), features
 
 
 def test_stored_features_give_what_images_give():

@@ -116,7 +116,7 @@ def test_parameters_of_the_method_have_the_recipes_settings(monkeypatch):
         (
             {"heads2": {"lr_scale": 2}},
             {},
-            "part 'heads2' matches no parameter's name; the network has backbone, training_",
+            "part 'heads2' matches no parameter's name; did you mean 'heads'",
         ),
         ({"running_mean": {"lr_scale": 2}}, {}, "running_mean has no effect: no parameter of that part trains"),
         ({"^backbone": {"lr_scale": 2}}, {"train": "classifier"}, r"\^backbone has no effect: no parameter of that"),

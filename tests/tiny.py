@@ -12,6 +12,7 @@ from torch import nn
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.models.heads import CosineClassifier
+from mbib_timm.models.preprocessing import settle
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.run_folder import RunFolder
@@ -103,6 +104,11 @@ def previous_run(classes, model="cifar_resnet20", size=(3, 16, 16), seed=0, name
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
-    settings = dict(input_size=size, recipe=Recipe(**keys), class_counts=np.arange(classes, 0, -1), class_names=names)
+    settings = dict(
+        input_size=size,
+        recipe=settle(Recipe(**keys), network),
+        class_counts=np.arange(classes, 0, -1),
+        class_names=names,
+    )
     RunFolder(folder).write_model(network, **settings, logit_prior="uniform", origin=Origin(), tag="made_up")
     return folder

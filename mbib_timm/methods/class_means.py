@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
+from mbib_timm.methods.base import part_of
 from mbib_timm.models.head_outputs import classifiers_of, head_logits
 from mbib_timm.models.heads import CosineClassifier
 
@@ -87,16 +87,12 @@ def start_from_class_means(model: nn.Module, images: Iterable[Batch], class_name
 
 
 def head_norms(model: nn.Module) -> list[Any]:
-    """Return the BatchNorm layers of a model that are not its backbone's; none of a model that is all backbone."""
-    network: Any = unwrap_model(model)
-    if not hasattr(network, "backbone"):
-        return []
+    """Return the BatchNorm layers of a model's heads that keep statistics."""
+    heads = part_of(model, "heads")
     return [
         module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.running_mean is not None
-        and not name.startswith("backbone.")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in heads
     ]
 
 

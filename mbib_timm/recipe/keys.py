@@ -304,7 +304,7 @@ class Recipe:
     param_groups: dict[str, Any] = _optimisation(
         {},
         "parts with a learning rate or a weight decay of their own, as PART={lr_scale: 10, weight_decay: 0}: a factor "
-        "on lr, and a value; PART as in train",
+        "on lr, and a value; PART as in key train, but for all and none",
     )
     clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
     clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
