@@ -107,7 +107,7 @@ BAD_RUNS = [
     (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
     (["train", "--sampler", "class_aware:x"], "class_aware:x"),
     (["train", "--aa", "rand-x9"], "recipe key 'aa': unknown policy 'rand-x9'"),
-    (["train", "--train", "layer9"], "part 'layer9' matches no parameter's name"),
+    (["train", "--train", "layer9"], "recipe key 'train': 'layer9' matches no parameter's name"),
     (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
     (["train", "--opt", "sdg"], "did you mean 'sgd"),
     (["train", "--opt-kwargs", "nope=1"], "opt_kwargs"),

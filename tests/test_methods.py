@@ -763,8 +763,7 @@ def test_a_frozen_part_stays_in_evaluation_mode_after_the_mode_is_set_anew():
 def test_what_freezes_batch_normalisation_must_say_how():
     method = make("ce")
     with pytest.raises(
-        MbibError,
-        match=r"'frozen_bn': with train: classifier the statistics of the layer norm are not trained; say whether",
+        MbibError, match=r"'frozen_bn': with train: classifier the statistics of layer norm are frozen; say whether"
     ):
         method.freeze_all_but("classifier", None)
     method = make("ce")
@@ -775,8 +774,8 @@ def test_what_freezes_batch_normalisation_must_say_how():
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("fc", r"part 'fc' matches no parameter's name; expected all, none, classifier, .* the network has conv, norm, mixed, classifiers"),
-     ("(", r"part '\(' is not a regular expression")],
+    [("fc", r"'train': 'fc' matches no parameter's name; .*the network has conv, norm, mixed, classifiers"),
+     ("(", r"'train': '\(' is not a regular expression")],
 )  # fmt: skip
 def test_parts_that_are_none(part, message):
     with pytest.raises(MbibError, match=message):

@@ -126,7 +126,8 @@ def small_method(recipe, network=None):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_model_method_and_optimisation_of_every_stage_fit_together(name):
-    for recipe in load(name, pretrained=False, feature_passes=None).chain():
+    for stage in load(name).chain():
+        recipe = stage.replace(pretrained=False, feature_passes=None)
         num_classes = recipe.num_classes or 10
         with torch.device("meta"):
             network = build_network(recipe, num_classes)
@@ -138,6 +139,7 @@ def test_model_method_and_optimisation_of_every_stage_fit_together(name):
         create_schedule(recipe, optimizer)
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = part_of(network, recipe.choice("train"))
+        trained |= {name for name, _ in network.named_parameters() if ".lora_" in name}
         assert optimized == {id(p) for name, p in network.named_parameters() if name in trained}
 
 
@@ -270,14 +272,17 @@ def test_the_strong_recipes_train_as_the_literature_does(name):
     assert recipe.imbalance_factor == plain.imbalance_factor
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("bib_", "mbib_"))])
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith(("bib_", "mbib_", "adapt/", "finetune/"))]
+)
 def test_loss_is_the_papers(name):
     if is_start_tag(name.partition(".")[2]):
         pytest.skip("a model from weights that have seen other data, of which the paper says nothing")
     method = dict(load(name).method)
     on_imagenet_or_inat = "imagenet_lt" in name or "inat2018_" in name
     assert method["gamma"] == (0.5 if on_imagenet_or_inat else 0.0)
-    assert (method["beta"], method["class_weight_power"]) == (5.0, 0.1)
+    on_features = any(stage.feature_passes for stage in load(name).chain())
+    assert (method["beta"], method["class_weight_power"]) == (1.0 if on_features else 5.0, 0.1)
     assert method["logit_adjustment"]
     assert method["normalize_class_weights"]
     assert method.get("observation_weights", [0.1, 0.3, 1.0]) == [0.1, 0.3, 1.0]

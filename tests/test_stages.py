@@ -499,7 +499,7 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
         ([{"method": "ce"}, {"method": "crt", "epoch": 3}], {}, r"unknown key in stage 2 of own\.yaml 'epoch'"),
         ([{"method": "ce"}, {"method": {"name": "tau_norm", "taw": 1}}], {}, r"stage 2 .*'taw': did you mean 'tau'"),
         ([{"method": "ce"}, {"method": "crt", "sampler": "balance"}], {}, r"sampler 'balance': did you"),
-        ([{"method": "ce"}, {"method": "crt", "train": "head"}], {}, r"part 'head' matches no parameter's name"),
+        ([{"method": "ce"}, {"method": "crt", "train": "head"}], {}, r"'train': 'head' matches no parameter's name"),
         ([{"method": "ce"}, {"method": "crt", "reset": "("}], {}, r"'reset': '\(' is no regular expression"),
         ([{"method": "ce"}, {"method": "bsce", "train": "classifier"}], {}, r"'frozen_bn': with train: classifier"),
         ([{"method": "ce"}, {"method": "mbib"}], {}, r"method 'mbib' needs a model with observations"),

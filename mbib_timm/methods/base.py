@@ -72,36 +72,45 @@ PARTS = ("classifier", "heads", "norm", "bias")
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def part_of(network: nn.Module, part: str) -> set[str]:
+def part_of(network: nn.Module, part: str, key: str = "train") -> set[str]:
     """Return the names of the parameters and buffers in a part of a network.
 
     Args:
         network: whose names; expressions see those that they have without adapters, which only ``all`` includes.
         part: ``all``; ``none``; ``classifier``, all of its classifiers; ``heads``, what lies outside the backbone, of a
-            plain timm model its classifier; ``norm``, the normalisation layers; ``bias``, the biases, those of
-            normalisation layers among them (BitFit; Ben Zaken et al., ACL 2022); several of these, as in
-            ``heads+norm+bias``; or a regular expression that a name contains.
+            plain timm model its classifier; ``norm``, the parameters of normalisation layers, but not their
+            statistics; ``bias``, the biases, those of normalisation layers too (BitFit; Ben Zaken et al., ACL 2022);
+            several of these, as in ``heads+norm+bias``; or a regular expression that a name contains.
+        key: of the recipe, that names the part.
 
     Raises:
         MbibError: a network without classifiers, a malformed expression, or one that no name contains.
     """
+    try:
+        return _names_in(network, part)
+    except MbibError as error:
+        raise MbibError(f"recipe key {key!r}: {error}") from None
+
+
+def _names_in(network: nn.Module, part: str) -> set[str]:
+    """Return the names in a part of a network; see `part_of`."""
     if part in ("all", "none"):
         return set(network.state_dict()) if part == "all" else set()
     names = plain_names(network)
-    pieces = part.split("+")
+    pieces = [piece.strip() for piece in part.split("+")]
     if all(piece in PARTS for piece in pieces):
         return set().union(*(_named_part(network, piece, names) for piece in pieces))
     try:
         found = {name for name, plain in names.items() if re.search(part, plain)}
     except re.error as error:
-        raise MbibError(f"part {part!r} is not a regular expression: {error}") from None
+        raise MbibError(f"{part!r} is not a regular expression: {error}") from None
     if not found:
         tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in network.state_dict()))
         near = [match for piece in pieces if piece not in PARTS for match in nearest(piece, PARTS, 1)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise MbibError(
-            f"part {part!r} matches no parameter's name; {hint}expected all, none, {', '.join(PARTS)}, several "
-            f"joined by +, or an expression for names: the network has {tops}"
+            f"{part!r} matches no parameter's name; {hint}expected all, none, {', '.join(PARTS)}, several "
+            f"of these joined by +, or an expression for names: the network has {tops}"
         )
     return found
 
@@ -112,10 +121,10 @@ def _named_part(network: nn.Module, part: str, names: Iterable[str]) -> set[str]
         return _classifiers(network, names)
     if part == "heads":
         return set(names) - _backbone(network, names)
+    parameters = dict(network.named_parameters())
     if part == "norm":
         prefixes = {name for name, module in network.named_modules() if _is_norm(module)}
-        return {name for name in names if name.rpartition(".")[0] in prefixes}
-    parameters = dict(network.named_parameters())
+        return {name for name in names if name in parameters and name.rpartition(".")[0] in prefixes}
     return {name for name in names if name in parameters and re.search(r"(^|[._])bias$", name)}
 
 
@@ -324,8 +333,8 @@ class Method(TrainingTask):
         }
         if norms and frozen_bn is None:
             raise MbibError(
-                f"recipe key 'frozen_bn': with train: {part} the statistics of the layer {next(iter(norms))} are not "
-                "trained; say whether they are updated (train) or not (eval)"
+                f"recipe key 'frozen_bn': with train: {part} the statistics of layer {next(iter(norms))} are frozen; "
+                "say whether they are updated all the same (train) or not (eval)"
             )
         self._frozen_norms = list(norms.values()) if frozen_bn == "eval" else []
 

@@ -85,7 +85,7 @@ def _targets(
         if any(is_meant(name.rpartition(".")[0]) for name in heads):
             raise MbibError(f"recipe key 'lora': target {target!r} belongs to the heads, which train in full")
         raise unknown_name(
-            f"target of recipe key 'lora', layers of {type(model).__name__}",
+            "target of recipe key 'lora':",
             target,
             {name.rpartition(".")[2] for name in called},
         )

@@ -408,6 +408,8 @@ def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
         raise MbibError(f"recipe key 'epochs': method {method.name!r} trains nothing; expected 0, got {recipe.epochs}")
     if recipe.lora is not None and recipe.epochs == 0:
         raise MbibError("recipe key 'lora' has no effect with epochs: 0, which trains nothing")
+    if recipe.lora is not None and recipe.lora["targets"] == []:
+        raise MbibError("setting 'targets' of recipe key 'lora': expected names of layers, got none")
     if recipe.lora is not None and recipe.train == "all":
         raise MbibError("recipe key 'lora' has no effect with train: all; expected train: heads, or another part")
     if recipe.epochs == 0 and not starts:
@@ -423,6 +425,10 @@ def _check_features(recipe: "Recipe", method: DeclaredMethod) -> None:
         raise MbibError(
             f"recipe key 'feature_passes': method {method.name!r} looks at images, not at features alone; methods that "
             f"train heads on features: {', '.join(able)}"
+        )
+    if recipe.lora is not None:
+        raise MbibError(
+            "recipe keys 'feature_passes' and 'lora': adapters change the backbone, and its features are stored"
         )
     if recipe.cutmix:
         raise MbibError("recipe keys 'feature_passes' and 'cutmix': features cannot be cut; mixup takes them")

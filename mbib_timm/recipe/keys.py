@@ -363,7 +363,8 @@ class Recipe:
         object.__setattr__(self, "method", {"name": declared.name, **settings})
         object.__setattr__(self, "param_groups", checked_groups(self.param_groups))
         if self.lora is not None:
-            object.__setattr__(self, "lora", dataclasses.asdict(build_options(LoraSettings, self.lora, "key 'lora'")))
+            lora = build_options(LoraSettings, self.lora, "recipe key 'lora'")
+            object.__setattr__(self, "lora", dataclasses.asdict(lora))
         check_recipe(self, declared)
 
     @property

@@ -34,7 +34,9 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         parameter.requires_grad_(id(parameter) in trained)
     own = [parameter for _, parameter in method.own_parameters() if id(parameter) in trained]
     if not trained:
-        raise MbibError(f"method {method.name!r} trains no parameter of this network")
+        raise MbibError(
+            f"recipe key 'train': with {recipe.choice('train')} method {method.name!r} trains nothing of its network"
+        )
     if method.device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
         kwargs.setdefault("fused", True)
         if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
@@ -113,10 +115,7 @@ def _parts(recipe: Recipe, network: nn.Module) -> dict[str, str]:
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     parts: dict[str, str] = {}
     for part in recipe.param_groups:
-        try:
-            found = part_of(network, part) & trained
-        except MbibError as error:
-            raise MbibError(f"recipe key 'param_groups': {error}") from None
+        found = part_of(network, part, "param_groups") & trained
         if not found:
             raise MbibError(f"recipe key 'param_groups': {part} has no effect: no parameter of that part trains")
         if shared := found & parts.keys():

@@ -220,7 +220,7 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
         return _create_model(recipe, num_classes, pretrained, kwargs)
     state = torch.get_rng_state()
     model = _create_model(recipe, num_classes, False, kwargs)
-    anew = part_of(model, reset)
+    anew = part_of(model, reset, "reset")
     if previous is not None:
         weights = under_keys_of(model, read_weights(previous))
     else:
