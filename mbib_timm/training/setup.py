@@ -40,6 +40,8 @@ from mbib_timm.training.optimization import Precision, create_optimizer, create_
 # Times its input, in float32, that a network keeps of an image for its gradients: 100 to 200 of timm's; never less than
 # the first, and where a batch times the second is free nothing is counted.
 LEAST_KEPT, MOST_KEPT = 4, 1000
+# Keys by which a recipe may ask for images that its model does not take.
+MODEL_ARGUMENTS = ("img_size", "model_kwargs")
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
-    departure = departures(recipe, network)
+    departure, given_keys = departures(recipe, network), [key for key in MODEL_ARGUMENTS if getattr(recipe, key)]
     recipe = settle(recipe, network)
     size = input_size(recipe, network)
-    if keys := [key for key, given in (("img_size", recipe.img_size), ("model_kwargs", recipe.model_kwargs)) if given]:
-        _try_image(network, size, world.device, keys)
+    if given_keys:
+        _try_image(network, size, world.device, given_keys)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
