@@ -274,8 +274,8 @@ def digits(folder, **keys):
     settings = dict(
         dataset="digits", img_size=32, train_crop_mode="pad", model="vit_tiny_patch16_224", method={"name": "bsce"},
         model_kwargs={key: value for key, value in VIT.items() if key != "img_size"}, imbalance="exp",
-        imbalance_factor=20, imbalance_max=32, epochs=2, batch_size=32, lr=0.05, lora={"rank": 2, "dropout": 0.1}, workers=0, device="cpu",
-        loader="resident", image_cache="none", output=str(folder),
+        imbalance_factor=20, imbalance_max=32, epochs=2, batch_size=32, lr=0.05, lora={"rank": 2, "dropout": 0.1},
+        workers=0, device="cpu", loader="resident", image_cache="none", output=str(folder),
     )  # fmt: skip
     return Recipe(**{**settings, **keys})
 
