@@ -109,7 +109,11 @@ def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
     """Return what an evaluation sees: what the recipe's keys leave of an image; with ``pad`` all of it, squashed."""
     whole = recipe.train_crop_mode == "pad"
     crop: dict[str, Any] = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
-    return EvaluationCrop(**crop, interpolation=_fixed_interpolation(recipe))
+    return {
+        "crop_pct": crop["crop_pct"],
+        "crop_mode": crop["crop_mode"],
+        "interpolation": _fixed_interpolation(recipe),
+    }
 
 
 def eval_transform(recipe: Recipe, input_size: tuple[int, int, int]) -> Transform:
