@@ -97,7 +97,7 @@ def test_no_recipe_repeats_what_holds_without_it(path):
     repeated = [key for key, value in content.items() if below.get(key) == value]
     assert not repeated, f"{path}: these keys repeat what holds without them: {repeated}"
     for stage in stages:
-        own = METHODS[resolve_method(method_of(stage))[0].name]
+        own = METHODS[resolve_method(method_of({**content, **stage}))[0].name]
         chosen = {"sampler": own.sampler, "train": own.part, "reset": own.reset, "frozen_bn": own.frozen_bn}
         repeated = [key for key, value in stage.items() if {**below, **content, **chosen}.get(key) == value]
         assert not repeated, f"{path}: a stage repeats {repeated}"

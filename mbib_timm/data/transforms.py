@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -108,10 +108,12 @@ class EvaluationCrop(TypedDict):
 def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
     """Return what an evaluation sees: what the recipe's keys leave of an image; with ``pad`` all of it, squashed."""
     whole = recipe.train_crop_mode == "pad"
-    crop = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
-    return EvaluationCrop(
-        crop_pct=crop["crop_pct"], crop_mode=crop["crop_mode"], interpolation=_fixed_interpolation(recipe)
-    )
+    crop: dict[str, Any] = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
+    return {
+        "crop_pct": crop["crop_pct"],
+        "crop_mode": crop["crop_mode"],
+        "interpolation": _fixed_interpolation(recipe),
+    }
 
 
 def eval_transform(recipe: Recipe, input_size: tuple[int, int, int]) -> Transform:
