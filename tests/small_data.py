@@ -10,11 +10,14 @@ from mbib_timm.recipe import Recipe
 
 CPU = torch.device("cpu")
 SIZE = (3, 16, 16)
+# What a recipe leaves to the model, as a model of ImageNet's has it.
+CUT = {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
+SETTLED = {**CUT, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def recipe(**keys):
     base = {"workers": 0, "train_crop_mode": "pad", "img_size": 16, "batch_size": 8, "validation_batch_size": 8}
-    return Recipe(**{**base, "image_cache": "none", "loader": "resident", **keys})
+    return Recipe(**{**SETTLED, **base, "image_cache": "none", "loader": "resident", **keys})
 
 
 def splits(count=50, height=16, width=16, classes=5):
@@ -69,7 +72,8 @@ def arrays(count=40, classes=4, size=16):
 
 def normalized_recipe(**keys):
     """A recipe whose normalisation maps levels onto -2 to 2."""
-    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25], **keys})
+    base = {**SETTLED, "workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25]}
+    return Recipe(**{**base, **keys})
 
 
 def save_image(path, color=0):

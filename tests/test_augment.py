@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from small_data import CUT, SETTLED
 from timm.data import auto_augment as timms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
@@ -42,7 +43,7 @@ def noise(count, height=32, width=32, channels=3, seed=0):
 
 
 def recipe(**keys):
-    return Recipe(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "image_cache": "none", **keys})
+    return Recipe(**{**SETTLED, "workers": 0, "train_crop_mode": "pad", "img_size": 16, "image_cache": "none", **keys})
 
 
 # AutoAugment's policy for CIFAR-10
@@ -323,7 +324,7 @@ def test_nothing_on_the_device_is_read():
 
 def loader_of(kind, keys, views=(), seed=0):
     settings = load_recipe(
-        find_recipe("mbib_resnet20.digits"), dict(loader=kind, workers=0, device="cpu", seed=seed, **keys)
+        find_recipe("mbib_resnet20.digits"), dict(CUT, loader=kind, workers=0, device="cpu", seed=seed, **keys)
     )
     splits = open_data(settings)
     views = [view_of(settings, view) for view in views] or [settings]

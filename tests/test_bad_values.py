@@ -80,6 +80,8 @@ RECIPES = {
     "mean": ("mean: [1.0e+30, 0, 0]\n", "'mean': expected at most 1, got 1e\\+30"),
     "std": ("std: [0.0]\n", "'std': expected at least 0.001, got 0"),
     "two means": ("mean: [0.5, 0.5]\n", "'mean': expected 1 or 3 numbers"),
+    "no mean": ("mean: []\n", "'mean': expected 1 or 3 numbers, got \\[\\]"),
+    "crop_mode": ("crop_mode: centre\n", "'crop_mode' 'centre': did you mean 'center'"),
     "interpolation": ("interpolation: lanczos\n", "'interpolation' 'lanczos'"),
     "sched": ("sched: cosin\n", "'sched' 'cosin': did you mean 'cosine'"),
     "warmup": ("warmup_epochs: 1\n", "'warmup_epochs': 1 leaves none of the 1 epochs"),

@@ -44,6 +44,7 @@ def test_the_issues_sweeps_are_there():
     assert {
         "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
         "table7_heads", "figure9_structures", "table9_rebalancing", "open_choices", "experts_views_teachers", "methods",
+        "frozen_heads",
     } == set(SWEEPS)  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     runs = plan(sweep, {})
     assert sweep.title
     assert len(runs) == 3 * len(runs_of(name)), "three seeds"
-    others = {"methods": {60}, "experts_views_teachers": {200, 400}}  # 400 are PaCo's
+    # 400 are PaCo's; of class means there are none.
+    others = {"methods": {60}, "experts_views_teachers": {200, 400}, "frozen_heads": {0, 20}}
     assert {run.epochs for run in runs} == others.get(name, {200})
     assert f"sweeps/{name}" not in list_recipes()
     path = recipes_folder() / "sweeps" / f"{name}.yaml"

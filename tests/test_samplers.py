@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import SETTLED
 from torch.utils.data.distributed import DistributedSampler
 
 from mbib_timm.data import (
@@ -37,7 +38,7 @@ DRAWN = [name for name in NAMES if name not in ("instance", "class_aware")]
 
 def recipe(**keys):
     base = dict(workers=0, train_crop_mode="none", img_size=16, batch_size=8, image_cache="none", loader="resident")
-    return Recipe(**{**base, **keys})
+    return Recipe(**{**SETTLED, **base, **keys})
 
 
 def splits(targets):

@@ -236,7 +236,8 @@ def test_more_bad_lists(tmp_path, content, message):
 def test_one_missing_image_is_a_broken_image_and_no_wrong_folder(tmp_path):
     save_image(tmp_path / "b.png")
     (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\n")
-    settings = Recipe(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt", workers=0)
+    lists = dict(dataset="list", data_dir=str(tmp_path), train_list="list.txt", val_list="list.txt")
+    settings = recipe(**lists)
     loader = timm_eval_loader(open_data(settings).val, settings, (3, 16, 16), World(CPU))
     assert [batch.targets.tolist() for batch in loader] == [[1]]
     assert loader.broken_images() == [str(tmp_path / "a.png")]

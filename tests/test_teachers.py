@@ -164,7 +164,8 @@ def test_images_are_normalised_again_for_a_teacher_of_other_constants():
 
 def test_a_grey_students_images_are_normalised_by_one_number():
     grey = images_facts(size=(1, 16, 16), mean=(0.2, 0.4, 0.6), std=(0.5,))
-    folder = previous_run(5, size=(1, 16, 16))
+    imagenets = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    folder = previous_run(5, size=(1, 16, 16), **imagenets)
     (renormalized,) = dive(facts=grey._replace(previous=folder)).teachers.models
     assert renormalized.scale.item() == pytest.approx(0.5 / 0.226, rel=1e-6)  # 0.226: the mean of ImageNet's
     assert renormalized.shift.item() == pytest.approx((0.4 - 0.449) / 0.226, rel=1e-6)

@@ -17,8 +17,9 @@ from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.models import count_parameters
+from mbib_timm.models.preprocessing import settle
 from mbib_timm.models.weights import load_model
-from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel, split_tag
+from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel, is_start_tag, split_tag
 from mbib_timm.recipe import data_of, find_recipe, list_recipes, load_recipe
 from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.results.record import read_record
@@ -83,9 +84,15 @@ def test_a_trained_tag_brings_the_network_of_its_method(tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
 def test_cfgs_agree_with_recipes(model):
     cfg, recipe = timm.get_pretrained_cfg(model.name), load_recipe(find_recipe(model.recipe))
+    recipe = settle(recipe, timm.create_model(recipe.model, device="meta"))
     assert cfg.num_classes == recipe.num_classes == model.dataset.num_classes
+    if recipe.mean is None:  # those of the backbone's weights
+        assert is_start_tag(model.tag)
+        return
     assert (list(cfg.mean), list(cfg.std)) == (recipe.mean, recipe.std)
-    if recipe.train_crop_mode == "pad":
+    if is_start_tag(model.tag):  # a backbone of other images: the cfg of what is trained is its config.json's
+        assert recipe.pretrained
+    elif recipe.train_crop_mode == "pad":
         assert cfg.crop_pct == 1.0
     else:
         assert (cfg.crop_pct, cfg.interpolation) == (recipe.crop_pct, recipe.interpolation)

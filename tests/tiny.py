@@ -104,11 +104,7 @@ def previous_run(classes, model="cifar_resnet20", size=(3, 16, 16), seed=0, name
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
-    settings = dict(
-        input_size=size,
-        recipe=settle(Recipe(**keys), network),
-        class_counts=np.arange(classes, 0, -1),
-        class_names=names,
-    )
+    recipe = settle(Recipe(**keys), network)
+    settings = dict(input_size=size, recipe=recipe, class_counts=np.arange(classes, 0, -1), class_names=names)
     RunFolder(folder).write_model(network, **settings, logit_prior="uniform", origin=Origin(), tag="made_up")
     return folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from mbib_timm.data.images import Transform, channelwise
 from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color, timm_policy
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import WHOLE_IMAGES, Recipe
 
 LONGEST_SIDE = 500
 # Of timm's blur: a kernel of 23 pixels, with a standard deviation between these.
@@ -107,11 +107,13 @@ class EvaluationCrop(TypedDict):
 
 def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
     """Return what an evaluation sees: what the recipe's keys leave of an image; with ``pad`` all of it, squashed."""
-    interpolation = _fixed_interpolation(recipe)
-    if recipe.train_crop_mode == "pad":
-        return {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": interpolation}
-    crop_pct, crop_mode = recipe.settled("crop_pct"), recipe.settled("crop_mode")
-    return {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+    whole = recipe.train_crop_mode == "pad"
+    crop: dict[str, Any] = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
+    return {
+        "crop_pct": crop["crop_pct"],
+        "crop_mode": crop["crop_mode"],
+        "interpolation": _fixed_interpolation(recipe),
+    }
 
 
 def eval_transform(recipe: Recipe, input_size: tuple[int, int, int]) -> Transform:

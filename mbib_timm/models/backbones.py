@@ -44,12 +44,12 @@ class Taps:
     """Where a backbone is observed.
 
     A backbone whose levels are all alike, a transformer mostly, has one normalisation at its end: every level is seen
-    through it. Of such a backbone with a class token or registers (`tokens`) the last observation is the end of the
-    network, cut behind its last tap, and is pooled as the backbone pools.
+    through it. What it observes last is the end of the network, cut behind the last tap, and pooled as the backbone
+    pools.
 
     Attributes:
         observed: levels, as ascending indices into the backbone's ``feature_info``; at last, it may be, `FEATURES`.
-        tokens: the backbone gives tokens (B, N, C).
+        tokens: the levels are all alike, and the backbone gives tokens (B, N, C) that it pools itself.
         norm: the backbone's last normalisation is applied to every level.
         prefix: with the class token and registers before those of the patches, where a level is asked for them.
     """
@@ -122,7 +122,7 @@ def resolve_taps(backbone: str, taps: int | Sequence[int | str], backbone_args: 
         raise MbibError(f"backbone {backbone!r} cannot be tapped: it has no forward_intermediates, as timm's models do")
     levels: list[Any] = [*plain.feature_info]
     alike = len(levels) > 1 and len({(level["num_chs"], level["reduction"]) for level in levels}) == 1
-    tokens = alike and hasattr(plain, "num_prefix_tokens")
+    tokens = alike and isinstance(getattr(plain, "global_pool", None), str)
     names = [level["module"] for level in levels]
     if not alike and plain.num_features != levels[-1]["num_chs"]:
         names.append(FEATURES)
@@ -480,6 +480,8 @@ def create_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
 def token_pools(backbone: Any) -> tuple[str, ...]:
     """Return how a transformer can pool its tokens, in timm's words, its own way first: ``token``, ``avg``, ``map``."""
     own = [backbone.global_pool] if backbone.global_pool else []
+    if getattr(backbone, "dist_token", None) is not None:  # two tokens, and their mean whatever is asked for
+        return tuple(own)
     token = ["token"] if getattr(backbone, "cls_token", None) is not None else []
     return tuple(dict.fromkeys([*own, *token, "avg"]))
 
@@ -490,12 +492,8 @@ def set_token_pool(backbone: Any, pool_type: str) -> None:
     if pool_type not in choices:
         name = f"global_pool of {type(backbone).__name__}"
         raise PoolingError(str(unknown_name(name, str(pool_type), choices)))
-    if pool_type == backbone.global_pool:
-        return
-    own = backbone.global_pool
-    backbone.reset_classifier(0, pool_type)  # attention pooling goes
-    if backbone.global_pool != pool_type:
-        raise PoolingError(f"{type(backbone).__name__} pools its tokens its own way alone, {own!r}")
+    if pool_type != backbone.global_pool:
+        backbone.reset_classifier(0, pool_type)  # attention pooling goes
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import MODEL_KEYS, Recipe
+from mbib_timm.recipe import MODEL_KEYS, WHOLE_IMAGES, Recipe
 
 
 def own_preprocessing(network: nn.Module) -> dict[str, Any]:
@@ -26,12 +26,13 @@ def own_preprocessing(network: nn.Module) -> dict[str, Any]:
 def settle(recipe: Recipe, network: nn.Module) -> Recipe:
     """Return a recipe in which the keys that it leaves to the model have the model's own values.
 
-    `img_size` stays open where the model's images are not square; see `input_size`.
+    `img_size` stays open where the model's images are not square; see `input_size`. With padded crops
+    nothing is cut off, whatever the model's own.
 
     Raises:
         MbibError: a value that a recipe cannot have.
     """
-    own = _own_keys(network)
+    own = {**_own_keys(network), **(WHOLE_IMAGES if recipe.train_crop_mode == "pad" else {})}
     try:
         return recipe.replace(**{key: own[key] for key in MODEL_KEYS if getattr(recipe, key) is None})
     except MbibError as error:
@@ -45,7 +46,9 @@ def inherited(recipe: Recipe) -> Recipe:
     before = recipe.previous
     if before is None or before.model != recipe.model:
         return recipe
-    return recipe.replace(**{key: getattr(before, key) for key in MODEL_KEYS if getattr(recipe, key) is None})
+    alike = before.train_crop_mode == recipe.train_crop_mode
+    taken = [key for key in MODEL_KEYS if getattr(recipe, key) is None and (alike or key not in WHOLE_IMAGES)]
+    return recipe.replace(**{key: getattr(before, key) for key in taken})
 
 
 def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
@@ -60,8 +63,7 @@ def departures(recipe: Recipe, network: nn.Module) -> str | None:
     if not recipe.pretrained and recipe.initial_checkpoint is None:
         return None
     own = _own_keys(network)
-    whole = recipe.train_crop_mode == "pad"  # then nothing is cut off
-    named = [key for key in MODEL_KEYS if not (whole and key.startswith("crop_"))]
+    named = [key for key in MODEL_KEYS if key not in WHOLE_IMAGES or recipe.train_crop_mode != "pad"]
     said = [
         f"{key} {_text(getattr(recipe, key))} ({_text(own[key])})"
         for key in named

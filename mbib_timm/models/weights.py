@@ -85,20 +85,47 @@ def prefix_backbone(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, T
     """Return a plain backbone's checkpoint under the keys of a model that holds the backbone, such as an MBIB model.
 
     Every key of the plain backbone but its classifier's must be there and no other. What the model has no use for,
-    such as the layers behind its last tap, is left out.
+    such as the layers behind its last tap, is left out. A checkpoint of other keys or shapes is what timm makes of it
+    for the plain backbone: position embeddings of another image size are resampled, keys of the authors' are timm's.
 
     Raises:
-        CheckpointError: missing or unexpected keys, by name.
+        CheckpointError: missing or unexpected keys, by name, or another shape.
     """
     plain = skeleton(model.backbone_name, model.backbone_args)
     cfg: Any = plain.pretrained_cfg
     classifiers = cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    expected = [key for key in plain.state_dict() if not key.startswith(prefixes)]
-    given = [key for key in state_dict if not key.startswith(prefixes)]
+
+    def of_features(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+
+    expected, given = of_features(plain.state_dict()), of_features(state_dict)
+    if {key: value.shape for key, value in given.items()} != {key: value.shape for key, value in expected.items()}:
+        given = of_features(_converted(state_dict, model) or state_dict)
     _require_same_keys(given, expected, f"checkpoint of backbone {model.backbone_name!r}")
+    for key, value in given.items():
+        if value.shape != expected[key].shape:
+            raise CheckpointError(
+                f"checkpoint of backbone {model.backbone_name!r} does not fit the model: {key} is of shape "
+                f"{tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+            )
     sources = {key: model.plain_key(key) for key in model.backbone.state_dict()}
-    return {PREFIX + key: state_dict[source] for key, source in sources.items() if source in state_dict}
+    return {PREFIX + key: given[source] for key, source in sources.items() if source in given}
+
+
+def _converted(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor] | None:
+    """Return what timm makes of a checkpoint for the plain backbone of a model; None if it cannot load it."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    overlay = {key: cfg[key] for key in ("input_size", "num_classes") if cfg.get(key) is not None}
+    # Of other classes than the checkpoint's timm would load what fits, and leave the rest random.
+    args = {"num_classes": overlay.get("num_classes"), **model.backbone_args}
+    overlay |= {"state_dict": dict(state_dict), "source": None, "file": None}
+    try:
+        plain = timm.create_model(model.backbone_name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError, TypeError):  # of a family's conversion
+        return None
+    weights: dict[str, Tensor] = plain.state_dict()
+    return weights
 
 
 def _require_same_keys(given: Iterable[str], expected: Iterable[str], what: str) -> None:

@@ -18,7 +18,7 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
 from mbib_timm.errors import CheckpointError
-from mbib_timm.models.model_config import read_config
+from mbib_timm.models.model_config import ModelConfig, read_config
 from mbib_timm.models.pip_weights import packaged_weights
 from mbib_timm.recipe import list_recipes
 
@@ -120,10 +120,11 @@ class ZooModel:
         return DATASETS[split_tag(self.tag)[1]]
 
     @property
-    def model_args(self) -> dict[str, Any]:
-        """Keyword arguments of the architecture, where the method has a network of its own; none before training."""
+    def config(self) -> ModelConfig:
+        """How its network is built, where the method has one of its own, and how images become its input; nothing
+        before training."""
         file = self.folder / "config.json"
-        return dict(read_config(file).model_args) if file.is_file() else {}
+        return read_config(file) if file.is_file() else ModelConfig()
 
     @property
     def recipe(self) -> str:
@@ -248,10 +249,11 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
         _require_weights(architecture, cfg)
     # A model with a config.json of its own may have a published tag, and says itself how it is built.
     is_tagged = cfg.tag in PUBLISHED.get(architecture, ()) and "pretrained_model_args" not in kwargs
-    model_args = ZooModel(f"{architecture}.{cfg.tag}").model_args if is_tagged else {}
+    config = ZooModel(f"{architecture}.{cfg.tag}").config if is_tagged else ModelConfig()
+    model_args = dict(config.model_args)
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
-    given = kwargs.pop("pretrained_cfg_overlay", None)
+    given = {**config.preprocessing, **(kwargs.pop("pretrained_cfg_overlay", None) or {})} or None
     with packaged_weights(cfg, given) if pretrained else nullcontext(given) as overlay:
         arguments = {**model_args, **kwargs, "pretrained_cfg_overlay": overlay}
         model = build_model_with_cfg(build, architecture, pretrained, **arguments)
