@@ -40,8 +40,6 @@ from mbib_timm.training.optimization import Precision, create_optimizer, create_
 # Times its input, in float32, that a network keeps of an image for its gradients: 100 to 200 of timm's; never less than
 # the first, and where a batch times the second is free nothing is counted.
 LEAST_KEPT, MOST_KEPT = 4, 1000
-# Keys by which a recipe may ask for images that its model does not take.
-MODEL_ARGUMENTS = ("img_size", "model_kwargs")
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,10 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
-    departure, given_keys = departures(recipe, network), [key for key in MODEL_ARGUMENTS if getattr(recipe, key)]
+    departure, given_keys = departures(recipe, network), _given_arguments(recipe)
     recipe = settle(recipe, network)
     size = input_size(recipe, network)
-    if given_keys:
-        _try_image(network, size, world.device, given_keys)
+    _try_image(network, size, world.device, given_keys)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
@@ -145,8 +142,15 @@ def _trained_line(recipe: Recipe, method: Method) -> str | None:
     return f"trains {share:.{2 if share < 10 else 3}g} % of {total / 1e6:.1f} M parameters: {what}"
 
 
+def _given_arguments(recipe: Recipe) -> list[str]:
+    """Return the keys by which a recipe asks for images that its model may not take."""
+    return [key for key in ("img_size", "model_kwargs") if getattr(recipe, key)]
+
+
 def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
-    """Raise MbibError where a network fails with a first image: then the recipe's `keys` are at fault."""
+    """Raise MbibError where a network fails with a first image: the `keys` that a recipe gives are at fault, if any."""
+    if not keys:
+        return
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, *size, device=device))
@@ -208,7 +212,9 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
     def build(**kwargs: Any) -> nn.Module:
         model = _with_start(recipe, num_classes, previous, kwargs)
         if (adapters := recipe.adapters) is not None:
-            add_adapters(model, adapters, part_of(model, "heads"), input_size(recipe, model))
+            size = input_size(recipe, model)  # a first image goes through the model, to find the layers that are called
+            _try_image(model, size, next(model.parameters()).device, _given_arguments(recipe))
+            add_adapters(model, adapters, part_of(model, "heads"), size)
         return model
 
     return kind.build_network(kind.Settings(**settings), build)
