@@ -17,7 +17,7 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
 # Further ones, at least as far from those, and from one another, as those are.
 BROWN, MINT, INDIGO = "#6B4226", "#B8E6C9", "#332288"
 # And for bars with their names below: nearer to one of them each.
-WINE, OLIVE, PINK, CYAN = "#882255", "#999933", "#FF9DA7", "#00C5D5"
+WINE, OLIVE, PINK, CYAN, VIOLET = "#882255", "#999933", "#FF9DA7", "#00C5D5", "#9D4EDD"
 GROUP_COLORS = {"many": BLUE, "medium": GREEN, "few": VERMILION}
 # The same method has the same colour in every figure, by its title.
 METHOD_COLORS = {
@@ -28,6 +28,7 @@ METHOD_COLORS = {
     "LDAM-DRW": BROWN,
     "cRT": MINT,
     "tau-norm": INDIGO,
+    "Nearest class mean": VIOLET,
     "DiVE": WINE,
     "PaCo": OLIVE,
     "SADE": PINK,

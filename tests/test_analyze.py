@@ -156,7 +156,7 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
     (other / "config.json").write_text(json.dumps({**config, "class_counts": [50] * 7}))
     with pytest.raises(MbibError, match="class_counts: expected 10 entries, as num_classes says, got 7"):
         analyze([str(other)], overrides=cpu, output=tmp_path / "new")
-    monkeypatch.setattr(analyze_module, "join_world", lambda device: World(torch.device("cpu"), 0, 2))
+    monkeypatch.setattr("mbib_timm.environment.join_world", lambda device: World(torch.device("cpu"), 0, 2))
     with pytest.raises(MbibError, match="one process, not in 2"):
         analyze([str(run)], overrides=cpu, output=tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -106,7 +106,7 @@ def test_a_dry_run_shows_them_in_a_terminal(nasty_run, capsys):
     out = capsys.readouterr().out
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", out)
     assert "license: mit" in out
-    assert f"trained on {markdown_text(name)} for 3 epochs" in out
+    assert f"trained from scratch on {markdown_text(name)} for 3 epochs" in out
 
 
 def test_report_and_figures(nasty_run, tmp_path):

@@ -116,7 +116,7 @@ def test_parameters_of_the_method_have_the_recipes_settings(monkeypatch):
         (
             {"heads2": {"lr_scale": 2}},
             {},
-            "part 'heads2' matches no parameter's name; did you mean 'heads'",
+            "'heads2' matches no parameter's name; did you mean 'heads'",
         ),
         ({"running_mean": {"lr_scale": 2}}, {}, "running_mean has no effect: no parameter of that part trains"),
         ({"^backbone": {"lr_scale": 2}}, {"train": "classifier"}, r"\^backbone has no effect: no parameter of that"),
@@ -144,7 +144,7 @@ REFUSED = {
     "all={lr_scale: 2}": "'param_groups': all is not a part; what all have in common are the keys 'lr' and 'weight_d",
     "({lr_scale: 2}": "expected name=value",
     "(={lr_scale: 2}": "recipe key 'param_groups': '(' is no regular expression",
-    "zz={lr_scale: 2}": "recipe key 'param_groups': part 'zz' matches no parameter's name",
+    "zz={lr_scale: 2}": "recipe key 'param_groups': 'zz' matches no parameter's name",
 }
 
 

@@ -315,7 +315,7 @@ def test_the_same_method_has_the_same_colour_everywhere():
 def test_bars_that_each_name_a_method_have_its_colour():
     (axes,) = draw(made_up(find_sweep(["methods"]))).axes
     titles = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
-    assert len(titles) == 14
+    assert len(titles) == 15
     assert [color for *_, color in bars_of(axes)] == [METHOD_COLORS[title].upper() for title in titles]
     assert axes.get_legend() is None
 
@@ -368,7 +368,10 @@ def test_nothing_overlaps_and_nothing_is_clipped(name):
 def test_a_sweep_that_has_just_begun_can_be_drawn(name):
     results = made_up(find_sweep([name]))
     figure = draw(replace(results, runs=results.runs[:1]))
-    assert re.search(r"\d+ epochs, n = 1, 1 of \d+ runs\)$", " ".join(figure.axes[0].get_title().split()))
+    assert re.search(
+        r"\d+ epochs, n = 1, 1 of \d+ runs(, started from \S+ \(ImageNet-1k\))?\)$",
+        " ".join(figure.axes[0].get_title().split()),
+    )
 
 
 @pytest.mark.filterwarnings("error")

@@ -382,7 +382,7 @@ def test_a_run_stays_in_the_folder_of_all(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["x" * 255, "...", "..a", "a b", "-x", "日本", "\udcff", "$(x)"])
+@pytest.mark.parametrize("name", ["x" * 255, "...", "..a", "a b", "-x", "日本", "$(x)"])
 def test_any_name_of_a_folder_will_do(tmp_path, name):
     assert place_of(str(tmp_path), name).parent == tmp_path
 
