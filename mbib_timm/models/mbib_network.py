@@ -122,8 +122,9 @@ class MBIB(MultiHeadModel):
         observed = taps if isinstance(taps, int) else taps[self.observes_input :]
         self.tapping = resolve_taps(backbone, observed, self.backbone_args)
         optional = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
-        build = partial(timm.create_model, backbone, num_classes=0, in_chans=in_chans)
-        self.backbone = build(**optional, **self.backbone_args, **dd)
+        # With its classifier, so that a seed gives the weights that it gives the plain backbone.
+        self.backbone = timm.create_model(backbone, in_chans=in_chans, **optional, **self.backbone_args, **dd)
+        self.backbone.reset_classifier(0)
         self.tapping.prune(self.backbone)
         levels = prefixed_levels(self.backbone.feature_info)
         last = self.taps[-1]
