@@ -76,7 +76,7 @@ def test_exported_outputs_are_the_models_for_any_batch(finished_run, tmp_path, f
         "input_size": [3, 16, 16],
         "interpolation": data["interpolation"],
         "crop_pct": data["crop_pct"],
-        "crop_mode": "center",
+        "crop_mode": "squash",
         "mean": [*data["mean"]],
         "std": [*data["std"]],
         "license": None,

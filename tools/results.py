@@ -2,7 +2,7 @@
 """Keep the results of runs in the repository, and the README's tables in step with them.
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
-    python tools/results.py table                                       # write the tables into README.md
+    python tools/results.py table                                       # write the tables into README.md and docs/
     python tools/results.py redraw                                      # draw the figures again from the numbers
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
@@ -136,8 +136,12 @@ def write_tables(readme: Path, results: Path) -> None:
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
         text = f"{before}{begin}\n{content}\n{end}{after}"
-    text = SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(results / found[2])}\n{found[3]}", text)
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(with_sweeps(text, results), encoding="utf-8")
+
+
+def with_sweeps(text: str, results: Path) -> str:
+    """Return text with the tables of sweeps between their markers."""
+    return SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(results / found[2])}\n{found[3]}", text)
 
 
 def main() -> None:
@@ -146,7 +150,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="copy a finished run's results")
     adding.add_argument("run", type=Path, nargs="+")
-    commands.add_parser("table", help="write the tables into README.md")
+    commands.add_parser("table", help="write the tables into README.md and docs/")
     commands.add_parser("redraw", help="draw all figures again from the numbers")
     arguments = parser.parse_args()
     if arguments.command == "add":
@@ -158,6 +162,8 @@ def main() -> None:
         for file in (ROOT / "results").glob("*/sweep.json"):
             write_results(file.parent, read_sweep(file))
     write_tables(ROOT / "README.md", ROOT / "results")
+    for page in (ROOT / "docs").glob("*.md"):
+        page.write_text(with_sweeps(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
 
 
 if __name__ == "__main__":
