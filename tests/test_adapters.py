@@ -119,6 +119,21 @@ def test_norms_train_with_the_statistics_that_frozen_bn_says():
         part_of(Tiny(), "heads+nrom")
 
 
+@pytest.mark.parametrize("name", ["mbib_lite0", "lite0", "paco"])
+def test_with_eval_the_backbones_statistics_stay_where_all_trains(name):
+    network = network_of(name)
+    method = METHODS["ce"](network, None, Facts(np.ones(5, dtype=int), 1), CPU)
+    method.freeze_all_but("all", "eval")
+    assert all(value.requires_grad for value in network.parameters())
+    method.train()
+    heads = naive_part(network, ("heads", name))
+    for key, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.training is (f"{key}.weight" in heads), key
+    method.freeze_all_but("all", None)
+    assert all(module.training for module in method.train().trainable_module.modules())
+
+
 # Adapters
 
 

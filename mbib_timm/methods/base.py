@@ -311,7 +311,7 @@ class Method(TrainingTask):
         """Freeze the network outside a part: its parameters, and with ``eval`` the statistics of its BatchNorm layers.
 
         Adapters train beside every part. A BatchNorm layer of whose tensors only some are in the part, as a bias is,
-        is one whose statistics are frozen.
+        is one whose statistics are frozen. Where all trains, with ``eval`` those of the backbone are.
 
         Args:
             part: see `part_of`.
@@ -322,6 +322,7 @@ class Method(TrainingTask):
         """
         network = unwrap_model(self.trainable_module)
         kept, plain = part_of(network, part), plain_names(network)
+        updated = part_of(network, "heads") if part == "all" and frozen_bn == "eval" else kept
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and (name in kept or name not in plain))
         norms = {
@@ -329,7 +330,7 @@ class Method(TrainingTask):
             for name, module in network.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             and module.track_running_stats
-            and f"{name}.running_mean" not in kept
+            and f"{name}.running_mean" not in updated
         }
         if norms and frozen_bn is None:
             raise MbibError(

@@ -281,7 +281,7 @@ class Recipe:
     frozen_bn: str | None = _method(
         None,
         "batch normalisation whose statistics are not in the part that trains: train (they are updated, and batches "
-        "normalised by their own) or eval; the method's own when not given",
+        "normalised by their own) or eval, where all trains for the backbone's; the method's own when not given",
         choices=("train", "eval"),
     )
 
