@@ -215,6 +215,10 @@ assert isinstance(model.model.module, __import__("torch").nn.Module)
 assert heads["prediction"].measured["overall"] == (22, 3)
 """,
     """
+spread = timm.create_model("mbib", backbone="vit_small_patch14_dinov2.lvd142m", img_size=224, device="meta")
+assert spread.taps == (3, 7, 11) and spread.pool_type == "token"
+""",
+    """
 assert [*result.columns] == ["species", "images", "accuracy", "group"] and [*result.group] == ["few"] * 3
 assert [*result.species] == ["fox", "badger", "Mäusebussard"] and result.images.sum() == len(training)
 parts = loss.parts(model.train()(images), torch.zeros(8, dtype=torch.int64))
