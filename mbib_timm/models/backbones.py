@@ -290,6 +290,40 @@ class BackboneModel(nn.Module):
         )
 
 
+class PooledModel(BackboneModel):
+    """A model whose heads stand on pooled features of one backbone: a forward pass is two steps.
+
+    Nothing but the first step sees the backbone, in whose place `StoredFeatures` may stand.
+    """
+
+    if TYPE_CHECKING:
+        forward_features: Any
+        forward_head: Any
+
+    @torch.jit.ignore
+    def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors (B, C_i) that the heads stand on, in order of depth; see `pooled_widths`."""
+        if isinstance(self.backbone, StoredFeatures):
+            return tuple(self.backbone(x))
+        return self._pool_features(x)
+
+    @torch.jit.ignore
+    def _pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what `pool_features` does, of images."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def forward_pooled(self, pooled: tuple[Tensor, ...]) -> Any:
+        """Return what `forward` does, from what `pool_features` returns."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the prediction (B, K); in training of a model with several heads the logits of each."""
+        if torch.jit.is_scripting():
+            return self.forward_head(self.forward_features(x))
+        return self.forward_pooled(self.pool_features(x))
+
+
 class MultiHeadModel(BackboneModel):
     """A model with several classifiers: in training it returns the logits of each, in evaluation their prediction.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.backbones import BackboneModel, StoredFeatures
+from mbib_timm.models.backbones import PooledModel, StoredFeatures
 
 
 class FrozenBackbone:
@@ -61,7 +61,7 @@ class FrozenBackbone:
 
 def _model_in(network: nn.Module) -> Any:
     for module in network.modules():
-        if isinstance(module, BackboneModel) and hasattr(module, "pool_features"):
+        if isinstance(module, PooledModel):
             return module
     raise MbibError(
         f"recipe key 'feature_passes': the heads of {type(network).__name__} do not stand on one backbone; expected a "

@@ -20,7 +20,7 @@ from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.backbones import (
     BackboneModel,
     MultiHeadModel,
-    StoredFeatures,
+    PooledModel,
     Taps,
     prefixed_levels,
     resolve_taps,
@@ -42,7 +42,7 @@ def _mean(maps: Tensor) -> Tensor:
     return maps.mean(dim=(2, 3))
 
 
-class MBIB(MultiHeadModel):
+class MBIB(PooledModel, MultiHeadModel):
     """Mixture of Balanced Information Bottlenecks on any timm backbone that has ``forward_intermediates``.
 
     In training, `forward` returns the logits of every head, (B, K) each, as a tuple in the order of `head_names`. In
@@ -234,13 +234,11 @@ class MBIB(MultiHeadModel):
         return tuple(observation.num_features for observation in observations)
 
     @torch.jit.ignore
-    def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled vectors (B, C_i) that the heads stand on, in order of depth: one for each observation.
 
         Nothing else of a forward pass reads the backbone. With ``global_pool=''`` they are unpooled maps.
         """
-        if isinstance(self.backbone, StoredFeatures):
-            return tuple(self.backbone(x))
         last = not len(self.training_heads)
         whole = self.tapping.prefix and getattr(self.backbone, "attn_pool", None) is None
         *shallow, end = self.tapping.read(self.backbone, x, last, whole)
@@ -252,12 +250,6 @@ class MBIB(MultiHeadModel):
     def forward_pooled(self, pooled: tuple[Tensor, ...]) -> Any:
         """Return what `forward` does, from what `pool_features` returns."""
         return self._observe_pooled(pooled)[0] if self._gives_all_heads() else self._predict(pooled[-1])
-
-    def forward(self, x: Tensor) -> Any:
-        """Return the prediction (B, K); in training the logits of every head."""
-        if torch.jit.is_scripting():
-            return self.forward_head(self.forward_features(x))
-        return self.forward_pooled(self.pool_features(x))
 
     @torch.jit.ignore
     def forward_intermediates(

@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mbib_timm.errors import unknown_name
-from mbib_timm.models.backbones import BackboneModel, FeatureNet, StoredFeatures, backbone_cfg, prefixed_levels
+from mbib_timm.models.backbones import FeatureNet, PooledModel, backbone_cfg, prefixed_levels
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -21,7 +21,7 @@ from mbib_timm.models.zoo import create_published
 __all__ = ["WithClassifier"]
 
 
-class WithClassifier(BackboneModel):
+class WithClassifier(PooledModel):
     """A timm backbone without its classifier, under the keys ``backbone.<timm's key>``, and a classifier.
 
     Args:
@@ -122,21 +122,14 @@ class WithClassifier(BackboneModel):
         return (self.head_hidden_size,)
 
     @torch.jit.ignore
-    def pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _pool_features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled features (B, D) that the classifier stands on, alone in a tuple."""
-        if isinstance(self.backbone, StoredFeatures):
-            return tuple(self.backbone(x))
         return (self.forward_head(self.forward_features(x), pre_logits=True),)
 
     @torch.jit.ignore
     def forward_pooled(self, pooled: tuple[Tensor, ...]) -> Tensor:
         """Return the logits (B, K), as `forward` does, from what `pool_features` returns."""
         return self.classifier(self.drop(pooled[0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.forward_head(self.forward_features(x))
-        return self.forward_pooled(self.pool_features(x))
 
     @torch.jit.ignore
     def prune_intermediate_layers(
