@@ -262,7 +262,7 @@ def test_rows_that_do_not_fit_are_gathered_from_their_files(monkeypatch, count):
     for fit in (True, False):
         monkeypatch.setattr(features_module, "fits", lambda needed, device, fit=fit: fit)
         sampler = OrderedSampler(range(count - 1, -1, -1))
-        loader = FeatureLoader(features, sampler, 8, CPU, seed=0)
+        loader = FeatureLoader(features.to(CPU), sampler, 8, CPU, seed=0)
         assert (len(loader.features.passes[0]) == 1) == fit
         assert len(list(loader)) == len(loader)
         results.append(rows_of(loader)[0])

@@ -26,7 +26,7 @@ from torch import Tensor
 from mbib_timm.data.batch import Batch, send
 from mbib_timm.data.decoding import cache_folder, entry_key, fits
 from mbib_timm.data.images import ImageDataset, Split, pil_mode
-from mbib_timm.data.loaders import TimmLoader, timm_eval_loader, timm_train_loader
+from mbib_timm.data.loaders import OrderedLoader, TimmLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.samplers import IndexSampler, OrderedSampler, ShardSampler, TrainingSampler, drops_last
 from mbib_timm.data.transforms import eval_transform, evaluation_crop
 from mbib_timm.environment import World, seed_generators
@@ -101,7 +101,8 @@ class Features:
             for chunk in chunks:
                 wanted = ((drawn == number) & (order >= begin) & (order < begin + len(chunk))).nonzero()[:, 0]
                 if len(wanted):
-                    found[send(wanted, found.device)] = chunk[send(order[wanted] - begin, chunk.device)]
+                    rows = chunk[send(order[wanted] - begin, chunk.device)]
+                    found[send(wanted, found.device)] = rows.to(found.device)
                 begin += len(chunk)
         return found.to(device).float()
 
@@ -114,7 +115,7 @@ class FeatureStore:
         recipe: preprocessing, passes and their augmentation, batch sizes, workers, cache folder.
         input_size: (C, H, W) of the images.
         world: the device, and this process among others.
-        kept: what this process has computed or mapped already, by key; it grows.
+        kept: what this process has on its devices, or mapped, already, by key and device; it grows.
     """
 
     def __init__(
@@ -154,10 +155,12 @@ class FeatureStore:
     def _pass(self, split: Split, number: int, replace_broken: bool) -> Features:
         job = _Pass(self.observe, self.recipe, self.input_size, self.world, split, number, replace_broken)
         key, in_files = job.key()
-        if key not in self.kept:
+        place = f"{key} {self.world.device}"
+        if place not in self.kept:
             folder = cache_folder(self.recipe, "features") if in_files else None
-            self.kept[key] = job.features(_computed(job) if folder is None else _cached(job, folder / key))
-        return self.kept[key]
+            found = job.features(_computed(job) if folder is None else _cached(job, folder / key))
+            self.kept[place] = found.to(self.world.device)
+        return self.kept[place]
 
 
 class Rows(NamedTuple):
@@ -301,11 +304,11 @@ def _checksum(rows: Rows) -> int:
     return zlib.crc32(rows.index.numpy().data, zlib.crc32(rows.features.numpy().data))
 
 
-class FeatureLoader:
+class FeatureLoader(OrderedLoader):
     """The `Loader` of features: batches of (B, D, 1, 1), as a map of one pixel.
 
     Args:
-        features: of a split.
+        features: of a split, see `Features.to`.
         sampler: gives the rows in the order of the epoch.
         batch_size: rows of a batch.
         device: where the batches go.
@@ -315,25 +318,13 @@ class FeatureLoader:
     def __init__(
         self, features: Features, sampler: IndexSampler, batch_size: int, device: torch.device, seed: int | None = None
     ) -> None:
-        self.features, self.sampler, self.batch_size = features.to(device), sampler, batch_size
-        self.device, self.seed, self.epoch = device, seed, 0
-        self.drop_last = seed is not None and drops_last(len(sampler), batch_size)
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, and each row's pass: functions of the recipe's seed and this number."""
-        self.sampler.set_epoch(epoch)
-        self.epoch = epoch
-
-    def broken_images(self) -> list[str]:
-        """Return the paths of images that could not be read, and were replaced or left out."""
-        return list(self.features.broken)
+        super().__init__(
+            sampler, batch_size, seed is not None and drops_last(len(sampler), batch_size), features.broken
+        )
+        self.features, self.device, self.seed = features, device, seed
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
+        order = self.order()
         passes = len(self.features.passes)
         drawn = torch.zeros_like(order)
         if passes > 1 and self.seed is not None:

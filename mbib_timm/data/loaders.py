@@ -25,7 +25,39 @@ from mbib_timm.recipe import Recipe
 PIECE_BYTES = 1 << 30
 
 
-class ResidentLoader:
+class OrderedLoader:
+    """What the `Loader` of data that are at hand knows: how many batches, and the order of an epoch.
+
+    Args:
+        sampler: gives the indices in the order of the epoch.
+        batch_size: images of a batch.
+        drop_last: leave the last short batch out.
+        broken: paths of images that could not be read, and were replaced or left out.
+    """
+
+    def __init__(self, sampler: IndexSampler, batch_size: int, drop_last: bool, broken: Sequence[str]) -> None:
+        self.sampler, self.batch_size, self.drop_last, self.broken = sampler, batch_size, drop_last, broken
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose an epoch: its order, and what else is drawn, are functions of the recipe's seed and this number."""
+        self.sampler.set_epoch(epoch)
+        self.epoch = epoch
+
+    def broken_images(self) -> list[str]:
+        """Return the paths of images that could not be read, and were replaced or left out."""
+        return list(self.broken)
+
+    def order(self) -> Tensor:
+        """Return the indices of this epoch, in host memory."""
+        return torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
+
+
+class ResidentLoader(OrderedLoader):
     """The `Loader` of data that fit into the device's memory.
 
     Args:
@@ -54,29 +86,15 @@ class ResidentLoader:
         seed: tuple[int, ...],
         channels_last: bool,
     ) -> None:
-        self.images, self.sampler, self.batch_size = images, sampler, batch_size
-        self.drop_last, self.augmentations, self.seed = drop_last, tuple(augmentations), seed
+        super().__init__(sampler, batch_size, drop_last, images.broken)
+        self.images, self.augmentations, self.seed = images, tuple(augmentations), seed
         self.channels_last = channels_last
         self.device = images.pixels.device
         self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of an epoch: functions of the recipe's seed and this number."""
-        self.sampler.set_epoch(epoch)
-        self.epoch = epoch
-
-    def broken_images(self) -> list[str]:
-        """Return the paths of images that could not be read, and were replaced or left out."""
-        return list(self.images.broken)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
+        order = self.order()
         if len(order) == 0:  # of a process beyond the last image
             return
         on_device = send(order, self.device)
