@@ -1,13 +1,15 @@
 """From an opened file to what a model sees, against PIL's own and naive arithmetic."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from small_data import picture
 
-from mbib_timm.data.images import ArrayReader, ImageDataset, Split, convert_image
+from mbib_timm.data.images import ArrayReader, ImageDataset, PathReader, Split, convert_image
 from mbib_timm.errors import DataError
 
 RAMP = np.arange(256, dtype=np.float64).reshape(16, 16)
@@ -158,3 +160,14 @@ def test_a_decompression_bomb_is_refused_by_name(monkeypatch, tmp_path):
     split = Split(Files(np.zeros((1, 1, 1)), ""), np.zeros(1, dtype=np.int64))
     with pytest.raises(DataError, match=r"bomb\.png: Image size \(12000000 pixels\) exceeds limit"):
         ImageDataset(split, "RGB", np.asarray, replace_broken=False)[0]
+
+
+@pytest.mark.parametrize("root", [".", "/", "a/../b", "/data/images/", "x//y"])
+@pytest.mark.parametrize(
+    "names", [["a.png", "b/c.png", "/abs/d.png"], ["./a.png", "b/../c.png", "b//c.png", "/abs/./d.png", "ä"]]
+)
+@pytest.mark.parametrize("indices", [None, np.array([2, 0])])
+def test_normalised_paths_are_those_of_the_images(root, names, indices):
+    split = Split(PathReader(Path(root), names), np.zeros(len(names if indices is None else indices), int), indices)
+    expected = [os.path.normpath(split.path(place)) for place in range(len(split))]
+    assert [os.fsdecode(file) for file in split.files()] == expected

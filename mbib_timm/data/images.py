@@ -162,6 +162,12 @@ class Split:
         """Return where the image at a place is, for messages."""
         return self.reader.path(self.index_of(place))
 
+    def files(self) -> Iterator[bytes]:
+        """Give where each image is, normalised, so that the same image has the same bytes."""
+        if isinstance(self.reader, PathReader):
+            return self.reader.files(self.indices)
+        return (os.fsencode(os.path.normpath(self.path(place))) for place in range(len(self)))
+
     def name(self, place: int, folder: str | None) -> str:
         """Return where the image at a place is: below a folder, if one is given and it lies there."""
         path = self.path(place)
@@ -306,6 +312,19 @@ class PathReader:
     def path(self, index: int) -> str:
         """Return a path as it is on the disk."""
         return str(self.root / self.name(index))
+
+    def files(self, indices: np.ndarray | None) -> Iterator[bytes]:
+        """Give the normalised paths of some images, or of all; a microsecond each, where `path` takes twenty."""
+        root = os.fsencode(os.path.normpath(self.root))
+        before = b"" if root == b"." else root.rstrip(b"/") + b"/"
+        # One name after the other may look like it; that costs time and nothing else.
+        is_plain = b"./" not in self.buffer and b"//" not in self.buffer
+        starts = np.concatenate(([0], self.ends[:-1]))
+        chosen = slice(None) if indices is None else indices
+        for start, end in zip(starts[chosen].tolist(), self.ends[chosen].tolist(), strict=True):
+            name = self.buffer[start:end]
+            path = name if name.startswith(b"/") else before + name
+            yield path if is_plain else os.path.normpath(path)
 
     def read(self, index: int) -> Image.Image:
         """Open an image."""

@@ -1,6 +1,5 @@
 """The data of a run: its splits, the long-tailed subset, the class counts; opened and checked against one another."""
 
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -118,8 +117,9 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
     """
     if not isinstance(evaluated.reader, PathReader | ArchiveReader) and name != training_name:
         return ""
-    training = {os.path.normpath(train.path(place)) for place in range(len(train))}
-    number = sum(os.path.normpath(evaluated.path(place)) in training for place in range(len(evaluated)))
+    files = list(evaluated.files())
+    trained = set(files).intersection(train.files())  # of the two the evaluated images are the fewer
+    number = sum(file in trained for file in files)
     if number == 0:
         return ""
     return (
