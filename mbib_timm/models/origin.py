@@ -30,8 +30,7 @@ PREVIOUS = "previous"  # of teachers: the stage before
 
 def starts_from_weights(recipe: Recipe) -> bool:
     """Return whether a recipe starts from weights: its first stage does."""
-    first = recipe.chain()[0]
-    return first.pretrained or first.initial_checkpoint is not None
+    return recipe.chain()[0].takes_weights
 
 
 @dataclass(frozen=True)

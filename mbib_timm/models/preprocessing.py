@@ -60,7 +60,7 @@ def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
 
 def departures(recipe: Recipe, network: nn.Module) -> str | None:
     """Return, in a line, what a recipe that starts from weights says otherwise than these; None for nothing."""
-    if not recipe.pretrained and recipe.initial_checkpoint is None:
+    if not recipe.takes_weights:
         return None
     own = _own_keys(network)
     named = [key for key in MODEL_KEYS if key not in WHOLE_IMAGES or recipe.train_crop_mode != "pad"]

@@ -382,7 +382,7 @@ def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":
 
 
 def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
-    starts = recipe.previous is not None or recipe.initial_checkpoint is not None or recipe.pretrained
+    starts = recipe.previous is not None or recipe.takes_weights
     if recipe.previous is not None:
         for key in ("initial_checkpoint", "pretrained"):
             if getattr(recipe, key):
@@ -432,7 +432,7 @@ def _check_features(recipe: "Recipe", method: DeclaredMethod) -> None:
         )
     if recipe.cutmix:
         raise MbibError("recipe keys 'feature_passes' and 'cutmix': features cannot be cut; mixup takes them")
-    starts = recipe.previous is not None or recipe.initial_checkpoint is not None or recipe.pretrained
+    starts = recipe.previous is not None or recipe.takes_weights
     if not starts or recipe.choice("reset") == "all":
         raise MbibError(
             "recipe key 'feature_passes': the frozen backbone needs weights: expected pretrained: true, "

@@ -375,6 +375,11 @@ class Recipe:
         return 0 if self.previous is None else self.previous.stage + 1
 
     @property
+    def takes_weights(self) -> bool:
+        """Whether this stage starts from weights by itself: published ones, or those of a file."""
+        return self.pretrained or self.initial_checkpoint is not None
+
+    @property
     def split_names(self) -> list[str]:
         """Names of the splits for training and validation, and of a further one for testing if there is one."""
         tests = self.test_split is not None or self.test_list is not None

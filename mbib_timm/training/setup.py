@@ -223,7 +223,7 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
 def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs: dict[str, Any]) -> nn.Module:
     """Build the recipe's model: all anew, or with weights but for the part that starts anew (key `reset`)."""
     reset = recipe.choice("reset")
-    pretrained = recipe.pretrained or recipe.initial_checkpoint is not None
+    pretrained = recipe.takes_weights
     if previous is None and (not pretrained or reset == "none"):
         return _create_model(recipe, num_classes, pretrained, kwargs)
     state = torch.get_rng_state()
