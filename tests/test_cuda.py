@@ -60,11 +60,13 @@ def without_figures(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
+def full_precision():
     """Devices are compared: neither TF32 nor kernels that are chosen by their time."""
-    for name, value in (("allow_tf32", False), ("benchmark", False), ("deterministic", True)):
-        monkeypatch.setattr(torch.backends.cudnn, name, value)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    cudnn.allow_tf32 = cudnn.benchmark = matmul.allow_tf32 = False
+    yield
+    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
 
 
 def graphs_on(device):
@@ -610,7 +612,5 @@ def test_only_cuda_gets_timms_switches(monkeypatch):
 
     monkeypatch.setattr(environment, "keep_freed_memory", lambda: None)
     for device, on in ((CPU, False), (CUDA, True)):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         environment.prepare(device)
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark) == (on, on)
