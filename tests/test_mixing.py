@@ -10,7 +10,7 @@ import yaml
 from emulated_graphs import EmulatedGraphs
 from PIL import Image
 from scipy import stats
-from small_data import SETTLED
+from small_data import settled
 from test_methods import NoWaiting, make
 from test_step import FULL
 from timm.data.mixup import Mixup
@@ -49,7 +49,7 @@ NO_MIXING = {key: KEYS[key].default for key, item in KEYS.items() if item.metada
 
 def recipe(**keys):
     base = {"workers": 0, "train_crop_mode": "pad", "img_size": 16, "batch_size": 8, "image_cache": "none"}
-    return Recipe(**{**SETTLED, **base, "method": "ce", "model": "cifar_resnet20", "loader": "resident", **keys})
+    return settled(**{**base, "method": "ce", "model": "cifar_resnet20", "loader": "resident", **keys})
 
 
 def splits(counts=COUNTS):
