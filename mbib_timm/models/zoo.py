@@ -10,20 +10,27 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import timm
+from safetensors import safe_open
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor
 
 from mbib_timm.errors import CheckpointError
+from mbib_timm.models.backbones import PREFIX, weights_digest
 from mbib_timm.models.model_config import ModelConfig, read_config
-from mbib_timm.models.pip_weights import packaged_weights
+from mbib_timm.models.pip_weights import backbone_weights, packaged_weights
 from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
 ORGANIZATION = "mbib-timm"
+Filter = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+# Files of weights in the package: of a whole model; of heads alone, whose backbone is as it was pretrained.
+WHOLE, HEADS = "model.safetensors", "heads.safetensors"
 # How a tag begins whose recipe starts from weights of other data: the backbone stays as it is, changes a little, or
 # trains as a whole.
 STARTS = ("frozen", "adapt", "finetune")
@@ -156,9 +163,9 @@ class ZooModel:
 
     @property
     def weights(self) -> Path | None:
-        """The weights' file in the package; None where they are on the Hub, or nowhere."""
-        file = self.folder / "model.safetensors"
-        return file if self.is_trained and file.is_file() else None
+        """The file in the package, of the whole model or of its heads; None where they are on the Hub, or nowhere."""
+        files = [self.folder / name for name in (WHOLE, HEADS)]
+        return next((file for file in files if self.is_trained and file.is_file()), None)
 
     def source(self) -> dict[str, Any]:
         """Return the entries of a timm cfg that say where the weights are; none of them where there are no weights."""
@@ -258,6 +265,8 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     # A model with a config.json of its own may have a published tag, and says itself how it is built.
     is_tagged = cfg.tag in PUBLISHED.get(architecture, ()) and "pretrained_model_args" not in kwargs
     config = ZooModel(f"{architecture}.{cfg.tag}").config if is_tagged else ModelConfig()
+    if pretrained and cfg.file is not None and Path(cfg.file).name == HEADS:
+        kwargs["pretrained_filter_fn"] = partial(_beside_backbone, kwargs["pretrained_filter_fn"], Path(cfg.file))
     model_args = dict(config.model_args)
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
@@ -269,6 +278,33 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
         del model.pretrained_cfg["state_dict"]
     model._model_args = model_args  # timm adds the caller's own; together they go into config.json
     return model
+
+
+def _beside_backbone(filter_fn: Filter, file: Path, heads: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return a model's weights: the heads of a file, and the pretrained backbone that its metadata name.
+
+    Args:
+        filter_fn: puts a checkpoint, of the model or of its backbone, under the model's keys.
+        file: of the heads.
+        heads: what it holds.
+        model: to be loaded.
+
+    Raises:
+        CheckpointError: the backbone's weights cannot be had, or are not those beside which the heads were trained.
+    """
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    whole = {**filter_fn(backbone_weights(said["backbone"]), model), **heads}
+    if backbone_digest(whole) != said["backbone_sha256"]:
+        raise CheckpointError(
+            f"{said['backbone']}: these are other weights than those beside which {file.parent.name} was trained"
+        )
+    return filter_fn(whole, model)
+
+
+def backbone_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the backbone's tensors among a model's, whatever their order."""
+    return weights_digest({name: weights[name] for name in sorted(weights) if name.startswith(PREFIX)})
 
 
 def _require_weights(architecture: str, cfg: PretrainedCfg) -> None:

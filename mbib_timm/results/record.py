@@ -135,6 +135,8 @@ class RunRecord:
         held_out: in words how the result's images were held out of the training data; None where the data have a split
             for them, or where it was not recorded.
         origin: where it started: from scratch, or from which weights of which data.
+        rounded_from: top-1 accuracy of the prediction in percent before the weights were rounded to half precision, in
+            which the package keeps them; `result` is then that of the rounded ones. None where they were not.
     """
 
     name: str
@@ -161,6 +163,7 @@ class RunRecord:
     left_out_images: list[str] = field(default_factory=list)
     held_out: str | None = None
     origin: Origin = NOT_RECORDED
+    rounded_from: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""
