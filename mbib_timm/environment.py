@@ -8,9 +8,10 @@ import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy
 import timm
@@ -21,6 +22,7 @@ from timm.utils.distributed import init_distributed_device_so
 import mbib_timm
 from mbib_timm.errors import LostProcessError, MbibError
 
+T = TypeVar("T")
 GIT_SECONDS = 10  # that git may take to answer
 
 
@@ -37,9 +39,17 @@ class World:
         """True in the process that writes."""
         return self.rank == 0
 
+    def of_main(self, compute: Callable[[], T]) -> T:
+        """Return what the main process computes, in every process; all have to ask at the same point."""
+        if not is_distributed():
+            return compute()
+        found: list[Any] = [compute() if self.is_main else None]
+        torch.distributed.broadcast_object_list(found, device=self.device)
+        return cast(T, found[0])
+
     def gather(self, values: list[str]) -> list[str]:
         """Return the values of all processes, each once, in every process."""
-        if self.world_size == 1:
+        if not is_distributed():
             return values
         parts: list[list[str]] = [[] for _ in range(self.world_size)]
         torch.distributed.all_gather_object(parts, values)

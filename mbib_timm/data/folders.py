@@ -26,7 +26,8 @@ from PIL import Image
 from timm.utils import natural_key
 
 from mbib_timm.data.groups import group_names
-from mbib_timm.data.images import PathReader, Reader, Split
+from mbib_timm.data.images import Reader, Split
+from mbib_timm.data.paths import Names, PathReader
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
 
@@ -178,7 +179,7 @@ class ImageTree:
         once for each that is spawned.
         """
         if not self.archive:
-            return PathReader(self.path, list(names))
+            return PathReader(self.path, Names.of(names))
         places, contents = np.array([self.members[name] for name in names], dtype=np.int64).reshape(-1, 2), None
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())

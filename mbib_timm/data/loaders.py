@@ -54,7 +54,7 @@ class OrderedLoader:
 
     def order(self) -> Tensor:
         """Return the indices of this epoch, in host memory."""
-        return torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
+        return torch.from_numpy(self.sampler.order())
 
 
 class ResidentLoader(OrderedLoader):

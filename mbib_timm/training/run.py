@@ -102,7 +102,7 @@ class Run:
         self.pool = pool
         self.store: FeatureStore | None = None
         if self.frozen is not None:
-            self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features)
+            self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
         if state is None and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
         if recipe.model_ema:

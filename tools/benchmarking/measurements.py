@@ -12,10 +12,9 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from benchmarking.contestants import (
     MODELS,
@@ -299,9 +298,10 @@ def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
 # Runs `mbib train` with a first step that tells the time as it begins and as it is done, and ends the process. The step
 # is left out unless the first argument is "whole".
 START = """
-import os, sys, time
+import os, resource, sys, time
 import timm, torch
 started = time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from mbib_timm import cli
 from mbib_timm.training import run
 
@@ -315,7 +315,8 @@ def until_the_first(*arguments):
             step(*batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print("\\nseconds", begun - started, time.perf_counter() - started, flush=True)
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print("\\nseconds", begun - started, time.perf_counter() - started, kilobytes, flush=True)
         os._exit(0)
     return first
 
@@ -324,13 +325,27 @@ sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
-def seconds_to_first_step(settings: Settings, *flags: str, whole: bool) -> tuple[float, float]:
-    """Return seconds from the end of `import torch, timm` until `mbib train` begins its first step, and until it ends.
+class Start(NamedTuple):
+    """How `mbib train` comes to its first step, from the end of `import torch, timm` on.
+
+    Attributes:
+        begins: seconds until the step.
+        ends: seconds until it is done; where it is left out the same.
+        gigabytes: of memory that the process has come to take until then, at the most.
+    """
+
+    begins: float
+    ends: float
+    gigabytes: float
+
+
+def to_first_step(settings: Settings, *flags: str, whole: bool) -> Start:
+    """Run `mbib train` until its first step.
 
     Args:
         settings: device.
         flags: of `mbib train`.
-        whole: run the step; else the two are the same.
+        whole: run the step too.
     """
     with tempfile.TemporaryDirectory() as folder:
         own = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
@@ -339,7 +354,8 @@ def seconds_to_first_step(settings: Settings, *flags: str, whole: bool) -> tuple
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("seconds ")]
     if not lines:
         raise MbibError(f"mbib train did not come to its first step: {done.stderr.strip()[-300:]}")
-    return float(lines[-1][1]), float(lines[-1][2])
+    _, begins, ends, kilobytes = lines[-1]
+    return Start(float(begins), float(ends), int(kilobytes) * 1024 / 1e9)
 
 
 def start(settings: Settings) -> Iterator[Record]:
@@ -347,9 +363,9 @@ def start(settings: Settings) -> Iterator[Record]:
     begun: list[float] = []
 
     def run() -> float:
-        begins, ends = seconds_to_first_step(settings, whole=True)
-        begun.append(begins)
-        return ends
+        came = to_first_step(settings, whole=True)
+        begun.append(came.begins)
+        return came.ends
 
     done = take_turns({"mbib train": run}, settings.repeats)["mbib train"]
     figures = {"first step begins": begun[1:], "first step done": done}
@@ -358,28 +374,36 @@ def start(settings: Settings) -> Iterator[Record]:
     )
 
 
-def start_large(settings: Settings) -> Iterator[Record]:
-    """Measure the same with lists as long as iNaturalist 2018's, which name 1,000 JPEG files again and again."""
-    recipe, classes = "mbib_resnet50.inat2018_90e", 8_142
+def start_list(settings: Settings) -> Iterator[Record]:
+    """Measure the same with a list of 10,000,000 images in 10,000 classes: the class folders are links to one."""
+    recipe, classes, images, evaluated = "mbib_resnet50.inat2018_90e", 10_000, 1_000, 3
+    memory: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        generator = np.random.default_rng(0)
-        for image in range(1_000):
-            pixels = generator.integers(0, 256, (375, 500, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{image}.jpg")
-        for split, images in (("train", 437_513), ("val", 24_426)):
-            lines = (f"{image % 1_000}.jpg {image % classes}\n" for image in range(images))
-            (folder / f"{split}.txt").write_text("".join(lines))
+        photographs(folder / "images", images + evaluated, (375, 500))
+        files = sorted(path.name for path in (folder / "images").iterdir())
+        for number in range(classes):
+            (folder / f"n{number:08d}").symlink_to(folder / "images")
+        for split, chosen in (("train", files[:images]), ("val", files[images:])):
+            with (folder / f"{split}.txt").open("w") as lines:
+                for number in range(classes):
+                    lines.writelines(f"n{number:08d}/{file} {number}\n" for file in chosen)
         flags = ["--data-dir", name, "--train-list", f"{name}/train.txt", "--val-list", f"{name}/val.txt"]
         flags += ["--workers", "2", "--image-cache", "none"]
-        run = partial(seconds_to_first_step, settings, recipe, *flags, whole=False)
-        figures = take_turns({"first step begins": lambda: run()[0]}, settings.repeats)
+
+        def run() -> float:
+            came = to_first_step(settings, recipe, *flags, whole=False)
+            memory.append(came.gigabytes)
+            return came.begins
+
+        begun = take_turns({"first step begins": run}, settings.repeats)["first step begins"]
+    figures = {"first step begins": begun, "gigabytes": memory[1:]}
     yield Record(
-        "start-large",
-        "seconds",
+        "start-list",
+        "seconds; gigabytes",
         figures,
-        {"start-large": figures["first step begins"]},
-        Conditions(recipe=recipe, workers=2),
+        {"start-list": begun, "start-list-memory": memory[1:]},
+        Conditions(recipe=recipe, workers=2, images=images * classes),
     )
 
 
@@ -401,5 +425,5 @@ MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "epochs-200": epochs,
     "throughput-resnext50": throughput,
     "start": start,
-    "start-large": start_large,
+    "start-list": start_list,
 }
