@@ -334,7 +334,7 @@ class FeatureLoader(OrderedLoader):
         if passes > 1 and self.seed is not None:
             sequence = np.random.SeedSequence([self.seed, self.epoch], spawn_key=SPAWN_KEY)
             drawn = torch.from_numpy(np.random.default_rng(sequence).integers(passes, size=len(order)))
-        for batch in range(len(self)):
+        for batch in range(self.start, len(self)):
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             rows = self.features.rows(order[part], drawn[part], self.device)
             places = send(order[part], self.device)

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mbib_timm.data.paths import PathReader
+from mbib_timm.environment import seeded_draws
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.progress import Progress
 
@@ -177,6 +178,18 @@ class Split:
         return len(self.targets)
 
 
+class Drawn(NamedTuple):
+    """An image whose random transforms are a function of a key, and not of what was drawn before.
+
+    Attributes:
+        place: in the split.
+        key: of the draws.
+    """
+
+    place: int
+    key: tuple[int, ...]
+
+
 class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
     """The images of a split, transformed; each with its label and its position in the split, (2,), int64.
 
@@ -198,7 +211,13 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray] | None:
+    def __getitem__(self, index: int | Drawn) -> tuple[Tensor, np.ndarray] | None:
+        if isinstance(index, Drawn):
+            with seeded_draws(index.key):
+                return self._read(index.place)
+        return self._read(index)
+
+    def _read(self, index: int) -> tuple[Tensor, np.ndarray] | None:
         reason = ""
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)

@@ -368,9 +368,13 @@ class IndexSampler(ABC):
         """Choose the order of an epoch."""
 
     def __iter__(self) -> Iterator[int]:
-        """Give the indices of a pass, one by one; Python's numbers of ten million of them would take 400 MB."""
+        """Give the indices of a pass, one by one."""
+        return self.since(0)
+
+    def since(self, start: int) -> Iterator[int]:
+        """Give the indices of a pass from a place on; Python's numbers of ten million of them would take 400 MB."""
         order = self.order()
-        for begin in range(0, len(order), BLOCK):
+        for begin in range(start, len(order), BLOCK):
             yield from order[begin : begin + BLOCK].tolist()
 
 
@@ -469,6 +473,12 @@ class ShardSampler(OrderedSampler):
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
         super().__init__(range(rank, length, world_size))
+
+
+def batches_of(images: int, batch_size: int, drop_last: bool) -> int:
+    """Return how many batches there are of so many images; `drop_last` leaves a short one out."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest > 0 and not drop_last)
 
 
 def drops_last(images: int, batch_size: int) -> bool:

@@ -138,7 +138,11 @@ def _perhaps_shared(train: Split, evaluated: Split) -> np.ndarray | None:
         return None
     wanted = np.sort(second.names.hashes(evaluated.indices))
     hashes = first.names.hashes(train.indices)
-    return np.flatnonzero(wanted[np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)] == hashes)
+    # A look at 22 bits of each, in a table that a processor's cache holds, leaves few that are searched for.
+    table = np.zeros(1 << 22, dtype=bool)
+    table[wanted >> np.uint64(42)] = True
+    found = np.flatnonzero(table[hashes >> np.uint64(42)])
+    return found[wanted[np.searchsorted(wanted, hashes[found]).clip(max=len(wanted) - 1)] == hashes[found]]
 
 
 def _num_classes(recipe: Recipe, train: Split) -> int:
