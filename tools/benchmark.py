@@ -26,6 +26,7 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
 - throughput-resnext50, epochs-200: on CUDA.
 - start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure;
   start-list: the same with a list of 10,000,000 images, and the memory that it takes.
+- memory-classes: tensors that losses with their backward pass, and an evaluation, make of logits of 100,000 classes.
 """
 
 import argparse

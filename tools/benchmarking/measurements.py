@@ -14,7 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from timm import create_model
+from torch import Tensor
 
 from benchmarking.contestants import (
     MODELS,
@@ -28,19 +31,23 @@ from benchmarking.contestants import (
     timm_contestant,
     write_model,
 )
+from benchmarking.live_memory import over_logits
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise, photographs
-from benchmarking.targets import METHOD_RECIPES
+from benchmarking.targets import LOSSES_OF_CLASSES, METHOD_RECIPES
 from benchmarking.turns import Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
 from mbib_timm.data import DataPool, create_loaders
-from mbib_timm.data.batch import TrainLoader
+from mbib_timm.data.batch import Batch, TrainLoader
 from mbib_timm.data.create import data_key
 from mbib_timm.data.loaders import resident_loader
 from mbib_timm.data.samplers import training_sampler
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.evaluate import AnswerLog
+from mbib_timm.evaluation.metrics import batch_statistics
 from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import predict
 from mbib_timm.inference.predictor import Predictor
+from mbib_timm.methods import METHODS, Facts, Method
 from mbib_timm.models.weights import load_model
 from mbib_timm.recipe import DEFAULT_RECIPE
 from mbib_timm.training.cuda_graph import WARM_UP_STEPS
@@ -408,6 +415,41 @@ def start_list(settings: Settings) -> Iterator[Record]:
     )
 
 
+def memory_of_classes(settings: Settings) -> Iterator[Record]:
+    """Measure the memory of losses, with their backward pass, and of an evaluation on 100,000 classes, over that of the
+    logits: bytes of live tensors, the same whatever the device."""
+    classes, images = 100_000, 192
+    counts = np.maximum(1, 1_000_000 / np.arange(1, classes + 1)).astype(np.int64)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(classes, (images,), generator=generator)
+    actions: dict[str, Callable[[], float]] = {}
+
+    def loss(method: Method) -> float:
+        heads = {
+            head: torch.randn(images, classes, generator=generator, requires_grad=True) for head in method.head_names
+        }
+        return over_logits(lambda logits: method.loss(logits, targets)["loss"].backward(), heads)
+
+    def evaluated() -> float:
+        def count(logits: dict[str, Tensor]) -> None:
+            log = AnswerLog()
+            stacked = torch.stack([*logits.values()])
+            batch_statistics(stacked, targets)
+            log.add(stacked[0], Batch((), targets, targets))
+
+        heads = {str(head): torch.randn(images, classes, generator=generator) for head in range(5)}
+        return over_logits(count, heads)
+
+    for name, network in LOSSES_OF_CLASSES.items():
+        kind = METHODS[name]
+        model = kind.build_network(kind.Settings(), partial(create_model, network, num_classes=classes))
+        actions[name] = partial(loss, kind(model, kind.Settings(), Facts(counts, 1), torch.device("cpu")))
+    actions["evaluation"] = evaluated
+    figures = take_turns(actions, 1, warm_ups=0)
+    rows = {"memory-classes": [max(value for (value,) in figures.values())]}
+    yield Record("memory-classes", "bytes over those of the logits", figures, rows, Conditions(images, images=images))
+
+
 def batch_of(subject: str, settings: Settings) -> tuple[int, int, int]:
     """Return batch size, image size and steps of a repeat."""
     if subject == "resnet32":
@@ -427,4 +469,5 @@ MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "throughput-resnext50": throughput,
     "start": start,
     "start-list": start_list,
+    "memory-classes": memory_of_classes,
 }
