@@ -1,15 +1,11 @@
 """Many classes: losses in blocks are those of the whole, in little memory; records stay short."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from benchmarking.live_memory import over_logits, peak_of
 from benchmarking.targets import LOSSES_OF_CLASSES
 
@@ -124,7 +120,7 @@ def test_metrics_of_many_classes_are_few_lines():
     guess = logits.argmax(dim=-1).numpy()
     metrics = with_intervals(metrics, targets.numpy(), guess, counts_of(classes))
     content = to_json(metrics)
-    assert content.count(b"\n") < 60
+    assert content.count(b"\n") < 80
     assert len(content) < 30 * classes
     read = parse_json(content)
     assert read["per_class"] == metrics.per_class

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mbib_timm.errors import MbibError
 
-# Logits (B, K) of more numbers, 64 MB, are gone through in blocks of so many, and once more in the backward pass: what a
-# loss keeps of them would be many times their memory.
+# Logits (B, K) of more numbers, 64 MB, are gone through in blocks of so many, and once more in the backward pass: what
+# a loss keeps of them would be many times their memory.
 LARGE, BLOCK = 1 << 24, 1 << 21
 
 

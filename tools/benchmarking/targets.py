@@ -144,8 +144,7 @@ ROWS = {
     ),
     "memory-classes": Row(
         "memory-classes",
-        "memory of loss and evaluation over the logits, 100,000 classes: the largest of CE, focal, BSCE, LDAM, BIB, MBIB "
-        "and its relatives",
+        "memory of loss and evaluation over the logits, 100,000 classes: the most of CE, focal, BSCE, LDAM, (M)BIB",
         both(3, 3),
     ),
 }
