@@ -90,7 +90,7 @@ class ArchiveReader:
         contents: the bytes that the places are in; None to read them from the file.
     """
 
-    def __init__(self, archive: Path, names: list[str], places: np.ndarray, contents: bytes | None) -> None:
+    def __init__(self, archive: Path, names: Names, places: np.ndarray, contents: bytes | None) -> None:
         self.archive, self.names, self.places, self.contents = archive, names, places, contents
         self._opened: tuple[int, BinaryIO] | None = None
 
@@ -184,7 +184,7 @@ class ImageTree:
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
-        return ArchiveReader(self.path, list(names), places, contents)
+        return ArchiveReader(self.path, Names.of(names), places, contents)
 
     def read(self, group_by: str | None = None) -> Split:
         """Return the images with labels: the first folder is the class.
