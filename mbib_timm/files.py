@@ -23,7 +23,7 @@ from mbib_timm.options import is_number
 T = TypeVar("T")
 LONGEST_PLACE = 200  # characters of a place in a message
 LARGEST_NUMBER, LARGEST_FLOAT = 2**63, 10**308  # beyond what numpy and Python hold
-LONG_LIST = 20  # plain values, which JSON has in one line
+LONG_LIST = 1000  # plain values; longer ones stand in one line of JSON
 LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
 
