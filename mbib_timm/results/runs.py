@@ -20,7 +20,7 @@ from mbib_timm.results.redact import last_part, redact_record, redact_value
 from mbib_timm.results.tables import mean_of
 
 # Recipe keys that say how a result is reached and reported, and leave it as it is.
-SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "cuda_graph", "channels_last"}
+SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
 # Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
 DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
 

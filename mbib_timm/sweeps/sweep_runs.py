@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import BusyFolderError, MbibError, shown
+from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, shown
 from mbib_timm.files import check_folder, printable, printable_lines
 from mbib_timm.models.origin import starts_from_weights
 from mbib_timm.models.zoo import data_set_of
@@ -250,6 +250,7 @@ def run_sweep(
 
     Raises:
         MbibError: the sweep cannot be; nothing has been run.
+        LostDeviceError: the device has failed; the same command goes on with the rest.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MbibError("a sweep runs in one process: start one per device with --device, without torchrun")
@@ -293,6 +294,9 @@ def run_sweep(
             busy.append(run)
             print("another process is training it", flush=True)
             continue
+        except LostDeviceError:  # this process cannot use it for another run
+            write()
+            raise
         except MbibError as error:
             failed[run.label] = str(error)
             print(f"failed: {printable_lines(str(error))}", flush=True)
