@@ -8,9 +8,10 @@ import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy
 import timm
@@ -21,6 +22,9 @@ from timm.utils.distributed import init_distributed_device_so
 import mbib_timm
 from mbib_timm.errors import LostDeviceError, LostProcessError, MbibError, first_line
 
+T = TypeVar("T")
+# Keeps draws by a key apart from what has seeds of the same numbers.
+DRAWS_KEY = (13,)
 GIT_SECONDS = 10  # that git may take to answer
 
 
@@ -37,13 +41,25 @@ class World:
         """True in the process that writes."""
         return self.rank == 0
 
+    def of_main(self, compute: Callable[[], T]) -> T:
+        """Return what the main process computes, in every process; all have to ask at the same point."""
+        if not is_distributed():
+            return compute()
+        found: list[Any] = [compute() if self.is_main else None]
+        torch.distributed.broadcast_object_list(found, device=self.device)
+        return cast(T, found[0])
+
+    def of_all(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order, in every process."""
+        if not is_distributed():
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def gather(self, values: list[str]) -> list[str]:
         """Return the values of all processes, each once, in every process."""
-        if self.world_size == 1:
-            return values
-        parts: list[list[str]] = [[] for _ in range(self.world_size)]
-        torch.distributed.all_gather_object(parts, values)
-        return list(dict.fromkeys(value for part in parts for value in part))
+        return list(dict.fromkeys(value for part in self.of_all(values) for value in part))
 
 
 def usable_cores() -> int:
@@ -186,6 +202,48 @@ def seed_generators(seed: int, epoch: int, rank: int, stage: int = 0) -> None:
     random.seed(int(state[0]))
     numpy.random.seed(int(state[1]))
     torch.manual_seed(int(state[2]))
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return how far the global generators have come that `seed_generators` seeds, in plain values and tensors."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = cast(tuple[str, numpy.ndarray, int, int, float], numpy.random.get_state())
+    states = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(numpy.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Let the global generators go on from what `generator_states` has returned; that of a device which has none
+    there as it is."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype(numpy.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "device" in states:
+        torch.cuda.set_rng_state(states["device"], device)
+
+
+@contextlib.contextmanager
+def seeded_draws(key: tuple[int, ...]) -> Iterator[None]:
+    """Draw by a key from Python's, numpy's and torch's generators of the CPU, which are then as they were before."""
+    before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    state = numpy.random.SeedSequence(list(key), spawn_key=DRAWS_KEY).generate_state(3)
+    random.seed(int(state[0]))
+    numpy.random.seed(int(state[1]))
+    torch.default_generator.manual_seed(int(state[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 @dataclass(frozen=True)

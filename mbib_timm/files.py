@@ -23,6 +23,7 @@ from mbib_timm.options import is_number
 T = TypeVar("T")
 LONGEST_PLACE = 200  # characters of a place in a message
 LARGEST_NUMBER, LARGEST_FLOAT = 2**63, 10**308  # beyond what numpy and Python hold
+LONG_LIST = 1000  # plain values; longer ones stand in one line of JSON
 LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
 
@@ -144,7 +145,26 @@ def counted(number: int, noun: str) -> str:
 def to_json(content: Any, indent: int = 2) -> bytes:
     """Return a dataclass or plain values as JSON; NaN and infinity are refused."""
     plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
-    return (json.dumps(plain, indent=indent, allow_nan=False) + "\n").encode()
+    return (_to_lines(plain, indent, "\n") + "\n").encode()
+
+
+def _to_lines(value: Any, indent: int, line: str) -> str:
+    """Return plain values as JSON, indented but for long lists of numbers or names, which stand in one line.
+
+    Args:
+        value: to write.
+        indent: spaces a level.
+        line: a line break, and the spaces of this level.
+    """
+    inner = line + " " * indent
+    if isinstance(value, dict) and value:
+        items = (f"{json.dumps(str(key))}: {_to_lines(item, indent, inner)}" for key, item in value.items())
+        return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
+    if isinstance(value, list | tuple) and value:
+        is_long = len(value) > LONG_LIST and not any(isinstance(item, dict | list | tuple) for item in value)
+        if not is_long:
+            return f"[{inner}{f',{inner}'.join(_to_lines(item, indent, inner) for item in value)}{line}]"
+    return json.dumps(value, allow_nan=False)
 
 
 # What a spreadsheet takes for the beginning of a formula (OWASP, "CSV Injection"); tabs and line breaks are escaped.

@@ -24,9 +24,16 @@ SHORT = dict(
 SETTINGS = {
     "two stages": (dict(stages=[{"method": "ce"}, {"method": "crt"}], model_ema=True, model_ema_decay=0.5), 1),
     "queue": (dict(method={"name": "paco", "queue": 32, "features": 8}), 1),
+    "within epochs": (
+        dict(method="bsce", checkpoint_steps=2, loader="timm", mixup=0.3, sched_on_updates=True, model_ema=True), 1,
+    ),
+    "two processes within epochs": (dict(method="ce", checkpoint_steps=1, loader="timm", sched_on_updates=True), 2),
+    "two processes with a queue within epochs": (
+        dict(method={"name": "paco", "queue": 32, "features": 8}, checkpoint_steps=1), 2,
+    ),
     "two processes": (dict(method="ce", model_ema=True, model_ema_decay=0.5), 2),
     "two processes with a queue": (dict(method={"name": "paco", "queue": 32, "features": 8}), 2),
-}
+}  # fmt: skip
 CALLS = ("replace", "fsync")
 
 

@@ -13,6 +13,7 @@ import mbib_timm.data.features as features_module
 from mbib_timm.cli import main
 from mbib_timm.data import Passes, open_data
 from mbib_timm.data.batch import Loader
+from mbib_timm.data.decoding import FileStates
 from mbib_timm.data.features import FeatureLoader, Features, FeatureStore, Rows, load_chunk, to_bytes
 from mbib_timm.data.samplers import OrderedSampler
 from mbib_timm.environment import World
@@ -57,7 +58,7 @@ class Backbone:
 
 
 def store(recipe, backbone=None, kept=None):
-    return FeatureStore(backbone or Backbone(), recipe, SIZE, World(CPU), {} if kept is None else kept)
+    return FeatureStore(backbone or Backbone(), recipe, SIZE, World(CPU), {} if kept is None else kept, FileStates())
 
 
 def rows_of(loader: Loader):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mbib_timm.data.folders import open_archive
 from mbib_timm.data.image_tables import Row, read_rows
-from mbib_timm.data.sources import open_inaturalist, open_list
+from mbib_timm.data.lists import open_inaturalist, open_list
 from mbib_timm.errors import MbibError
 
 NAMES = ["ant/0.png", "ant/1.png", "bee/0.png", "bee/ä b.png"]

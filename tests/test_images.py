@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 from small_data import picture
 
-from mbib_timm.data.images import ArrayReader, ImageDataset, PathReader, Split, convert_image
+from mbib_timm.data.images import ArrayReader, ImageDataset, Split, convert_image
+from mbib_timm.data.paths import Names, PathReader
 from mbib_timm.errors import DataError
 
 RAMP = np.arange(256, dtype=np.float64).reshape(16, 16)
@@ -168,6 +169,8 @@ def test_a_decompression_bomb_is_refused_by_name(monkeypatch, tmp_path):
 )
 @pytest.mark.parametrize("indices", [None, np.array([2, 0])])
 def test_normalised_paths_are_those_of_the_images(root, names, indices):
-    split = Split(PathReader(Path(root), names), np.zeros(len(names if indices is None else indices), int), indices)
+    split = Split(
+        PathReader(Path(root), Names.of(names)), np.zeros(len(names if indices is None else indices), int), indices
+    )
     expected = [os.path.normpath(split.path(place)) for place in range(len(split))]
     assert [os.fsdecode(file) for file in split.files()] == expected

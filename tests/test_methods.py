@@ -51,7 +51,7 @@ from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, load_recipe
 from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.training import train
-from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.setup import build_network
@@ -401,7 +401,9 @@ def run_epochs(method, optimizer, epochs, **keys):
         torch.manual_seed(epoch)
         method.start_epoch(epoch)
         loader, progress = batches_for(method.name, seed=epoch), Progress(3, visible=False)
-        losses.append(train_one_epoch(method, loader, step, recipe, epoch, progress, after_update=method.update_ema))
+        losses.append(
+            train_one_epoch(method, loader, step, recipe, LossLog(epoch), progress, lambda steps: method.update_ema())
+        )
     return losses
 
 

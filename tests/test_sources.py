@@ -16,8 +16,9 @@ from small_data import normalized_recipe as recipe
 from small_data import picture, save_image
 
 from mbib_timm.data import SOURCES, create_loaders, open_data, open_split, sources, summary
+from mbib_timm.data.lists import open_inaturalist, open_list
 from mbib_timm.data.loaders import timm_eval_loader
-from mbib_timm.data.sources import open_digits, open_inaturalist, open_list
+from mbib_timm.data.sources import open_digits
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.models.zoo import DATASETS
@@ -125,9 +126,9 @@ def test_a_list_of_437_513_lines(tmp_path):
     (tmp_path / "train.txt").write_text(lines)
     script = (
         "import resource, sys, time\n"
-        "from mbib_timm.data import sources\n"
-        "from mbib_timm.data.sources import open_list\n"
-        "sources.look_for_images = lambda *arguments, **options: ''\n"
+        "from mbib_timm.data import lists\n"
+        "from mbib_timm.data.lists import open_list\n"
+        "lists.look_for_images = lambda *arguments, **options: ''\n"
         "from mbib_timm.data.long_tail import count_classes\n"
         "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "start = time.process_time()\n"
@@ -285,7 +286,8 @@ def test_more_than_half_missing_is_another_folder(tmp_path, broken):
 
 
 def test_of_many_images_a_sample_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("mbib_timm.data.images.MOST_LOOKED_FOR", 5)
+    monkeypatch.setattr("mbib_timm.data.paths.MOST_LOOKED_FOR", 5)
+    monkeypatch.setattr("mbib_timm.data.paths.LOOKED_FOR", 5)
     (line,) = summary(open_data(listed(tmp_path, 12, 4)))[-1:]
     assert "of its 5 images, 1 cannot be found: " in line
 

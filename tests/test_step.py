@@ -24,7 +24,7 @@ from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.declared import load_plugin
-from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
 from mbib_timm.training.step import compiled_loss_parts, create_step, find_graphs, training_step
 
@@ -271,5 +271,5 @@ def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     loader = batches((8, 8, 8, 8, 5))
-    train_one_epoch(method, loader, step, recipe, 0, Progress(5, visible=False), after_update=lambda: None)
+    train_one_epoch(method, loader, step, recipe, LossLog(0), Progress(5, visible=False), lambda steps: None)
     assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end

@@ -25,7 +25,8 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
   of its batches alone, and beside reading and decoding the files alone.
 - throughput-resnext50, epochs-200: on CUDA.
 - start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure;
-  start-large: the same with lists as long as iNaturalist 2018's.
+  start-list: the same with a list of 10,000,000 images, and the memory that it takes.
+- memory-classes: tensors that losses with their backward pass, and an evaluation, make of logits of 100,000 classes.
 """
 
 import argparse

@@ -3,9 +3,10 @@
 `open_data` finds out what there is, and checks it; `create_loaders` makes batches of it for a run, and `Passes` for a
 method that looks at images before or after training. A file imports from those above it only:
 
-    batch, images           what a loader gives; splits of images with labels, their readers
+    batch                   what a loader gives
+    paths, images           paths of millions of images; splits of images with labels, their readers
     long_tail, groups       class counts, shot groups, long-tailed subsets, images held out; images that stay together
-    folders, image_tables       image folders and archives; CSV and Parquet
+    folders, image_tables, lists    image folders and archives; CSV and Parquet; list files, iNaturalist's json
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
     overview, inspection    what the data are, in lines; a look at every image
     samplers                what an epoch sees, in which order

@@ -46,8 +46,9 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Return the number of batches of one pass."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order of an epoch, a function of the recipe's seed and this number; and its first batch, where the
+        ones before are done: they are not read."""
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that could not be read: replaced in training, left out of an evaluation."""
@@ -70,10 +71,10 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.streams[0])
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose an epoch and its first batch, as a `Loader` does."""
         for stream in self.streams:
-            stream.set_epoch(epoch)
+            stream.set_epoch(epoch, start)
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that were replaced because they could not be read, each once."""

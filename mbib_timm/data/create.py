@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from mbib_timm.data.batch import Loader, TrainLoader
-from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits, free_memory, on_disk
+from mbib_timm.data.decoding import (
+    DecodedImages,
+    FileStates,
+    cache_folder,
+    decode_split,
+    decoded_bytes,
+    fits,
+    free_memory,
+    on_disk,
+)
 from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
@@ -53,6 +62,7 @@ class DataPool:
     features: dict[str, Features] = field(default_factory=dict)
     introduced: set[str] = field(default_factory=set)
     resident: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    states: FileStates = field(default_factory=FileStates)
 
     def introduce(self, recipe: Recipe) -> list[str]:
         """Return what the recipe's data are, in lines, when first asked; see `summary`."""
@@ -113,20 +123,22 @@ class DataPool:
         split: Split,
         recipe: Recipe,
         input_size: tuple[int, int, int],
-        device: torch.device,
+        world: World,
         *,
         training: bool,
         replace_broken: bool,
     ) -> DecodedImages:
-        """Bring a split's images onto the device, once; see `decode_split`.
+        """Bring a split's images onto the device, once; see `decode_split`. All processes have to ask.
 
         Args:
             name: of the split in the run.
         """
         fixed = fixed_preprocessing(recipe, input_size, training)
-        key = (data_key(recipe), name, fixed, str(replace_broken), str(device))
+        key = (data_key(recipe), name, fixed, str(replace_broken), str(world.device))
+        # Asked for first: one process may have the images still, and another not.
+        files = None if cache_folder(recipe, "images") is None else self.states.of(split, world)
         if key not in self.images:
-            self.images[key] = decode_split(split, recipe, input_size, device, training, replace_broken)
+            self.images[key] = decode_split(split, recipe, input_size, world.device, training, replace_broken, files)
         return self.images[key]
 
 
@@ -242,7 +254,7 @@ def create_loaders(
             return store.train_loader(splits.train, order)
         if not resident:
             return timm_train_loader(splits.train, shared, input_size, world, order, views)
-        images = pool.decode("train", splits.train, recipe, input_size, device, training=True, replace_broken=True)
+        images = pool.decode("train", splits.train, recipe, input_size, world, training=True, replace_broken=True)
         return resident_loader(images, recipe, input_size, world, order, views)
 
     def evaluated(name: str, split: Split) -> Loader:
@@ -250,7 +262,7 @@ def create_loaders(
             return store.eval_loader(split)
         if not resident:
             return timm_eval_loader(split, recipe, input_size, world)
-        images = pool.decode(name, split, recipe, input_size, device, training=False, replace_broken=False)
+        images = pool.decode(name, split, recipe, input_size, world, training=False, replace_broken=False)
         return resident_loader(images, recipe, input_size, world, None)
 
     return Loaders(
@@ -314,11 +326,10 @@ class Passes:
         recipe, size, world = self.recipe, self.input_size, self.world
         if self.store is not None:
             return self.store.eval_loader(split, replace_broken)
-        # Both kinds give the same batches, so that each process may choose by its own memory.
-        if recipe.loader == "resident" and fits(decoded_bytes(split, recipe, size, training=False), world.device):
-            images = self.pool.decode(
-                name, split, recipe, size, world.device, training=False, replace_broken=replace_broken
-            )
+        # Both kinds give the same batches.
+        fitting = fits(decoded_bytes(split, recipe, size, training=False), world.device)
+        if recipe.loader == "resident" and not world.gather([] if fitting else ["in one process they do not fit"]):
+            images = self.pool.decode(name, split, recipe, size, world, training=False, replace_broken=replace_broken)
             return resident_loader(images, recipe, size, world, None)
         return timm_eval_loader(split, recipe, size, world, replace_broken)
 
@@ -341,11 +352,10 @@ def build_views_loader(
     """
     world = World(device)
     order = training_sampler(np.zeros(len(split), dtype=np.int64), 1, recipe, world)
-    # Not for the next run: nobody else sees these images like this.
     if not fits(decoded_bytes(split, recipe, input_size, training=True), device):
         return timm_train_loader(split, recipe, input_size, world, order, views=views)
-    unkept = recipe.replace(image_cache="none")
-    images = decode_split(split, unkept, input_size, device, training=True, replace_broken=True)
+    # Not kept for the next run: nobody else sees these images like this.
+    images = decode_split(split, recipe, input_size, device, training=True, replace_broken=True)
     return resident_loader(images, recipe, input_size, world, order, views)
 
 

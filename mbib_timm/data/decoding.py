@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,14 @@ from torch.utils.data import DataLoader
 
 from mbib_timm.data.images import ImageDataset, Split, from_worker, pil_mode
 from mbib_timm.data.transforms import LONGEST_SIDE, fixed_preprocessing, resident_transform
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 
 DECODE_BATCH = 64
 # Of the cache: the version of its format, the bytes that a checksum covers, the files of an entry.
-FORMAT = 3
+FORMAT = 4
 BLOCK_BYTES = 64 << 20
 PIXELS, INDEX = "pixels.bin", "index.safetensors"
 # What resident images may take of the memory that is free; the rest is for the model and its activations.
@@ -136,6 +138,7 @@ def decode_split(
     device: torch.device,
     training: bool,
     replace_broken: bool,
+    files: str | None = None,
 ) -> DecodedImages:
     """Bring a split's images onto the device, decoded and through the fixed part of the preprocessing.
 
@@ -146,6 +149,7 @@ def decode_split(
         device: where they go.
         training: they are to be augmented.
         replace_broken: take the next image for one that cannot be read; else leave it out.
+        files: digest of the images' files, see `FileStates`; None to keep nothing on the disk.
 
     Raises:
         DataError: no image can be read.
@@ -153,7 +157,10 @@ def decode_split(
     transform = resident_transform(recipe, input_size, training)
     dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken)
     fixed = fixed_preprocessing(recipe, input_size, training)
-    return cached_decode(dataset, fixed, cache_folder(recipe, "images"), recipe.workers).to(device)
+    folder = cache_folder(recipe, "images")
+    if folder is None or files is None:
+        return decode(dataset, recipe.workers).to(device)
+    return cached_decode(dataset, folder, entry_key(dataset, fixed, files), recipe.workers).to(device)
 
 
 def cache_folder(recipe: Recipe, kind: str) -> Path | None:
@@ -165,21 +172,18 @@ def cache_folder(recipe: Recipe, kind: str) -> Path | None:
     return Path(recipe.image_cache)
 
 
-def cached_decode(dataset: ImageDataset, preprocessing: str, folder: Path | None, workers: int) -> DecodedImages:
+def cached_decode(dataset: ImageDataset, folder: Path, key: str, workers: int) -> DecodedImages:
     """Return a data set's images, from the disk where they are and into it where they are not.
 
     Args:
         dataset: gives the images after the fixed part of the preprocessing.
-        preprocessing: describes that part.
-        folder: of the cache; None for none.
+        folder: of the cache.
+        key: names the entry.
         workers: processes that decode.
 
     Raises:
         DataError: no image can be read.
     """
-    key = None if folder is None else entry_key(dataset, preprocessing)
-    if folder is None or key is None:
-        return decode(dataset, workers)
     entry = folder / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,32 +208,58 @@ def remove_halves(folder: Path) -> None:
                 shutil.rmtree(half, ignore_errors=True)
 
 
-def entry_key(dataset: ImageDataset, preprocessing: str) -> str | None:
-    """Return the digest that names a data set's entry; None for images that are not in files."""
+def entry_key(dataset: ImageDataset, preprocessing: str, files: str) -> str:
+    """Return the digest that names a data set's entry.
+
+    Args:
+        dataset: the images.
+        preprocessing: described.
+        files: digest of their files, see `FileStates`.
+    """
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {dataset.mode} {dataset.replace_broken}".encode())
     digest.update(preprocessing.encode())
-    digest.update(np.ascontiguousarray(dataset.targets, dtype=np.int64).tobytes())
-    archives: dict[str, str | None] = {}
-    in_files = False
-    for index in dataset.indices:
-        path = dataset.reader.path(int(index))
+    digest.update(np.ascontiguousarray(dataset.split.targets, dtype=np.int64).data)
+    digest.update(files.encode())
+    return digest.hexdigest()[:32]
+
+
+class FileStates:
+    """What shows whether the files of images have changed since a cache was written: path, size and time of change of
+    each. They are looked up once for a split, and by the main process alone: of ten million images it takes minutes."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Split, str | None]] = {}  # with the split, whose number stays its own
+
+    def of(self, split: Split, world: World) -> str | None:
+        """Return a digest of a split's files; None for images that are not in files. All processes have to ask."""
+        if id(split) not in self._known:
+            self._known[id(split)] = split, world.of_main(partial(_digest_of_files, split))
+        return self._known[id(split)][1]
+
+
+def _digest_of_files(split: Split) -> str | None:
+    digest, archives, in_files = hashlib.sha256(), dict[bytes, str | None](), False
+    for place, path in enumerate(split.files()):
         state = _file_state(path, archives)
+        if state is None:  # where the reader alone knows
+            path = os.fsencode(split.path(place))
+            state = _file_state(path, archives)
         in_files = in_files or state is not None
-        digest.update(f"{path}\0{state}\n".encode())
-    return digest.hexdigest()[:32] if in_files else None
+        digest.update(b"%b\0%b\n" % (path, (state or "none").encode()))
+    return digest.hexdigest() if in_files else None
 
 
-def _file_state(path: str, archives: dict[str, str | None]) -> str | None:
+def _file_state(path: bytes, archives: dict[bytes, str | None]) -> str | None:
     """Return size and time of change of a file, or of the archive that a path leads into; None where there is none."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
-        return None
     except NotADirectoryError:
         parent = os.path.dirname(path)
         if parent not in archives:
             archives[parent] = _file_state(parent, archives)
         return archives[parent]
+    except OSError:
+        return None
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
@@ -318,7 +348,7 @@ def on_disk(split: Split, recipe: Recipe) -> bool:
     if cache_folder(recipe, "images") is None or not len(split):
         return False
     first = 0 if split.indices is None else int(split.indices[0])
-    return _file_state(split.reader.path(first), {}) is not None
+    return _file_state(os.fsencode(split.reader.path(first)), {}) is not None
 
 
 def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> int:

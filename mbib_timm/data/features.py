@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mbib_timm.data.batch import Batch, send
-from mbib_timm.data.decoding import cache_folder, entry_key, fits
+from mbib_timm.data.decoding import FileStates, cache_folder, entry_key, fits
 from mbib_timm.data.images import ImageDataset, Split, pil_mode
 from mbib_timm.data.loaders import OrderedLoader, TimmLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.samplers import IndexSampler, OrderedSampler, ShardSampler, TrainingSampler, drops_last
@@ -116,6 +116,7 @@ class FeatureStore:
         input_size: (C, H, W) of the images.
         world: the device, and this process among others.
         kept: what this process has on its devices, or mapped, already, by key and device; it grows.
+        states: of the images' files, as this process knows them.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class FeatureStore:
         input_size: tuple[int, int, int],
         world: World,
         kept: dict[str, Features],
+        states: FileStates,
     ) -> None:
-        self.observe, self.recipe, self.input_size, self.world, self.kept = observe, recipe, input_size, world, kept
+        self.observe, self.recipe, self.input_size, self.world = observe, recipe, input_size, world
+        self.kept, self.states = kept, states
 
     def train_loader(self, split: Split, sampler: TrainingSampler) -> "FeatureLoader":
         """Return batches of training images in the sampler's order, each image from one of the passes.
@@ -154,10 +157,11 @@ class FeatureStore:
 
     def _pass(self, split: Split, number: int, replace_broken: bool) -> Features:
         job = _Pass(self.observe, self.recipe, self.input_size, self.world, split, number, replace_broken)
-        key, in_files = job.key()
+        files = self.states.of(split, self.world)
+        key = job.key(files)
         place = f"{key} {self.world.device}"
         if place not in self.kept:
-            folder = cache_folder(self.recipe, "features") if in_files else None
+            folder = None if files is None else cache_folder(self.recipe, "features")
             found = job.features(_computed(job) if folder is None else _cached(job, folder / key))
             self.kept[place] = found.to(self.world.device)
         return self.kept[place]
@@ -182,8 +186,8 @@ class _Pass:
     number: int
     replace_broken: bool
 
-    def key(self) -> tuple[str, bool]:
-        """Return the digest that names the pass, and whether its images are in files."""
+    def key(self, files: str | None) -> str:
+        """Return the digest that names the pass, for that of its images' files, or None where there are none."""
         recipe, size = self.recipe, self.input_size
         dataset = ImageDataset(self.split, pil_mode(size[0]), eval_transform(recipe, size), self.replace_broken)
         seen: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, **evaluation_crop(recipe)}
@@ -191,13 +195,13 @@ class _Pass:
             seen |= {name: getattr(recipe, name) for name in AUGMENTATION}
         backbone = [self.observe.digest, str(self.observe.dtype)]
         described = json.dumps([FORMAT, CHUNK, backbone, size, self.number, seen])
-        if (key := entry_key(dataset, described)) is not None:
-            return key, True
+        if files is not None:
+            return entry_key(dataset, described, files)
         # Of images that are not in files, as those of a package, source and places stand for all.
         digest = hashlib.sha256(f"{described} {PIL.__version__} {recipe.dataset} {self.replace_broken}".encode())
-        for values in (dataset.targets, dataset.indices):
-            digest.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
-        return digest.hexdigest()[:32], False
+        for values in (self.split.targets, self.split.indices_of(np.arange(len(self.split)))):
+            digest.update(np.ascontiguousarray(values, dtype=np.int64).data)
+        return digest.hexdigest()[:32]
 
     def chunks(self, file: Callable[[int], Path | None]) -> Iterator[Rows]:
         """Give the features of all images, `CHUNK` of them at a time.
@@ -330,7 +334,7 @@ class FeatureLoader(OrderedLoader):
         if passes > 1 and self.seed is not None:
             sequence = np.random.SeedSequence([self.seed, self.epoch], spawn_key=SPAWN_KEY)
             drawn = torch.from_numpy(np.random.default_rng(sequence).integers(passes, size=len(order)))
-        for batch in range(len(self)):
+        for batch in range(self.start, len(self)):
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             rows = self.features.rows(order[part], drawn[part], self.device)
             places = send(order[part], self.device)

@@ -26,7 +26,8 @@ from PIL import Image
 from timm.utils import natural_key
 
 from mbib_timm.data.groups import group_names
-from mbib_timm.data.images import PathReader, Reader, Split
+from mbib_timm.data.images import Reader, Split
+from mbib_timm.data.paths import Names, PathReader
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
 
@@ -89,7 +90,7 @@ class ArchiveReader:
         contents: the bytes that the places are in; None to read them from the file.
     """
 
-    def __init__(self, archive: Path, names: list[str], places: np.ndarray, contents: bytes | None) -> None:
+    def __init__(self, archive: Path, names: Names, places: np.ndarray, contents: bytes | None) -> None:
         self.archive, self.names, self.places, self.contents = archive, names, places, contents
         self._opened: tuple[int, BinaryIO] | None = None
 
@@ -178,12 +179,12 @@ class ImageTree:
         once for each that is spawned.
         """
         if not self.archive:
-            return PathReader(self.path, list(names))
+            return PathReader(self.path, Names.of(names))
         places, contents = np.array([self.members[name] for name in names], dtype=np.int64).reshape(-1, 2), None
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
-        return ArchiveReader(self.path, list(names), places, contents)
+        return ArchiveReader(self.path, Names.of(names), places, contents)
 
     def read(self, group_by: str | None = None) -> Split:
         """Return the images with labels: the first folder is the class.

@@ -18,7 +18,8 @@ import numpy as np
 
 from mbib_timm.data.folders import SUFFIXES, SYNONYMS, ImageTree, class_order, is_archive, open_archive, refuse_packed
 from mbib_timm.data.groups import group_names
-from mbib_timm.data.images import PathReader, Split, look_for_images
+from mbib_timm.data.images import Split
+from mbib_timm.data.paths import Names, PathReader, look_for_images
 from mbib_timm.errors import DataError, few, first_line
 from mbib_timm.files import printable, read_content
 from mbib_timm.recipe import Recipe
@@ -124,7 +125,7 @@ def _split(
     if is_archive(root):
         reader, missing = _in_archive(open_archive(root), rows), ""
     else:
-        reader = PathReader(root, paths)
+        reader = PathReader(root, Names.of(paths))
         missing = look_for_images(reader, file)
     return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing)
 

@@ -1,13 +1,10 @@
 """Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
 import os
-import stat
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +12,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mbib_timm.data.paths import PathReader
+from mbib_timm.environment import seeded_draws
 from mbib_timm.errors import DataError, first_line
-from mbib_timm.files import counted, printable
 from mbib_timm.progress import Progress
 
 T = TypeVar("T")
@@ -24,9 +22,6 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", message="This DataLoader will create")
 # Large images are read; from twice this size on, Pillow refuses them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-# Images of a list that are looked for before training; of more, as many evenly spaced ones.
-MOST_LOOKED_FOR = 1_000_000
 
 # From an image as it is decoded to the pixels (C, H, W), uint8.
 Transform = Callable[[Image.Image], Tensor]
@@ -149,7 +144,7 @@ class Split:
 
     def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
         """Return the split of the images at these places; `chosen` says how, where that is not as before."""
-        indices = kept if self.indices is None else self.indices[kept]
+        indices = self.indices_of(kept)
         groups = None if self.groups is None else self.groups[kept]
         chosen = chosen or self.chosen
         return replace(self, targets=self.targets[kept], indices=indices, groups=groups, chosen=chosen)
@@ -158,15 +153,21 @@ class Split:
         """Return the reader's index of the image at a place."""
         return place if self.indices is None else int(self.indices[place])
 
+    def indices_of(self, places: np.ndarray) -> np.ndarray:
+        """Return the reader's indices of the images at some places."""
+        return places if self.indices is None else self.indices[places]
+
     def path(self, place: int) -> str:
         """Return where the image at a place is, for messages."""
         return self.reader.path(self.index_of(place))
 
-    def files(self) -> Iterator[bytes]:
-        """Give where each image is, normalised, so that the same image has the same bytes."""
+    def files(self, places: np.ndarray | None = None) -> Iterator[bytes]:
+        """Give where each image is, or each of some, normalised, so that the same image has the same bytes."""
         if isinstance(self.reader, PathReader):
-            return self.reader.files(self.indices)
-        return (os.fsencode(os.path.normpath(self.path(place))) for place in range(len(self)))
+            indices = self.indices if places is None else self.indices_of(places)
+            return self.reader.files(indices)
+        chosen = range(len(self)) if places is None else places.tolist()
+        return (os.fsencode(os.path.normpath(self.path(place))) for place in chosen)
 
     def name(self, place: int, folder: str | None) -> str:
         """Return where the image at a place is: below a folder, if one is given and it lies there."""
@@ -175,6 +176,18 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+class Drawn(NamedTuple):
+    """An image whose random transforms are a function of a key, and not of what was drawn before.
+
+    Attributes:
+        place: in the split.
+        key: of the draws.
+    """
+
+    place: int
+    key: tuple[int, ...]
 
 
 class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
@@ -190,35 +203,40 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
     """
 
     def __init__(self, split: Split, mode: str, transform: Transform, replace_broken: bool) -> None:
-        self.reader, self.targets = split.reader, split.targets
-        self.indices = np.arange(len(split)) if split.indices is None else split.indices
+        self.split = split
         self.mode, self.transform, self.replace_broken = mode, transform, replace_broken
         # In shared memory, so that the workers' finds are known to the main process.
         self._broken = torch.zeros(len(split), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray] | None:
+    def __getitem__(self, index: int | Drawn) -> tuple[Tensor, np.ndarray] | None:
+        if isinstance(index, Drawn):
+            with seeded_draws(index.key):
+                return self._read(index.place)
+        return self._read(index)
+
+    def _read(self, index: int) -> tuple[Tensor, np.ndarray] | None:
         reason = ""
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
-                image = convert_image(self.reader.read(int(self.indices[place])), self.mode)
+                image = convert_image(self.split.reader.read(self.split.index_of(place)), self.mode)
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-                reason = f"{self.reader.path(int(self.indices[place]))}: {why_unreadable(error)}"
+                reason = f"{self.split.path(place)}: {why_unreadable(error)}"
                 self._broken[place] = 1
                 if not self.replace_broken:
                     if self._broken.all():
                         break
                     return None
             else:
-                return self.transform(image), np.array([self.targets[place], place], dtype=np.int64)
+                return self.transform(image), np.array([self.split.targets[place], place], dtype=np.int64)
         raise DataError(f"none of the {len(self)} images can be read; the last error: cannot read image {reason}")
 
     def broken(self) -> list[str]:
         """Return the paths of the images that could not be read so far, in any worker."""
-        return [self.reader.path(int(self.indices[i])) for i in self._broken.nonzero().flatten().tolist()]
+        return [self.split.path(i) for i in self._broken.nonzero().flatten().tolist()]
 
 
 def unreadable(split: Split, workers: int) -> dict[int, str]:
@@ -288,123 +306,6 @@ class ArrayReader:
     def path(self, index: int) -> str:
         """Return the source's name and the index."""
         return f"{self.name}[{index}]"
-
-
-class PathReader:
-    """Images at paths under a root. The paths are kept as one buffer, not as half a million objects.
-
-    Args:
-        root: folder that the paths are relative to.
-        names: relative paths, or absolute ones.
-    """
-
-    def __init__(self, root: Path, names: list[str]) -> None:
-        self.root = root
-        encoded = [name.encode() for name in names]
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self.buffer = b"".join(encoded)
-
-    def name(self, index: int) -> str:
-        """Return a path as it was given."""
-        start = self.ends[index - 1] if index else 0
-        return self.buffer[start : self.ends[index]].decode()
-
-    def path(self, index: int) -> str:
-        """Return a path as it is on the disk."""
-        return str(self.root / self.name(index))
-
-    def files(self, indices: np.ndarray | None) -> Iterator[bytes]:
-        """Give the normalised paths of some images, or of all; a microsecond each, where `path` takes twenty."""
-        root = os.fsencode(os.path.normpath(self.root))
-        before = b"" if root == b"." else root.rstrip(b"/") + b"/"
-        # One name after the other may look like it; that costs time and nothing else.
-        is_plain = b"./" not in self.buffer and b"//" not in self.buffer
-        starts = np.concatenate(([0], self.ends[:-1]))
-        chosen = slice(None) if indices is None else indices
-        for start, end in zip(starts[chosen].tolist(), self.ends[chosen].tolist(), strict=True):
-            name = self.buffer[start:end]
-            path = name if name.startswith(b"/") else before + name
-            yield path if is_plain else os.path.normpath(path)
-
-    def read(self, index: int) -> Image.Image:
-        """Open an image."""
-        return open_image(self.path(index))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-
-def open_image(path: str) -> Image.Image:
-    """Open an image file. Raises OSError for what is no file: a pipe would keep the reader waiting."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("no regular file")
-    return Image.open(path)
-
-
-def look_for_images(reader: PathReader, file: Path, confined: bool = False) -> str:
-    """Look for the images of a list before training on them, folder by folder; none is opened.
-
-    Args:
-        reader: of all images.
-        file: the list, for messages.
-        confined: refuse links that lead out of the reader's root.
-
-    Returns:
-        A line on the images that are not there; empty where all are.
-
-    Raises:
-        DataError: more than half are not there, or a link leads out of the root.
-    """
-    count = min(len(reader), MOST_LOOKED_FOR)
-    by_folder: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for place in np.linspace(0, len(reader) - 1, count, dtype=np.int64).tolist():
-        folder, _, name = reader.name(place).rpartition("/")
-        by_folder[folder].append((name, place))
-    root, missing = os.path.realpath(reader.root), []
-    for folder, wanted in by_folder.items():
-        path = os.path.join(reader.root, f"{folder}/" if folder else "")
-        links = _files(path)
-        leads_out = confined and not _is_below(path, root)
-        for name, place in wanted:
-            # Not among them, it may be there under another spelling, or where the reader alone knows.
-            link = links.get(name)
-            if link is None and not os.path.isfile(reader.path(place)):
-                missing.append(place)
-            elif leads_out or (confined and link is not False and not _is_below(reader.path(place), root)):
-                raise DataError(
-                    f"{file}: {reader.name(place)} is a link, or below one, that leads out of data_dir {reader.root}; "
-                    "give the folder that holds the images themselves"
-                )
-    names = ", ".join(printable(reader.name(place)) for place in sorted(missing)[:3])
-    names += ", ..." if len(missing) > 3 else ""
-    if 2 * len(missing) > count:
-        raise DataError(
-            f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found under {reader.root}: {names}; "
-            "is data_dir the folder that its paths begin at?"
-        )
-    if not missing:
-        return ""
-    return (
-        f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found: {names}; training replaces them, "
-        "an evaluation leaves them out; --broken skip takes them out of the class counts too"
-    )
-
-
-def _files(folder: str) -> dict[str, bool]:
-    """Return the names of the files in a folder, and whether each is a link; empty where it cannot be opened."""
-    found = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_symlink() or entry.is_file():
-                    found[entry.name] = entry.is_symlink()
-    except (OSError, ValueError):
-        return found
-    return {name: link for name, link in found.items() if not link or os.path.isfile(os.path.join(folder, name))}
-
-
-def _is_below(path: str, root: str) -> bool:
-    return os.path.commonpath([root, os.path.realpath(path)]) == root
 
 
 class TimmReader:

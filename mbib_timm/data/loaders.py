@@ -14,8 +14,8 @@ from torch import Tensor
 from mbib_timm.data.augment import Augmentation, check_augmentation, create_augmentation
 from mbib_timm.data.batch import Batch, send
 from mbib_timm.data.decoding import DecodedImages
-from mbib_timm.data.images import ImageDataset, Split, channelwise, from_worker, pil_mode
-from mbib_timm.data.samplers import IndexSampler, ShardSampler, TrainingSampler, drops_last
+from mbib_timm.data.images import Drawn, ImageDataset, Split, channelwise, from_worker, pil_mode
+from mbib_timm.data.samplers import IndexSampler, ShardSampler, TrainingSampler, batches_of, drops_last
 from mbib_timm.data.transforms import Views, eval_transform, evaluation_crop, train_transform
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
@@ -37,16 +37,16 @@ class OrderedLoader:
 
     def __init__(self, sampler: IndexSampler, batch_size: int, drop_last: bool, broken: Sequence[str]) -> None:
         self.sampler, self.batch_size, self.drop_last, self.broken = sampler, batch_size, drop_last, broken
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return batches_of(len(self.sampler), self.batch_size, self.drop_last)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose an epoch: its order, and what else is drawn, are functions of the recipe's seed and this number."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose an epoch and its first batch; order, and what else is drawn, are functions of the recipe's seed and
+        the epoch."""
         self.sampler.set_epoch(epoch)
-        self.epoch = epoch
+        self.epoch, self.start = epoch, start
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that could not be read, and were replaced or left out."""
@@ -54,7 +54,7 @@ class OrderedLoader:
 
     def order(self) -> Tensor:
         """Return the indices of this epoch, in host memory."""
-        return torch.from_numpy(np.fromiter(self.sampler, np.int64, len(self.sampler)))
+        return torch.from_numpy(self.sampler.order())
 
 
 class ResidentLoader(OrderedLoader):
@@ -99,23 +99,25 @@ class ResidentLoader(OrderedLoader):
             return
         on_device = send(order, self.device)
         targets, index = self.images.targets[on_device], self.images.index[on_device]
-        taken = 0
-        for pieces in zip(*(self._pieces(order, view) for view in range(len(self.augmentations))), strict=True):
-            for views in zip(*(piece.split(self.batch_size) for piece in pieces), strict=True):
-                size = len(views[0])
-                if size == 1 and self.drop_last:
+        begin, size = self.start * self.batch_size, self._piece_size()
+        taken = begin - begin % size  # pieces begin where they always do
+        views = range(len(self.augmentations))
+        for pieces in zip(*(self._pieces(order, view, taken, size) for view in views), strict=True):
+            for batches in zip(*(piece.split(self.batch_size) for piece in pieces), strict=True):
+                number = len(batches[0])
+                if number == 1 and self.drop_last:
                     return
-                batch = slice(taken, taken + size)
-                yield Batch(tuple(self._normalize(pixels) for pixels in views), targets[batch], index[batch])
-                taken += size
+                batch = slice(taken, taken + number)
+                if taken >= begin:
+                    yield Batch(tuple(self._normalize(pixels) for pixels in batches), targets[batch], index[batch])
+                taken += number
 
-    def _pieces(self, order: Tensor, view: int) -> Iterator[Tensor]:
-        """Give the images in order as (n, H, W, C), uint8, n a multiple of the batch size but for the last."""
-        size = self._piece_size()
+    def _pieces(self, order: Tensor, view: int, first: int, size: int) -> Iterator[Tensor]:
+        """Give the images in order, from a place on, as (n, H, W, C), uint8, `size` of them but for the last."""
         augmentation = self.augmentations[view]
         if augmentation is None:
             stacked = self.images.stacked()
-            for indices in send(order, self.device).split(size):
+            for indices in send(order[first:], self.device).split(size):
                 yield stacked.index_select(0, indices)
             return
         seed, rank, *stream = self.seed
@@ -124,7 +126,7 @@ class ResidentLoader(OrderedLoader):
         entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         draws = augmentation.draw(self.images.sizes[order], generator)
-        for begin in range(0, len(order), size):
+        for begin in range(first, len(order), size):
             piece = slice(begin, begin + size)
             drawn = [{name: value[piece] for name, value in each.items()} for each in draws]
             yield augmentation(self.images, order[piece], drawn)
@@ -183,14 +185,23 @@ class TimmLoader:
     """The `Loader` of data of any size: worker processes decode and augment, image by image.
 
     Args:
-        loader: timm's.
+        loader: timm's; its sampler becomes this one's.
         dataset: what it loads.
         sampler: chooses the order.
         views: augmented copies of each image, which come as its channels.
+        key: what the draws of an image are a function of, beside epoch and place in it; None for what was drawn before.
     """
 
-    def __init__(self, loader: Any, dataset: ImageDataset, sampler: IndexSampler, views: int = 1) -> None:
-        self.loader, self.dataset, self.sampler, self.views = loader, dataset, sampler, views
+    def __init__(
+        self,
+        loader: Any,
+        dataset: ImageDataset,
+        sampler: IndexSampler,
+        views: int = 1,
+        key: tuple[int, ...] | None = None,
+    ) -> None:
+        self.loader, self.dataset, self.views = loader, dataset, views
+        self.places = loader.batch_sampler.sampler = _Places(sampler, key)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
@@ -204,13 +215,31 @@ class TimmLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; it is a function of the recipe's seed and this number."""
-        self.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order of an epoch, a function of the recipe's seed and this number; and its first batch."""
+        self.places.sampler.set_epoch(epoch)
+        self.places.epoch, self.places.start = epoch, start * self.loader.batch_sampler.batch_size
 
     def broken_images(self) -> list[str]:
         """Return the paths of images that could not be read, and were replaced or left out."""
         return self.dataset.broken()
+
+
+class _Places:
+    """What timm's loader takes of an epoch: the images from a place on, on request each with the key of its draws."""
+
+    def __init__(self, sampler: IndexSampler, key: tuple[int, ...] | None) -> None:
+        self.sampler, self.key = sampler, key
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int | Drawn]:
+        indices = self.sampler.since(self.start)
+        if self.key is None:
+            return indices
+        return (Drawn(index, (*self.key, self.epoch, place)) for place, index in enumerate(indices, self.start))
 
 
 class _Readable:
@@ -256,7 +285,11 @@ def timm_train_loader(
     whole = recipe.train_crop_mode == "pad"
     transform = Views([train_transform(view, input_size, whole) for view in views])
     dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken=True)
-    return _through_timm(dataset, recipe, input_size, world, sampler, training=True, views=len(views))
+    key = None
+    # So that an image is augmented alike whether or not those before it were read.
+    if recipe.checkpoint_steps is not None and isinstance(sampler, TrainingSampler):
+        key = (recipe.seed, world.rank, sampler.key.stage, sampler.key.stream)
+    return _through_timm(dataset, recipe, input_size, world, sampler, training=True, views=len(views), key=key)
 
 
 def timm_eval_loader(
@@ -291,6 +324,7 @@ def _through_timm(
     *,
     training: bool,
     views: int = 1,
+    key: tuple[int, ...] | None = None,
 ) -> TimmLoader:
     channels, height, width = input_size
     batch_size = recipe.batch_size if training else recipe.validation_batch_size
@@ -309,14 +343,12 @@ def _through_timm(
         device=world.device,
         **evaluation_crop(recipe),
     )
-    # What `create_loader` has no parameters for.
-    # An order that is a function of the recipe's seed, and an evaluation over several processes that sees no image
-    # twice: its own samplers draw from torch's global generator, and repeat images until all processes have as many.
-    loader.batch_sampler.sampler = sampler
-    # The last short batch of training, which it always drops.
+    # What `create_loader` has no parameters for. The last short batch of training, which it always drops.
     loader.batch_sampler.drop_last = training and drops_last(len(sampler), batch_size)
     # Training's transform: several views, padded crops, rotation, hue, AutoAugment's policy for CIFAR, Cutout, and
     # colour jitter beside a policy. That of an evaluation is made of the parameters above.
     if training:
         dataset.transform = transform
-    return TimmLoader(loader, dataset, sampler, views)
+    # An order that is a function of the recipe's seed, and an evaluation over several processes that sees no image
+    # twice: its own samplers draw from torch's global generator, and repeat images until all processes have as many.
+    return TimmLoader(loader, dataset, sampler, views, key)

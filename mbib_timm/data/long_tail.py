@@ -33,16 +33,18 @@ def count_classes(targets: np.ndarray, num_classes: int, class_names: Sequence[s
         raise DataError(
             f"labels must lie in 0..{num_classes - 1} for {num_classes} classes, got {targets.min()}..{targets.max()}"
         )
-    present = np.unique(targets)
-    missing = num_classes - len(present)
-    if missing:
-        # A stray label of 10^12 must not allocate as many counts: the first gaps lie among the first few labels.
+    # A stray label of 10^12 must not allocate as many counts: of more classes than images some have none.
+    counts = np.bincount(targets, minlength=num_classes) if num_classes <= len(targets) else None
+    if counts is None or not counts.all():
+        present = np.unique(targets)
+        missing = num_classes - len(present)
+        # The first gaps lie among the first few labels.
         empty = np.setdiff1d(np.arange(len(present) + min(missing, 5)), present)[:5]
         names = [class_names[i] if class_names is not None else str(i) for i in empty]
         more = f" and {missing - len(names)} more" if missing > len(names) else ""
         rule = "labels count from 0 without gaps" if class_names is None else "every class needs one"
         raise DataError(f"no training images of class {', '.join(names)}{more}; {rule}")
-    return np.bincount(targets, minlength=num_classes)
+    return counts
 
 
 def named(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:

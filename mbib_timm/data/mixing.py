@@ -10,6 +10,7 @@ probability 0.5 and not in the first and last 3 epochs. With ``cutmix_sampler: r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -189,14 +190,14 @@ class MixedTrainLoader(TrainLoader):
 
     def __init__(self, streams: Sequence[Loader], mixing: Mixing, foregrounds: Loader | None = None) -> None:
         super().__init__(streams)
-        self.mixing, self.foregrounds, self.epoch = mixing, foregrounds, 0
+        self.mixing, self.foregrounds = mixing, foregrounds
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the mixing of an epoch: functions of the recipe's seed and this number."""
-        super().set_epoch(epoch)
-        self.epoch = epoch
-        if self.foregrounds is not None:
-            self.foregrounds.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order and the mixing of an epoch, functions of the recipe's seed and this number; and its first
+        batch."""
+        super().set_epoch(epoch, start)
+        self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:
         """Give the batches of one pass, targets (B, K)."""
@@ -206,9 +207,30 @@ class MixedTrainLoader(TrainLoader):
                 yield tuple(mixing.soften(batch) for batch in batches)
             return
         generators = [mixing.generator(self.epoch, stream) for stream in range(len(self.streams))]
-        foregrounds = iter(()) if self.foregrounds is None else iter(self.foregrounds)
+        foregrounds: Iterator[Batch] | None = None
         for batches in super().__iter__():
+            if foregrounds is None:  # the first batches, whose size all have
+                foregrounds = self._foregrounds(self._drawn_before(batches, generators))
             yield tuple(self._mixed(*pair, foregrounds) for pair in zip(batches, generators, strict=True))
+
+    def _drawn_before(self, batches: Sequence[Batch], generators: Sequence[np.random.RandomState]) -> int:
+        """Draw for the batches before the first, all of them whole; return how many have taken foregrounds."""
+        taken = 0
+        for _ in range(self.start):
+            for batch, generator in zip(batches, generators, strict=True):
+                shape = torch.Size((self.mixing.recipe.batch_size, *batch.images.shape[1:]))
+                mix = self.mixing.draw(generator, shape)
+                taken += mix is not None and mix.order is None
+        return taken
+
+    def _foregrounds(self, taken: int) -> Iterator[Batch]:
+        """Give the batches of foregrounds from one on. Once some are taken a loader has started, which draws from
+        torch's generator; so it does then at once."""
+        if self.foregrounds is None:
+            return iter(())
+        self.foregrounds.set_epoch(self.epoch, taken)
+        left = iter(self.foregrounds)
+        return chain([*islice(left, 1)], left) if taken else left
 
     def _mixed(self, batch: Batch, generator: np.random.RandomState, foregrounds: Iterator[Batch]) -> Batch:
         mix = self.mixing.draw(generator, batch.images.shape)

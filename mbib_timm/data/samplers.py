@@ -12,9 +12,11 @@ A further sampler is one decorated function, from class counts to class probabil
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,9 @@ from mbib_timm.errors import DataError, MbibError, few
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.declared import stream_names
 from mbib_timm.registry import Registry
+
+# Indices that are drawn, or given as Python's numbers, at once.
+BLOCK = 1 << 16
 
 
 class Key(NamedTuple):
@@ -48,24 +53,36 @@ class Key(NamedTuple):
         return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(self))))
 
 
-class ClassIndex(NamedTuple):
+@dataclass(frozen=True)
+class ClassIndex:
     """The images of each class.
 
     Attributes:
-        images: indices of the images, class by class, (N,), int64.
-        starts: where each class begins in them, (K,), int64.
+        targets: labels (N,), in 0..K-1.
         counts: images of each class, (K,), int64.
     """
 
-    images: np.ndarray
-    starts: np.ndarray
+    targets: np.ndarray
     counts: np.ndarray
 
     @classmethod
     def of(cls, targets: np.ndarray, num_classes: int) -> "ClassIndex":
-        """Sort images by class; labels (N,) lie in 0..K-1."""
-        counts = np.bincount(targets, minlength=num_classes)
-        return cls(np.argsort(targets, kind="stable"), np.cumsum(counts) - counts, counts)
+        """Count the images of K classes."""
+        return cls(targets, np.bincount(targets, minlength=num_classes))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """Indices of the images, class by class, (N,), int32; sorted when first asked for, which not every sampler
+        does."""
+        return np.argsort(self.targets, kind="stable").astype(np.int32)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each class begins in them, (K,), int64."""
+        return np.cumsum(self.counts) - self.counts
 
 
 # From counts (K,), float64, the progress e/T in (0, 1] and the sampler's number to what class probabilities are
@@ -113,18 +130,25 @@ SAMPLERS: Registry[Sampler] = Registry("sampler")
 
 def by_class_then_image(classes: ClassIndex, probabilities: np.ndarray, number: float, key: Key) -> np.ndarray:
     """Draw N times, with replacement: a class by its probability, then an image of it, each as likely as the others."""
-    generator, n = key.generator(), len(classes.images)
+    generator, n = key.generator(), len(classes)
     cumulative = np.cumsum(probabilities)
     # By the last class that has a share: rounding may leave the sum below a number that was drawn.
     last = int(np.flatnonzero(probabilities)[-1])
-    drawn = np.searchsorted(cumulative, generator.random_sample(n), side="right").clip(max=last)
-    within = (generator.random_sample(n) * classes.counts[drawn]).astype(np.int64)
-    return classes.images[classes.starts[drawn] + within]
+    blocks = [slice(begin, begin + BLOCK) for begin in range(0, n, BLOCK)]
+    plan = np.empty(n, dtype=np.int64)
+    for block in blocks:
+        drawn = generator.random_sample(len(plan[block]))
+        plan[block] = np.searchsorted(cumulative, drawn, side="right").clip(max=last)
+    for block in blocks:
+        labels = plan[block]
+        within = (generator.random_sample(len(labels)) * classes.counts[labels]).astype(np.int64)
+        plan[block] = classes.images[classes.starts[labels] + within]
+    return plan
 
 
 def shuffled(classes: ClassIndex, probabilities: np.ndarray, number: float, key: Key) -> np.ndarray:
     """Order every image once."""
-    n = len(classes.images)
+    n = len(classes)
     if key.stage == key.stream == 0:
         # The order of torch's DistributedSampler, which is that of ordinary training with timm.
         return torch.randperm(n, generator=torch.Generator().manual_seed(key.seed + key.epoch)).numpy()
@@ -137,7 +161,7 @@ def class_cycles(classes: ClassIndex, probabilities: np.ndarray, number: float, 
     The classes are shuffled anew for each cycle; a class's images are taken from its shuffled list, which is shuffled
     anew whenever it is through.
     """
-    generator, n, num_classes, in_a_row = key.generator(), len(classes.images), len(classes.counts), int(number)
+    generator, n, num_classes, in_a_row = key.generator(), len(classes), len(classes.counts), int(number)
     cycles = math.ceil(n / (in_a_row * num_classes))
     visits = np.argsort(generator.random_sample((cycles, num_classes)), axis=1, kind="stable").ravel()
     visits = visits[: math.ceil(n / in_a_row)]
@@ -153,7 +177,8 @@ def class_cycles(classes: ClassIndex, probabilities: np.ndarray, number: float, 
     # A class has been visited once in each cycle before.
     draw = np.arange(n)
     visit = draw // in_a_row
-    return lists[list_starts[visits[visit]] + visit // num_classes * in_a_row + draw % in_a_row]
+    found = lists[list_starts[visits[visit]] + visit // num_classes * in_a_row + draw % in_a_row]
+    return found.astype(np.int64)
 
 
 def sampler(
@@ -327,20 +352,33 @@ def epoch_plan(name: str, classes: ClassIndex, key: Key, epochs: int) -> np.ndar
     return found.order(classes, class_probabilities(name, classes.counts, key.epoch, epochs), number, key)
 
 
-class IndexSampler(Protocol):
-    """Gives the indices of a pass, one by one."""
+class IndexSampler(ABC):
+    """Gives the indices of a pass."""
 
-    def __iter__(self) -> Iterator[int]:
-        """Give the indices of a pass."""
-
+    @abstractmethod
     def __len__(self) -> int:
         """Return how many those are."""
 
+    @abstractmethod
+    def order(self) -> np.ndarray:
+        """Return the indices of a pass, int64."""
+
+    @abstractmethod
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
 
+    def __iter__(self) -> Iterator[int]:
+        """Give the indices of a pass, one by one."""
+        return self.since(0)
 
-class TrainingSampler:
+    def since(self, start: int) -> Iterator[int]:
+        """Give the indices of a pass from a place on; Python's numbers of ten million of them would take 400 MB."""
+        order = self.order()
+        for begin in range(start, len(order), BLOCK):
+            yield from order[begin : begin + BLOCK].tolist()
+
+
+class TrainingSampler(IndexSampler):
     """A process's share of the plans of a stage: each gets as many indices, so a few come twice.
 
     Args:
@@ -359,12 +397,15 @@ class TrainingSampler:
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return -(-len(self.classes.images) // self.world_size)
+        return -(-len(self.classes) // self.world_size)
 
-    def __iter__(self) -> Iterator[int]:
+    def order(self) -> np.ndarray:
+        """Return this process's share of the plan of an epoch."""
         plan = epoch_plan(self.name, self.classes, self.key, self.epochs)
-        # np.resize repeats the plan from its start, as torch's DistributedSampler does.
-        return iter(np.resize(plan, len(self) * self.world_size)[self.rank :: self.world_size].tolist())
+        if self.world_size == 1:
+            return plan
+        # Beyond its end the plan begins anew, as with torch's DistributedSampler.
+        return plan.take(np.arange(self.rank, len(self) * self.world_size, self.world_size), mode="wrap")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan of an epoch."""
@@ -410,14 +451,15 @@ def training_sampler(
     return sampler
 
 
-class OrderedSampler:
+class OrderedSampler(IndexSampler):
     """The images at some places, in order."""
 
     def __init__(self, places: range) -> None:
         self.places = places
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.places)
+    def order(self) -> np.ndarray:
+        """Return the places."""
+        return np.arange(self.places.start, self.places.stop, self.places.step)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -431,6 +473,12 @@ class ShardSampler(OrderedSampler):
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
         super().__init__(range(rank, length, world_size))
+
+
+def batches_of(images: int, batch_size: int, drop_last: bool) -> int:
+    """Return how many batches there are of so many images; `drop_last` leaves a short one out."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest > 0 and not drop_last)
 
 
 def drops_last(images: int, batch_size: int) -> bool:

@@ -4,9 +4,7 @@ Here are the digits that come with the package, torchvision's CIFAR and Fashion-
 sets; folders and tables have files of their own.
 """
 
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,10 +18,11 @@ from torchvision import datasets
 from mbib_timm.data.folders import ALL, SYNONYMS, open_folder
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.image_tables import open_table
-from mbib_timm.data.images import ArrayReader, PathReader, Split, TimmReader, look_for_images, unreadable
+from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
+from mbib_timm.data.lists import CONTROL, open_inaturalist, open_list
 from mbib_timm.data.long_tail import hold_out
 from mbib_timm.errors import DataError, first_line
-from mbib_timm.files import parse_json, printable, read_content, read_text
+from mbib_timm.files import printable
 from mbib_timm.recipe import Recipe
 from mbib_timm.registry import Registry
 
@@ -31,11 +30,6 @@ DIGITS = Path(__file__).with_name("digits.npz")
 TEST_IMAGES_PER_CLASS = 34
 DIGIT_SIZE = 16
 HFDS_PREFIX = "hfds/"
-# Of a list: bytes of a line, more than a path can have; digits of a label; control characters and halves
-# of characters, which no path holds.
-LONGEST_LINE, LONGEST_LABEL = 8192, 9
-INTEGER, CONTROL = re.compile(r"-?[0-9]+"), re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
-LARGEST_JSON = 2**30  # bytes; iNaturalist's have 120 MB
 # Reasons for which images and classes are left out.
 UNREADABLE = "images that cannot be read"
 NO_READABLE = "classes without an image that can be read"
@@ -296,194 +290,3 @@ def open_digits(split: str) -> Split:
     size = (DIGIT_SIZE, DIGIT_SIZE)
     images = np.stack([np.asarray(Image.fromarray(g).resize(size, Image.Resampling.BICUBIC)) for g in grey])
     return Split(ArrayReader(images, "digits"), targets[chosen], class_names=tuple("0123456789"))
-
-
-class ListedReader(PathReader):
-    """Images at the paths of a list, whose validation images may lie in another layout than the list says.
-
-    Args:
-        root: folder that the paths are relative to.
-        names: relative paths.
-    """
-
-    def __init__(self, root: Path, names: list[str]) -> None:
-        super().__init__(root, names)
-        self.class_folders: dict[str, str] | None = None  # of flat validation images, looked up when first needed
-
-    def path(self, index: int) -> str:
-        """Return a path as it is on the disk.
-
-        ImageNet's validation images lie in class folders (``val/n01440764/X.JPEG``) or flat (``val/X.JPEG``), and
-        lists name either: what is not there is looked for in the other layout.
-        """
-        path = self.root / self.name(index)
-        if "val" in (path.parent.name, path.parent.parent.name) and not os.path.exists(path):
-            path = self._in_other_layout(path)
-        return str(path)
-
-    def _in_other_layout(self, path: Path) -> Path:
-        if path.parent.name != "val":
-            flat = path.parent.parent / path.name
-            return flat if os.path.exists(flat) else path
-        if self.class_folders is None:
-            self.class_folders = {file.name: file.parent.name for file in path.parent.glob("*/*")}
-        return path.parent / self.class_folders.get(path.name, "") / path.name
-
-
-def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: str | None) -> Split:
-    """Open a list file, one line ``<relative path> <label>`` per image, as of ImageNet-LT and iNaturalist 2018.
-
-    Args:
-        list_file: the list, looked for as it is and then under `data_dir`.
-        data_dir: folder that the paths are relative to.
-        key: recipe key of the list, for messages.
-        class_map: file with one class name per line, in label order.
-
-    Raises:
-        DataError: no file, a line that is malformed, absolute, or leads out of the root, or an image of two labels, of
-            which file and line are named; or images of which more than half are missing, see `look_for_images`.
-    """
-    file, root = _locate(list_file, data_dir, key)
-    names: list[str] = []
-    labels: list[int] = []
-    label_of: dict[str, int] = {}
-    for number, line in read_lines(file):
-        name, label = _parse_line(line, f"{file}, line {number}")
-        if (other := label_of.setdefault(os.path.normpath(name), label)) != label:
-            raise DataError(f"{file}, line {number}: {name} has label {label} here, and {other} in a line before")
-        names.append(name)
-        labels.append(label)
-    if not names:
-        raise DataError(f"{file} lists no images; expected lines '<relative path> <label>'")
-    reader, targets = ListedReader(root, names), np.array(labels, dtype=np.int64)
-    missing = look_for_images(reader, file, confined=True)
-    return Split(reader, targets, class_names=_read_class_names(class_map), missing=missing)
-
-
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Give the lines of a list that are not empty, with their numbers from 1.
-
-    Raises:
-        DataError: a line that is no text in UTF-8, has control characters, or is longer than any path.
-    """
-    try:
-        with file.open("rb") as lines:
-            number = 0
-            while line := lines.readline(LONGEST_LINE + 1):
-                number += 1
-                where = f"{file}, line {number}"
-                if len(line) > LONGEST_LINE:
-                    raise DataError(
-                        f"{where} is longer than {LONGEST_LINE:,} bytes; expected '<relative path> <label>'"
-                    )
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError:
-                    raise DataError(f"{where} is no text in UTF-8; save the list in that encoding") from None
-                if found := CONTROL.search(text):
-                    raise DataError(f"{where}: {text[:80]!r} holds the control character {found[0]!r}")
-                if text:
-                    yield number, text
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _parse_line(line: str, where: str) -> tuple[str, int]:
-    """Return path and label of a line. Raises DataError naming the line."""
-    parts = line.rsplit(maxsplit=1)
-    if len(parts) != 2:
-        raise DataError(f"{where}: expected '<relative path> <label>', got {line[:80]!r}")
-    name, label = parts[0].lstrip(), parts[1]
-    if name[0] in "/\\" or ".." in name or ":" in name:
-        _check_path(name, where)
-    if not INTEGER.fullmatch(label):
-        raise DataError(f"{where}: label {label[:80]!r} is not an integer; a CSV has classes by name (--dataset table)")
-    if len(label) > LONGEST_LABEL or label[0] == "-":
-        raise DataError(f"{where}: label {label[:80]} is {'negative' if label[0] == '-' else 'too large'}")
-    return name, int(label)
-
-
-def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> Split:
-    """Open iNaturalist's own json (``train2018.json``): images, annotations and categories.
-
-    Args:
-        json_file: the json, looked for as it is and then under `data_dir`.
-        data_dir: folder that the images' paths are relative to.
-        key: recipe key of the json, for messages.
-
-    Raises:
-        DataError: no file, another format, an image without annotation, or a path that leads out of the root.
-    """
-    file, root = _locate(json_file, data_dir, key)
-    try:
-        content = parse_json(read_content(file, "list", DataError, LARGEST_JSON))
-        images = _entries(content, "images", {"id": int, "file_name": str})
-        annotations = _entries(content, "annotations", {"image_id": int, "category_id": int})
-        categories: dict[int, str] = dict(_entries(content, "categories", {"id": int, "name": str}))
-    except ValueError as error:
-        raise DataError(f"{file} is not iNaturalist's json of images, annotations and categories: {error}") from None
-    if not images:
-        raise DataError(f"{file} lists no images")
-    if set(categories) != set(range(len(content["categories"]))):
-        raise DataError(f"{file}: category ids must be 0..{len(content['categories']) - 1}, each once")
-    label_of: dict[int, int] = {}
-    for image, label in annotations:
-        if label_of.setdefault(image, label) != label:
-            raise DataError(f"{file}: image {image} has annotations with several categories")
-    seen = set()
-    for image, name in images:
-        _check_path(name, str(file))
-        if image in seen:
-            raise DataError(f"{file}: two images have the id {image}")
-        seen.add(image)
-        if label_of.get(image) not in categories:
-            raise DataError(f"{file}: image {image} ({name}) has no annotation with a known category")
-    reader = ListedReader(root, [name for _, name in images])
-    targets = np.array([label_of[image] for image, _ in images], dtype=np.int64)
-    missing = look_for_images(reader, file, confined=True)
-    return Split(reader, targets, class_names=tuple(categories[i] for i in range(len(categories))), missing=missing)
-
-
-def _entries(content: Any, key: str, kinds: Mapping[str, type]) -> list[tuple[Any, ...]]:
-    """Return these fields of a list of mappings. Raises ValueError where something is of another type."""
-    entries = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError(f"it has no list {key!r}")
-    found = []
-    for place, entry in enumerate(entries):
-        values = tuple(entry.get(name) for name in kinds) if isinstance(entry, dict) else (None,)
-        if [type(value) for value in values] != [*kinds.values()]:
-            expected = " and ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-            raise ValueError(f"{key}[{place}]: expected {expected}")
-        found.append(values)
-    return found
-
-
-def _read_class_names(path: str | None) -> tuple[str, ...] | None:
-    """Read class names, one per line in label order. Raises DataError for what is no such file."""
-    if path is None:
-        return None
-    lines = [line.strip() for line in read_text(Path(path), "class map", DataError).rstrip().split("\n")]
-    if "" in lines:
-        raise DataError(f"class map {path}, line {lines.index('') + 1} is empty; expected the name of a class")
-    return tuple(lines)
-
-
-def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Path]:
-    if file is None:
-        raise DataError(f"recipe key {key!r} is needed: the file that lists the images")
-    if data_dir is None:
-        raise DataError("recipe key 'data_dir' is needed: the folder that the listed paths are relative to")
-    root = Path(data_dir)
-    if not os.path.isdir(root):
-        raise DataError(f"data_dir {root} is no folder")
-    for candidate in (Path(file), root / file):
-        if os.path.isfile(candidate):
-            return candidate, root
-    raise DataError(f"recipe key {key!r}: no file {file}, here or in {root}")
-
-
-def _check_path(name: str, where: str) -> None:
-    parts = Path(name.replace("\\", "/")).parts
-    if not parts or name[0] in "/\\" or ":" in parts[0] or ".." in parts or CONTROL.search(name):
-        raise DataError(f"{where}: {name[:80]!r} must be a path below the data folder")

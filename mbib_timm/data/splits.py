@@ -10,8 +10,9 @@ import numpy as np
 
 from mbib_timm.data.folders import ArchiveReader
 from mbib_timm.data.groups import hold_out_groups, require_groups
-from mbib_timm.data.images import PathReader, Split
+from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices, named
+from mbib_timm.data.paths import PathReader
 from mbib_timm.data.sources import Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import counted
@@ -117,15 +118,31 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
     """
     if not isinstance(evaluated.reader, PathReader | ArchiveReader) and name != training_name:
         return ""
-    files = list(evaluated.files())
-    trained = set(files).intersection(train.files())  # of the two the evaluated images are the fewer
-    number = sum(file in trained for file in files)
+    candidates = _perhaps_shared(train, evaluated)
+    if candidates is not None and len(candidates) == 0:
+        return ""
+    trained = set(train.files(candidates))
+    number = sum(file in trained for file in evaluated.files())
     if number == 0:
         return ""
     return (
         f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')} are trained on; their accuracy says "
         "nothing of other images"
     )
+
+
+def _perhaps_shared(train: Split, evaluated: Split) -> np.ndarray | None:
+    """Return the places of training images that may be in another split too, by hashes; None where any may be."""
+    first, second = train.reader, evaluated.reader
+    if not (isinstance(first, PathReader) and isinstance(second, PathReader) and first.names_alike(second)):
+        return None
+    wanted = np.sort(second.names.hashes(evaluated.indices))
+    hashes = first.names.hashes(train.indices)
+    # A look at 22 bits of each, in a table that a processor's cache holds, leaves few that are searched for.
+    table = np.zeros(1 << 22, dtype=bool)
+    table[wanted >> np.uint64(42)] = True
+    found = np.flatnonzero(table[hashes >> np.uint64(42)])
+    return found[wanted[np.searchsorted(wanted, hashes[found]).clip(max=len(wanted) - 1)] == hashes[found]]
 
 
 def _num_classes(recipe: Recipe, train: Split) -> int:

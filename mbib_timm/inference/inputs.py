@@ -11,7 +11,8 @@ from PIL import Image
 
 from mbib_timm.data.folders import image_kinds, in_words, is_archive, open_archive, refuse_packed, scan_folder
 from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
-from mbib_timm.data.images import Reader, open_image
+from mbib_timm.data.images import Reader
+from mbib_timm.data.paths import open_image
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import counted
 

@@ -5,14 +5,42 @@ Shapes: logits (B, K) of any floating dtype, everything else (K,). Targets are l
 The arithmetic is float32 (float64 where the logits are), inside autocast too. Every function returns a scalar.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mbib_timm.errors import MbibError
+
+# Logits (B, K) of more numbers, 64 MB, are gone through in blocks of so many, and once more in the backward pass: what
+# a loss keeps of them would be many times their memory.
+LARGE, BLOCK = 1 << 24, 1 << 21
+
+
+def is_large(logits: Tensor) -> bool:
+    """Return whether logits (..., B, K) are gone through in blocks."""
+    return logits.shape[-2] * logits.shape[-1] > LARGE
+
+
+def by_image(losses: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """Return the losses (..., B) of images, each a function of its own rows, in little memory where those are large.
+
+    Args:
+        losses: gives them for some images.
+        logits: (..., B, K).
+        others: targets (B,) or (B, K), and further logits of the images.
+    """
+    if not is_large(logits):
+        return losses(logits, *others)
+    images = max(1, BLOCK * logits.shape[-2] // logits.numel())
+    targets = (values.split(images, dim=-2 if values.ndim > 1 else -1) for values in others)
+    blocks = zip(logits.split(images, dim=-2), *targets, strict=True)
+    return torch.cat(
+        [checkpoint(losses, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks], dim=-1
+    )
 
 
 def as_counts(class_counts: Sequence[int] | np.ndarray | Tensor) -> Tensor:
@@ -107,13 +135,14 @@ def adjusted_cross_entropy(
     Returns:
         A scalar, or one loss per head, (H,).
     """
-    with torch.autocast(logits.device.type, enabled=False):
+
+    def soft(logits: Tensor, targets: Tensor) -> Tensor:
         logits = _full_precision(logits)
-        if targets.is_floating_point():
-            each = _loss_of_each_label(logits, offset, divisor, margin, smoothing)
-            shares = targets.to(each.dtype) if weight is None else targets.to(each.dtype) * weight.to(each.dtype)
-            losses = (shares * each).sum(dim=-1)
-            return losses.sum(dim=-1) / shares.sum() if normalize and weight is not None else losses.mean(dim=-1)
+        each = _loss_of_each_label(logits, offset, divisor, margin, smoothing)
+        return (_shares(targets, weight, each.dtype) * each).sum(dim=-1)
+
+    def hard(logits: Tensor, targets: Tensor) -> Tensor:
+        logits = _full_precision(logits)
         labels = targets.expand(logits.shape[:-1])[..., None]
         if margin is not None:
             logits = logits.scatter_add(-1, labels, -margin.to(logits.dtype)[labels])
@@ -124,11 +153,25 @@ def adjusted_cross_entropy(
         if smoothing is not None:
             eps = smoothing.to(negative_log.dtype)[targets]
             negative_log = (1 - eps) * negative_log - eps * log_probabilities.mean(dim=-1)
+        return negative_log
+
+    with torch.autocast(logits.device.type, enabled=False):
+        if targets.is_floating_point():
+            losses = by_image(soft, logits, targets)
+            if weight is None or not normalize:
+                return losses.mean(dim=-1)
+            return losses.sum(dim=-1) / _shares(targets, weight, losses.dtype).sum()
+        negative_log = by_image(hard, logits, targets)
         if weight is None:
             return negative_log.mean(dim=-1)
         weights = weight.to(negative_log.dtype)[targets]
         weighted = negative_log * weights
         return weighted.sum(dim=-1) / weights.sum() if normalize else weighted.mean(dim=-1)
+
+
+def _shares(targets: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return what each label of soft targets (B, K) counts, with its class's weight, (B, K)."""
+    return targets.to(dtype) if weight is None else targets.to(dtype) * weight.to(dtype)
 
 
 def _loss_of_each_label(
@@ -196,9 +239,12 @@ def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | N
         student: s, the logits that learn from it, (B, K).
         temperatures: T, (K,), each dividing its class's logit; None for 1.
     """
-    return distillation_divergence(
-        tempered_log_probabilities(teacher.detach(), temperatures), tempered_log_probabilities(student, temperatures)
-    )
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        own, taught = (tempered_log_probabilities(logits, temperatures) for logits in (teacher, student))
+        return (own.exp() * (own - taught)).sum(dim=-1)
+
+    return by_image(divergence, student, teacher.detach()).mean(dim=-1)
 
 
 def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weight: Tensor | None = None) -> Tensor:
@@ -210,13 +256,19 @@ def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weight: Tensor | N
         gamma: focusing exponent; 0 gives the cross-entropy.
         weight: w, (K,), of the image's class.
     """
+
+    def soft(logits: Tensor, targets: Tensor) -> Tensor:
+        each = _focal(-F.log_softmax(_full_precision(logits), dim=-1), gamma)
+        each = each if weight is None else each * weight.to(each.dtype)
+        return (targets.to(each.dtype) * each).sum(dim=-1)
+
+    def hard(logits: Tensor, targets: Tensor) -> Tensor:
+        return _focal(F.cross_entropy(_full_precision(logits), targets, reduction="none"), gamma)
+
     with torch.autocast(logits.device.type, enabled=False):
-        logits = _full_precision(logits)
         if targets.is_floating_point():
-            each = _focal(-F.log_softmax(logits, dim=-1), gamma)
-            each = each if weight is None else each * weight.to(each.dtype)
-            return (targets.to(each.dtype) * each).sum(dim=-1).mean()
-        losses = _focal(F.cross_entropy(logits, targets, reduction="none"), gamma)
+            return by_image(soft, logits, targets).mean()
+        losses = by_image(hard, logits, targets)
         return (losses if weight is None else losses * weight.to(losses.dtype)[targets]).mean()
 
 

@@ -25,6 +25,8 @@ from mbib_timm.methods.functional import (
     class_temperatures,
     class_weights,
     distillation_divergence,
+    is_large,
+    self_distillation,
     tempered_log_probabilities,
 )
 from mbib_timm.options import option
@@ -188,6 +190,20 @@ class Bottleneck(Method):
             targets: (B,), int64, or (B, K); the VSD terms do not need them.
         """
         heads = tuple(self.head_weights)
+        if is_large(logits[heads[0]]):
+            bsc, vsd = self._terms_one_by_one(logits, targets)
+        else:
+            bsc, vsd = self._terms(logits, targets)
+        loss = (self.bsc_weights * bsc).sum() + (self.vsd_weights * vsd).sum()
+        parts = {f"bsc_{head}": value for head, value in zip(heads, bsc.detach(), strict=True)}
+        parts |= {
+            f"vsd_{edge.teacher}_{edge.student}": value for edge, value in zip(self.edges, vsd.detach(), strict=True)
+        }
+        return {"loss": loss, **parts}
+
+    def _terms(self, logits: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropies of the heads, (H,), and the divergences of the edges, (E,)."""
+        heads = tuple(self.head_weights)
         # One log-softmax with and one without log n for all heads together, however many edges a head has.
         stacked = torch.stack([logits[head] for head in heads])
         bsc = adjusted_cross_entropy(
@@ -202,12 +218,24 @@ class Bottleneck(Method):
             torch.stack([log_probabilities[edge.teacher] for edge in self.edges]),
             torch.stack([log_probabilities[edge.student] for edge in self.edges]),
         )
-        loss = (self.bsc_weights * bsc).sum() + (self.vsd_weights * vsd).sum()
-        parts = {f"bsc_{head}": value for head, value in zip(heads, bsc.detach(), strict=True)}
-        parts |= {
-            f"vsd_{edge.teacher}_{edge.student}": value for edge, value in zip(self.edges, vsd.detach(), strict=True)
-        }
-        return {"loss": loss, **parts}
+        return bsc, vsd
+
+    def _terms_one_by_one(self, logits: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same of large logits, without a copy of those of all heads."""
+        heads = tuple(self.head_weights)
+        offsets = self.logit_offsets if self.logit_offsets.ndim == 3 else [self.logit_offsets] * len(heads)
+        bsc = [
+            adjusted_cross_entropy(
+                logits[head],
+                targets,
+                offset=offset,
+                weight=self.weighted(self.class_weights),
+                normalize=self.settings.normalize_class_weights,
+            )
+            for head, offset in zip(heads, offsets, strict=True)
+        ]
+        vsd = [self_distillation(logits[edge.teacher], logits[edge.student], self.temperatures) for edge in self.edges]
+        return torch.stack(bsc), torch.stack(vsd)
 
 
 @register("bib")

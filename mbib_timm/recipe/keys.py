@@ -309,6 +309,7 @@ class Recipe:
     clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
     clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
     sched: str = _optimisation("cosine", "timm learning-rate schedule", choices=SCHEDULES)
+    sched_on_updates: bool = _optimisation(False, "step the learning rates after every update, not every epoch")
     warmup_epochs: int = _optimisation(0, "epochs of linear warm-up", minimum=0, maximum=MOST_EPOCHS)
     warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", minimum=0, maximum=LARGEST_RATE)
     min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0, maximum=LARGEST_RATE)
@@ -352,6 +353,13 @@ class Recipe:
     resume: str | None = _output(None, "what to resume: auto, a run's folder, or a checkpoint", location=True)
     checkpoint_seconds: float = _output(
         5.0, "minimum seconds between checkpoints, which are written at the end of an epoch", minimum=0, location=True
+    )
+    checkpoint_steps: int | None = _output(
+        None,
+        "updates between further checkpoints, within epochs; timm's loader then draws an image's augmentation by its "
+        "place in the epoch",
+        minimum=1,
+        location=True,
     )
     val_interval: int = _output(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
     log_interval: int = _output(50, "steps between log lines and checks of the loss", minimum=1, location=True)
@@ -464,7 +472,11 @@ class Recipe:
     def computation(self) -> dict[str, Any]:
         """Return what decides what is computed: all but paths, device, workers and logging; stages as in `to_dict`."""
         kept = [name for name, item in KEYS.items() if not item.metadata["location"]]
-        return _fold([{name: getattr(stage, name) for name in kept} for stage in self.chain()])
+        stages = [{name: getattr(stage, name) for name in kept} for stage in self.chain()]
+        for stage, keys in zip(self.chain(), stages, strict=True):
+            if stage.checkpoint_steps is not None and stage.loader == "timm":  # it has other draws, however many
+                keys["checkpoint_steps"] = "given"
+        return _fold(stages)
 
 
 KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fields(Recipe) if item.name != "previous"}

@@ -18,7 +18,7 @@ import torch
 from mbib_timm.errors import CheckpointError
 from mbib_timm.files import read_content, write_atomically
 
-FORMAT = "mbib_timm training state, version 5"
+FORMAT = "mbib_timm training state, version 6"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 MARK = b"sha256:"
 _ENDING = len(MARK) + hashlib.sha256().digest_size

@@ -1,7 +1,7 @@
 """One epoch of training: steps without waits, losses checked where a line is due."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -21,14 +21,22 @@ class LossLog:
 
     Args:
         epoch: counted from 0; the error message counts from 1, as all messages do.
+        sums: of the loss parts by name, of the steps before.
+        steps: those.
     """
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, sums: Mapping[str, float] | None = None, steps: int = 0) -> None:
         self.epoch = epoch
-        self.names: tuple[str, ...] = ()
+        sums = sums or {}
+        self.names = tuple(sums)
         self.pending: list[Tensor] = []
-        self.sums: list[float] = []
-        self.steps = 0
+        self.sums = list(sums.values())
+        self.steps = steps
+
+    def read_sums(self) -> dict[str, float]:
+        """Return the sums so far; as `read`."""
+        self.read()
+        return dict(zip(self.names, self.sums, strict=True))
 
     def add(self, parts: dict[str, Tensor]) -> None:
         """Add a step's scalars; nothing waits for the device."""
@@ -77,20 +85,22 @@ def train_one_epoch(
     loader: TrainLoader,
     take_step: TrainingStep,
     recipe: Recipe,
-    epoch: int,
+    log: LossLog,
     progress: Progress,
-    after_update: Callable[[], None],
+    after_update: Callable[[int], None],
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train for one epoch.
 
     Args:
         method: what is trained.
-        loader: gives the batches; its order for this epoch is set already.
+        loader: gives the batches; its epoch, and the first batch, are set already.
         take_step: trains on a batch per stream.
         recipe: accumulation and logging.
-        epoch: counted from 0.
+        log: of the epoch; has the losses of the batches before the first.
         progress: told about each step.
-        after_update: called after each update of the weights, outside the step.
+        after_update: called after each update of the weights, outside the step, with the number of batches done.
+        before: called before the first step, when the first batch is there.
 
     Returns:
         The means of the loss parts over the epoch's steps.
@@ -99,10 +109,11 @@ def train_one_epoch(
         NonFiniteLossError: a loss part was infinite or not a number.
     """
     method.train()
-    log = LossLog(epoch)
-    steps = len(loader)
+    first, steps = log.steps, len(loader)
     group = recipe.grad_accum_steps
-    for step, batches in enumerate(loader):
+    for step, batches in enumerate(loader, start=first):
+        if step == first:
+            before()
         if recipe.channels_last:
             batches = tuple(in_channels_last(batch) for batch in batches)
         update = (step + 1) % group == 0 or step + 1 == steps
@@ -112,8 +123,8 @@ def train_one_epoch(
             parts = take_step(batches, accumulate, update)
         log.add(parts)
         if update:
-            after_update()
+            after_update(step + 1)
         progress.step()
         if (step + 1) % recipe.log_interval == 0:
-            progress.status(f"epoch {epoch + 1} loss {log.read()['loss']:.3f}")
+            progress.status(f"epoch {log.epoch + 1} loss {log.read()['loss']:.3f}")
     return log.read()

@@ -171,8 +171,14 @@ def round_learning_rates(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = float(np.float32(group["lr"]))
 
 
-def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
-    """Build timm's schedule, stepped once an epoch."""
+def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int = 0) -> Any:
+    """Build timm's schedule, stepped once an epoch, or with ``sched_on_updates`` after each update.
+
+    Args:
+        recipe: names it.
+        optimizer: whose learning rates it sets.
+        updates: of an epoch, where they count.
+    """
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,
@@ -182,6 +188,8 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
         min_lr=recipe.min_lr,
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=recipe.warmup_lr,
+        step_on_epochs=not recipe.sched_on_updates,
+        updates_per_epoch=updates,
     )
     return schedule
 

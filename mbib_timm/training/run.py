@@ -1,7 +1,8 @@
-"""One stage of a run, from its recipe to its results: resumable after any epoch."""
+"""One stage of a run, from its recipe to its results: resumable after any epoch, or within one."""
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ from torch import Tensor, nn
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.features import FeatureStore
-from mbib_timm.environment import World, describe_environment, seed_generators, share_buffers
+from mbib_timm.environment import (
+    World,
+    describe_environment,
+    generator_states,
+    restore_generators,
+    seed_generators,
+    share_buffers,
+)
 from mbib_timm.errors import CheckpointError, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
-from mbib_timm.files import from_plain
+from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
 from mbib_timm.models.adapters import merged_weights
@@ -33,12 +41,29 @@ from mbib_timm.results.record import (
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
-from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import restore_optimizer, round_learning_rates, unscaled_rate
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
-from mbib_timm.training.setup import set_up
+from mbib_timm.training.setup import set_up, updates_of_epoch
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
+
+
+@dataclass
+class PartOfEpoch:
+    """How far an epoch has come that is not done.
+
+    Attributes:
+        steps: batches done, to the end of an update.
+        learning_rate: at the beginning of the epoch.
+        losses: sums of the loss parts over these steps.
+        seconds: that they took.
+    """
+
+    steps: int
+    learning_rate: float
+    losses: dict[str, float]
+    seconds: float
 
 
 @dataclass
@@ -49,6 +74,7 @@ class TrainState:
     history: list[Epoch] = field(default_factory=list)
     best: Evaluation | None = None
     seconds: float = 0.0
+    part: PartOfEpoch | None = None  # of the epoch after these
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
@@ -105,12 +131,14 @@ class Run:
         self.pool = pool
         self.store: FeatureStore | None = None
         if self.frozen is not None:
-            self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features)
+            self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
         if state is None and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
         self.done = TrainState()
+        self.generators: dict[str, Any] | None = None  # of this process, where it goes on within an epoch
+        self.updates_of_epoch = updates_of_epoch(recipe, len(self.splits.train), world)
         if state is not None:
             self._restore(state)
         if world.world_size > 1:
@@ -147,9 +175,10 @@ class Run:
             self.folder.begin(recipe, describe_environment(self.world))
             if done.epoch < recipe.epochs:
                 self.folder.forget_results()
-            if done.epoch == 0:
+            if done.epoch == 0 and done.part is None:
                 self._save()
-        self.progress = Progress(recipe.epochs * steps, done.epoch * steps, visible=self.world.is_main)
+        begun = 0 if done.part is None else done.part.steps
+        self.progress = Progress(recipe.epochs * steps, done.epoch * steps + begun, visible=self.world.is_main)
         try:
             if done.epoch < recipe.epochs and type(self.method).begin is not Method.begin:
                 self.method.begin(self._passes())
@@ -166,19 +195,24 @@ class Run:
         start = time.perf_counter()
         seed_generators(recipe.seed, epoch, self.world.rank, recipe.stage)
         self.method.start_epoch(epoch)
-        self.loaders.train.set_epoch(epoch)
-        learning_rate = unscaled_rate(self.optimizer)
+        part = done.part or PartOfEpoch(0, unscaled_rate(self.optimizer), {}, 0.0)
+        start -= part.seconds
+        self.loaders.train.set_epoch(epoch, part.steps)
         round_learning_rates(self.optimizer)
+        log = LossLog(epoch, part.losses, part.steps)
+        within = partial(self._after_update, log, part.learning_rate, start)
         losses = train_one_epoch(
             self.method,
             self.loaders.train,
             self.step,
             recipe,
-            epoch,
+            log,
             self.progress,
-            after_update=self.method.update_ema,
+            before=self._restore_generators,
+            after_update=within,
         )
-        row = Epoch(epoch + 1, learning_rate, 0.0, losses)
+        done.part = None
+        row = Epoch(epoch + 1, part.learning_rate, 0.0, losses)
         if row.epoch % recipe.val_interval == 0 or row.epoch == recipe.epochs:
             # Answers for single images in the last epoch alone, where they are those of the result.
             answers = AnswerLog() if row.epoch == recipe.epochs and self._last_epoch_is_result() else None
@@ -193,11 +227,45 @@ class Run:
         done.epoch, done.seconds = row.epoch, done.seconds + row.seconds
         done.history.append(row)
         if self.world.is_main:
-            if done.epoch == recipe.epochs or time.monotonic() - self.saved_at >= recipe.checkpoint_seconds:
+            due = time.monotonic() - self.saved_at >= recipe.checkpoint_seconds
+            if done.epoch == recipe.epochs or due or self._is_due(done.epoch * self.updates_of_epoch):
                 self._save()
             for tracker in self.trackers:
                 tracker.log(row)
             self.progress.say(epoch_line(row, recipe.epochs))
+
+    def _after_update(self, log: LossLog, learning_rate: float, start: float, steps: int) -> None:
+        """Follow an update of the weights: moving average, learning rates, and a checkpoint where one is due.
+
+        Args:
+            log: of the epoch.
+            learning_rate: at its beginning.
+            start: when that was.
+            steps: batches of it that are done.
+        """
+        recipe = self.recipe
+        self.method.update_ema()
+        updates = log.epoch * self.updates_of_epoch + -(-steps // recipe.grad_accum_steps)
+        if recipe.sched_on_updates:
+            self.schedule.step_update(updates)
+            if steps < len(self.loaders.train):  # else the next epoch does, once it has noted the rate
+                round_learning_rates(self.optimizer)
+        if steps < len(self.loaders.train) and self._is_due(updates):
+            # What differs between processes comes to agree, as it does where the run goes on.
+            self.method.start_epoch(log.epoch)
+            self.done.part = PartOfEpoch(steps, learning_rate, log.read_sums(), time.perf_counter() - start)
+            generators = self.world.of_all(generator_states(self.world.device))
+            if self.world.is_main:
+                self._save(generators)
+
+    def _is_due(self, updates: int) -> bool:
+        """Whether `checkpoint_steps` asks for a checkpoint after so many updates of the run."""
+        return self.recipe.checkpoint_steps is not None and updates % self.recipe.checkpoint_steps == 0
+
+    def _restore_generators(self) -> None:
+        if self.generators is not None:
+            restore_generators(self.generators, self.world.device)
+            self.generators = None
 
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
@@ -236,8 +304,12 @@ class Run:
 
     # Saving and restoring
 
-    def _save(self) -> None:
-        """Write what the run has come to; the checkpoint last, since it stands for all of it."""
+    def _save(self, generators: list[dict[str, Any]] | None = None) -> None:
+        """Write what the run has come to; the checkpoint last, since it stands for all of it.
+
+        Args:
+            generators: states of each process's, within an epoch; none at its end, for the next one seeds them.
+        """
         if self.best_weights is not None:
             whole = {} if self.frozen is None else self.frozen.state_dict()
             self.folder.write_weights(BEST_WEIGHTS, whole | self.best_weights)
@@ -250,6 +322,8 @@ class Run:
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
         }
+        if generators is not None:
+            state["generators"] = generators
         if self.frozen is not None:
             state["backbone"] = self.frozen.digest
         if self.recipe.model_ema:
@@ -272,9 +346,22 @@ class Run:
             if self.precision.scaler is not None:
                 self.precision.scaler.load_state_dict(state["scaler"])
             self.done = TrainState.of(state)
+            steps = 0 if self.done.part is None else self.done.part.steps
+            # Functions of the epoch, or the update, alone: this recipe's, which may have more epochs than the
+            # checkpoint's had.
             if self.done.epoch > 0:
-                # A function of the epoch alone: this recipe's, which may have more epochs than the checkpoint's had.
                 self.schedule.step(self.done.epoch)
+            if self.done.epoch > 0 or steps:
+                updates = self.done.epoch * self.updates_of_epoch + steps // self.recipe.grad_accum_steps
+                self.schedule.step_update(updates)
+            if self.done.part is not None:
+                found = state["generators"]
+                if len(found) != self.world.world_size:
+                    raise CheckpointError(
+                        f"the checkpoint in {self.folder.path} was written within an epoch, by "
+                        f"{counted(len(found), 'process')}: expected as many, got {self.world.world_size}"
+                    )
+                self.generators = found[self.world.rank]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             text = f"the checkpoint in {self.folder.path} does not fit: {first_line(error)}"
             raise CheckpointError(text) from None

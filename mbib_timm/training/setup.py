@@ -17,6 +17,7 @@ from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.class_weights import loss_weights
 from mbib_timm.data.decoding import free_memory
+from mbib_timm.data.samplers import batches_of, drops_last
 from mbib_timm.environment import World, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Facts, Method, part_of, resolve_method
@@ -126,12 +127,19 @@ def set_up(
         require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
-    schedule = create_schedule(recipe, optimizer)
+    schedule = create_schedule(recipe, optimizer, updates_of_epoch(recipe, len(splits.train), world))
     graphs = find_graphs(recipe, optimizer, precision, world)
     notes = tuple(filter(None, (departure, precision_line(recipe, world.device, size), _trained_line(recipe, method))))
     names = None if splits.class_names is None else list(splits.class_names)
     origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
     return Setup(recipe, method, size, loader, optimizer, schedule, precision, graphs, frozen, notes, origin)
+
+
+def updates_of_epoch(recipe: Recipe, images: int, world: World) -> int:
+    """Return the updates of the weights in an epoch of so many training images."""
+    share = -(-images // world.world_size)
+    steps = batches_of(share, recipe.batch_size, drops_last(share, recipe.batch_size))
+    return -(-steps // recipe.grad_accum_steps)
 
 
 def _trained_line(recipe: Recipe, method: Method) -> str | None:

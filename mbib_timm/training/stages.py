@@ -169,10 +169,11 @@ def _find_folder(
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
     if conditions := folder.changed_conditions(describe_environment(world)):
         warn(conditions)
-    before, done = folder.recipe().epochs, TrainState.of(state).epoch
+    before, reached = folder.recipe().epochs, TrainState.of(state)
+    done = reached.epoch + (reached.part is not None)  # those that have begun
     if done > recipe.epochs:
         raise CheckpointError(
-            f"{folder.path} has trained {done} epochs already, and {recipe.epochs} are asked for: expected at least "
+            f"{folder.path} has begun {done} epochs, and {recipe.epochs} are asked for: expected at least "
             f"{done}, or another folder (--experiment)"
         )
     if before != recipe.epochs:

@@ -17,7 +17,7 @@ from benchmarking.noise import cifar_like, normalized_noise, single_image
 from benchmarking.turns import timed, wait
 from mbib_timm.data import Splits
 from mbib_timm.data.batch import Batch
-from mbib_timm.data.images import ImageDataset
+from mbib_timm.data.images import Drawn, ImageDataset
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.environment import World, keep_freed_memory, prepare
 from mbib_timm.errors import MbibError
@@ -28,7 +28,7 @@ from mbib_timm.models.preprocessing import settle
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
-from mbib_timm.training.epoch import train_one_epoch
+from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision
 from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.setup import build_network, set_up
@@ -106,8 +106,11 @@ class Trainer:
         """Train on every image of a loader."""
         loader.set_epoch(self.epochs)
         nothing = Progress(0, visible=False)
-        train_one_epoch(self.method, loader, self.step, self.recipe, self.epochs, nothing, self.method.update_ema)
+        train_one_epoch(self.method, loader, self.step, self.recipe, LossLog(self.epochs), nothing, self._follow)
         self.epochs += 1
+
+    def _follow(self, steps: int) -> None:
+        self.method.update_ema()
 
     def evaluate(self, loader: Iterable[Batch]) -> None:
         """Evaluate every image of a loader, with every head."""
@@ -159,7 +162,7 @@ def write_model(folder: Path, recipe: Recipe, size: int, counts: np.ndarray) -> 
 class LabelledImages(ImageDataset):
     """Images with their labels alone, as timm's data sets give them."""
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int | Drawn) -> tuple[Any, Any]:
         item = super().__getitem__(index)
         assert item is not None  # broken images are replaced
         return item[0], int(item[1][0])

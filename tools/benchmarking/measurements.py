@@ -12,10 +12,12 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from timm import create_model
+from torch import Tensor
 
 from benchmarking.contestants import (
     MODELS,
@@ -29,20 +31,24 @@ from benchmarking.contestants import (
     timm_contestant,
     write_model,
 )
+from benchmarking.live_memory import over_logits
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise, photographs
-from benchmarking.targets import METHOD_RECIPES
+from benchmarking.targets import LOSSES_OF_CLASSES, METHOD_RECIPES
 from benchmarking.turns import Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
 from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data import DataPool, create_loaders
-from mbib_timm.data.batch import TrainLoader
+from mbib_timm.data.batch import Batch, TrainLoader
 from mbib_timm.data.create import data_key
 from mbib_timm.data.loaders import resident_loader
 from mbib_timm.data.samplers import training_sampler
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.evaluate import AnswerLog
+from mbib_timm.evaluation.metrics import batch_statistics
 from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import predict
 from mbib_timm.inference.predictor import Predictor
+from mbib_timm.methods import METHODS, Facts, Method
 from mbib_timm.models.weights import load_model
 from mbib_timm.recipe import DEFAULT_RECIPE
 
@@ -299,9 +305,10 @@ def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
 # Runs `mbib train` with a first step that tells the time as it begins and as it is done, and ends the process. The step
 # is left out unless the first argument is "whole".
 START = """
-import os, sys, time
+import os, resource, sys, time
 import timm, torch
 started = time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from mbib_timm import cli
 from mbib_timm.training import run
 
@@ -315,7 +322,8 @@ def until_the_first(*arguments):
             step(*batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print("\\nseconds", begun - started, time.perf_counter() - started, flush=True)
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print("\\nseconds", begun - started, time.perf_counter() - started, kilobytes, flush=True)
         os._exit(0)
     return first
 
@@ -324,13 +332,27 @@ sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
-def seconds_to_first_step(settings: Settings, *flags: str, whole: bool) -> tuple[float, float]:
-    """Return seconds from the end of `import torch, timm` until `mbib train` begins its first step, and until it ends.
+class Start(NamedTuple):
+    """How `mbib train` comes to its first step, from the end of `import torch, timm` on.
+
+    Attributes:
+        begins: seconds until the step.
+        ends: seconds until it is done; where it is left out the same.
+        gigabytes: of memory that the process has come to take until then, at the most.
+    """
+
+    begins: float
+    ends: float
+    gigabytes: float
+
+
+def to_first_step(settings: Settings, *flags: str, whole: bool) -> Start:
+    """Run `mbib train` until its first step.
 
     Args:
         settings: device.
         flags: of `mbib train`.
-        whole: run the step; else the two are the same.
+        whole: run the step too.
     """
     with tempfile.TemporaryDirectory() as folder:
         own = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
@@ -339,7 +361,8 @@ def seconds_to_first_step(settings: Settings, *flags: str, whole: bool) -> tuple
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("seconds ")]
     if not lines:
         raise MbibError(f"mbib train did not come to its first step: {done.stderr.strip()[-300:]}")
-    return float(lines[-1][1]), float(lines[-1][2])
+    _, begins, ends, kilobytes = lines[-1]
+    return Start(float(begins), float(ends), int(kilobytes) * 1024 / 1e9)
 
 
 def start(settings: Settings) -> Iterator[Record]:
@@ -347,9 +370,9 @@ def start(settings: Settings) -> Iterator[Record]:
     begun: list[float] = []
 
     def run() -> float:
-        begins, ends = seconds_to_first_step(settings, whole=True)
-        begun.append(begins)
-        return ends
+        came = to_first_step(settings, whole=True)
+        begun.append(came.begins)
+        return came.ends
 
     done = take_turns({"mbib train": run}, settings.repeats)["mbib train"]
     figures = {"first step begins": begun[1:], "first step done": done}
@@ -358,29 +381,73 @@ def start(settings: Settings) -> Iterator[Record]:
     )
 
 
-def start_large(settings: Settings) -> Iterator[Record]:
-    """Measure the same with lists as long as iNaturalist 2018's, which name 1,000 JPEG files again and again."""
-    recipe, classes = "mbib_resnet50.inat2018_90e", 8_142
+def start_list(settings: Settings) -> Iterator[Record]:
+    """Measure the same with a list of 10,000,000 images in 10,000 classes: the class folders are links to one; and the
+    memory that it takes, with a small network, which is not what is measured."""
+    recipe, model, classes, images, evaluated = "mbib_resnet50.inat2018_90e", "mbib_resnet20", 10_000, 1_000, 3
+    memory: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        generator = np.random.default_rng(0)
-        for image in range(1_000):
-            pixels = generator.integers(0, 256, (375, 500, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{image}.jpg")
-        for split, images in (("train", 437_513), ("val", 24_426)):
-            lines = (f"{image % 1_000}.jpg {image % classes}\n" for image in range(images))
-            (folder / f"{split}.txt").write_text("".join(lines))
+        photographs(folder / "images", images + evaluated, (375, 500))
+        files = sorted(path.name for path in (folder / "images").iterdir())
+        for number in range(classes):
+            (folder / f"n{number:08d}").symlink_to(folder / "images")
+        for split, chosen in (("train", files[:images]), ("val", files[images:])):
+            with (folder / f"{split}.txt").open("w") as lines:
+                for number in range(classes):
+                    lines.writelines(f"n{number:08d}/{file} {number}\n" for file in chosen)
         flags = ["--data-dir", name, "--train-list", f"{name}/train.txt", "--val-list", f"{name}/val.txt"]
-        flags += ["--workers", "2", "--image-cache", "none"]
-        run = partial(seconds_to_first_step, settings, recipe, *flags, whole=False)
-        figures = take_turns({"first step begins": lambda: run()[0]}, settings.repeats)
+        flags += ["--workers", "2", "--image-cache", "none", "--num-classes", str(classes), "--model", model]
+
+        def run() -> float:
+            came = to_first_step(settings, recipe, *flags, whole=False)
+            memory.append(came.gigabytes)
+            return came.begins
+
+        begun = take_turns({"first step begins": run}, settings.repeats)["first step begins"]
+    figures = {"first step begins": begun, "gigabytes": memory[1:]}
     yield Record(
-        "start-large",
-        "seconds",
+        "start-list",
+        "seconds; gigabytes",
         figures,
-        {"start-large": figures["first step begins"]},
-        Conditions(recipe=recipe, workers=2),
+        {"start-list": begun, "start-list-memory": memory[1:]},
+        Conditions(recipe=f"{recipe} with {model}", workers=2, images=images * classes),
     )
+
+
+def memory_of_classes(settings: Settings) -> Iterator[Record]:
+    """Measure the memory of losses, with their backward pass, and of an evaluation on 100,000 classes, over that of the
+    logits: bytes of live tensors, the same whatever the device."""
+    classes, images = 100_000, 192
+    counts = np.maximum(1, 1_000_000 / np.arange(1, classes + 1)).astype(np.int64)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(classes, (images,), generator=generator)
+    actions: dict[str, Callable[[], float]] = {}
+
+    def loss(method: Method) -> float:
+        heads = {
+            head: torch.randn(images, classes, generator=generator, requires_grad=True) for head in method.head_names
+        }
+        return over_logits(lambda logits: method.loss(logits, targets)["loss"].backward(), heads)
+
+    def evaluated() -> float:
+        def count(logits: dict[str, Tensor]) -> None:
+            log = AnswerLog()
+            stacked = torch.stack([*logits.values()])
+            batch_statistics(stacked, targets)
+            log.add(stacked[0], Batch((), targets, targets))
+
+        heads = {str(head): torch.randn(images, classes, generator=generator) for head in range(5)}
+        return over_logits(count, heads)
+
+    for name, network in LOSSES_OF_CLASSES.items():
+        kind = METHODS[name]
+        model = kind.build_network(kind.Settings(), partial(create_model, network, num_classes=classes))
+        actions[name] = partial(loss, kind(model, kind.Settings(), Facts(counts, 1), torch.device("cpu")))
+    actions["evaluation"] = evaluated
+    figures = take_turns(actions, 1, warm_ups=0)
+    rows = {"memory-classes": [max(value for (value,) in figures.values())]}
+    yield Record("memory-classes", "bytes over those of the logits", figures, rows, Conditions(images, images=images))
 
 
 def batch_of(subject: str, settings: Settings) -> tuple[int, int, int]:
@@ -401,5 +468,6 @@ MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "epochs-200": epochs,
     "throughput-resnext50": throughput,
     "start": start,
-    "start-large": start_large,
+    "start-list": start_list,
+    "memory-classes": memory_of_classes,
 }

@@ -1,0 +1,170 @@
+"""Checkpoints within an epoch: whatever gives the images, what goes on from one ends with the same bits."""
+
+import csv
+from math import cos, pi
+from pathlib import Path
+
+import pytest
+import torch
+from archive_images import tar_bytes
+from safetensors.torch import load_file
+from small_data import class_folders
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mbib_timm.data import images as images_module
+from mbib_timm.errors import CheckpointError
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.training import train
+from mbib_timm.training.checkpoint import load_checkpoint, save_checkpoint
+
+# 12 to 1 images of each digit, 47 in all: 6 batches an epoch, 5 of them whole; a dropout draws from torch's generator.
+SHORT = dict(
+    epochs=3, val_interval=3, warmup_epochs=1, imbalance_max=12, imbalance_factor=12, batch_size=8, device="cpu",
+    workers=0, checkpoint_seconds=1e6, model_kwargs={"drop_rate": 0.2},
+)  # fmt: skip
+AUGMENTED = dict(train_crop_mode="rrc", color_jitter=0.4, cutout=4, loader="timm")
+CMO = dict(method="bsce", cutmix=1.0, mixup_prob=0.6, cutmix_sampler="reverse")
+FEATURES = dict(
+    dataset="folder", loader="timm", img_size=32, train_crop_mode="none", hflip=0.0, pretrained=True,
+    model="mbib_resnet32.cifar100_lt_if100", feature_passes=2, batch_size=3, mean=[0.5], std=[0.25], crop_pct=0.875,
+    crop_mode="center", interpolation="bicubic", imbalance="none", model_kwargs={}, train="heads", method="mbib",
+)  # fmt: skip
+# Keys; of an epoch updates until a checkpoint, and until the crash, counted over the run.
+RUNS = {
+    "resident": (dict(model_ema=True, model_ema_decay=0.5, sched_on_updates=True, opt="adamw", lr=1e-3), 2, 10),
+    "resident, in the first epoch": (dict(loader="resident", aa="cifar10", cutout=4), 4, 5),
+    "accumulated gradients": (dict(grad_accum_steps=4, sched_on_updates=True, warmup_epochs=0), 3, 4),
+    "timm": (AUGMENTED, 2, 9),
+    "timm, two workers": (dict(AUGMENTED, workers=2), 2, 11),
+    "foregrounds": (dict(CMO, loader="resident"), 5, 11),
+    "foregrounds by timm": (dict(CMO, **AUGMENTED), 3, 10),
+    "mixup by timm": (dict(AUGMENTED, method="bsce", mixup=0.3, cutmix=1.0, smoothing=0.1), 4, 9),
+    "class-aware": (dict(AUGMENTED, sampler="class_aware:2"), 4, 9),
+    "two views and a queue": (dict(method={"name": "paco", "queue": 32, "features": 8}, model_kwargs={}), 5, 11),
+    "features": (FEATURES, 3, 10),
+    "tar": (dict(AUGMENTED, dataset="folder", imbalance="none", batch_size=3), 3, 10),
+}
+
+
+class CrashError(Exception):
+    """Stands for a crash."""
+
+
+def settings(tmp_path, name, **keys):
+    own, every, _ = RUNS[name]
+    keys = {**SHORT, **own, "checkpoint_steps": every, "output": str(tmp_path), **keys}
+    if name == "features":
+        keys.pop("warmup_epochs"), keys.pop("imbalance_factor"), keys.pop("imbalance_max")
+        return Recipe(**keys, data_dir=str(class_folders(tmp_path)), image_cache=str(tmp_path / "cache"))
+    if name == "tar":
+        folder = class_folders(tmp_path)
+        entries = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(folder.glob("*/*.png"))}
+        (tmp_path / "images.tar").write_bytes(tar_bytes(entries))
+        keys |= {"data_dir": str(tmp_path / "images.tar")}
+        keys.pop("imbalance_factor"), keys.pop("imbalance_max")
+    return load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys)
+
+
+def trains(optimizer):
+    """Whether this is a run's, and not one that tries what its kind takes."""
+    return sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]) > 4
+
+
+def crash_at(update):
+    """Let the optimizer's step of that number, from 1, end in a crash."""
+    left = iter(range(update - 1, -1, -1))
+
+    def crash(optimizer, *_):
+        if trains(optimizer) and next(left) == 0:
+            raise CrashError
+
+    return register_optimizer_step_post_hook(crash)
+
+
+def interrupted(recipe, update):
+    hook = crash_at(update)
+    try:
+        with pytest.raises(CrashError):
+            train(recipe, "broken")
+    finally:
+        hook.remove()
+
+
+def same_weights(one, other):
+    one, other = (load_file(Path(run.folder) / "model.safetensors") for run in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def epochs_of(run):
+    with (Path(run.folder) / "summary.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_within_an_epoch_to_the_same_bits(tmp_path, name):
+    recipe, (_, _, crash) = settings(tmp_path, name), RUNS[name]
+    whole = train(recipe, "whole")
+    interrupted(recipe, crash)
+    part = load_checkpoint(tmp_path / "broken" / "last.ckpt")["progress"]["part"]
+    assert part["steps"] > 0
+    assert part["steps"] % recipe.grad_accum_steps == 0
+    resumed = train(recipe.replace(resume="auto"), "broken")
+    assert same_weights(whole, resumed)
+    assert epochs_of(whole) == epochs_of(resumed)
+    assert whole.record.result == resumed.record.result
+    assert whole.record.best == resumed.record.best
+
+
+@pytest.mark.slow
+def test_checkpoints_change_no_draw_of_resident_images(tmp_path):
+    recipe = settings(tmp_path, "resident, in the first epoch")
+    assert same_weights(train(recipe, "with"), train(recipe.replace(checkpoint_steps=None), "without"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm", "tar"])
+def test_images_that_are_done_are_not_read_again(tmp_path, monkeypatch, name):
+    recipe = settings(tmp_path, name, epochs=1, warmup_epochs=0, val_interval=1)
+    interrupted(recipe, RUNS[name][1] + 1)
+    read = []
+    convert = images_module.convert_image
+    monkeypatch.setattr(images_module, "convert_image", lambda *args: (read.append(1), convert(*args))[1])
+    run = train(recipe.replace(resume="auto"), "broken")
+    images, evaluated = sum(run.record.class_counts), run.record.result.prediction.images
+    assert len(read) == images - RUNS[name][1] * recipe.batch_size + evaluated
+
+
+@pytest.mark.slow
+def test_what_cannot_go_on_within_an_epoch_says_so(tmp_path):
+    recipe = settings(tmp_path, "timm")
+    interrupted(recipe, 9)
+    with pytest.raises(CheckpointError, match=r"checkpoint_steps \('given' there, None asked for\)"):
+        train(recipe.replace(resume="auto", checkpoint_steps=None), "broken")
+    with pytest.raises(CheckpointError, match="has begun 2 epochs, and 1 are asked for: expected at least 2"):
+        train(recipe.replace(resume="auto", epochs=1, warmup_epochs=0), "broken")
+    checkpoint = tmp_path / "broken" / "last.ckpt"
+    state = load_checkpoint(checkpoint)
+    save_checkpoint(checkpoint.parent, {**state, "generators": state["generators"] * 2})
+    with pytest.raises(CheckpointError, match="was written within an epoch, by 2 processes: expected as many, got 1"):
+        train(recipe.replace(resume="auto"), "broken")
+    assert train(recipe.replace(resume=str(checkpoint.with_name("previous.ckpt")), checkpoint_steps=5), "broken")
+
+
+def test_rates_by_update_are_those_of_timm(tmp_path):
+    """After every update that of timm's schedule at its number; by epoch it stays within one."""
+    seen = []
+
+    def note(optimizer, *_):
+        if trains(optimizer):
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_post_hook(note)
+    keys = dict(epochs=2, val_interval=2, lr=0.1, warmup_epochs=1, warmup_lr=0.01, min_lr=0.0, sched="cosine")
+    try:
+        run = train(settings(tmp_path, "resident", **keys, opt="sgd"), "rates")
+    finally:
+        hook.remove()
+    warm = [0.01 + n * (0.1 - 0.01) / 6 for n in range(6)]
+    assert seen == pytest.approx(warm + [0.05 * (1 + cos(pi * n / 12)) for n in range(6, 12)], rel=1e-6)
+    assert [float(row["lr"]) for row in epochs_of(run)] == pytest.approx([seen[0], seen[6]], rel=1e-6)
