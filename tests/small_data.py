@@ -6,18 +6,27 @@ from PIL import Image
 
 from mbib_timm.data import Batch, Split, Splits, create_loaders
 from mbib_timm.data.images import ArrayReader
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import WHOLE_IMAGES, Recipe
 
 CPU = torch.device("cpu")
 SIZE = (3, 16, 16)
-# What a recipe leaves to the model, as a model of ImageNet's has it.
-CUT = {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
-SETTLED = {**CUT, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+SETTLED = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def cut(train_crop_mode="rrc"):
+    """Return how images are cut for a model of ImageNet's, which a recipe leaves to it, or for padded crops."""
+    whole = WHOLE_IMAGES if train_crop_mode == "pad" else {"crop_pct": 0.875, "crop_mode": "center"}
+    return {"interpolation": "bicubic", **whole}
+
+
+def settled(**keys):
+    """Return a recipe in which nothing is left to the model."""
+    return Recipe(**{**SETTLED, **cut(keys.get("train_crop_mode", "rrc")), **keys})
 
 
 def recipe(**keys):
     base = {"workers": 0, "train_crop_mode": "pad", "img_size": 16, "batch_size": 8, "validation_batch_size": 8}
-    return Recipe(**{**SETTLED, **base, "image_cache": "none", "loader": "resident", **keys})
+    return settled(**{**base, "image_cache": "none", "loader": "resident", **keys})
 
 
 def splits(count=50, height=16, width=16, classes=5):
@@ -72,8 +81,8 @@ def arrays(count=40, classes=4, size=16):
 
 def normalized_recipe(**keys):
     """A recipe whose normalisation maps levels onto -2 to 2."""
-    base = {**SETTLED, "workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25]}
-    return Recipe(**{**base, **keys})
+    base = {"workers": 0, "train_crop_mode": "pad", "img_size": 16, "mean": [0.5], "std": [0.25]}
+    return settled(**{**base, **keys})
 
 
 def save_image(path, color=0):

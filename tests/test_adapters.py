@@ -2,7 +2,10 @@
 
 import builtins
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS, Facts, part_of
 from mbib_timm.methods.paco import Projected
 from mbib_timm.models.adapters import adapted_layers, add_adapters, merged_weights, plain_names
-from mbib_timm.recipe import LoraSettings, Recipe
+from mbib_timm.recipe import LoraSettings, Recipe, dump_recipe
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import load_checkpoint
@@ -383,6 +386,26 @@ def test_heads_first_then_all_starts_from_the_heads(tmp_path):
         if "running_" not in key and "num_batches" not in key:
             torch.testing.assert_close(value, heads[key], rtol=0, atol=1e-7)
         assert torch.equal(heads[key], before[key]) is key.startswith("backbone."), key
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapters(tmp_path, start):
+    """Only adapted layers and heads move; the merged weights give, in one process, what two have measured."""
+    file = tmp_path / "own.yaml"
+    recipe = digits(tmp_path, initial_checkpoint=str(start), experiment="two", epochs=1)
+    file.write_bytes(dump_recipe(recipe))
+    processes = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*processes, "--rdzv-endpoint", "localhost:0", "-m", "mbib_timm", "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "two"))
+    moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved == {k for k, v in before.items() if k.startswith("head.") or (k.startswith("blocks.") and v.ndim == 2)}
+    record = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert record["environment"]["processes"] == 2
+    alone = evaluate(tmp_path / "two", device="cpu", workers=0)
+    assert alone["prediction"].per_class == record["result"]["heads"]["prediction"]["per_class"]
 
 
 def test_adapters_compile_to_one_graph():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
-from small_data import CUT, SETTLED
+from small_data import cut, settled
 from timm.data import auto_augment as timms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
@@ -28,7 +28,7 @@ from mbib_timm.data.pixels import NAMES, NOTHING, NUMBER
 from mbib_timm.data.policies import AutoAugmentCifar10, RandAugment, create_policy
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.recipe.checks import view_of
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def noise(count, height=32, width=32, channels=3, seed=0):
 
 
 def recipe(**keys):
-    return Recipe(**{**SETTLED, "workers": 0, "train_crop_mode": "pad", "img_size": 16, "image_cache": "none", **keys})
+    return settled(**{"workers": 0, "train_crop_mode": "pad", "img_size": 16, "image_cache": "none", **keys})
 
 
 # AutoAugment's policy for CIFAR-10
@@ -323,9 +323,9 @@ def test_nothing_on_the_device_is_read():
 
 
 def loader_of(kind, keys, views=(), seed=0):
-    settings = load_recipe(
-        find_recipe("mbib_resnet20.digits"), dict(CUT, loader=kind, workers=0, device="cpu", seed=seed, **keys)
-    )
+    crop = cut(keys.get("train_crop_mode", "pad"))
+    own = dict(crop, loader=kind, workers=0, device="cpu", seed=seed, **keys)
+    settings = load_recipe(find_recipe("mbib_resnet20.digits"), own)
     splits = open_data(settings)
     views = [view_of(settings, view) for view in views] or [settings]
     return settings, create_loaders(splits, settings, (3, 16, 16), CPU, views=views).train

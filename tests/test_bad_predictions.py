@@ -115,6 +115,8 @@ CASES = {
         r"t\.csv has no column 'species'",
     ),
     "predict: cam": (with_file("notes.txt", "", predict("--cam", "notes.txt")), r"--cam notes\.txt: expected a folder"),
+    "predict: cam over the images": (predict("--cam", "images"), "--cam images lies in images, whose images are"),
+    "predict: cam among the images": (predict("--cam", "images/cam"), "--cam images/cam lies in images"),
     "predict: a pipe": (with_pipe("x.png", of_model("predict", "x.png")), r"no image, .* at x\.png"),
     "predict: a device": (of_model("predict", "/dev/zero"), "no image, .* at /dev/zero"),
     "predict: a pipe for a prior": (

@@ -65,6 +65,8 @@ RECIPES = {
     "octal": ("epochs: 010\n", r"line 13: 010 is no plain number; write one without leading zeros"),
     "base 60": ("lr: 1:30\n", "line 13: 1:30 is no plain number"),
     "base 60 with a fraction": ("lr: 1:30.5\n", "line 13: 1:30.5 is no plain number"),
+    "crop of none": ("crop_pct: 0.875\n", "'crop_pct' has no effect without train_crop_mode: rrc or none"),
+    "crop mode of none": ("crop_mode: center\n", "'crop_mode' has no effect without train_crop_mode: rrc or none"),
     "list of none": ("class_map: names.txt\n", "'class_map' has no effect without dataset: list or inat2018"),
     "seed": ("seed: 4294967296\n", "'seed': expected at most 4,294,967,295, got 4,294,967,296"),
     "subset_seed": ("subset_seed: -1\n", "'subset_seed': expected at least 0, got -1"),

@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_data import CPU, SETTLED, SIZE, epoch, image_folder, loaders, recipe, splits
+from small_data import CPU, SIZE, epoch, image_folder, loaders, recipe, settled, splits
 
 from mbib_timm.data import DataPool, Passes, Split, Splits, choose_loader, create_loaders, open_data
 from mbib_timm.data.loaders import TimmLoader
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import Recipe
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_single_image_policies_take_timms_loader():
 
 def test_runs_of_one_process_share_opened_data_and_images(tmp_path):
     pool = DataPool()
-    settings = Recipe(**SETTLED, loader="resident", image_cache="none", workers=0)
+    settings = settled(loader="resident", image_cache="none", workers=0)
     data = pool.open(settings)
     assert pool.open(settings.replace(seed=3, lr=1.0)) is data
     first = create_loaders(data, settings, SIZE, CPU, pool=pool)

@@ -26,7 +26,7 @@ from archive_images import (
     write,
 )
 from PIL import Image
-from small_data import SETTLED, class_folders, picture, save_image
+from small_data import class_folders, picture, save_image, settled
 from timm.data import create_reader
 from torch.utils.data import DataLoader
 
@@ -57,7 +57,7 @@ def folder(tmp_path):
 
 
 def folder_recipe(root, **keys):
-    return Recipe(**{**SETTLED, "dataset": "folder", "data_dir": str(root), "workers": 0, "img_size": 16, **keys})
+    return settled(**{"dataset": "folder", "data_dir": str(root), "workers": 0, "img_size": 16, **keys})
 
 
 def test_a_folder_of_classes_is_split_so_that_every_class_trains(folder):

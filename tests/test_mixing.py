@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from scipy import stats
-from small_data import SETTLED
+from small_data import settled
 from test_methods import NoWaiting, make
 from test_step import FULL, StandIn
 from timm.data.mixup import Mixup
@@ -48,7 +48,7 @@ NO_MIXING = {key: KEYS[key].default for key, item in KEYS.items() if item.metada
 
 def recipe(**keys):
     base = {"workers": 0, "train_crop_mode": "pad", "img_size": 16, "batch_size": 8, "image_cache": "none"}
-    return Recipe(**{**SETTLED, **base, "method": "ce", "model": "cifar_resnet20", "loader": "resident", **keys})
+    return settled(**{**base, "method": "ce", "model": "cifar_resnet20", "loader": "resident", **keys})
 
 
 def splits(counts=COUNTS):

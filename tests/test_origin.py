@@ -35,7 +35,7 @@ from mbib_timm.sweeps.sweep_runs import plan
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
-CE = ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0"
+CE = ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16"
 FROM_IMAGENET = Origin([Weights("timm", "resnet50.a1_in1k", "timm/resnet50.a1_in1k", ["in1k"])])
 
 # By hand, from timm's documentation and its models' papers.

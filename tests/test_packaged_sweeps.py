@@ -44,7 +44,7 @@ def test_the_issues_sweeps_are_there():
     assert {
         "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
         "table7_heads", "figure9_structures", "table9_rebalancing", "open_choices", "experts_views_teachers", "methods",
-        "frozen_heads",
+        "frozen_heads", "frozen_imbalance",
     } == set(SWEEPS)  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     assert sweep.title
     assert len(runs) == 3 * len(runs_of(name)), "three seeds"
     # 400 are PaCo's; of class means there are none.
-    others = {"methods": {60}, "experts_views_teachers": {200, 400}, "frozen_heads": {0, 20}}
+    others = {"methods": {60}, "experts_views_teachers": {200, 400}, "frozen_heads": {0, 20}, "frozen_imbalance": {20}}
     assert {run.epochs for run in runs} == others.get(name, {200})
     assert f"sweeps/{name}" not in list_recipes()
     path = recipes_folder() / "sweeps" / f"{name}.yaml"

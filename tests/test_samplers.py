@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import SETTLED
+from small_data import settled
 from torch.utils.data.distributed import DistributedSampler
 
 from mbib_timm.data import (
@@ -24,7 +24,6 @@ from mbib_timm.data import (
 from mbib_timm.data.images import ArrayReader
 from mbib_timm.data.samplers import ClassIndex, Key, TrainingSampler, epoch_plan
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.recipe import Recipe
 
 CPU = torch.device("cpu")
 SIZE = (3, 16, 16)
@@ -38,7 +37,7 @@ DRAWN = [name for name in NAMES if name not in ("instance", "class_aware")]
 
 def recipe(**keys):
     base = dict(workers=0, train_crop_mode="none", img_size=16, batch_size=8, image_cache="none", loader="resident")
-    return Recipe(**{**SETTLED, **base, **keys})
+    return settled(**{**base, **keys})
 
 
 def splits(targets):

@@ -20,6 +20,7 @@ from mbib_timm.data.loaders import timm_eval_loader
 from mbib_timm.data.sources import open_digits, open_inaturalist, open_list
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.models.zoo import DATASETS
 from mbib_timm.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -426,6 +427,26 @@ def test_torchvisions_cifar(tmp_path):
         patch.undo()
     with pytest.raises(DataError, match=r"cannot open CIFAR100 .*--dataset-download fetches it"):
         open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path / "no")), "train")
+
+
+def test_torchvisions_fashion_mnist(tmp_path):
+    """Grey images, and classes with a slash in their name, from files in the format of LeCun's MNIST."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.random.RandomState(0).randint(0, 256, (30, 28, 28), dtype=np.uint8)
+    labels = np.repeat(np.arange(10, dtype=np.uint8), 3)
+    for part in ("train", "t10k"):
+        header = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in images.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            (0x801).to_bytes(4, "big") + (30).to_bytes(4, "big") + labels.tobytes()
+        )
+    settings = recipe(dataset="torch/fashion_mnist", data_dir=str(tmp_path), val_split="test")
+    data = open_data(settings)
+    assert data.class_counts.tolist() == [3] * 10
+    assert set(data.class_names) == DATASETS["fashion_mnist_lt_if100"].class_names
+    assert np.array_equal(np.asarray(data.train.reader.read(4)), images[4])
+    assert next(iter(create_loaders(data, settings, SIZE, CPU).val)).images.shape[1:] == SIZE
 
 
 # Hugging Face datasets

@@ -602,7 +602,7 @@ def test_a_run_that_has_its_first_stage_alone_is_partial(tmp_path):
 
 @pytest.mark.parametrize(("images", "kept"), [(500, {}), (499, {"dataset": "folder"})])
 def test_the_same_images_in_a_folder_are_the_same_data_and_others_are_not(tmp_path, images, kept):
-    label = "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0"
+    label = "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16"
     shutil.copytree(Path(__file__).parents[1] / "results" / label, tmp_path / label)
     record = json.loads((tmp_path / label / "metrics.json").read_text())
     assert max(record["class_counts"]) == 500
@@ -612,3 +612,21 @@ def test_the_same_images_in_a_folder_are_the_same_data_and_others_are_not(tmp_pa
     settings = {"dataset": "folder"}
     planned = sweep_runs.PlannedRun(label, "ce", {}, label.rpartition("-200e")[0], recipe, 200, settings)
     assert sweep_runs._sweep_run(planned).settings == kept
+
+
+def test_an_axis_may_bring_stages(tmp_path):
+    """A row of a table whose method starts from another's weights, in the place of the recipe's one stage."""
+    stages = [{"method": "ce"}, {"method": {"name": "tau_norm", "tau": 1.5}, "epochs": 0}]
+    axes = {"head": {"plain": {}, "two": {"stages": stages, "lr": 0.3}}}
+    sweep = Sweep("s", "cifar_resnet20.ce_digits", axes)
+    plain, two = plan(sweep, {"epochs": 3, "data_dir": str(tmp_path)})
+    assert [len(run.recipe.chain()) for run in (plain, two)] == [1, 2]
+    first, last = two.recipe.chain()
+    assert (first.method, first.epochs, first.lr) == ({"name": "ce"}, 3, 0.3)
+    assert (last.method, last.epochs) == ({"name": "tau_norm", "tau": 1.5}, 0)
+
+
+@pytest.mark.parametrize("stages", [[], 3, ["ce"], [{"metod": "ce"}], [{"stages": []}]])
+def test_stages_of_an_axis_that_are_none(stages):
+    with pytest.raises(MbibError, match="stage"):
+        plan(Sweep("s", "cifar_resnet20.ce_digits", {"head": {"two": {"stages": stages}}}), {})

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import SETTLED, arrays, picture
+from small_data import arrays, picture, settled
 from small_data import normalized_recipe as recipe
 
 from mbib_timm.data.transforms import eval_transform, train_transform
-from mbib_timm.recipe import Recipe
 
 
 def test_pad_crop_is_a_window_of_the_padded_image_or_its_mirror():
@@ -36,7 +35,7 @@ def test_evaluation_leaves_an_image_of_the_right_size_alone():
 
 
 def test_evaluation_resizes_and_crops_the_centre():
-    settings = Recipe(**SETTLED | {"crop_pct": 0.5, "interpolation": "bilinear"})
+    settings = settled(crop_pct=0.5, interpolation="bilinear")
     image = picture(0, (64, 64))
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR).crop((8, 8, 24, 24)))
     result = eval_transform(settings, (3, 16, 16))(image).permute(1, 2, 0).numpy()

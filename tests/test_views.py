@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_data import CUT
+from small_data import cut
 
 from mbib_timm.data import create_loaders, open_data
 from mbib_timm.environment import seed_generators
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def batches(loader, views, epoch=0, rank=0, world_size=1, **keys):
     keys = dict(loader=loader, batch_size=64, workers=0, device="cpu", **keys)
-    recipe = load_recipe(find_recipe("mbib_resnet20.digits"), {**CUT, **keys})
+    recipe = load_recipe(find_recipe("mbib_resnet20.digits"), {**cut(keys.get("train_crop_mode", "pad")), **keys})
     splits = open_data(recipe)
     loaders = create_loaders(splits, recipe, SIZE, CPU, rank, world_size, views=views * [recipe])
     loaders.train.set_epoch(epoch)

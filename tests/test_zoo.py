@@ -91,7 +91,7 @@ def test_cfgs_agree_with_recipes(model):
         return
     assert (list(cfg.mean), list(cfg.std)) == (recipe.mean, recipe.std)
     if is_start_tag(model.tag):  # a backbone of other images: the cfg of what is trained is its config.json's
-        assert recipe.pretrained
+        assert recipe.chain()[0].pretrained
     elif recipe.train_crop_mode == "pad":
         assert cfg.crop_pct == 1.0
     else:

@@ -6,9 +6,10 @@
     python tools/results.py redraw                                      # draw the figures again from the numbers
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
-was analyzed, under `results/<run>-<epochs>e-seed<seed>/`. Sweeps write theirs there by themselves. The other tables are
-the zoo's, as `mbib models` prints it, and that of the `results/benchmark-<device>.json` that `tools/benchmark.py` has
-written. The README's marker of a sweep names the one whose table stands there.
+was analyzed, under `results/<run>-<epochs>e-seed<seed>/`, with `-bfloat16` at its end if it was trained in mixed
+precision. Sweeps write theirs there by themselves. The other tables are the zoo's, as `mbib models` prints it, and that
+of the `results/benchmark-<device>.json` that `tools/benchmark.py` has written. The README's marker of a sweep names the
+one whose table stands there.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def add(run: Path, results: Path) -> Path:
         MbibError: the run has no final metrics.
     """
     finished = read_run(run)  # the repository is public: nothing in it says where on a machine things were
-    target = results / kept_name(finished)
+    target = results / finished.kept_name(finished.recipe.seed)
     target.mkdir(parents=True, exist_ok=True)
     write_record(target, finished.record)
     (target / "recipe.yaml").write_bytes(redact_recipe(finished.recipe))
@@ -68,11 +69,6 @@ def add(run: Path, results: Path) -> Path:
         write_analysis(target, analysis)
     draw(target)
     return target
-
-
-def kept_name(run: FinishedRun) -> str:
-    """Return the name of the folder that keeps a run's results; the epochs are those of the longest stage."""
-    return f"{run.name}-{longest_epochs(run.recipe)}e-seed{run.recipe.seed}"
 
 
 def draw(result: Path) -> None:
@@ -90,9 +86,9 @@ def table(results: Path) -> str:
         run = read_run(file.parent)
         prediction = run.record.result.prediction
         link = f"[{run.name}](results/{file.parent.name})"
-        row = [link, epochs(run), str(run.record.seed), *cells(prediction), str(prediction.images)]
+        row = [link, epochs(run), str(run.record.seed), run.precision, *cells(prediction), str(prediction.images)]
         rows.append((run.origin, row))
-    return markdown_by_start(["run", "epochs", "seed", *COLUMNS, "test images"], rows)
+    return markdown_by_start(["run", "epochs", "seed", "precision", *COLUMNS, "test images"], rows)
 
 
 def epochs(run: FinishedRun) -> str:

@@ -5,11 +5,12 @@
     python tools/zoo.py cards                                       # write model_cards/ anew from results/
 
 `add` puts a run's config, recipe, metrics, and its weights where they are small, under `mbib_timm/zoo/<arch.tag>/`.
-A card is rendered from `results/<arch.tag>-<epochs>e-seed<seed>/` of the packaged seed, with the other seeds beside it;
+A card is rendered from the folder in `results/` of the packaged seed, with the other seeds beside it;
 `python tools/results.py add` has put them there.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from mbib_timm.errors import MbibError, few, unknown_name
 from mbib_timm.models.zoo import ZOO, ZooModel
 from mbib_timm.publishing.card import render_card
 from mbib_timm.publishing.release import make_release
-from mbib_timm.recipe import longest_epochs
 from mbib_timm.results.record import RECORD
 from mbib_timm.results.runs import read_run, read_seeds
 
@@ -56,9 +56,12 @@ def render(model: ZooModel) -> str:
         MbibError: there are no results of the seed whose weights are published.
     """
     packaged = read_run(model.folder)
-    epochs, seed = longest_epochs(packaged.recipe), packaged.record.seed
-    results = sorted((ROOT / "results").glob(f"{model.name}-{epochs}e-seed*"))
-    own = ROOT / "results" / f"{model.name}-{epochs}e-seed{seed}"
+    results = sorted(
+        path
+        for path in (ROOT / "results").glob(packaged.kept_name("*"))
+        if re.fullmatch(re.escape(packaged.kept_name("#")).replace(r"\#", r"\d+"), path.name)
+    )
+    own = ROOT / "results" / packaged.kept_name(packaged.record.seed)
     if own not in results:
         raise MbibError(f"{own} is missing: python tools/results.py add RUN")
     run, *others = read_seeds(own, [result for result in results if result != own])

@@ -1,7 +1,7 @@
 """Data sources, found by name, and the splits that they have or that are made of them.
 
-Here are the digits that come with the package, torchvision's CIFAR, list files and Hugging Face data sets; folders and
-tables have files of their own.
+Here are the digits that come with the package, torchvision's CIFAR and Fashion-MNIST, list files and Hugging Face data
+sets; folders and tables have files of their own.
 """
 
 import os
@@ -232,21 +232,22 @@ def _inat2018(recipe: Recipe) -> Opened:
     return opened
 
 
-def _open_cifar(kind: type[datasets.CIFAR10], recipe: Recipe, split: str) -> Split:
+def _open_torchvision(kind: Callable[..., Any], recipe: Recipe, split: str) -> Split:
     name = kind.__name__
     if split not in ("train", "test", "validation"):
         raise DataError(f"{name} has the splits train and test, not {split!r}")
     root = Path(recipe.data_dir or "data")
     try:
-        cifar = kind(str(root), train=split == "train", download=recipe.dataset_download)
+        found = kind(str(root), train=split == "train", download=recipe.dataset_download)
     except (RuntimeError, OSError) as error:
         reason = first_line(error) if recipe.dataset_download else "missing or damaged; --dataset-download fetches it"
         raise DataError(f"cannot open {name} under {root}: {reason}") from None
-    return Split(ArrayReader(cifar.data, name), np.array(cifar.targets), class_names=tuple(cifar.classes))
+    return Split(ArrayReader(np.asarray(found.data), name), np.array(found.targets), class_names=tuple(found.classes))
 
 
-SOURCES.register("torch/cifar10")(partial(partial, _open_cifar, datasets.CIFAR10))
-SOURCES.register("torch/cifar100")(partial(partial, _open_cifar, datasets.CIFAR100))
+SOURCES.register("torch/cifar10")(partial(partial, _open_torchvision, datasets.CIFAR10))
+SOURCES.register("torch/cifar100")(partial(partial, _open_torchvision, datasets.CIFAR100))
+SOURCES.register("torch/fashion_mnist")(partial(partial, _open_torchvision, datasets.FashionMNIST))
 
 
 @SOURCES.register("hfds/NAME")

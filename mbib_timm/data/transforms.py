@@ -1,6 +1,6 @@
 """Augmentation and preprocessing of single images, from PIL to uint8 (C, H, W); the loader normalises."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
 
@@ -108,7 +108,7 @@ class EvaluationCrop(TypedDict):
 def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
     """Return what an evaluation sees: what the recipe's keys leave of an image; with ``pad`` all of it, squashed."""
     whole = recipe.train_crop_mode == "pad"
-    crop: dict[str, Any] = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
+    crop: Mapping[str, Any] = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
     return {
         "crop_pct": crop["crop_pct"],
         "crop_mode": crop["crop_mode"],

@@ -205,6 +205,9 @@ def predict(
     found = find_images(images, columns)
     if output is not None and (taken := next((each for each in images if _is_same_file(output, each)), None)):
         raise MbibError(f"--output {output} is one of the images or tables given, {taken}; choose another file")
+    if cam is not None and (taken := next((each for each in images if _is_within(cam, each)), None)):
+        # Overlays have the images' names: they would replace them, or be predicted the next time.
+        raise MbibError(f"--cam {cam} lies in {taken}, whose images are predicted; choose a folder outside it")
     for each in found:
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
@@ -259,6 +262,12 @@ def _is_same_file(one: Path, other: str) -> bool:
         return os.path.samefile(one, other)
     except (OSError, ValueError):  # one of them is not there
         return False
+
+
+def _is_within(folder: Path, images: str) -> bool:
+    """Return whether a folder is a given folder of images, or inside it; of an image, whether it is the image's."""
+    given, folder = Path(images).resolve(), folder.resolve()
+    return folder == given.parent if given.is_file() else folder.is_relative_to(given)
 
 
 def _parted(

@@ -60,6 +60,7 @@ class Dataset(NamedTuple):
 
 
 _CIFAR_TERMS = "CIFAR-100 (Krizhevsky 2009) is a subset of the 80 million tiny images, and came without a licence."
+_FASHION_TERMS = "Fashion-MNIST (Xiao et al. 2017, Zalando) is under the MIT licence."
 _IMAGENET_TERMS = "ImageNet's images are for non-commercial research and education, by its terms of access."
 _INAT_TERMS = "The iNaturalist 2018 images are under their photographers' licences, for non-commercial use."
 _NO_SOURCE = dict(hf_hub_id=None, url=None, file=None, paper_ids=None, paper_name=None, origin_url=None)
@@ -77,6 +78,10 @@ _CIFAR100 = frozenset(
     """.split()  # noqa: SIM905 (a hundred quoted names are no clearer)
 )  # fmt: skip
 
+_FASHION = frozenset(
+    {"T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"}
+)
+
 # By what a tag ends in.
 DATASETS = {
     "cifar100_lt_if100": Dataset(
@@ -87,6 +92,9 @@ DATASETS = {
     ),
     "cifar100_lt_if10": Dataset(
         "CIFAR-100-LT, imbalance factor 10", 100, 19_573, 500, 50, _CIFAR_TERMS, class_names=_CIFAR100
+    ),
+    "fashion_mnist_lt_if100": Dataset(
+        "Fashion-MNIST-LT, imbalance factor 100", 10, 1236, 500, 5, _FASHION_TERMS, class_names=_FASHION
     ),
     "imagenet_lt": Dataset("ImageNet-LT", 1000, 115_846, 1280, 5, _IMAGENET_TERMS, _CENTER_224),
     "inat2018_200e": Dataset("iNaturalist 2018, 200 epochs", 8142, 437_513, 1000, 2, _INAT_TERMS, _INAT),

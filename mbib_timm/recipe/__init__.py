@@ -16,6 +16,7 @@ stages:                                 # runs one after another, each from the 
 Nothing here imports torch or timm, unless a plugin does: the command line answers at once.
 """
 
+from mbib_timm.recipe.checks import WHOLE_IMAGES
 from mbib_timm.recipe.keys import (
     DATA_KEYS,
     KEYS,
@@ -23,7 +24,6 @@ from mbib_timm.recipe.keys import (
     OPEN_CHOICES,
     STAGES,
     TYPES,
-    WHOLE_IMAGES,
     LoraSettings,
     Recipe,
     check_key,

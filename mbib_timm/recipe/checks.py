@@ -41,6 +41,8 @@ OTHER_KEYS = {
     "checkpoint_path": "see key 'initial_checkpoint'",
     "features_only": "a model of features has no classes",
 }
+# How evaluated images become the model's input where padded crops of whole images are trained on.
+WHOLE_IMAGES: Mapping[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"}
 # Bytes of a batch of images in float32 that are too many for any device: activations take many times as much.
 LARGEST_INPUT = 2**33
 
@@ -270,8 +272,13 @@ def _check_model(recipe: "Recipe") -> None:
 
 def _check_augmentation(recipe: "Recipe", given: Iterable[str]) -> None:
     """Raise MbibError for a key, of those that were given, that has no effect, and for an unknown policy."""
-    rrc = recipe.train_crop_mode == "rrc"
+    rrc, pad = recipe.train_crop_mode == "rrc", recipe.train_crop_mode == "pad"
+    # A run with padded crops records what its evaluation does, which is no contradiction.
     needs = {
+        **{
+            key: ("train_crop_mode: rrc or none", not pad or getattr(recipe, key) in (None, whole))
+            for key, whole in WHOLE_IMAGES.items()
+        },
         "scale": ("train_crop_mode: rrc", rrc),
         "ratio": ("train_crop_mode: rrc", rrc),
         "hflip": ("train_crop_mode: pad or rrc", recipe.train_crop_mode != "none" or recipe.hflip == 0),

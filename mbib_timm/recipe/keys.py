@@ -22,8 +22,6 @@ MOST_PASSES = 1000
 LARGEST_RATE, LARGEST_ALPHA, LARGEST_RANK = 10**12, 10**6, 1024
 # How images become a model's input: keys that a recipe leaves to the model, whose weights know them.
 MODEL_KEYS = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-# Of these with padded crops, which are of whole images, as their evaluation is.
-WHOLE_IMAGES: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"}
 # Values by which a recipe leaves a choice to the machine or the model; a run's recipe.yaml has what was chosen.
 OPEN_CHOICES = {"loader": "auto", "amp": None, **dict.fromkeys(MODEL_KEYS)}
 

@@ -109,8 +109,9 @@ def load_recipe(
     Args:
         path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them.
         overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
-            part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage. A key
-            without stage holds for all stages that do not set it themselves, as in the file. Another `dataset` takes
+            part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage, and
+            ``stages`` for all of them. A key without stage holds for all stages that do not set it themselves, as in
+            the file. Another `dataset` takes
             along what the file says of a table, of lists and of groups, and a table the folder of the other data.
         say: told in a line about each stage whose epochs shorten something.
 
@@ -135,7 +136,7 @@ def _overridden(
         for keys in (content, *content.get(STAGES, ())):
             for key in of_others:
                 keys.pop(key, None)
-    for address in sorted(overrides, key=lambda address: address.count(".")):
+    for address in sorted(overrides, key=lambda address: (address != STAGES, address.count("."))):
         _override(content, address, overrides[address], where)
     lines = list(_shorten(content, overrides))
     recipe = _resolve(content, where)
@@ -216,16 +217,20 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MbibError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
     _check_keys(content, path.name, (BASE, STAGES))
-    stages = content.get(STAGES, [])
-    if not isinstance(stages, list) or (STAGES in content and not stages):
-        raise MbibError(f"{path}: key 'stages': expected a list of stages, got {shown(stages)}")
+    if STAGES in content:
+        _check_stages(content[STAGES], str(path))
+    return content
+
+
+def _check_stages(stages: Any, where: str) -> None:
+    if not isinstance(stages, list) or not stages:
+        raise MbibError(f"{where}: key 'stages': expected a list of stages, got {shown(stages)}")
     if len(stages) > MOST_STAGES:
-        raise MbibError(f"{path}: key 'stages': expected at most {MOST_STAGES} stages, got {len(stages):,}")
+        raise MbibError(f"{where}: key 'stages': expected at most {MOST_STAGES} stages, got {len(stages):,}")
     for number, stage in enumerate(stages, start=1):
         if not isinstance(stage, dict):
-            raise MbibError(f"{path}: stage {number}: expected keys and values, got {shown(stage)}")
-        _check_keys(stage, f"stage {number} of {path.name}")
-    return content
+            raise MbibError(f"{where}: stage {number}: expected keys and values, got {shown(stage)}")
+        _check_keys(stage, f"stage {number} of {Path(where).name}")
 
 
 def _check_keys(content: Mapping[str, Any], where: str, others: tuple[str, ...] = ()) -> None:
@@ -258,6 +263,10 @@ def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
 
 def _override(content: dict[str, Any], address: str, value: Any, where: str) -> None:
     """Set what an address names in a file's content; see `load_recipe`."""
+    if address == STAGES:
+        _check_stages(value, where)
+        content[STAGES] = copy.deepcopy(value)
+        return
     first, *rest = address.split(".")
     stages, target, shared = content.get(STAGES, []), content, content
     number = re.fullmatch(r"stage(\d{1,4})", first)

@@ -45,6 +45,19 @@ class FinishedRun:
         return self.record.name
 
     @property
+    def precision(self) -> str:
+        """``float32``, or the type of mixed precision; records of before this was noted are of full precision."""
+        return self.record.precision or "float32"
+
+    def kept_name(self, seed: int | str) -> str:
+        """Return the name of the folder that keeps the run's results, or those of its repetition with another seed.
+
+        The epochs are those of the longest stage; mixed precision is named.
+        """
+        mixed = "" if self.precision == "float32" else f"-{self.precision}"
+        return f"{self.name}-{longest_epochs(self.recipe)}e-seed{seed}{mixed}"
+
+    @property
     def heads(self) -> Mapping[str, HeadMetrics]:
         """The result's metrics by head."""
         return self.record.result.heads

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from mbib_timm.errors import MbibError, shown, unknown_name
 from mbib_timm.files import from_plain, printable, read_yaml
 from mbib_timm.options import is_number
-from mbib_timm.recipe import KEYS, check_key, find_recipe, list_recipes, list_sweeps, recipes_folder
+from mbib_timm.recipe import KEYS, STAGES, check_key, find_recipe, list_recipes, list_sweeps, recipes_folder
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import ABLATIONS, RESULTS
 
@@ -176,8 +176,8 @@ class Sweep:
 
     def _check_address(self, kind: str, address: str) -> None:
         key = key_of(str(address))
-        if key not in KEYS:
-            raise unknown_name(f"{kind} of sweep {self.name}", str(address), KEYS)
+        if key not in KEYS and address != STAGES:
+            raise unknown_name(f"{kind} of sweep {self.name}", str(address), [*KEYS, STAGES])
         if key in PER_RUN:
             raise MbibError(f"sweep {self.name}: recipe key {address!r} is set by the sweep itself; see --seeds")
 

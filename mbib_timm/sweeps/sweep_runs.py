@@ -164,7 +164,7 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
                 given = given.replace(f"{{{place}}}", by_axis[place].text)
             path = find_recipe(given)
             of_axes = {address: value for each in point for address, value in each.settings.items()}
-            own = load_recipe(path)
+            own = load_recipe(path, {STAGES: of_axes[STAGES]} if STAGES in of_axes else {})
             recipe = load_recipe(path, _with_epochs(path, own, {**overrides, **of_axes}))
             name = recipe_name(path)
             values = [f"{axis}={_in_a_path(each.name)}" for axis, each in by_axis.items() if axis not in places]
@@ -190,7 +190,7 @@ def _with_epochs(path: Path, own: Recipe, settings: Mapping[str, Any]) -> dict[s
     if not isinstance(epochs, int) or epochs < 1:  # none; or none that a recipe takes, which it says
         return dict(settings)
     rest = {address: value for address, value in settings.items() if address != "epochs"}
-    stages = read_recipe(path).get(STAGES, [])
+    stages = settings.get(STAGES, read_recipe(path).get(STAGES, []))
 
     def is_given(address: str) -> bool:
         stage, dot, key = address.partition(".")
