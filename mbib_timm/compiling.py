@@ -1,13 +1,15 @@
 """Compiling a function once for every model of one structure, and going on without where that fails."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
 # Of one function: for each structure of model and loss, and for each batch size (the last batch of an epoch is short).
 RECOMPILE_LIMIT = 64
+# Of inductor, by kind of device. Small kernels that do not depend on one another become one.
+OPTIONS: Mapping[str, Mapping[str, bool]] = {"cuda": {"combo_kernels": True}}
 
 Inputs = ParamSpec("Inputs")
 Output = TypeVar("Output")
@@ -16,7 +18,8 @@ Output = TypeVar("Output")
 class CompileOrEager(Generic[Inputs, Output]):
     """A function compiled by `torch.compile` for the shapes that it meets, or as it is where it cannot be compiled.
 
-    Weights are inputs of the compiled code: another model of the same structure takes the code of the first.
+    Weights are inputs of the compiled code: another model of the same structure takes the code of the first. The
+    backward pass is compiled with the forward pass, so that where it fails nothing has been computed yet.
 
     Args:
         function: of modules and tensors.
@@ -25,21 +28,31 @@ class CompileOrEager(Generic[Inputs, Output]):
 
     def __init__(self, function: Callable[Inputs, Output], what: str) -> None:
         self.function, self.what = function, what
-        self.compiled: Callable[Inputs, Output] | None = None
+        self.compiled: dict[str, Callable[Inputs, Output]] = {}
         self.failed = False
 
-    def __call__(self, *arguments: Inputs.args, **named: Inputs.kwargs) -> Output:
-        """Call the function."""
+    def on(self, device: torch.device) -> Callable[Inputs, Output]:
+        """Return the function for inputs on a device."""
+
+        def call(*arguments: Inputs.args, **named: Inputs.kwargs) -> Output:
+            return self._call(device.type, *arguments, **named)
+
+        return call
+
+    def _call(self, device_type: str, *arguments: Inputs.args, **named: Inputs.kwargs) -> Output:
         if self.failed:
             return self.function(*arguments, **named)
-        if self.compiled is None:
+        if device_type not in self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-            self.compiled = torch.compile(self.function, dynamic=False)
+            self.compiled[device_type] = torch.compile(
+                self.function, dynamic=False, options=dict(OPTIONS.get(device_type, {})) or None
+            )
         try:
-            return self.compiled(*arguments, **named)
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                return self.compiled[device_type](*arguments, **named)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self.failed = True
             inner = getattr(error, "inner_exception", error)
             reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
-            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {reason}", stacklevel=2)
+            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {reason}", stacklevel=3)
             return self.function(*arguments, **named)

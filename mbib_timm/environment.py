@@ -19,7 +19,7 @@ import torchvision
 from timm.utils.distributed import init_distributed_device_so
 
 import mbib_timm
-from mbib_timm.errors import LostProcessError, MbibError
+from mbib_timm.errors import LostDeviceError, LostProcessError, MbibError, first_line
 
 GIT_SECONDS = 10  # that git may take to answer
 
@@ -80,9 +80,17 @@ def join_world(device: str | None) -> World:
     """Set up this process: its device, its memory, and its group where torchrun started several."""
     place = init_distributed_device_so(device=find_device(device))
     world = World(torch.device(place["device"]), place["global_rank"], place["world_size"])
-    if world.device.type == "cpu":
-        keep_freed_memory()
+    prepare(world.device)
     return world
+
+
+def prepare(device: torch.device) -> None:
+    """Set what this process computes with on a device: on CUDA TF32 and cuDNN's benchmarks, as timm's train.py does."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # that of convolutions is torch's default
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
@@ -121,10 +129,13 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
 
     Raises:
         LostProcessError: another process has ended, so that what this one waits for never comes.
+        LostDeviceError: the device has failed.
     """
     world = join_world(device)
     try:
         yield world
+    except torch.AcceleratorError as error:
+        raise LostDeviceError(f"device {world.device} has failed: {first_line(error)}{advice}") from None
     except RuntimeError as error:  # of torch's backends; gloo has no kind of its own
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if world.world_size == 1 or not lost:

@@ -29,6 +29,12 @@ class LostProcessError(MbibError):
     exit_status = 1
 
 
+class LostDeviceError(MbibError):
+    """A device has failed or is gone, and its process cannot use it again."""
+
+    exit_status = 1
+
+
 class NonFiniteLossError(MbibError):
     """The training loss became infinite or not a number."""
 

@@ -72,7 +72,7 @@ def test_the_convolutions_are_all_of_the_networks_and_get_the_gradients_of_train
     recipe = contestants.subject_recipe("resnet32", "plain", world, compiled=False).replace(batch_size=4, workers=0)
     model = contestants.TimmLoop(recipe, noise.cifar_like(8), world).model
     images, _ = noise.normalized_noise(4, 32, 100, CPU)
-    work = contestants.Convolutions(model, images, Precision.of(recipe, CPU))
+    work = contestants.Convolutions(model, images, Precision.of(recipe, CPU, (3, 32, 32)))
     assert [conv for conv, *_ in work.work] == [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert [inputs.requires_grad for _, inputs, _ in work.work] == [False, *[True] * 30]
     gradients = []

@@ -32,6 +32,43 @@ def test_what_fits_is_resident_and_what_does_not_is_not(monkeypatch):
     assert choose_loader(data, recipe(loader="timm"), SIZE, CPU) == "timm"
 
 
+META = torch.device("meta")  # stands for any device that is not the host
+IMAGES = 50 * 3 * 16 * 16  # of either split, in bytes
+
+
+@pytest.mark.parametrize(
+    ("on_device", "on_host", "auto", "problem"),
+    [
+        (4 * IMAGES, 2 * IMAGES, "resident", None),
+        (4 * IMAGES - 2, 2 * IMAGES, "timm", None),
+        (4 * IMAGES, 2 * IMAGES - 2, "timm", "GiB of host memory while they are decoded, and 0.0 are free"),
+        (2 * IMAGES - 1, 2 * IMAGES, "timm", "GiB on meta, and 0.0 are free; expected loader: timm, or auto"),
+    ],
+)
+def test_memory_of_device_and_host_is_asked_before_anything_is_decoded(monkeypatch, on_device, on_host, auto, problem):
+    for module in ("create", "decoding"):
+        free = {META: on_device, CPU: on_host}
+        monkeypatch.setattr(f"mbib_timm.data.{module}.free_memory", free.__getitem__)
+    monkeypatch.setattr("mbib_timm.data.create.decode_split", None)
+    data = splits()
+    assert choose_loader(data, recipe(loader="auto"), SIZE, META) == auto
+    asked = recipe(loader="resident")
+    if problem is None:
+        assert choose_loader(data, asked, SIZE, META) == "resident"
+    else:
+        with pytest.raises(MbibError, match=f"loader: resident: the decoded images take .* {problem}"):
+            choose_loader(data, asked, SIZE, META)
+
+
+def test_images_that_the_disk_keeps_need_no_host_memory(folder, tmp_path, monkeypatch):
+    for module in ("create", "decoding"):
+        monkeypatch.setattr(f"mbib_timm.data.{module}.free_memory", {META: 1 << 30, CPU: 0}.__getitem__)
+    settings = recipe(dataset="folder", data_dir=str(folder), val_fraction=0.5, loader="auto")
+    for cache, chosen in (("none", "timm"), (str(tmp_path / "cache"), "resident")):
+        cached = settings.replace(image_cache=cache)
+        assert choose_loader(open_data(cached), cached, SIZE, META) == chosen
+
+
 def test_images_that_are_there_already_are_not_counted_again(monkeypatch):
     """A second run on the same data takes the loader of the first, whatever memory that has left."""
     data, pool, settings = splits(), DataPool(), recipe(loader="auto")

@@ -22,6 +22,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from emulated_graphs import waits
 from naive import (
     listing_of_figure_10,
     naive_adjusted_cross_entropy,
@@ -39,7 +40,6 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbib_timm.data.batch import Batch
-from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS, Facts, Method, part_of, register, resolve_method
 from mbib_timm.methods.functional import adjusted_cross_entropy, self_distillation
@@ -395,7 +395,7 @@ def test_float32_inside_autocast(name):
 def run_epochs(method, optimizer, epochs, **keys):
     """Train as a run does, on three batches an epoch, the last one short; returns the losses."""
     recipe = Recipe(method="ce", model="resnet18", log_interval=1000, **keys)
-    step = create_step(recipe, method, optimizer, Precision(None, None), World(CPU))
+    step = create_step(recipe, method, optimizer, Precision(None, None))
     losses = []
     for epoch in epochs:
         torch.manual_seed(epoch)
@@ -479,24 +479,16 @@ def test_buffers_and_weights_are_written_in_place(name):
 class NoWaiting(TorchDispatchMode):
     """Raises on what makes the host wait for the device: a number read from it, or a shape that depends on values."""
 
-    WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
-             "unique_consecutive", "bincount")  # fmt: skip
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        # A mask as an index is a nonzero() in disguise.
-        masked = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if name in self.WAITS or masked:
-            raise AssertionError(f"aten.{name} waits for the device")
+        if waits(function, args):
+            raise AssertionError(f"{function} waits for the device")
         return function(*args, **(kwargs or {}))
 
 
 def test_waiting_is_noticed():
     x = torch.arange(4.0)
-    waits = (x[0].item, lambda: x[x > 1], lambda: bool(x[1] > 0), lambda: x.nonzero(), lambda: float(x.sum()))
-    for wait in waits:
+    waiting = (x[0].item, lambda: x[x > 1], lambda: bool(x[1] > 0), lambda: x.nonzero(), lambda: float(x.sum()))
+    for wait in waiting:
         with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
             wait()
 
@@ -1101,7 +1093,7 @@ class Projected(nn.Module):
 def test_a_method_of_two_streams_with_a_network_around_the_model():
     method = make(TwoStreams, ("logits",))
     optimizer = optimizer_of(method)
-    step = create_step(Recipe(method="ce", model="resnet18"), method, optimizer, Precision(None, None), World(CPU))
+    step = create_step(Recipe(method="ce", model="resnet18"), method, optimizer, Precision(None, None))
     method.train()
     before = {key: value.clone() for key, value in method.trainable_module.state_dict().items()}
     ((first,), (second,)) = batches((8, 5))

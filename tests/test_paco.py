@@ -12,10 +12,12 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import yaml
+from emulated_graphs import EmulatedGraphs
 from safetensors.torch import load_file
 from tiny import Tiny, batches, previous_run
 from torch import nn
 
+from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
@@ -26,9 +28,8 @@ from mbib_timm.options import build_options
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, round_learning_rates
-from mbib_timm.training.step import create_step
+from mbib_timm.training.step import create_step, find_graphs
 
 CPU = torch.device("cpu")
 COUNTS = np.array([500, 120, 40, 9, 3])
@@ -48,13 +49,14 @@ def two_views(sizes=(8, 8, 5), device="cpu", **kwargs):
     return batches(sizes, views=2, device=device, **kwargs)
 
 
-def stepper(method, **keys):
+def stepper(method, graphs=None, **keys):
     recipe = Recipe(method="ce", model="resnet18", opt="momentum", lr=0.05, **keys)
     method.freeze_all_but("all", None)
     optimizer = create_optimizer(recipe, method)
     round_learning_rates(optimizer)
-    step = create_step(recipe, method, optimizer, Precision(None, None), World(method.device))
-    return step, optimizer
+    if method.device.type == "cuda":
+        graphs = find_graphs(recipe, optimizer, Precision(None, None), World(method.device))
+    return create_step(recipe, method, optimizer, Precision(None, None), graphs)
 
 
 # The loss
@@ -236,7 +238,7 @@ def test_any_model_of_one_classifier_gives_its_own_logits(name, keys):
 
 def test_key_parameters_move_by_a_share_of_the_difference_and_statistics_are_the_copys_own():
     method = paco(momentum=0.999)
-    step, _ = stepper(method)
+    step = stepper(method)
     for (batch,) in two_views():
         before = [p.double().clone() for p in method.key.network.parameters()]
         places = [p.data_ptr() for p in method.key.network.parameters()]
@@ -301,23 +303,6 @@ def test_a_queue_holds_the_last_features_whatever_the_sizes_of_the_batches(sizes
 # Captured
 
 
-class StandIn(GraphedStep):
-    """Repeats the step on the memory that it was recorded with, as a graph would."""
-
-    captures = 0
-
-    def _capture(self, batches):
-        self.captures += 1
-        held = tuple(batch.map(torch.clone) for batch in batches)
-        parts = {name: torch.zeros(()) for name in ("loss", "bsce")}
-
-        def replay():
-            for name, value in self.step(held).items():
-                parts[name].copy_(value)
-
-        return held, parts, replay
-
-
 def trained(method, step, epochs, device="cpu"):
     losses = []
     for epoch in range(epochs):
@@ -328,12 +313,11 @@ def trained(method, step, epochs, device="cpu"):
 
 def test_a_captured_step_gives_the_eager_losses_and_state_to_the_bit():
     results = []
-    for captured in (False, True):
+    for graphs in (None, EmulatedGraphs()):
         method = paco()
-        step, optimizer = stepper(method, opt_kwargs={"fused": True})
-        step = StandIn(step, optimizer, CPU) if captured else step
-        results.append((trained(method, step, WARM_UP_STEPS + 3), method.state_dict()))
-    assert step.captures == 2  # whole and short batches
+        step = stepper(method, graphs, opt_kwargs={"fused": True})
+        results.append((trained(method, step, WARM_UP_CALLS + 3), method.state_dict()))
+    assert graphs.captures == 1
     assert results[0][0] == results[1][0]
     assert all(torch.equal(value, results[1][1][key]) for key, value in results[0][1].items())
     assert (results[0][1]["queue.labels"] != NO_LABEL).all()
@@ -344,8 +328,8 @@ def test_a_cuda_graph_gives_the_eager_losses_and_state_to_the_bit():
     device, results = torch.device("cuda", 0), []
     for graph in (False, True):
         method = paco(device=device)
-        step, _ = stepper(method, cuda_graph=graph, amp=False)
-        losses = trained(method, step, WARM_UP_STEPS + 3, device="cuda")
+        step = stepper(method, cuda_graph=graph, amp=False)
+        losses = trained(method, step, WARM_UP_CALLS + 3, device="cuda")
         results.append((losses, [value.tolist() for value in method.state_dict().values()]))
     assert results[0] == results[1]
 
@@ -451,7 +435,7 @@ def in_two_processes(rank, folder):
     method = paco(seed=0)
     method.freeze_all_but("all", None)
     method.prepare_distributed()
-    step, _ = stepper(method)
+    step = stepper(method)
     keys = []
     original = method.queue.put
     method.queue.put = lambda features, labels: (keys.append((features.clone(), labels)), original(features, labels))

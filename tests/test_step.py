@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated_graphs import EmulatedGraphs
 from safetensors.torch import load_file
 from tiny import batches as batches_of
 from torch import nn
 from torch._dynamo.utils import counters
 
+from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
@@ -22,10 +24,9 @@ from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.declared import load_plugin
-from mbib_timm.training.cuda_graph import WARM_UP_STEPS, GraphedStep
 from mbib_timm.training.epoch import train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
-from mbib_timm.training.step import compiled_loss_parts, create_step, training_step
+from mbib_timm.training.step import compiled_loss_parts, create_step, find_graphs, training_step
 
 CPU = World(torch.device("cpu"))
 FULL = Precision(None, None)
@@ -81,7 +82,7 @@ def losses(step, epochs=2, device="cpu"):
 
 def eager_losses(recipe, **kwargs):
     method, optimizer = setup(recipe)
-    return losses(create_step(recipe, method, optimizer, FULL, CPU), **kwargs), method
+    return losses(create_step(recipe, method, optimizer, FULL), **kwargs), method
 
 
 # Compiled
@@ -92,7 +93,7 @@ def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once()
     expected, _ = eager_losses(settings())
     recipe = settings(torchcompile=True)
     method, optimizer = setup(recipe)
-    step = create_step(recipe, method, optimizer, FULL, CPU)
+    step = create_step(recipe, method, optimizer, FULL)
     before = counters["stats"]["unique_graphs"]
     got = losses(step)
     for one, other in zip(got, expected, strict=True):
@@ -104,7 +105,7 @@ def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once()
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.mul_(0.5)
-    losses(create_step(again, method, optimizer, FULL, CPU))
+    losses(create_step(again, method, optimizer, FULL))
     assert counters["stats"]["unique_graphs"] - before == 2
     assert not compiled_loss_parts.failed
 
@@ -131,7 +132,7 @@ def test_errors_of_the_model_are_not_taken_for_failures_of_the_compiler():
 
     function = CompileOrEager(broken, "it")
     with pytest.raises(ValueError, match="labels out of range"):
-        function(torch.ones(2))
+        function.on(CPU.device)(torch.ones(2))
     assert not function.failed
 
 
@@ -155,47 +156,29 @@ class TwoHeadsEvaluated(TwoHeads):
         return super().forward(x)[1]
 
 
-# Captured. Without a CUDA device, a stand-in records the step on its buffers and repeats it, as a graph would.
+# Captured. Without a CUDA device, emulated graphs record the step and repeat it.
 
 
-class StandIn(GraphedStep):
-    captures = 0
-
-    def _capture(self, batches):
-        self.captures += 1
-        held = tuple(batch.map(torch.clone) for batch in batches)
-        parts = {name: torch.zeros(()) for name in loss_names}
-
-        def replay():
-            for name, value in self.step(held).items():
-                parts[name].copy_(value)
-
-        return held, parts, replay
-
-
-loss_names = ("loss", "bsc_v1", "bsc_z", "vsd_v1_z")
-
-
-def stand_in(recipe):
+def captured(recipe):
     method, optimizer = setup(recipe)
-    base = create_step(recipe, method, optimizer, FULL, CPU)
-    return StandIn(base, optimizer, CPU.device), optimizer, method
+    graphs = EmulatedGraphs()
+    return create_step(recipe, method, optimizer, FULL, graphs), optimizer, method, graphs
 
 
 def test_a_captured_step_gives_the_eager_losses_to_the_bit():
     recipe = settings(opt_kwargs={"fused": True})
-    epochs = WARM_UP_STEPS + 3
+    epochs = WARM_UP_CALLS + 3
     expected, reference = eager_losses(recipe, epochs=epochs)
-    step, _, method = stand_in(recipe)
+    step, _, method, graphs = captured(recipe)
     assert losses(step, epochs=epochs) == expected
-    assert step.captures == 2  # one a batch shape, whatever the number of epochs
+    assert graphs.captures == 1  # of the whole batch, whatever the number of epochs; the short last one is eager
     for one, other in zip(method.state_dict().values(), reference.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_captured_step_follows_the_schedule():
     recipe = settings(opt_kwargs={"fused": True})
-    step, optimizer, method = stand_in(recipe)
+    step, optimizer, method, _ = captured(recipe)
     reference, plain = setup(recipe)
     for rate in (0.1, 0.1, 0.01, 0.3, 0.003, 0.0):
         for group in (*optimizer.param_groups, *plain.param_groups):
@@ -210,7 +193,7 @@ def test_a_captured_step_follows_the_schedule():
 
 
 def test_what_a_step_returned_is_not_overwritten_by_the_next():
-    step, _, _ = stand_in(settings(opt_kwargs={"fused": True}))
+    step, *_ = captured(settings(opt_kwargs={"fused": True}))
     returned = [step(streams)["loss"] for _ in range(6) for streams in batches()]
     assert len({value.item() for value in returned}) == len(returned)
 
@@ -226,9 +209,11 @@ def test_what_a_step_returned_is_not_overwritten_by_the_next():
 )
 def test_what_cannot_be_captured_is_named(keys, world, named):
     recipe = settings(**{"cuda_graph": True, **keys})
-    method, optimizer = setup(recipe)
+    _, optimizer = setup(recipe)
     with pytest.raises(MbibError, match=f"recipe key 'cuda_graph': a step cannot be captured with {named}"):
-        create_step(recipe, method, optimizer, FULL, world)
+        find_graphs(recipe, optimizer, FULL, world)
+    assert find_graphs(recipe.replace(cuda_graph=None), optimizer, FULL, world) is None
+    assert find_graphs(recipe.replace(cuda_graph=False), optimizer, FULL, world) is None
 
 
 @pytest.mark.gpu
@@ -240,7 +225,13 @@ def test_a_cuda_graph_gives_the_eager_losses_to_the_bit(drop):
         recipe = settings(cuda_graph=graph, amp=False)
         method, optimizer = setup(recipe, "cuda", drop)
         round_learning_rates(optimizer)
-        results.append(losses(create_step(recipe, method, optimizer, FULL, world), epochs=6, device="cuda"))
+        results.append(
+            losses(
+                create_step(recipe, method, optimizer, FULL, find_graphs(recipe, optimizer, FULL, world)),
+                epochs=6,
+                device="cuda",
+            )
+        )
     assert results[0] == results[1]
 
 
@@ -254,7 +245,7 @@ def test_a_cuda_graph_follows_what_an_epochs_start_and_the_hook_after_a_step_wri
         recipe = settings(name, cuda_graph=graph, amp=False)
         method, optimizer = setup(recipe, "cuda")
         round_learning_rates(optimizer)
-        step = create_step(recipe, method, optimizer, FULL, world)
+        step = create_step(recipe, method, optimizer, FULL, find_graphs(recipe, optimizer, FULL, world))
         found = []
         for epoch in (0, 4, 9):
             method.start_epoch(epoch)
@@ -269,7 +260,7 @@ def test_a_cuda_graph_follows_what_an_epochs_start_and_the_hook_after_a_step_wri
 def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
     recipe = settings(log_interval=2, clip_grad=1.0)
     method, optimizer = setup(recipe)
-    step = create_step(recipe, method, optimizer, FULL, CPU)
+    step = create_step(recipe, method, optimizer, FULL)
     reads = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(torch.Tensor, name)

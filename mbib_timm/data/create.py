@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mbib_timm.data.batch import Loader, TrainLoader
-from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits
+from mbib_timm.data.decoding import DecodedImages, decode_split, decoded_bytes, fits, free_memory, on_disk
 from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
@@ -22,6 +22,8 @@ from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import DATA_KEYS, Recipe
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,35 @@ class DataPool:
         """
         key = (data_key(recipe), str(input_size), str(device))
         if key not in self.resident:
-            evaluated = [split for split in (splits.val, splits.test) if split is not None]
-            needed = sum(decoded_bytes(split, recipe, input_size, training=False) for split in evaluated)
-            needed += decoded_bytes(splits.train, recipe, input_size, training=True)
+            needed, on_host = _resident_bytes(splits, recipe, input_size, device)
             if not fits(needed, device):
                 self.images.clear()
-            self.resident[key] = fits(needed, device)
+            self.resident[key] = fits(needed, device) and fits(on_host, HOST)
         return self.resident[key]
+
+    def require_room(
+        self, splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device
+    ) -> None:
+        """Check, once, that the images of a recipe which asks for resident ones fit onto a device and, while they are
+        decoded, into host memory.
+
+        Raises:
+            MbibError: they do not.
+        """
+        key = (data_key(recipe), str(input_size), str(device))
+        if key in self.resident:
+            return
+        needed, on_host = _resident_bytes(splits, recipe, input_size, device)
+        if needed > free_memory(device):
+            self.images.clear()
+        places = ((needed, device, f"on {device}"), (2 * on_host, HOST, "of host memory while they are decoded"))
+        for size, place, where in places:
+            if size > (free := free_memory(place)):
+                raise MbibError(
+                    f"loader: resident: the decoded images take {size / 2**30:,.1f} GiB {where}, and "
+                    f"{free / 2**30:,.1f} are free; expected loader: timm, or auto, which chooses"
+                )
+        self.resident[key] = True
 
     def decode(
         self,
@@ -109,6 +133,21 @@ class DataPool:
         return self.images[key]
 
 
+def _resident_bytes(
+    splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device
+) -> tuple[int, int]:
+    """Return the bytes that the images of a recipe's splits take on a device, and those of the largest split in host
+    memory on its way there: none where the host is the device, or the disk keeps what is decoded."""
+    sizes = [(splits.train, decoded_bytes(splits.train, recipe, input_size, training=True))]
+    for split in (splits.val, splits.test):
+        if split is not None:
+            sizes.append((split, decoded_bytes(split, recipe, input_size, training=False)))
+    needed = sum(size for _, size in sizes)
+    if device.type == "cpu":
+        return needed, 0
+    return needed, max((size for split, size in sizes if not on_disk(split, recipe)), default=0)
+
+
 def data_key(recipe: Recipe) -> str:
     """Return what two recipes have in common that see the same images."""
     return json.dumps({name: getattr(recipe, name) for name in DATA_KEYS})
@@ -131,7 +170,7 @@ def choose_loader(
         pool: of the process's runs, which knows what is on the device already.
 
     Raises:
-        MbibError: the recipe asks for resident data, which its augmentation does not allow.
+        MbibError: the recipe asks for resident data, which its augmentation or the memory does not allow.
     """
     by_image = any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations())
     if recipe.loader == "resident" and by_image:
@@ -139,6 +178,8 @@ def choose_loader(
             "loader: resident augments images in batches, but a policy of timm's (recipe key 'aa') works on single "
             "images; use loader: timm"
         )
+    if recipe.loader == "resident":
+        (pool or DataPool()).require_room(splits, recipe, input_size, device)
     if recipe.loader != "auto":
         return recipe.loader
     return "timm" if by_image or not (pool or DataPool()).fit(splits, recipe, input_size, device) else "resident"

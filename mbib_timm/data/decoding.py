@@ -312,6 +312,15 @@ def _checksums(pixels: np.ndarray) -> list[int]:
         return list(pool.map(zlib.crc32, blocks))
 
 
+def on_disk(split: Split, recipe: Recipe) -> bool:
+    """Return whether a split's decoded images are kept on the disk, and mapped from there: those of files, in a
+    cache."""
+    if cache_folder(recipe, "images") is None or not len(split):
+        return False
+    first = 0 if split.indices is None else int(split.indices[0])
+    return _file_state(split.reader.path(first), {}) is not None
+
+
 def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> int:
     """Return the memory that a split's decoded images take; where they keep their own sizes, by a sample of them.
 

@@ -1,14 +1,17 @@
 """A model over a loader, to the metrics of its prediction and of every head, and to its answer for every image."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mbib_timm.capturing import CapturedFunction, Graphs
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed, share_buffers
@@ -70,6 +73,22 @@ class AnswerLog:
         return Answers(index, targets, predicted, joined[3].astype(np.float64))
 
 
+def _counted(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Tensor], dict[str, Tensor]],
+    amp_dtype: torch.dtype | None,
+    shift: Tensor | None,
+    images: Tensor,
+    targets: Tensor,
+) -> dict[str, Tensor]:
+    """Return the prediction's logits (B, K) of a batch under `PREDICTION`, and the fields of its `Statistics`."""
+    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        logits = forward(model, images)
+    stacked = torch.stack([*logits.values()])
+    stacked = stacked if shift is None else stacked.float() + shift
+    return {PREDICTION: stacked[[*logits].index(PREDICTION)], **vars(batch_statistics(stacked, targets))}
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -82,6 +101,7 @@ def evaluate(
     compile: bool = False,
     shift: Tensor | None = None,
     answers: AnswerLog | None = None,
+    graphs: Graphs | None = None,
 ) -> dict[str, HeadMetrics]:
     """Evaluate a model; with several processes each takes its share, and every image counts once.
 
@@ -97,6 +117,8 @@ def evaluate(
         compile: compile the forward pass.
         shift: added to the logits of every head, (K,), on the device; see `log_shift`. None for nothing.
         answers: an empty log that takes the prediction's; with it the prediction's metrics have all intervals.
+        graphs: of the run that evaluates the model more than once: capture the work on a batch, and replay it in later
+            evaluations. None for none.
 
     Returns:
         The metrics of ``"prediction"`` and for each of `reported_heads`, by name.
@@ -105,31 +127,35 @@ def evaluate(
         DataError: no image at all, or what the loader raises for a broken one.
         MbibError: logits that are infinite or not a number.
     """
-    forward = compiled_head_logits if compile else head_logits
+    eager = partial(_counted, model, head_logits, amp_dtype, shift)
+    whole = partial(_counted, model, compiled_head_logits.on(device), amp_dtype, shift) if compile else eager
+    count: Callable[[Tensor, Tensor], dict[str, Tensor]] = whole
+    if graphs is not None:
+        assert shift is None
+        key = (model, amp_dtype, compile)
+        count = graphs.function(key, lambda: CapturedFunction(whole, eager, graphs, "the evaluation"))
+    names = (PREDICTION, *reported_heads(model))
     was_training = model.training
     share_buffers(model)
     model.eval()
-    names: tuple[str, ...] = ()
     sums: Statistics | None = None
     try:
-        for batch in loader:
-            images, targets = batch.images, batch.targets
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                logits = forward(model, images)
-            names = tuple(logits)
-            stacked = torch.stack([*logits.values()])
-            stacked = stacked if shift is None else stacked.float() + shift
-            counted = batch_statistics(stacked, targets)
-            sums = counted if sums is None else sums + counted
-            if answers is not None:
-                answers.add(stacked[names.index(PREDICTION)], batch)
+        # Around the batches' own: weights are cast once. Not where they are captured: a graph casts what is there then.
+        with torch.autocast(device.type, enabled=False) if graphs is None else nullcontext():
+            for batch in loader:
+                images = batch.images
+                if channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                fields = count(images, batch.targets)
+                prediction = fields.pop(PREDICTION)
+                counted = Statistics(**fields)
+                sums = counted if sums is None else sums + counted
+                if answers is not None:
+                    answers.add(prediction, batch)
     finally:
         model.train(was_training)
     if is_distributed():
         if sums is None:  # this process had no share; it adds nothing, under the same names
-            names = (PREDICTION, *reported_heads(model))
             nothing = torch.zeros(len(names), 0, len(class_counts), device=device)
             sums = batch_statistics(nothing, torch.zeros(0, dtype=torch.long, device=device))
         sums.all_reduce()

@@ -23,7 +23,7 @@ LARGEST_RATE, LARGEST_ALPHA, LARGEST_RANK = 10**12, 10**6, 1024
 # How images become a model's input: keys that a recipe leaves to the model, whose weights know them.
 MODEL_KEYS = ("img_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 # Values by which a recipe leaves a choice to the machine or the model; a run's recipe.yaml has what was chosen.
-OPEN_CHOICES = {"loader": "auto", "amp": None, **dict.fromkeys(MODEL_KEYS)}
+OPEN_CHOICES = {"loader": "auto", "amp": None, "cuda_graph": None, **dict.fromkeys(MODEL_KEYS)}
 
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
@@ -332,11 +332,17 @@ class Recipe:
     pin_mem: bool | None = _machine(
         None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
     )
-    amp: bool | None = _machine(None, "mixed precision; on for CUDA when not given")
+    amp: bool | None = _machine(
+        None, "mixed precision; when not given, on CUDA for images of 64 pixels or more, and else TF32"
+    )
     amp_dtype: str = _machine("bfloat16", "data type of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
     torchcompile: bool = _machine(False, "compile the training step and the evaluation")
-    cuda_graph: bool = _machine(False, "capture the training step in a CUDA graph")
+    cuda_graph: bool | None = _machine(
+        None,
+        "capture the training step and the evaluation in CUDA graphs; when not given, on CUDA where that is possible",
+        location=True,
+    )
     sync_bn: bool = _machine(False, "synchronise batch normalisation across processes")
     seed: int = _machine(0, "seed of initialisation, sample order and augmentation", minimum=0, maximum=LARGEST_SEED)
 

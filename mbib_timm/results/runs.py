@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mbib_timm.results.paper import PaperResult
 
 # Recipe keys that say how a result is reached and reported, and leave it as it is.
-SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "cuda_graph", "channels_last"}
+SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
 # Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
 DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import BusyFolderError, MbibError, shown
+from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, shown
 from mbib_timm.files import check_folder, printable, printable_lines
 from mbib_timm.models.origin import starts_from_weights
 from mbib_timm.models.zoo import data_set_of
@@ -239,6 +239,8 @@ def trainer() -> Task[PlannedRun]:
                 train(run.recipe, run.name, pool)
         except BusyFolderError:
             return Outcome(busy=True)
+        except LostDeviceError as error:
+            return Outcome(failed=str(error), lost=True)
         except MbibError as error:
             return Outcome(failed=str(error))
         return Outcome()
@@ -285,6 +287,7 @@ def run_sweep(
 
     Raises:
         MbibError: the sweep cannot be; nothing has been run.
+        LostDeviceError: the device has failed; the same command goes on with the rest.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MbibError("a sweep runs in one process: start one per device with --device, without torchrun")
@@ -334,6 +337,9 @@ def run_sweep(
                 busy.append(run)
                 print(f"{of_several}another process is training it", flush=True)
                 continue
+            if outcome.lost and jobs == 1:  # this process cannot use its device for another run
+                write()
+                raise LostDeviceError(str(outcome.failed))
             if outcome.failed is not None:
                 failed[run.label] = outcome.failed
                 print(f"{of_several}failed: {printable_lines(outcome.failed)}", flush=True)

@@ -17,6 +17,10 @@ from mbib_timm.recipe import Recipe
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
 FUSED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+# How an optimizer computes on its device: not a checkpoint's to say, which may come from another.
+DEVICE_CHOICES = ("foreach", "fused", "capturable")
+# Side of images, in pixels, from which on mixed precision is faster on CUDA.
+SMALLEST_MIXED = 64
 
 
 def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
@@ -39,7 +43,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         )
     if method.device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
         kwargs.setdefault("fused", True)
-        if recipe.cuda_graph and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
+        if recipe.cuda_graph is not False and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
             kwargs.setdefault("capturable", True)
     settings = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
     # Before timm takes a recipe without weight decay for a network none of whose parameters may have any.
@@ -146,6 +150,20 @@ def takes_tensor_rates(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, FUSED_OPTIMIZERS) and bool(optimizer.defaults.get("fused"))
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's state; how it computes stays that of this device.
+
+    Raises:
+        KeyError, TypeError, ValueError: a state that does not fit.
+    """
+    own = optimizer.param_groups
+    groups = [
+        {**group, **{name: mine[name] for name in DEVICE_CHOICES if name in mine}}
+        for group, mine in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 def round_learning_rates(optimizer: torch.optim.Optimizer) -> None:
     """Round what the schedule has set to float32, which a tensor on the device holds: every kind of step computes
     with the same numbers."""
@@ -168,6 +186,27 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
     return schedule
 
 
+def _has_bfloat16(device: torch.device) -> bool:
+    """Return whether a CUDA device computes bfloat16: from Ampere on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _prefers_mixed(device: torch.device, size: tuple[int, int, int]) -> bool:
+    """Return whether mixed precision is faster on a device: networks for small images do not fill a GPU either way."""
+    return device.type == "cuda" and min(size[1:]) >= SMALLEST_MIXED
+
+
+def precision_line(recipe: Recipe, device: torch.device, size: tuple[int, int, int]) -> str | None:
+    """Return a line where a recipe leaves the precision open and the device lacks what it would be; None otherwise."""
+    wanted = recipe.amp is None and recipe.amp_dtype == "bfloat16" and _prefers_mixed(device, size)
+    if not wanted or _has_bfloat16(device):
+        return None
+    return (
+        f"computes in float32: {torch.cuda.get_device_name(device)} has no bfloat16, which needs compute capability "
+        "8.0; --amp --amp-dtype float16 is faster"
+    )
+
+
 @dataclass(frozen=True)
 class Precision:
     """How a step computes: autocast dtype, or None for full precision; and the scaler that float16 needs."""
@@ -181,11 +220,25 @@ class Precision:
         return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
 
     @classmethod
-    def of(cls, recipe: Recipe, device: torch.device) -> "Precision":
-        """Choose from the recipe: mixed precision is on for CUDA unless the recipe says otherwise."""
-        enabled = device.type == "cuda" if recipe.amp is None else recipe.amp
-        if not enabled:
-            return cls(None, None)
+    def of(cls, recipe: Recipe, device: torch.device, size: tuple[int, int, int]) -> "Precision":
+        """Choose from the recipe; where it says nothing, mixed precision is for CUDA and images that are not small.
+
+        Args:
+            recipe: says whether precision is mixed, and of which type.
+            device: of the run.
+            size: of the images, (C, H, W).
+
+        Raises:
+            MbibError: the recipe asks for bfloat16, which the CUDA device lacks.
+        """
         dtype = torch.bfloat16 if recipe.amp_dtype == "bfloat16" else torch.float16
+        lacking = device.type == "cuda" and dtype is torch.bfloat16 and not _has_bfloat16(device)
+        if recipe.amp and lacking:
+            raise MbibError(
+                f"recipe key 'amp_dtype': {torch.cuda.get_device_name(device)} computes no bfloat16, which needs "
+                "compute capability 8.0; expected float16, or amp: false"
+            )
+        if not (_prefers_mixed(device, size) and not lacking if recipe.amp is None else recipe.amp):
+            return cls(None, None)
         scaler = NativeScaler(device=device.type) if dtype is torch.float16 else None
         return cls(dtype, scaler)

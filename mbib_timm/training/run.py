@@ -34,7 +34,7 @@ from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import train_one_epoch
-from mbib_timm.training.optimization import round_learning_rates, unscaled_rate
+from mbib_timm.training.optimization import restore_optimizer, round_learning_rates, unscaled_rate
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import set_up
 from mbib_timm.training.step import create_step
@@ -98,7 +98,10 @@ class Run:
         # From here on, and in recipe.yaml, the recipe says which loader, precision and preprocessing it is: alike in
         # all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
-        self.recipe = recipe = setup.recipe.replace(loader=loader, amp=self.precision.autocast_dtype is not None)
+        self.graphs = setup.graphs
+        self.recipe = recipe = setup.recipe.replace(
+            loader=loader, amp=self.precision.autocast_dtype is not None, cuda_graph=self.graphs is not None
+        )
         self.pool = pool
         self.store: FeatureStore | None = None
         if self.frozen is not None:
@@ -112,7 +115,7 @@ class Run:
             self._restore(state)
         if world.world_size > 1:
             self.method.prepare_distributed([world.device.index] if world.device.type == "cuda" else None)
-        self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
+        self.step = create_step(recipe, self.method, self.optimizer, self.precision, self.graphs)
         # Last, since it may take long to decode the images: what does not fit is known by now.
         self.loaders: Loaders = create_loaders(
             self.splits,
@@ -217,6 +220,7 @@ class Run:
             channels_last=self.recipe.channels_last,
             compile=self.recipe.torchcompile,
             answers=answers,
+            graphs=self.graphs,
         )
 
     def _result_model(self) -> nn.Module:
@@ -262,7 +266,7 @@ class Run:
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
         try:
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore_optimizer(self.optimizer, state["optimizer"])
             if self.recipe.model_ema:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
             if self.precision.scaler is not None:
@@ -281,6 +285,7 @@ class Run:
         recipe, done, splits = self.recipe, self.done, self.splits
         if type(self.method).finish is not Method.finish:
             share_buffers(self._result_model())
+            self.graphs = None  # of the model as it was
             self.method.finish(self._passes())
         loader, images, split = self.loaders.val, splits.val, recipe.val_split
         if self.loaders.test is not None and splits.test is not None:

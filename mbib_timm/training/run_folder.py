@@ -153,7 +153,8 @@ class RunFolder:
             CheckpointError: the run here computes something else.
         """
         there = self.recipe()
-        recipe = recipe.with_choices_of(there)
+        # Graphs change nothing of what is computed, and another device may have none: that choice is made anew.
+        recipe = recipe.with_choices_of(there).replace(cuda_graph=recipe.cuda_graph)
         if extend and there.epochs != recipe.epochs:
             there = there.replace(**{key: getattr(recipe, key) for key in COUNTED_IN_EPOCHS})
         before, now = there.computation(), recipe.computation()

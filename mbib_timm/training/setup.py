@@ -8,9 +8,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from mbib_timm.capturing import Graphs
 from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
 from mbib_timm.data.class_weights import loss_weights
@@ -35,7 +37,8 @@ from mbib_timm.models.weights import (
     under_keys_of,
 )
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule
+from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, precision_line
+from mbib_timm.training.step import find_graphs
 
 # Times its input, in float32, that a network keeps of an image for its gradients: 100 to 200 of timm's; never less than
 # the first, and where a batch times the second is free nothing is counted.
@@ -54,6 +57,7 @@ class Setup:
         optimizer: of what trains.
         schedule: of the optimizer's learning rates.
         precision: of a step.
+        graphs: capture steps and evaluations; None where they are not captured.
         frozen: the network's backbone, where the heads train on features of it; None where the images are the input.
         notes: what whoever starts the run should know: a line each.
         advice: on the precision of this device, once for all runs of a process; None where there is none.
@@ -67,6 +71,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision
+    graphs: Graphs | None
     frozen: FrozenBackbone | None
     notes: tuple[str, ...]
     advice: str | None
@@ -109,7 +114,7 @@ def set_up(
             check_augmentation(view, size)
         except MbibError as error:
             raise MbibError(f"view {number}: {error}" if len(views) > 1 else str(error)) from None
-    precision = Precision.of(recipe, world.device)
+    precision = Precision.of(recipe, world.device, size)
     if recipe.feature_passes is None:
         frozen, seen = None, size
         loader = choose_loader(splits, recipe, size, world.device, pool)
@@ -124,11 +129,12 @@ def set_up(
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
     optimizer = create_optimizer(recipe, method)
     schedule = create_schedule(recipe, optimizer)
-    notes = tuple(filter(None, (departure, _trained_line(recipe, method))))
+    graphs = find_graphs(recipe, optimizer, precision, world)
+    notes = tuple(filter(None, (departure, precision_line(recipe, world.device, size), _trained_line(recipe, method))))
     names = None if splits.class_names is None else list(splits.class_names)
     origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
     advice = None if frozen is not None else _precision_advice(recipe, precision, network, world.device)
-    return Setup(recipe, method, size, loader, optimizer, schedule, precision, frozen, notes, advice, origin)
+    return Setup(recipe, method, size, loader, optimizer, schedule, precision, graphs, frozen, notes, advice, origin)
 
 
 def _precision_advice(recipe: Recipe, precision: Precision, network: nn.Module, device: torch.device) -> str | None:
@@ -226,7 +232,9 @@ def _synchronized(network: nn.Module, recipe: Recipe, world: World) -> nn.Module
         return network
     if world.device.type != "cuda":
         raise MbibError(f"sync_bn needs CUDA devices; torch has no such layer for {world.device.type}")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # Not torch's, which loses the activation of a layer that is both.
+    synchronized: nn.Module = convert_sync_batchnorm(network)
+    return synchronized
 
 
 def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None) -> nn.Module:

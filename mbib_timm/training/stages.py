@@ -1,5 +1,6 @@
 """A run of one stage or several: each stage is a run of its own, and starts from the weights of the one before."""
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,6 @@ from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up
-from mbib_timm.training.step import create_step
 
 
 def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRun:
@@ -40,6 +40,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
         NonFiniteLossError: training diverged; the last good checkpoint is kept.
         LostProcessError: another process of the run has ended.
+        LostDeviceError: the device has failed; the last good checkpoint is kept.
     """
     with joined_world(recipe.device, "; go on with --resume auto") as world:
         pool = pool or DataPool()
@@ -65,7 +66,6 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
         before, method = setup.recipe, setup.method
         if setup.frozen is not None:
             setup.frozen.put_back(method.result_model())
-        create_step(before, method, setup.optimizer, setup.precision, world)
         if stage is not recipe:
             previous = folder / f"stage {stage.stage + 1}"
             previous.mkdir()
@@ -87,14 +87,21 @@ def _train(recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool
     if recipe.previous is not None:
         previous = _previous(recipe, folder.path, world, pool)
         recipe = recipe.replace_previous(recipe.previous.with_choices_of(RunFolder(previous).recipe()))
-    try:
-        if previous is not None and world.is_main:
-            print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
+    if previous is not None and world.is_main:
+        print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
+
+    def execute() -> FinishedRun:
         run = Run(recipe, name, world, folder, state, pool, previous)
-        record = run.execute()
-        return FinishedRun(folder.path, record, run.recipe)
+        return FinishedRun(folder.path, run.execute(), run.recipe)
+
+    try:
+        finished = execute()
     finally:
         folder.end()
+    # Exceptions that matplotlib's parser keeps hold the frames that called it, and with them the model and its graphs:
+    # whatever runs next in this process needs their memory.
+    gc.collect()
+    return finished
 
 
 def _described(stage: Recipe) -> str:

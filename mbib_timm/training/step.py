@@ -11,13 +11,13 @@ import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
+from mbib_timm.capturing import CapturedFunction, Graphs
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import Method
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.cuda_graph import GraphedStep
 from mbib_timm.training.optimization import Precision, takes_tensor_rates
 
 Batches = tuple[Batch, ...]
@@ -48,8 +48,44 @@ def loss_parts(method: Method, batches: Batches, autocast_dtype: torch.dtype | N
 compiled_loss_parts = CompileOrEager(loss_parts, "the training step")
 
 
+def find_graphs(recipe: Recipe, optimizer: torch.optim.Optimizer, precision: Precision, world: World) -> Graphs | None:
+    """Return what captures the steps and evaluations of a run; None where they are not captured.
+
+    Args:
+        recipe: says whether they are; on CUDA they are where it says nothing and nothing speaks against it.
+        optimizer: updates the weights.
+        precision: autocast and scaler.
+        world: device and processes.
+
+    Raises:
+        MbibError: a CUDA graph is asked for where a step cannot be captured.
+    """
+    if recipe.cuda_graph is False:
+        return None
+    obstacles = {
+        f"device {world.device.type}": world.device.type != "cuda",
+        f"{world.world_size} processes": world.world_size > 1,
+        "grad_accum_steps": recipe.grad_accum_steps > 1,
+        "amp_dtype float16, whose scaler waits for the device": precision.scaler is not None,
+        f"optimizer {recipe.opt!r}, which takes no learning rate as a tensor": not takes_tensor_rates(optimizer),
+    }
+    found = next((obstacle for obstacle, there in obstacles.items() if there), None)
+    if found is None:
+        return Graphs(world.device)
+    if recipe.cuda_graph:
+        raise MbibError(
+            f"recipe key 'cuda_graph': a step cannot be captured with {found}; leave the key out, and steps are "
+            "captured where they can be"
+        )
+    return None
+
+
 def create_step(
-    recipe: Recipe, method: Method, optimizer: torch.optim.Optimizer, precision: Precision, world: World
+    recipe: Recipe,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    graphs: Graphs | None = None,
 ) -> TrainingStep:
     """Build the training step of a run: eager, compiled, captured in a CUDA graph, or both.
 
@@ -58,33 +94,53 @@ def create_step(
         method: gives the losses.
         optimizer: updates the weights.
         precision: autocast and scaler.
-        world: device and processes.
-
-    Raises:
-        MbibError: a CUDA graph is asked for where a step cannot be captured.
+        graphs: capture it; see `find_graphs`.
     """
-    step: TrainingStep = partial(
-        training_step,
-        method,
-        optimizer,
-        precision,
-        compute=compiled_loss_parts if recipe.torchcompile else loss_parts,
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-    )
-    if not recipe.cuda_graph:
-        return step
-    obstacles = {
-        f"device {world.device.type}": world.device.type != "cuda",
-        f"{world.world_size} processes": world.world_size > 1,
-        "grad_accum_steps": recipe.grad_accum_steps > 1,
-        "amp_dtype float16, whose scaler waits for the device": precision.scaler is not None,
-        f"optimizer {recipe.opt!r}, which takes no learning rate as a tensor": not takes_tensor_rates(optimizer),
-    }
-    for obstacle, there in obstacles.items():
-        if there:
-            raise MbibError(f"recipe key 'cuda_graph': a step cannot be captured with {obstacle}")
-    return GraphedStep(step, optimizer, world.device)
+
+    def with_losses(compute: LossParts) -> TrainingStep:
+        return partial(
+            training_step,
+            method,
+            optimizer,
+            precision,
+            compute=compute,
+            clip_grad=recipe.clip_grad,
+            clip_mode=recipe.clip_mode,
+        )
+
+    eager = with_losses(loss_parts)
+    step = with_losses(compiled_loss_parts.on(method.device)) if recipe.torchcompile else eager
+    return step if graphs is None else CapturedStep(step, eager, optimizer, graphs)
+
+
+class CapturedStep:
+    """A training step that is captured once and replayed from then on; see `CapturedFunction`.
+
+    Learning rates, which the schedule changes, lie in the graph's memory as tensors.
+
+    Args:
+        step: takes a batch per stream, updates the weights, returns scalars.
+        otherwise: the same for batches of other shapes than the first: of the short last one.
+        optimizer: whose learning rates the step reads; one that accepts them as tensors.
+        graphs: of the run.
+    """
+
+    def __init__(
+        self, step: TrainingStep, otherwise: TrainingStep, optimizer: torch.optim.Optimizer, graphs: Graphs
+    ) -> None:
+        self.optimizer = optimizer
+        self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
+        self.take = CapturedFunction(step, otherwise, graphs, "the training step")
+
+    def __call__(self, batches: Batches, accumulate: int = 1, update: bool = True) -> dict[str, Tensor]:
+        """Train on a batch per stream; the scalars returned are copies, which the next step does not overwrite."""
+        assert accumulate == 1
+        assert update
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if group["lr"] is not rate:  # the schedule has set another
+                rate.fill_(group["lr"])
+                group["lr"] = rate
+        return self.take(batches)
 
 
 def training_step(

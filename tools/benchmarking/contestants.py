@@ -23,7 +23,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.data.create import data_key
 from mbib_timm.data.images import ImageDataset
 from mbib_timm.data.transforms import train_transform
-from mbib_timm.environment import World, keep_freed_memory
+from mbib_timm.environment import World, keep_freed_memory, prepare
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
@@ -95,7 +95,8 @@ class Trainer:
         setup = set_up(recipe, single_image(counts), world)
         self.method, self.optimizer, self.precision = setup.method, setup.optimizer, setup.precision
         self.model = self.method.result_model()
-        self.step = create_step(recipe, self.method, self.optimizer, self.precision, world)
+        self.step = create_step(recipe, self.method, self.optimizer, self.precision, setup.graphs)
+        self.graphs = setup.graphs
         self.epochs = 0
 
     def take_steps(self, images: Tensor, targets: Tensor, steps: int) -> None:
@@ -124,13 +125,14 @@ class Trainer:
             amp_dtype=dtype,
             channels_last=self.recipe.channels_last,
             compile=compiled,
+            graphs=self.graphs,
         )
 
     @torch.no_grad()
     def forward_only(self, images: Tensor, batches: int) -> None:
         """Run the model in evaluation mode on one batch, again and again; count nothing."""
         self.model.eval()
-        forward = compiled_head_logits if self.recipe.torchcompile else head_logits
+        forward = compiled_head_logits.on(self.device) if self.recipe.torchcompile else head_logits
         dtype = self.precision.autocast_dtype
         for _ in range(batches):
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -180,8 +182,10 @@ class TimmLoop:
 
     def __init__(self, recipe: Recipe, splits: Splits, world: World) -> None:
         torch.manual_seed(0)
+        if world.device.type == "cuda":  # as train.py does
+            prepare(world.device)
         self.device = world.device
-        self.precision = Precision.of(recipe, world.device)
+        self.precision = Precision.of(recipe, world.device, (3, 32, 32))
         self.model: nn.Module = build_network(recipe, splits.num_classes)
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = create_optimizer_v2(

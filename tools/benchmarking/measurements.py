@@ -35,6 +35,7 @@ from benchmarking.contestants import (
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise, photographs
 from benchmarking.targets import CPU_JOBS, METHOD_RECIPES, SWEEP_JOBS
 from benchmarking.turns import AtOnce, Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
+from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.batch import TrainLoader
 from mbib_timm.data.loaders import resident_loader
@@ -46,7 +47,6 @@ from mbib_timm.inference.predict import predict
 from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.weights import load_model
 from mbib_timm.recipe import DEFAULT_RECIPE, Recipe
-from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 
 # In the second, the optimizer has its buffers.
 MEMORY_STEPS = 2
@@ -128,7 +128,7 @@ def step(subject: str, settings: Settings) -> Iterator[Record]:
         batch = normalized_noise(batch_size, size, len(counts), device)
         trainers = {model: Trainer(recipe, counts, world) for model, recipe in recipes.items()}
         for trainer in trainers.values():
-            trainer.take_steps(*batch, WARM_UP_STEPS + 1 if settings.on_cuda else 1)
+            trainer.take_steps(*batch, WARM_UP_CALLS + 1 if settings.on_cuda else 1)
         contestants = {
             model: timed(partial(trainer.take_steps, *batch, steps), device) for model, trainer in trainers.items()
         }
@@ -153,7 +153,7 @@ def step_of_methods(settings: Settings) -> Iterator[Record]:
     contestants = {}
     for title, recipe in recipes.items():
         trainer = Trainer(recipe, counts, world)
-        trainer.take_steps(images, targets, WARM_UP_STEPS + 1 if settings.on_cuda else 1)
+        trainer.take_steps(images, targets, WARM_UP_CALLS + 1 if settings.on_cuda else 1)
         contestants[title] = timed(partial(trainer.take_steps, images, targets, steps), device)
     figures = take_turns(contestants, settings.repeats)
     rows = {f"step-methods-{title}": ratios(figures[title], figures["CE"]) for title in METHOD_RECIPES}

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.environment import World
 from mbib_timm.recipe import Recipe
-from mbib_timm.training.cuda_graph import WARM_UP_STEPS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
     @property
     def pass_warm_ups(self) -> int:
         """Passes after which every batch shape, also the short last one's, has been compiled and captured."""
-        return WARM_UP_STEPS + 2 if self.on_cuda else 1
+        return WARM_UP_CALLS + 2 if self.on_cuda else 1
 
 
 @dataclass(frozen=True)
