@@ -145,7 +145,7 @@ def train(flags: Parser) -> Action:
 
 @command("SWEEP | RECIPE [RECIPE ...] [flags]", TRAINING_EPILOG)
 def sweep(flags: Parser) -> Action:
-    """Train many recipes in one process."""
+    """Train many recipes, one after another or several at once."""
     from mbib_timm.sweeps.sweep import PER_RUN, find_sweep
 
     flags.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
@@ -155,6 +155,14 @@ def sweep(flags: Parser) -> Action:
     flags.add_argument("--only", default="", metavar="TEXT", help="train only runs whose name contains this")
     flags.add_argument(
         "--results", type=place, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
+    )
+    flags.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs at once, in processes of one thread each, or of as many as OMP_NUM_THREADS says; on one CUDA device "
+        "they share its memory and time, each with a context, images and compiled code of its own (1: no processes)",
     )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and which of them are done, then stop")
     add_recipe_flags(flags, [key for key in KEYS if key not in PER_RUN])
@@ -167,7 +175,7 @@ def sweep(flags: Parser) -> Action:
             sweep = on_recipe(sweep, given.recipe)
         if given.name is not None:
             sweep = dataclasses.replace(sweep, name=given.name)
-        options = dict(seeds=given.seeds, only=given.only, dry_run=given.dry_run)
+        options = dict(seeds=given.seeds, only=given.only, jobs=given.jobs, dry_run=given.dry_run)
         return 0 if run_sweep(sweep, overrides, given.results, **options) else 1
 
     return run

@@ -324,6 +324,12 @@ def processor_name() -> str:
     return platform.machine()
 
 
+def has_bfloat16_instructions() -> bool:
+    """Return whether the processor multiplies in bfloat16 by instructions of its own: AVX-512's, AMX's or ARM's."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def current_commit() -> str | None:
     """Return the commit of the checkout that the package runs from, with ``-dirty``; None outside a checkout."""
     folder = Path(__file__).parents[1]

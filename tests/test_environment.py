@@ -5,10 +5,15 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from mbib_timm.environment import commit_of
+from mbib_timm.data import DataPool
+from mbib_timm.environment import World, commit_of, has_bfloat16_instructions
+from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.training import setup
 
 FAULTS = """
 import resource
@@ -57,6 +62,41 @@ def test_the_threads_that_are_recorded_are_those_that_the_user_has_set(threads):
     command = [sys.executable, "-c", THREADS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(done.stdout) == threads
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not CPUINFO.is_file(), reason="the system does not say")
+def test_what_a_processor_computes_in_is_what_the_system_says():
+    flags = set(CPUINFO.read_text().split())
+    assert has_bfloat16_instructions() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+@pytest.mark.parametrize(
+    ("able", "keys", "begins"),
+    [
+        (True, {}, "note: on one thread (OMP_NUM_THREADS=1) this processor trains ResNets about 1.5 times as fast"),
+        (True, {"model": "resnext50_32x4d"}, None),
+        (True, {"model": "tf_efficientnet_lite0"}, None),
+        (True, {"model": "vit_tiny_patch16_224", "img_size": 32}, None),
+        (True, {"amp": True}, None),
+        (True, {"amp": False}, None),
+        (False, {}, None),
+        (False, {"amp": True}, "warning: this processor has no bfloat16 instructions: --amp-dtype bfloat16 works here"),
+        (False, {"amp": True, "amp_dtype": "float16"}, None),
+    ],
+)
+def test_bfloat16_is_advised_where_it_is_faster_and_warned_of_where_it_is_slower(able, keys, begins, monkeypatch):
+    monkeypatch.setattr(setup, "has_bfloat16_instructions", lambda: able)
+    recipe = load_recipe(find_recipe("cifar_resnet20.ce_digits"), {"device": "cpu", **keys})
+    advice = setup.set_up(recipe, DataPool().open(recipe), World(torch.device("cpu"))).advice
+    assert advice is None if begins is None else advice.startswith(begins)
+
+
+def test_advice_is_given_once_a_process():
+    pool = DataPool()
+    assert [pool.first_time(line) for line in ("a", "a", "b", None)] == [["a"], [], ["b"], []]
 
 
 @pytest.fixture

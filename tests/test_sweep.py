@@ -2,15 +2,20 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
@@ -230,6 +235,7 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
         ([DIGITS, DIGITS], "sweep sweep: axis 'recipe' has 'mbib_resnet20.digits' twice"),
         ([DIGITS, "--lr", "-1"], "recipe key 'lr': expected more than 0"),
         ([DIGITS, "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
+        ([DIGITS, "--jobs", "0"], "argument --jobs: expected a whole number of at least 1, got '0'"),
         (["open_choices", "--recipe", "digits/nothing"], "unknown recipe 'digits/nothing'"),
     ],
 )
@@ -378,6 +384,58 @@ def test_runs_share_data_and_images(tmp_path, monkeypatch):
     monkeypatch.setattr(create_module, "decode_split", lambda *args: (decoded.append(1), decode_split(*args))[1])
     assert run_sweep(find_sweep([DIGITS, "cifar_resnet20.ce_digits"]), small(tmp_path), tmp_path / "results")
     assert (len(opened), len(decoded)) == (1, 2)  # training and evaluation images, once for both runs
+
+
+def weights(folder, label):
+    return load_file(folder / label / "model.safetensors")
+
+
+def assert_same_weights(one, other, labels):
+    for label in labels:
+        first, second = weights(one, label), weights(other, label)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_runs_side_by_side_are_those_of_one_process_interrupted_or_not(finished, tmp_path, popen, number):
+    whole, results, _ = finished
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [sys.executable, "-m", "mbib_timm", "sweep", DIGITS, "cifar_resnet20.ce_digits", "--seeds", "0", "1"]
+    command += ["--jobs", "2", *places, *FLAGS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "runs" / "sweep-1e"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(folder.glob("*/metrics.json")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in out + errors
+    assert not list(folder.glob("*seed1/metrics.json")), "it ended before it was interrupted"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # at once: no lock is left
+    assert done.returncode == 0, done.stderr
+    labels = [run.name for run in whole.iterdir()]
+    assert {run.name for run in folder.iterdir()} == set(labels)
+    assert_same_weights(folder, whole, labels)
+    own, theirs = (list(csv.DictReader((of / "runs.csv").open())) for of in (tmp_path / "results/sweep-1e", results))
+    for row in (*own, *theirs):
+        del row["training_seconds"]
+    assert own == theirs
+
+
+@pytest.mark.slow
+def test_of_runs_side_by_side_one_that_fails_is_named_and_a_plugins_method_is_known(tmp_path, capsys):
+    file = tmp_path / "two.yaml"
+    file.write_text("recipe: cifar_resnet20.ce_digits\naxes: {opt_kwargs: {right: {}, wrong: {opt_kwargs.damp: 1}}}\n")
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    toy = ["--plugin", str(Path(__file__).parent / "toy_method.py"), "--method", "toy"]
+    assert main(["sweep", str(file), "--jobs", "2", *places, *toy, *FLAGS]) == 1
+    out = capsys.readouterr().out
+    assert "failed: cifar_resnet20.ce_digits-opt_kwargs=wrong-seed0: recipe key 'opt_kwargs'" in out
+    assert "1 of 2 runs" in (tmp_path / "results" / "two-1e" / "table.md").read_text()
 
 
 def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,8 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
   process of its own, which nothing that is set here can speed up. Against it the same backbone, batch and precision
   here: resident, compiled, on CUDA captured. Decoding, once a run, is not included. The convolutions alone, forward and
   backward, say what the machine allows.
+- side-by-side: on the CPU, two such runs at once in bf16, a process and a thread each: their images/s, twice those of
+  the slower one, over timm's loop in float32 and in bf16, and over two of timm's loops in bf16 on a thread each.
 - step-*: the training step alone, on one batch on the device; step-methods: that of each method's recipe beside the
   step of cross-entropy on the plain backbone.
 - augmentation: whole epochs with strong augmentation beside crop and flip alone.
@@ -23,7 +25,7 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
 - evaluate-*: evaluation from resident images, all heads counted, and the plain forward pass alone on one batch.
 - predict-*: `mbib predict` on files in a folder, from loading the model to the last row of CSV, beside the forward pass
   of its batches alone, and beside reading and decoding the files alone.
-- throughput-resnext50, epochs-200: on CUDA.
+- throughput-resnext50, epochs-200, and epochs-200-sweep, several runs at once in a process each: on CUDA.
 - start: `mbib train` on digits, eager, from the end of `import torch, timm`, in a process for each figure;
   start-list: the same with a list of 10,000,000 images, and the memory that it takes.
 - memory-classes: tensors that losses with their backward pass, and an evaluation, make of logits of 100,000 classes.
@@ -123,7 +125,7 @@ def chosen(only: Sequence[str] | None, world: World) -> list[str]:
         MbibError: asked for what the device cannot measure.
     """
     device = world.device.type
-    impossible = {row.measurement for row in ROWS.values() if row.cuda_only and device != "cuda"}
+    impossible = {row.measurement for row in ROWS.values() if not row.is_measured_on(device)}
     if device != "cuda" and not (device == "cpu" and sys.platform == "linux"):
         impossible |= {name for name in MEASUREMENTS if name.startswith("memory-")}
     if only is None:

@@ -60,17 +60,20 @@ class DataPool:
     opened: dict[str, Splits] = field(default_factory=dict)
     images: dict[tuple[str, ...], DecodedImages] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
-    introduced: set[str] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
     resident: dict[tuple[str, ...], bool] = field(default_factory=dict)
     states: FileStates = field(default_factory=FileStates)
 
     def introduce(self, recipe: Recipe) -> list[str]:
         """Return what the recipe's data are, in lines, when first asked; see `summary`."""
-        key = data_key(recipe)
-        if key in self.introduced:
+        return summary(self.open(recipe)) if self.first_time(data_key(recipe)) else []
+
+    def first_time(self, line: str | None) -> list[str]:
+        """Return a line, unless there is none or it was asked for before."""
+        if line is None or line in self.said:
             return []
-        self.introduced.add(key)
-        return summary(self.open(recipe))
+        self.said.add(line)
+        return [line]
 
     def open(self, recipe: Recipe) -> Splits:
         """Open the recipe's data, once; see `open_data`."""

@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbib_timm.errors import MbibError
 from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text, start_name
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
 from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
-from mbib_timm.results.paper import RESULTS, PaperResult
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
 from mbib_timm.results.redact import last_part, redact_record, redact_value
 from mbib_timm.results.tables import mean_of
+
+if TYPE_CHECKING:
+    from mbib_timm.results.paper import PaperResult
 
 # Recipe keys that say how a result is reached and reported, and leave it as it is.
 SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
@@ -110,11 +112,14 @@ class FinishedRun:
         return packaged.is_scratch == self.origin.is_scratch and packaged.data == self.origin.data
 
     @property
-    def paper(self) -> tuple[PaperResult, ...]:
+    def paper(self) -> "tuple[PaperResult, ...]":
         """What the paper reports of such a run; nothing of another model, another method, or other data."""
         others = {"model", "model_kwargs", "method"}
         if self.dataset is None or not self.origin.is_scratch or _last_parts(self.settings) & others:
             return ()
+        # Read where it is asked for: training, which is not, would start a tenth later.
+        from mbib_timm.results.paper import RESULTS
+
         return RESULTS.get(self.name, ())
 
     @property
@@ -244,7 +249,7 @@ class RunGroup:
         return mean_of(self.values(column))
 
     @property
-    def paper(self) -> tuple[PaperResult, ...]:
+    def paper(self) -> "tuple[PaperResult, ...]":
         """What the paper reports of such a run."""
         return self.first.paper
 

@@ -1,14 +1,15 @@
-"""The runs of a sweep: every recipe resolved, every folder named, and one trained after another in one process.
+"""The runs of a sweep: every recipe resolved, every folder named, and one trained after another, or several at once.
 
-The runs share opened data, resident images and the compiled step.
+The runs of a process share opened data, resident images and the compiled step.
 """
 
+import contextlib
 import itertools
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from mbib_timm.recipe import (
     read_recipe,
     recipe_name,
 )
+from mbib_timm.recipe.declared import load_plugin
 from mbib_timm.results.record import is_finished, read_history, read_record
 from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
+from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
 from mbib_timm.training import train
@@ -223,6 +226,38 @@ def _in_a_path(value: str) -> str:
     return printable("_".join(value.replace("/", "_").split()))
 
 
+def trainer() -> Task[PlannedRun]:
+    """Return what trains one run after another in this process."""
+    pool = DataPool()
+
+    def train_missing(run: PlannedRun) -> Outcome:
+        for stage in run.recipe.chain():
+            for plugin in stage.plugin:  # a recipe that has come from another process
+                load_plugin(plugin)
+        try:
+            if run.status() != "done":  # another process may have done it by now
+                train(run.recipe, run.name, pool)
+        except BusyFolderError:
+            return Outcome(busy=True)
+        except LostDeviceError as error:
+            return Outcome(failed=str(error), lost=True)
+        except MbibError as error:
+            return Outcome(failed=str(error))
+        return Outcome()
+
+    return train_missing
+
+
+def _one_after_another(
+    runs: Sequence[tuple[int, PlannedRun]], announce: Callable[[int, PlannedRun], None]
+) -> Generator[tuple[PlannedRun, Outcome], None, None]:
+    """Yield runs and how they ended, trained in this process; see `side_by_side`."""
+    train_missing = trainer()
+    for number, run in runs:
+        announce(number, run)
+        yield run, train_missing(run)
+
+
 def run_sweep(
     sweep: Sweep,
     overrides: Mapping[str, Any],
@@ -230,6 +265,7 @@ def run_sweep(
     *,
     seeds: Sequence[int] | None = None,
     only: str = "",
+    jobs: int = 1,
     dry_run: bool = False,
 ) -> bool:
     """Run what is missing of a sweep; write its results after every run, and print its table.
@@ -243,6 +279,7 @@ def run_sweep(
         results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are.
         seeds: run these in the place of the sweep's own.
         only: run only those whose label contains this.
+        jobs: runs that are trained at once, in processes of their own when more than one.
         dry_run: list the runs, and stop.
 
     Returns:
@@ -268,7 +305,7 @@ def run_sweep(
         return True
     folder = results / Path(whole[0].recipe.output).name
     check_folder(folder)
-    pool, text = DataPool(), ""
+    text = ""
     failed: dict[str, str] = {}
     busy: list[PlannedRun] = []
 
@@ -283,24 +320,30 @@ def run_sweep(
             written = len(finished)
         return content
 
+    def announce(number: int, run: PlannedRun, state: str = "") -> None:
+        print(f"run {number} of {len(runs)}: {run.label}{state}", flush=True)
+
+    missing = []
     for number, run in enumerate(runs, start=1):
-        print(f"run {number} of {len(runs)}: {run.label}" + (" (done)" if run.label in done else ""), flush=True)
         if run.label in done:
-            continue
-        try:
-            if run.status() != "done":  # another process may have done it by now
-                train(run.recipe, run.name, pool)
-        except BusyFolderError:
-            busy.append(run)
-            print("another process is training it", flush=True)
-            continue
-        except LostDeviceError:  # this process cannot use it for another run
-            write()
-            raise
-        except MbibError as error:
-            failed[run.label] = str(error)
-            print(f"failed: {printable_lines(str(error))}", flush=True)
-        text = write()
+            announce(number, run, " (done)")
+        else:
+            missing.append((number, run))
+    trained = _one_after_another(missing, announce) if jobs == 1 else side_by_side(trainer, missing, jobs, announce)
+    with contextlib.closing(trained):  # whatever ends this ends the processes too
+        for run, outcome in trained:
+            of_several = f"{run.label}: " if jobs > 1 else ""
+            if outcome.busy:
+                busy.append(run)
+                print(f"{of_several}another process is training it", flush=True)
+                continue
+            if outcome.lost and jobs == 1:  # this process cannot use its device for another run
+                write()
+                raise LostDeviceError(str(outcome.failed))
+            if outcome.failed is not None:
+                failed[run.label] = outcome.failed
+                print(f"{of_several}failed: {printable_lines(outcome.failed)}", flush=True)
+            text = write()
     if busy or not text:
         text = write()
     if text:

@@ -116,7 +116,7 @@ class Run:
                 print(line, flush=True)
         setup = set_up(recipe, self.splits, world, previous, pool)
         if world.is_main:
-            for line in setup.notes:
+            for line in (*setup.notes, *pool.first_time(setup.advice)):
                 print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.frozen = setup.frozen

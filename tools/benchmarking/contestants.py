@@ -1,7 +1,10 @@
 """Who competes: a model trained as this package does it, and one trained as timm's train.py does it."""
 
 import contextlib
+import io
+import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from torch.nn import functional as F
 
 from benchmarking.noise import cifar_like, normalized_noise, single_image
 from benchmarking.turns import timed, wait
-from mbib_timm.data import Splits
+from mbib_timm.data import DataPool, Splits, create_loaders
 from mbib_timm.data.batch import Batch
+from mbib_timm.data.create import data_key
 from mbib_timm.data.images import Drawn, ImageDataset
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.environment import World, keep_freed_memory, prepare
@@ -28,6 +32,7 @@ from mbib_timm.models.preprocessing import settle
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.training import train
 from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision
 from mbib_timm.training.run_folder import RunFolder
@@ -225,6 +230,48 @@ def timm_contestant(recipe: Recipe, pass_images: int | None, world: World) -> Ca
     """Return images/s of timm's loop, a pass over the data at a time; other arguments as `TimmLoop`'s."""
     loop = TimmLoop(recipe, cifar_like(pass_images), world)
     return timed(loop.train_epoch, world.device, loop.images)
+
+
+def resident_contestant(recipe: Recipe, pass_images: int | None, world: World) -> Callable[[], float]:
+    """Return images/s of training as this package does it, a pass over the data at a time."""
+    splits = cifar_like(pass_images)
+    trainer = Trainer(recipe, splits.class_counts, world)
+    loader = create_loaders(splits, recipe, (3, 32, 32), world.device).train
+    passes = timed(partial(trainer.train_epoch, loader), world.device, len(splits.train))
+
+    def figure() -> float:
+        speed = passes()
+        require_compiled()
+        return speed
+
+    return figure
+
+
+class WholeRuns:
+    """Whole runs of `mbib train` on noise, one after another in this process; a short one has compiled what they need.
+
+    Args:
+        recipe: of the runs.
+        pass_images: images of each split at most.
+    """
+
+    def __init__(self, recipe: Recipe, pass_images: int | None) -> None:
+        self.recipe = recipe
+        self.pool = DataPool(opened={data_key(recipe): cifar_like(pass_images)})
+        self.train(recipe.warmup_epochs + 1)
+
+    def train(self, epochs: int) -> float:
+        """Train, and return the seconds of training and evaluation alone."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            done = train(self.recipe.replace(epochs=epochs, output=folder), "benchmark", self.pool)
+        require_compiled()
+        return done.record.training_seconds
+
+
+def run_contestant(recipe: Recipe, pass_images: int | None, epochs: int) -> Callable[[], float]:
+    """Return seconds of a whole run of `WholeRuns`."""
+    runs = WholeRuns(recipe, pass_images)
+    return timed(partial(runs.train, epochs), torch.device(str(recipe.device)))
 
 
 class Convolutions:

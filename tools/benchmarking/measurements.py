@@ -24,21 +24,23 @@ from benchmarking.contestants import (
     SUBJECTS,
     Convolutions,
     Trainer,
+    WholeRuns,
     method_recipe,
     peak_memory,
     require_compiled,
+    resident_contestant,
+    run_contestant,
     subject_recipe,
     timm_contestant,
     write_model,
 )
 from benchmarking.live_memory import over_logits
 from benchmarking.noise import cifar_like, class_counts, decoded_noise, normalized_noise, photographs
-from benchmarking.targets import LOSSES_OF_CLASSES, METHOD_RECIPES
-from benchmarking.turns import Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
+from benchmarking.targets import CPU_JOBS, LOSSES_OF_CLASSES, METHOD_RECIPES, SWEEP_JOBS
+from benchmarking.turns import AtOnce, Conditions, OwnProcess, Record, Settings, ratios, take_turns, timed
 from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.batch import Batch, TrainLoader
-from mbib_timm.data.create import data_key
 from mbib_timm.data.loaders import resident_loader
 from mbib_timm.data.samplers import training_sampler
 from mbib_timm.environment import World
@@ -50,7 +52,7 @@ from mbib_timm.inference.predict import predict
 from mbib_timm.inference.predictor import Predictor
 from mbib_timm.methods import METHODS, Facts, Method
 from mbib_timm.models.weights import load_model
-from mbib_timm.recipe import DEFAULT_RECIPE
+from mbib_timm.recipe import DEFAULT_RECIPE, Recipe
 
 # In the second, the optimizer has its buffers.
 MEMORY_STEPS = 2
@@ -89,6 +91,35 @@ def pipeline(settings: Settings) -> Iterator[Record]:
     timm_images = len(splits.train) // len(batch) * len(batch)
     described = replace(Conditions.of(recipes["plain"]), images=len(splits.train), timm_images=timm_images)
     yield Record("pipeline", "images/s", figures, rows, described)
+
+
+def side_by_side(settings: Settings) -> Iterator[Record]:
+    """Measure two runs at once in bf16 on a thread each, beside one of timm's loops, and beside two such."""
+    world, images = settings.world, settings.pass_images
+    float32 = subject_recipe("resnet32", "plain", world, compiled=False)
+    bf16 = float32.replace(amp=True, amp_dtype="bfloat16")
+    ours = bf16.replace(torchcompile=settings.torchcompile)
+    two = AtOnce(CPU_JOBS, resident_contestant, ours, images, world, threads=1)
+    two_of_timm = AtOnce(CPU_JOBS, timm_contestant, bf16, images, world, threads=1)
+    timm = {
+        "timm": OwnProcess(timm_contestant, float32, images, world),
+        "timm bf16": OwnProcess(timm_contestant, bf16, images, world),
+    }
+    contestants: dict[str, Callable[[], float]] = {
+        **timm,
+        "two runs": two.images_per_second,
+        "two of timm": two_of_timm.images_per_second,
+    }
+    figures = take_turns(contestants, settings.repeats, settings.pass_warm_ups)
+    for process in (*two.processes, *two_of_timm.processes, *timm.values()):
+        process.end()
+    rows = {
+        "side-by-side": ratios(figures["two runs"], figures["timm"]),
+        "side-by-side-bf16": ratios(figures["two runs"], figures["timm bf16"]),
+        "side-by-side-timm": ratios(figures["two runs"], figures["two of timm"]),
+    }
+    described = replace(Conditions.of(ours), images=len(cifar_like(images).train), jobs=CPU_JOBS)
+    yield Record("side-by-side", "images/s", figures, rows, described)
 
 
 def step(subject: str, settings: Settings) -> Iterator[Record]:
@@ -281,25 +312,32 @@ def throughput(settings: Settings) -> Iterator[Record]:
     )
 
 
+def runs_recipe(settings: Settings) -> Recipe:
+    """Return MBIB's recipe for whole runs, evaluated every fifth epoch."""
+    return subject_recipe("resnet32", "mbib", settings.world, settings.torchcompile).replace(val_interval=5)
+
+
 def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
     """Measure whole runs of `mbib train`, without compiling: a short run has done that."""
-    from mbib_timm.training import train
-
-    recipe = subject_recipe("resnet32", "mbib", settings.world, settings.torchcompile)
-    pool = DataPool(opened={data_key(recipe): cifar_like(settings.pass_images)})
+    recipe = runs_recipe(settings)
+    runs = WholeRuns(recipe, settings.pass_images)
     inside: list[float] = []
+    whole = timed(lambda: inside.append(runs.train(number)), settings.world.device)
+    figures = take_turns({"whole run": whole}, settings.repeats, warm_ups=0)
+    figures["training and evaluation"] = inside
+    rows = {"epochs-200": inside, "epochs-200-whole": figures["whole run"]}
+    described = replace(Conditions.of(recipe), epochs=number, val_interval=recipe.val_interval)
+    yield Record("epochs-200", "seconds", figures, rows, described)
 
-    def run(count: int) -> None:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            done = train(recipe.replace(epochs=count, output=folder), "benchmark", pool)
-        inside.append(done.record.training_seconds)
 
-    run(recipe.warmup_epochs + 1)
-    whole = take_turns({"mbib": timed(partial(run, number), settings.world.device)}, settings.repeats, warm_ups=0)
-    require_compiled()
-    figures = {"training and evaluation": inside[1:], "whole run": whole["mbib"]}
-    rows = {"epochs-200": figures["training and evaluation"], "epochs-200-whole": figures["whole run"]}
-    yield Record("epochs-200", "seconds", figures, rows, replace(Conditions.of(recipe), epochs=number))
+def epochs_in_a_sweep(settings: Settings, number: int = 200) -> Iterator[Record]:
+    """Measure such runs several at a time on one device, in a process each, start, checkpoints and figures included."""
+    recipe = runs_recipe(settings)
+    runs = AtOnce(SWEEP_JOBS, run_contestant, recipe, settings.pass_images, number, threads=1)
+    figures = take_turns({"a run": runs.seconds_each}, settings.repeats, warm_ups=0)
+    runs.end()
+    described = replace(Conditions.of(recipe), epochs=number, val_interval=recipe.val_interval, jobs=SWEEP_JOBS)
+    yield Record("epochs-200-sweep", "seconds a run", figures, {"epochs-200-sweep": figures["a run"]}, described)
 
 
 # Runs `mbib train` with a first step that tells the time as it begins and as it is done, and ends the process. The step
@@ -459,6 +497,7 @@ def batch_of(subject: str, settings: Settings) -> tuple[int, int, int]:
 
 MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "pipeline": pipeline,
+    "side-by-side": side_by_side,
     **{f"step-{subject}": partial(step, subject) for subject in SUBJECTS},
     "step-methods": step_of_methods,
     "augmentation": augmentation,
@@ -466,6 +505,7 @@ MEASURE: dict[str, Callable[[Settings], Iterator[Record]]] = {
     **{f"evaluate-{subject}": partial(evaluation, subject) for subject in SUBJECTS},
     **{f"predict-{subject}": partial(prediction, subject) for subject in SUBJECTS},
     "epochs-200": epochs,
+    "epochs-200-sweep": epochs_in_a_sweep,
     "throughput-resnext50": throughput,
     "start": start,
     "start-list": start_list,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarking.targets import ROWS, verdict
+from benchmarking.targets import ROWS, Machine, verdict
 from benchmarking.turns import Conditions, Record
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError
@@ -98,26 +98,26 @@ class Results:
         return {row.row: row for row in self.rows if row.values is not None}
 
 
-def build_row(name: str, device: str, values: list[float] | None, commit: str | None) -> MeasuredRow:
+def build_row(name: str, machine: Machine, values: list[float] | None, commit: str | None) -> MeasuredRow:
     """Return a row of the table.
 
     Args:
         name: in `ROWS`.
-        device: type of the device.
+        machine: that the row is for.
         values: one per repeat; None where the row was not measured.
         commit: that they were measured at.
     """
     row = ROWS[name]
-    target, bound = row.target(device), "at least" if row.at_least else "at most"
+    target, bound = row.target(machine), "at least" if row.at_least else "at most"
     if values is None:
-        return MeasuredRow(name, row.what, target, bound, verdict(row, None, device))
+        return MeasuredRow(name, row.what, target, bound, verdict(row, None, machine))
     told = Figures.of(values)
     return MeasuredRow(
         name,
         row.what,
         target,
         bound,
-        verdict(row, told.median, device),
+        verdict(row, told.median, machine),
         values,
         told.median,
         told.min,
@@ -127,12 +127,12 @@ def build_row(name: str, device: str, values: list[float] | None, commit: str | 
     )
 
 
-def build_rows(measured: Mapping[str, MeasuredRow], device: str) -> list[MeasuredRow]:
+def build_rows(measured: Mapping[str, MeasuredRow], machine: Machine) -> list[MeasuredRow]:
     """Return every row of `ROWS`, those that were measured with the targets of today."""
     return [
-        build_row(name, device, measured[name].values, measured[name].commit)
+        build_row(name, machine, measured[name].values, measured[name].commit)
         if name in measured
-        else build_row(name, device, None, None)
+        else build_row(name, machine, None, None)
         for name in ROWS
     ]
 
@@ -163,11 +163,11 @@ def merge(old: Results | None, environment: Environment, records: Iterable[Recor
         environment: of the new ones.
         records: what was measured.
     """
-    commit, device = environment.commit, environment.device
+    commit, machine = environment.commit, Machine(environment.device, environment.hardware)
     kept = dict(old.records) if old else {}
     rows = old.measured() if old else {}
     for record in records:
         contestants = {who: Figures.of(values) for who, values in record.figures.items()}
         kept[record.name] = KeptRecord(commit, record.settings, record.unit, contestants)
-        rows |= {name: build_row(name, device, values, commit) for name, values in record.rows.items()}
-    return Results(environment, kept, build_rows(rows, device))
+        rows |= {name: build_row(name, machine, values, commit) for name, values in record.rows.items()}
+    return Results(environment, kept, build_rows(rows, machine))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from benchmarking.results_file import MeasuredRow, Results, build_rows
-from benchmarking.targets import ROWS
+from benchmarking.targets import ROWS, Machine
 from mbib_timm.results.tables import NOTHING, Table
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -22,19 +22,21 @@ def markdown(files: Mapping[str, Results]) -> str:
         files: contents of the results files, by their links. Without one of a CPU or of a CUDA device, its targets
             stand there as not measured.
     """
-    columns = [(results.environment.device, results.measured()) for results in files.values()]
-    columns += [(device, {}) for device in ("cpu", "cuda") if device not in dict(columns)]
-    tables = [build_rows(measured, device) for device, measured in columns]
+    machines = [Machine(each.environment.device, each.environment.hardware) for each in files.values()]
+    tables = [build_rows(each.measured(), machine) for each, machine in zip(files.values(), machines, strict=True)]
+    absent = [Machine(device) for device in DEVICES if device not in {machine.device for machine in machines}]
+    machines += absent
+    tables += [build_rows({}, machine) for machine in absent]
     header = ["what", "`--only`"]
-    for device, _ in columns:
-        header += [f"{DEVICES.get(device, device)} target", "measured"]
+    for machine in machines:
+        header += [f"{DEVICES.get(machine.device, machine.device)} target", "measured"]
     rows = []
     for entries in zip(*tables, strict=True):
         row = ROWS[entries[0].row]
         shown = [row.what, row.measurement]
-        for (device, _), entry in zip(columns, entries, strict=True):
-            elsewhere = row.cuda_only and device != "cuda"
-            shown += [NOTHING, NOTHING] if elsewhere else [_target(entry), _measured(entry)]
+        for machine, entry in zip(machines, entries, strict=True):
+            here = row.is_measured_on(machine.device)
+            shown += [_target(entry), _measured(entry)] if here else [NOTHING, NOTHING]
         rows.append(shown)
     origins = [_origin(results, link) for link, results in files.items()]
     return "\n".join([Table(header, rows).markdown(), "", *origins]) + "\n"

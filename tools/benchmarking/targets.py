@@ -1,7 +1,6 @@
 """What the benchmark measures, and the targets."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Methods whose step is measured against that of cross-entropy: the name of each one's row, and its recipe.
 METHOD_RECIPES = {
@@ -25,6 +24,42 @@ LOSSES_OF_CLASSES = {
     "se_mbib": "mbib_resnet20",
     "all_mbib": "mbib_resnet20",
 }
+# Runs at once, as `mbib sweep --jobs` has them: on two cores, and on one CUDA device.
+CPU_JOBS, SWEEP_JOBS = 2, 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a target depends on.
+
+    Attributes:
+        device: its type.
+        hardware: name of the accelerator, or of the processor; empty where it is not known.
+    """
+
+    device: str
+    hardware: str = ""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A row's targets; None where it is there for information.
+
+    Attributes:
+        cpu: on two cores.
+        cuda: on one H100.
+        h200: on one H200, where that is another.
+    """
+
+    cpu: float | None = None
+    cuda: float | None = None
+    h200: float | None = None
+
+    def on(self, machine: Machine) -> float | None:
+        """Return the target of a machine."""
+        if machine.device == "cuda":
+            return self.h200 if self.h200 is not None and "H200" in machine.hardware else self.cuda
+        return self.cpu if machine.device == "cpu" else None
 
 
 @dataclass(frozen=True)
@@ -34,128 +69,144 @@ class Row:
     Attributes:
         measurement: what to ask `--only` for.
         what: is measured, with its unit where it is no ratio.
-        targets: by type of device; none for a row that is there for information.
+        targets: of the row.
         at_least: the target is a lower bound, else an upper one.
-        flags: that the measurement needs besides, by type of device.
-        cuda_only: other devices do not measure it.
+        cpu_flags: that the measurement needs besides on a CPU.
+        only: the one type of device that measures it; None for any.
     """
 
     measurement: str
     what: str
-    targets: Mapping[str, float]
+    targets: Targets = field(default_factory=Targets)
     at_least: bool = False
-    flags: Mapping[str, str] | None = None
-    cuda_only: bool = False
+    cpu_flags: str = ""
+    only: str | None = None
 
-    def target(self, device: str) -> float | None:
-        """Return the target on a type of device."""
-        return self.targets.get("cuda" if self.cuda_only else device)
+    def is_measured_on(self, device: str) -> bool:
+        """Return whether a type of device measures the row."""
+        return self.only in (None, device)
+
+    def target(self, machine: Machine) -> float | None:
+        """Return the target on a machine; that of the device which measures the row, where this one does not."""
+        return self.targets.on(machine if self.is_measured_on(machine.device) else Machine(str(self.only)))
 
     def command(self, device: str) -> str:
         """Return the command that measures the row."""
-        chosen = "cuda" if self.cuda_only else device
+        chosen = device if self.is_measured_on(device) else str(self.only)
         command = f"python tools/benchmark.py --device {chosen} --only {self.measurement}"
-        return " ".join([command, *filter(None, [(self.flags or {}).get(chosen)])])
-
-
-def both(cpu: float, cuda: float) -> dict[str, float]:
-    """Return targets by device."""
-    return {"cpu": cpu, "cuda": cuda}
+        return f"{command} {self.cpu_flags}" if self.cpu_flags and chosen == "cpu" else command
 
 
 ROWS = {
     "pipeline": Row(
         "pipeline",
-        "ResNet32, CIFAR-100-LT IF100: training images/s over timm's loader and loop",
-        both(1.6, 10),
+        "ResNet32, CIFAR-100-LT IF100: training images/s over timm's loader and loop, on the CPU in float32",
+        Targets(1.2, 4),
         at_least=True,
     ),
-    "pipeline-mbib": Row("pipeline", "MBIB-ResNet32's training images/s over the same", {}),
-    "pipeline-convolutions": Row("pipeline", "ResNet32's convolutions alone over the same: the ceiling", {}),
-    "step-resnet32": Row("step-resnet32", "MBIB step / plain step, ResNet32, compiled", both(1.05, 1.15)),
-    "step-resnet32-eager": Row("step-resnet32", "the same, eager", {}),
+    "pipeline-mbib": Row("pipeline", "MBIB-ResNet32's training images/s over the same"),
+    "pipeline-convolutions": Row("pipeline", "ResNet32's convolutions alone over the same: the ceiling"),
+    "side-by-side": Row(
+        "side-by-side",
+        "ResNet32, bf16, two runs at once on a thread each: training images/s of both over timm's loop in float32",
+        Targets(cpu=2.0),
+        at_least=True,
+        only="cpu",
+    ),
+    "side-by-side-bf16": Row("side-by-side", "the same over timm's loop in bf16", only="cpu"),
+    "side-by-side-timm": Row(
+        "side-by-side", "the same over two of timm's loops at once in bf16, on a thread each", only="cpu"
+    ),
+    "step-resnet32": Row("step-resnet32", "MBIB step / plain step, ResNet32, compiled", Targets(1.03, 1.10)),
+    "step-resnet32-eager": Row("step-resnet32", "the same, eager"),
     **{
-        f"step-methods-{title}": Row("step-methods", f"{title} step / CE step, ResNet32; on the CPU eager", {})
+        f"step-methods-{title}": Row("step-methods", f"{title} step / CE step, ResNet32; on the CPU eager")
         for title in METHOD_RECIPES
     },
     "augmentation": Row(
         "augmentation",
         "ResNet32, cross-entropy: an epoch with AutoAugment and Cutout / one with crop and flip alone",
-        both(1.1, 1.1),
+        Targets(1.1, 1.1),
     ),
-    "augmentation-views": Row("augmentation", "batches of PaCo's two views / of crop and flip alone, no training", {}),
+    "augmentation-views": Row("augmentation", "batches of PaCo's two views / of crop and flip alone, no training"),
     "step-resnext50": Row(
         "step-resnext50",
         "MBIB step / plain step, ResNeXt50 at 224 px, compiled",
-        both(1.03, 1.03),
-        flags={"cpu": "--torchcompile-large"},
+        Targets(1.03, 1.03),
+        cpu_flags="--torchcompile-large",
     ),
-    "step-resnext50-eager": Row("step-resnext50", "the same, eager", {"cpu": 1.03}),
-    "memory-resnet32": Row("memory-resnet32", "peak memory MBIB / plain, ResNet32", both(1.05, 1.05)),
-    "memory-resnext50": Row("memory-resnext50", "peak memory MBIB / plain, ResNeXt50", both(1.05, 1.05)),
-    "evaluate-resnet32": Row("evaluate-resnet32", "MBIB evaluation / plain evaluation, ResNet32", both(1.02, 1.02)),
-    "evaluate-resnet32-forward": Row("evaluate-resnet32", "MBIB evaluation / plain forward pass alone, ResNet32", {}),
+    "step-resnext50-eager": Row("step-resnext50", "the same, eager", Targets(1.03)),
+    "memory-resnet32": Row("memory-resnet32", "peak memory MBIB / plain, ResNet32", Targets(1.05, 1.05)),
+    "memory-resnext50": Row("memory-resnext50", "peak memory MBIB / plain, ResNeXt50", Targets(1.05, 1.05)),
+    "evaluate-resnet32": Row("evaluate-resnet32", "MBIB evaluation / plain evaluation, ResNet32", Targets(1.02, 1.10)),
+    "evaluate-resnet32-forward": Row("evaluate-resnet32", "MBIB evaluation / plain forward pass alone, ResNet32"),
     "evaluate-resnext50": Row(
-        "evaluate-resnext50", "MBIB evaluation / plain evaluation, ResNeXt50", {"cuda": 1.02}, cuda_only=True
+        "evaluate-resnext50", "MBIB evaluation / plain evaluation, ResNeXt50", Targets(cuda=1.02), only="cuda"
     ),
     "evaluate-resnext50-forward": Row(
-        "evaluate-resnext50", "MBIB evaluation / plain forward pass alone, ResNeXt50", {}, cuda_only=True
+        "evaluate-resnext50", "MBIB evaluation / plain forward pass alone, ResNeXt50", only="cuda"
     ),
     "predict-resnet32": Row(
         "predict-resnet32",
         "`mbib predict` on 2,000 PNG files of 32 px to CSV / the forward pass alone, MBIB-ResNet32",
-        both(1.25, 10),
+        Targets(1.25, 10),
     ),
-    "predict-resnet32-reading": Row("predict-resnet32", "reading and decoding those files alone / the same", {}),
+    "predict-resnet32-reading": Row("predict-resnet32", "reading and decoding those files alone / the same"),
     "predict-resnext50": Row(
         "predict-resnext50",
         "`mbib predict` on 2,000 JPEG files of 375x500 to CSV / the forward pass alone, MBIB-ResNeXt50",
-        {"cuda": 1.5},
-        cuda_only=True,
+        Targets(cuda=1.5),
+        only="cuda",
     ),
     "predict-resnext50-reading": Row(
-        "predict-resnext50", "reading and decoding those files alone / the same", {}, cuda_only=True
+        "predict-resnext50", "reading and decoding those files alone / the same", only="cuda"
     ),
     "epochs-200": Row(
         "epochs-200",
-        "200 epochs CIFAR-100-LT IF100 MBIB-ResNet32, evaluation included, compiling excluded: seconds",
-        {"cuda": 18},
-        cuda_only=True,
+        "200 epochs CIFAR-100-LT IF100 MBIB-ResNet32, evaluation every 5, compiling excluded: seconds",
+        Targets(cuda=30),
+        only="cuda",
     ),
-    "epochs-200-whole": Row("epochs-200", "the same with start, checkpoints and figures: seconds", {}, cuda_only=True),
+    "epochs-200-whole": Row("epochs-200", "the same with start, checkpoints and figures: seconds", only="cuda"),
+    "epochs-200-sweep": Row(
+        "epochs-200-sweep",
+        f"such runs, {SWEEP_JOBS} at once on one device: seconds a run",
+        Targets(cuda=20),
+        only="cuda",
+    ),
     "throughput-resnext50": Row(
         "throughput-resnext50",
         "MBIB-ResNeXt50 at 224 px, bf16, resident images: training images/s",
-        {"cuda": 4400},
+        Targets(cuda=3300, h200=4400),
         at_least=True,
-        cuda_only=True,
+        only="cuda",
     ),
     "start": Row(
-        "start", "`mbib train` until the first step begins, after importing torch and timm: seconds", both(1, 2)
+        "start", "`mbib train` until the first step begins, after importing torch and timm: seconds", Targets(1, 2)
     ),
-    "start-step": Row("start", "the same until the first step is done: seconds", {}),
+    "start-step": Row("start", "the same until the first step is done: seconds"),
     "start-list": Row(
         "start-list",
         "the same until the first step begins, 10,000,000 images in 10,000 classes by list: seconds",
-        {"cpu": 15},
+        Targets(15),
     ),
     "start-list-memory": Row(
-        "start-list", "peak memory that it adds to torch and timm until then, images left on the disk: GB", {"cpu": 1}
+        "start-list", "peak memory that it adds to torch and timm until then, images left on the disk: GB", Targets(1)
     ),
     "memory-classes": Row(
         "memory-classes",
         "memory of loss and evaluation over the logits, 100,000 classes: the most of CE, focal, BSCE, LDAM, (M)BIB",
-        both(3, 3),
+        Targets(3, 3),
     ),
 }
 MEASUREMENTS = tuple(dict.fromkeys(row.measurement for row in ROWS.values()))
 
 
-def verdict(row: Row, median: float | None, device: str) -> str:
+def verdict(row: Row, median: float | None, machine: Machine) -> str:
     """Return whether a row meets its target, by how much it does not, or what would measure it."""
     if median is None:
-        return f"not measured: `{row.command(device)}`"
-    target = row.target(device)
+        return f"not measured: `{row.command(machine.device)}`"
+    target = row.target(machine)
     if target is None:
         return "for information"
     missed = 1 - median / target if row.at_least else median / target - 1

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -64,6 +64,8 @@ class Conditions:
         epochs: of a run.
         recipe: its name.
         recipes: names by method.
+        val_interval: epochs from one evaluation to the next.
+        jobs: runs at once.
     """
 
     batch_size: int | None = None
@@ -80,6 +82,8 @@ class Conditions:
     epochs: int | None = None
     recipe: str | None = None
     recipes: dict[str, str] | None = None
+    val_interval: int | None = None
+    jobs: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Conditions":
@@ -137,15 +141,20 @@ class OwnProcess:
     Args:
         build: returns the contestant, there; a function of a module.
         arguments: of `build`.
+        threads: of the process; torch's own choice when None.
     """
 
-    def __init__(self, build: Callable[..., Callable[[], float]], *arguments: Any) -> None:
+    def __init__(self, build: Callable[..., Callable[[], float]], *arguments: Any, threads: int | None = None) -> None:
         context = get_context("spawn")
-        self.executor = ProcessPoolExecutor(1, context, initializer=_build, initargs=(build, arguments))
+        self.executor = ProcessPoolExecutor(1, context, initializer=_build, initargs=(build, arguments, threads))
+
+    def begin(self) -> "Future[float]":
+        """Return its figure, once it is there."""
+        return self.executor.submit(_figure)
 
     def __call__(self) -> float:
         """Return its figure."""
-        return self.executor.submit(_figure).result()
+        return self.begin().result()
 
     def end(self) -> None:
         """End the process."""
@@ -155,12 +164,47 @@ class OwnProcess:
 _built: dict[str, Callable[[], float]] = {}
 
 
-def _build(build: Callable[..., Callable[[], float]], arguments: tuple[Any, ...]) -> None:
+def _build(build: Callable[..., Callable[[], float]], arguments: tuple[Any, ...], threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
     _built["contestant"] = build(*arguments)
 
 
 def _figure() -> float:
     return _built["contestant"]()
+
+
+class AtOnce:
+    """Several contestants of one kind, each in a process of its own, at the same time.
+
+    Args:
+        number: of them.
+        build: see `OwnProcess`, and so are the others.
+        arguments: of `build`.
+        threads: of each process.
+    """
+
+    def __init__(
+        self, number: int, build: Callable[..., Callable[[], float]], *arguments: Any, threads: int | None = None
+    ) -> None:
+        self.processes = [OwnProcess(build, *arguments, threads=threads) for _ in range(number)]
+
+    def figures(self) -> list[float]:
+        """Return the figure of each."""
+        return [figure.result() for figure in [process.begin() for process in self.processes]]
+
+    def images_per_second(self) -> float:
+        """Return images/s of all, whose figures are images/s: as many as the slowest times their number."""
+        return len(self.processes) * min(self.figures())
+
+    def seconds_each(self) -> float:
+        """Return the seconds that one costs, whose figures are seconds: those of the slowest by their number."""
+        return max(self.figures()) / len(self.processes)
+
+    def end(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.end()
 
 
 def take_turns(contestants: dict[str, Callable[[], float]], repeats: int, warm_ups: int = 1) -> dict[str, list[float]]:
