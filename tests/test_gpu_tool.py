@@ -1,0 +1,159 @@
+"""The tool for a machine with a GPU: its plan, its data, its clock, and what comes back; nothing here needs one."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import gpu
+import numpy as np
+import pytest
+from archive_images import assert_same
+from pack import pack
+from PIL import Image
+
+from mbib_timm.data import open_data
+from mbib_timm.errors import MbibError
+from mbib_timm.recipe import find_recipe, list_sweeps, load_recipe
+
+RECIPE = """
+dataset: folder
+data_dir: {data}
+val_split: test
+model: cifar_resnet20
+method: ce
+imbalance: exp
+imbalance_factor: {factor}
+workers: 0
+"""
+
+
+@pytest.mark.parametrize("phases", [gpu.PLAN, gpu.DRY])
+def test_every_recipe_of_the_plan_exists_and_has_the_data_of_its_phase(phases):
+    for phase in phases:
+        if isinstance(phase.recipes, str):
+            assert phase.recipes in list_sweeps()
+            continue
+        for name in phase.recipes:
+            recipe = load_recipe(find_recipe(name))
+            assert phase.factor is None or recipe.imbalance_factor == phase.factor
+            assert recipe.epochs >= 0
+    assert len({phase.name for phase in phases}) == len(phases)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Coloured images in class folders: 40 of training and 3 of testing for each of four classes."""
+    random = np.random.RandomState(0)
+    for split, count in (("train", 40), ("test", 3)):
+        for label in "abcd":
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(random.randint(0, 256, (4, 4, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def recipe_of(folder, data, factor):
+    file = folder / f"if{factor}.yaml"
+    file.write_text(RECIPE.format(data=data, factor=factor))
+    return file
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_one_packed_file_holds_the_subsets_of_all_factors_in_their_order(tmp_path, images, image_format):
+    """Against the subsets of the images themselves: the same images in the same order, and so the same batches."""
+    whole = recipe_of(tmp_path, images, 4)
+    pack(load_recipe(whole), tmp_path / "packed.tar", image_format)
+    gpu.lay_out(tmp_path / "packed.tar", tmp_path / "data", (20, 10, 4), str(whole))
+    for factor in (20, 10, 4):
+        own = open_data(load_recipe(recipe_of(tmp_path, images, factor)))
+        laid = open_data(load_recipe(recipe_of(tmp_path, tmp_path / "data" / f"if{factor}", factor)))
+        assert laid.class_counts.tolist() == own.class_counts.tolist()
+        assert_same(laid.train, own.train)
+        assert_same(laid.val, own.val)
+    with pytest.raises(MbibError, match="is of imbalance factor 4 and holds no subset of 2"):
+        gpu.lay_out(tmp_path / "packed.tar", tmp_path / "data", (2,), str(whole))
+
+
+SLEEPER = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')\n"
+DEAF = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('on', flush=True)\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize(("code", "said"), [(SLEEPER, "saved"), (DEAF, "on")])
+def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, monkeypatch, code, said):
+    monkeypatch.setattr(gpu, "GRACE", 1.5)
+    begun = time.monotonic()
+    status = gpu.run_phase([sys.executable, "-c", code], tmp_path / "log.txt", begun + 3.5, gpu.Archives(tmp_path))
+    assert status is None
+    assert time.monotonic() - begun < 10
+    assert (tmp_path / "log.txt").read_text().strip() == said
+
+
+def test_a_command_that_ends_gives_its_status(tmp_path):
+    ends = time.monotonic() + 60
+    assert gpu.run_phase([sys.executable, "-c", "exit(3)"], tmp_path / "log.txt", ends, gpu.Archives(tmp_path)) == 3
+
+
+def test_the_archives_hold_results_weights_and_what_is_not_finished(tmp_path):
+    finished, other, begun = (tmp_path / "runs" / "s" / name for name in ("a-seed0", "a-seed1", "b-seed0"))
+    for run in (finished, other, begun):
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text("lr: 1\n")
+        (run / "last.ckpt").write_bytes(b"x")
+    for run in (finished, other):
+        (run / "metrics.json").write_text("{}")
+        (run / "model.safetensors").write_bytes(b"w")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "table.md").write_text("t")
+    gpu.Archives(tmp_path).renew()
+
+    def names(archive):
+        with tarfile.open(tmp_path / archive) as opened:
+            return sorted(opened.getnames())
+
+    assert names("weights.tar") == ["runs/s/a-seed0/model.safetensors"]
+    assert names("checkpoints.tar") == ["runs/s/b-seed0/last.ckpt", "runs/s/b-seed0/recipe.yaml"]
+    kept = [f"runs/s/{run}/{file}" for run in ("a-seed0", "a-seed1") for file in ("metrics.json", "recipe.yaml")]
+    assert names("results.tar") == ["results/table.md", *kept]
+    gpu.take_up(tmp_path, tmp_path / "next")
+    assert (tmp_path / "next" / "runs" / "s" / "b-seed0" / "last.ckpt").read_bytes() == b"x"
+    with pytest.raises(MbibError, match=r"there is no results\.tar or"):
+        gpu.take_up(tmp_path / "nowhere", tmp_path / "next")
+
+
+def call(*arguments):
+    file = Path(gpu.__file__)
+    return subprocess.run([sys.executable, str(file), *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run"], "expected the packed images, or --dry-run, and -o FOLDER"),
+        (["-o", "out"], "expected the packed images, or --dry-run, and -o FOLDER"),
+        (["--only", "table2", "--list"], "there is no phase 'table2'; there are checks, benchmark, table1_if100"),
+    ],
+)
+def test_what_cannot_be_is_an_error(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert f"gpu: error: {message}" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_on_where_another_was_stopped(tmp_path):
+    """With the digits: the first call has no time for its last phase, the second skips what is done."""
+    first = call("--dry-run", "-o", str(tmp_path / "one"), "--minutes", "0.4", "--only", "digits")
+    assert first.returncode == 0, first.stderr
+    assert "not begun, the time is up" in first.stdout
+    second = call("--dry-run", "-o", str(tmp_path / "one"), "--only", "digits")
+    assert "digits: done," in second.stdout, second.stderr
+    third = call("--dry-run", "-o", str(tmp_path / "two"), "--only", "digits", "--from", str(tmp_path / "one"))
+    assert "digits: done before" in third.stdout
+    table = (tmp_path / "two" / "results" / "digits-1e" / "table.md").read_text()
+    assert re.findall(r"\| (\S+) \| 2 \|", table) == ["cifar_resnet20.ce_digits", "mbib_resnet20.digits"]
