@@ -494,7 +494,7 @@ CASES = {
     ),
     "train: fewer epochs than done": (
         lambda root, run: ["train", *places_of(root, run), "--resume", "auto", "--epochs", "2"],
-        "has trained 3 epochs already, and 2 are asked for: expected at least 3",
+        "has begun 3 epochs, and 2 are asked for: expected at least 3",
     ),
     "train: another recipe": (
         lambda root, run: ["train", *places_of(root, run), "--resume", "auto", "--epochs", "3", "--lr", "0.7"],

@@ -892,14 +892,15 @@ def test_a_checkpoint_serves_without_classes_and_with_others(tmp_path, name, cla
 
 
 def test_the_packaged_weights_give_the_logits_that_they_always_gave():
-    """Logits of every head, written before the weights' keys were renamed; bit-equal where they were written."""
+    """Logits of every head, written before the weights' keys were renamed, and before they were rounded to half
+    precision, which moves a weight by half a thousandth at most."""
     golden = load_file(Path(__file__).parent / "golden" / "mbib_resnet32_logits.safetensors")
     model = timm.create_model("mbib_resnet32.cifar100_lt_if100", pretrained=True).eval()
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     given = {"prediction": model(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
     assert given.keys() == golden.keys()
     for name, logits in given.items():
-        torch.testing.assert_close(logits, golden[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, golden[name], rtol=2e-3, atol=1e-2)
 
 
 def test_timm_finds_the_models_only_after_the_import():

@@ -362,10 +362,10 @@ def test_an_interrupted_run_on_the_digits_resumes_bit_identically(tmp_path, monk
     whole = train(recipe, "whole")
     original = run_module.train_one_epoch
 
-    def crashing(method, loader, step, recipe, epoch, *args, **kwargs):
-        if epoch == 2:
+    def crashing(method, loader, step, recipe, log, *args, **kwargs):
+        if log.epoch == 2:
             raise CrashError
-        return original(method, loader, step, recipe, epoch, *args, **kwargs)
+        return original(method, loader, step, recipe, log, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "train_one_epoch", crashing)

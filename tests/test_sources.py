@@ -15,7 +15,7 @@ from PIL import Image
 from small_data import normalized_recipe as recipe
 from small_data import picture, save_image
 
-from mbib_timm.data import SOURCES, create_loaders, open_data, open_split, sources, summary
+from mbib_timm.data import SOURCES, create_loaders, lists, open_data, open_split, summary
 from mbib_timm.data.lists import open_inaturalist, open_list
 from mbib_timm.data.loaders import timm_eval_loader
 from mbib_timm.data.sources import open_digits
@@ -146,7 +146,7 @@ def test_a_list_of_437_513_lines(tmp_path):
 
 
 def test_real_lists(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "look_for_images", lambda reader, file, confined: "")
+    monkeypatch.setattr(lists, "look_for_images", lambda reader, file, confined: "")
     for name, images, classes in [("ImageNet_LT_test.txt", 50_000, 1000), ("iNaturalist18_val.txt", 24_426, 8142)]:
         file = shared / "data" / "lists" / name
         split = open_list(str(file), str(tmp_path), "val_list", None)

@@ -68,9 +68,9 @@ def trained_epochs(monkeypatch):
     """Return a list that will name the method, stage and number of every epoch that is trained."""
     epochs, original = [], run_module.train_one_epoch
 
-    def recorded(method, loader, step, recipe, epoch, *args, **kwargs):
-        epochs.append((method.name, recipe.stage, epoch))
-        return original(method, loader, step, recipe, epoch, *args, **kwargs)
+    def recorded(method, loader, step, recipe, log, *args, **kwargs):
+        epochs.append((method.name, recipe.stage, log.epoch))
+        return original(method, loader, step, recipe, log, *args, **kwargs)
 
     monkeypatch.setattr(run_module, "train_one_epoch", recorded)
     return epochs
@@ -236,11 +236,11 @@ class CrashError(Exception):
 def crash(monkeypatch, stage, epoch, *, after):
     original = run_module.train_one_epoch
 
-    def crashing(method, loader, step, recipe, number, *args, **kwargs):
-        here = (recipe.stage, number) == (stage, epoch)
+    def crashing(method, loader, step, recipe, log, *args, **kwargs):
+        here = (recipe.stage, log.epoch) == (stage, epoch)
         if here and not after:
             raise CrashError
-        result = original(method, loader, step, recipe, number, *args, **kwargs)
+        result = original(method, loader, step, recipe, log, *args, **kwargs)
         if here:
             raise CrashError
         return result

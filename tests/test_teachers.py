@@ -289,10 +289,10 @@ class CrashError(Exception):
 def crash_in(monkeypatch, method, epoch):
     original = run_module.train_one_epoch
 
-    def crashing(given, loader, step, recipe, number, *args, **kwargs):
-        if (given.name, number) == (method, epoch):
+    def crashing(given, loader, step, recipe, log, *args, **kwargs):
+        if (given.name, log.epoch) == (method, epoch):
             raise CrashError
-        return original(given, loader, step, recipe, number, *args, **kwargs)
+        return original(given, loader, step, recipe, log, *args, **kwargs)
 
     monkeypatch.setattr(run_module, "train_one_epoch", crashing)
 
