@@ -291,9 +291,7 @@ def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     assert eight.record.result.heads != four.record.result.heads
     assert not (four.folder / "analysis" / "analysis.json").exists(), "it was of the weights before"
     assert load_recipe(eight.folder / "recipe.yaml").epochs == 8
-    with pytest.raises(
-        CheckpointError, match=r"has trained 8 epochs already, and 4 are asked for: expected at least 8, or"
-    ):
+    with pytest.raises(CheckpointError, match=r"has begun 8 epochs, and 4 are asked for: expected at least 8, or"):
         train(digits(tmp_path, **keys, epochs=4, resume="auto"), "run")
     with pytest.raises(CheckpointError, match="another recipe: lr"):
         train(digits(tmp_path, **keys, epochs=9, resume="auto", lr=0.5), "run")

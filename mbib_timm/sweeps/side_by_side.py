@@ -196,6 +196,7 @@ class _Numbered(io.TextIOBase):
 def _work(connection: Connection, create_task: Callable[[], Task[Item]]) -> None:
     """Do the work that comes, until there is none or it goes wrong."""
     signal.signal(signal.SIGTERM, _exit)
+    sys.unraisablehook = _exit_later
     threading.Thread(target=_end_with_parent, daemon=True).start()
     task = create_task()
     streams = sys.stdout, sys.stderr
@@ -210,6 +211,14 @@ def _work(connection: Connection, create_task: Callable[[], Task[Item]]) -> None
                 connection.send(Outcome(failed=f"{type(error).__name__}: {first_line(error)}", lost=True))
                 return  # another process takes over, with none of this one's memory
             connection.send(outcome)
+
+
+def _exit_later(ignored: "sys.UnraisableHookArgs") -> None:
+    """End this process in a moment, where a finalizer ran as the signal came, out of which nothing can be raised."""
+    if issubclass(ignored.exc_type, SystemExit):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _end_with_parent() -> None:
