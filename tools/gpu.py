@@ -34,7 +34,7 @@ from pack import plan
 
 from mbib_timm.data import Splits, open_data
 from mbib_timm.data.images import PathReader
-from mbib_timm.data.long_tail import PROFILES
+from mbib_timm.data.splits import long_tailed_counts
 from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
 from mbib_timm.recipe import Recipe, change_recipe, find_recipe, load_recipe, longest_epochs
@@ -178,7 +178,7 @@ def lay_out(packed: Path, folder: Path, factors: Sequence[int] = FACTORS, whole:
 
 def link(data: Splits, recipe: Recipe, folder: Path) -> None:
     """Link to the images of a recipe's subset, under the names by which it finds them again in its order."""
-    counts = PROFILES[recipe.imbalance](len(data.class_counts), int(data.class_counts[0]), recipe.imbalance_factor)
+    counts = long_tailed_counts(recipe, data.class_counts)
     starts = np.cumsum(data.class_counts) - data.class_counts
     kept = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
     part = replace(data, train=data.train.subset(kept), class_counts=np.array(counts))

@@ -11,7 +11,6 @@ A card is rendered from the folder in `results/` of the packaged seed, with the 
 """
 
 import argparse
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -119,11 +118,8 @@ def render(model: ZooModel) -> str:
         MbibError: there are no results of the seed whose weights are published.
     """
     packaged = read_run(model.folder)
-    results = sorted(
-        path
-        for path in (ROOT / "results").glob(packaged.kept_name("*"))
-        if re.fullmatch(re.escape(packaged.kept_name("#")).replace(r"\#", r"\d+"), path.name)
-    )
+    found = sorted((ROOT / "results").glob(packaged.kept_name("*")))  # in mixed precision too, whose names are longer
+    results = [path for path in found if read_run(path).precision == packaged.precision]
     own = ROOT / "results" / packaged.kept_name(packaged.record.seed)
     if own not in results:
         raise MbibError(f"{own} is missing: python tools/results.py add RUN")

@@ -347,8 +347,7 @@ def on_disk(split: Split, recipe: Recipe) -> bool:
     cache."""
     if cache_folder(recipe, "images") is None or not len(split):
         return False
-    first = 0 if split.indices is None else int(split.indices[0])
-    return _file_state(os.fsencode(split.reader.path(first)), {}) is not None
+    return _file_state(os.fsencode(split.path(0)), {}) is not None
 
 
 def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> int:

@@ -164,9 +164,22 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
 
 def _long_tailed(recipe: Recipe, targets: np.ndarray, available: np.ndarray) -> np.ndarray:
     """Return the indices of the images that the recipe's long-tailed subset keeps."""
+    return long_tailed_indices(targets, long_tailed_counts(recipe, available), recipe.subset_seed)
+
+
+def long_tailed_counts(recipe: Recipe, available: np.ndarray) -> list[int]:
+    """Return the images of each class that a recipe's long-tailed subset keeps, (K,).
+
+    Args:
+        recipe: names profile and imbalance factor, and perhaps the largest class.
+        available: images of each class, (K,).
+
+    Raises:
+        DataError: an imbalance that a class cannot have.
+    """
     shape, factor = recipe.imbalance, recipe.imbalance_factor
     largest = recipe.imbalance_max or largest_class(available, shape, factor)
-    return long_tailed_indices(targets, PROFILES[shape](len(available), largest, factor), recipe.subset_seed)
+    return PROFILES[shape](len(available), largest, factor)
 
 
 def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:

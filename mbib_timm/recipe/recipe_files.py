@@ -111,8 +111,8 @@ def load_recipe(
         overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
             part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage, and
             ``stages`` for all of them. A key without stage holds for all stages that do not set it themselves, as in
-            the file. Another `dataset` takes
-            along what the file says of a table, of lists and of groups, and a table the folder of the other data.
+            the file. Another `dataset` takes along what the file says of a table, of lists and of groups, and a table
+            the folder of the other data.
         say: told in a line about each stage whose epochs shorten something.
 
     Raises:
