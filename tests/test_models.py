@@ -543,6 +543,20 @@ BACKBONES = {
 }
 
 
+@pytest.mark.parametrize("architecture", ["mbib", "bib", "experts", "with_classifier"])
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("convnext_tny.fb_in22k", "unknown backbone 'convnext_tny': did you mean 'convnext_tiny'"),
+        ("convnext_tiny.fb_in22q", r"unknown tag of a backbone 'convnext_tiny\.fb_in22q': did you mean .*fb_in22k"),
+    ],
+)
+def test_backbones_that_timm_does_not_know_are_named(architecture, pretrained, backbone, message):
+    with pytest.raises(MbibError, match=message):
+        timm.create_model(architecture, backbone=backbone, pretrained=pretrained)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_wraps_timm_backbones(backbone):

@@ -49,9 +49,14 @@ def skeleton(backbone: str, backbone_args: Mapping[str, Any]) -> nn.Module:
     Raises:
         MbibError: timm does not know the backbone.
     """
-    if not timm.is_model(backbone):
-        raise unknown_name("backbone", backbone, timm.list_models())
+    require_backbone(backbone)
     return timm.create_model(backbone, device="meta", **backbone_args)
+
+
+def require_backbone(name: str) -> None:
+    """Raise MbibError where timm does not know a backbone, by its name without tag."""
+    if not timm.is_model(name):
+        raise unknown_name("backbone", name, timm.list_models())
 
 
 @dataclass(frozen=True)
@@ -215,8 +220,17 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
     Args:
         backbone: timm model name, with or without tag.
         classifier: name or names of the model's classifiers.
+
+    Raises:
+        MbibError: timm does not know the backbone, or the tag of its weights.
     """
-    cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
+    architecture = backbone.partition(".")[0]
+    require_backbone(architecture)
+    try:
+        cfg = timm.get_pretrained_cfg(backbone) or PretrainedCfg()
+    except RuntimeError:
+        tagged = timm.list_models(f"{architecture}.*", include_tags=True)
+        raise unknown_name("tag of a backbone", backbone, tagged) from None
     return dataclasses.replace(
         cfg,
         url=None,

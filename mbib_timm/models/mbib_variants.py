@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import timm
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from mbib_timm.errors import CheckpointError
@@ -133,7 +132,7 @@ def _create_on(method: str, backbone: str, pretrained: bool, **kwargs: Any) -> A
     backbone_name = backbone.partition(".")[0]
     if method in _OBSERVATIONS:
         kwargs.setdefault("taps", _OBSERVATIONS[method])
-    if kwargs.get("pretrained_cfg") is None and timm.is_model(backbone_name):
+    if kwargs.get("pretrained_cfg") is None:
         taps = kwargs.get("taps", ())
         names = _classifiers(method, taps if isinstance(taps, int) else len(taps))
         kwargs["pretrained_cfg"] = dataclasses.asdict(backbone_cfg(backbone, names))

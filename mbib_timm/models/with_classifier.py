@@ -12,8 +12,7 @@ from timm.layers import get_device_dtype
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mbib_timm.errors import unknown_name
-from mbib_timm.models.backbones import FeatureNet, PooledModel, backbone_cfg, prefixed_levels
+from mbib_timm.models.backbones import FeatureNet, PooledModel, backbone_cfg, prefixed_levels, require_backbone
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -58,8 +57,7 @@ class WithClassifier(PooledModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not timm.is_model(backbone):
-            raise unknown_name("backbone", backbone, timm.list_models())
+        require_backbone(backbone)
         self.backbone_name = backbone
         self.backbone_args = dict(backbone_args or {})
         if img_size is not None:
@@ -151,7 +149,7 @@ default_cfgs = generate_default_cfgs({"with_classifier": PretrainedCfg()})
 def with_classifier(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> WithClassifier:
     """Any timm backbone with a linear, cosine or scaled classifier; `pretrained` loads the backbone's own weights."""
     backbone_name = backbone.partition(".")[0]
-    if kwargs.get("pretrained_cfg") is None and timm.is_model(backbone_name):
+    if kwargs.get("pretrained_cfg") is None:
         kwargs["pretrained_cfg"] = dataclasses.asdict(backbone_cfg(backbone, "classifier"))
     return create_published(
         WithClassifier,
