@@ -152,7 +152,9 @@ def sweep(flags: Parser) -> Action:
     flags.add_argument("--recipe", help="base recipe in place of the sweep's, such as mbib_resnet32.digits")
     flags.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds in place of the sweep's own")
     flags.add_argument("--name", help="name for the sweep's folders")
-    flags.add_argument("--only", default="", metavar="TEXT", help="train only runs whose name contains this")
+    flags.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="train only runs whose name contains one of these"
+    )
     flags.add_argument(
         "--results", type=place, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
     )

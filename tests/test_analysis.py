@@ -1,5 +1,6 @@
 """The analyses against naive loops, scikit-learn and the modules of the model; their memory in a fresh process."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -182,18 +183,16 @@ def test_means_by_shot_group_leave_out_what_was_not_measured():
 # Distances.
 
 
-def naive_distances(features, labels, num_classes):
-    """Equations 15 and 16 by class, term by term."""
+def naive_distances(features, labels, num_classes, others=lambda c: range(1000)):
+    """Equations 15 and 16 by class, term by term; the distances from the centre; `others` of a class are compared."""
     points = {c: [r for r, y in zip(features, labels, strict=True) if y == c] for c in range(num_classes)}
     points = {c: rs for c, rs in points.items() if rs}
     centre = {c: [sum(column) / len(rs) for column in zip(*rs, strict=True)] for c, rs in points.items()}
     intra = {c: sum(math.dist(a, b) for a in rs for b in rs) / len(rs) ** 2 for c, rs in points.items()}
-    inter = {
-        c: sum(math.dist(centre[c], centre[j]) for j in points if j != c) / (len(points) - 1)
-        for c in points
-        if len(points) > 1
-    }
-    return intra, inter
+    from_centre = {c: sum(math.dist(r, centre[c]) for r in rs) / len(rs) for c, rs in points.items()}
+    near = {c: [centre[j] for j in points if j != c and j in others(c)] for c in points}
+    inter = {c: sum(math.dist(centre[c], j) for j in near[c]) / len(near[c]) for c in points if near[c]}
+    return intra, from_centre, inter
 
 
 @pytest.mark.parametrize("block", [2**22, 40, 1])
@@ -207,35 +206,43 @@ def test_distances_against_naive_loops(absent, block, monkeypatch):
     features[:3] = features[0]  # duplicates
     labels[labels == 4] = 1  # but for one image, which has no distance to others of its class
     labels[0] = 4
-    intra, inter = naive_distances(features.double().tolist(), labels.tolist(), 7)
+    given = features.double().tolist(), labels.tolist(), 7
+    intra, from_centre, inter = naive_distances(*given)
+    _, _, inside = naive_distances(*given, others=lambda c: [j for j in range(7) if GROUP_OF[j] == GROUP_OF[c]])
     result = distances(features, labels, COUNTS)
     assert list(result) == ["all", "many", "medium", "few"]
     for group, values in result.items():
         classes = [c for c in intra if group in ("all", GROUP_OF[c]) and c != 4]
         if not classes:
-            assert values == Distances(None, None, None)
+            assert values == Distances(None, None, None, None)
             continue
-        within, between = (sum(by[c] for c in classes) / len(classes) for by in (intra, inter))
-        assert values.intra == pytest.approx(within, rel=1e-9)
-        assert values.inter == pytest.approx(between, rel=1e-9)
-        assert values.rho == pytest.approx(within / between, rel=1e-9)
-    assert ("few" in [g for g, v in result.items() if v.rho is None]) == (absent == (5, 6))
+        expected = [
+            sum(by[c] for c in classes if c in by) / max(1, sum(c in by for c in classes)) or None
+            for by in (intra, from_centre, inter, inside)
+        ]
+        assert dataclasses.astuple(values) == pytest.approx(tuple(expected), rel=1e-9)
+        pairs, centre, between, beside = expected
+        assert values.rho() == pytest.approx(pairs / between, rel=1e-9)
+        assert values.rho("centre") == pytest.approx(centre / between, rel=1e-9)
+        assert values.rho("centre", "inter_within") == (pytest.approx(centre / beside, rel=1e-9) if beside else None)
+    assert ("few" in [g for g, v in result.items() if v.rho() is None]) == (absent == (5, 6))
 
 
 def test_classes_of_single_images_have_no_distance():
     features, counts = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]), np.array([200, 3])
     result = distances(features[:2], torch.tensor([1, 0]), counts)
-    assert set(result.values()) == {Distances(None, None, None)}, "and not a perfect 0"
+    assert set(result.values()) == {Distances(None, None, None, None)}, "and not a perfect 0"
     result = distances(features, torch.tensor([0, 0, 1]), counts)
-    two = Distances(intra=2.5, inter=7.5, rho=pytest.approx(1 / 3))
-    nothing = Distances(None, None, None)
+    two = Distances(pairs=2.5, centre=2.5, inter=7.5, inter_within=None)
+    nothing = Distances(None, None, None, None)
     assert result == {"all": two, "many": two, "medium": nothing, "few": nothing}
 
 
 def test_one_class_alone_has_no_distance_to_others():
     result = distances(torch.tensor([[0.0], [4.0]]), torch.tensor([1, 1]), np.array([200, 3]))
-    assert result["few"] == Distances(intra=2.0, inter=None, rho=None)
-    assert result["many"] == Distances(None, None, None)
+    assert result["few"] == Distances(pairs=2.0, centre=2.0, inter=None, inter_within=None)
+    assert result["few"].rho() is None
+    assert result["many"] == Distances(None, None, None, None)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-3])
@@ -244,9 +251,9 @@ def test_near_points_far_from_the_origin_keep_their_distance(gap):
     features = torch.full((64, 128), 1000.0)
     features[32:, 0] += gap
     gap = float(features[-1, 0]) - 1000.0
-    intra, _ = class_distances(features, torch.zeros(64, dtype=torch.long), 1)
+    intra = class_distances(features, torch.zeros(64, dtype=torch.long), np.ones(1)).pairs
     assert float(intra[0]) == pytest.approx(gap / 2, rel=1e-9, abs=0)
-    _, inter = class_distances(features, torch.arange(64), 64)  # each image a class: half the others at the gap
+    inter = class_distances(features, torch.arange(64), np.ones(64)).inter  # each image a class: half the others at the gap
     assert inter.tolist() == pytest.approx([gap * 32 / 63] * 64, rel=1e-9, abs=0)
 
 
@@ -254,10 +261,14 @@ def test_near_centres_beside_far_ones_keep_their_distance():
     features = torch.zeros(4, 3, dtype=torch.float64)
     features[0], features[1], features[2, 0] = 1e6, 1e6, -1e6
     features[1, 0] += 1e-4
-    intra, inter = class_distances(features, torch.arange(4), 4)
-    _, expected = naive_distances(features.tolist(), range(4), 4)
+    intra, centre, inter, inside = class_distances(features, torch.arange(4), np.array([200, 200, 200, 3]))
+    _, _, expected = naive_distances(features.tolist(), range(4), 4)
+    _, _, three = naive_distances(features.tolist(), range(4), 4, others=lambda c: range(3))
+    assert inside[:3].tolist() == pytest.approx([three[c] for c in range(3)], rel=1e-12)
+    assert inside[3].isnan()
+    assert centre.tolist() == [0.0] * 4
     assert inter.tolist() == pytest.approx([expected[c] for c in range(4)], rel=1e-12)
-    pair, _ = class_distances(features[:2], torch.zeros(2, dtype=torch.long), 1)
+    pair = class_distances(features[:2], torch.zeros(2, dtype=torch.long), np.ones(1)).pairs
     assert float(pair) == pytest.approx(float(features[1, 0] - 1e6) / 2, rel=1e-12)
     assert intra.tolist() == [0.0] * 4
 
@@ -509,7 +520,7 @@ features = {"v": outputs.features["v"], "z": torch.randn(N, C)}
 rho = {name: distances(values, torch.arange(N) % K, counts) for name, values in features.items()}
 # Three standard normal images a class: 2/3 of the pairs are d apart, centres d / sqrt(3).
 for name in ("v", "z"):
-    assert abs(rho[name]["all"].rho - 2 / 3 * 3**0.5) < 0.01, rho
+    assert abs(rho[name]["all"].rho() - 2 / 3 * 3**0.5) < 0.01, rho
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -69,7 +69,7 @@ def made_up(counts, tested, heads=("prediction",), named=False):
     posterior = mean_positive_posterior(confidence, labels, classes).tolist()
     features = ["v", "z"] if len(heads) > 1 else ["v"]
     embedded = list(dict.fromkeys(tested))[:: max(1, len(tested) // 10)]
-    rho = {group: Distances(1.0, 2.0, None if a is None else 0.5) for group, a in accuracy.items()}
+    rho = {group: Distances(*[None if a is None else d for d in (1.4, 1.0, 2.0, 1.9)]) for group, a in accuracy.items()}
     cost = Cost(parameters=1000, macs=10**9)
     return rounded(
         Analysis(
@@ -212,16 +212,17 @@ def test_difference_is_other_minus_first(real):
 
 def test_distances_are_rho_with_the_papers_beside_it(real):
     figure = figure_of(real, "distances")
-    heights = bars(figure.axes[0])
-    rhos = [real.distances[name][group].rho for name in ("v", "z") for group in GROUPS]
-    assert heights == pytest.approx(rhos)
-    assert [text.get_text() for text in figure.axes[0].texts] == [f"{rho:.2f}" for rho in rhos]
+    for axes, intra in zip(figure.axes, ("centre", "pairs"), strict=True):
+        rhos = [real.distances[name][group].rho(intra) for name in ("v", "z") for group in GROUPS]
+        assert bars(axes) == pytest.approx(rhos)
+        assert [text.get_text() for text in axes.texts] == [f"{rho:.2f}" for rho in rhos]
+        assert not axes.lines
     assert (texts(figure), len(figure.axes[0].lines)) == (["v", "z"], 0)
     for name, table in TABLE_5.items():
         short = figure_of(replace(real, name=name), "distances")
-        assert not short.axes[0].lines, "the paper's numbers are not for three epochs"
+        assert not any(axes.lines for axes in short.axes), "the paper's numbers are not for three epochs"
         others = figure_of(replace(real, name=name, epochs=200), "distances")
-        assert not others.axes[0].lines, "nor for other data under the name"
+        assert not any(axes.lines for axes in others.axes), "nor for other data under the name"
         counts = exponential_profile(100, 500, float(name.rpartition("_if")[2]))
         heads = {head: replace(one, per_class=[50.0] * 100, class_images=[]) for head, one in real.heads.items()}
         own = replace(
@@ -237,6 +238,7 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
         markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
         assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
         assert len(markers) == 7
+        assert not figure.axes[1].lines, "the paper's level is that of distances from the centre"
         assert texts(figure) == ["v", "z", "paper (Table 5)"]
 
 

@@ -11,13 +11,14 @@ import torch
 
 from mbib_timm.analysis import analyze as analyze_module
 from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis
-from mbib_timm.analysis.analyze import analyze
+from mbib_timm.analysis.analyze import RHO, analyze
 from mbib_timm.cli import main
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.files import to_json
 from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.results.tables import NOTHING
 from mbib_timm.training import train
 
 HEADS = ["prediction", "v1", "v2", "v3", "z"]
@@ -84,7 +85,8 @@ def test_the_parts_agree_with_one_another(result):
     assert list(result.distances) == ["v", "z"]
     for groups in result.distances.values():
         for values in groups.values():
-            assert values.rho == pytest.approx(values.intra / values.inter, rel=1e-5)
+            assert values.rho() == pytest.approx(values.pairs / values.inter, rel=1e-5)
+            assert values.pairs > values.centre, "from each image, its own distance 0 included, as from the centre"
     embedding = result.embedding
     assert sorted(embedding.classes) == list(range(10))
     assert embedding.labels == [label for label in embedding.classes for _ in range(8)]
@@ -124,8 +126,10 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     text = capsys.readouterr().out
     rows = {line.split("  ")[0]: line.split()[-4:] for line in text.splitlines()}
     for name in ("v", "z"):
-        rhos = [result.distances[name][group].rho for group in ("all", "many", "medium", "few")]
-        assert any(line.split() == ["rho", "of", name, *(f"{x:.3f}" for x in rhos)] for line in text.splitlines())
+        for said, of in RHO.items():
+            rhos = [result.distances[name][group].rho(*of) for group in ("all", "many", "medium", "few")]
+            shown = [None if x is None else f"{x:.3f}" for x in rhos]
+            assert rows[f"rho of {name}, {said}"] == [x or NOTHING for x in shown]
     title = "mean positive posterior, cifar_resnet20.ce_digits (seed 5) minus mbib_resnet20.digits (seed 0)"
     assert text.count(title) == 2
     few = [i for i, n in enumerate(result.class_counts) if n < 20]

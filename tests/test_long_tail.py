@@ -15,7 +15,7 @@ from mbib_timm.data.long_tail import (
     shot_groups,
     step_profile,
 )
-from mbib_timm.data.sources import SOURCES, open_digits
+from mbib_timm.data.sources import SOURCES, Source, open_digits
 from mbib_timm.data.splits import open_data
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
@@ -79,8 +79,12 @@ def test_global_random_state_is_untouched():
 # Images that are never trained on
 
 
+def digits_recipe(**keys):
+    return Recipe(**{"imbalance": "exp", "imbalance_factor": 24.0, "imbalance_max": 144, **keys})
+
+
 def digits(**keys):
-    return open_data(Recipe(**{"imbalance": "exp", "imbalance_factor": 24.0, "imbalance_max": 144, **keys}))
+    return open_data(digits_recipe(**keys))
 
 
 @pytest.mark.slow
@@ -117,6 +121,55 @@ def test_images_that_the_subset_leaves_out():
     assert data.held_out_from == f"the {len(data.held_out):,} training images that the long-tailed subset leaves out"
     assert (data.held_out.targets == source.targets[data.held_out.indices]).all()
     assert len(data.held_out) == 990
+
+
+def test_settings_can_be_chosen_on_images_that_the_subset_leaves_out():
+    """By a loop of its own: of each class those that follow in the shuffle of Cao et al., 50 at most."""
+    data, source = digits(val_split="left_out", test_split="test"), open_digits("train")
+    generator = np.random.RandomState(0)
+    expected = []
+    for label, count in enumerate(exponential_profile(10, 144, 24)):
+        members = np.where(source.targets == label)[0]
+        generator.shuffle(members)
+        expected.append(members[count : count + 50])
+    assert data.val.indices.tolist() == np.concatenate(expected).tolist()
+    assert [len(members) for members in expected] == [0, 43, 50, 50, 50, 50, 50, 50, 50, 50]
+    assert (data.val.targets == source.targets[data.val.indices]).all()
+    assert data.val.chosen == "up to 50 of each class that the long-tailed subset leaves out of split 'train'"
+    assert not set(data.val.indices) & set(data.train.indices)
+    assert (data.train.indices == digits().train.indices).all(), "training sees what it saw"
+    assert (data.test.indices == digits().val.indices).all()
+    # A method that chooses a constant does so on others.
+    assert sorted([*data.train.indices, *data.val.indices, *data.held_out.indices]) == list(range(len(source)))
+    assert data.held_out_from.endswith("leaves out beside those evaluated")
+
+
+def test_images_left_out_of_data_without_splits():
+    recipe = digits_recipe(val_split="left_out")
+    whole = open_digits("train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SOURCES._entries, "digits", lambda recipe: whole)
+        data = open_data(recipe)
+        assert len(data.train) == sum(exponential_profile(10, 144, 24)), "of all of them, none held out beside"
+        assert not set(data.val.indices) & set(data.train.indices)
+        assert Source(recipe).splits(["left_out"])[0].indices.tolist() == data.val.indices.tolist()
+        with_test = open_data(recipe.replace(test_split="test"))
+        assert not set(with_test.test.indices) & {*with_test.train.indices, *with_test.val.indices}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"imbalance": "none"}, "split 'left_out' is what a long-tailed subset leaves out of training, and the recipe"),
+        ({"imbalance": "step", "imbalance_factor": 1.0}, "with imbalance factor 1 every image is trained on"),
+    ],
+)
+def test_where_no_image_is_left_out(changes, said, monkeypatch):
+    train = open_digits("train")
+    even = train.subset(np.concatenate([np.flatnonzero(train.targets == label)[:100] for label in range(10)]))
+    monkeypatch.setitem(SOURCES._entries, "digits", lambda recipe: lambda name: even)
+    with pytest.raises(DataError, match=said):
+        digits(val_split="left_out", imbalance_max=None, **changes)
 
 
 def test_the_validation_split_where_there_is_a_test_split():

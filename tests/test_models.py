@@ -22,6 +22,7 @@ from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import CLASSIFIERS, count_macs, count_parameters, create_classifier, prefix_backbone
 from mbib_timm.models.complexity import activation_bytes
+from mbib_timm.models.heads import BOTTLENECKS
 
 MODULES = ("mbib_variants", "plain_resnets", "with_classifier")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
@@ -585,14 +586,60 @@ def test_wraps_timm_backbones(backbone):
 # One head: BSCE and BSCE_MLP of Tables 5 and 7.
 
 
-def by_hand(model, x, head):
+def by_hand(model, x, head, layers="fc-norm-relu"):
     """The logits of v, or of z, out of the parts: pooled map, BatchNorm, and for z a layer more."""
-    v = model.observation.norm(model.forward_features(x).mean(dim=(2, 3)))
+    pooled = model.forward_features(x).mean(dim=(2, 3))
+    v = model.observation.norm(pooled)
     if head == "v":
         return torch.nn.functional.linear(v, *model.observation.classifier.parameters())
-    z = torch.nn.functional.linear(v, *model.bottleneck.fc.parameters())
-    z = model.bottleneck.norm(z).clamp(min=0)
+    z = torch.nn.functional.linear(pooled if model.observation.raw else v, *model.bottleneck.fc.parameters())
+    norm = model.bottleneck.norm
+    z = {
+        "fc-norm-relu": lambda: norm(z).clamp(min=0),
+        "fc-relu-norm": lambda: norm(z.clamp(min=0)),
+        "fc-norm": lambda: norm(z),
+    }[layers]()
     return torch.nn.functional.linear(z, *model.bottleneck.classifier.parameters())
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("layers", BOTTLENECKS)
+def test_what_the_paper_leaves_open_of_the_heads(layers, raw):
+    torch.manual_seed(0)
+    model = create("mbib_resnet20", bottleneck_layers=layers, raw_observations=raw)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):  # a trained one
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    model.eval()
+    x = images("mbib_resnet20", 4)
+    v, z = (by_hand(model, x, head, layers) for head in "vz")
+    torch.testing.assert_close(model(x), (v + z) / 2)
+    torch.testing.assert_close(torch.stack(model.forward_heads(x)[-2:]), torch.stack([v, z]))
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    pooled = model.forward_features(x).mean(dim=(2, 3))
+    expected = pooled if raw else model.observation.norm(pooled)
+    torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), expected)
+    torch.testing.assert_close(model.heads_and_features(x)[1]["v"], expected)
+
+
+def test_how_the_linear_layers_of_the_heads_start():
+    torch.manual_seed(0)
+    kaiming, torchs = create("mbib_resnet20"), create("mbib_resnet20", head_init="torch")
+    layers = lambda model: [*model.get_classifier(), model.bottleneck.fc]  # noqa: E731
+    for own, other in zip(layers(kaiming), layers(torchs), strict=True):
+        width = own.in_features
+        assert own.bias.abs().max() == 0
+        assert own.weight.std() == pytest.approx((2 / width) ** 0.5, rel=0.2)
+        for values in other.parameters():  # torch's: uniform within 1 / sqrt(width)
+            assert values.std() == pytest.approx((3 * width) ** -0.5, rel=0.35)
+            assert values.abs().max() <= width**-0.5
+    torchs.reset_classifier(7)
+    assert all(layer.bias.abs().max() > 0 for layer in torchs.get_classifier())
+    with pytest.raises(MbibError, match="unknown head_init 'zero'"):
+        create("mbib_resnet20", head_init="zero")
+    with pytest.raises(MbibError, match="unknown bottleneck_layers 'relu'"):
+        create("mbib_resnet20", bottleneck_layers="relu")
 
 
 @pytest.mark.slow

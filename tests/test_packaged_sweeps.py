@@ -186,14 +186,18 @@ def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
     assert all(len(keys) == 1 for keys in departures.values()), departures
     recipes = [recipe for (name,), recipe in runs_of("open_choices").items() if name != "none"]
     assert all(len(recipe.model_kwargs) <= 1 for recipe in recipes)
-    # The list: ReLU, width of z, BatchNorm on the observations, the normalising sum, the subset.
+    # Each is a network that has the parameters of Table 6: no other width of z, no observation without normalisation.
     arguments = {key for recipe in recipes for key in recipe.model_kwargs}
-    assert arguments == {"bottleneck_act", "bottleneck_features", "observation_norm"}
+    assert arguments == {"raw_observations", "bottleneck_layers", "head_init"}
+    for recipe in recipes:
+        model = timm.create_model(recipe.model, num_classes=100, **recipe.model_kwargs)
+        assert sum(p.numel() for p in model.parameters()) == 486_016
     assert {key for keys in departures.values() for key in keys} == {
-        "model_kwargs", "method", "subset_seed"
+        "model_kwargs", "method", "subset_seed", "weight_decay", "opt", "rotation"
     }  # fmt: skip
-    (method,) = [recipe.method for recipe in recipes if recipe.method != own.method]
-    assert {key for key in method if method[key] != own.method[key]} == {"normalize_class_weights"}
+    methods = [recipe.method for recipe in recipes if recipe.method != own.method]
+    changed = [{key for key in method if method[key] != own.method[key]} for method in methods]
+    assert changed == [{"normalize_class_weights"}, {"beta"}]
 
 
 def test_all_methods_of_the_package_are_in_the_sweep_over_them():

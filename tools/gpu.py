@@ -34,7 +34,7 @@ from pack import plan
 
 from mbib_timm.data import Splits, open_data
 from mbib_timm.data.images import PathReader
-from mbib_timm.data.splits import long_tailed_counts
+from mbib_timm.data.long_tail import long_tailed_counts
 from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
 from mbib_timm.recipe import Recipe, change_recipe, find_recipe, load_recipe, longest_epochs

@@ -4,6 +4,7 @@
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
     python tools/results.py table                                       # write the tables into README.md and docs/
     python tools/results.py redraw                                      # draw the figures again from the numbers
+    python tools/results.py figure                                      # the README's, of accuracy by method
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
 was analyzed, under `results/<run>-<epochs>e-seed<seed>/`, with `-bfloat16` at its end if it was trained in mixed
@@ -22,15 +23,17 @@ from benchmarking.results_file import read_results
 from benchmarking.table import markdown
 
 from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, write_analysis
-from mbib_timm.drawing import write_illustrations
+from mbib_timm.drawing import render, write_illustrations
 from mbib_timm.errors import MbibError
+from mbib_timm.files import write_bytes
 from mbib_timm.recipe import longest_epochs
+from mbib_timm.reporting.report_figures import comparison_bars
 from mbib_timm.results.catalogue import catalogue, markdown_table
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
-from mbib_timm.results.runs import FinishedRun, packaged_recipe, read_run
+from mbib_timm.results.runs import FinishedRun, group_runs, packaged_recipe, read_run
 from mbib_timm.results.tables import Table, cells, markdown_by_start
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
@@ -42,6 +45,15 @@ RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
 MODELS = ("<!-- zoo: tools/results.py table -->\n", "<!-- end of zoo -->")
 SPEED = ("<!-- benchmark: tools/results.py table -->\n", "<!-- end of benchmark -->")
 SWEEPS = ("<!-- sweeps: tools/results.py table -->\n", "<!-- end of sweeps -->")
+# The README's figure, and what it shows: CIFAR-100-LT with imbalance factor 100 and ResNet-32, from scratch.
+FIGURE = Path("docs/figures/accuracy.svg")
+SHOWN = {
+    "cifar_resnet32.ce_cifar100_lt_if100": "CE",
+    "cifar_resnet32.bsce_cifar100_lt_if100": "BSCE",
+    "bib_resnet32.cifar100_lt_if100": "BIB",
+    "mbib_resnet32.cifar100_lt_if100": "MBIB",
+    "mbib_resnet32.strong_cifar100_lt_if100": "MBIB, strong recipe",
+}
 SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- end of sweep -->)", re.DOTALL)
 
 
@@ -89,6 +101,23 @@ def table(results: Path) -> str:
         row = [link, epochs(run), str(run.record.seed), run.precision, *cells(prediction), str(prediction.images)]
         rows.append((run.origin, row))
     return markdown_by_start(["run", "epochs", "seed", "precision", *COLUMNS, "test images"], rows)
+
+
+def accuracy_figure(results: Path) -> dict[str, bytes]:
+    """Draw the accuracy of the recipes of `SHOWN` by shot group, as SVG: of each the precision with most seeds.
+
+    Raises:
+        MbibError: no whole run of one of them.
+    """
+    runs = [read_run(file.parent) for file in sorted(results.glob(f"*/{RECORD}"))]
+    groups = group_runs([run for run in runs if run.name in SHOWN])
+    chosen = []
+    for name in SHOWN:
+        own = [group for group in groups if group.first.name == name and not group.is_short]
+        if not own:
+            raise MbibError(f"results/ has no whole run of {name}, which the figure shows")
+        chosen.append(max(own, key=lambda group: (len(group.runs), group.first.precision != "float32")))
+    return render(lambda: comparison_bars(chosen, [*SHOWN.values()]), ("svg",))
 
 
 def epochs(run: FinishedRun) -> str:
@@ -148,10 +177,13 @@ def main() -> None:
     adding.add_argument("run", type=Path, nargs="+")
     commands.add_parser("table", help="write the tables into README.md and docs/")
     commands.add_parser("redraw", help="draw all figures again from the numbers")
+    commands.add_parser("figure", help="draw the README's figure")
     arguments = parser.parse_args()
     if arguments.command == "add":
         for run in arguments.run:
             print(add(run, ROOT / "results"))
+    elif arguments.command == "figure":
+        write_bytes(ROOT / FIGURE, accuracy_figure(ROOT / "results")["svg"])
     elif arguments.command == "redraw":
         for file in (ROOT / "results").glob(f"*/{RECORD}"):
             draw(file.parent)

@@ -147,6 +147,15 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
     )
 
 
+# Rho by its readings: what is said of it, and the distances that it is the ratio of.
+RHO = {
+    "from the centre": ("centre", "inter"),
+    "over pairs (eq. 15)": ("pairs", "inter"),
+    "from the centre, within the group": ("centre", "inter_within"),
+    "over pairs, within the group": ("pairs", "inter_within"),
+}
+
+
 def summary_text(analysis: Analysis) -> str:
     """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
     metrics = analysis.heads[PREDICTION]
@@ -156,8 +165,9 @@ def summary_text(analysis: Analysis) -> str:
         [
             ["accuracy, %", *_cells(accuracy, "{:.2f}")],
             *(
-                [f"rho of {name}", *_cells({group: values.rho for group, values in by_group.items()}, "{:.3f}")]
+                [f"rho of {name}, {said}", *_cells({group: d.rho(*of) for group, d in by_group.items()}, "{:.3f}")]
                 for name, by_group in analysis.distances.items()
+                for said, of in RHO.items()
             ),
             ["mean positive posterior", *_cells(mean_by_shot_group(analysis.posterior, analysis.counts), "{:.3f}")],
         ],

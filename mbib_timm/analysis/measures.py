@@ -9,6 +9,7 @@ trend                 accuracy of a class against log n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,67 +77,98 @@ class Distances:
 
     A class with one image has no distance within: its 0 would make every group that holds it look compact.
 
+    The paper's equations and its Table 5 do not agree: over pairs, as eq. 15 has it, rho comes out about sqrt(2) times
+    as large as from the centre, whose level is the table's. And it does not say which other classes count for a shot
+    group. So there are two distances within, two between, and rho is named by those that it is made of.
+
     Attributes:
-        intra: D_intra, between images of a class (eq. 15).
-        inter: D_inter, between centres of classes (eq. 16); None where there is no second class.
-        rho: intra / inter (eq. 17), the lower the better; None where there is no distance between the classes.
+        pairs: D_intra over all pairs of a class's images (eq. 15).
+        centre: D_intra as the mean distance of a class's images from their centre.
+        inter: D_inter, from a class's centre to those of all other classes (eq. 16); None without a second class.
+        inter_within: the same to those of the other classes of its shot group; of ``all`` that of each class's group.
     """
 
-    intra: float | None
+    pairs: float | None
+    centre: float | None
     inter: float | None
-    rho: float | None
+    inter_within: float | None
+
+    def rho(self, intra: str = "pairs", inter: str = "inter") -> float | None:
+        """Return the ratio of an intra- to an inter-class distance (eq. 17), the lower the better.
+
+        Args:
+            intra: ``pairs`` or ``centre``.
+            inter: ``inter`` or ``inter_within``.
+        """
+        within, between = getattr(self, intra), getattr(self, inter)
+        return within / between if within is not None and between else None
 
 
 def distances(features: Tensor, labels: Tensor, class_counts: np.ndarray) -> dict[str, Distances]:
     """Return the distances over all classes and by shot group: of ``all``, ``many``, ``medium`` and ``few``.
 
-    Of a shot group, D_intra is the mean over its classes, and D_inter the mean over its classes i and over *all*
-    other classes j. The paper does not say which j Table 5 takes; this choice makes "all" the mean of the groups,
-    weighted by their classes, and a group of one class keeps its value. Classes with fewer than two images are left
-    out, but for the centre of a single image among the j.
+    That of a group is the mean over its classes, so that "all" is the mean of the groups weighted by their classes.
+    Classes with fewer than two images are left out, but for the centre of a single image among the others.
 
     Args:
         features: of every image, (N, C).
         labels: true classes, (N,), int64.
         class_counts: training images of each class, (K,).
     """
-    intra, inter = (values.numpy() for values in class_distances(features, labels, len(class_counts)))
+    measured = class_distances(features, labels, class_counts)
     single = np.bincount(labels.cpu().numpy(), minlength=len(class_counts)) == 1
-    intra[single] = inter[single] = np.nan
-    means = {"intra": mean_by_shot_group(intra, class_counts), "inter": mean_by_shot_group(inter, class_counts)}
-    result = {}
-    for group in means["intra"]:
-        within, between = means["intra"][group], means["inter"][group]
-        rho = within / between if within is not None and between else None
-        result[group] = Distances(within, between, rho)
-    return result
+    means = {}
+    for name, values in measured._asdict().items():
+        of_classes = values.numpy()
+        of_classes[single] = np.nan
+        means[name] = mean_by_shot_group(of_classes, class_counts)
+    return {group: Distances(**{name: by_group[group] for name, by_group in means.items()}) for group in GROUPS}
 
 
-def class_distances(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return each class's mean intra-class distance, and its centre's mean distance to all other centres.
+class ClassDistances(NamedTuple):
+    """Distances of each class, (K,), float64, on the CPU; nan where there is nothing to measure. See `Distances`."""
+
+    pairs: Tensor
+    centre: Tensor
+    inter: Tensor
+    inter_within: Tensor
+
+
+def class_distances(features: Tensor, labels: Tensor, class_counts: np.ndarray) -> ClassDistances:
+    """Return the distances of each class: within, and between its centre and other centres.
 
     Args:
         features: of every image, (N, C).
         labels: true classes, (N,), int64.
-        num_classes: classes K.
+        class_counts: training images of each class, (K,), which make the shot groups.
 
     Returns:
-        (K,) and (K,), float64, on the CPU; nan for classes without images, and for the second where there is no other.
+        nan for classes without images, and between where there is no other class.
     """
+    num_classes = len(class_counts)
     images = torch.bincount(labels, minlength=num_classes)
     present = images.nonzero()[:, 0]
     members = labels.argsort(stable=True).split(images.tolist())
-    intra = torch.full((num_classes,), torch.nan, dtype=torch.float64)
-    inter = intra.clone()
+    pairs, centre, inter, inter_within = torch.full((4, num_classes), torch.nan, dtype=torch.float64)
     centres = torch.empty(len(present), features.shape[1], dtype=torch.float64, device=features.device)
     for row, label in enumerate(present.tolist()):
         points = features[members[label]].double()
         centres[row] = points.mean(dim=0)
-        intra[label] = _mean_distance(points)
-    if len(present) > 1:
-        centres -= centres.mean(dim=0)  # shorter vectors lose fewer digits
-        inter[present.cpu()] = (_distance_sums(centres) / (len(present) - 1)).cpu()
-    return intra, inter
+        pairs[label] = _mean_distance(points)
+        centre[label] = torch.linalg.vector_norm(points - centres[row], dim=1).mean()
+    here = present.cpu().numpy()
+    _between(centres, here, inter)
+    for group in shot_groups(class_counts).values():
+        rows = np.flatnonzero(np.isin(here, group))
+        _between(centres[torch.from_numpy(rows).to(centres.device)], here[rows], inter_within)
+    return ClassDistances(pairs, centre, inter, inter_within)
+
+
+def _between(centres: Tensor, classes: np.ndarray, values: Tensor) -> None:
+    """Write each centre's mean distance to the others among `centres` (n, C) at its class's place in `values` (K,)."""
+    if len(centres) > 1:
+        shifted = centres - centres.mean(dim=0)  # shorter vectors lose fewer digits
+        values[torch.from_numpy(classes)] = (_distance_sums(shifted) / (len(centres) - 1)).cpu()
 
 
 def _mean_distance(points: Tensor) -> float:

@@ -1,11 +1,12 @@
 """What labels decide: class counts, shot groups, long-tailed subsets, images held out of training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from mbib_timm.errors import DataError
+from mbib_timm.recipe import Recipe
 
 MANY_ABOVE, FEW_BELOW = 100, 20
 
@@ -158,14 +159,45 @@ def long_tailed_indices(targets: np.ndarray, counts: Sequence[int], seed: int) -
     Raises:
         DataError: a class has fewer images than it is to keep.
     """
+    return np.concatenate([kept for kept, _ in _kept_and_left_out(targets, counts, seed)])
+
+
+def left_out_indices(targets: np.ndarray, counts: Sequence[int], seed: int, most: int) -> np.ndarray:
+    """Choose among the images that `long_tailed_indices` leaves out: of each class those that come next, up to `most`.
+
+    The largest class may have none. Arguments and errors are those of `long_tailed_indices`.
+
+    Returns:
+        Indices of the images, class by class, int64.
+    """
+    return np.concatenate([left_out[:most] for _, left_out in _kept_and_left_out(targets, counts, seed)])
+
+
+def _kept_and_left_out(
+    targets: np.ndarray, counts: Sequence[int], seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the indices that each class keeps, and those that it leaves out, both in the order of its shuffle."""
     generator = np.random.RandomState(seed)
-    kept = []
     for label, (indices, count) in enumerate(zip(images_by_class(targets, len(counts)), counts, strict=True)):
         if len(indices) < count:
             raise DataError(f"class {label} has {len(indices)} images, the long-tailed profile asks for {count}")
         generator.shuffle(indices)
-        kept.append(indices[:count])
-    return np.concatenate(kept)
+        yield indices[:count], indices[count:]
+
+
+def long_tailed_counts(recipe: Recipe, available: np.ndarray) -> list[int]:
+    """Return the images of each class that a recipe's long-tailed subset keeps, (K,).
+
+    Args:
+        recipe: names profile and imbalance factor, and perhaps the largest class.
+        available: images of each class, (K,).
+
+    Raises:
+        DataError: an imbalance that a class cannot have.
+    """
+    shape, factor = recipe.imbalance, recipe.imbalance_factor
+    largest = recipe.imbalance_max or largest_class(available, shape, factor)
+    return PROFILES[shape](len(available), largest, factor)
 
 
 def largest_class(available: np.ndarray, shape: str, imbalance_factor: float) -> int:

@@ -20,7 +20,7 @@ from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.image_tables import open_table
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
 from mbib_timm.data.lists import CONTROL, open_inaturalist, open_list
-from mbib_timm.data.long_tail import hold_out
+from mbib_timm.data.long_tail import count_classes, hold_out, left_out_indices, long_tailed_counts
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
 from mbib_timm.recipe import Recipe
@@ -30,6 +30,8 @@ DIGITS = Path(__file__).with_name("digits.npz")
 TEST_IMAGES_PER_CLASS = 34
 DIGIT_SIZE = 16
 HFDS_PREFIX = "hfds/"
+# The split of training images that a long-tailed subset leaves out, to choose settings on; and its images per class.
+LEFT_OUT, MOST_LEFT_OUT = "left_out", 50
 # Reasons for which images and classes are left out.
 UNREADABLE = "images that cannot be read"
 NO_READABLE = "classes without an image that can be read"
@@ -42,7 +44,9 @@ class Source:
     """A recipe's data, of which each split is opened by name. What is scanned, and split, is so once.
 
     Data without splits are split here: a share of each class, or of whole groups, is held out for evaluation by
-    `subset_seed`, and a split named ``all`` has every image.
+    `subset_seed`, and a split named ``all`` has every image. Of a recipe with a long-tailed subset the split
+    ``left_out`` has up to 50 images per class of those that the subset leaves out: settings can be chosen on them
+    without a look at test images.
 
     Args:
         recipe: names source and place.
@@ -102,15 +106,38 @@ class Source:
             DataError: no such split, data that are malformed, or images that cannot be read where the recipe says
                 ``broken: stop``; of all these splits at once.
         """
+        if LEFT_OUT in names:
+            return self._with_left_out(names)
         if isinstance(self._opened, Split):
             return [self._part(name) for name in names]
         if tuple(names) not in self._splits:
             self._splits[tuple(names)] = usable([self._opened(name) for name in names], self.recipe)
         return self._splits[tuple(names)]
 
+    def _with_left_out(self, names: Sequence[str]) -> list[Split]:
+        """Open splits of which one is `LEFT_OUT`. Raises DataError where no image is left out."""
+        recipe = self.recipe
+        if recipe.imbalance == "none":
+            raise DataError(
+                f"split {LEFT_OUT!r} is what a long-tailed subset leaves out of training, and the recipe takes none "
+                "(imbalance: none)"
+            )
+        others = list(dict.fromkeys([recipe.train_split, *(name for name in names if name != LEFT_OUT)]))
+        opened = dict(zip(others, self.splits(others), strict=True))
+        train = opened[recipe.train_split]
+        counts = long_tailed_counts(recipe, count_classes(train.targets, int(train.targets.max()) + 1))
+        chosen = left_out_indices(train.targets, counts, recipe.subset_seed, MOST_LEFT_OUT)
+        if not len(chosen):
+            raise DataError(
+                f"split {LEFT_OUT!r}: with imbalance factor {recipe.imbalance_factor:g} every image is trained on"
+            )
+        said = f"up to {MOST_LEFT_OUT} of each class that the long-tailed subset leaves out of split "
+        opened[LEFT_OUT] = train.subset(chosen, f"{said}{recipe.train_split!r}")
+        return [opened[name] for name in names]
+
     def _part(self, name: str) -> Split:
         recipe = self.recipe
-        if name == ALL:
+        if name == ALL or (name == recipe.train_split and recipe.split_names[1:] == [LEFT_OUT]):
             return self._whole
         training = name in (recipe.train_split, *SYNONYMS["train"])
         if not training and name not in (recipe.val_split, recipe.test_split, *SYNONYMS["validation"]):

@@ -11,9 +11,9 @@ import numpy as np
 from mbib_timm.data.folders import ArchiveReader
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import Split
-from mbib_timm.data.long_tail import PROFILES, count_classes, hold_out, largest_class, long_tailed_indices, named
+from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
-from mbib_timm.data.sources import Source
+from mbib_timm.data.sources import LEFT_OUT, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
@@ -90,11 +90,15 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
     val, test = matched[0], matched[1] if matched[1:] else None
     counts = count_classes(train.targets, num_classes, train.class_names)
     if recipe.imbalance != "none":
-        kept = _long_tailed(recipe, train.targets, counts)
-        left_out = np.setdiff1d(np.arange(len(train)), kept)
+        kept = long_tailed_indices(train.targets, long_tailed_counts(recipe, counts), recipe.subset_seed)
+        left_out, besides = np.setdiff1d(np.arange(len(train)), kept), ""
+        if recipe.val_split == LEFT_OUT:
+            evaluated_on = val.indices_of(np.arange(len(val)))
+            left_out = left_out[~np.isin(train.indices_of(left_out), evaluated_on)]
+            besides = " beside those evaluated"
         if len(left_out):
             held_out = train.subset(left_out)
-            held_out_from = f"the {len(left_out):,} training images that the long-tailed subset leaves out"
+            held_out_from = f"the {len(left_out):,} training images that the long-tailed subset leaves out{besides}"
         train = train.subset(kept)
     if recipe.holdout > 0:
         train, held_out = _hold_out(recipe, train)
@@ -160,26 +164,6 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
     if recipe.num_classes is not None and recipe.num_classes != in_data:
         raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")
     return in_data
-
-
-def _long_tailed(recipe: Recipe, targets: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """Return the indices of the images that the recipe's long-tailed subset keeps."""
-    return long_tailed_indices(targets, long_tailed_counts(recipe, available), recipe.subset_seed)
-
-
-def long_tailed_counts(recipe: Recipe, available: np.ndarray) -> list[int]:
-    """Return the images of each class that a recipe's long-tailed subset keeps, (K,).
-
-    Args:
-        recipe: names profile and imbalance factor, and perhaps the largest class.
-        available: images of each class, (K,).
-
-    Raises:
-        DataError: an imbalance that a class cannot have.
-    """
-    shape, factor = recipe.imbalance, recipe.imbalance_factor
-    largest = recipe.imbalance_max or largest_class(available, shape, factor)
-    return PROFILES[shape](len(available), largest, factor)
 
 
 def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:

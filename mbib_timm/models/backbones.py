@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.head_outputs import classifiers_of
-from mbib_timm.models.heads import Observation, renew_classifier
+from mbib_timm.models.heads import KAIMING, Observation, renew_classifier
 
 # What a model that holds a backbone calls it: the first part of the backbone's keys.
 PREFIX = "backbone."
@@ -363,7 +363,10 @@ class MultiHeadModel(BackboneModel):
         pool_type: timm's word for the pooling of every map that a head is on.
         global_pool: that pooling.
         feature_info: the backbone's levels, up to the last that is used.
+        head_init: how linear layers of the heads start.
     """
+
+    head_init: str = KAIMING
 
     if TYPE_CHECKING:
         global_pool: Any
@@ -415,8 +418,8 @@ class MultiHeadModel(BackboneModel):
         """Return what `forward_heads` does, and from the same pass the features that the prediction rests on.
 
         Returns:
-            The logits, and the features by name, (B, C) each, before dropout: ``v``, the last observation as its
-            classifier sees it, of experts side by side; and where the network has one bottleneck ``z``, its embedding.
+            The logits, and the features by name, (B, C) each, before dropout: ``v``, the last observation, of
+            experts side by side; and where the network has one bottleneck ``z``, its embedding.
         """
         logits, parts = self._observe(x)
         return logits, {name: torch.cat(values, dim=1) for name, values in parts.items()}
@@ -461,9 +464,11 @@ class MultiHeadModel(BackboneModel):
         if global_pool is not None:
             self.set_pool(global_pool, num_classes)
         self.num_classes = num_classes
-        kind, scale, dd = self.classifier_kind, self.classifier_scale, get_device_dtype(self)
+        choices = (num_classes, self.classifier_scale, self.head_init)
         for head in self._heads():
-            head.classifier = renew_classifier(head.classifier, kind, head.num_features, num_classes, scale, **dd)
+            head.classifier = renew_classifier(
+                head.classifier, self.classifier_kind, head.num_features, *choices, **get_device_dtype(self)
+            )
 
     @torch.jit.ignore
     def prune_intermediate_layers(

@@ -209,7 +209,7 @@ class _ExpertModel(MultiHeadModel):
         outputs = []
         for i, head in enumerate(self.heads):
             if pre_logits or self.num_classes == 0:
-                outputs.append(head.norm(parts[i]))
+                outputs.append(head.embed(parts[i]))
             else:
                 outputs.append(head(parts[i]))
         if pre_logits or self.num_classes == 0:
@@ -222,7 +222,7 @@ class _ExpertModel(MultiHeadModel):
     @torch.jit.ignore
     def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         parts = self.global_pool(self.forward_features(x)).chunk(len(self.heads), dim=1)
-        vs = [head.norm(parts[i]) for i, head in enumerate(self.heads)]
+        vs = [head.embed(parts[i]) for i, head in enumerate(self.heads)]
         return tuple(head.classify(vs[i]) for i, head in enumerate(self.heads)), {POOLED: vs}
 
     def _replace_heads(self, head: Observation, level: int) -> None:
@@ -261,8 +261,6 @@ class MBIBExperts(_ExpertModel):
     Args:
         kwargs: those of `_ExpertModel`.
         bottleneck_features: width of z; that of v3 when None.
-        bottleneck_act: ReLU after z's normalisation.
-        observation_norm: normalise the pooled observations.
         training_heads: build the classifiers that serve training only.
         classifier: kind of every classifier, see `create_classifier`.
     """
@@ -271,8 +269,6 @@ class MBIBExperts(_ExpertModel):
         self,
         *,
         bottleneck_features: int | None = None,
-        bottleneck_act: bool = True,
-        observation_norm: bool = True,
         training_heads: bool = True,
         classifier: str = "linear",
         **kwargs: Any,
@@ -282,17 +278,17 @@ class MBIBExperts(_ExpertModel):
         trunk, *own = (level["num_chs"] for level in self.feature_info[-3:])
         v2, v3 = (channels // len(experts) for channels in own)
         create, dd = self._classifier(), get_device_dtype(self)
-        options = (self.num_classes, observation_norm, self.drop_rate, create)
         self.training_heads = nn.ModuleDict(
             {
-                head_of_expert(expert, name): Observation(width, *options, **dd)
+                head_of_expert(expert, name): Observation(width, self.num_classes, True, self.drop_rate, create, **dd)
                 for expert in experts
                 for name, width in zip(shallow, (trunk, v2), strict=False)
             }
         )
         width = v3 if bottleneck_features is None else bottleneck_features
         self.heads = nn.ModuleList(
-            ObservationWithBottleneck(v3, *options, features=width, act=bottleneck_act, **dd) for _ in experts
+            ObservationWithBottleneck(v3, self.num_classes, self.drop_rate, create, features=width, **dd)
+            for _ in experts
         )
         self._name_heads(shallow)
 
@@ -345,6 +341,6 @@ class MBIBExperts(_ExpertModel):
             for place, shallow in enumerate(SHALLOW if len(self.training_heads) else ()):
                 logits.append(self.training_heads[head_of_expert(name, shallow)](parts[place][expert]))
             head = self.heads[expert]
-            vs.append(head.norm(parts[-1][expert]))
+            vs.append(head.embed(parts[-1][expert]))
             logits += [head.classify(vs[-1]), head.bottleneck(vs[-1])]
         return tuple(logits), {POOLED: vs}

@@ -19,6 +19,11 @@ from mbib_timm.errors import MbibError, unknown_name
 
 CLASSIFIERS = ("linear", "cosine", "scaled")
 DEFAULT_SCALE = 30.0
+# How linear layers start: Kaiming-normal weights and zero bias, or as torch's `nn.Linear` does, both uniform.
+KAIMING, TORCH = "kaiming", "torch"
+INITS = (KAIMING, TORCH)
+# What a bottleneck does, in this order; the paper says FC, and Table 6 that there is a BatchNorm.
+BOTTLENECKS = ("fc-norm-relu", "fc-relu-norm", "fc-norm")
 
 
 class CosineClassifier(nn.Module):
@@ -76,7 +81,7 @@ class ScaledClassifier(nn.Linear):
 
 
 def create_classifier(
-    kind: str, in_features: int, num_classes: int, scale: float | None = None, init: bool = True, **dd: Any
+    kind: str, in_features: int, num_classes: int, scale: float | None = None, init: str = KAIMING, **dd: Any
 ) -> nn.Module:
     """Create a classifier.
 
@@ -85,12 +90,14 @@ def create_classifier(
         in_features: width D of the features.
         num_classes: classes K; 0 gives the identity.
         scale: of a cosine classifier, 30 when None; the other kinds take none.
-        init: initialise it; False leaves that to a network's `init_weights`, which draws in order of depth.
+        init: how a linear or scaled one starts, one of `INITS`.
         dd: device and dtype.
 
     Raises:
-        MbibError: an unknown kind, or a scale for a kind that has none.
+        MbibError: an unknown kind or start, or a scale for a kind that has none.
     """
+    if init not in INITS:
+        raise unknown_name("head_init", str(init), INITS)
     if kind not in CLASSIFIERS:
         raise unknown_name("classifier", str(kind), CLASSIFIERS)
     if scale is not None and kind != "cosine":
@@ -100,7 +107,7 @@ def create_classifier(
     if kind == "cosine":
         return CosineClassifier(in_features, num_classes, DEFAULT_SCALE if scale is None else scale, **dd)
     classifier = (nn.Linear if kind == "linear" else ScaledClassifier)(in_features, num_classes, **dd)
-    if init:
+    if init == KAIMING:
         init_classifier(classifier)
     return classifier
 
@@ -119,10 +126,16 @@ def init_classifier(classifier: nn.Module) -> None:
 
 
 def renew_classifier(
-    old: nn.Module, kind: str, in_features: int, num_classes: int, scale: float | None = None, **dd: Any
+    old: nn.Module,
+    kind: str,
+    in_features: int,
+    num_classes: int,
+    scale: float | None = None,
+    init: str = KAIMING,
+    **dd: Any,
 ) -> nn.Module:
     """Create a classifier in the place of `old`: trained where that was, in training mode where that was."""
-    fresh = create_classifier(kind, in_features, num_classes, scale, **dd)
+    fresh = create_classifier(kind, in_features, num_classes, scale, init, **dd)
     reference = next(old.parameters(), None)
     if reference is not None:
         fresh.requires_grad_(reference.requires_grad)
@@ -133,7 +146,7 @@ LINEAR: Callable[..., nn.Module] = partial(create_classifier, "linear")
 
 
 class Observation(nn.Module):
-    """An observation v of the input: a pooled, normalised map and its classifier.
+    """An observation v of the input: a pooled map, normalised, and its classifier.
 
     Args:
         channels: channels C of the map.
@@ -141,6 +154,7 @@ class Observation(nn.Module):
         norm: normalise the pooled vector (BatchNorm1d).
         drop_rate: dropout before the classifier.
         classifier: makes it, from its width, the classes, device and dtype.
+        raw: the normalisation belongs to the classifier, and v is the pooled vector itself.
     """
 
     def __init__(
@@ -150,36 +164,43 @@ class Observation(nn.Module):
         norm: bool = True,
         drop_rate: float = 0.0,
         classifier: Callable[..., nn.Module] = LINEAR,
+        raw: bool = False,
         **dd: Any,
     ) -> None:
         super().__init__()
         self.num_features = channels
+        self.raw = raw
         self.norm = nn.BatchNorm1d(channels, **dd) if norm else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
         self.classifier = classifier(channels, num_classes, **dd)
 
+    def embed(self, pooled: Tensor) -> Tensor:
+        """Return v (B, C) of a pooled map (B, C)."""
+        return pooled if self.raw else self.norm(pooled)
+
     def classify(self, v: Tensor) -> Tensor:
-        """Return the logits (B, K) of the normalised vector (B, C)."""
-        return self.classifier(self.drop(v))
+        """Return the logits (B, K) of v (B, C)."""
+        return self.classifier(self.drop(self.norm(v) if self.raw else v))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the logits (B, K) of a pooled map (B, C)."""
-        return self.classify(self.norm(pooled))
+        return self.classify(self.embed(pooled))
 
 
 class Bottleneck(nn.Module):
-    """The bottleneck z = [ReLU] BatchNorm1d(FC(v)) and its classifier g.
+    """The bottleneck z of v, a fully connected layer with BatchNorm1d and ReLU, and its classifier g.
 
     Args:
         in_features: width of v.
         features: width of z.
         num_classes: classes K of the classifier; 0 for none.
-        act: apply ReLU; the paper does not say.
+        layers: which, and in which order: one of `BOTTLENECKS`. The paper does not say.
         drop_rate: dropout before the classifier.
+        linear: makes a linear layer, from its widths, device and dtype.
         classifier: makes it, from its width, the classes, device and dtype.
 
     Raises:
-        MbibError: a width below 1.
+        MbibError: a width below 1, or other layers.
     """
 
     def __init__(
@@ -187,24 +208,29 @@ class Bottleneck(nn.Module):
         in_features: int,
         features: int,
         num_classes: int,
-        act: bool = True,
+        layers: str = BOTTLENECKS[0],
         drop_rate: float = 0.0,
+        linear: Callable[..., nn.Module] = LINEAR,
         classifier: Callable[..., nn.Module] = LINEAR,
         **dd: Any,
     ) -> None:
         super().__init__()
         if features < 1:
             raise MbibError(f"bottleneck_features: expected at least 1, got {features}")
+        if layers not in BOTTLENECKS:
+            raise unknown_name("bottleneck_layers", str(layers), BOTTLENECKS)
         self.num_features = features
-        self.fc = LINEAR(in_features, features, **dd)
+        self.norm_last = layers == "fc-relu-norm"
+        self.fc = linear(in_features, features, **dd)
         self.norm = nn.BatchNorm1d(features, **dd)
-        self.act = nn.ReLU() if act else nn.Identity()
+        self.act = nn.ReLU() if "relu" in layers else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
         self.classifier = classifier(features, num_classes, **dd)
 
     def embed(self, v: Tensor) -> Tensor:
         """Return z (B, F) of an observation v (B, C)."""
-        return self.act(self.norm(self.fc(v)))
+        z = self.fc(v)
+        return self.norm(self.act(z)) if self.norm_last else self.act(self.norm(z))
 
     def classify(self, z: Tensor) -> Tensor:
         """Return the logits g(z) (B, K)."""
@@ -219,26 +245,26 @@ class ObservationWithBottleneck(Observation):
     """The last observation v and the bottleneck z, with a classifier each; the mean of their logits is the prediction.
 
     Args:
-        channels, num_classes, norm, drop_rate, classifier: of the observation, see `Observation`.
-        features, act: of the bottleneck, see `Bottleneck`.
+        channels, num_classes, drop_rate, classifier: of the observation, see `Observation`.
+        features: width of the bottleneck.
     """
 
     def __init__(
         self,
         channels: int,
         num_classes: int,
-        norm: bool = True,
         drop_rate: float = 0.0,
         classifier: Callable[..., nn.Module] = LINEAR,
         *,
         features: int,
-        act: bool = True,
         **dd: Any,
     ) -> None:
-        super().__init__(channels, num_classes, norm, drop_rate, classifier, **dd)
-        self.bottleneck = Bottleneck(channels, features, num_classes, act, drop_rate, classifier, **dd)
+        super().__init__(channels, num_classes, True, drop_rate, classifier, **dd)
+        self.bottleneck = Bottleneck(
+            channels, features, num_classes, drop_rate=drop_rate, classifier=classifier, **dd
+        )
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the mean (B, K) of the logits of v and z."""
-        v = self.norm(pooled)
+        v = self.embed(pooled)
         return (self.classify(v) + self.bottleneck(v)) / 2

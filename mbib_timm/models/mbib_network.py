@@ -28,7 +28,7 @@ from mbib_timm.models.backbones import (
     token_pools,
 )
 from mbib_timm.models.head_outputs import POOLED
-from mbib_timm.models.heads import Bottleneck, Observation, create_classifier
+from mbib_timm.models.heads import BOTTLENECKS, KAIMING, Bottleneck, Observation, create_classifier
 
 __all__ = ["MBIB"]
 
@@ -63,8 +63,10 @@ class MBIB(PooledModel, MultiHeadModel):
             transformer with tokens ``token``, ``avg``, or its own, such as ``map``, which is the one when None. What
             pools by attention does so at the end alone, where it was trained: before, patches are averaged.
         bottleneck_features: width of z; that of the last observation when None.
-        bottleneck_act: ReLU after z's normalisation.
-        observation_norm: normalise the pooled observations.
+        bottleneck_layers: what z is made by, in this order: ``"fc-norm-relu"``, ``"fc-relu-norm"`` or ``"fc-norm"``.
+        raw_observations: observations are pooled maps as they are, which is what z is made of, and the normalisation of
+            each belongs to its classifier.
+        head_init: how linear layers of the heads start: ``"kaiming"`` or ``"torch"``, see `INITS`.
         prediction: what predicts: the ``"mean"`` of the last observation's and z's logits; or ``"v"`` or ``"z"``, a
             network whose last observation, or whose z, is the only one of the two to have a classifier. With balanced
             softmax cross-entropy and one tap these are BSCE and BSCE_MLP of Tables 5 and 7.
@@ -93,8 +95,9 @@ class MBIB(PooledModel, MultiHeadModel):
         in_chans: int = 3,
         global_pool: str | None = None,
         bottleneck_features: int | None = None,
-        bottleneck_act: bool = True,
-        observation_norm: bool = True,
+        bottleneck_layers: str = BOTTLENECKS[0],
+        raw_observations: bool = False,
+        head_init: str = KAIMING,
         prediction: str = "mean",
         training_heads: bool = True,
         training_logits: str = "all",
@@ -143,21 +146,26 @@ class MBIB(PooledModel, MultiHeadModel):
         self.set_training_logits(training_logits)
 
         self.num_features = self.head_hidden_size = channels[-1]
-        self.classifier_kind, self.classifier_scale = classifier, classifier_scale
-        create = partial(create_classifier, classifier, scale=classifier_scale)
+        self.classifier_kind, self.classifier_scale, self.head_init = classifier, classifier_scale, head_init
+        create = partial(create_classifier, classifier, scale=classifier_scale, init=head_init)
         self.training_heads = nn.ModuleDict(
             {
-                name: Observation(widths[name], num_classes, observation_norm, drop_rate, create, **dd)
+                name: Observation(widths[name], num_classes, True, drop_rate, create, raw_observations, **dd)
                 for name in shallow
             }
         )
         # Without a classifier of its own the last observation is what z is made of.
         observed_classes = num_classes if self.predicts_from_v else 0
-        self.observation = Observation(channels[-1], observed_classes, observation_norm, drop_rate, create, **dd)
+        self.observation = Observation(
+            channels[-1], observed_classes, True, drop_rate, create, raw_observations, **dd
+        )
         self.bottleneck: nn.Module = nn.Identity()
         if self.predicts_from_z:
             width = channels[-1] if bottleneck_features is None else bottleneck_features
-            self.bottleneck = Bottleneck(channels[-1], width, num_classes, bottleneck_act, drop_rate, create, **dd)
+            linear = partial(create_classifier, "linear", init=head_init)
+            self.bottleneck = Bottleneck(
+                channels[-1], width, num_classes, bottleneck_layers, drop_rate, linear, create, **dd
+            )
 
     @torch.jit.ignore
     def remove_training_heads(self) -> None:
@@ -218,7 +226,7 @@ class MBIB(PooledModel, MultiHeadModel):
         """Return what `forward_head` does from the pooled last map (B, C); an unpooled map as it is."""
         if self.pool_type == "":
             return pooled
-        v = self.observation.norm(pooled)
+        v = self.observation.embed(pooled)
         if pre_logits or self.num_classes == 0:
             return v
         if not self.predicts_from_z:
@@ -273,7 +281,7 @@ class MBIB(PooledModel, MultiHeadModel):
     @torch.jit.ignore
     def _observe_pooled(self, pooled: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         logits = [head(p) for head, p in zip(self.training_heads.values(), pooled[:-1], strict=True)]
-        v = self.observation.norm(pooled[-1])
+        v = self.observation.embed(pooled[-1])
         features = {POOLED: [v]}
         if self.predicts_from_v:
             logits.append(self.observation.classify(v))

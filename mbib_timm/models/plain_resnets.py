@@ -19,7 +19,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from mbib_timm.models.backbones import feature_take_indices
-from mbib_timm.models.heads import create_classifier, init_classifier, renew_classifier
+from mbib_timm.models.heads import TORCH, create_classifier, init_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published, published_cfgs
 
@@ -104,7 +104,7 @@ class CifarResNet(nn.Module):
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = width * self.global_pool.feat_mult()
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
-        self.fc = create_classifier(classifier, self.head_hidden_size, num_classes, classifier_scale, init=False, **dd)
+        self.fc = create_classifier(classifier, self.head_hidden_size, num_classes, classifier_scale, TORCH, **dd)
         self.init_weights()
 
     @torch.jit.ignore

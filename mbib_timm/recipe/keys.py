@@ -64,7 +64,11 @@ class Recipe:
     )
     dataset_download: bool = _data(False, "let torchvision download the data set into data_dir", location=True)
     train_split: str = _data("train", "name of the training split")
-    val_split: str = _data("validation", "name of the split that is evaluated during training")
+    val_split: str = _data(
+        "validation",
+        "name of the split that is evaluated during training; left_out has up to 50 images per class of those that a "
+        "long-tailed subset leaves out of training, to choose settings on",
+    )
     test_split: str | None = _data(None, "name of a further split, evaluated once with the last epoch's weights")
     train_list: str | None = _data(None, "training list file or json (dataset: list, inat2018)", location=True)
     val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)

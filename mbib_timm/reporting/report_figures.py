@@ -36,18 +36,25 @@ def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
     return [(METHOD_COLORS.get(method, GREY), methods[:place].count(method)) for place, method in enumerate(methods)]
 
 
-def comparison_bars(groups: Sequence[RunGroup]) -> Any:
-    """Draw the mean accuracy of each group of runs by shot group; the paper's numbers as diamonds."""
+def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> Any:
+    """Draw the mean accuracy of each group of runs by shot group; the paper's numbers as diamonds.
+
+    Args:
+        groups: of which recipe each.
+        titles: of the groups in the legend; their own when empty.
+    """
+    titles = titles or [group.title for group in groups]
     figure, axes = canvas(6.5, 3.6 + 0.22 * len(groups))
     share = 0.84 / len(groups)
     legend: dict[str, Any] = {}
-    for place, (group, (color, sibling)) in enumerate(zip(groups, group_colors(groups), strict=True)):
+    looks = zip(groups, titles, group_colors(groups), strict=True)
+    for place, (group, title, (color, sibling)) in enumerate(looks):
         for column_place, column in enumerate(COLUMNS):
             at = column_place + (place - (len(groups) - 1) / 2) * share
             marked = group.paper[0].accuracies.get(column) if group.is_papers else None
             hatch = HATCHES[sibling % len(HATCHES)]
             bar, mark = mean_bar(axes, at, group.values(column), share * 0.9, color, hatch, marked)
-            legend |= {f"{group.title} (n = {len(group.runs)})": bar} if bar is not None else {}
+            legend |= {f"{title} (n = {len(group.runs)})": bar} if bar is not None else {}
             legend |= {PAPER: mark} if mark is not None else {}
     if PAPER in legend:  # last
         legend[PAPER] = legend.pop(PAPER)

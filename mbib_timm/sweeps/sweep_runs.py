@@ -264,7 +264,7 @@ def run_sweep(
     results: Path,
     *,
     seeds: Sequence[int] | None = None,
-    only: str = "",
+    only: Sequence[str] = ("",),
     jobs: int = 1,
     dry_run: bool = False,
 ) -> bool:
@@ -278,7 +278,7 @@ def run_sweep(
         overrides: of all runs, by address.
         results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are.
         seeds: run these in the place of the sweep's own.
-        only: run only those whose label contains this.
+        only: run only those whose label contains one of these.
         jobs: runs that are trained at once, in processes of their own when more than one.
         dry_run: list the runs, and stop.
 
@@ -293,9 +293,12 @@ def run_sweep(
         raise MbibError("a sweep runs in one process: start one per device with --device, without torchrun")
     chosen = sweep.seeds if seeds is None else seeds
     whole = plan(replace(sweep, seeds=list(dict.fromkeys([*sweep.seeds, *chosen]))), overrides)
-    runs = [run for run in whole if only in run.label and run.recipe.seed in chosen]
+    for text in only:
+        if not any(text in run.label for run in whole):
+            raise MbibError(f"sweep {sweep.name} has no run whose name contains {text!r}")
+    runs = [run for run in whole if any(text in run.label for text in only) and run.recipe.seed in chosen]
     if not runs:
-        raise MbibError(f"sweep {sweep.name} has no run whose name contains {only!r}")
+        raise MbibError(f"sweep {sweep.name} has no run whose name contains {' or '.join(map(repr, only))} with that seed")
     states = [run.status() for run in whole]
     done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
     if dry_run:
