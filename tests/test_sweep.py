@@ -232,6 +232,11 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
         ([DIGITS, "--seed", "1"], "unknown flag of mbib sweep '--seed': did you mean"),
         ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is set by the sweep itself; see --seeds"),
         ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
+        ([DIGITS, "--only", "resnet20", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
+        (
+            [DIGITS, "--only", "seed1", "--seeds", "0"],
+            "sweep sweep has no run whose name contains 'seed1'",
+        ),
         ([DIGITS, DIGITS], "sweep sweep: axis 'recipe' has 'mbib_resnet20.digits' twice"),
         ([DIGITS, "--lr", "-1"], "recipe key 'lr': expected more than 0"),
         ([DIGITS, "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
@@ -537,6 +542,8 @@ def test_only_and_seeds_choose_runs(finished, tmp_path, capsys):
     ]
     assert main([*arguments, "--only", "seed2"]) == 0
     assert capsys.readouterr().out.split()[1::2] == ["mbib_resnet20.digits-seed2", "cifar_resnet20.ce_digits-seed2"]
+    assert main([*arguments, "--only", "mbib_resnet20.digits-seed0", "ce_digits-seed2"]) == 0
+    assert capsys.readouterr().out.split()[1::2] == ["mbib_resnet20.digits-seed0", "cifar_resnet20.ce_digits-seed2"]
 
 
 # Stages
