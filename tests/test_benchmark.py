@@ -162,6 +162,7 @@ def test_targets_are_the_projects():
     expected = {
         "pipeline": (1.2, 4, 4),
         "side-by-side": (2.0, 2.0, 2.0),
+        "side-by-side-float32": (1.2, 1.2, 1.2),
         "step-resnet32": (1.03, 1.10, 1.10),
         "step-resnext50": (1.03, 1.03, 1.03),
         "augmentation": (1.1, 1.1, 1.1),

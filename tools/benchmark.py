@@ -15,8 +15,9 @@ commit, threads; with `--profile` also `results/profile-<device>.md`.
   process of its own, which nothing that is set here can speed up. Against it the same backbone, batch and precision
   here: resident, compiled, on CUDA captured. Decoding, once a run, is not included. The convolutions alone, forward and
   backward, say what the machine allows.
-- side-by-side: on the CPU, two such runs at once in bf16, a process and a thread each: their images/s, twice those of
-  the slower one, over timm's loop in float32 and in bf16, and over two of timm's loops in bf16 on a thread each.
+- side-by-side: on the CPU, two such runs at once, a process and a thread each: their images/s, twice those of the
+  slower one, in bf16 over timm's loop in float32 and in bf16, and over two of timm's loops in bf16 on a thread each;
+  and in float32 over timm's loop in float32.
 - step-*: the training step alone, on one batch on the device; step-methods: that of each method's recipe beside the
   step of cross-entropy on the plain backbone.
 - augmentation: whole epochs with strong augmentation beside crop and flip alone.

@@ -94,12 +94,13 @@ def pipeline(settings: Settings) -> Iterator[Record]:
 
 
 def side_by_side(settings: Settings) -> Iterator[Record]:
-    """Measure two runs at once in bf16 on a thread each, beside one of timm's loops, and beside two such."""
+    """Measure two runs at once on a thread each, in bf16 and in float32, beside one of timm's loops and two such."""
     world, images = settings.world, settings.pass_images
     float32 = subject_recipe("resnet32", "plain", world, compiled=False)
     bf16 = float32.replace(amp=True, amp_dtype="bfloat16")
     ours = bf16.replace(torchcompile=settings.torchcompile)
     two = AtOnce(CPU_JOBS, resident_contestant, ours, images, world, threads=1)
+    two_float32 = AtOnce(CPU_JOBS, resident_contestant, ours.replace(amp=False), images, world, threads=1)
     two_of_timm = AtOnce(CPU_JOBS, timm_contestant, bf16, images, world, threads=1)
     timm = {
         "timm": OwnProcess(timm_contestant, float32, images, world),
@@ -108,13 +109,15 @@ def side_by_side(settings: Settings) -> Iterator[Record]:
     contestants: dict[str, Callable[[], float]] = {
         **timm,
         "two runs": two.images_per_second,
+        "two runs float32": two_float32.images_per_second,
         "two of timm": two_of_timm.images_per_second,
     }
     figures = take_turns(contestants, settings.repeats, settings.pass_warm_ups)
-    for process in (*two.processes, *two_of_timm.processes, *timm.values()):
+    for process in (*two.processes, *two_float32.processes, *two_of_timm.processes, *timm.values()):
         process.end()
     rows = {
         "side-by-side": ratios(figures["two runs"], figures["timm"]),
+        "side-by-side-float32": ratios(figures["two runs float32"], figures["timm"]),
         "side-by-side-bf16": ratios(figures["two runs"], figures["timm bf16"]),
         "side-by-side-timm": ratios(figures["two runs"], figures["two of timm"]),
     }

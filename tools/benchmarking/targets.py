@@ -113,7 +113,10 @@ ROWS = {
         at_least=True,
         only="cpu",
     ),
-    "side-by-side-bf16": Row("side-by-side", "the same over timm's loop in bf16", only="cpu"),
+    "side-by-side-float32": Row(
+        "side-by-side", "the same, both in float32", Targets(cpu=1.2), at_least=True, only="cpu"
+    ),
+    "side-by-side-bf16": Row("side-by-side", "two runs in bf16 over timm's loop in bf16", only="cpu"),
     "side-by-side-timm": Row(
         "side-by-side", "the same over two of timm's loops at once in bf16, on a thread each", only="cpu"
     ),
