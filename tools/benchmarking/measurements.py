@@ -346,10 +346,14 @@ def epochs_in_a_sweep(settings: Settings, number: int = 200) -> Iterator[Record]
 # Runs `mbib train` with a first step that tells the time as it begins and as it is done, and ends the process. The step
 # is left out unless the first argument is "whole".
 START = """
-import os, resource, sys, time
+import os, sys, time
 import timm, torch
 started = time.perf_counter()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():  # in kB; ru_maxrss would have the parent's in it
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+
+before = peak()
 from mbib_timm import cli
 from mbib_timm.training import run
 
@@ -363,7 +367,7 @@ def until_the_first(*arguments):
             step(*batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        kilobytes = peak() - before
         print("\\nseconds", begun - started, time.perf_counter() - started, kilobytes, flush=True)
         os._exit(0)
     return first
