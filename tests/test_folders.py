@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader
 
 from mbib_timm.cli import main
 from mbib_timm.data import (
-    build_eval_loader,
     archives,
+    build_eval_loader,
     open_data,
     open_split,
 )

@@ -12,7 +12,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from archive_images import contents, pixels, png, write
+from archive_images import contents, pixels, png, tar_bytes, write
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -29,20 +29,6 @@ from mbib_timm.recipe import Recipe
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
-def tar_of(entries, form=tarfile.PAX_FORMAT, mtime=0.0):
-    """A tar of (name, content) pairs; a content may be a TarInfo for what is no file. webdataset's own writer gives
-    times to fractions of a second, for which an extended header goes before each member."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
-        for name, content in entries:
-            header = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            header.name, header.mtime = name, mtime
-            if header is not content:
-                header.size = len(content)
-            tar.addfile(header, None if header is content else io.BytesIO(content))
-    return out.getvalue()
-
-
 def sample(key, label, seed=0, **more):
     """Members of a sample, in the order of their names."""
     parts = {"png": png(seed), "cls": str(label).encode(), **more}
@@ -57,7 +43,7 @@ def shard(*labels, first=0):
 def shards(root, files):
     """Shards by name, of entries or bytes."""
     for name, entries in files.items():
-        write(root / name, entries if isinstance(entries, bytes) else tar_of(entries))
+        write(root / name, entries if isinstance(entries, bytes) else tar_bytes(entries))
     return root
 
 
@@ -111,7 +97,7 @@ def read_naively(files):
 def test_samples_are_those_that_tarfile_gives(tmp_path, form, mtime):
     odd = [entry for entry in ODD if form != "ustar" or len(entry[0]) < 150]
     for number, entries in enumerate((shard(1, 0, 1), odd, shard(0, 1, first=3))):
-        write(tmp_path / f"x-{number}.tar", tar_of(entries, FORMATS[form], mtime))
+        write(tmp_path / f"x-{number}.tar", tar_bytes(entries, mtime, format=FORMATS[form]))
     split = open_split(recipe(tmp_path), "all")
     expected = read_naively(sorted(tmp_path.glob("*.tar")))
     assert list(zip(contents(split), split.targets.tolist(), strict=True)) == expected
@@ -129,7 +115,7 @@ def test_headers_say_what_tarfile_reads(tmp_path, form, mtime, before):
     entries = [entry for entry in ODD if form != "ustar" or len(entry[0]) < 150]
     entries += [("l.png", of_type(tarfile.SYMTYPE, "c.JPG")), ("h.png", of_type(tarfile.LNKTYPE, "c.JPG"))]
     entries += [("p.png", of_type(tarfile.FIFOTYPE)), ("empty.txt", b""), ("block.txt", bytes(512))]
-    content = tar_of(entries, FORMATS[form], mtime)
+    content = tar_bytes(entries, mtime, format=FORMATS[form])
     if before:
         header = tarfile.TarInfo.create_pax_global_header({"comment": "x"})
         content = header + content
@@ -146,12 +132,12 @@ def test_headers_say_what_tarfile_reads(tmp_path, form, mtime, before):
 
 def test_plain_headers_are_read_without_tarfile(tmp_path, monkeypatch):
     """Those of both kinds that writers of shards write; what is not plain falls back."""
-    content = [tar_of(shard(0, 1), tarfile.PAX_FORMAT, mtime) for mtime in (1e9, 1e9 + 0.25)]
+    content = [tar_bytes(shard(0, 1), mtime) for mtime in (1e9, 1e9 + 0.25)]
     monkeypatch.setattr(archives, "_any_member", lambda tar, file, at: None)
     for tar in content:
         assert len(list(members(io.BytesIO(tar), len(tar)))) == 4
     with pytest.raises(tarfile.ReadError, match="damaged after 1 members"):
-        list(members(io.BytesIO(tar_of([("a.png", b""), ("ü.png", b"")])), 1 << 20))
+        list(members(io.BytesIO(tar_bytes([("a.png", b""), ("ü.png", b"")])), 1 << 20))
 
 
 # Shards, which splits are asked for, and the labels of each.
@@ -237,7 +223,7 @@ def test_labels_of_metadata_and_names_of_classes(tmp_path):
     write(tmp_path / "_info.json", json.dumps(info).encode())
     with pytest.raises(DataError, match=r"sample 'b' has no label: expected a \.json with an integer 'group', right"):
         open_split(recipe(tmp_path), "train")
-    write(tmp_path / "x-train.tar", tar_of(entries[:3]))
+    write(tmp_path / "x-train.tar", tar_bytes(entries[:3]))
     assert open_split(recipe(tmp_path), "train").targets.tolist() == [0]
 
 
@@ -319,7 +305,7 @@ def digits(tmp_path_factory):
                 image = io.BytesIO()
                 split.reader.read(place).save(image, "png")
                 entries += sample(f"{place:06d}", split.targets[place], png=image.getvalue())
-            shards(root, {f"digits-{name}-{number:04d}.tar": tar_of(entries, mtime=0.5)})
+            shards(root, {f"digits-{name}-{number:04d}.tar": tar_bytes(entries, mtime=0.5)})
     write(root / "classnames.txt", "\n".join("0123456789").encode())
     return root
 
@@ -328,8 +314,21 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize("loader", ["resident", "timm"])
 def test_training_on_shards_is_training_on_the_same_images(digits, tmp_path, capsys, loader):
     """From the command line: the same batches, so the same losses and weights to the last bit."""
-    flags = ["cifar_resnet20.ce_digits", "--epochs", "2", "--warmup-epochs", "0", "--imbalance-max", "30", "--imbalance-factor", "10"]
-    flags += ["--device", "cpu", "--workers", "1", "--loader", loader, "--image-cache", str(tmp_path / "cache")]
+    flags = ["cifar_resnet20.ce_digits", "--epochs", "2", "--warmup-epochs", "0"]
+    flags += [
+        "--imbalance-max",
+        "30",
+        "--imbalance-factor",
+        "10",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+        "--loader",
+        loader,
+        "--image-cache",
+        str(tmp_path / "cache"),
+    ]
     flags += ["--color-jitter", "0.2", "--output", str(tmp_path)]
     found = []
     for name, data in (("embedded", []), ("shards", ["--dataset", "wds", "--data-dir", str(digits)])):
@@ -367,12 +366,16 @@ def one(entries, name="train/0.tar"):
 
 
 def layout(*names, **files):
-    return lambda root: shards(root, dict.fromkeys(names, shard(0, 1)) | files)
+    return lambda root: shards(root, dict.fromkeys(names, GOOD) | files)
 
 
 def described(**train):
     entry = {"filenames": ["a-0.tar", "a-1.tar"], "shard_lengths": [2, 1], **train}
     info = {"splits": {"train": entry, "validation": {"filenames": ["a-0.tar"]}}}
+    return with_info(info)
+
+
+def with_info(info):
     return lambda root: shards(root, DESCRIBED | {"_info.json": json.dumps(info).encode()})
 
 
@@ -385,14 +388,14 @@ def pipe(root):
     os.mkfifo(root / "train" / "1.tar")
 
 
-WHOLE = tar_of(shard(0, 1))
+WHOLE = tar_bytes(shard(0, 1))
 GOOD = shard(0, 1)
 # What makes the data, and what the message says; FILE is the training shard.
 BAD = {
     "no folder": (gone, "data_dir ROOT/gone does not exist"),
     "empty folder": (lambda root: None, r"there are no shards \(\.tar\) in ROOT, nor in folders in it"),
-    "no image": (one([*GOOD, ("b.cls", b"1"), ("b.txt", b"")]), r"FILE, sample 'b' has a label and, .* it has \.cls, \.txt"),
-    "a kind that is not read": (one([("b.avif", b""), ("b.cls", b"1")]), r"FILE, sample 'b' has a label .* \.avif, \.cls"),
+    "no image": (one([*GOOD, ("b.cls", b"1"), ("b.txt", b"")]), r"FILE, sample 'b' has a label and, .* has \.cls, \."),
+    "a kind that is not read": (one([("b.avif", b""), ("b.cls", b"1")]), r"FILE, sample 'b' has a label .* \.avif, "),
     "no label": (
         one(sample("b", 0, cls=None, txt=b"a bee")),
         r"FILE, sample 'b' has no label: expected a \.cls, or a \.json with an integer 'label', .* has \.png, \.txt",
@@ -405,7 +408,7 @@ BAD = {
     "negative label": (one(sample("b", -1)), "FILE, sample 'b': label -1 is negative"),
     "large label": (one(sample("b", 10**12)), "FILE, sample 'b': label 1000000000000 is too large"),
     "long label": (one(sample("b", "1" * 100)), r"FILE, sample 'b': its \.cls has 100 bytes; expected at most 64"),
-    "label with a fraction": (one(sample("b", 0, cls=None, json=b'{"label": 1.5}')), "'b': label 1.5 is not an integer"),
+    "label with a fraction": (one(sample("b", 0, cls=None, json=b'{"label": 1.5}')), "'b': label 1.5 is not an int"),
     "label of truth": (one(sample("b", 0, cls=None, json=b'{"label": true}')), "'b': label True is not an integer"),
     "no JSON": (one(sample("b", 0, cls=None, json=b"{")), r"FILE, sample 'b': its \.json cannot be read: Expecting"),
     "label without a name": (
@@ -434,9 +437,9 @@ BAD = {
     ),
     "without samples": (one([]), "there are no samples in FILE"),
     "compressed": (one(gzip.compress(WHOLE)), "FILE is compressed, and its images are read by offset; unpack it"),
-    "compressed by name": (one(b"", "train/0.tar.gz"), r"train/0\.tar\.gz is compressed, and shards are read by offset"),
+    "compressed by name": (one(b"", "train/0.tar.gz"), r"train/0\.tar\.gz is compressed, and shards are read by"),
     "zstd": (one(b"\x28\xb5\x2f\xfd" + bytes(100)), r"FILE is an archive of another kind \(zstd\)"),
-    "a gap": (layout("train/a-08.tar", "train/a-09.tar", "train/a-11.tar"), r"ROOT/train: the shard a-10\.tar is missing"),
+    "a gap": (layout("train/a-08.tar", "train/a-09.tar", "train/a-11.tar"), r"ROOT/train: the shard a-10\.tar is miss"),
     "a gap in names": (
         layout("x-train-0.tar", "x-train-2.tar", "x-val-0.tar"), r"ROOT: the shard x-train-1\.tar is missing",
     ),
@@ -445,17 +448,17 @@ BAD = {
         r"the shard train-00002-of-00003\.tar is missing",
     ),
     "a pipe": (pipe, r"ROOT/train/1\.tar is no regular file; expected a shard"),
-    "a split that is not there": (layout("train/0.tar", "dev/0.tar"), "ROOT has no split 'validation'; it has dev, train"),
+    "a split that is not there": (layout("train/0.tar", "dev/0.tar"), "ROOT has no split 'validation'; it has dev, "),
     "training alone": (layout("x-train-0.tar"), "has no split 'validation'; it has train; patterns name some"),
     "shards beside folders": (layout("0.tar", "val/0.tar"), r"ROOT holds the shard 0\.tar beside folders .*\(val\)"),
-    "of no split": (layout("train-0.tar", "x-0.tar"), r"the shard x-0\.tar is of no split, and train-0\.tar is of 'train'"),
+    "of no split": (layout("train-0.tar", "x-0.tar"), r"the shard x-0\.tar is of no split, and train-0\.tar is of 'tr"),
     "described: no shard": (described(filenames=["gone.tar"], shard_lengths=[1]), r"there is no shard ROOT/gone\.tar"),
     "described: out": (described(filenames=["../x.tar"]), r"ROOT/_info\.json: '\.\./x\.tar' must be a path below"),
-    "described: lengths": (described(shard_lengths=[2, 2]), r"ROOT/a-1\.tar holds 1 sample, and its description says 2"),
+    "described: lengths": (described(shard_lengths=[2, 2]), r"ROOT/a-1\.tar holds 1 sample, and its description says"),
     "described: as many": (described(shard_lengths=[2]), "split 'train' has 2 shards and lengths of 1"),
-    "described: no names": (described(filenames=3), r"_info\.json does not describe .*: splits\.train\.filenames: expected"),
+    "described: no names": (described(filenames=3), r"_info\.json does not describe .*: splits\.train\.filenames: exp"),
     "described: no JSON": (layout(**{"a.tar": GOOD, "_info.json": b"{"}), r"_info\.json does not describe splits of"),
-    "described: a list": (layout(**{"a.tar": GOOD, "_info.json": b'{"splits": []}'}), "does not describe .*splits: exp"),
+    "described: a list": (with_info({"splits": []}), "does not describe .*: splits: expected"),
 }  # fmt: skip
 
 
