@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mbib_timm.cli import main
 from mbib_timm.data import archives, open_data, open_split, summary
+from mbib_timm.data import shards as shards_module
 from mbib_timm.data.archives import members
 from mbib_timm.data.decoding import FileStates
 from mbib_timm.data.images import ImageDataset
@@ -92,7 +93,7 @@ def read_naively(files):
     return found
 
 
-@pytest.mark.parametrize("mtime", [1e9, 1e9 + 0.25], ids=["whole", "fraction"])
+@pytest.mark.parametrize("mtime", [10**9, 1e9 + 0.25], ids=["whole", "fraction"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_samples_are_those_that_tarfile_gives(tmp_path, form, mtime):
     odd = [entry for entry in ODD if form != "ustar" or len(entry[0]) < 150]
@@ -108,7 +109,7 @@ def test_samples_are_those_that_tarfile_gives(tmp_path, form, mtime):
     assert split.left_out == {"samples without image and label": ("x-1.tar/b/dotted",)}
 
 
-@pytest.mark.parametrize("mtime", [1e9, 1e9 + 0.25], ids=["whole", "fraction"])
+@pytest.mark.parametrize("mtime", [10**9, 1e9 + 0.25], ids=["whole", "fraction"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("before", [[], [("global", None)]], ids=["", "global headers"])
 def test_headers_say_what_tarfile_reads(tmp_path, form, mtime, before):
@@ -132,7 +133,7 @@ def test_headers_say_what_tarfile_reads(tmp_path, form, mtime, before):
 
 def test_plain_headers_are_read_without_tarfile(tmp_path, monkeypatch):
     """Those of both kinds that writers of shards write; what is not plain falls back."""
-    content = [tar_bytes(shard(0, 1), mtime) for mtime in (1e9, 1e9 + 0.25)]
+    content = [tar_bytes(shard(0, 1), mtime) for mtime in (10**9, 1e9 + 0.25)]
     monkeypatch.setattr(archives, "_any_member", lambda tar, file, at: None)
     for tar in content:
         assert len(list(members(io.BytesIO(tar), len(tar)))) == 4
@@ -228,6 +229,19 @@ def test_labels_of_metadata_and_names_of_classes(tmp_path):
 
 
 # Reading
+
+
+def test_several_processes_read_headers(tmp_path, monkeypatch):
+    root = shards(tmp_path, LAYOUTS["patterns"][0])
+    alone = open_split(recipe(root), "all")
+    monkeypatch.setattr(shards_module, "SHARDS_A_WORKER", 1)
+    together = open_split(recipe(root, workers=2), "all")
+    assert list(together.files()) == list(alone.files())
+    assert together.targets.tolist() == alone.targets.tolist()
+    assert contents(together) == contents(alone)
+    write(root / "12.tar", tar_bytes(sample("b", "bee")))
+    with pytest.raises(DataError, match=r"^\S+/12\.tar, sample 'b': label 'bee' is not an integer$"):
+        open_split(recipe(root, workers=2), "all")
 
 
 @pytest.fixture

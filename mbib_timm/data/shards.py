@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from timm.utils import natural_key
+from torch.utils.data import DataLoader, Dataset
 
 from mbib_timm.data.archives import FILE, FOLDER, LINK, ArchiveReader, Member, members, open_tar
 from mbib_timm.data.folders import READ, SPLIT_NAMES, SYNONYMS, find_split, is_hidden
-from mbib_timm.data.images import Split
+from mbib_timm.data.images import Split, from_worker
 from mbib_timm.data.lists import check_path, parse_label, read_class_names
 from mbib_timm.data.paths import Names
 from mbib_timm.errors import DataError, few, shown
@@ -39,6 +41,8 @@ LARGEST_LABEL, LARGEST_METADATA = 64, 16 * 2**20  # bytes
 # Of a shard's name what stands before its number, the number, and of how many; of a pattern a range of numbers.
 NUMBERED = re.compile(r"(.*?)(\d{1,18})((?:-of-(\d{1,9}))?\.tar)", re.DOTALL | re.IGNORECASE)
 RANGE, LONGEST_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}"), 1_000_000
+# Shards from which on a further process is worth its start.
+SHARDS_A_WORKER = 16
 # Reason for which samples are left out.
 NEITHER = "samples without image and label"
 
@@ -68,7 +72,7 @@ class _Described:
 
 
 def open_shards(
-    data_dir: str | None, split_names: Collection[str], class_map: str | None
+    data_dir: str | None, split_names: Collection[str], class_map: str | None, workers: int
 ) -> Split | Callable[[str], Split]:
     """Open a folder of shards.
 
@@ -76,6 +80,7 @@ def open_shards(
         data_dir: the folder.
         split_names: of the recipe; one that ends in ``.tar`` is a pattern of shards.
         class_map: file with one class name per line, in label order; without it ``classnames.txt`` beside the shards.
+        workers: processes that read the headers of many shards.
 
     Returns:
         All images, where the shards have no splits; else what opens a split by name.
@@ -94,17 +99,17 @@ def open_shards(
         class_file = None
     found = _described(root) or _find(root, split_names)
     if "" in found and not any(map(_is_pattern, split_names)):
-        return _read(found[""], class_file)
-    return partial(_open, root, found, class_file)
+        return _read(found[""], class_file, workers)
+    return partial(_open, root, found, class_file, workers)
 
 
-def _open(root: Path, found: Mapping[str, Shards], class_file: Path | None, split: str) -> Split:
+def _open(root: Path, found: Mapping[str, Shards], class_file: Path | None, workers: int, split: str) -> Split:
     """Open a split of its own name, of a synonym, or of a pattern of shards."""
     if _is_pattern(split):
-        return _read(_of_pattern(root, split), class_file)
+        return _read(_of_pattern(root, split), class_file, workers)
     shards = find_split(found, split)
     if shards is not None:
-        return _read(shards, class_file)
+        return _read(shards, class_file, workers)
     names = sorted(filter(None, found))
     hint = ""
     if set(map(str.casefold, names)) <= set(SYNONYMS["train"]):
@@ -246,32 +251,74 @@ def _require_all(files: Sequence[Path]) -> None:
 # What is in them
 
 
-def _read(shards: Shards, class_file: Path | None) -> Split:
+@dataclass(frozen=True)
+class _Index:
+    """The images of a shard.
+
+    Attributes:
+        names: of all, one behind the other, UTF-8.
+        lengths: of each name, in bytes, (n,), uint32.
+        places: first byte and size of each image, (n, 2), int64.
+        labels: (n,), int32.
+        passed: samples that have neither image nor label.
+    """
+
+    names: bytes
+    lengths: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+    passed: list[str]
+
+
+class _Indexed(Dataset[_Index]):
+    """The indices of some shards; for processes that read several at a time."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards.files)
+
+    def __getitem__(self, number: int) -> _Index:
+        shards, passed = self.shards, list[str]()
+        file = shards.files[number]
+        if not file.is_file():
+            raise DataError(f"there is no shard {file}")
+        found = list(_images(file, shards.label_field, passed))
+        if shards.lengths and shards.lengths[number] != len(found):
+            raise DataError(
+                f"{file} holds {counted(len(found), 'sample')}, and its description says {shards.lengths[number]:,}; "
+                "it may have been copied in part"
+            )
+        names = [name.encode() for name, _, _, _ in found]
+        lengths = np.array([len(name) for name in names], dtype=np.uint32)
+        places = np.array([(start, size) for _, start, size, _ in found], dtype=np.int64).reshape(-1, 2)
+        return _Index(b"".join(names), lengths, places, np.array([row[-1] for row in found], dtype=np.int32), passed)
+
+
+def _read(shards: Shards, class_file: Path | None, workers: int) -> Split:
     """Read the headers and labels of shards."""
-    buffer, firsts = bytearray(), list[int]()
+    buffer, firsts, passed = bytearray(), list[int](), list[str]()
     lengths: list[np.ndarray] = []
     places: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    count, passed = 0, list[str]()
+    count = 0
+    # With a generator of its own, the loader leaves the global one as it is.
+    workers = min(workers, len(shards.files) // SHARDS_A_WORKER)
+    loader = DataLoader(_Indexed(shards), 1, num_workers=workers, collate_fn=list, generator=torch.Generator())
     progress = Progress(len(shards.files), unit="shard")
     try:
-        for number, file in enumerate(shards.files):
-            if not file.is_file():
-                raise DataError(f"there is no shard {file}")
-            found = list(_images(file, shards.label_field, passed))
-            if shards.lengths and shards.lengths[number] != len(found):
-                raise DataError(
-                    f"{file} holds {counted(len(found), 'sample')}, and its description says "
-                    f"{shards.lengths[number]:,}; it may have been copied in part"
-                )
-            names = [name.encode() for name, _, _, _ in found]
-            buffer += b"".join(names)
-            lengths.append(np.array([len(name) for name in names], dtype=np.uint32))
-            places.append(np.array([(start, size) for _, start, size, _ in found], dtype=np.int64).reshape(-1, 2))
-            labels.append(np.array([label for _, _, _, label in found], dtype=np.int32))
+        for (index,) in loader:
+            buffer += index.names
+            lengths.append(index.lengths)
+            places.append(index.places)
+            labels.append(index.labels)
+            passed += index.passed
             firsts.append(count)
-            count += len(found)
+            count += len(index.labels)
             progress.step()
+    except DataError as error:
+        raise (from_worker(error) if workers else error) from None
     finally:
         progress.close()
     if not count:

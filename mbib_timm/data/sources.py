@@ -200,7 +200,7 @@ def _table(recipe: Recipe) -> Opened:
 @SOURCES.register("wds")
 def _shards(recipe: Recipe) -> Opened:
     names = (recipe.train_split, recipe.val_split, recipe.test_split or "test")
-    return open_shards(recipe.data_dir, names, recipe.class_map)
+    return open_shards(recipe.data_dir, names, recipe.class_map, recipe.workers)
 
 
 def _list_of(recipe: Recipe, split: str) -> tuple[str | None, str]:
