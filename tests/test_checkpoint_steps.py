@@ -136,7 +136,7 @@ def test_checkpoints_change_no_draw_of_resident_images(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "tar", "shards"])
 def test_images_that_are_done_are_not_read_again(tmp_path, monkeypatch, name):
-    recipe = settings(tmp_path, name, epochs=1, warmup_epochs=0, val_interval=1)
+    recipe = settings(tmp_path, name, epochs=1, warmup_epochs=0, val_interval=1, workers=0)
     interrupted(recipe, RUNS[name][1] + 1)
     read = []
     convert = images_module.convert_image

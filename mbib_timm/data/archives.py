@@ -198,7 +198,7 @@ def _unzip(path: Path) -> bytes:
 def members(file: BinaryIO, end: int, name: str = "") -> Iterator[Member]:
     """Give what is in the tar that begins at the file's position, in its order.
 
-    Headers with nothing out of the ordinary are read here, in a fifth of the time that tarfile takes; it reads the
+    Headers with nothing out of the ordinary are read here, in a third of the time that tarfile takes; it reads the
     others. Whoever takes a member may move the file's position.
 
     Args:
@@ -239,7 +239,7 @@ def _any_member(tar: tarfile.TarFile, file: BinaryIO, at: int) -> tuple[Member, 
     tar.offset = at
     if (found := tar.next()) is None:
         return None
-    tar.members.clear()
+    tar.members.clear()  # type: ignore[attr-defined]  # which it would keep all
     if found.issparse():
         kind = SPARSE
     elif found.isdir():
