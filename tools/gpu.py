@@ -7,9 +7,9 @@
     python tools/gpu.py --dry-run -o out --minutes 5                                  # on a CPU, with the digits
     python tools/gpu.py --list                                                        # what would be done
 
-The packed images of imbalance factor 10 hold those of 50 and 100, and the recipes choose the same of them in the same
-order as of the whole data: classes are shuffled by their size alone. Each phase is a command of this repository, with its
-log in `logs/<phase>.txt`. Runs are sweeps with `--jobs`, which resume, and whose results are written as each run ends.
+The packed images of imbalance factor 10 hold those of 50 and 100, and recipes choose the same of them in the same order
+as of the whole data: classes are shuffled by their size alone. Each phase is a command of this repository, with its log
+in `logs/<phase>.txt`. Runs are sweeps with `--jobs`, which resume, and whose results are written as each run ends.
 When the time is nearly up the phase that is running is interrupted, and its runs keep their checkpoints. Three archives
 are renewed every minute and at the end, so that what is done survives: `results.tar` (records, tables, figures, logs),
 `weights.tar` (of finished runs of seed 0) and `checkpoints.tar` (of runs that are not finished, for `--from`).
