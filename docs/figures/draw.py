@@ -14,7 +14,8 @@ STYLE = """
   svg { --front: #1a1a1a; --back: #ffffff; --muted: #5f6368; --predict: #0072b2; --train: #b84e00; --fill: #eef4f8;
         font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
   @media (prefers-color-scheme: dark) {
-    svg { --front: #e6e6e6; --back: #16191d; --muted: #a8adb3; --predict: #56b4e9; --train: #f0994a; --fill: #1f2a33; } }
+    svg { --front: #e6e6e6; --back: #16191d; --muted: #a8adb3; --predict: #56b4e9; --train: #f0994a;
+          --fill: #1f2a33; } }
   text { fill: var(--front); text-anchor: middle; dominant-baseline: central; }
   .small { font-size: 12px; fill: var(--muted); }
   .left { text-anchor: start; }
@@ -38,11 +39,17 @@ HALF_WIDTH, HALF_HEIGHT, RADIUS = 44, 18, 20
 
 def picture(width: int, height: int, title: str, marks: Sequence[str]) -> str:
     """Return an SVG of a size in pixels; the title is for who cannot see it."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img">\n<title>{title}</title>\n<style>{STYLE}</style>\n<defs>{ARROWS}</defs>\n'
-        f'<rect width="{width}" height="{height}" rx="8" style="fill: var(--back)"/>\n' + "\n".join(marks) + "\n</svg>\n"
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    parts = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        f"<title>{title}</title>",
+        f"<style>{STYLE}</style>",
+        f"<defs>{ARROWS}</defs>",
+        f'<rect width="{width}" height="{height}" rx="8" style="fill: var(--back)"/>',
+        *marks,
+        "</svg>\n",
     )
+    return "\n".join(parts)
 
 
 def text(x: float, y: float, content: str, kind: str = "") -> str:
@@ -87,67 +94,69 @@ def key(x: float, y: float) -> list[str]:
     """Return what solid and dashed lines mean."""
     return [
         f'<path d="M{x} {y} h28" class="line"/>',
-        text(x + 36, y, "computes the prediction", "small left"),
+        text(x + 36, y, "prediction", "small left"),
         f'<path d="M{x} {y + 20} h28" class="line train"/>',
-        text(x + 36, y + 20, "in training only", "small left"),
+        text(x + 36, y + 20, "training only", "small left"),
     ]
 
 
-def network(parts: Sequence[str], vectors: Sequence[str], classifiers: Sequence[str], weights: Sequence[str]) -> str:
+def network(
+    title: str, parts: Sequence[str], vectors: Sequence[str], classifiers: Sequence[str], weights: Sequence[str]
+) -> str:
     """Return the picture of a network: parts of a backbone, an observation behind each, z, and a classifier on each.
 
     Args:
+        title: for who cannot see it.
         parts: of the backbone, in order.
         vectors: the observations, in order, and z.
         classifiers: on each of these.
-        weights: of each observation's self-distillation.
+        weights: of the losses of each, with a space at the end.
     """
-    places = [190 + 150 * number for number in range(len(parts) + 1)]
+    places = [190 + 150 * number for number in range(len(vectors))]
     last, z = places[-2:]
-    marks = [box(60, PARTS, "image x"), text(last, 18, "backbone", "small") if len(parts) == 1 else ""]
-    for number, (x, part, vector, classifier) in enumerate(zip(places, parts, vectors, classifiers, strict=False)):
-        shallow = number < len(parts) - 1
-        before = 60 if number == 0 else places[number - 1]
+    between = (last + z) / 2
+    marks = [box(60, PARTS, "image x"), *key(16, CLASSIFIERS)]
+    for x, part, vector in zip(places, parts, vectors, strict=False):
+        shallow = x < last
         marks += [
-            arrow((before + HALF_WIDTH, PARTS), (x - HALF_WIDTH, PARTS)),
+            arrow((x - 150 + (HALF_WIDTH if x > 190 else 20 + HALF_WIDTH), PARTS), (x - HALF_WIDTH, PARTS)),
             box(x, PARTS, part),
             arrow((x, PARTS + HALF_HEIGHT), (x, VECTORS - RADIUS), train=shallow),
             text(x + 8, (PARTS + VECTORS) / 2, "pool, norm", "small left"),
             circle(x, VECTORS, vector, shallow),
-            arrow((x, VECTORS + RADIUS), (x, CLASSIFIERS - HALF_HEIGHT), train=shallow),
-            box(x, CLASSIFIERS, classifier, shallow),
-            text(x, CLASSIFIERS + HALF_HEIGHT + 12, "BSC", "train"),
         ]
     marks += [
         arrow((last + RADIUS, VECTORS), (z - RADIUS, VECTORS)),
-        text((last + z) / 2, VECTORS - 12, "FC, norm, ReLU", "small"),
+        text(between, VECTORS - 12, "FC, norm, ReLU", "small"),
         circle(z, VECTORS, vectors[-1]),
-        arrow((z, VECTORS + RADIUS), (z, CLASSIFIERS - HALF_HEIGHT)),
-        box(z, CLASSIFIERS, classifiers[-1]),
-        text(z, CLASSIFIERS + HALF_HEIGHT + 12, "BSC", "train"),
-        arrow((last + HALF_WIDTH, CLASSIFIERS), (z - HALF_WIDTH, CLASSIFIERS), train=True),
-        text((last + z) / 2, CLASSIFIERS - 14, f"{weights[-1]} VSD", "train"),
-        *(
-            arrow((x + side * 26, CLASSIFIERS + HALF_HEIGHT), (x + side * 26, MEAN), ((last + z) / 2 - side * HALF_WIDTH, MEAN))
-            for x, side in ((last, 1), (z, -1))
-        ),
-        box((last + z) / 2, MEAN, "mean"),
-        arrow(((last + z) / 2, MEAN + HALF_HEIGHT), ((last + z) / 2, MEAN + 42)),
-        text((last + z) / 2, MEAN + 54, "prediction", "title"),
     ]
+    for x, classifier, weight in zip(places, classifiers, weights, strict=True):
+        shallow = x < last
+        marks += [
+            arrow((x, VECTORS + RADIUS), (x, CLASSIFIERS - HALF_HEIGHT), train=shallow),
+            box(x, CLASSIFIERS, classifier, shallow),
+            text(x + (0 if shallow else 8 if x == z else -26), CLASSIFIERS + HALF_HEIGHT + 12, f"{weight}BSC", "train"),
+        ]
     bottom = MEAN + 54
+    marks += [
+        arrow((last + HALF_WIDTH, CLASSIFIERS), (z - HALF_WIDTH, CLASSIFIERS), train=True),
+        text(between, CLASSIFIERS - 14, "β VSD", "train"),
+        arrow((last, CLASSIFIERS + HALF_HEIGHT), (last, MEAN), (between - HALF_WIDTH, MEAN)),
+        arrow((z, CLASSIFIERS + HALF_HEIGHT), (z, MEAN), (between + HALF_WIDTH, MEAN)),
+        box(between, MEAN, "mean"),
+        arrow((between, MEAN + HALF_HEIGHT), (between, MEAN + 42)),
+        text(between, bottom, "prediction", "title"),
+    ]
     for number, (x, weight) in enumerate(zip(places[:-2], weights, strict=False)):
         # From below the classifier round the prediction to z's.
-        level, right = bottom + 54 - 26 * number, z + HALF_WIDTH + 44 - 18 * number
-        enters = CLASSIFIERS - 8 + 16 * number
+        level, right, enters = bottom + 54 - 26 * number, z + 122 - 18 * number, CLASSIFIERS - 8 + 16 * number
+        turns = ((x, level), (right, level), (right, enters))
         marks += [
-            arrow((x - 26, CLASSIFIERS + HALF_HEIGHT), (x - 26, level), (right, level), (right, enters), (z + HALF_WIDTH, enters), train=True),
-            text(x + 24, level - 10, f"{weight} VSD", "train"),
+            arrow((x, CLASSIFIERS + HALF_HEIGHT + 22), *turns, (z + HALF_WIDTH, enters), train=True),
+            text(x + 50, level - 10, f"{weight}β VSD", "train"),
         ]
-    width = z + HALF_WIDTH + (66 if len(parts) > 1 else 26)
-    height = bottom + (76 if len(parts) > 1 else 26)
-    name = "MBIB" if len(parts) > 1 else "BIB"
-    return picture(width, height, f"The network of {name}", [*marks, *key(16, CLASSIFIERS - 70)] if len(parts) == 1 else [*marks, *key(z + 70 - 60, 50)])
+    shallow = len(parts) > 1
+    return picture(z + (140 if shallow else 70), bottom + (76 if shallow else 26), title, marks)
 
 
 def structures() -> str:
@@ -166,19 +175,29 @@ def structures() -> str:
         for (teacher, student), weight in edges.items():
             start, end = place[teacher], place[student]
             if end - start < 100:
-                marks += [arrow((start + RADIUS, y), (end - RADIUS, y), train=True), text((start + end) / 2, y - 10, weight, "train")]
+                marks += [
+                    arrow((start + RADIUS, y), (end - RADIUS, y), train=True),
+                    text((start + end) / 2, y - 10, weight, "train"),
+                ]
             else:
                 rise = 0.22 * (end - start)
-                marks += [arc((start, y - RADIUS), (end - 4, y - RADIUS), rise), text((start + end) / 2, y - RADIUS - rise - 9, weight, "train")]
+                marks += [
+                    arc((start, y - RADIUS), (end - 4, y - RADIUS), rise),
+                    text((start + end) / 2, y - RADIUS - rise - 9, weight, "train"),
+                ]
         used = {head for edge in edges for head in edge}
         marks += [circle(place[head], y, head, train=head in ("v1", "v2")) for head in heads if head in used]
     return picture(750, 350, "Which head teaches which in BIB, MBIB, SE-MBIB and ALL-MBIB", marks)
 
 
 FIGURES = {
-    "bib.svg": network(["CNN"], ["v", "z"], ["f(v)", "g(z)"], ["β"]),
+    "bib.svg": network("The network of BIB", ["CNN"], ["v", "z"], ["f(v)", "g(z)"], ["", ""]),
     "mbib.svg": network(
-        ["CNN 1", "CNN 2", "CNN 3"], ["v1", "v2", "v3", "z"], ["h(v1)", "u(v2)", "f(v3)", "g(z)"], ["a β", "b β", "β"]
+        "The network of MBIB",
+        ["CNN 1", "CNN 2", "CNN 3"],
+        ["v1", "v2", "v3", "z"],
+        ["h(v1)", "u(v2)", "f(v3)", "g(z)"],
+        ["a ", "b ", "", "(a + b + 1) "],
     ),
     "structures.svg": structures(),
 }
