@@ -135,7 +135,7 @@ def network(
         marks += [
             arrow((x, VECTORS + RADIUS), (x, CLASSIFIERS - HALF_HEIGHT), train=shallow),
             box(x, CLASSIFIERS, classifier, shallow),
-            text(x + (0 if shallow else 8 if x == z else -26), CLASSIFIERS + HALF_HEIGHT + 12, f"{weight}BSC", "train"),
+            text(x + 8 * (x >= last), CLASSIFIERS + HALF_HEIGHT + 12, f"{weight}BSC", "train" + " left" * (x >= last)),
         ]
     bottom = MEAN + 54
     marks += [
