@@ -106,7 +106,9 @@ def data(flags: Parser) -> Action:
     """Check images before training: classes, sizes, unreadable files, duplicates, what is held out."""
     flags.add_argument("target", help="folder or .tar of images, CSV or Parquet file of them, or a recipe")
     flags.add_argument("--csv", type=place, metavar="FILE", help="write a line per image")
-    flags.add_argument("--figure", type=place, metavar="FILE", help="draw the number of images per class (.png, .pdf, .svg)")
+    flags.add_argument(
+        "--figure", type=place, metavar="FILE", help="draw the number of images per class (.png, .pdf, .svg)"
+    )
     flags.add_argument(
         "--write-split",
         type=place,
@@ -163,7 +165,7 @@ def sweep(flags: Parser) -> Action:
         type=positive,
         default=1,
         metavar="N",
-        help="runs at once, each in a process with one thread or with OMP_NUM_THREADS threads (1: no further processes); "
+        help="runs at once, each in a process with one thread or OMP_NUM_THREADS threads (1: no further processes); "
         "on one CUDA device they share its memory and time, and each has its own context, images and compiled code",
     )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and which of them are done, then stop")
@@ -199,8 +201,8 @@ def validate(flags: Parser) -> Action:
         "--results",
         type=place,
         metavar="FILE",
-        help="write the metrics to this JSON file, and the predictions, the confusion matrix and the classes as CSV files "
-        "beside it",
+        help="write the metrics to this JSON file, and the predictions, the confusion matrix and the classes as CSV "
+        "files beside it",
     )
     add_recipe_flags(flags, EVALUATION_KEYS)
 
@@ -353,7 +355,10 @@ def predict(flags: Parser) -> Action:
         help="write the features before the classifiers to this .npy or .parquet file",
     )
     flags.add_argument(
-        "--cam", type=place, metavar="DIR", help="write to this folder pictures of where each image shows its class (Grad-CAM)"
+        "--cam",
+        type=place,
+        metavar="DIR",
+        help="write to this folder pictures of where each image shows its class (Grad-CAM)",
     )
     flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table with the paths (path)")
     flags.add_argument(

@@ -50,7 +50,9 @@ class LoraSettings:
     rank: int = option(8, "rank r of an adapter", minimum=1, maximum=LARGEST_RANK)
     alpha: float = option(16.0, "an adapter's output is multiplied by alpha / r", above=0, maximum=LARGEST_ALPHA)
     dropout: float = option(0.0, "dropout before an adapter", minimum=0, below=1)
-    targets: list[str] | None = option(None, "names of the layers, or the ends of them; all that can have one when not given")
+    targets: list[str] | None = option(
+        None, "names of the layers, or the ends of them; all that can have one when not given"
+    )
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ class Recipe:
     )
     crop_mode: str | None = _input(
         None,
-        "how test images are cropped: center (shorter side resized, centre cropped), squash (both sides resized), border "
-        "(longer side resized, the rest filled); the model's own when not given; squash and 1 with train_crop_mode: "
-        "pad",
+        "how test images are cropped: center (shorter side resized, centre cropped), squash (both sides resized), "
+        "border (longer side resized, the rest filled); the model's own when not given; squash and 1 with "
+        "train_crop_mode: pad",
         choices=("center", "squash", "border"),
         evaluation=True,
     )
@@ -198,7 +200,9 @@ class Recipe:
         0.0, "probability that an image is converted to greyscale", minimum=0, maximum=1
     )
     gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
-    cutout: int = _augmentation(0, "side of a black square put into each image, in pixels", minimum=0, maximum=LARGEST_SIDE)
+    cutout: int = _augmentation(
+        0, "side of a black square put into each image, in pixels", minimum=0, maximum=LARGEST_SIDE
+    )
     views: list[dict[str, Any]] | None = _augmentation(
         None,
         "views of each image: a list with a mapping for each, of the augmentation keys that differ from the recipe's; "
@@ -339,7 +343,8 @@ class Recipe:
         None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
     )
     amp: bool | None = _machine(
-        None, "mixed precision; when not given, only on CUDA and for images of 64 pixels or more (smaller ones take TF32)"
+        None,
+        "mixed precision; when not given, only on CUDA and for images of 64 pixels or more (smaller ones take TF32)",
     )
     amp_dtype: str = _machine("bfloat16", "data type of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
