@@ -76,7 +76,7 @@ class Recipe:
     val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)
     test_list: str | None = _data(None, "test list file, evaluated once at the end (dataset: list)", location=True)
     class_map: str | None = _data(
-        None, "file with one class name per line, in label order (dataset: list)", location=True
+        None, "file with one class name per line, in label order (dataset: list, wds)", location=True
     )
     table: str | None = _data(
         None, "CSV or Parquet file with the paths and classes of the images (dataset: table)", location=True
