@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Keep the results of runs in the repository, and the README's tables in step with them.
+"""Keep the results of runs in the repository, and the tables in step with them.
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
     python tools/results.py table                                       # write the tables into README.md and docs/
@@ -8,33 +8,33 @@
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
 was analyzed, under `results/<run>-<epochs>e-seed<seed>/`, with `-bfloat16` at its end if it was trained in mixed
-precision. Sweeps write theirs there by themselves. The other tables are the zoo's, as `mbib models` prints it, and that
-of the `results/benchmark-<device>.json` that `tools/benchmark.py` has written. The README's marker of a sweep names the
-one whose table stands there.
+precision. Sweeps write their own results there. The README has one table, of the methods in its figure and of the
+pretrained backbones; a marker in docs/ names the sweep whose table stands there.
 """
 
 import argparse
 import re
 import shutil
 import sys
+from collections.abc import Iterable
+from itertools import starmap
 from pathlib import Path
 
 from benchmarking.results_file import read_results
 from benchmarking.table import markdown
 
 from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, write_analysis
-from mbib_timm.drawing import render, write_illustrations
+from mbib_timm.drawing import LIGHT, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
 from mbib_timm.recipe import longest_epochs
 from mbib_timm.reporting.report_figures import comparison_bars
-from mbib_timm.results.catalogue import catalogue, markdown_table
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
-from mbib_timm.results.runs import FinishedRun, group_runs, packaged_recipe, read_run
-from mbib_timm.results.tables import Table, cells, markdown_by_start
+from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, packaged_recipe, read_run
+from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, mean_and_deviation, percent
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep_results import epochs_run, listed
@@ -42,10 +42,8 @@ from mbib_timm.sweeps.sweep_results import read_results as read_sweep
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
-MODELS = ("<!-- zoo: tools/results.py table -->\n", "<!-- end of zoo -->")
-SPEED = ("<!-- benchmark: tools/results.py table -->\n", "<!-- end of benchmark -->")
-SWEEPS = ("<!-- sweeps: tools/results.py table -->\n", "<!-- end of sweeps -->")
-# The README's figure, and what it shows: CIFAR-100-LT with imbalance factor 100 and ResNet-32, from scratch.
+# The README's figure, and what it and the README's table show: CIFAR-100-LT with imbalance factor 100. First ResNet-32
+# from scratch; then, in the table alone, EfficientNet-Lite0 with ImageNet-1k weights.
 FIGURE = Path("docs/figures/accuracy.svg")
 SHOWN = {
     "cifar_resnet32.ce_cifar100_lt_if100": "CE",
@@ -53,6 +51,10 @@ SHOWN = {
     "bib_resnet32.cifar100_lt_if100": "BIB",
     "mbib_resnet32.cifar100_lt_if100": "MBIB",
     "mbib_resnet32.strong_cifar100_lt_if100": "MBIB, strong recipe",
+}
+PRETRAINED = {
+    "mbib_efficientnet_lite0.frozen_cifar100_lt_if100": "MBIB heads, backbone frozen",
+    "mbib_efficientnet_lite0.finetune_cifar100_lt_if100": "MBIB, all fine-tuned",
 }
 SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- end of sweep -->)", re.DOTALL)
 
@@ -103,21 +105,59 @@ def table(results: Path) -> str:
     return markdown_by_start(["run", "epochs", "seed", "precision", *COLUMNS, "test images"], rows)
 
 
-def accuracy_figure(results: Path) -> dict[str, bytes]:
-    """Draw the accuracy of the recipes of `SHOWN` by shot group, as SVG: of each the precision with most seeds.
+def shown_groups(results: Path, names: Iterable[str]) -> list[RunGroup]:
+    """Return the runs of each recipe by its full schedule: of each the precision with most seeds.
+
+    Args:
+        results: folder of all results.
+        names: of the recipes.
 
     Raises:
         MbibError: no whole run of one of them.
     """
     runs = [read_run(file.parent) for file in sorted(results.glob(f"*/{RECORD}"))]
-    groups = group_runs([run for run in runs if run.name in SHOWN])
+    groups = group_runs([run for run in runs if run.name in names])
     chosen = []
-    for name in SHOWN:
+    for name in names:
         own = [group for group in groups if group.first.name == name and not group.is_short]
         if not own:
-            raise MbibError(f"results/ has no whole run of {name}, which the figure shows")
+            raise MbibError(f"{results} has no whole run of {name}, which the README shows")
         chosen.append(max(own, key=lambda group: (len(group.runs), group.first.precision != "float32")))
-    return render(lambda: comparison_bars(chosen, [*SHOWN.values()]), ("svg",))
+    return chosen
+
+
+def accuracy_figure(results: Path) -> dict[str, bytes]:
+    """Draw the accuracy of the recipes of `SHOWN` by shot group, as SVG. Raises MbibError as `shown_groups` does."""
+    groups = shown_groups(results, SHOWN)
+    files = render(lambda: comparison_bars(groups, [*SHOWN.values()]), ("svg",))
+    # On a page that is dark, too.
+    on_white = f'<svg style="background: {LIGHT.background}" '.encode()
+    return {form: content.replace(b"<svg ", on_white, 1) for form, content in files.items()}
+
+
+def readme_table(results: Path) -> str:
+    """Return the README's table: the recipes of `SHOWN` with the paper's numbers, then those of `PRETRAINED`.
+
+    Raises:
+        MbibError: as `shown_groups` does.
+    """
+    scratch = zip(SHOWN.values(), shown_groups(results, SHOWN), strict=True)
+    compared = [[*_row(title, group), _papers(group)] for title, group in scratch]
+    pretrained = zip(PRETRAINED.values(), shown_groups(results, PRETRAINED), strict=True)
+    tables = (
+        Table(["ResNet-32 from scratch", "n", *COLUMNS, "paper"], compared),
+        Table(["EfficientNet-Lite0 with ImageNet-1k weights", "n", *COLUMNS], list(starmap(_row, pretrained))),
+    )
+    return "\n\n".join(table.markdown() for table in tables) + "\n"
+
+
+def _row(title: str, group: RunGroup) -> list[str]:
+    return [title, str(len(group.runs)), *(mean_and_deviation(group.values(column)) for column in COLUMNS)]
+
+
+def _papers(group: RunGroup) -> str:
+    """Return the paper's overall accuracy of such a run; a dash where it has none."""
+    return percent(group.paper[0].accuracies["overall"]) if group.is_papers else NOTHING
 
 
 def epochs(run: FinishedRun) -> str:
@@ -148,20 +188,12 @@ def sweep_table(folder: Path) -> str:
     return sweep_markdown(read_sweep(folder)).partition("\n\n")[2]
 
 
-def write_tables(readme: Path, results: Path) -> None:
-    """Replace the tables between the README's markers."""
-    text = readme.read_text(encoding="utf-8")
-    tables = (
-        (MODELS, markdown_table(catalogue())),
-        (RUNS, table(results)),
-        (SWEEPS, sweeps_table(results)),
-        (SPEED, speed_table(results)),
-    )
-    for (begin, end), content in tables:
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{content}\n{end}{after}"
-    readme.write_text(with_sweeps(text, results), encoding="utf-8")
+def write_table(readme: Path, results: Path) -> None:
+    """Replace the table between the README's markers."""
+    begin, end = RUNS
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    readme.write_text(f"{before}{begin}\n{readme_table(results)}\n{end}{after}", encoding="utf-8")
 
 
 def with_sweeps(text: str, results: Path) -> str:
@@ -190,7 +222,7 @@ def main() -> None:
             draw(file.parent)
         for file in (ROOT / "results").glob("*/sweep.json"):
             write_results(file.parent, read_sweep(file))
-    write_tables(ROOT / "README.md", ROOT / "results")
+    write_table(ROOT / "README.md", ROOT / "results")
     for page in (ROOT / "docs").glob("*.md"):
         page.write_text(with_sweeps(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
 
