@@ -46,7 +46,7 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
     """
     titles = titles or [group.title for group in groups]
     columns = 3 if max(map(len, titles)) < SHORT else 1
-    figure, axes = canvas(6.5, 3.6 + 0.22 * -(-len(groups) // columns))
+    figure, axes = canvas(max(6.5, 1.4 * len(groups)), 3.6 + 0.22 * -(-len(groups) // columns))
     share = 0.84 / len(groups)
     legend: dict[str, Any] = {}
     looks = zip(groups, titles, group_colors(groups), strict=True)
