@@ -112,8 +112,8 @@ def what_was_run(results: SweepResults) -> list[str]:
     splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
     machines = sorted({run.environment.machine for run in results.runs})
     said = [
-        f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} images (split {splits}): mean ± sample "
-        f"standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
+        f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} images (split {splits}): mean ± "
+        f"sample standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
         f"`{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
     ]
     if results.settings:
