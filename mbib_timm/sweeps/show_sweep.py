@@ -113,8 +113,8 @@ def what_was_run(results: SweepResults) -> list[str]:
     machines = sorted({run.environment.machine for run in results.runs})
     said = [
         f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} images (split {splits}): mean ± "
-        f"sample standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
-        f"`{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
+        f"sample standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the "
+        f"recipe `{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
     ]
     if results.settings:
         listing = listed([f"`{key}` {value}" for key, value in results.settings.items()])
