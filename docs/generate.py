@@ -6,6 +6,7 @@ becomes one into the repository, and an image out there comes into the site. Wha
 
 import argparse
 import dataclasses
+import html
 import itertools
 import re
 import sys
@@ -62,8 +63,10 @@ def methods() -> str:
 
 
 def _first_sentence(documented: object) -> str:
-    text = (documented.__doc__ or "").split("\n\n")[0]
-    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(text.split()))[0].replace("``", "`")
+    text = " ".join((documented.__doc__ or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    # A bar within back quotes would end a cell.
+    return re.sub(r"`+(.+?)`+", lambda found: f"<code>{html.escape(found[1]).replace('|', '&#124;')}</code>", sentence)
 
 
 def settings() -> str:
@@ -83,7 +86,8 @@ def settings() -> str:
 
 def _option(key: str, item: dataclasses.Field, kind: Any) -> list[str]:
     default = default_of(item)
-    shown = NOTHING if default is None or default == "" else f"`{default}`"
+    items = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in default] if kind == list[float] else []
+    shown = NOTHING if default is None else f"`[{', '.join(items)}]`" if items else f"`{default}`"
     text = markdown_text(item.metadata["help"])
     if item.metadata["choices"]:
         text += f" ({', '.join(f'`{choice}`' for choice in item.metadata['choices'])})"
