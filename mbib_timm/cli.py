@@ -50,8 +50,8 @@ Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
 PRIOR = (
-    "class frequencies that the probabilities are for: train, uniform, a file of shares or counts, or estimate for "
-    "those under which the images are most likely; those that the model was trained for when not given"
+    "class frequencies that the probabilities assume: train, uniform, a file of shares or counts, or estimate (found "
+    "from the images, without labels); those that the model was trained for when not given"
 )
 LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
@@ -61,9 +61,9 @@ EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluat
 DATA_FLAGS = [name for name, item in KEYS.items() if item.metadata["group"] == "data"]
 DATA_FLAGS = [*(name for name in DATA_FLAGS if name not in ("loader", "image_cache")), "workers"]
 TRAINING_EPILOG = (
-    "A method's settings are flags as well: --method.beta 3; mbib train RECIPE --help shows them. In a recipe with "
-    "several stages, a flag applies to the stages that do not set the key themselves; --stage2.lr 0.1 sets the second "
-    "stage's. Values in [ ] are the recipe's."
+    "The settings of a method are flags too, such as --method.beta 3; mbib train RECIPE --help lists them. In a recipe "
+    "with several stages, a flag applies to every stage that does not set the key itself; --stage2.lr 0.1 sets it for "
+    "the second stage. Values in [ ] are those of the recipe."
 )
 
 
@@ -103,15 +103,17 @@ def command(usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], A
 
 @command("DIR | TABLE | RECIPE [flags]")
 def data(flags: Parser) -> Action:
-    """Look at images before training: classes, sizes, unreadable files, duplicates, what is held out."""
+    """Check images before training: classes, sizes, unreadable files, duplicates, what is held out."""
     flags.add_argument("target", help="folder or .tar of images, CSV or Parquet file of them, or a recipe")
     flags.add_argument("--csv", type=place, metavar="FILE", help="write a line per image")
-    flags.add_argument("--figure", type=place, metavar="FILE", help="draw the images of each class (.png, .pdf, .svg)")
+    flags.add_argument(
+        "--figure", type=place, metavar="FILE", help="draw the number of images per class (.png, .pdf, .svg)"
+    )
     flags.add_argument(
         "--write-split",
         type=place,
         metavar="FILE",
-        help="write which image is in which split as a CSV, which dataset: table reads back",
+        help="write the split of each image to this CSV file, which dataset: table reads",
     )
     add_recipe_flags(flags, DATA_FLAGS)
 
@@ -149,22 +151,22 @@ def sweep(flags: Parser) -> Action:
     from mbib_timm.sweeps.sweep import PER_RUN, find_sweep
 
     flags.add_argument("sweep", nargs="+", help="name of a sweep, or its file; or names of recipes, or their files")
-    flags.add_argument("--recipe", help="base recipe in place of the sweep's, such as mbib_resnet32.digits")
-    flags.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds in place of the sweep's own")
+    flags.add_argument("--recipe", help="base recipe to use instead of the sweep's, such as mbib_resnet32.digits")
+    flags.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds to use instead of the sweep's")
     flags.add_argument("--name", help="name for the sweep's folders")
     flags.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="train only runs whose name contains one of these"
     )
     flags.add_argument(
-        "--results", type=place, default=Path("results"), metavar="DIR", help="folder of tables and figures (results)"
+        "--results", type=place, default=Path("results"), metavar="DIR", help="folder for tables and figures (results)"
     )
     flags.add_argument(
         "--jobs",
         type=positive,
         default=1,
         metavar="N",
-        help="runs at once, in processes of one thread each, or of as many as OMP_NUM_THREADS says; on one CUDA device "
-        "they share its memory and time, each with a context, images and compiled code of its own (1: no processes)",
+        help="runs at once, each in a process with one thread or OMP_NUM_THREADS threads (1: no further processes); "
+        "on one CUDA device they share its memory and time, and each has its own context, images and compiled code",
     )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and which of them are done, then stop")
     add_recipe_flags(flags, [key for key in KEYS if key not in PER_RUN])
@@ -193,14 +195,14 @@ def add_data_flags(flags: Parser, split: str) -> None:
 def validate(flags: Parser) -> Action:
     """Evaluate a trained model."""
     flags.add_argument("target", help=MODEL)
-    add_data_flags(flags, split="split to evaluate; that of the run's result when not given")
+    add_data_flags(flags, split="split to evaluate; the one that the run reports when not given")
     flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument(
         "--results",
         type=place,
         metavar="FILE",
-        help="write the metrics to this JSON file, and beside it the predictions, the confusion matrix and the classes "
-        "as CSV",
+        help="write the metrics to this JSON file, and the predictions, the confusion matrix and the classes as CSV "
+        "files beside it",
     )
     add_recipe_flags(flags, EVALUATION_KEYS)
 
@@ -224,7 +226,7 @@ def validate(flags: Parser) -> Action:
 def aggregate(flags: Parser) -> Action:
     """Weight a model's experts for test sets with other class distributions."""
     flags.add_argument("target", help=MODEL)
-    add_data_flags(flags, split="split to draw the test sets from; that of the run's result when not given")
+    add_data_flags(flags, split="split to draw the test sets from; the one that the run reports when not given")
     flags.add_argument(
         "--targets",
         nargs="+",
@@ -232,7 +234,7 @@ def aggregate(flags: Parser) -> Action:
         help="class distributions: forward50, ..., forward2, uniform, backward2, ..., backward50; all when not given",
     )
     flags.add_argument(
-        "--seed", dest="aggregation_seed", type=random_seed, default=0, metavar="N", help="seed of all draws (0)"
+        "--seed", dest="aggregation_seed", type=random_seed, default=0, metavar="N", help="random seed (0)"
     )
     flags.add_argument(
         "--results",
@@ -264,18 +266,18 @@ def analyze(flags: Parser) -> Action:
     flags.add_argument(
         "runs",
         nargs="+",
-        help="runs' folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is the reference",
+        help="run folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is the reference",
     )
-    add_data_flags(flags, split="split to analyze; that of the run's result when not given")
+    add_data_flags(flags, split="split to analyze; the one that the run reports when not given")
     flags.add_argument(
         "--classes",
         nargs="+",
         type=not_negative,
         metavar="LABEL",
-        help="labels of the classes to embed; ten when not given",
+        help="labels of the classes that t-SNE shows; ten classes when not given",
     )
     flags.add_argument(
-        "--images-per-class", type=positive, default=100, metavar="N", help="images of each class to embed (100)"
+        "--images-per-class", type=positive, default=100, metavar="N", help="images that t-SNE shows per class (100)"
     )
     # Not the recipe's key of that name.
     flags.add_argument("--output", dest="folder", type=place, metavar="DIR", help="folder for the results")
@@ -326,13 +328,13 @@ def predict(flags: Parser) -> Action:
     flags.add_argument(
         "images",
         nargs="+",
-        help="image files, folders, archives, and tables (.csv, .parquet) of images; - for names on standard input",
+        help="image files, folders, archives, or tables (.csv, .parquet) of images; - reads names from standard input",
     )
     flags.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to show per image (5)")
     flags.add_argument(
         "--format",
         choices=("table", "csv", "jsonl", "parquet"),
-        help="output format: by default that of the output's suffix, else table",
+        help="output format; by default that of the suffix of --output, or table",
     )
     flags.add_argument("--output", type=place, metavar="FILE", help="write to this file")
     flags.add_argument(
@@ -344,7 +346,7 @@ def predict(flags: Parser) -> Action:
         type=share,
         default=0.0,
         metavar="P",
-        help="the answer is 'unsure' where no class has this probability (0)",
+        help="answer 'unsure' if no class reaches this probability (0)",
     )
     flags.add_argument(
         "--embeddings",
@@ -353,23 +355,26 @@ def predict(flags: Parser) -> Action:
         help="write the features before the classifiers to this .npy or .parquet file",
     )
     flags.add_argument(
-        "--cam", type=place, metavar="DIR", help="write pictures of where each image shows its class (Grad-CAM)"
+        "--cam",
+        type=place,
+        metavar="DIR",
+        help="write to this folder pictures of where each image shows its class (Grad-CAM)",
     )
-    flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table's paths (path)")
+    flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table with the paths (path)")
     flags.add_argument(
-        "--label-column", metavar="NAME", help="column of the names of its classes (label, where there is one)"
+        "--label-column", metavar="NAME", help="column of a table with the class names (label, if there is one)"
     )
     flags.add_argument(
         "--labels",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="take folders and tables' labels for the images' classes, and give the accuracy at the end (yes)",
+        help="take folder names and the labels of tables as true classes, and report the accuracy at the end (yes)",
     )
     flags.add_argument(
         "--head",
         default="prediction",
         metavar="NAME",
-        help="prediction, or one of the model's heads or experts (prediction)",
+        help="whose logits to use: prediction, or one of the model's heads or experts (prediction)",
     )
     flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (64)")
@@ -377,7 +382,7 @@ def predict(flags: Parser) -> Action:
         "--workers",
         type=workers,
         metavar="N",
-        help="processes that decode images; by default as many as CPUs, 8 at most",
+        help="processes that decode images; by default one per CPU, 8 at most",
     )
     flags.add_argument("--device", help=DEVICE)
 
@@ -428,11 +433,11 @@ def predict(flags: Parser) -> Action:
 
 @command()
 def export(flags: Parser) -> Action:
-    """Write a trained model in another format."""
+    """Export a trained model to another format."""
     flags.add_argument("model", help=MODEL)
     flags.add_argument("--format", choices=export_formats(), required=True, help="file format")
     flags.add_argument("--output", type=place, metavar="FILE", help="file to write; named after the model by default")
-    flags.add_argument("--softmax", action="store_true", help="give probabilities instead of logits")
+    flags.add_argument("--softmax", action="store_true", help="output probabilities instead of logits")
     flags.add_argument("--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; the model's own by default")
 
     def run(given: Namespace) -> None:
@@ -462,7 +467,7 @@ def demo(flags: Parser) -> Action:
 def publish(flags: Parser) -> Action:
     """Publish a finished run on the Hub."""
     flags.add_argument("run", type=place, help="the run's folder")
-    flags.add_argument("--repo-id", metavar="ORG/NAME", help="repository; a model of the zoo has its own")
+    flags.add_argument("--repo-id", metavar="ORG/NAME", help="repository on the Hub; models of the zoo have theirs")
     flags.add_argument(
         "--seeds",
         type=place,
@@ -474,9 +479,9 @@ def publish(flags: Parser) -> Action:
     flags.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     flags.add_argument("--revision", metavar="TAG", help="tag of this release; the next of v1, v2, v3 by default")
     flags.add_argument(
-        "--inference-only", action="store_true", help="leave out the classifiers that serve training only"
+        "--inference-only", action="store_true", help="leave out the classifiers that only training uses"
     )
-    flags.add_argument("--dataset-name", metavar="TEXT", help="what people call the training data, for the card")
+    flags.add_argument("--dataset-name", metavar="TEXT", help="name of the training data on the card")
     flags.add_argument(
         "--license", type=check_licence, metavar="NAME", help=f"{LICENCE}; a model of the zoo has its own"
     )
@@ -502,7 +507,7 @@ def publish(flags: Parser) -> Action:
 
 @command()
 def models(flags: Parser) -> Action:
-    """List the zoo: what is trained, how well, how large."""
+    """List the models of the zoo: accuracy, size, weights."""
 
     def run(given: Namespace) -> None:
         from mbib_timm.results.catalogue import catalogue, text_table
@@ -514,7 +519,7 @@ def models(flags: Parser) -> Action:
 
 @command()
 def methods(flags: Parser) -> Action:
-    """List the methods of training."""
+    """List the training methods."""
 
     def run(given: Namespace) -> None:
         load_entry_points()

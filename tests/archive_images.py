@@ -25,17 +25,18 @@ CLASSES = {f"{folder}/{name}.png": png(i * 10 + j)
 SPLITS = {f"{split}/{name}": content for split in ("train", "val") for name, content in CLASSES.items()}
 
 
-def tar_bytes(entries, **options):
-    """A tar of (name, content) pairs or dict items; a content may be a TarInfo for what is no file."""
+def tar_bytes(entries, mtime=0, **options):
+    """A tar of (name, content) pairs or dict items; a content may be a TarInfo for what is no file. For times to
+    fractions of a second an extended header goes before each member."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", **options) as tar:
         for name, content in entries.items() if isinstance(entries, dict) else entries:
             if isinstance(content, tarfile.TarInfo):
-                content.name = name
+                content.name, content.mtime = name, mtime
                 tar.addfile(content)
                 continue
             header = tarfile.TarInfo(name)
-            header.size = len(content)
+            header.size, header.mtime = len(content), mtime
             tar.addfile(header, io.BytesIO(content))
     return out.getvalue()
 

@@ -67,7 +67,7 @@ RECIPES = {
     "base 60 with a fraction": ("lr: 1:30.5\n", "line 13: 1:30.5 is no plain number"),
     "crop of none": ("crop_pct: 0.875\n", "'crop_pct' has no effect without train_crop_mode: rrc or none"),
     "crop mode of none": ("crop_mode: center\n", "'crop_mode' has no effect without train_crop_mode: rrc or none"),
-    "list of none": ("class_map: names.txt\n", "'class_map' has no effect without dataset: list or inat2018"),
+    "list of none": ("class_map: names.txt\n", "'class_map' has no effect without dataset: list or wds"),
     "seed": ("seed: 4294967296\n", "'seed': expected at most 4,294,967,295, got 4,294,967,296"),
     "subset_seed": ("subset_seed: -1\n", "'subset_seed': expected at least 0, got -1"),
     "img_size": ("img_size: 100000\n", "'img_size': expected at most 8,192, got 100,000"),

@@ -43,6 +43,7 @@ RUNS = {
     "two views and a queue": (dict(method={"name": "paco", "queue": 32, "features": 8}, model_kwargs={}), 5, 11),
     "features": (FEATURES, 3, 10),
     "tar": (dict(AUGMENTED, dataset="folder", imbalance="none", batch_size=3), 3, 10),
+    "shards": (dict(AUGMENTED, dataset="wds", imbalance="none", batch_size=3, workers=2), 3, 10),
 }
 
 
@@ -56,11 +57,21 @@ def settings(tmp_path, name, **keys):
     if name == "features":
         keys.pop("warmup_epochs"), keys.pop("imbalance_factor"), keys.pop("imbalance_max")
         return Recipe(**keys, data_dir=str(class_folders(tmp_path)), image_cache=str(tmp_path / "cache"))
-    if name == "tar":
-        folder = class_folders(tmp_path)
-        entries = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(folder.glob("*/*.png"))}
-        (tmp_path / "images.tar").write_bytes(tar_bytes(entries))
-        keys |= {"data_dir": str(tmp_path / "images.tar")}
+    if name in ("tar", "shards"):
+        files = sorted(class_folders(tmp_path).glob("*/*.png"))
+        if name == "tar":
+            place = tmp_path / "images.tar"
+            place.write_bytes(tar_bytes({f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}))
+        else:
+            place = tmp_path / "shards"
+            place.mkdir()
+            for number in range(3):
+                entries = {}
+                for file in files[number::3]:
+                    key, label = f"{file.parent.name}_{file.stem}", ["ant", "bee", "cat", "dog"].index(file.parent.name)
+                    entries |= {f"{key}.png": file.read_bytes(), f"{key}.cls": str(label).encode()}
+                (place / f"{number}.tar").write_bytes(tar_bytes(entries))
+        keys |= {"data_dir": str(place)}
         keys.pop("imbalance_factor"), keys.pop("imbalance_max")
     return load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys)
 
@@ -123,9 +134,9 @@ def test_checkpoints_change_no_draw_of_resident_images(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm", "tar"])
+@pytest.mark.parametrize("name", ["timm", "tar", "shards"])
 def test_images_that_are_done_are_not_read_again(tmp_path, monkeypatch, name):
-    recipe = settings(tmp_path, name, epochs=1, warmup_epochs=0, val_interval=1)
+    recipe = settings(tmp_path, name, epochs=1, warmup_epochs=0, val_interval=1, workers=0)
     interrupted(recipe, RUNS[name][1] + 1)
     read = []
     convert = images_module.convert_image

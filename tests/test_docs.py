@@ -59,7 +59,7 @@ NEEDS = {
 # What makes a command quick, by how it begins.
 SHORT = {
     "mbib train tempered.yaml": "--stage1.epochs 1 --stage1.warmup-epochs 0 --stage2.epochs 1 --stage2.warmup-epochs 0",
-    "mbib sweep tempered.yaml": "--stage1.epochs 1 --stage2.epochs 1 --dry-run",
+    "mbib sweep tempered.yaml": "--epochs 1",
     "mbib train": "--epochs 1 --warmup-epochs 0",
     "mbib sweep mbib_resnet20": "--epochs 1",
     "mbib sweep figure9": "--epochs 1",
@@ -117,21 +117,41 @@ def make_folder(root):
         (root / f"tempered.{suffix}").write_text(blocks(DOCS / "methods.md", language)[0], encoding="utf-8")
 
 
-def run(command, folder):
-    """Run a command as a reader would, without a network and on one thread."""
+# Runs what it is given on a line each, in one process: torch is imported once.
+RUNNER = """
+import shlex, subprocess, sys
+from mbib_timm.cli import main
+for command in sys.stdin.read().splitlines():
+    print("$", command, flush=True)
+    words = shlex.split(command)
+    if words[0] == "mbib":
+        try:
+            status = main(words[1:])
+        except SystemExit as end:  # of --help
+            status = end.code
+    else:
+        status = subprocess.run([sys.executable, *words[1:]]).returncode
+    if status:
+        sys.exit(f"{command}: exit status {status}")
+"""
+
+
+def as_run(command):
+    """A command as it is run: briefly, and with a model in the place of the placeholder."""
     start = next((start for start in SHORT if command.startswith(start)), None)
     more = f" {SHORT[start]}" if start is not None and "--help" not in command and "--dry-run" not in command else ""
-    command = command.replace("python tools/", f"python {ROOT}/tools/").replace("MODEL", "runs/mbib_resnet20.digits")
-    tools = "".join(
-        f'{name}() {{ {shlex.quote(sys.executable)} {module} "$@"; }}\n'
-        for name, module in (("mbib", "-m mbib_timm"), ("python", ""))
-    )
+    return command.replace(" tools/", f" {ROOT}/tools/").replace("MODEL", "runs/mbib_resnet20.digits") + more
+
+
+def run(commands, folder):
+    """Run commands in a folder, without a network and on one thread; return what they print."""
+    assert all(command.startswith(("mbib ", "python ")) for command in commands)
     here = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        ["bash", "-e", "-c", f"{tools}{command}{more}"], cwd=folder, env={**os.environ, **here},
+        [sys.executable, "-c", RUNNER], input="\n".join(map(as_run, commands)), cwd=folder, env={**os.environ, **here},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, f"{command}{more}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
@@ -141,14 +161,12 @@ def test_every_other_command_runs(tmp_path):
     for library in ("matplotlib", "onnx"):
         pytest.importorskip(library)
     make_folder(tmp_path)
-    run("mbib train experts_resnet32.sade_digits", tmp_path)
-    for command in RUN_HERE:
-        run(command, tmp_path)
     first, second = blocks(DOCS / "README.md", "python")
     quick = first.replace("epochs=8", 'epochs=1, warmup_epochs=0, experiment="from_python"')
     assert quick != first
     (tmp_path / "quickstart.py").write_text(quick + second, encoding="utf-8")
-    assert run("python quickstart.py", tmp_path).count("new_images/") == 21
+    printed = run(["mbib train experts_resnet32.sade_digits", *RUN_HERE, "python quickstart.py"], tmp_path)
+    assert printed.rpartition("$ python quickstart.py")[2].count("new_images/") == 21
 
 
 # Messages

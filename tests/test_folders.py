@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader
 
 from mbib_timm.cli import main
 from mbib_timm.data import (
+    archives,
     build_eval_loader,
-    folders,
     open_data,
     open_split,
 )
@@ -457,12 +457,12 @@ def test_names_that_lead_out_links_and_devices_are_named(tmp_path):
 def test_a_compressed_archive_has_bounds_of_its_own_size_and_of_the_memory(tmp_path, monkeypatch):
     archive = write(tmp_path / "x.tgz", gzip.compress(SOUND + bytes(len(SOUND) * 100)))
     open_archive(archive)  # little all the same
-    monkeypatch.setattr(folders, "SMALL", len(SOUND))
+    monkeypatch.setattr(archives, "SMALL", len(SOUND))
     with pytest.raises(DataError, match=r"x\.tgz has 0\.0 MB and unpacks to more than \d+, which are not held"):
         open_archive(archive)
     write(archive, gzip.compress(SOUND))
     open_archive(archive)
-    monkeypatch.setattr(folders, "MOST", len(SOUND) - 1)
+    monkeypatch.setattr(archives, "MOST", len(SOUND) - 1)
     with pytest.raises(DataError, match="which are not held in memory; unpack it"):
         open_archive(archive)
 
@@ -597,7 +597,7 @@ def test_forked_workers_and_their_parent_read_at_once(large):
 
 def test_a_pickled_reader_opens_the_file_anew(large):
     copy = pickle.loads(pickle.dumps(large))
-    assert copy.reader._opened is None
+    assert copy.reader._opened == {}
     assert_same(copy, large)
 
 

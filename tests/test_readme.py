@@ -1,17 +1,25 @@
-"""The README is short, its links lead somewhere, its tree is the tree, and its blocks run; and so do the notebooks."""
+"""The README is short, its links lead somewhere and its blocks run; so do the notebooks; the method's page is true."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+
+from mbib_timm.methods.functional import class_weights
+from mbib_timm.methods.mbib import SequentialSettings
+from mbib_timm.models.complexity import count_macs, count_parameters
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -158,3 +166,43 @@ def test_notebooks_run_and_are_kept_without_outputs(notebook, tmp_path):
         rows = re.findall(r"^(ce|bsce|smooth_bsce) +3 +(\d+\.\d) ±", printed, re.MULTILINE)
         assert [name for name, _ in rows] == ["ce", "bsce", "smooth_bsce"]
         assert all(float(accuracy) > 30 for _, accuracy in rows), "far above the 10 % of chance"
+
+
+def test_the_page_on_the_method_names_functions_files_and_settings_that_exist():
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| ([^|]+) \| `(mbib_timm/[\w/]+\.py)` \|$", page, re.MULTILINE)
+    assert len(rows) == 9
+    for named, file in rows:
+        defined = {
+            node.name: node
+            for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        for name in re.findall(r"`(\w+(?:\.\w+)?)", named):
+            top, _, method = name.partition(".")
+            assert top in defined, f"{file} has no {top}"
+            assert not method or method in {each.name for each in defined[top].body if hasattr(each, "name")}
+    settings = {item.name.replace("_", "-"): item.default for item in dataclasses.fields(SequentialSettings)}
+    flags = re.findall(r"--method\.(?:no-)?([\w-]+)", page)
+    assert set(flags) <= settings.keys()
+    assert (settings["beta"], settings["gamma"], settings["class-weight-power"]) == (5.0, 0.0, 0.1)
+
+
+def test_the_numbers_on_that_page():
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    weights = class_weights([500, 5], 0.1)
+    assert f"weighs {float(weights[1] / weights[0]):.1f} times" in page
+    model, plain = (
+        timm.create_model("mbib_resnet32", num_classes=100),
+        timm.create_model("cifar_resnet32", num_classes=0),
+    )
+    own = count_parameters(model)
+    assert f"{own:,} parameters, {own - count_parameters(plain):,} more" in page
+    assert f"{count_macs(model.eval(), (3, 640, 640))['total'] / 1e9:.2f} G operations" in page
+
+
+def test_figures_are_what_their_script_draws():
+    own = runpy.run_path(str(ROOT / "docs" / "figures" / "draw.py"))["FIGURES"]
+    for name, content in own.items():
+        assert (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8") == content
+        ElementTree.fromstring(content)

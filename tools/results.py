@@ -26,7 +26,7 @@ from benchmarking.results_file import read_results
 from benchmarking.table import markdown
 
 from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, write_analysis
-from mbib_timm.drawing import render, write_illustrations
+from mbib_timm.drawing import LIGHT, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
 from mbib_timm.models.head_outputs import PREDICTION
@@ -150,7 +150,10 @@ def best_measured(groups: Sequence[RunGroup]) -> RunGroup:
 def accuracy_figure(results: Path) -> dict[str, bytes]:
     """Draw the accuracy of the recipes of `SHOWN` by shot group, as SVG. Raises MbibError as `shown_groups` does."""
     groups = shown_groups(results, SHOWN)
-    return render(lambda: comparison_bars(groups, [*SHOWN.values()]), ("svg",))
+    files = render(lambda: comparison_bars(groups, [*SHOWN.values()]), ("svg",))
+    # On a page that is dark, too.
+    on_white = f'<svg style="background: {LIGHT.background}" '.encode()
+    return {form: content.replace(b"<svg ", on_white, 1) for form, content in files.items()}
 
 
 def readme_table(results: Path) -> str:

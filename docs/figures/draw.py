@@ -6,6 +6,7 @@
 Each is one SVG on a background of its own, light or dark as the reader's system is, so that it can be read on any page.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,10 +68,14 @@ def box(x: float, y: float, content: str, train: bool = False) -> str:
 
 
 def circle(x: float, y: float, name: str, train: bool = False) -> str:
-    """Return a vector: a circle with its name, whose digits are an index."""
-    letter, index = name[0], name[1:]
-    label = f'{letter}<tspan font-size="10" dy="4">{index}</tspan>' if index else letter
-    return f'<circle cx="{x}" cy="{y}" r="{RADIUS}" class="{"node train" if train else "node"}"/>{text(x, y, label)}'
+    """Return a vector: a circle with its name."""
+    kind = "node train" if train else "node"
+    return f'<circle cx="{x}" cy="{y}" r="{RADIUS}" class="{kind}"/>{text(x, y, indexed(name))}'
+
+
+def indexed(name: str) -> str:
+    """Return a name whose digits are indices, as SVG has it."""
+    return re.sub(r"(\d)", r'<tspan font-size="10" dy="4">\1</tspan><tspan dy="-4">&#8203;</tspan>', name)
 
 
 def arrow(*points: tuple[float, float], train: bool = False) -> str:
@@ -134,7 +139,7 @@ def network(
         shallow = x < last
         marks += [
             arrow((x, VECTORS + RADIUS), (x, CLASSIFIERS - HALF_HEIGHT), train=shallow),
-            box(x, CLASSIFIERS, classifier, shallow),
+            box(x, CLASSIFIERS, indexed(classifier), shallow),
             text(x + 8 * (x >= last), CLASSIFIERS + HALF_HEIGHT + 12, f"{weight}BSC", "train" + " left" * (x >= last)),
         ]
     bottom = MEAN + 54
@@ -149,14 +154,14 @@ def network(
     ]
     for number, (x, weight) in enumerate(zip(places[:-2], weights, strict=False)):
         # From below the classifier round the prediction to z's.
-        level, right, enters = bottom + 54 - 26 * number, z + 122 - 18 * number, CLASSIFIERS - 8 + 16 * number
+        level, right, enters = bottom + 54 - 26 * number, z + 138 - 18 * number, CLASSIFIERS - 8 + 16 * number
         turns = ((x, level), (right, level), (right, enters))
         marks += [
             arrow((x, CLASSIFIERS + HALF_HEIGHT + 22), *turns, (z + HALF_WIDTH, enters), train=True),
             text(x + 50, level - 10, f"{weight}β VSD", "train"),
         ]
     shallow = len(parts) > 1
-    return picture(z + (140 if shallow else 70), bottom + (76 if shallow else 26), title, marks)
+    return picture(z + (154 if shallow else 70), bottom + (76 if shallow else 26), title, marks)
 
 
 def structures() -> str:
@@ -169,7 +174,7 @@ def structures() -> str:
     }
     heads, marks = ("v1", "v2", "v3", "z"), []
     for number, (name, edges) in enumerate(panels.items()):
-        left, y = 30 + 380 * (number % 2), 130 + 180 * (number // 2)
+        left, y = 30 + 380 * (number % 2), 130 + 170 * (number // 2)
         place = {head: left + 30 + 95 * at for at, head in enumerate(heads)}
         marks.append(text(left, y - 104, name, "title left"))
         for (teacher, student), weight in edges.items():
@@ -180,14 +185,15 @@ def structures() -> str:
                     text((start + end) / 2, y - 10, weight, "train"),
                 ]
             else:
-                rise = 0.22 * (end - start)
+                rise = 0.4 * (end - start) - 40
+                to = end + 6 if student == "z" and teacher == "v1" else end - 8
                 marks += [
-                    arc((start, y - RADIUS), (end - 4, y - RADIUS), rise),
+                    arc((start, y - RADIUS), (to, y - RADIUS), rise),
                     text((start + end) / 2, y - RADIUS - rise - 9, weight, "train"),
                 ]
         used = {head for edge in edges for head in edge}
         marks += [circle(place[head], y, head, train=head in ("v1", "v2")) for head in heads if head in used]
-    return picture(750, 350, "Which head teaches which in BIB, MBIB, SE-MBIB and ALL-MBIB", marks)
+    return picture(780, 340, "Which head teaches which in BIB, MBIB, SE-MBIB and ALL-MBIB", marks)
 
 
 FIGURES = {

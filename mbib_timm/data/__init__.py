@@ -4,9 +4,11 @@
 method that looks at images before or after training. A file imports from those above it only:
 
     batch                   what a loader gives
-    paths, images           paths of millions of images; splits of images with labels, their readers
+    paths, archives         paths of millions of images; tars, and the images in them
+    images                  splits of images with labels, their readers
     long_tail, groups       class counts, shot groups, long-tailed subsets, images held out; images that stay together
-    folders, image_tables, lists    image folders and archives; CSV and Parquet; list files, iNaturalist's json
+    folders, image_tables   image folders and archives; CSV and Parquet
+    lists, shards           list files, iNaturalist's json; WebDataset shards
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
     overview, inspection    what the data are, in lines; a look at every image
     samplers                what an epoch sees, in which order

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.images import ImageDataset, Split, from_worker, pil_mode
 from mbib_timm.data.transforms import LONGEST_SIDE, fixed_preprocessing, resident_transform
 from mbib_timm.environment import World
@@ -238,6 +239,8 @@ class FileStates:
 
 
 def _digest_of_files(split: Split) -> str | None:
+    if isinstance(split.reader, ArchiveReader):
+        return _digest_of_archives(split.reader, split.indices)
     digest, archives, in_files = hashlib.sha256(), dict[bytes, str | None](), False
     for place, path in enumerate(split.files()):
         state = _file_state(path, archives)
@@ -247,6 +250,19 @@ def _digest_of_files(split: Split) -> str | None:
         in_files = in_files or state is not None
         digest.update(b"%b\0%b\n" % (path, (state or "none").encode()))
     return digest.hexdigest() if in_files else None
+
+
+def _digest_of_archives(reader: ArchiveReader, indices: np.ndarray | None) -> str:
+    """Return a digest of the archives, and of which of their images a split has."""
+    digest = hashlib.sha256()
+    for archive, first in zip(reader.archives, reader.firsts, strict=True):
+        path = os.fsencode(os.path.normpath(archive))
+        digest.update(b"%b\0%b %d\n" % (path, (_file_state(path, {}) or "none").encode(), first))
+    digest.update(reader.names.buffer)
+    for numbers in (reader.names.ends, reader.places, indices):
+        if numbers is not None:
+            digest.update(np.ascontiguousarray(numbers, dtype=np.int64).data)
+    return digest.hexdigest()
 
 
 def _file_state(path: bytes, archives: dict[bytes, str | None]) -> str | None:

@@ -8,40 +8,28 @@ An archive is a tar, compressed or not: a whole data set in one file. Its folder
 tar in it stands for the folder of its name. Members are read by offset, and their names never lead to the disk.
 """
 
-import gzip
-import io
 import os
 import tarfile
 import unicodedata
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image
 from timm.utils import natural_key
 
+from mbib_timm.data import archives
+from mbib_timm.data.archives import SUFFIXES, ArchiveReader, is_archive, members, open_tar, refuse_packed
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader
-from mbib_timm.errors import DataError, first_line
+from mbib_timm.errors import DataError
 from mbib_timm.files import printable
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Of archives that are not read.
-OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
-GZIP_MAGIC = b"\x1f\x8b"
-# First bytes of archives that are not read, whatever their names.
-OTHER_MAGIC = {
-    b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "RAR", b"\x28\xb5\x2f\xfd": "zstd",
-}  # fmt: skip
-# Bytes that an archive may have in memory, whatever its size; times its size, which images are not compressed by, and
-# bytes, above that.
-SMALL, MOST_TIMES, MOST = 64 * 2**20, 50, 16 * 2**30
+T = TypeVar("T")
 # Kinds of images that are read, by suffix; of several frames the first.
 READ = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -69,7 +57,7 @@ NOT_READ = "images of kinds that are not read"
 OUTSIDE = "images outside of class folders"
 BESIDE = "images beside the folders of the splits"
 WITHOUT_IMAGES = "class folders without images"
-PACKED = "archives within the folder, which are not opened"
+PACKED = "archives within the folder, which are not opened (--dataset wds reads WebDataset shards)"
 CIRCLES = "links that lead round in circles"
 LINKS = "links in the archive, which are not followed"
 OUT = "names that lead out of the archive"
@@ -78,43 +66,6 @@ SPECIAL = "devices, pipes and sockets"
 NOT_UTF8 = "names that are not UTF-8"
 
 IMAGE, FOLDER = "image", "folder"
-
-
-class ArchiveReader:
-    """Images in a tar.
-
-    Args:
-        archive: the file.
-        names: of the images, in the archive.
-        places: first byte and size of each, (N, 2), int64.
-        contents: the bytes that the places are in; None to read them from the file.
-    """
-
-    def __init__(self, archive: Path, names: Names, places: np.ndarray, contents: bytes | None) -> None:
-        self.archive, self.names, self.places, self.contents = archive, names, places, contents
-        self._opened: tuple[int, BinaryIO] | None = None
-
-    def read(self, index: int) -> Image.Image:
-        """Open an image."""
-        start, size = self.places[index].tolist()
-        if self.contents is not None:
-            return Image.open(io.BytesIO(self.contents[start : start + size]))
-        file = self._file()
-        file.seek(start)
-        return Image.open(io.BytesIO(file.read(size)))
-
-    def path(self, index: int) -> str:
-        """Return the paths of the archive and of the image in it, joined."""
-        return f"{self.archive}/{self.names[index]}"
-
-    def _file(self) -> BinaryIO:
-        """Return this process's own handle: one that came over a fork shares its position with the parent's."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), self.archive.open("rb")
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
 
 
 @dataclass(frozen=True)
@@ -184,7 +135,7 @@ class ImageTree:
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
-        return ArchiveReader(self.path, Names.of(names), places, contents)
+        return ArchiveReader([self.path], [0], Names.of(names), places, contents)
 
     def read(self, group_by: str | None = None) -> Split:
         """Return the images with labels: the first folder is the class.
@@ -230,17 +181,6 @@ def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
 def image_kinds() -> list[str]:
     """Return the suffixes of images that are read."""
     return list(READ)
-
-
-def is_archive(path: Path) -> bool:
-    """Return whether a path is that of an archive, by its name."""
-    return path.name.lower().endswith(SUFFIXES) and path.is_file()
-
-
-def refuse_packed(path: Path) -> None:
-    """Raise DataError for an archive that is not read."""
-    if path.name.lower().endswith(OTHER_ARCHIVES) and not is_archive(path):
-        raise DataError(f"{path} is an archive of a kind that is not read ({', '.join(SUFFIXES)} are); unpack it")
 
 
 # Scans
@@ -325,54 +265,12 @@ def _file(name: str) -> Iterator[tuple[str, str]]:
 
 
 def open_archive(path: Path) -> ImageTree:
-    """Find the images of an archive.
-
-    A compressed archive cannot be read by offset: it is decompressed into memory, which suits some hundred megabytes.
-    Whether it is compressed is seen from its first bytes: downloads are unpacked on the way and keep their name.
-
-    Args:
-        path: a tar, or a tar compressed by gzip.
-
-    Raises:
-        DataError: a file that is no tar, truncated or damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            tar, first = None, file.read(8)
-            if kind := next((kind for magic, kind in OTHER_MAGIC.items() if first.startswith(magic)), None):
-                raise DataError(f"{path} is an archive of another kind ({kind}) than its name says; unpack it")
-            if first.startswith(GZIP_MAGIC):
-                tar = _unzip(path)
-            contents = file if tar is None else io.BytesIO(tar)
-            end = contents.seek(0, os.SEEK_END)
-            contents.seek(0)
-            return _tree(path, _members(contents, end), archive=True, tar=tar)
-    except (MemoryError, RecursionError):
-        raise DataError(f"cannot read {path} as a tar archive: a damaged header claims what no memory holds") from None
-    except DAMAGED as error:
-        raise DataError(f"cannot read {path} as a tar archive: {first_line(error)}") from None
+    """Find the images of an archive. Raises DataError as `open_tar` does."""
+    with open_tar(path) as tar:
+        return _tree(path, _packed(tar.file, tar.end), archive=True, tar=tar.unzipped)
 
 
-# What gzip and tarfile raise; the latter lets pass what the numbers in a damaged header lead to.
-DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, ArithmeticError, LookupError)
-
-
-def _unzip(path: Path) -> bytes:
-    """Return the content of a compressed archive. Raises DataError where it is a bomb, or too large for the memory."""
-    size = path.stat().st_size
-    most = min(max(SMALL, MOST_TIMES * size), MOST)
-    unpacked = io.BytesIO()
-    with gzip.open(path) as compressed:
-        while block := compressed.read(1 << 20):
-            if unpacked.write(block) and unpacked.tell() > most:
-                raise DataError(
-                    f"{path} has {size / 2**20:,.1f} MB and unpacks to more than {most / 2**20:,.0f}, which are not "
-                    "held in memory; unpack it"
-                )
-    return unpacked.getvalue()
-
-
-def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
+def _packed(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
     """Give what is in the tar that begins at the file's position: images with first byte and size.
 
     Args:
@@ -380,20 +278,8 @@ def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, 
         end: of the tar in the file.
         folder: goes before the names, for the tar of a class in a tar.
     """
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
-        members, before = [], -1
-        while (found := tar.next()) is not None:
-            if tar.offset <= before:  # a negative size leads back, and round in circles
-                raise tarfile.ReadError(f"damaged header of {found.name[:80]}")
-            before = tar.offset
-            members.append(found)
-        file.seek(tar.offset)
-    # tarfile takes a damaged header, and a file that ends between two members, for the end.
-    if tar.offset >= end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        where = f" of {folder}.tar" if folder else ""
-        raise tarfile.ReadError(f"truncated or damaged after {len(members)} members{where}")
     nowhere = (0, 0)
-    for member in members:
+    for member in members(file, end, f"{folder}.tar" if folder else ""):
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
         if ".." in parts:
             yield OUT, member.name, nowhere
@@ -403,19 +289,19 @@ def _members(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, 
         name = "/".join((folder, *parts) if folder else parts)
         if "/" in name:  # not every tar has its folders as members
             yield FOLDER, name.rpartition("/")[0], nowhere
-        if member.isdir():
+        if member.kind == archives.FOLDER:
             yield FOLDER, name, nowhere
-        elif not member.isreg():
-            yield LINKS if member.islnk() or member.issym() else SPECIAL, name, nowhere
+        elif member.kind in (archives.LINK, archives.OTHER):
+            yield LINKS if member.kind == archives.LINK else SPECIAL, name, nowhere
         elif name.lower().endswith(".tar") and not folder:
-            file.seek(member.offset_data)
+            file.seek(member.start)
             yield FOLDER, name[: -len(".tar")], nowhere
-            yield from _members(file, member.offset_data + member.size, name[: -len(".tar")])
+            yield from _packed(file, member.start + member.size, name[: -len(".tar")])
         else:
             for what, image in _file(name):
-                if what == IMAGE and member.issparse():  # its bytes are not those of the image
+                if what == IMAGE and member.kind == archives.SPARSE:  # its bytes are not those of the image
                     raise tarfile.ReadError(f"{name} is a sparse member; pack it without tar's option --sparse")
-                yield what, image, (member.offset_data, member.size)
+                yield what, image, (member.start, member.size)
 
 
 # Splits
@@ -492,6 +378,13 @@ def _holds(place: Path, folders: bool = False) -> bool:
     return is_archive(place) or any(what == IMAGE and ("/" in name or not folders) for what, name in _walk(str(place)))
 
 
+def find_split(places: Mapping[str, T], split: str) -> T | None:
+    """Return what stands for a split, by its own name or a synonym's, whatever their case; None where nothing does."""
+    by_name = {name.casefold(): place for name, place in places.items()}
+    asked = split.casefold()
+    return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
+
+
 def _few(names: Sequence[str]) -> str:
     return f"{', '.join(repr(name) for name in names[:3])}{' and others' if len(names) > 3 else ''}"
 
@@ -523,11 +416,10 @@ def _open(
             f"into a folder of their own; or, if {name!r} is a class, give it another name, or put its images right "
             "into it"
         )
-    by_name = {name.casefold(): place for name, place in places.items()}
-    place = next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
+    place = find_split(places, split)
     if place is None:
         hint = ""
-        if by_name.keys() <= set(SYNONYMS["train"]) and isinstance(root, Path):
+        if {*map(str.casefold, places)} <= {*SYNONYMS["train"]} and isinstance(root, Path):
             hint = f"; to hold a part of it out for evaluation, give --data-dir {next(iter(places.values()))}"
         raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(places))}{hint}")
     if isinstance(place, Path):

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.folders import SUFFIXES, SYNONYMS, ImageTree, class_order, is_archive, open_archive, refuse_packed
+from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
+from mbib_timm.data.folders import ImageTree, class_order, find_split, open_archive
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images
@@ -96,8 +97,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
 
 def _rows_of(file: Path, by_split: dict[str, list[Row]], opened: Callable[[Sequence[Row]], Split], split: str) -> Split:
     """Open a split of its own name or of a synonym."""
-    names = (split.casefold(), *SYNONYMS.get(split.casefold(), ()))
-    rows = next((by_split[name] for name in names if name in by_split), None)
+    rows = find_split(by_split, split)
     if rows is None:
         raise DataError(
             f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}: name those to use "

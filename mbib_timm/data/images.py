@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.paths import PathReader
 from mbib_timm.environment import seeded_draws
 from mbib_timm.errors import DataError, first_line
@@ -163,7 +164,7 @@ class Split:
 
     def files(self, places: np.ndarray | None = None) -> Iterator[bytes]:
         """Give where each image is, or each of some, normalised, so that the same image has the same bytes."""
-        if isinstance(self.reader, PathReader):
+        if isinstance(self.reader, PathReader | ArchiveReader):
             indices = self.indices if places is None else self.indices_of(places)
             return self.reader.files(indices)
         chosen = range(len(self)) if places is None else places.tolist()

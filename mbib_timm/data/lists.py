@@ -78,7 +78,7 @@ def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: 
     reader = ListedReader(root, names)
     _require_one_label(reader, targets, file)
     missing = look_for_images(reader, file, confined=True)
-    return Split(reader, targets, class_names=_read_class_names(class_map), missing=missing)
+    return Split(reader, targets, class_names=read_class_names(class_map), missing=missing)
 
 
 def _read_list(file: Path) -> tuple[Names, np.ndarray]:
@@ -209,12 +209,17 @@ def _parse_line(line: str, where: str) -> tuple[str, int]:
         raise DataError(f"{where}: expected '<relative path> <label>', got {line[:80]!r}")
     name, label = parts[0].lstrip(), parts[1]
     if name[0] in "/\\" or ".." in name or ":" in name:
-        _check_path(name, where)
-    if not INTEGER.fullmatch(label):
-        raise DataError(f"{where}: label {label[:80]!r} is not an integer; a CSV has classes by name (--dataset table)")
-    if len(label) > LONGEST_LABEL or label[0] == "-":
-        raise DataError(f"{where}: label {label[:80]} is {'negative' if label[0] == '-' else 'too large'}")
-    return name, int(label)
+        check_path(name, where)
+    return name, parse_label(label, where, "; a CSV has classes by name (--dataset table)")
+
+
+def parse_label(text: str, where: str, hint: str = "") -> int:
+    """Return a label. Raises DataError for what is none, saying where it stands; `hint` follows what is no number."""
+    if not INTEGER.fullmatch(text):
+        raise DataError(f"{where}: label {text[:80]!r} is not an integer{hint}")
+    if len(text) > LONGEST_LABEL or text[0] == "-":
+        raise DataError(f"{where}: label {text[:80]} is {'negative' if text[0] == '-' else 'too large'}")
+    return int(text)
 
 
 def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> Split:
@@ -246,7 +251,7 @@ def open_inaturalist(json_file: str | None, data_dir: str | None, key: str) -> S
             raise DataError(f"{file}: image {image} has annotations with several categories")
     seen = set()
     for image, name in images:
-        _check_path(name, str(file))
+        check_path(name, str(file))
         if image in seen:
             raise DataError(f"{file}: two images have the id {image}")
         seen.add(image)
@@ -273,7 +278,7 @@ def _entries(content: Any, key: str, kinds: Mapping[str, type]) -> list[tuple[An
     return found
 
 
-def _read_class_names(path: str | None) -> tuple[str, ...] | None:
+def read_class_names(path: str | None) -> tuple[str, ...] | None:
     """Read class names, one per line in label order. Raises DataError for what is no such file."""
     if path is None:
         return None
@@ -297,7 +302,8 @@ def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Pat
     raise DataError(f"recipe key {key!r}: no file {file}, here or in {root}")
 
 
-def _check_path(name: str, where: str) -> None:
+def check_path(name: str, where: str) -> None:
+    """Raise DataError for a name that may lead out of the data folder, saying where it stands."""
     parts = Path(name.replace("\\", "/")).parts
     if not parts or name[0] in "/\\" or ":" in parts[0] or ".." in parts or CONTROL.search(name):
         raise DataError(f"{where}: {name[:80]!r} must be a path below the data folder")

@@ -1,7 +1,7 @@
 """Data sources, found by name, and the splits that they have or that are made of them.
 
 Here are the digits that come with the package, torchvision's CIFAR and Fashion-MNIST, list files and Hugging Face data
-sets; folders and tables have files of their own.
+sets; folders, tables and shards have files of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from mbib_timm.data.image_tables import open_table
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
 from mbib_timm.data.lists import CONTROL, open_inaturalist, open_list
 from mbib_timm.data.long_tail import count_classes, hold_out, left_out_indices, long_tailed_counts
+from mbib_timm.data.shards import open_shards
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
 from mbib_timm.recipe import Recipe
@@ -221,6 +222,12 @@ def _folder(recipe: Recipe) -> Opened:
 @SOURCES.register("table")
 def _table(recipe: Recipe) -> Opened:
     return open_table(recipe)
+
+
+@SOURCES.register("wds")
+def _shards(recipe: Recipe) -> Opened:
+    names = (recipe.train_split, recipe.val_split, recipe.test_split or "test")
+    return open_shards(recipe.data_dir, names, recipe.class_map, recipe.workers)
 
 
 def _list_of(recipe: Recipe, split: str) -> tuple[str | None, str]:

@@ -1,5 +1,6 @@
 """The data of a run: its splits, the long-tailed subset, the class counts; opened and checked against one another."""
 
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbib_timm.data.folders import ArchiveReader
+from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
@@ -136,8 +137,14 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
 
 
 def _perhaps_shared(train: Split, evaluated: Split) -> np.ndarray | None:
-    """Return the places of training images that may be in another split too, by hashes; None where any may be."""
+    """Return the places of training images that may be in another split too, by hashes; None where any may be.
+
+    None of one archive is in another.
+    """
     first, second = train.reader, evaluated.reader
+    if isinstance(first, ArchiveReader) and isinstance(second, ArchiveReader):
+        common = {*map(os.path.normpath, first.archives)} & {*map(os.path.normpath, second.archives)}
+        return None if common else np.empty(0, dtype=np.int64)
     if not (isinstance(first, PathReader) and isinstance(second, PathReader) and first.names_alike(second)):
         return None
     wanted = np.sort(second.names.hashes(evaluated.indices))

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from mbib_timm.data.folders import image_kinds, in_words, is_archive, open_archive, refuse_packed, scan_folder
+from mbib_timm.data.archives import is_archive, refuse_packed
+from mbib_timm.data.folders import image_kinds, in_words, open_archive, scan_folder
 from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
 from mbib_timm.data.images import Reader
 from mbib_timm.data.paths import open_image

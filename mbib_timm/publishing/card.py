@@ -230,7 +230,7 @@ def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     if len(_heads(run)) > 1:
         text += f" Each of the heads {_listed(_heads(run))} has a classifier. {_prediction(run)}"
     if inference_only:
-        text += " These weights lack the classifiers that serve training only."
+        text += " These weights lack the classifiers that are used in training only."
     return Markup(text)
 
 

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 # Keys that describe a table.
 TABLE_KEYS = ("table", "path_column", "label_column", "split_column", "group_column")
-# Sources that list files describe, and the keys that name those.
-LIST_SOURCES, LIST_KEYS = ("list", "inat2018"), ("train_list", "val_list", "test_list", "class_map")
+# Keys that some sources alone read, and those sources.
+KEYS_OF_SOURCES = {
+    **dict.fromkeys(("train_list", "val_list", "test_list"), ("list", "inat2018")),
+    "class_map": ("list", "wds"),
+}
 # Augmentation policies, ours and timm's, and the parts that may follow a name, as in rand-m9-n2: each with its least
 # and largest number, whole where both are written whole. timm itself passes over parts that it does not know.
 _DEVIATION = {"mstd": (0.0, 1000.0)}
@@ -77,7 +80,8 @@ def _check_data(recipe: "Recipe") -> None:
     if of_table and recipe.table is None:
         raise MbibError("recipe key 'table': dataset: table needs the CSV or Parquet file that lists the images")
     needs = dict.fromkeys(TABLE_KEYS, ("dataset: table", of_table))
-    needs |= dict.fromkeys(LIST_KEYS, ("dataset: list or inat2018", recipe.dataset in LIST_SOURCES))
+    for key, sources in KEYS_OF_SOURCES.items():
+        needs[key] = f"dataset: {' or '.join(sources)}", recipe.dataset in sources
     needs["group_by"] = ("dataset: folder or table", of_table or recipe.dataset == "folder")
     _require_effect(recipe, needs)
     _require_effect(recipe, {"group_column": ("group_by: column", recipe.group_by == "column")})

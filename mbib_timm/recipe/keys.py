@@ -48,9 +48,11 @@ class LoraSettings:
     """The settings of the recipe key ``lora``. Raises MbibError where `build_options` does."""
 
     rank: int = option(8, "rank r of an adapter", minimum=1, maximum=LARGEST_RANK)
-    alpha: float = option(16.0, "an adapter counts alpha / r", above=0, maximum=LARGEST_ALPHA)
+    alpha: float = option(16.0, "an adapter's output is multiplied by alpha / r", above=0, maximum=LARGEST_ALPHA)
     dropout: float = option(0.0, "dropout before an adapter", minimum=0, below=1)
-    targets: list[str] | None = option(None, "names of the layers, or how they end; all that fit when not given")
+    targets: list[str] | None = option(
+        None, "names of the layers, or the ends of them; all that can have one when not given"
+    )
 
 
 @dataclass(frozen=True)
@@ -60,41 +62,41 @@ class Recipe:
     # Data
     dataset: str = _data("digits", f"data source: {', '.join(packaged_sources())}")
     data_dir: str | None = _data(
-        None, "root folder (or .tar) of the data; of a table its own when not given", location=True
+        None, "root folder (or .tar) of the data; for a table, its own folder when not given", location=True
     )
     dataset_download: bool = _data(False, "let torchvision download the data set into data_dir", location=True)
     train_split: str = _data("train", "name of the training split")
     val_split: str = _data(
         "validation",
-        "name of the split that is evaluated during training; left_out has up to 50 images per class of those that a "
-        "long-tailed subset leaves out of training, to choose settings on",
+        "name of the split that is evaluated during training; left_out, for choosing settings, has up to 50 images per "
+        "class that a long-tailed subset leaves out of training",
     )
     test_split: str | None = _data(None, "name of a further split, evaluated once with the last epoch's weights")
     train_list: str | None = _data(None, "training list file or json (dataset: list, inat2018)", location=True)
     val_list: str | None = _data(None, "validation list file or json (dataset: list, inat2018)", location=True)
     test_list: str | None = _data(None, "test list file, evaluated once at the end (dataset: list)", location=True)
     class_map: str | None = _data(
-        None, "file with one class name per line, in label order (dataset: list)", location=True
+        None, "file with one class name per line, in label order (dataset: list, wds)", location=True
     )
     table: str | None = _data(
         None, "CSV or Parquet file with the paths and classes of the images (dataset: table)", location=True
     )
     path_column: str = _data("path", "column with the images' paths, absolute or below data_dir")
     label_column: str = _data("label", "column with the names of the classes")
-    split_column: str | None = _data(None, "column with the names of the splits; split if there is one")
+    split_column: str | None = _data(None, "column with the names of the splits; when not given, split if there is one")
     group_column: str | None = _data(None, "column with the groups of group_by: column; group when not given")
     val_fraction: float = _data(
         0.2, "fraction of each class held out if the data have no validation split", above=0, maximum=0.9
     )
     group_by: str | None = _data(
         None,
-        "keep images together where some are held out: column (of a table), folder:N (the N-th folder below the "
-        "class), pattern:REGEX (the first group in parentheses, of what is found in the path below data_dir)",
+        "hold out whole groups of images: column (of a table), folder:N (the N-th folder below the class), "
+        "pattern:REGEX (what its first parentheses match in the path below data_dir)",
     )
     broken: str = _data(
         "replace",
-        "unreadable images: replace (in training by the next one, left out of an evaluation), skip (found first, and "
-        "left out of everything), stop (found first, and an error)",
+        "unreadable images: replace (training takes the next image, an evaluation leaves them out), skip (they are "
+        "looked for first, and left out of everything), stop (they are looked for first, and are an error)",
         choices=("replace", "skip", "stop"),
     )
     num_classes: int | None = _data(
@@ -107,7 +109,7 @@ class Recipe:
     )
     holdout: float = _data(
         0.0,
-        "fraction of each class's training images that is never trained on, for methods that choose a constant; "
+        "fraction of each class's training images that is kept out of training, for methods that choose a constant; "
         "without it they use the images that a long-tailed subset leaves out, or the validation split if a test split "
         "is evaluated",
         minimum=0,
@@ -154,16 +156,16 @@ class Recipe:
     )
     crop_pct: float | None = _input(
         None,
-        "side of the model's input over that of the resized test image; the model's own when not given",
+        "side of the model's input divided by that of the resized test image; the model's own when not given",
         minimum=0.01,
         maximum=2,
         evaluation=True,
     )
     crop_mode: str | None = _input(
         None,
-        "how test images are cut: center (shorter side resized, centre cropped), squash (both sides resized), border "
-        "(longer side resized, the rest filled); the model's own when not given; squash and 1 with train_crop_mode: "
-        "pad",
+        "how test images are cropped: center (shorter side resized, centre cropped), squash (both sides resized), "
+        "border (longer side resized, the rest filled); the model's own when not given; squash and 1 with "
+        "train_crop_mode: pad",
         choices=("center", "squash", "border"),
         evaluation=True,
     )
@@ -198,11 +200,13 @@ class Recipe:
         0.0, "probability that an image is converted to greyscale", minimum=0, maximum=1
     )
     gaussian_blur_prob: float = _augmentation(0.0, "probability that an image is blurred", minimum=0, maximum=1)
-    cutout: int = _augmentation(0, "side of a black square in each image, in pixels", minimum=0, maximum=LARGEST_SIDE)
+    cutout: int = _augmentation(
+        0, "side of a black square put into each image, in pixels", minimum=0, maximum=LARGEST_SIDE
+    )
     views: list[dict[str, Any]] | None = _augmentation(
         None,
-        "views of each image: for each a mapping with the augmentation keys that differ from the recipe's; the "
-        "method's own when not given",
+        "views of each image: a list with a mapping for each, of the augmentation keys that differ from the recipe's; "
+        "the method's own when not given",
     )
 
     # Mixing: with any of these on, targets are soft
@@ -220,7 +224,7 @@ class Recipe:
     )
     cutmix_sampler: str | None = _mixing(
         None,
-        "sampler of the images that CutMix pastes, reverse or balanced for CMO; the same batch when not given",
+        "sampler of the images that CutMix pastes (for CMO, reverse or balanced); the same batch when not given",
     )
     mixup_prob: float = _mixing(1.0, "probability that a batch is mixed", above=0, maximum=1)
     mixup_switch_prob: float = _mixing(
@@ -238,8 +242,8 @@ class Recipe:
     initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
     feature_passes: int | None = _model(
         None,
-        "train the heads alone, on features of the frozen backbone that are computed once: of 1 pass over the images, "
-        "as an evaluation sees them, or of further, augmented passes",
+        "train the heads alone, on features of the frozen backbone that are computed once; the first pass is over the "
+        "images as an evaluation sees them, and further passes are augmented",
         minimum=1,
         maximum=MOST_PASSES,
     )
@@ -251,7 +255,7 @@ class Recipe:
     plugin: list[str] = _method([], "files or modules that register further methods", location=True)
     sampler: str | None = _method(
         None,
-        f"what an epoch draws: {', '.join(packaged_samplers())}, some with a number, as in effective:0.999; or "
+        f"how an epoch draws images: {', '.join(packaged_samplers())}, some with a number, as in effective:0.999; or "
         "two streams side by side, such as instance+reverse; the method's own when not given",
     )
     class_weights: str = _method(
@@ -262,12 +266,12 @@ class Recipe:
     train: str | None = _method(
         None,
         "the part that trains: all, none, classifier, heads (all but the backbone), norm, bias, several of these as in "
-        "heads+norm+bias, or a regular expression for parameters' names; the method's own when not given, with lora "
-        "heads",
+        "heads+norm+bias, or a regular expression for parameter names; when not given the method's own, and with "
+        "lora the heads",
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew if weights are given, named as those of train; the method's own when not given",
+        "the part that starts anew even if weights are given, named as in train; the method's own when not given",
     )
     lora: dict[str, Any] | None = _method(
         None,
@@ -276,14 +280,15 @@ class Recipe:
     )
     classifier_start: str | None = _method(
         None,
-        "how classifiers start, before the first epoch: random, or class_means (cosine classifiers: the class means of "
-        "their standardised inputs at length 1); the method's own when not given",
+        "how classifiers start before the first epoch: random, or class_means (for cosine classifiers: the class means "
+        "of their inputs, standardised and scaled to length 1); the method's own when not given",
         choices=("random", "class_means"),
     )
     frozen_bn: str | None = _method(
         None,
-        "batch normalisation whose statistics are not in the part that trains: train (they are updated, and batches "
-        "normalised by their own) or eval, where all trains for the backbone's; the method's own when not given",
+        "batch normalisation outside the part that trains: train (batches are normalised by their own statistics, and "
+        "the running ones updated) or eval (running statistics stay as they are; if everything trains, those of the "
+        "backbone); the method's own when not given",
         choices=("train", "eval"),
     )
 
@@ -307,8 +312,8 @@ class Recipe:
     )
     param_groups: dict[str, Any] = _optimisation(
         {},
-        "parts with a learning rate or a weight decay of their own, as PART={lr_scale: 10, weight_decay: 0}: a factor "
-        "on lr, and a value; PART as in key train, but for all and none",
+        "parts with their own learning rate or weight decay, as PART={lr_scale: 10, weight_decay: 0}: a factor on lr, "
+        "and a value; PART is named as in train, except all and none",
     )
     clip_grad: float | None = _optimisation(None, "clip gradients at this value", above=0)
     clip_mode: str = _optimisation("norm", "how gradients are clipped", choices=("norm", "value", "agc"))
@@ -338,7 +343,8 @@ class Recipe:
         None, "pin memory for the transfer to the device; on for CUDA when not given", location=True, evaluation=True
     )
     amp: bool | None = _machine(
-        None, "mixed precision; when not given, on CUDA for images of 64 pixels or more, and else TF32"
+        None,
+        "mixed precision; when not given, only on CUDA and for images of 64 pixels or more (smaller ones take TF32)",
     )
     amp_dtype: str = _machine("bfloat16", "data type of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
@@ -360,8 +366,8 @@ class Recipe:
     )
     checkpoint_steps: int | None = _output(
         None,
-        "updates between further checkpoints, within epochs; timm's loader then draws an image's augmentation by its "
-        "place in the epoch",
+        "updates between additional checkpoints within an epoch; timm's loader then draws an image's augmentation by "
+        "its place in the epoch",
         minimum=1,
         location=True,
     )

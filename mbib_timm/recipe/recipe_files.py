@@ -12,7 +12,7 @@ import yaml
 from mbib_timm.errors import MbibError, few, shown, unknown_name
 from mbib_timm.files import read_yaml
 from mbib_timm.options import default_of
-from mbib_timm.recipe.checks import LIST_KEYS, LIST_SOURCES, TABLE_KEYS
+from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
 
@@ -132,7 +132,7 @@ def _overridden(
     if "dataset" in overrides and overrides["dataset"] != content.get("dataset"):
         dataset = overrides["dataset"]
         of_others = [*TABLE_KEYS, "group_by", *(["data_dir"] if dataset == "table" else [])]
-        of_others += [] if dataset in LIST_SOURCES else LIST_KEYS
+        of_others += [key for key, sources in KEYS_OF_SOURCES.items() if dataset not in sources]
         for keys in (content, *content.get(STAGES, ())):
             for key in of_others:
                 keys.pop(key, None)

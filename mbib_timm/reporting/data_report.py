@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
-from mbib_timm.data.folders import SUFFIXES, is_archive, refuse_packed
+from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.long_tail import named
