@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import results  # noqa: E402
-
 from mbib_timm.cli import COMMANDS, build_parser  # noqa: E402
 from mbib_timm.flags import flag, type_name  # noqa: E402
 from mbib_timm.methods import METHODS  # noqa: E402

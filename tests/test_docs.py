@@ -21,7 +21,9 @@ from mbib_timm.recipe import find_recipe, load_recipe, packaged_recipes
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [DOCS / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "README.md"}), ROOT / "recipes" / "README.md"]
-REPOSITORY = re.search(r'^Repository = "(\S+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+REPOSITORY = re.search(r'^Repository = "(\S+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[
+    1
+]
 
 # Commands. Each one in a block of shell on a page is run here, in the order of the pages, unless another test runs it
 # or it stands under what it needs.
@@ -88,7 +90,9 @@ RUN_HERE = [
 
 def test_no_command_is_listed_that_is_on_no_page():
     written = {command for _, command in COMMANDS}
-    assert [command for command in (*LISTED, *ELSEWHERE) if command not in written and not (DOCS / command).is_file()] == []
+    assert [
+        command for command in (*LISTED, *ELSEWHERE) if command not in written and not (DOCS / command).is_file()
+    ] == []
 
 
 @pytest.mark.parametrize("command", [command for command in LISTED if "mbib " in command])

@@ -2,7 +2,7 @@
 """Keep the results of runs in the repository, and the tables in step with them.
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
-    python tools/results.py table                                       # write the tables into README.md, recipes/ and docs/
+    python tools/results.py table                                       # write those of README.md, recipes/ and docs/
     python tools/results.py redraw                                      # draw the figures again from the numbers
     python tools/results.py figure                                      # the README's, of accuracy by method
 
@@ -231,7 +231,9 @@ def _computed(recipe: Recipe) -> str:
 
 def speed_table(results: Path) -> str:
     """Return the Markdown table of the benchmark, on every device that it has been run on."""
-    return markdown({f"../results/{file.name}": read_results(file) for file in sorted(results.glob("benchmark-*.json"))})
+    return markdown(
+        {f"../results/{file.name}": read_results(file) for file in sorted(results.glob("benchmark-*.json"))}
+    )
 
 
 def sweeps_table(results: Path) -> str:
