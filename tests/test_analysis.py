@@ -253,7 +253,7 @@ def test_near_points_far_from_the_origin_keep_their_distance(gap):
     gap = float(features[-1, 0]) - 1000.0
     intra = class_distances(features, torch.zeros(64, dtype=torch.long), np.ones(1)).pairs
     assert float(intra[0]) == pytest.approx(gap / 2, rel=1e-9, abs=0)
-    inter = class_distances(features, torch.arange(64), np.ones(64)).inter  # each image a class: half the others at the gap
+    inter = class_distances(features, torch.arange(64), np.ones(64)).inter  # half the others at the gap
     assert inter.tolist() == pytest.approx([gap * 32 / 63] * 64, rel=1e-9, abs=0)
 
 
@@ -520,7 +520,7 @@ rho = {name: distances(values, torch.arange(N) % K, counts) for name, values in 
 # Three standard normal images a class: 2/3 of the pairs are d apart, centres d / sqrt(3).
 for name in ("v", "z"):
     assert abs(rho[name]["all"].rho() - 2 / 3 * 3**0.5) < 0.01, rho
-print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)  # ru_maxrss would have the parent's in it
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
 """
 
 

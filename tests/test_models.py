@@ -623,6 +623,7 @@ def test_what_the_paper_leaves_open_of_the_heads(layers, raw):
     torch.testing.assert_close(model.heads_and_features(x)[1]["v"], expected)
 
 
+@torch.no_grad()
 def test_how_the_linear_layers_of_the_heads_start():
     torch.manual_seed(0)
     kaiming, torchs = create("mbib_resnet20"), create("mbib_resnet20", head_init="torch")

@@ -44,7 +44,7 @@ def test_the_issues_sweeps_are_there():
     assert {
         "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
         "table7_heads", "figure9_structures", "table9_rebalancing", "open_choices", "experts_views_teachers", "methods",
-        "frozen_heads", "frozen_imbalance",
+        "frozen_heads", "frozen_imbalance", "strong_recipe",
     } == set(SWEEPS)  # fmt: skip
 
 

@@ -483,7 +483,7 @@ def test_a_run_that_another_process_ends_while_this_one_draws_is_in_the_table(tm
         return original(folder, results)
 
     monkeypatch.setattr(sweep_runs, "write_results", write)
-    assert run_sweep(sweep, keys, tmp_path, only="seed0")
+    assert run_sweep(sweep, keys, tmp_path, only=["seed0"])
     assert written == [1, 2]
 
 

@@ -7,8 +7,9 @@
     python tools/gpu.py --dry-run -o out --minutes 5                                  # on a CPU, with the digits
     python tools/gpu.py --list                                                        # what would be done
 
-The packed images of imbalance factor 10 hold those of 50 and 100. Each phase is a command of this repository, with its
-log in `logs/<phase>.txt`. Runs are sweeps with `--jobs`, which resume, and whose results are written as each run ends.
+The packed images of imbalance factor 10 hold those of 50 and 100, and recipes choose the same of them in the same order
+as of the whole data: classes are shuffled by their size alone. Each phase is a command of this repository, with its log
+in `logs/<phase>.txt`. Runs are sweeps with `--jobs`, which resume, and whose results are written as each run ends.
 When the time is nearly up the phase that is running is interrupted, and its runs keep their checkpoints. Three archives
 are renewed every minute and at the end, so that what is done survives: `results.tar` (records, tables, figures, logs),
 `weights.tar` (of finished runs of seed 0) and `checkpoints.tar` (of runs that are not finished, for `--from`).
@@ -18,32 +19,27 @@ import argparse
 import contextlib
 import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
-from pack import plan
 
-from mbib_timm.data import Splits, open_data
-from mbib_timm.data.images import PathReader
-from mbib_timm.data.long_tail import long_tailed_counts
+from mbib_timm.data import open_data
 from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
-from mbib_timm.recipe import Recipe, change_recipe, find_recipe, load_recipe, longest_epochs
+from mbib_timm.models.zoo import data_set_of
+from mbib_timm.recipe import change_recipe, find_recipe, load_recipe, longest_epochs
 from mbib_timm.results.record import RECORD
 
 ROOT = Path(__file__).parents[1]
 # What the runs of a phase that is interrupted may take to end, and what the archives may take, in seconds.
 GRACE, ARCHIVING, RENEWED_EVERY = 20.0, 20.0, 60.0
-FACTORS = (100, 50, 10)
 WHOLE = "mbib_resnet32.cifar100_lt_if10"  # whose packed images hold those of all factors
 ARCHIVES = ("results.tar", "weights.tar", "checkpoints.tar")
 
@@ -57,14 +53,12 @@ class Phase:
         what: in words.
         recipes: that it trains, or the name of a packaged sweep; none for checks and the benchmark.
         seeds: of the runs.
-        factor: imbalance factor of its data; None for none of its own.
     """
 
     name: str
     what: str
     recipes: tuple[str, ...] | str = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    factor: int | None = None
 
 
 def methods(names: Sequence[str], factor: int) -> tuple[str, ...]:
@@ -88,14 +82,15 @@ OTHERS = (
 PLAN = (
     Phase("checks", "captured, compiled and eager losses of all methods, resume across devices, two processes"),
     Phase("benchmark", "every row that this device can measure"),
-    Phase("table1_if100", "Table 1 at imbalance factor 100", methods(MAIN, 100), factor=100),
-    Phase("strong_if100", "the strong recipes", methods(STRONG, 100), factor=100),
-    Phase("open_choices", "what the paper leaves open", "open_choices", factor=100),
-    Phase("table1_if50", "Table 1 at imbalance factor 50", methods(MAIN, 50), factor=50),
-    Phase("table1_if10", "Table 1 at imbalance factor 10", methods(MAIN, 10), factor=10),
-    Phase("others_if100", "every other method", methods(OTHERS, 100), factor=100),
-    Phase("strong_if50", "the strong recipes at imbalance factor 50", methods(STRONG, 50), factor=50),
-    Phase("strong_if10", "the strong recipes at imbalance factor 10", methods(STRONG, 10), factor=10),
+    Phase("table1_if100", "Table 1 at imbalance factor 100", methods(MAIN, 100)),
+    Phase("strong_if100", "the strong recipes", methods(STRONG, 100)),
+    Phase("open_choices", "what the paper leaves open", "open_choices"),
+    Phase("strong_recipe", "the strong recipe, one departure at a time", "strong_recipe"),
+    Phase("table1_if50", "Table 1 at imbalance factor 50", methods(MAIN, 50)),
+    Phase("table1_if10", "Table 1 at imbalance factor 10", methods(MAIN, 10)),
+    Phase("others_if100", "every other method", methods(OTHERS, 100)),
+    Phase("strong_if50", "the strong recipes at imbalance factor 50", methods(STRONG, 50)),
+    Phase("strong_if10", "the strong recipes at imbalance factor 10", methods(STRONG, 10)),
 )
 # The same steps on a CPU, small.
 DRY = (
@@ -112,7 +107,7 @@ def command(phase: Phase, out: Path, data: Path | None, jobs: int, epochs: int |
     Args:
         phase: what to do.
         out: folder of everything.
-        data: laid out by `lay_out`; None in a dry run.
+        data: the packed images; None in a dry run.
         jobs: runs at once.
         epochs: of each run; its own when None.
         dry: a dry run on the CPU.
@@ -138,8 +133,8 @@ def command(phase: Phase, out: Path, data: Path | None, jobs: int, epochs: int |
     flags += ["--output", str(out / "runs"), "--val-interval", "5", "--checkpoint-seconds", "30"]
     flags += ["--name", phase.name, "--validation-batch-size", "2000"]
     flags += ["--device", "cpu" if dry else "cuda"]
-    if data is not None and phase.factor is not None:
-        flags += ["--dataset", "folder", "--data-dir", str(data / f"if{phase.factor}")]
+    if data is not None:
+        flags += ["--dataset", "folder", "--data-dir", str(data)]
     if epochs is not None:
         flags += ["--epochs", str(epochs)]
     return [*python, "-m", "mbib_timm", "sweep", swept, *flags]
@@ -148,46 +143,14 @@ def command(phase: Phase, out: Path, data: Path | None, jobs: int, epochs: int |
 # The data
 
 
-def lay_out(packed: Path, folder: Path, factors: Sequence[int] = FACTORS, whole: str = WHOLE) -> None:
-    """Unpack images once, and link to them from a folder for each imbalance factor, as its recipe would choose them.
-
-    The subset of a larger factor is the beginning of each class's share, for classes are shuffled by their size alone.
-
-    Args:
-        packed: what `tools/pack.py` has made of the recipe with the smallest factor.
-        folder: gets a folder ``if<factor>`` for each.
-        factors: imbalance factors.
-        whole: that recipe.
-
-    Raises:
-        MbibError: an archive that holds something else.
-    """
-    unpacked = folder / "all"
-    shutil.rmtree(folder, ignore_errors=True)
-    with tarfile.open(packed) as archive:
-        archive.extractall(unpacked, filter="data")
-    recipe = change_recipe(load_recipe(find_recipe(whole)), {"dataset": "folder", "data_dir": str(unpacked)})
+def require_whole(packed: Path) -> None:
+    """Raise MbibError for a file that holds something else than the images of `WHOLE`."""
+    recipe = change_recipe(
+        load_recipe(find_recipe(WHOLE)), {"dataset": "folder", "data_dir": str(packed), "num_classes": None}
+    )
     data = open_data(recipe)
-    for factor in factors:
-        if factor < (recipe.imbalance_factor or 1):
-            raise MbibError(
-                f"{packed} is of imbalance factor {recipe.imbalance_factor:g} and holds no subset of {factor}"
-            )
-        link(data, recipe.replace(imbalance_factor=float(factor)), folder / f"if{factor}")
-
-
-def link(data: Splits, recipe: Recipe, folder: Path) -> None:
-    """Link to the images of a recipe's subset, under the names by which it finds them again in its order."""
-    counts = long_tailed_counts(recipe, data.class_counts)
-    starts = np.cumsum(data.class_counts) - data.class_counts
-    kept = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
-    part = replace(data, train=data.train.subset(kept), class_counts=np.array(counts))
-    for member in plan(recipe, part, "png"):
-        assert isinstance(member.split.reader, PathReader)
-        source = Path(member.split.path(member.place))
-        target = (folder / member.name).with_suffix(source.suffix)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(source, target)
+    if data_set_of(WHOLE, data.class_counts.tolist(), data.class_names) is None:
+        raise MbibError(f"{packed} does not hold the images of {WHOLE}; make it with: python tools/pack.py {WHOLE}")
 
 
 # The clock
@@ -330,8 +293,8 @@ def main() -> None:
         take_up(arguments.earlier, out)
     data = None
     if not arguments.dry_run:
-        data = out / "data"
-        lay_out(arguments.data, data)
+        data = arguments.data.resolve()
+        require_whole(data)
     epochs = arguments.epochs or (1 if arguments.dry_run else None)
     archives = Archives(out)
     failed = False

@@ -280,6 +280,7 @@ def main() -> None:
         for run in arguments.run:
             print(add(run, ROOT / "results"))
     elif arguments.command == "figure":
+        (ROOT / FIGURE).parent.mkdir(exist_ok=True)
         write_bytes(ROOT / FIGURE, accuracy_figure(ROOT / "results")["svg"])
     elif arguments.command == "redraw":
         for file in (ROOT / "results").glob(f"*/{RECORD}"):

@@ -46,9 +46,7 @@ def draw_distances(analysis: "Analysis") -> Any:
     )
     published = TABLE_5.get(analysis.name, {}) if is_papers else {}
     figure, panels = canvas(9.6, 3.6, columns=2)
-    highest = max(
-        _draw_rho(panels[0], analysis, "centre", published), _draw_rho(panels[1], analysis, "pairs", {})
-    )
+    highest = max(_draw_rho(panels[0], analysis, "centre", published), _draw_rho(panels[1], analysis, "pairs", {}))
     for axes, title in zip(panels, ("from the class centre", "over pairs of images (eq. 15)"), strict=True):
         axes.set_xticks(range(len(GROUPS)), GROUPS)
         axes.grid(axis="x", visible=False)
@@ -64,9 +62,7 @@ def draw_distances(analysis: "Analysis") -> Any:
     return figure
 
 
-def _draw_rho(
-    axes: Any, analysis: "Analysis", intra: str, published: Mapping[str, Mapping[str, float]]
-) -> float:
+def _draw_rho(axes: Any, analysis: "Analysis", intra: str, published: Mapping[str, Mapping[str, float]]) -> float:
     """Draw rho with one of the two distances within classes, and the paper's diamonds; return the highest of all."""
     features = analysis.distances
     share = 0.8 / max(2, len(features))

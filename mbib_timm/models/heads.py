@@ -260,9 +260,7 @@ class ObservationWithBottleneck(Observation):
         **dd: Any,
     ) -> None:
         super().__init__(channels, num_classes, True, drop_rate, classifier, **dd)
-        self.bottleneck = Bottleneck(
-            channels, features, num_classes, drop_rate=drop_rate, classifier=classifier, **dd
-        )
+        self.bottleneck = Bottleneck(channels, features, num_classes, drop_rate=drop_rate, classifier=classifier, **dd)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the mean (B, K) of the logits of v and z."""

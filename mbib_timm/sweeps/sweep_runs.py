@@ -293,12 +293,11 @@ def run_sweep(
         raise MbibError("a sweep runs in one process: start one per device with --device, without torchrun")
     chosen = sweep.seeds if seeds is None else seeds
     whole = plan(replace(sweep, seeds=list(dict.fromkeys([*sweep.seeds, *chosen]))), overrides)
-    for text in only:
-        if not any(text in run.label for run in whole):
-            raise MbibError(f"sweep {sweep.name} has no run whose name contains {text!r}")
-    runs = [run for run in whole if any(text in run.label for text in only) and run.recipe.seed in chosen]
-    if not runs:
-        raise MbibError(f"sweep {sweep.name} has no run whose name contains {' or '.join(map(repr, only))} with that seed")
+    of_seeds = [run for run in whole if run.recipe.seed in chosen]
+    for part in only:
+        if not any(part in run.label for run in of_seeds):
+            raise MbibError(f"sweep {sweep.name} has no run whose name contains {part!r}")
+    runs = [run for run in of_seeds if any(part in run.label for part in only)]
     states = [run.status() for run in whole]
     done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
     if dry_run:
