@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from browser import find_browser, open_page
 from PIL import Image
 
 from mbib_timm.cli import parse
@@ -31,6 +33,7 @@ REPOSITORY = re.search(r'^Repository = "(\S+)"$', (ROOT / "pyproject.toml").read
 ELSEWHERE = {
     "your_own_images.md": "test_tutorials.py runs the whole page",
     "pytest tests/test_methods.py --plugin tempered.py": "test_plugins.py",
+    "python tools/benchmark.py --only start --results my_results": ".ci/run, with other measurements",
 }
 NEEDS = {
     "network": [
@@ -65,7 +68,7 @@ SHORT = {
     "mbib train": "--epochs 1 --warmup-epochs 0",
     "mbib sweep mbib_resnet20": "--epochs 1",
     "mbib sweep figure9": "--epochs 1",
-    "python tools/benchmark.py": "--steps 1 --repeats 1",
+    "mbib aggregate": "--targets uniform",
 }
 
 
@@ -241,15 +244,21 @@ class Links(HTMLParser):
             self.sources.append(given.get("src") or given["href"])
 
 
-@pytest.mark.slow
-def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built strictly; .ci/run has done so already."""
     pytest.importorskip("mkdocs")
-    site = Path(os.environ.get("MBIB_SITE", tmp_path / "site"))  # .ci/run has built it
-    if not site.exists():
-        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
+    folder = Path(os.environ.get("MBIB_SITE", tmp_path_factory.mktemp("docs") / "site"))
+    if not folder.exists():
+        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
         here = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NO_MKDOCS_2_WARNING": "1"}
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site):
     pages = {page: Links(page) for page in site.rglob("*.html")}
     assert len(pages) > 18
     for page, found in pages.items():
@@ -258,11 +267,38 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
             if parts.scheme or parts.netloc:
                 assert link not in found.sources, f"{page.name} loads {link}"
                 continue
-            file = page if not parts.path else (page.parent / unquote(parts.path)).resolve()
             if page.name == "404.html":
                 continue  # its links are those of a server
+            file = page if not parts.path else (page.parent / unquote(parts.path)).resolve()
             assert file.is_file() or (file / "index.html").is_file(), f"{page.name}: {link}"
             if parts.fragment and file.suffix == ".html":
                 assert unquote(parts.fragment) in pages[file].ids, f"{page.name}: {link}"
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    assert "<!-- generated" not in text
+        assert "<!-- generated" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_search_works_without_a_server(site, tmp_path):
+    command = [
+        find_browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--virtual-time-budget=10000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        f"{(site / 'index.html').as_uri()}?q=beta",
+    ]  # fmt: skip
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert re.search(r"\d+ matching documents", dumped)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1300])
+def test_pages_fit_into_a_window(site, tmp_path, width, dark):
+    # Of each test its own: the probed page lies beside what it needs, and the browser remembers the colours.
+    own = shutil.copytree(site, tmp_path / "site")
+    seen = open_page(own / "sweeps.html", own, width=width, dark=dark)
+    assert seen["width"] <= seen["window"]
+    assert all(image["loaded"] for image in seen["images"])
+    assert not seen["errors"]
+    assert not [name for name in seen["requests"] if not name.startswith("file:")]
+    light = max(map(int, re.findall(r"\d+", seen["background"])[:3])) > 200
+    assert light != dark
