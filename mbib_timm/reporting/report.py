@@ -44,7 +44,9 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     sections += [sweep_section(results) for results in sweeps]
     give_unique_anchors(sections)
     titles = [*(group.title for group in groups), *(results.name for results in sweeps)]
-    page = render_page(title or "Report: " + ", ".join(titles), _lead(), sections)
+    others = f" and {len(titles) - 2} others" if len(titles) > 3 else ""
+    named = ", ".join(titles[:2] if others else titles)
+    page = render_page(title or f"Report: {named}{others}", _lead(), sections)
     folder = output.with_name(f"{output.stem}_figures")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from mbib_timm.sweeps.show_sweep import PAPER
 from mbib_timm.sweeps.sweep_results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
+SHORT = 24  # letters of a title, three of which stand side by side
 MATRIX = 30  # classes whose cells have room for a number
 
 
@@ -44,7 +45,8 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
         titles: of the groups in the legend; their own when empty.
     """
     titles = titles or [group.title for group in groups]
-    figure, axes = canvas(6.5, 3.6 + 0.22 * len(groups))
+    columns = 3 if max(map(len, titles)) < SHORT else 1
+    figure, axes = canvas(max(6.5, 1.4 * len(groups)), 3.6 + 0.22 * -(-len(groups) // columns))
     share = 0.84 / len(groups)
     legend: dict[str, Any] = {}
     looks = zip(groups, titles, group_colors(groups), strict=True)
@@ -63,7 +65,7 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
     axes.grid(axis="x", visible=False)
     axes.set(ylabel="top-1 accuracy, %")
     axes.margins(y=0.12)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns)
     return figure
 
 

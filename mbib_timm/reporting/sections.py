@@ -325,7 +325,10 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
 
 def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
     """Add a table and the figures of runs of one kind, which end in a suffix: all from scratch, or none."""
-    columns = shown_columns(run.record.result.prediction for group in groups for run in group.runs)
+    results = [run.record.result.prediction for group in groups for run in group.runs]
+    # Where classes have equally many images, overall and macro are one number, and the table is as wide as the page.
+    balanced = all(each.macro is not None and abs(each.macro - each.top1) < 1e-3 for each in results)
+    columns = [*COLUMNS] if balanced else shown_columns(results)
     rows = []
     for group in groups:
         result = group.paper[0] if group.is_papers else None
@@ -334,9 +337,10 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in columns]
         beside = [paper, difference(group.mean("overall"), number)] if group.origin.is_scratch else []
-        rows.append((group.origin, [group.title, epochs, str(len(group.runs)), *accuracies, *beside]))
+        method = method_title(group.first.record.method)
+        rows.append((group.origin, [group.title, method, epochs, str(len(group.runs)), *accuracies, *beside]))
     papers = ["paper", "difference"] if groups[0].origin.is_scratch else []
-    for _, table in tables_by_start(["run", "epochs", "n", *columns, *papers], rows):
+    for _, table in tables_by_start(["run", "method", "epochs", "n", *columns, *papers], rows):
         section.table(table)
     section.figure(
         Illustration(

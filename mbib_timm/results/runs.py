@@ -318,7 +318,11 @@ def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
     own = _by_address(run.recipe)
     others = [_by_address(other.recipe) for other in runs if other.name == run.name]
     differing = [key for key in own if key.rpartition(".")[2] != "seed" and any(o.get(key) != own[key] for o in others)]
-    said = [f"{key} {own[key]}" for key in differing]
+    # What leaves a result as it is tells runs apart only where nothing else does; and bfloat16 has a name.
+    telling = [key for key in differing if key.rpartition(".")[2] not in SAME_RESULT] or differing
+    precise = [key for key in telling if key.rpartition(".")[2] in ("amp", "amp_dtype")]
+    said = [run.precision] if precise else []
+    said += [f"{key} {own[key]}" for key in telling if key not in precise]
     recipe = _without_seed(run.recipe)
     alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
     if any(other.origin != run.origin for other in alike):
