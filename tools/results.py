@@ -198,7 +198,8 @@ def recipes_table(results: Path) -> str:
     for name, path in packaged_recipes().items():
         recipe, run_name = load_recipe(path), recipe_name(path)
         own = [group for group in groups if group.first.name == run_name and not group.is_short and not group.settings]
-        values = best_measured(own).values("overall") if own else of_sweeps.get(name, [])
+        kept = best_measured(own).values("overall") if own else []
+        values = max(kept, of_sweeps.get(name, []), key=len)  # a kept run may be one of a sweep's seeds
         measured = f"{mean_and_deviation(values)} (n = {len(values)})" if values else "not run"
         numbers = [number for number in PAPER.get(run_name, ()) if "overall" in number.accuracies]
         paper = [f"{number.accuracies['overall']:.1f} ({number.source})" for number in numbers[:1]]
