@@ -108,11 +108,12 @@ def markdown(results: SweepResults) -> str:
 def what_was_run(results: SweepResults) -> list[str]:
     """Return what has to be known to read the table, in sentences."""
     seeds = listed(results.seeds)
-    images = sorted({run.test_images for run in results.runs})
+    images = sorted({run.images for run in results.runs})
+    splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
     machines = sorted({run.environment.machine for run in results.runs})
     said = [
-        f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} test images: mean ± sample standard "
-        f"deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
+        f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} images (split {splits}): mean ± "
+        f"sample standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the recipe "
         f"`{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
     ]
     if results.settings:

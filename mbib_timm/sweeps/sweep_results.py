@@ -50,7 +50,8 @@ class SweepRun:
         settings: what was set from outside and computes something else, by address; the same images in files of
             their own do not.
         dataset: the recipe's.
-        test_images: how many the result is on.
+        images: how many the result is on.
+        split: of these images.
         heads: accuracies in percent by head, under ``overall``, ``many``, ``medium`` and ``few``.
         curve: of the last stage.
         training_seconds: of the last stage.
@@ -69,7 +70,8 @@ class SweepRun:
     recipe_epochs: int
     settings: dict[str, Any]
     dataset: str
-    test_images: int
+    images: int
+    split: str
     heads: dict[str, dict[str, float | None]]
     curve: Curve
     training_seconds: float

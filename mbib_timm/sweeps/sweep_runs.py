@@ -403,7 +403,8 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         recipe_epochs=planned.recipe_epochs,
         settings=settings,
         dataset=record.dataset,
-        test_images=record.result.prediction.images,
+        images=record.result.prediction.images,
+        split=record.result.split,
         heads={head: metrics.accuracies() for head, metrics in record.result.heads.items()},
         curve=Curve(
             epoch=[row.epoch for row in history],
