@@ -165,8 +165,9 @@ def predict(
         threshold: probability of the first class below which a prediction is `unsure`.
         batch_size: images at once.
         workers: processes that decode; detected when None.
-        head, prior, device: as those of `load`; not for a model that is loaded. ``prior="estimate"`` finds the class
-            frequencies under which these images are most likely.
+        head: as in `load`, like `prior` and `device`; none of them for a model that is loaded already.
+        prior: also ``estimate``, for the class frequencies under which these images are most likely.
+        device: where it runs; detected when None.
 
     Returns:
         A prediction for each image, in order. One that cannot be read has its `error`, and no class.

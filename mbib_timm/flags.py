@@ -146,7 +146,7 @@ def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> Non
     for item in dataclasses.fields(declared.Settings):
         group.add_argument(
             f"--{place}.{item.name.replace('_', '-')}",
-            metavar=_type_name(expected[item.name]),
+            metavar=type_name(expected[item.name]),
             default=argparse.SUPPRESS,
             help=_described(item, method[item.name]),
         )
@@ -178,7 +178,7 @@ def _not_none(expected: Any) -> Any:
     return typing.get_args(expected)[0] if typing.get_origin(expected) is types.UnionType else expected
 
 
-def _type_name(expected: Any) -> str:
+def type_name(expected: Any) -> str:
     expected = _not_none(expected)
     return getattr(typing.get_origin(expected) or expected, "__name__", "VALUE").upper()
 

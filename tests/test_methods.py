@@ -1272,8 +1272,8 @@ NETWORKS = ("cifar_resnet20", "mbib_resnet20", "experts_resnet20", "mbib_experts
 
 
 def table_of_what_goes_together():
-    """The rows of docs/methods.md: for each method what it says of each kind of network, and of mixing."""
-    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    """The rows of docs/method_zoo.md: for each method what it says of each kind of network, and of mixing."""
+    text = (Path(__file__).parents[1] / "docs" / "method_zoo.md").read_text(encoding="utf-8")
     lines = text.partition("## What can be combined")[2].partition("## Teachers")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     return {name.strip("` "): cells for names, *cells in rows for name in names.split(",")}

@@ -12,13 +12,21 @@ from mbib_timm.errors import MbibError
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_readmes_table_is_that_of_the_results(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(readme.count(marker) == 1 for marker in results.RUNS)
+@pytest.mark.parametrize(
+    ("page", "markers", "table"),
+    [
+        ("README.md", results.RUNS, results.readme_table),
+        ("recipes/README.md", results.RECIPES, results.recipes_table),
+    ],
+    ids=["readme", "recipes"],
+)
+def test_pages_tables_are_those_of_the_results(page, markers, table, tmp_path):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert all(text.count(marker) == 1 for marker in markers)
     copy = tmp_path / "README.md"
-    copy.write_text(readme, encoding="utf-8")
-    results.write_table(copy, ROOT / "results")
-    assert copy.read_text(encoding="utf-8") == readme
+    copy.write_text(text, encoding="utf-8")
+    results.write_table(copy, markers, table(ROOT / "results"))
+    assert copy.read_text(encoding="utf-8") == text
 
 
 def test_the_readmes_table_has_the_numbers_of_the_records_and_of_the_paper():

@@ -2,21 +2,23 @@
 """Keep the results of runs in the repository, and the tables in step with them.
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
-    python tools/results.py table                                       # write the tables into README.md and docs/
+    python tools/results.py table                                       # write those of README.md, recipes/ and docs/
     python tools/results.py redraw                                      # draw the figures again from the numbers
     python tools/results.py figure                                      # the README's, of accuracy by method
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
 was analyzed, under `results/<run>-<epochs>e-seed<seed>/`, with `-bfloat16` at its end if it was trained in mixed
 precision. Sweeps write their own results there. The README has one table, of the methods in its figure and of the
-pretrained backbones; a marker in docs/ names the sweep whose table stands there.
+pretrained backbones, and recipes/README.md that of the recipes; a marker in docs/ names the sweep whose table stands
+there. docs/generate.py asks for the other tables when it builds the site: links in them begin in docs/.
 """
 
 import argparse
+import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import starmap
 from pathlib import Path
 
@@ -27,21 +29,35 @@ from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, 
 from mbib_timm.drawing import LIGHT, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
-from mbib_timm.recipe import longest_epochs
+from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.recipe import (
+    Recipe,
+    data_of,
+    list_sweeps,
+    load_recipe,
+    longest_epochs,
+    packaged_recipes,
+    recipe_name,
+)
 from mbib_timm.reporting.report_figures import comparison_bars
 from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.paper import RESULTS as PAPER
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
-from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, packaged_recipe, read_run
+from mbib_timm.results.runs import SAME_RESULT, FinishedRun, RunGroup, group_runs, packaged_recipe, read_run
 from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, mean_and_deviation, percent
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
+from mbib_timm.sweeps.sweep import find_sweep
 from mbib_timm.sweeps.sweep_results import epochs_run, listed
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep
+from mbib_timm.sweeps.sweep_runs import on_recipe, plan
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
+RECIPES = ("<!-- recipes: tools/results.py table -->\n", "<!-- end of recipes -->")
 # The README's figure, and what it and the README's table show: CIFAR-100-LT with imbalance factor 100. First ResNet-32
 # from scratch; then, in the table alone, EfficientNet-Lite0 with ImageNet-1k weights.
 FIGURE = Path("docs/figures/accuracy.svg")
@@ -99,7 +115,7 @@ def table(results: Path) -> str:
     for file in sorted(results.glob(f"*/{RECORD}")):
         run = read_run(file.parent)
         prediction = run.record.result.prediction
-        link = f"[{run.name}](results/{file.parent.name})"
+        link = f"[{run.name}](../results/{file.parent.name})"
         row = [link, epochs(run), str(run.record.seed), run.precision, *cells(prediction), str(prediction.images)]
         rows.append((run.origin, row))
     return markdown_by_start(["run", "epochs", "seed", "precision", *COLUMNS, "test images"], rows)
@@ -122,8 +138,13 @@ def shown_groups(results: Path, names: Iterable[str]) -> list[RunGroup]:
         own = [group for group in groups if group.first.name == name and not group.is_short]
         if not own:
             raise MbibError(f"{results} has no whole run of {name}, which the README shows")
-        chosen.append(max(own, key=lambda group: (len(group.runs), group.first.precision != "float32")))
+        chosen.append(best_measured(own))
     return chosen
+
+
+def best_measured(groups: Sequence[RunGroup]) -> RunGroup:
+    """Return, of one recipe's groups, that of the precision with most seeds."""
+    return max(groups, key=lambda group: (len(group.runs), group.first.precision != "float32"))
 
 
 def accuracy_figure(results: Path) -> dict[str, bytes]:
@@ -166,9 +187,54 @@ def epochs(run: FinishedRun) -> str:
     return f"{longest_epochs(run.recipe)}" + (f" of {longest_epochs(own)}" if own is not None else "")
 
 
+def recipes_table(results: Path) -> str:
+    """Return the Markdown tables of the packaged recipes: the paper's number, and the mean of whole runs in results/.
+
+    A run of a sweep counts where all that it computed is what a packaged recipe asks for.
+    """
+    groups = group_runs([read_run(file.parent) for file in sorted(results.glob(f"*/{RECORD}"))])
+    of_sweeps = runs_of_sweeps(results)
+    rows = []
+    for name, path in packaged_recipes().items():
+        recipe, run_name = load_recipe(path), recipe_name(path)
+        own = [group for group in groups if group.first.name == run_name and not group.is_short and not group.settings]
+        kept = best_measured(own).values("overall") if own else []
+        values = max(kept, of_sweeps.get(name, []), key=len)  # a kept run may be one of a sweep's seeds
+        measured = f"{mean_and_deviation(values)} (n = {len(values)})" if values else "not run"
+        numbers = [number for number in PAPER.get(run_name, ()) if "overall" in number.accuracies]
+        paper = [f"{number.accuracies['overall']:.1f} ({number.source})" for number in numbers[:1]]
+        methods = " + ".join(stage.method["name"] for stage in recipe.chain())
+        origin = origin_of(recipe, OwnData(data_of(name)))
+        rows.append((origin, [f"`{name}`", methods, *(paper or [NOTHING]), measured]))
+    return markdown_by_start(["recipe", "method", "paper", "this project"], rows)
+
+
+def runs_of_sweeps(results: Path) -> dict[str, list[float | None]]:
+    """Return the accuracies of sweeps' runs, whole ones and of a packaged recipe as it stands, by its name."""
+    names = {_computed(load_recipe(path)): name for name, path in packaged_recipes().items()}
+    found: dict[str, list[float | None]] = {}
+    for file in sorted(results.glob("*/sweep.json")):
+        kept = read_sweep(file)
+        packaged = find_sweep([next(name for name in list_sweeps() if kept.name.startswith(name))])
+        planned = {run.label: run.recipe for run in plan(on_recipe(packaged, kept.recipe), {})}
+        own: dict[str, list[float | None]] = {}
+        for run in kept.runs:
+            name = names.get(_computed(planned[run.label]))
+            if name is not None and run.epochs == run.recipe_epochs and not set(run.settings) - SAME_RESULT:
+                own.setdefault(name, []).append(run.heads[PREDICTION]["overall"])
+        found = {**own, **found}
+    return found
+
+
+def _computed(recipe: Recipe) -> str:
+    return json.dumps(recipe.everywhere(seed=0, val_interval=1).computation(), sort_keys=True)
+
+
 def speed_table(results: Path) -> str:
     """Return the Markdown table of the benchmark, on every device that it has been run on."""
-    return markdown({f"results/{file.name}": read_results(file) for file in sorted(results.glob("benchmark-*.json"))})
+    return markdown(
+        {f"../results/{file.name}": read_results(file) for file in sorted(results.glob("benchmark-*.json"))}
+    )
 
 
 def sweeps_table(results: Path) -> str:
@@ -177,7 +243,7 @@ def sweeps_table(results: Path) -> str:
     for file in sorted(results.glob("*/sweep.json")):
         sweep = read_sweep(file)
         hardware = sorted({run.environment.machine for run in sweep.runs})
-        link = f"[{sweep.name}](results/{file.parent.name}/table.md)"
+        link = f"[{sweep.name}](../results/{file.parent.name}/table.md)"
         runs = f"{len(sweep.runs)} of {sweep.planned}"
         rows.append([link, sweep.title, epochs_run(sweep), listed(sweep.seeds), runs, listed(hardware)])
     return Table(["sweep", "what", "epochs", "seeds", "runs", "hardware"], rows).markdown() + "\n"
@@ -188,12 +254,12 @@ def sweep_table(folder: Path) -> str:
     return sweep_markdown(read_sweep(folder)).partition("\n\n")[2]
 
 
-def write_table(readme: Path, results: Path) -> None:
-    """Replace the table between the README's markers."""
-    begin, end = RUNS
-    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+def write_table(page: Path, markers: tuple[str, str], table: str) -> None:
+    """Replace the table between a page's markers."""
+    begin, end = markers
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
-    readme.write_text(f"{before}{begin}\n{readme_table(results)}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def with_sweeps(text: str, results: Path) -> str:
@@ -207,7 +273,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="copy a finished run's results")
     adding.add_argument("run", type=Path, nargs="+")
-    commands.add_parser("table", help="write the tables into README.md and docs/")
+    commands.add_parser("table", help="write the tables into README.md, recipes/ and docs/")
     commands.add_parser("redraw", help="draw all figures again from the numbers")
     commands.add_parser("figure", help="draw the README's figure")
     arguments = parser.parse_args()
@@ -222,7 +288,8 @@ def main() -> None:
             draw(file.parent)
         for file in (ROOT / "results").glob("*/sweep.json"):
             write_results(file.parent, read_sweep(file))
-    write_table(ROOT / "README.md", ROOT / "results")
+    write_table(ROOT / "README.md", RUNS, readme_table(ROOT / "results"))
+    write_table(ROOT / "recipes" / "README.md", RECIPES, recipes_table(ROOT / "results"))
     for page in (ROOT / "docs").glob("*.md"):
         page.write_text(with_sweeps(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
 

@@ -156,14 +156,17 @@ def _is_norm(module: nn.Module) -> bool:
 class Method(TrainingTask):
     """A method of training. Subclasses are registered by ``@register("name")``.
 
-    Class attributes:
+    Attributes:
         title: in tables and cards.
         citation: of its paper, in a line.
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
         logit_prior: the class frequencies that trained logits are for: ``train`` after a plain loss, ``uniform`` after
             one that evens out the classes. May be a property.
-        sampler, part, reset, classifier_start, frozen_bn: what it does with the recipe's keys ``sampler``, ``train``,
-            ``reset``, ``classifier_start`` and ``frozen_bn`` where they are not given.
+        sampler: the value of the recipe's key ``sampler`` where it is not given.
+        part: that of ``train``.
+        reset: that of ``reset``.
+        classifier_start: that of ``classifier_start``.
+        frozen_bn: that of ``frozen_bn``.
         views: the views of each image in a batch: for each the augmentation keys of a recipe in which it differs from
             the run's. Two draws of the same augmentation are ``({}, {})``. The recipe's key ``views`` goes before.
         soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.

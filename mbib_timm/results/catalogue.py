@@ -1,4 +1,4 @@
-"""`mbib models`: the zoo as a table, on the terminal and in the README; what is not from scratch in one of its own."""
+"""`mbib models`: the zoo as a table, on the terminal and in docs/; what is not from scratch has a table of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,11 +84,11 @@ def text_table(entries: Sequence[Entry]) -> str:
 
 
 def markdown_table(entries: Sequence[Entry]) -> str:
-    """Return the zoo as Markdown tables."""
+    """Return the zoo as Markdown tables, for a page in docs/."""
     rows = []
     for entry in entries:
         name, *rest, weights = entry.cells()
-        card = f"[`{name}`](model_cards/{name}.md)" if entry.model.is_trained else f"`{name}`"
+        card = f"[`{name}`](../model_cards/{name}.md)" if entry.model.is_trained else f"`{name}`"
         before, colon, command = weights.partition(": ")
         rows.append((entry.origin, [card, *rest, f"{before}: `{command}`" if colon else weights]))
     return markdown_by_start(HEADER, rows)

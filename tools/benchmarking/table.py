@@ -1,4 +1,4 @@
-"""The table of a results file, for a terminal and for the README."""
+"""The table of a results file, for a terminal and for docs/."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ def plain_text(results: Results) -> str:
 
 
 def markdown(files: Mapping[str, Results]) -> str:
-    """Return one table of all devices for the README, above a line on where each one's figures come from.
+    """Return one table of all devices for docs/, above a line on where each one's figures come from.
 
     Args:
         files: contents of the results files, by their links. Without one of a CPU or of a CUDA device, its targets

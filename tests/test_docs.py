@@ -1,0 +1,304 @@
+"""The documentation: every command on its pages, the messages that it quotes, its links, and the site that is built."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from browser import find_browser, open_page
+from PIL import Image
+
+from mbib_timm.cli import parse
+from mbib_timm.flags import recipe_overrides
+from mbib_timm.recipe import find_recipe, load_recipe, packaged_recipes
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [DOCS / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "README.md"}), ROOT / "recipes" / "README.md"]
+REPOSITORY = re.search(r'^Repository = "(\S+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[
+    1
+]
+
+# Commands. Each one in a block of shell on a page is run here, in the order of the pages, unless another test runs it
+# or it stands under what it needs.
+
+ELSEWHERE = {
+    "your_own_images.md": "test_tutorials.py runs the whole page",
+    "pytest tests/test_methods.py --plugin tempered.py": "test_plugins.py",
+    "python tools/benchmark.py --only start --results my_results": ".ci/run, with other measurements",
+}
+NEEDS = {
+    "network": [
+        "pip install 'mbib-timm[train] @ git+https://github.com/mbib-timm/mbib_timm'",
+        "hf auth login",
+        "mbib publish runs/mbib_resnet20.digits --repo-id me/digits",
+        "mbib publish runs/mine --repo-id me/mine --seeds runs/mine-seed1 runs/mine-seed2",
+        "mbib predict hf-hub:me/digits a_digit.png",
+        "mbib train finetune/mbib_resnet32 --model hf-hub:me/digits --data-dir my_images",
+    ],
+    "CIFAR-100": [
+        "mbib train mbib_resnet32.cifar100_lt_if100",
+        "mbib train mbib_resnet32.cifar100_lt_if100 --seed 1",
+        "mbib train mbib_resnet32.cifar100_lt_if100 --method.beta 3",
+        "mbib train cifar_resnet32.dive_cifar100_lt_if100",
+        "mbib train cifar_resnet32.dive_from_mbib_cifar100_lt_if100 --method.teacher-pass once",
+        "mbib train cifar_resnet32.ce_cifar100_lt_if100 --cutmix 1 --cutmix-sampler reverse --mixup-prob 0.5 "
+        "--mixup-off-epochs 3",
+        "OMP_NUM_THREADS=1 mbib train mbib_resnet32.cifar100_lt_if100 --amp --amp-dtype bfloat16",
+        "mbib sweep table1_cifar100_lt --epochs 20",
+        "mbib sweep table1_cifar100_lt --jobs 2 --amp",
+        "mbib analyze mbib_resnet32.cifar100_lt_if100 bib_resnet32.cifar100_lt_if100",
+        "python tools/pack.py mbib_resnet32.cifar100_lt_if100 -o c.tar",
+    ],
+    "ImageNet and a GPU": ["torchrun --nproc-per-node 4 tools/train.py mbib_resnext50.imagenet_lt --sync-bn"],
+    "a GPU": ["python tools/gpu.py if10.tar -o out --minutes 28"],
+}
+# What makes a command quick, by how it begins.
+SHORT = {
+    "mbib train tempered.yaml": "--stage1.epochs 1 --stage1.warmup-epochs 0 --stage2.epochs 1 --stage2.warmup-epochs 0",
+    "mbib sweep tempered.yaml": "--epochs 1",
+    "mbib train": "--epochs 1 --warmup-epochs 0",
+    "mbib sweep mbib_resnet20": "--epochs 1",
+    "mbib sweep figure9": "--epochs 1",
+    "mbib aggregate": "--targets uniform",
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands_of(page):
+    """A page's commands, on a line each and without comments."""
+    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line) for line in text.splitlines()]
+    return [" ".join(line.split()) for line in lines if line]
+
+
+COMMANDS = [(page, command) for page in PAGES for command in commands_of(page)]
+LISTED = [command for commands in NEEDS.values() for command in commands]
+RUN_HERE = [
+    command for page, command in COMMANDS
+    if page.name not in ELSEWHERE and command not in ELSEWHERE and command not in LISTED
+]  # fmt: skip
+
+
+def test_no_command_is_listed_that_is_on_no_page():
+    written = {command for _, command in COMMANDS}
+    assert [
+        command for command in (*LISTED, *ELSEWHERE) if command not in written and not (DOCS / command).is_file()
+    ] == []
+
+
+@pytest.mark.parametrize("command", [command for command in LISTED if "mbib " in command])
+def test_commands_that_are_not_run_are_understood(command):
+    words = shlex.split(command.partition("mbib ")[2] if " mbib " in f" {command}" else "")
+    if not words:
+        return  # a tool's
+    given = parse(words)
+    if getattr(given, "recipe", None) in packaged_recipes():
+        load_recipe(find_recipe(given.recipe), recipe_overrides(given))
+
+
+def make_folder(root):
+    """What the pages have: small images in class folders, new ones, a digit, a recipe, and the method of methods.md."""
+    random = np.random.default_rng(0)
+    for number, (name, count) in enumerate({"fox": 12, "badger": 6, "hare": 3}.items()):
+        for folder in ("my_images", "new_images"):
+            place = root / folder / name if folder == "my_images" else root / folder
+            place.mkdir(parents=True, exist_ok=True)
+            for image in range(count):
+                pixels = random.integers(80 * number, 80 * number + 60, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{name}{image}.png")
+    Image.fromarray(random.integers(0, 255, (16, 16), dtype=np.uint8)).save(root / "a_digit.png")
+    (root / "my_recipe.yaml").write_text("base: digits\nmodel: cifar_resnet20\nmethod: ce\n")
+    for suffix, language in (("py", "python"), ("yaml", "yaml")):
+        (root / f"tempered.{suffix}").write_text(blocks(DOCS / "methods.md", language)[0], encoding="utf-8")
+
+
+# Runs what it is given on a line each, in one process: torch is imported once.
+RUNNER = """
+import shlex, subprocess, sys
+from mbib_timm.cli import main
+for command in sys.stdin.read().splitlines():
+    print("$", command, flush=True)
+    words = shlex.split(command)
+    if words[0] == "mbib":
+        try:
+            status = main(words[1:])
+        except SystemExit as end:  # of --help
+            status = end.code
+    else:
+        status = subprocess.run([sys.executable, *words[1:]]).returncode
+    if status:
+        sys.exit(f"{command}: exit status {status}")
+"""
+
+
+def as_run(command):
+    """A command as it is run: briefly, and with a model in the place of the placeholder."""
+    start = next((start for start in SHORT if command.startswith(start)), None)
+    more = f" {SHORT[start]}" if start is not None and "--help" not in command and "--dry-run" not in command else ""
+    return command.replace(" tools/", f" {ROOT}/tools/").replace("MODEL", "runs/mbib_resnet20.digits") + more
+
+
+def run(commands, folder):
+    """Run commands in a folder, without a network and on one thread; return what they print."""
+    assert all(command.startswith(("mbib ", "python ")) for command in commands)
+    here = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input="\n".join(map(as_run, commands)), cwd=folder, env={**os.environ, **here},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_other_command_runs(tmp_path):
+    for library in ("matplotlib", "onnx"):
+        pytest.importorskip(library)
+    make_folder(tmp_path)
+    first, second = blocks(DOCS / "README.md", "python")
+    quick = first.replace("epochs=8", 'epochs=1, warmup_epochs=0, experiment="from_python"')
+    assert quick != first
+    (tmp_path / "quickstart.py").write_text(quick + second, encoding="utf-8")
+    printed = run(["mbib train experts_resnet32.sade_digits", *RUN_HERE, "python quickstart.py"], tmp_path)
+    assert printed.rpartition("$ python quickstart.py")[2].count("new_images/") == 21
+
+
+# Messages
+
+
+def templates():
+    """What the package's texts look like, with an ellipsis where a value goes in."""
+    for file in (ROOT / "mbib_timm").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_that_troubleshooting_quotes_are_the_packages():
+    known = [re.sub(r"…+", "…", text) for text in templates()]
+    quoted = [block.strip() for block in blocks(DOCS / "troubleshooting.md", "text")]
+    assert len(quoted) > 20
+    # A template may go on, or say with a value what the page has in words.
+    assert [text for text in quoted if not any(text.rstrip("…").rstrip() in each for each in known)] == []
+
+
+# Links
+
+
+def slug(heading):
+    """The anchor that GitHub and mkdocs give a heading."""
+    return re.sub(r"[^\w -]", "", heading.replace("`", "").lower()).strip().replace(" ", "-")
+
+
+def anchors(file):
+    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = link.partition("#")
+        if link.startswith(REPOSITORY):
+            place = re.fullmatch(rf"{REPOSITORY}/(?:blob|tree)/main/(.+)", place)[1]
+            file = ROOT / place
+        elif "://" in link:
+            continue
+        else:
+            file = page if not place else (page.parent / place).resolve()
+        assert file.exists(), link
+        if anchor:
+            assert anchor in anchors(file), link
+
+
+class Links(HTMLParser):
+    """The links, sources and anchors of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.links, self.sources, self.ids = [], [], set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.ids.add(given.get("id") or given.get("name"))
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        elif given.get("src") or (tag == "link" and given.get("href")):
+            self.sources.append(given.get("src") or given["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built strictly; .ci/run has done so already."""
+    pytest.importorskip("mkdocs")
+    folder = Path(os.environ.get("MBIB_SITE", tmp_path_factory.mktemp("docs") / "site"))
+    if not folder.exists():
+        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+        here = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NO_MKDOCS_2_WARNING": "1"}
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site):
+    pages = {page: Links(page) for page in site.rglob("*.html")}
+    assert len(pages) > 18
+    for page, found in pages.items():
+        for link in (*found.links, *found.sources):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                assert link not in found.sources, f"{page.name} loads {link}"
+                continue
+            if page.name == "404.html":
+                continue  # its links are those of a server
+            file = page if not parts.path else (page.parent / unquote(parts.path)).resolve()
+            assert file.is_file() or (file / "index.html").is_file(), f"{page.name}: {link}"
+            if parts.fragment and file.suffix == ".html":
+                assert unquote(parts.fragment) in pages[file].ids, f"{page.name}: {link}"
+        assert "<!-- generated" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_search_works_without_a_server(site, tmp_path):
+    command = [
+        find_browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--virtual-time-budget=10000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        f"{(site / 'index.html').as_uri()}?q=beta",
+    ]  # fmt: skip
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert re.search(r"\d+ matching documents", dumped)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1300])
+def test_pages_fit_into_a_window(site, tmp_path, width, dark):
+    # Of each test its own: the probed page lies beside what it needs, and the browser remembers the colours.
+    own = shutil.copytree(site, tmp_path / "site")
+    seen = open_page(own / "sweeps.html", own, width=width, dark=dark)
+    assert seen["width"] <= seen["window"]
+    assert all(image["loaded"] for image in seen["images"])
+    assert not seen["errors"]
+    assert not [name for name in seen["requests"] if not name.startswith("file:")]
+    light = max(map(int, re.findall(r"\d+", seen["background"])[:3])) > 200
+    assert light != dark
