@@ -226,8 +226,8 @@ class Analysis(Analyzed):
         Shown(
             "distances",
             "Intra-class over inter-class distance",
-            "Lower is better: images of one class lie close together, and the centres of classes far apart; "
-            "equation 15 takes all pairs of images, and the paper's Table 5 has the level of distances from the centre.",
+            "Lower is better: images of one class lie close together, and the centres of classes far apart; equation "
+            "15 takes all pairs of images, and the paper's Table 5 has the level of distances from the centre.",
             draw_distances,
         ),
     )
