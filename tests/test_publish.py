@@ -410,7 +410,7 @@ def test_the_card_of_a_method_that_trains_nothing(post_hoc_run):
     release = make_release(post_hoc_run, "me/decoupled")
     card = release.files["README.md"].decode()
     assert "trained from scratch on `digits` for 3 epochs with CE, then tau-norm, by `mbib_timm`." in card
-    assert "of the split `test`, after CE, then tau-norm, of these weights" in card
+    assert "of the split `test`, after CE, then tau-norm.\n" in card
     assert f"Chosen by tau-norm: tau {metrics['chosen']['tau']:g}, on {metrics['chosen_on']}." in card
     assert "1. CE: 3 epochs of batches of 32" in card
     assert "2. tau-norm, without training\n" in card

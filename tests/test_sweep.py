@@ -286,7 +286,7 @@ def test_the_results_are_those_of_the_runs(finished):
     table = (results / "table.md").read_text()
     assert table.startswith("# sweep-1e: 1 epoch of 60, n = 2\n")
     assert "4 of 4 runs" in table
-    assert "on 340 test images" in table
+    assert "on 340 images (split test)" in table
     for label, row in zip(labels, rows, strict=True):
         heads = result(folder, label)["heads"]
         for column, metric in {"overall": "top1", "many": "many", "medium": "medium", "few": "few"}.items():

@@ -34,6 +34,7 @@ from mbib_timm.sweeps.sweep_results import (
 
 ACCURACY = "top-1 accuracy, %"
 PAPER = "the paper"
+UPRIGHT = 20  # letters of a line of a label that stands upright
 
 
 def write_results(folder: Path, results: SweepResults) -> str:
@@ -219,7 +220,9 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     # A number over each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
     # read on none.
     wide = max(0.36 * len(bars), min(longest / 10, 1.0) * len(places))
-    figure, axes = canvas(min(10.0, max(6.0, 2.5 + wide)), 4.0)
+    # Of many places with long names the labels stand upright, in two lines or three.
+    upright = len(places) > 10 and longest > 10
+    figure, axes = canvas(min(10.0, max(6.0, 2.5 + wide)), 5.4 if upright else 4.0)
     share = 0.84 / len(names)
     legend: dict[str, Any] = {}
     for (place, name), (values, number) in bars.items():
@@ -229,7 +232,8 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         legend |= {name: bar} if bar is not None else {}
         legend |= {PAPER: mark} if mark is not None else {}
     characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
-    axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places])
+    characters = UPRIGHT if upright else characters
+    axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places], rotation=90 * upright)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=ACCURACY, xlabel=_label(results, x) if x else "")
