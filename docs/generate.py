@@ -31,7 +31,6 @@ from mbib_timm.options import default_of, option_types  # noqa: E402
 from mbib_timm.recipe import KEYS, TYPES, list_sweeps  # noqa: E402
 from mbib_timm.results.catalogue import catalogue, markdown_table  # noqa: E402
 from mbib_timm.results.tables import NOTHING, Table, markdown_text  # noqa: E402
-from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown  # noqa: E402
 from mbib_timm.sweeps.sweep import find_sweep  # noqa: E402
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep  # noqa: E402
 
@@ -186,7 +185,7 @@ def measured_sweeps() -> str:
     parts = [results.sweeps_table(RESULTS)]
     for file in sorted(RESULTS.glob("*/sweep.json")):
         sweep = read_sweep(file)
-        text = sweep_markdown(sweep).partition("\n\n")[2]
+        text = results.sweep_table(sweep)
         figure = f"![{markdown_text(sweep.title)}](../results/{file.parent.name}/figure.png)"
         parts.append(f"### {markdown_text(sweep.name)}\n\n{text}\n{figure}")
     return "\n\n".join(parts)

@@ -1,13 +1,16 @@
 """The same small images as bytes of files, of tars and in folders, for the tests of archives and of packing."""
 
 import io
+import pickle
 import random
 import tarfile
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from mbib_timm.data import open_split
+from mbib_timm.data.images import ImageDataset
 from mbib_timm.recipe import Recipe
 
 
@@ -65,6 +68,25 @@ def pixels(reader, mode="RGB"):
 def contents(split):
     indices = range(len(split)) if split.indices is None else split.indices.tolist()
     return pixels(split.reader.read(i) for i in indices)
+
+
+def assert_forks_read(split, place):
+    """Forked workers read while their parent, which has read already, reads the image at a place."""
+    expected = contents(split)
+    dataset = ImageDataset(split, "RGB", lambda image: (image.size, image.tobytes()), replace_broken=False)
+    loader = DataLoader(dataset, 3, num_workers=2, multiprocessing_context="fork", collate_fn=list)
+    seen = []
+    for batch in loader:
+        seen += [image for image, _ in batch]
+        assert pixels([split.reader.read(place)]) == expected[place : place + 1]
+    assert seen == expected
+
+
+def assert_copies_read(split):
+    """A pickled reader opens its files anew."""
+    copy = pickle.loads(pickle.dumps(split))
+    assert copy.reader._opened == {}
+    assert_same(copy, split)
 
 
 def assert_same(split, expected):

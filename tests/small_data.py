@@ -8,6 +8,11 @@ from mbib_timm.data import Batch, Split, Splits, create_loaders
 from mbib_timm.data.images import ArrayReader
 from mbib_timm.recipe import WHOLE_IMAGES, Recipe
 
+# A function for programs that tests run: the peak memory of their own process, in kB; ru_maxrss has the parent's in it.
+PEAK_MEMORY = """
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
 CPU = torch.device("cpu")
 SIZE = (3, 16, 16)
 SETTLED = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

@@ -13,6 +13,7 @@ import torch
 from sklearn import linear_model, metrics
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
+from small_data import PEAK_MEMORY
 from torch import nn
 
 from mbib_timm.analysis.analysis_record import six_digits
@@ -487,7 +488,9 @@ def test_rounding():
     assert six_digits(value) == {"a": [1.23457, None, 12345700.0, 7], "b": [None, "x", True]}
 
 
-INATURALIST = """
+INATURALIST = (
+    PEAK_MEMORY
+    + """
 import numpy as np, torch
 from torch import nn
 from mbib_timm.analysis.measures import distances
@@ -520,8 +523,9 @@ rho = {name: distances(values, torch.arange(N) % K, counts) for name, values in 
 # Three standard normal images a class: 2/3 of the pairs are d apart, centres d / sqrt(3).
 for name in ("v", "z"):
     assert abs(rho[name]["all"].rho() - 2 / 3 * 3**0.5) < 0.01, rho
-print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
+print(peak() * 1024)
 """
+)
 
 
 @pytest.mark.slow

@@ -14,18 +14,15 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from browser import find_browser, open_page
+from pages import REPOSITORY, ROOT, anchors, blocks, make_images, prose
 from PIL import Image
 
 from mbib_timm.cli import parse
 from mbib_timm.flags import recipe_overrides
 from mbib_timm.recipe import find_recipe, load_recipe, packaged_recipes
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [DOCS / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "README.md"}), ROOT / "recipes" / "README.md"]
-REPOSITORY = re.search(r'^Repository = "(\S+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[
-    1
-]
 
 # Commands. Each one in a block of shell on a page is run here, in the order of the pages, unless another test runs it
 # or it stands under what it needs.
@@ -72,10 +69,6 @@ SHORT = {
 }
 
 
-def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
 def commands_of(page):
     """A page's commands, on a line each and without comments."""
     text = "".join(blocks(page, "sh")).replace("\\\n", " ")
@@ -110,15 +103,9 @@ def test_commands_that_are_not_run_are_understood(command):
 
 def make_folder(root):
     """What the pages have: small images in class folders, new ones, a digit, a recipe, and the method of methods.md."""
-    random = np.random.default_rng(0)
-    for number, (name, count) in enumerate({"fox": 12, "badger": 6, "hare": 3}.items()):
-        for folder in ("my_images", "new_images"):
-            place = root / folder / name if folder == "my_images" else root / folder
-            place.mkdir(parents=True, exist_ok=True)
-            for image in range(count):
-                pixels = random.integers(80 * number, 80 * number + 60, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(place / f"{name}{image}.png")
-    Image.fromarray(random.integers(0, 255, (16, 16), dtype=np.uint8)).save(root / "a_digit.png")
+    make_images(root)
+    digit = np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)
+    Image.fromarray(digit).save(root / "a_digit.png")
     (root / "my_recipe.yaml").write_text("base: digits\nmodel: cifar_resnet20\nmethod: ce\n")
     for suffix, language in (("py", "python"), ("yaml", "yaml")):
         (root / f"tempered.{suffix}").write_text(blocks(DOCS / "methods.md", language)[0], encoding="utf-8")
@@ -200,20 +187,9 @@ def test_messages_that_troubleshooting_quotes_are_the_packages():
 # Links
 
 
-def slug(heading):
-    """The anchor that GitHub and mkdocs give a heading."""
-    return re.sub(r"[^\w -]", "", heading.replace("`", "").lower()).strip().replace(" ", "-")
-
-
-def anchors(file):
-    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-
-
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         place, _, anchor = link.partition("#")
         if link.startswith(REPOSITORY):
             place = re.fullmatch(rf"{REPOSITORY}/(?:blob|tree)/main/(.+)", place)[1]

@@ -5,7 +5,6 @@ import io
 import lzma
 import multiprocessing
 import os
-import pickle
 import tarfile
 import unicodedata
 
@@ -15,6 +14,8 @@ import torch
 from archive_images import (
     CLASSES,
     SPLITS,
+    assert_copies_read,
+    assert_forks_read,
     assert_same,
     contents,
     opened,
@@ -28,7 +29,6 @@ from archive_images import (
 from PIL import Image
 from small_data import class_folders, picture, save_image, settled
 from timm.data import create_reader
-from torch.utils.data import DataLoader
 
 from mbib_timm.cli import main
 from mbib_timm.data import (
@@ -38,7 +38,6 @@ from mbib_timm.data import (
     open_split,
 )
 from mbib_timm.data.folders import open_archive
-from mbib_timm.data.images import ImageDataset
 from mbib_timm.data.loaders import timm_eval_loader
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
@@ -585,20 +584,11 @@ def large(request, tmp_path):
 
 
 def test_forked_workers_and_their_parent_read_at_once(large):
-    expected = contents(large)
-    dataset = ImageDataset(large, "RGB", lambda image: (image.size, image.tobytes()), replace_broken=False)
-    loader = DataLoader(dataset, 3, num_workers=2, multiprocessing_context="fork", collate_fn=list)
-    seen = []
-    for batch in loader:
-        seen += [image for image, _ in batch]
-        assert pixels([large.reader.read(31)]) == expected[31:32]
-    assert seen == expected
+    assert_forks_read(large, 31)
 
 
 def test_a_pickled_reader_opens_the_file_anew(large):
-    copy = pickle.loads(pickle.dumps(large))
-    assert copy.reader._opened == {}
-    assert_same(copy, large)
+    assert_copies_read(large)
 
 
 def test_spawned_workers_read(tmp_path):

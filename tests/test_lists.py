@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_data import save_image
+from small_data import PEAK_MEMORY, save_image
 
 from mbib_timm.data import Split, lists, open_data
 from mbib_timm.data.decoding import FileStates
@@ -132,14 +132,13 @@ def test_a_million_lines_take_what_their_bytes_do(tmp_path):
     plan, and blocks."""
     lines = "".join(f"n{i % 1000:08d}/{i:08d}_{i % 1000}.JPEG {i % 1000}\n" for i in range(1_000_000))
     (tmp_path / "train.txt").write_text(lines)
-    script = (
+    script = PEAK_MEMORY + (
         "import sys\n"
-        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "import numpy as np\n"
         "from mbib_timm.data import lists\n"
         "from mbib_timm.data.samplers import ClassIndex, Key, TrainingSampler\n"
         "lists.look_for_images = lambda *arguments, **options: ''\n"
-        "base = peak()  # ru_maxrss would have the parent's in it\n"
+        "base = peak()\n"
         "split = lists.open_list('train.txt', sys.argv[1], 'train_list', None)\n"
         "for name in ('instance', 'balanced'):\n"
         "    sampler = TrainingSampler(name, ClassIndex.of(split.targets, 1000), Key(0, 0), 1)\n"

@@ -9,34 +9,25 @@ import runpy
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import timm
-from PIL import Image
+from pages import REPOSITORY, ROOT, anchors, blocks, make_images
 
 from mbib_timm.methods.functional import class_weights
 from mbib_timm.methods.mbib import SequentialSettings
 from mbib_timm.models.complexity import count_macs, count_parameters
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = ROOT / "README.md"
+README = PAGE.read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-REPOSITORY = re.search(r'^Repository = "(\S+)"$', PROJECT, re.MULTILINE)[1]
 LINKS = re.findall(r"\]\(([^)\s]+)\)", README)
 # Of the set-up commands, which .ci/run runs.
 SET_UP = (
     "python3 -m venv .venv && . .venv/bin/activate && pip install '.[train]' && mbib train",
     "pip install -e '.[dev]' && pytest",
 )
-
-
-def blocks(language):
-    """The README's blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 def run(folder, program):
@@ -61,7 +52,7 @@ def test_the_readme_can_be_read_in_a_minute():
 
 
 def test_the_set_up_commands_come_first_and_are_those_of_ci():
-    assert tuple(blocks("sh")[0].splitlines()) == SET_UP
+    assert tuple(blocks(PAGE, "sh")[0].splitlines()) == SET_UP
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert all(f'="{command}"' in script for command in SET_UP)
 
@@ -76,8 +67,7 @@ def test_links_are_absolute_and_those_into_the_repository_lead_to_a_file():
         file = ROOT / place[1]
         assert file.exists(), place[1]
         if place[2] is not None:
-            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert place[2] in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert place[2] in anchors(file)
 
 
 def test_every_place_names_the_same_repository():
@@ -94,7 +84,7 @@ def test_every_place_names_the_same_repository():
 
 
 def test_the_tree_has_a_line_for_every_folder():
-    (tree,) = blocks("text")
+    (tree,) = blocks(PAGE, "text")
     within = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
     assert within == {*(path.parent.name for path in (ROOT / "mbib_timm").glob("*/__init__.py")), "zoo"}
     beside = set(re.findall(r"^(\w+)/ ", tree, re.MULTILINE))
@@ -105,20 +95,14 @@ def test_the_tree_has_a_line_for_every_folder():
 
 @pytest.mark.slow
 def test_the_readmes_python_and_its_commands_run(tmp_path):
-    random = np.random.default_rng(0)
-    for number, (name, count) in enumerate({"fox": 12, "badger": 6, "hare": 3}.items()):
-        for folder in (Path("my_images") / name, Path("new_images")):
-            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            for image in range(count):
-                pixels = random.integers(80 * number, 80 * number + 60, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / folder / f"{name}{image}.png")
-    (snippet, plugin) = blocks("python")
+    make_images(tmp_path)
+    (snippet, plugin) = blocks(PAGE, "python")
     assert "epochs=8" in snippet
     printed = run(tmp_path, snippet.replace("epochs=8", "epochs=1, warmup_epochs=0"))
     assert printed.count("new_images/") == 21
 
     (tmp_path / "smooth.py").write_text(plugin, encoding="utf-8")
-    trained, frozen, smooth = blocks("sh")[1:]
+    trained, frozen, smooth = blocks(PAGE, "sh")[1:]
     assert frozen.startswith("pip install 'mbib-timm[lite0]' && mbib train frozen/mbib_efficientnet_lite0")  # by 17 MB
     short = " --epochs 1 --warmup-epochs 0"
     commands = []

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import PEAK_MEMORY, picture, save_image
 from small_data import normalized_recipe as recipe
-from small_data import picture, save_image
 
 from mbib_timm.data import SOURCES, create_loaders, lists, open_data, open_split, summary
 from mbib_timm.data.lists import open_inaturalist, open_list
@@ -125,14 +125,13 @@ def test_a_list_of_437_513_lines(tmp_path):
     """In a fresh process, whose peak memory is its own."""
     lines = "".join(f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg {i % 8142}\n" for i in range(437_513))
     (tmp_path / "train.txt").write_text(lines)
-    script = (
+    script = PEAK_MEMORY + (
         "import sys, time\n"
-        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "from mbib_timm.data import lists\n"
         "from mbib_timm.data.lists import open_list\n"
         "lists.look_for_images = lambda *arguments, **options: ''\n"
         "from mbib_timm.data.long_tail import count_classes\n"
-        "base = peak()  # ru_maxrss would have the parent's in it\n"
+        "base = peak()\n"
         "start = time.process_time()\n"
         "split = open_list('train.txt', sys.argv[1], 'train_list', None)\n"
         "counts = count_classes(split.targets, 8142)\n"

@@ -6,16 +6,14 @@ import gzip
 import io
 import json
 import os
-import pickle
 import re
 import tarfile
 import tracemalloc
 
 import numpy as np
 import pytest
-from archive_images import contents, pixels, png, tar_bytes, write
+from archive_images import assert_copies_read, assert_forks_read, contents, pixels, png, tar_bytes, write
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from mbib_timm.cli import main
 from mbib_timm.data import archives, open_data, open_split, summary
@@ -265,17 +263,8 @@ def test_few_files_are_open_at_a_time(many, monkeypatch):
 
 
 def test_forked_and_pickled_readers_open_files_of_their_own(many):
-    expected = contents(many)
-    dataset = ImageDataset(many, "RGB", lambda image: (image.size, image.tobytes()), replace_broken=False)
-    loader = DataLoader(dataset, 3, num_workers=2, multiprocessing_context="fork", collate_fn=list)
-    seen = []
-    for batch in loader:
-        seen += [image for image, _ in batch]
-        assert pixels([many.reader.read(17)]) == expected[17:18]
-    assert seen == expected
-    copy = pickle.loads(pickle.dumps(many))
-    assert copy.reader._opened == {}
-    assert contents(copy) == expected
+    assert_forks_read(many, 17)
+    assert_copies_read(many)
 
 
 def test_an_index_of_ten_million_images_takes_less_than_a_gigabyte(tmp_path):

@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import starmap
 from pathlib import Path
 
 from benchmarking.results_file import read_results
@@ -51,7 +50,7 @@ from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, m
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep import find_sweep
-from mbib_timm.sweeps.sweep_results import epochs_run, listed
+from mbib_timm.sweeps.sweep_results import SweepResults, epochs_run, listed
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep
 from mbib_timm.sweeps.sweep_runs import on_recipe, plan
 
@@ -109,13 +108,17 @@ def draw(result: Path) -> None:
         write_illustrations(result / "figures", analysis_figures(analysis))
 
 
+def kept_runs(results: Path) -> list[FinishedRun]:
+    """Return all runs of which results are kept, by the names of their folders."""
+    return [read_run(file.parent) for file in sorted(results.glob(f"*/{RECORD}"))]
+
+
 def table(results: Path) -> str:
     """Return the Markdown tables of all results, the last epoch's, with the epochs of the schedule beside them."""
     rows = []
-    for file in sorted(results.glob(f"*/{RECORD}")):
-        run = read_run(file.parent)
+    for run in kept_runs(results):
         prediction = run.record.result.prediction
-        link = f"[{run.name}](../results/{file.parent.name})"
+        link = f"[{run.name}](../results/{run.folder.name})"
         row = [link, epochs(run), str(run.record.seed), run.precision, *cells(prediction), str(prediction.images)]
         rows.append((run.origin, row))
     return markdown_by_start(["run", "epochs", "seed", "precision", *COLUMNS, "test images"], rows)
@@ -131,8 +134,7 @@ def shown_groups(results: Path, names: Iterable[str]) -> list[RunGroup]:
     Raises:
         MbibError: no whole run of one of them.
     """
-    runs = [read_run(file.parent) for file in sorted(results.glob(f"*/{RECORD}"))]
-    groups = group_runs([run for run in runs if run.name in names])
+    groups = group_runs([run for run in kept_runs(results) if run.name in names])
     chosen = []
     for name in names:
         own = [group for group in groups if group.first.name == name and not group.is_short]
@@ -162,12 +164,13 @@ def readme_table(results: Path) -> str:
     Raises:
         MbibError: as `shown_groups` does.
     """
-    scratch = zip(SHOWN.values(), shown_groups(results, SHOWN), strict=True)
-    compared = [[*_row(title, group), _papers(group)] for title, group in scratch]
-    pretrained = zip(PRETRAINED.values(), shown_groups(results, PRETRAINED), strict=True)
+    titles = {**SHOWN, **PRETRAINED}
+    groups = dict(zip(titles, shown_groups(results, titles), strict=True))
+    compared = [[*_row(title, groups[name]), _papers(groups[name])] for name, title in SHOWN.items()]
+    pretrained = [_row(title, groups[name]) for name, title in PRETRAINED.items()]
     tables = (
         Table(["ResNet-32 from scratch", "n", *COLUMNS, "paper"], compared),
-        Table(["EfficientNet-Lite0 with ImageNet-1k weights", "n", *COLUMNS], list(starmap(_row, pretrained))),
+        Table(["EfficientNet-Lite0 with ImageNet-1k weights", "n", *COLUMNS], pretrained),
     )
     return "\n\n".join(table.markdown() for table in tables) + "\n"
 
@@ -192,7 +195,7 @@ def recipes_table(results: Path) -> str:
 
     A run of a sweep counts where all that it computed is what a packaged recipe asks for.
     """
-    groups = group_runs([read_run(file.parent) for file in sorted(results.glob(f"*/{RECORD}"))])
+    groups = group_runs(kept_runs(results))
     of_sweeps = runs_of_sweeps(results)
     rows = []
     for name, path in packaged_recipes().items():
@@ -215,8 +218,10 @@ def runs_of_sweeps(results: Path) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     for file in sorted(results.glob("*/sweep.json")):
         kept = read_sweep(file)
-        packaged = find_sweep([next(name for name in list_sweeps() if kept.name.startswith(name))])
-        planned = {run.label: run.recipe for run in plan(on_recipe(packaged, kept.recipe), {})}
+        packaged = next((name for name in list_sweeps() if kept.name.startswith(name)), None)
+        if packaged is None:  # of recipes by their names, or of a file
+            continue
+        planned = {run.label: run.recipe for run in plan(on_recipe(find_sweep([packaged]), kept.recipe), {})}
         own: dict[str, list[float | None]] = {}
         for run in kept.runs:
             name = names.get(_computed(planned[run.label]))
@@ -249,9 +254,9 @@ def sweeps_table(results: Path) -> str:
     return Table(["sweep", "what", "epochs", "seeds", "runs", "hardware"], rows).markdown() + "\n"
 
 
-def sweep_table(folder: Path) -> str:
+def sweep_table(sweep: SweepResults) -> str:
     """Return the table of a sweep, without its title."""
-    return sweep_markdown(read_sweep(folder)).partition("\n\n")[2]
+    return sweep_markdown(sweep).partition("\n\n")[2]
 
 
 def write_table(page: Path, markers: tuple[str, str], table: str) -> None:
@@ -264,7 +269,7 @@ def write_table(page: Path, markers: tuple[str, str], table: str) -> None:
 
 def with_sweeps(text: str, results: Path) -> str:
     """Return text with the tables of sweeps between their markers."""
-    return SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(results / found[2])}\n{found[3]}", text)
+    return SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(read_sweep(results / found[2]))}\n{found[3]}", text)
 
 
 def main() -> None:
@@ -281,7 +286,6 @@ def main() -> None:
         for run in arguments.run:
             print(add(run, ROOT / "results"))
     elif arguments.command == "figure":
-        (ROOT / FIGURE).parent.mkdir(exist_ok=True)
         write_bytes(ROOT / FIGURE, accuracy_figure(ROOT / "results")["svg"])
     elif arguments.command == "redraw":
         for file in (ROOT / "results").glob(f"*/{RECORD}"):

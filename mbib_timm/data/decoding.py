@@ -241,12 +241,12 @@ class FileStates:
 def _digest_of_files(split: Split) -> str | None:
     if isinstance(split.reader, ArchiveReader):
         return _digest_of_archives(split.reader, split.indices)
-    digest, archives, in_files = hashlib.sha256(), dict[bytes, str | None](), False
+    digest, in_files = hashlib.sha256(), False
     for place, path in enumerate(split.files()):
-        state = _file_state(path, archives)
+        state = _file_state(path)
         if state is None:  # where the reader alone knows
             path = os.fsencode(split.path(place))
-            state = _file_state(path, archives)
+            state = _file_state(path)
         in_files = in_files or state is not None
         digest.update(b"%b\0%b\n" % (path, (state or "none").encode()))
     return digest.hexdigest() if in_files else None
@@ -257,7 +257,7 @@ def _digest_of_archives(reader: ArchiveReader, indices: np.ndarray | None) -> st
     digest = hashlib.sha256()
     for archive, first in zip(reader.archives, reader.firsts, strict=True):
         path = os.fsencode(os.path.normpath(archive))
-        digest.update(b"%b\0%b %d\n" % (path, (_file_state(path, {}) or "none").encode(), first))
+        digest.update(b"%b\0%b %d\n" % (path, (_file_state(path) or "none").encode(), first))
     digest.update(reader.names.buffer)
     for numbers in (reader.names.ends, reader.places, indices):
         if numbers is not None:
@@ -265,15 +265,10 @@ def _digest_of_archives(reader: ArchiveReader, indices: np.ndarray | None) -> st
     return digest.hexdigest()
 
 
-def _file_state(path: bytes, archives: dict[bytes, str | None]) -> str | None:
-    """Return size and time of change of a file, or of the archive that a path leads into; None where there is none."""
+def _file_state(path: bytes) -> str | None:
+    """Return size and time of change of a file; None where there is none."""
     try:
         status = os.stat(path)
-    except NotADirectoryError:
-        parent = os.path.dirname(path)
-        if parent not in archives:
-            archives[parent] = _file_state(parent, archives)
-        return archives[parent]
     except OSError:
         return None
     return f"{status.st_size} {status.st_mtime_ns}"
@@ -363,7 +358,7 @@ def on_disk(split: Split, recipe: Recipe) -> bool:
     cache."""
     if cache_folder(recipe, "images") is None or not len(split):
         return False
-    return _file_state(os.fsencode(split.path(0)), {}) is not None
+    return isinstance(split.reader, ArchiveReader) or _file_state(os.fsencode(split.path(0))) is not None
 
 
 def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> int:

@@ -231,8 +231,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         bar, mark = mean_bar(axes, at, values, share * 0.9, look[place, name], hatches[name], marked)
         legend |= {name: bar} if bar is not None else {}
         legend |= {PAPER: mark} if mark is not None else {}
-    characters = int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
-    characters = UPRIGHT if upright else characters
+    characters = UPRIGHT if upright else int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
     axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places], rotation=90 * upright)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
