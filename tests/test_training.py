@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -555,9 +556,32 @@ def test_weights_and_biases_on_request(tmp_path, monkeypatch):
     assert all("val_top1" in row and "train_loss" in row for _, row in rows)
 
 
-@pytest.mark.parametrize("key", ["log_wandb", "log_tensorboard"])
+@pytest.mark.slow
+def test_trackio_on_request_goes_on_in_its_run(tmp_path, monkeypatch):
+    """Against the package itself, read back from its database."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    folder = tmp_path / "runs"
+    for epochs in (1, 3):
+        command = f"""
+import trackio
+from mbib_timm import train
+run = train("mbib_resnet20.digits", epochs={epochs}, experiment="mine", log_trackio=True, resume="auto", output={str(folder)!r})
+runs = list(trackio.Api().runs("mbib_timm"))
+assert [run.name for run in runs] == ["mine"], runs
+"""
+        subprocess.run([sys.executable, "-c", command], check=True)
+    [database] = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in rows] == [1, 2, 3]
+    kept = list(csv.DictReader((folder / "mine" / "summary.csv").open()))
+    logged = [json.loads(metrics) for _, metrics in rows]
+    assert [each["train_loss"] for each in logged] == [float(row["train_loss"]) for row in kept]
+
+
+@pytest.mark.parametrize("key", ["log_wandb", "log_tensorboard", "log_trackio"])
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch, key):
-    for module in ("wandb", "torch.utils.tensorboard"):
+    for module in ("wandb", "torch.utils.tensorboard", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MbibError, match=f"{key} needs .*pip install"):
         train(digits(tmp_path, **{key: True}), "run")

@@ -374,6 +374,7 @@ class Recipe:
     val_interval: int = _output(1, "epochs between evaluations; the last epoch is always evaluated", minimum=1)
     log_interval: int = _output(50, "steps between log lines and checks of the loss", minimum=1, location=True)
     log_tensorboard: bool = _output(False, "write TensorBoard logs", location=True)
+    log_trackio: bool = _output(False, "log to Trackio", location=True)
     log_wandb: bool = _output(False, "log to Weights & Biases", location=True)
     previous: "Recipe | None" = None
     """The stage before, whose weights this one starts from."""

@@ -171,7 +171,8 @@ class Run:
         recipe, done = self.recipe, self.done
         steps = len(self.loaders.train)
         if self.world.is_main:
-            self.trackers = create_trackers(recipe, self.folder.path, self.name)  # fails before anything is written
+            # Fails before anything is written.
+            self.trackers = create_trackers(recipe, self.folder.path, resumed=done.epoch > 0)
             self.folder.begin(recipe, describe_environment(self.world))
             if done.epoch < recipe.epochs:
                 self.folder.forget_results()

@@ -1,5 +1,6 @@
-"""Experiment trackers, on request: TensorBoard and Weights & Biases, through their own packages."""
+"""Experiment trackers, on request: TensorBoard, Trackio and Weights & Biases, through their own packages."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,30 @@ class TensorBoard:
         self.writer.close()
 
 
+class Trackio:
+    """Logs to a Trackio run of the same name, on this machine or where ``TRACKIO_SPACE_ID`` says.
+
+    A training run that resumes goes on in its Trackio run.
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any], resumed: bool) -> None:
+        try:
+            import trackio
+        except ImportError:
+            raise MbibError("log_trackio needs Trackio: pip install 'mbib-timm[trackio]'") from None
+        self.run: Any = trackio.init(
+            project="mbib_timm", name=name, config=dict(config), resume="allow" if resumed else "never"
+        )
+
+    def log(self, epoch: Epoch) -> None:
+        """Record an epoch's numbers."""
+        self.run.log({key: value for key, value in epoch.row().items() if value is not None}, step=epoch.epoch)
+
+    def close(self) -> None:
+        """Flush and end."""
+        self.run.finish()
+
+
 class WeightsAndBiases:
     """Logs to a Weights & Biases run of the same name."""
 
@@ -59,11 +84,23 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def create_trackers(recipe: Recipe, folder: Path, name: str) -> list[Tracker]:
-    """Start the trackers that the recipe asks for. Raises MbibError for a package that is missing."""
+def create_trackers(recipe: Recipe, folder: Path, resumed: bool) -> list[Tracker]:
+    """Start the trackers that the recipe asks for, named after the run's folder.
+
+    Args:
+        recipe: what is trained, and where its folders lie (``output``).
+        folder: the run's folder.
+        resumed: whether the run goes on from a checkpoint.
+
+    Raises:
+        MbibError: a package is missing.
+    """
+    name = Path(os.path.relpath(folder, recipe.output)).as_posix()
     trackers: list[Tracker] = []
     if recipe.log_tensorboard:
         trackers.append(TensorBoard(folder))
+    if recipe.log_trackio:
+        trackers.append(Trackio(name, recipe.to_dict(), resumed))
     if recipe.log_wandb:
         trackers.append(WeightsAndBiases(folder, name, recipe.to_dict()))
     return trackers
