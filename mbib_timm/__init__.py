@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mbib_timm.api import create_loss, evaluate, load, predict, shot_groups, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["__version__", "create_loss", "evaluate", "load", "predict", "shot_groups", "train"]
 

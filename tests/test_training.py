@@ -565,7 +565,8 @@ def test_trackio_on_request_goes_on_in_its_run(tmp_path, monkeypatch):
         command = f"""
 import trackio
 from mbib_timm import train
-run = train("mbib_resnet20.digits", epochs={epochs}, experiment="mine", log_trackio=True, resume="auto", output={str(folder)!r})
+place = dict(experiment="mine", resume="auto", output={str(folder)!r})
+run = train("mbib_resnet20.digits", epochs={epochs}, log_trackio=True, **place)
 runs = list(trackio.Api().runs("mbib_timm"))
 assert [run.name for run in runs] == ["mine"], runs
 """

@@ -1,0 +1,64 @@
+"""The workflows of continuous integration and of a release, without the service that runs them."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mbib_timm
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def steps(path):
+    return [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_hash_with_their_version_beside_it(path):
+    lines = [line.strip() for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(lines) == sum("uses" in step for step in steps(path)) > 0
+    for line in lines:
+        assert re.fullmatch(r"(- )?uses: [\w-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+
+
+def test_an_action_has_one_version_everywhere():
+    versions = {}
+    for path in WORKFLOWS:
+        for action, version in re.findall(r"uses: (\S+)@(.*)", path.read_text()):
+            versions.setdefault(action, set()).add(version)
+    assert all(len(found) == 1 for found in versions.values()), versions
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_job_may_only_read_unless_it_says_why(path):
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        allowed = {"id-token": "write"} if (path.stem, name) == ("release", "publish") else None
+        assert job.get("permissions") == allowed, name
+        assert job["timeout-minutes"] <= 60
+
+
+@pytest.mark.parametrize(
+    ("tag", "right"),
+    [(f"v{mbib_timm.__version__}", True), (mbib_timm.__version__, False), (f"v{mbib_timm.__version__}.1", False)],
+)
+def test_a_release_is_the_version_that_its_tag_names(tag, right):
+    [check] = [step["run"] for step in steps(ROOT / ".github" / "workflows" / "release.yml") if "REF_NAME" in str(step)]
+    done = subprocess.run(["bash", "-e", "-c", check], cwd=ROOT, env={"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"})
+    assert (done.returncode == 0) is right
+
+
+def test_only_the_files_that_were_checked_are_published():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert jobs["publish"]["needs"] == "build"
+    assert [step["uses"].partition("@")[0] for step in jobs["publish"]["steps"]] == [
+        "actions/download-artifact",
+        "pypa/gh-action-pypi-publish",
+    ]
+    commands = [step.get("run", "") for step in jobs["build"]["steps"]]
+    assert commands.index("python -m build") < commands.index("twine check --strict dist/*")
