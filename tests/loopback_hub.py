@@ -256,12 +256,17 @@ class Handler(BaseHTTPRequestHandler):
         q = json.loads(self.body())
         rid = f"{q.get('organization') or self.hub.user}/{q['name']}"
         res = dict(url=f"{self.hub.url}/{rid}", name=rid, id=rid)
+        if q.get("type") == "space":
+            if q.get("sdk") not in ("gradio", "docker", "static"):
+                return self.error(400, "", "a Space needs an SDK")
+            res["url"] = f"{self.hub.url}/spaces/{rid}"
         with self.hub.lock:
             if self.hub.load(rid) is not None:  # the client reads 'url' from the 409 body too
                 return self.send(409, dict(res, error="You already created this model repo"))
             repo = dict(
                 private=q.get("visibility") == "private" or bool(q.get("private")), refs={}, tags={}, commits={}
             )
+            repo |= {key: q[key] for key in ("sdk", "variables") if key in q}
             ga = dict(data=base64.b64encode(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n").decode())
             self.hub.commit(repo, "main", {".gitattributes": ga}, "initial commit", None)
             self.hub.save(rid, repo)
@@ -517,23 +522,24 @@ def _git_oid(data):
 
 
 R = r"(?P<rid>[^/]+/[^/]+)"
+API = rf"/api/(?:models|spaces)/{R}"
 ROUTES = [
     (r"GET /api/whoami-v2", "whoami"),
     (r"POST /api/repos/create", "create"),
     (r"DELETE /api/repos/delete", "delete_repo"),
     (r"POST /api/validate-yaml", "validate_yaml"),
-    (rf"POST /api/models/{R}/preupload/(?P<rev>.+)", "preupload"),
-    (rf"POST /api/models/{R}/commit/(?P<rev>.+)", "do_commit"),
-    (rf"GET /api/models/{R}/xet-(?P<kind>read|write)-token/(?P<rev>.+)", "xet_token"),
+    (rf"POST {API}/preupload/(?P<rev>.+)", "preupload"),
+    (rf"POST {API}/commit/(?P<rev>.+)", "do_commit"),
+    (rf"GET {API}/xet-(?P<kind>read|write)-token/(?P<rev>.+)", "xet_token"),
     (rf"POST /{R}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /_lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     (r"POST /_lfs/(?P<oid>[0-9a-f]{64})/verify", "lfs_verify"),
-    (rf"GET /api/models/{R}/tree/(?P<rev>[^/]+)", "tree"),
-    (rf"GET /api/models/{R}/commits/(?P<rev>[^/]+)", "commits"),
-    (rf"GET /api/models/{R}/refs", "refs"),
-    (rf"POST /api/models/{R}/tag/(?P<rev>.+)", "create_tag"),
-    (rf"GET /api/models/{R}/revision/(?P<rev>.+)", "info"),
-    (rf"GET /api/models/{R}", "info"),
+    (rf"GET {API}/tree/(?P<rev>[^/]+)", "tree"),
+    (rf"GET {API}/commits/(?P<rev>[^/]+)", "commits"),
+    (rf"GET {API}/refs", "refs"),
+    (rf"POST {API}/tag/(?P<rev>.+)", "create_tag"),
+    (rf"GET {API}/revision/(?P<rev>.+)", "info"),
+    (rf"GET {API}", "info"),
     (rf"(GET|HEAD) /{R}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve_file"),
 ]
 

@@ -88,7 +88,7 @@ def test_the_tree_has_a_line_for_every_folder():
     within = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
     assert within == {*(path.parent.name for path in (ROOT / "mbib_timm").glob("*/__init__.py")), "zoo"}
     beside = set(re.findall(r"^(\w+)/ ", tree, re.MULTILINE))
-    tracked = {"mbib_timm", "recipes", "docs", "tools", "tests", "results", "model_cards"}
+    tracked = {"mbib_timm", "recipes", "docs", "tools", "tests", "results", "model_cards", "space"}
     assert tracked <= beside
     assert all((ROOT / name).is_dir() for name in beside)
 
