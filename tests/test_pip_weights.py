@@ -1,6 +1,7 @@
 """ImageNet weights of EfficientNet-Lite0 from the pip package of the extra `lite0`."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
@@ -29,6 +30,17 @@ BUILDS = {
 @pytest.fixture
 def weights():
     return torch.load(pip_weights.packaged_file(), weights_only=True)
+
+
+@installed
+def test_the_licence_that_cards_give_is_the_packages():
+    name, version = pip_weights.PACKAGE.split()
+    package = importlib.metadata.distribution(name)
+    assert package.version == version
+    (file,) = [file for file in package.files if file.name == "LICENSE"]
+    text = " ".join(file.read_text().split())
+    assert "Licensed under the Apache License, Version 2.0" in text
+    assert pip_weights.LICENCE == "Apache-2.0"
 
 
 @installed

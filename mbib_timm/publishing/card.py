@@ -14,10 +14,11 @@ from mbib_timm.errors import few
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
+from mbib_timm.models import pip_weights
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.origin import data_text
 from mbib_timm.models.pretraining import UNKNOWN
-from mbib_timm.models.zoo import split_tag
+from mbib_timm.models.zoo import HEADS, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.redact import last_part, redact_value
@@ -126,6 +127,7 @@ def render_card(
         few=len(shot_groups(counts)["few"]),
         licence=licence_of(run, stated),
         data_licence=run.dataset.licence if run.dataset is not None else "",
+        start_licence=_start_licence(run),
         citations=citations,
     )
 
@@ -245,6 +247,17 @@ def _start(run: FinishedRun) -> list[Markup]:
         data = data_text(each.data) if each.data else "the same data as this model"
         lines.append(Markup(f"{role} {code_span(each.name)} ({place}), trained on {markdown_text(data)}"))
     return lines
+
+
+def _start_licence(run: FinishedRun) -> Markup:
+    """Return under which terms the weights are that a model started from, where a pip package brings them."""
+    if all(each.source != "package" for each in run.origin.weights):
+        return Markup("")
+    text = f"It started from weights of the pip package {code_span(pip_weights.PACKAGE)}, under {pip_weights.LICENCE}."
+    packaged = run.zoo_model.weights if run.zoo_model is not None else None
+    if packaged is not None and packaged.name == HEADS:
+        text += " Its backbone has kept them, and the package `mbib_timm` holds the heads alone."
+    return Markup(text)
 
 
 # Where weights are from, by `Weights.source`.
