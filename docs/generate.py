@@ -137,7 +137,7 @@ def _is_recipe_flag(action: argparse.Action) -> bool:
 
 
 def _argument(action: argparse.Action) -> list[str]:
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest.upper()}`"
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest.upper()}`"
     if action.option_strings and action.metavar is not None and action.nargs != 0:
         names += f" {action.metavar}"
     choices = f" ({', '.join(f'`{choice}`' for choice in action.choices)})" if action.choices else ""
