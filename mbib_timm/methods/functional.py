@@ -256,7 +256,7 @@ def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weight: Tensor | N
     Args:
         logits: (B, K).
         targets: (B,) or (B, K).
-        gamma: focusing exponent; 0 gives the cross-entropy.
+        gamma: focusing exponent; 0 is plain cross-entropy.
         weight: w, (K,), of the image's class.
     """
 
