@@ -137,7 +137,7 @@ def _is_recipe_flag(action: argparse.Action) -> bool:
 
 
 def _argument(action: argparse.Action) -> list[str]:
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest.upper()}`"
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest.upper()}`"
     if action.option_strings and action.metavar is not None and action.nargs != 0:
         names += f" {action.metavar}"
     choices = f" ({', '.join(f'`{choice}`' for choice in action.choices)})" if action.choices else ""
@@ -155,8 +155,16 @@ def _recipe_flags(given: set[str]) -> str:
 
 
 def zoo() -> str:
-    """Return the tables of `mbib models`."""
-    return markdown_table(catalogue())
+    """Return the models that have weights in the tables of `mbib models`, and the names of the others."""
+    entries = catalogue()
+    trained = markdown_table([entry for entry in entries if entry.model.is_trained])
+    rows = [
+        [f"`{entry.model.name}`", entry.model.dataset.title, f"{entry.parameters / 1e6:.2f}"]
+        for entry in entries
+        if not entry.model.is_trained
+    ]
+    others = Table(["model", "data", "params, M"], rows).markdown()
+    return f"{trained}\n\n### Names without weights\n\nTrain these with `mbib train NAME`.\n\n{others}"
 
 
 def recipes() -> str:

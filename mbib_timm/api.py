@@ -1,8 +1,8 @@
-"""Use from Python: what the commands do, as functions, and the losses for a training loop of one's own.
+"""Use from Python: the commands as functions, and the losses for a training loop of your own.
 
     from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
 
-They are imported when they are first asked for: `import mbib_timm` alone stays quick.
+Each is imported when it is first used, so that `import mbib_timm` alone stays quick.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,10 +48,10 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
 
     Args:
         recipe: name of a packaged recipe, a YAML file, or a `Recipe`.
-        keys: recipe keys to replace, as the flags do; a part of one by its address, as in ``**{"method.beta": 3}``.
+        keys: recipe keys to replace, like the flags; part of a key by its address, as in ``**{"method.beta": 3}``.
 
     Returns:
-        The run: its folder, its record (`RunRecord`: metrics, class names, class counts) and its recipe.
+        The folder of the run, its record (`RunRecord` with metrics, class names, class counts) and its recipe.
 
     Raises:
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
@@ -81,32 +81,32 @@ def _name_of(recipe: Recipe) -> str:
 
 
 def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, device: str | None = None) -> Predictor:
-    """Load a trained model with all that stands between an image and its classes.
+    """Load a trained model, with its preprocessing and class names.
 
     Args:
         model: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
         head: ``prediction``, or the name of one of the model's heads or experts.
-        prior: class frequencies that the probabilities are for: ``train``, ``uniform``, or a file of shares or counts;
+        prior: class frequencies that the probabilities assume: ``train``, ``uniform``, or a file of shares or counts;
             None leaves the logits as they are.
-        device: where it runs; detected when None.
+        device: device of the model; detected when None.
 
     Returns:
         The predictor, for `predict`. Its ``model`` has the network (``model.module``), class names, class counts and
         preprocessing.
 
     Raises:
-        MbibError: there is no such model or head, or the model does not say what frequencies it was trained on.
+        MbibError: there is no such model or head, or the model does not record the class frequencies of its training.
     """
     return Predictor(load_model(str(model)), head, prior, find_device(device))
 
 
 @dataclass(frozen=True)
 class ClassProbability:
-    """How probable a class is.
+    """A class with its probability.
 
     Attributes:
-        name: of the class; its label as text where the model has no names.
-        label: its number.
+        name: name of the class; its label as text if the model has no names.
+        label: number of the class.
         probability: from 0 to 1.
     """
 
@@ -117,15 +117,15 @@ class ClassProbability:
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """What a model says of an image. A list of them makes a table: ``pandas.DataFrame(predictions)``.
+    """A model's prediction for an image. A list of them makes a table: ``pandas.DataFrame(predictions)``.
 
     Attributes:
-        image: its path; ``image 0`` for the first of those that were given as such.
-        name: of the most probable class; None for an image that cannot be read.
-        probability: of that class.
+        image: path of the image; ``image 0`` for the first PIL image.
+        name: name of the most probable class; None for an image that cannot be read.
+        probability: probability of that class.
         classes: the most probable classes, in order.
-        label: name of the class that its folder or its table gives; None where none does.
-        unsure: the most probable class is less probable than the threshold.
+        label: name of the true class, if a folder or a table states it.
+        unsure: whether the most probable class is less probable than the threshold.
         error: why the image cannot be read; None for all others.
     """
 
@@ -159,21 +159,21 @@ def predict(
             print(each.image, each.name, each.probability)
 
     Args:
-        model: a trained model by any name, or what `load` has returned, which is quicker the second time.
-        images: a path of an image, a folder, an archive or a table; a PIL image; or several of them.
-        top_k: classes of each image.
-        threshold: probability of the first class below which a prediction is `unsure`.
-        batch_size: images at once.
-        workers: processes that decode; detected when None.
-        head: as in `load`, like `prior` and `device`; none of them for a model that is loaded already.
-        prior: also ``estimate``, for the class frequencies under which these images are most likely.
-        device: where it runs; detected when None.
+        model: name or folder of a trained model, or the result of `load`, which saves loading it again.
+        images: path of an image, a folder, an archive or a table; a PIL image; or several of these.
+        top_k: number of classes to return per image.
+        threshold: a prediction is `unsure` if its most probable class has a lower probability.
+        batch_size: images per batch.
+        workers: processes that decode images; detected when None.
+        head: as in `load`; like `prior` and `device`, not allowed for a loaded model.
+        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely.
+        device: device of the model; detected when None.
 
     Returns:
-        A prediction for each image, in order. One that cannot be read has its `error`, and no class.
+        A prediction for each image, in order. For an image that cannot be read, it has an `error` and no class.
 
     Raises:
-        MbibError: no such model, no such images, or a choice that is the loaded model's already.
+        MbibError: no such model, no such images, or an option that belongs in `load`.
     """
     if isinstance(model, Predictor):
         if (head, prior, device) != (PREDICTION, None, None):
@@ -235,26 +235,26 @@ def evaluate(
     split: str | None = None,
     **keys: Any,
 ) -> dict[str, HeadMetrics]:
-    """Measure a model: accuracy over all images, by class and by shot group, calibration, of every head.
+    """Measure every head of a model: accuracy over all images, by class and by shot group, and calibration.
 
-        evaluate("runs/birds")["prediction"].macro                      # a trained model, on its own data
-        evaluate("runs/birds", data_dir="more photos")                  # or on others, as `mbib validate` does
-        evaluate(model, loader, class_counts)["prediction"].few         # any network, on batches of one's own
+        evaluate("runs/birds")["prediction"].macro              # a trained model, on its own data
+        evaluate("runs/birds", data_dir="more photos")          # or on other data, as `mbib validate` does
+        evaluate(model, loader, class_counts)["prediction"].few # any network, on your own batches
 
     Args:
-        model: a trained model by any name; or a network that gives logits (B, K) in evaluation mode, which is where it
-            is for the measurement, on its own device.
-        data: batches of images (B, C, H, W) and labels (B,), for a network.
-        class_counts: training images of each class, (K,), for a network: they decide the shot groups.
-        recipe: names the data of a trained model that does not say itself which.
-        split: of the data of a trained model; the one of the run's result when None.
-        keys: recipe keys to replace, as the flags of `mbib validate` do.
+        model: name or folder of a trained model; or a network that returns logits (B, K) in evaluation mode. The
+            network is put into that mode for the measurement, and stays on its device.
+        data: for a network, batches of images (B, C, H, W) and labels (B,).
+        class_counts: for a network, the training images of each class, (K,), which decide the shot groups.
+        recipe: recipe that names the data, for a trained model that does not name them itself.
+        split: split of a trained model's data; the one that its run reports when None.
+        keys: recipe keys to replace, like the flags of `mbib validate`.
 
     Returns:
-        Metrics of ``prediction``, and by name of each head and expert where there are several.
+        Metrics of ``prediction`` and, if there are several, of each head and expert by name.
 
     Raises:
-        MbibError: nothing there to evaluate, data that do not fit the model, or arguments of the other kind of model.
+        MbibError: nothing to evaluate, data that do not fit the model, or arguments for the other kind of model.
     """
     if not isinstance(model, nn.Module):
         if data is not None or class_counts is not None:
@@ -275,10 +275,10 @@ def evaluate(
 
 
 class Loss(nn.Module):
-    """A method's loss as a function of what a network returns in training. Made by `create_loss`.
+    """A method's loss, as a function of what a network returns in training. Use `create_loss` to make one.
 
     Args:
-        method: gives the loss of the logits of each head.
+        method: the method that computes the loss from the logits of each head.
     """
 
     def __init__(self, method: Method) -> None:
@@ -286,14 +286,14 @@ class Loss(nn.Module):
         self.method = method
 
     def parts(self, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Return named scalars: ``loss``, the one to differentiate, and what it is made of.
+        """Return named scalars: ``loss``, the one to differentiate, and its parts.
 
         Args:
             outputs: logits (B, K), or the logits of every head, as the model returns them in training.
             targets: labels (B,), int64; or soft targets (B, K), whose rows sum to 1.
 
         Raises:
-            MbibError: another number of heads than the loss is for.
+            MbibError: the number of heads is not the one that the loss is for.
         """
         heads = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         names = self.method.head_names
@@ -317,17 +317,17 @@ class Loss(nn.Module):
 def create_loss(
     name: str, class_counts: Sequence[int] | np.ndarray, model: nn.Module | None = None, **settings: Any
 ) -> Loss:
-    """Return a method's loss for a training loop of one's own.
+    """Return a method's loss for a training loop of your own.
 
         model = timm.create_model("mbib_resnet50", num_classes=len(counts))
         loss = create_loss("mbib", counts, model, beta=3)
         loss(model(images), labels).backward()             # in training mode
 
     Args:
-        name: of a method whose training is a loss of logits: ``ce``, ``bsce``, ``focal``, ``mbib``, ``bib`` and others.
+        name: name of a method that trains with a loss on logits: ``ce``, ``bsce``, ``focal``, ``mbib`` and others.
         class_counts: training images of each class, (K,), in label order.
-        model: says which heads there are; needed for a model of several, such as MBIB's.
-        settings: of the method, by name; ``mbib methods`` and ``mbib train RECIPE --help`` show them.
+        model: the model, which says which heads there are; needed if it has several, such as MBIB.
+        settings: settings of the method, by name; ``mbib train RECIPE --help`` shows them.
 
     Raises:
         MbibError: an unknown method or setting, a method that trains by more than a loss, a class without training

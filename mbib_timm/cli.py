@@ -104,8 +104,11 @@ def command(usage: str = "", epilog: str = "") -> Callable[[Callable[[Parser], A
 @command("DIR | TABLE | RECIPE [flags]")
 def data(flags: Parser) -> Action:
     """Check images before training: classes, sizes, unreadable files, duplicates, what is held out."""
-    flags.add_argument("target", help="folder or .tar of images, CSV or Parquet file of them, or a recipe")
-    flags.add_argument("--csv", type=place, metavar="FILE", help="write a line per image")
+    flags.add_argument(
+        "target",
+        help="folder or .tar file of images, CSV or Parquet file that lists images, or a recipe",
+    )
+    flags.add_argument("--csv", type=place, metavar="FILE", help="write one line per image to this file")
     flags.add_argument(
         "--figure", type=place, metavar="FILE", help="draw the number of images per class (.png, .pdf, .svg)"
     )
@@ -113,7 +116,7 @@ def data(flags: Parser) -> Action:
         "--write-split",
         type=place,
         metavar="FILE",
-        help="write the split of each image to this CSV file, which dataset: table reads",
+        help="write the split of each image to this CSV file, which --dataset table reads",
     )
     add_recipe_flags(flags, DATA_FLAGS)
 
@@ -194,7 +197,7 @@ def add_data_flags(flags: Parser, split: str) -> None:
 @command("MODEL [flags]")
 def validate(flags: Parser) -> Action:
     """Evaluate a trained model."""
-    flags.add_argument("target", help=MODEL)
+    flags.add_argument("target", metavar="MODEL", help=MODEL)
     add_data_flags(flags, split="split to evaluate; the one that the run reports when not given")
     flags.add_argument("--prior", metavar="PRIOR", help=PRIOR)
     flags.add_argument(
@@ -225,7 +228,7 @@ def validate(flags: Parser) -> Action:
 @command("MODEL [flags]")
 def aggregate(flags: Parser) -> Action:
     """Weight a model's experts for test sets with other class distributions."""
-    flags.add_argument("target", help=MODEL)
+    flags.add_argument("target", metavar="MODEL", help=MODEL)
     add_data_flags(flags, split="split to draw the test sets from; the one that the run reports when not given")
     flags.add_argument(
         "--targets",
@@ -266,6 +269,7 @@ def analyze(flags: Parser) -> Action:
     flags.add_argument(
         "runs",
         nargs="+",
+        metavar="MODEL",
         help="run folders, local-dir:FOLDER, hf-hub:REPO, or timm model names; the first is the reference",
     )
     add_data_flags(flags, split="split to analyze; the one that the run reports when not given")
@@ -358,7 +362,7 @@ def predict(flags: Parser) -> Action:
         "--cam",
         type=place,
         metavar="DIR",
-        help="write to this folder pictures of where each image shows its class (Grad-CAM)",
+        help="write to this folder pictures of the image regions behind each prediction (Grad-CAM)",
     )
     flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table with the paths (path)")
     flags.add_argument(

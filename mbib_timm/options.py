@@ -43,8 +43,8 @@ def option(
         maximum: largest value accepted.
         below: value that must not be reached.
         choices: the strings accepted.
-        metadata: what else is known of it; ``place=True`` of a method's setting: it names trained models, and a folder
-            among them is kept as an absolute path, and published by its last part.
+        metadata: anything else about the option. ``place=True`` marks a method's setting that names trained models:
+            a folder among them is saved as an absolute path, and only its last part is published.
     """
     metadata |= dict(help=help, minimum=minimum, above=above, maximum=maximum, below=below, choices=choices)
     if isinstance(default, list | dict):

@@ -457,7 +457,7 @@ def test_the_card_says_what_the_metrics_say(finished_run):
     assert "import mbib_timm" in body
     assert f"hf-hub:{REPOSITORY}" in body
     assert "467 training images in 10 classes" in body
-    assert "for 3 epochs with MBIB, by `mbib_timm`. The method is that of [Mixture of Balanced" in body
+    assert "for 3 epochs with MBIB, by `mbib_timm`. The method is from [Mixture of Balanced" in body
     assert "The prediction is the mean of the logits of v3 and z." in body
 
 

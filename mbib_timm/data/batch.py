@@ -12,11 +12,11 @@ class Batch(NamedTuple):
 
     Attributes:
         views: the images, each (B, C, H, W), normalised; one view, unless the method asks for more.
-        targets: labels (B,), int64; soft targets (B, K), float32, whose rows sum to 1, in the training of a recipe that
-            mixes images or smooths labels.
-        index: positions in the split (B,), int64; in training in the training subset. A broken image that was replaced
-            has the position of its replacement, so that ``split.targets[index]`` are the labels; a mixed image that of
-            the image that another one was mixed into.
+        targets: labels (B,), int64; or, in training with a recipe that mixes images or smooths labels, soft targets
+            (B, K), float32, whose rows sum to 1.
+        index: positions (B,), int64, in the split, or in training in the training subset. If a broken image was
+            replaced, this is the position of the replacement, so that ``split.targets[index]`` are the labels. For a
+            mixed image, it is the position of the image that another one was mixed into.
     """
 
     views: tuple[Tensor, ...]
@@ -29,11 +29,11 @@ class Batch(NamedTuple):
         return self.views[0]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a batch of changed tensors."""
+        """Return a batch with the change applied to every tensor."""
         return Batch(tuple(change(view) for view in self.views), change(self.targets), change(self.index))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors in one order."""
+        """Return all tensors in a fixed order."""
         return (*self.views, self.targets, self.index)
 
 

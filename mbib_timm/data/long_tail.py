@@ -1,4 +1,4 @@
-"""What labels decide: class counts, shot groups, long-tailed subsets, images held out of training."""
+"""What depends on labels alone: class counts, shot groups, long-tailed subsets, images held out of training."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise

@@ -1,8 +1,8 @@
-"""Metrics as pure functions: a batch of logits gives counts, counts add up, their sum gives the numbers.
+"""Metrics as pure functions: each batch of logits is counted, counts are summed, and the sums yield the metrics.
 
 Accuracies and F1 are percentages. Shot groups are those of Liu et al. (2019): many > 100, medium 20 to 100 and few < 20
-training images. What is said of several classes (macro, a shot group) is the mean over those of them that have
-evaluated images, each class weighing alike; top-1 and top-5 alone are over images.
+training images. A metric of several classes (macro, a shot group) is the mean over the classes that have evaluated
+images, with equal weight for each class. Only top-1 and top-5 are means over images.
 """
 
 import math
@@ -26,13 +26,13 @@ NORMAL = 1.959963984540054  # quantile of a two-sided interval of 95 %
 
 @dataclass
 class Statistics:
-    """What a set of evaluated images amounts to, for one head or for several. Adds up over batches and over processes.
+    """Counts over evaluated images, for one head or for several. They add up over batches and over processes.
 
     Attributes:
         total: images of each class, (..., K).
-        correct: of these, classified correctly, (..., K).
-        predicted: images that are taken for each class, (..., K).
-        correct_top5: of these, with the label among the five largest logits, (..., K).
+        correct: images of each class that are classified correctly, (..., K).
+        predicted: images predicted as each class, (..., K).
+        correct_top5: images of each class with the label among the five largest logits, (..., K).
         negative_log_likelihood: sum over the images, in nats, (...).
         bins: for each confidence bin the number of images, their confidences' sum, and those correct, (..., 15, 3).
     """
@@ -159,8 +159,8 @@ def class_f1(total: np.ndarray, correct: np.ndarray, predicted: np.ndarray) -> n
 
     Args:
         total: images of each class, (..., K).
-        correct: of these, classified correctly.
-        predicted: images that are taken for each class.
+        correct: images of each class that are classified correctly.
+        predicted: images predicted as each class.
     """
     return 100.0 * np.divide(2.0 * correct, total + predicted, out=np.full(total.shape, np.nan), where=total > 0)
 
@@ -200,15 +200,15 @@ def with_intervals(
 ) -> HeadMetrics:
     """Return metrics with the images of each class, and the 95 % intervals of what is a mean over classes.
 
-    Those of macro accuracy, macro F1 and the shot groups are of a bootstrap over images: 1,000 draws of N images out of
-    N, with a fixed seed; the percentiles 2.5 and 97.5. A draw leaves classes out of which it has no image, as the
-    metric itself does. Where no draw differs, because every class is right as a whole or wrong as a whole, the interval
-    is made of the classes' own: see `mean_interval`.
+    The intervals of macro accuracy, macro F1 and the shot groups come from a bootstrap over images: 1,000 draws of N
+    images out of N, with a fixed seed; percentiles 2.5 and 97.5. A draw leaves out classes of which it has no image, as
+    the metric itself does. If no draw differs, because every class is right as a whole or wrong as a whole, the
+    interval combines those of the classes: see `mean_interval`.
 
     Args:
-        metrics: of the head.
+        metrics: metrics of the head.
         targets: labels of the N images, (N,).
-        predicted: what the head takes them for, (N,).
+        predicted: labels that the head predicts, (N,).
         class_counts: training images of each class, (K,).
     """
     groups = {"macro": np.arange(len(class_counts)), **shot_groups(class_counts)}

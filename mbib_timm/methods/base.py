@@ -31,18 +31,18 @@ NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
 
 
 class Facts(NamedTuple):
-    """What a method may know of its run.
+    """What a method may know about its run.
 
     Attributes:
         class_counts: training images of each class, (K,), int64.
-        epochs: of the stage.
-        previous: folder of the stage before; None for the first.
-        input_size: of the images (C, H, W); None where it is not known.
-        mean: of each channel, which the images are normalised with; of one for all, or three.
-        std: of each channel.
-        class_names: in label order, where they are known.
-        mixed: images are mixed with one another.
-        class_weights: that the recipe asks for, (K,), of mean 1 over the training images; None for none.
+        epochs: epochs of the stage.
+        previous: folder of the previous stage; None for the first.
+        input_size: size of the images, (C, H, W); None if it is not known.
+        mean: means that the images are normalised with: one for all channels, or three.
+        std: standard deviations that they are normalised with, likewise.
+        class_names: in label order; None if they are not known.
+        mixed: whether images are mixed with one another.
+        class_weights: class weights of the recipe, (K,), with a mean of 1 over the training images; None for none.
     """
 
     class_counts: np.ndarray
@@ -154,33 +154,34 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class Method(TrainingTask):
-    """A method of training. Subclasses are registered by ``@register("name")``.
+    """A training method. Subclasses are registered with ``@register("name")``.
 
     Attributes:
-        title: in tables and cards.
-        citation: of its paper, in a line.
+        title: name of the method in tables and on cards.
+        citation: its paper, in one line.
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
         logit_prior: the class frequencies that trained logits are for: ``train`` after a plain loss, ``uniform`` after
-            one that evens out the classes. May be a property.
-        sampler: the value of the recipe's key ``sampler`` where it is not given.
-        part: that of ``train``.
-        reset: that of ``reset``.
-        classifier_start: that of ``classifier_start``.
-        frozen_bn: that of ``frozen_bn``.
-        views: the views of each image in a batch: for each the augmentation keys of a recipe in which it differs from
-            the run's. Two draws of the same augmentation are ``({}, {})``. The recipe's key ``views`` goes before.
-        soft_targets: it takes targets (B, K) too, as a recipe has them that mixes images or smooths labels.
-        takes_class_weights: its loss of an image is multiplied by ``label_weights`` of the image's class, as a recipe
-            with ``class_weights`` asks; for targets (B, K), label by label.
-        needs_start: it starts from a trained model.
-        needs_images: more than its network's heads looks at an image, so that features of a backbone will not do.
-        post_hoc: it trains nothing; what it does is how its classifiers start, or `finish`.
+            one that compensates for the class counts. May be a property.
+        sampler: default of the recipe key ``sampler``.
+        part: default of the recipe key ``train``.
+        reset: default of the recipe key ``reset``.
+        classifier_start: default of the recipe key ``classifier_start``.
+        frozen_bn: default of the recipe key ``frozen_bn``.
+        views: the views of each image in a batch. Each is a mapping with the augmentation keys that differ from the
+            recipe's. ``({}, {})`` are two draws of the same augmentation. The recipe key ``views`` takes precedence.
+        soft_targets: whether it accepts targets (B, K), which recipes have that mix images or smooth labels.
+        takes_class_weights: whether it multiplies the loss of an image by the entry of ``label_weights`` for its class,
+            for recipes with ``class_weights``; for targets (B, K), label by label.
+        needs_start: whether it must start from a trained model.
+        needs_images: whether more than the heads of its network needs the images, so that precomputed features of a
+            backbone are not enough.
+        post_hoc: whether it trains nothing, and acts only on how classifiers start, or in `finish`.
 
     Args:
-        network: what `build_network` has built, with its weights, on the device.
+        network: the result of `build_network`, with its weights, on the device.
         settings: an instance of `Settings`.
-        facts: of the run.
-        device: of the network.
+        facts: facts about the run.
+        device: device of the network.
     """
 
     name: ClassVar[str] = ""
@@ -217,16 +218,16 @@ class Method(TrainingTask):
 
         Args:
             settings: an instance of `Settings`.
-            build: gives the recipe's model; keyword arguments are the model's, such as ``classifier="cosine"``.
+            build: returns the recipe's model; takes keyword arguments of the model, such as ``classifier="cosine"``.
 
         Returns:
-            The model, or one around it; `get_eval_model` then says which part is evaluated and published.
+            The model, or a network around it, of which `get_eval_model` then returns the part to evaluate and publish.
         """
         return build()
 
     @classmethod
     def needs_held_out(cls, settings: Any) -> bool:
-        """Return whether `finish` asks for held-out images; where there are none, a run ends before it begins."""
+        """Return whether `finish` needs held-out images; if there are none, the run is refused before it begins."""
         return False
 
     # What a step computes: one of these three is a method's own.
@@ -236,7 +237,7 @@ class Method(TrainingTask):
         raise NotImplementedError(f"{type(self).__name__} defines none of head_loss, loss and forward")
 
     def loss(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Return named scalars, ``loss`` first, of the logits (B, K) of each head by name; here the heads' mean."""
+        """Return named scalars, ``loss`` first, for each head's logits (B, K) by name; by default the heads' mean."""
         losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
@@ -245,7 +246,7 @@ class Method(TrainingTask):
         """Return named scalars on the device, ``loss`` first: the one to differentiate.
 
         Args:
-            batches: one, or two from a sampler of two streams.
+            batches: one batch, or two from a sampler with two streams.
         """
         (batch,) = batches
         return self.loss(self.logits(batch.images), batch.targets)
@@ -261,9 +262,9 @@ class Method(TrainingTask):
 
     @property
     def result_prior(self) -> str | None:
-        """The class frequencies that the result's logits are for; None where class weights make them neither.
+        """The class frequencies that the result's logits are for; None if class weights make them neither.
 
-        Weights w turn the frequencies n that a plain loss learns into n w, which balanced weights make uniform.
+        With weights w, a plain loss learns the frequencies n w instead of n. Balanced weights make these uniform.
         """
         weights, counts = self.facts.class_weights, self.facts.class_counts
         if weights is None or self.post_hoc:
@@ -274,17 +275,17 @@ class Method(TrainingTask):
     # When something happens beside the step. Nothing here may branch inside a step: it may have been captured.
 
     def begin(self, data: Passes) -> None:
-        """Prepare a stage, once, before its first epoch; once more where a run is resumed, with the same effect.
+        """Prepare a stage before its first epoch, and again, with the same effect, when a run is resumed.
 
         Args:
-            data: passes over the training images, as an evaluation preprocesses them, and over held-out ones.
+            data: passes over the training images and over held-out ones, preprocessed as in an evaluation.
         """
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare an epoch, counted from 0: write into buffers, in place."""
 
     def after_step(self) -> None:
-        """Follow an update of the weights: part of the step, and captured with it."""
+        """Act after each update of the weights, as part of the step, with which it is captured."""
 
     def finish(self, data: Passes) -> None:
         """Change the trained network (`result_model`) once, in place, before it is evaluated and saved.
@@ -294,7 +295,7 @@ class Method(TrainingTask):
         """
 
     def report(self) -> dict[str, float]:
-        """Return the numbers that the method has chosen by itself, by name; the results record them."""
+        """Return the numbers that the method has chosen itself, by name; the results record them."""
         return {}
 
     # What trains, and what is kept
@@ -306,22 +307,22 @@ class Method(TrainingTask):
         yield from ((name, parameter) for name, parameter in self.own_parameters() if parameter.requires_grad)
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters that are the method's and not the network's, by name."""
+        """Yield the method's own parameters, which the network does not have, by name."""
         inside = (f"{NETWORK}.", f"{NETWORK_EMA}.")
         return ((name, value) for name, value in self.named_parameters() if not name.startswith(inside))
 
     def freeze_all_but(self, part: str, frozen_bn: str | None) -> None:
         """Freeze the network outside a part: its parameters, and with ``eval`` the statistics of its BatchNorm layers.
 
-        Adapters train beside every part. A BatchNorm layer of whose tensors only some are in the part, as a bias is,
-        is one whose statistics are frozen. Where all trains, with ``eval`` those of the backbone are.
+        Adapters always train. If only some tensors of a BatchNorm layer are in the part, such as its bias, its
+        statistics count as frozen. If everything trains, ``eval`` freezes the statistics of the backbone.
 
         Args:
             part: see `part_of`.
             frozen_bn: ``train`` or ``eval``: the mode of the BatchNorm layers whose statistics are not in the part.
 
         Raises:
-            MbibError: there are such layers, and nothing says how they behave.
+            MbibError: there are such layers, and `frozen_bn` is None.
         """
         network = unwrap_model(self.trainable_module)
         kept, plain = part_of(network, part), plain_names(network)

@@ -1,4 +1,4 @@
-"""Cross-entropy: the baseline (METHODS of every long-tail paper; Table 1)."""
+"""Cross-entropy: the baseline (CE in Table 1)."""
 
 from torch import Tensor
 

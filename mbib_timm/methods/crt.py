@@ -1,4 +1,4 @@
-"""cRT: the classifier of a trained network is trained again, from the start, on balanced classes.
+"""cRT: the classifier of a trained network is initialised anew and trained on balanced classes.
 
 Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020.
 """
@@ -9,7 +9,7 @@ from mbib_timm.methods.ce import CrossEntropy
 
 @register("crt")
 class ClassifierRetraining(CrossEntropy):
-    """Cross-entropy on classes drawn alike; the network below the classifier keeps its weights.
+    """Cross-entropy with class-balanced sampling; only the classifier of a trained model trains.
 
     Its BatchNorm layers stay in training mode, as in the authors' code: their running statistics become those of the
     balanced batches.

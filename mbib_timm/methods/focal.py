@@ -1,4 +1,4 @@
-"""Focal loss: images that are classified well already count less (Lin et al. 2017)."""
+"""Focal loss: images that are already classified well count less (Lin et al. 2017)."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from mbib_timm.options import option
 class FocalSettings:
     """The constants of the focal loss."""
 
-    gamma: float = option(2.0, "focusing exponent; 0 gives the cross-entropy", minimum=0)
+    gamma: float = option(2.0, "focusing exponent; 0 is plain cross-entropy", minimum=0)
 
 
 @register("focal")

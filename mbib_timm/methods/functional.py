@@ -2,7 +2,7 @@
 
 Shapes: logits (B, K) of any floating dtype, everything else (K,). Targets are labels (B,), int64, or soft targets
 (B, K), floating, whose rows sum to 1: the loss of these is ``sum_j t_j L(z, j)``, where L(z, j) is the loss of label j.
-The arithmetic is float32 (float64 where the logits are), inside autocast too. Every function returns a scalar.
+The arithmetic is float32 (float64 if the logits are), also inside autocast. Losses are scalars unless stated otherwise.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ LARGE, BLOCK = 1 << 24, 1 << 21
 
 
 def is_large(logits: Tensor) -> bool:
-    """Return whether logits (..., B, K) are gone through in blocks."""
+    """Return whether logits (..., B, K) are processed in blocks."""
     return logits.shape[-2] * logits.shape[-1] > LARGE
 
 
 def by_image(losses: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """Return the losses (..., B) of images, each a function of its own rows, in little memory where those are large.
+    """Return the losses (..., B) of images, each a function of the image's own rows; in blocks if the rows are large.
 
     Args:
-        losses: gives them for some images.
+        losses: returns the losses of some of the images.
         logits: (..., B, K).
         others: targets (B,) or (B, K), and further logits of the images.
     """
@@ -256,7 +256,7 @@ def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weight: Tensor | N
     Args:
         logits: (B, K).
         targets: (B,) or (B, K).
-        gamma: focusing exponent; 0 gives the cross-entropy.
+        gamma: focusing exponent; 0 is plain cross-entropy.
         weight: w, (K,), of the image's class.
     """
 

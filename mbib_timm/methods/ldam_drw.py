@@ -24,14 +24,12 @@ class LdamDrwSettings:
     reweight_from: float = option(
         0.8, "fraction of the epochs after which class weights apply (DRW); 1 for never", minimum=0, maximum=1
     )
-    effective_beta: float = option(
-        0.9999, "beta of the effective numbers that give the class weights", minimum=0, below=1
-    )
+    effective_beta: float = option(0.9999, "beta of the effective numbers behind the class weights", minimum=0, below=1)
 
 
 @register("ldam_drw")
 class LdamDrw(Method):
-    """Cross-entropy of ``s (cos - m_y [j = y])``; from an epoch on weighted by effective numbers of images.
+    """Cross-entropy of ``s (cos - m_y [j = y])``; late in training, weighted by effective numbers of images.
 
     The weighted mean divides by the sum of the batch's weights; a recipe's class weights multiply these. The class
     weights are a buffer that an epoch's start writes, so a captured step stays valid.

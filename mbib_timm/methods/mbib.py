@@ -76,7 +76,9 @@ class BibSettings:
     normalize_class_weights: bool = option(
         True, "divide a batch's class-weighted loss by the sum of the weights instead of the number of images"
     )
-    logit_adjustment: bool = option(True, "add log n to the logits (eq. 4); without it the terms are cross-entropies")
+    logit_adjustment: bool = option(
+        True, "add log n to the logits (eq. 4); otherwise the terms are plain cross-entropies"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mbib_timm.methods.base import Method, NoSettings, register
 
 @register("ncm")
 class NearestClassMean(Method):
-    """Puts cosine classifiers from class means in the place of a trained model's classifiers; trains nothing.
+    """Replaces a trained model's classifiers with cosine classifiers made of class means; trains nothing.
 
     Every class has a mean of the same length, whatever its number of images: Kang et al. (2020) use it on long tails,
     Mensink et al. (2013) for classes that come later.

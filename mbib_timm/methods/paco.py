@@ -39,12 +39,16 @@ SIM: dict[str, Any] = {
 class PacoSettings:
     """The constants of PaCo; the defaults are the authors' for CIFAR-100-LT."""
 
-    alpha: float = option(0.01, "weight of a sample of the image's class", minimum=0)
+    alpha: float = option(0.01, "weight of each sample of the image's class", minimum=0)
     beta: float = option(1.0, "weight of the image's class itself", above=0)
     gamma: float = option(1.0, "factor on the samples in the softmax's denominator", minimum=0)
     temperature: float = option(0.05, "temperature T of the similarities between samples", above=0)
-    queue: int = option(1024, "samples of earlier batches; at most as many as there are training images", minimum=1)
-    momentum: float = option(0.999, "what the key network keeps of its parameters in every step", minimum=0, maximum=1)
+    queue: int = option(
+        1024, "number of samples kept from earlier batches; at most the number of training images", minimum=1
+    )
+    momentum: float = option(
+        0.999, "share of its parameters that the momentum network keeps in each step", minimum=0, maximum=1
+    )
     features: int = option(32, "width d of the projected features", minimum=1)
 
 

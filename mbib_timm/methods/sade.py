@@ -70,7 +70,7 @@ class SadeSettings:
 
 @register("sade")
 class SADE(Method):
-    """The sum of three experts' cross-entropies, each under class frequencies of its own; cosine classifiers.
+    """Cross-entropies of three experts, each with its own class frequencies, summed; cosine classifiers.
 
     The prediction is the mean of the experts' logits. Raises MbibError for another number of experts than three, for
     experts of several heads, and for a class without training images.

@@ -32,7 +32,7 @@ class SadeMbibSettings(MbibSettings):
 
 @register("sade_mbib")
 class SadeMBIB(Bottleneck):
-    """Our proposal for SADE + MBIB: the sum over three experts of MBIB's loss, each under frequencies of its own.
+    """Our proposal for SADE + MBIB: MBIB's loss on each of three experts, each with its own class frequencies.
 
     Raises:
         MbibError: another number of experts than three, weights that do not fit an expert's observations, or a class

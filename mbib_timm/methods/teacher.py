@@ -26,7 +26,7 @@ class TeacherSettings:
 
     teacher: list[str] = option(
         [PREVIOUS],
-        "models to learn from, by the mean of their logits: previous (the stage before), a run's folder, a "
+        "models to learn from, by the mean of their logits: previous (the previous stage), a run's folder, a "
         "published name such as mbib_resnet32.cifar100_lt_if100, or hf-hub:REPO",
         place=True,
     )

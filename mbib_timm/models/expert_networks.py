@@ -236,7 +236,13 @@ class Experts(_ExpertModel):
     """Experts on a shared trunk with a classifier each, on their pooled last maps: the network of RIDE and SADE.
 
     In training, `forward` returns the logits of every expert, (B, K) each, as a tuple in the order of `head_names`. In
-    evaluation it returns their mean (B, K). Arguments are those of `_ExpertModel`.
+    evaluation it returns their mean (B, K).
+
+    Args:
+        kwargs: ``backbone`` (a CIFAR ResNet, or one of timm's ResNets and ResNeXts), ``experts`` (their number),
+            ``reduced`` (give the experts' stages 3/4 of the usual channels), ``num_classes``, ``in_chans``,
+            ``global_pool``, ``training_logits``, ``drop_rate``, ``drop_path_rate``, ``classifier``,
+            ``classifier_scale`` and ``backbone_args``, as for `MBIB`.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -48,35 +48,35 @@ class MBIB(PooledModel, MultiHeadModel):
     In training, `forward` returns the logits of every head, (B, K) each, as a tuple in the order of `head_names`. In
     evaluation it returns one tensor (B, K), the mean of the last observation's and z's logits.
 
-    `backbone` is timm's model itself, without what follows its last tap: the keys of its weights are
-    ``backbone.<timm's key>``. The levels of `feature_info` are the backbone's.
+    `backbone` is the timm model itself, without the layers that follow the last tap. The keys of its weights are
+    ``backbone.<timm's key>``, and `feature_info` has the backbone's levels.
 
     Args:
         backbone: timm model that is tapped, e.g. ``resnet50`` or ``convnext_tiny``.
-        taps: levels to observe, in order of depth: indices into the backbone's ``feature_info`` (negative ones
-            count from the end), names of its modules (``layer2.4``), first, if wanted, ``"input"``, and at last, of a
-            backbone that has layers behind its levels, ``"features"``. Or how many, at depths of our choice, see
-            `resolve_taps`. A transformer's levels are seen through its last normalisation.
+        taps: levels to observe, in order of depth. A level is an index into the backbone's ``feature_info`` (negative
+            ones count from the end), the name of a module (``layer2.4``), ``"input"`` as the first, or, if the
+            backbone has layers behind its last level, ``"features"`` as the last. A number instead of a list lets the
+            model choose that many levels. A transformer's levels pass through its last normalisation.
         num_classes: classes K; 0 for none.
         in_chans: channels of the images.
-        global_pool: timm pooling type of every observation; those that keep the width, ``avg`` when None. Of a
-            transformer with tokens ``token``, ``avg``, or its own, such as ``map``, which is the one when None. What
-            pools by attention does so at the end alone, where it was trained: before, patches are averaged.
+        global_pool: timm pooling type of every observation. For feature maps, any that keeps the width; ``avg`` when
+            None. For a transformer with tokens, ``token``, ``avg``, or its own, such as ``map``; its own when None.
+            Attention pooling is used only at the end, where it was trained; before that, patches are averaged.
         bottleneck_features: width of z; that of the last observation when None.
-        bottleneck_layers: what z is made by, in this order: ``"fc-norm-relu"``, ``"fc-relu-norm"`` or ``"fc-norm"``.
-        raw_observations: observations are pooled maps as they are, which is what z is made of, and the normalisation of
-            each belongs to its classifier.
-        head_init: how linear layers of the heads start: ``"kaiming"`` or ``"torch"``, see `INITS`.
-        prediction: what predicts: the ``"mean"`` of the last observation's and z's logits; or ``"v"`` or ``"z"``, a
-            network whose last observation, or whose z, is the only one of the two to have a classifier. With balanced
-            softmax cross-entropy and one tap these are BSCE and BSCE_MLP of Tables 5 and 7.
-        training_heads: build the classifiers that serve training only.
+        bottleneck_layers: layers that compute z, in order: ``"fc-norm-relu"``, ``"fc-relu-norm"`` or ``"fc-norm"``.
+        raw_observations: observations are the pooled maps without normalisation, z is computed from these, and the
+            normalisation of each observation belongs to its classifier.
+        head_init: initialisation of the heads' linear layers: ``"kaiming"`` or ``"torch"``.
+        prediction: the ``"mean"`` of the logits of the last observation and z; or only ``"v"`` or ``"z"``: then the
+            other of the two has no classifier. With balanced softmax cross-entropy and one tap, these are BSCE and
+            BSCE_MLP of Tables 5 and 7.
+        training_heads: build the classifiers that only training uses.
         training_logits: ``"all"``, or ``"mean"`` to return the mean in training too, for training loops that
             expect one tensor, such as timm's train.py; see `set_training_logits`.
         drop_rate: dropout before the classifiers.
         drop_path_rate: stochastic depth of the backbone.
         classifier: kind of every classifier, see `create_classifier`.
-        classifier_scale: of cosine classifiers.
+        classifier_scale: scale of cosine classifiers.
         img_size: image size, for backbones whose parameters depend on it.
         backbone_args: further keyword arguments of the backbone.
 

@@ -211,7 +211,7 @@ def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] |
                 f"{'is a name of a class' if one else 'are names of classes'} of {title}."
             )
     if counted:
-        said.append("Equal names may mean different things, and the same thing may have another name there.")
+        said.append("The same name may mean different things, and the same thing may have different names.")
     if imagenets == ["in1k"] and dataset.startswith(("cifar100_lt", "torch/cifar100")):
         said.append(
             "95 of CIFAR-100's class names are names of classes of ImageNet-22k, of which ImageNet-1k is a part: the "

@@ -222,17 +222,19 @@ def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     epochs = _epochs(run.recipe)
     data = _dataset(run, stated)
     from_scratch = " from scratch" if run.origin.is_scratch else ""
+    # A name such as "CIFAR-100-LT, imbalance factor 100" ends with a comma of its own.
+    data += "," * (", " in data)
     how = f"trained{from_scratch} on {data} for {epochs} with" if epochs else f"changed on {data} by"
     methods = markdown_text(stages_text(run.record.stages))
     text = f"{code_span(run.name.partition('.')[0])}{start} {how} {methods}, by `mbib_timm`."
     papers = _papers(run)
     if papers:
         listing = "; ".join(f"[{paper}]({PAPER})" if paper == CITATION else markdown_text(paper) for paper in papers)
-        text += f" The method is that of {listing}; the implementation is independent of the authors'."
+        text += f" The method is from {listing}; the authors were not involved in this implementation."
     if len(_heads(run)) > 1:
         text += f" Each of the heads {_listed(_heads(run))} has a classifier. {_prediction(run)}"
     if inference_only:
-        text += " These weights lack the classifiers that are used in training only."
+        text += " These weights lack the classifiers that only training uses."
     return Markup(text)
 
 
@@ -262,11 +264,11 @@ def _start_licence(run: FinishedRun) -> Markup:
 
 # Where weights are from, by `Weights.source`.
 _PLACES = {
-    "timm": "timm's, whose tag names the data",
-    "package": "of a pip package",
-    "run": "a run of mbib_timm",
-    "hub": "somebody's repository",
-    "file": "a file",
+    "timm": "from timm, whose tag names the data",
+    "package": "from a pip package",
+    "run": "from a run of mbib_timm",
+    "hub": "from another repository",
+    "file": "from a file",
     UNKNOWN: "not recorded",
 }
 

@@ -95,8 +95,8 @@ class Recipe:
     )
     broken: str = _data(
         "replace",
-        "unreadable images: replace (training takes the next image, an evaluation leaves them out), skip (they are "
-        "looked for first, and left out of everything), stop (they are looked for first, and are an error)",
+        "unreadable images: replace (training takes the next image instead, an evaluation leaves them out), skip (find "
+        "them first, and leave them out everywhere), stop (find them first, and end with an error)",
         choices=("replace", "skip", "stop"),
     )
     num_classes: int | None = _data(
@@ -164,8 +164,8 @@ class Recipe:
     crop_mode: str | None = _input(
         None,
         "how test images are cropped: center (shorter side resized, centre cropped), squash (both sides resized), "
-        "border (longer side resized, the rest filled); the model's own when not given; squash and 1 with "
-        "train_crop_mode: pad",
+        "border (longer side resized, the rest filled); when not given the model's own, but with train_crop_mode: pad "
+        "squash and a crop_pct of 1",
         choices=("center", "squash", "border"),
         evaluation=True,
     )
@@ -205,8 +205,8 @@ class Recipe:
     )
     views: list[dict[str, Any]] | None = _augmentation(
         None,
-        "views of each image: a list with a mapping for each, of the augmentation keys that differ from the recipe's; "
-        "the method's own when not given",
+        "views of each image: a list with one mapping per view, of the augmentation keys that differ from the "
+        "recipe's; the method's own when not given",
     )
 
     # Mixing: with any of these on, targets are soft
@@ -260,8 +260,9 @@ class Recipe:
     )
     class_weights: str = _method(
         "none",
-        "weights of the classes in the loss: none, balanced (1/n), effective[:beta] (0.9999), power[:p] (n^-p, 0.5), "
-        "or a CSV, JSON or YAML file of weights by class name; scaled to a mean of 1 over the training images",
+        "weights of the classes in the loss: none, balanced (1/n), effective[:beta] (beta 0.9999 if not given), "
+        "power[:p] (n^-p; p 0.5 if not given), or a CSV, JSON or YAML file of weights by class name; scaled to a mean "
+        "of 1 over the training images",
     )
     train: str | None = _method(
         None,
@@ -271,7 +272,8 @@ class Recipe:
     )
     reset: str | None = _method(
         None,
-        "the part that starts anew even if weights are given, named as in train; the method's own when not given",
+        "the part that is initialised anew even if weights are given, named as in train; the method's own when not "
+        "given",
     )
     lora: dict[str, Any] | None = _method(
         None,

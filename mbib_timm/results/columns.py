@@ -35,12 +35,13 @@ MODEL_COLUMNS: Mapping[str, Column] = {
 }
 # What these mean, said wherever they stand.
 DEFINITIONS = (
-    "Overall is the share of all images that are right. Macro, and each shot group, is the mean accuracy of its "
-    "classes that have evaluated images, every class weighing alike; macro F1 is the mean of these classes' F1. "
+    "Overall is the share of all images that are classified correctly. Macro is the mean of the class accuracies, and "
+    "the accuracy of a shot group is the mean over its classes; macro F1 is the mean of the classes' F1. These means "
+    "are over the classes that have evaluated images, with equal weight for each. "
     "Shot groups are by training images per class: many more than 100, medium 20 to 100, few fewer than 20."
 )
 INTERVALS = (
-    "Intervals hold 95 %, and say what the evaluated images alone leave open, not how another training would differ: "
-    "Wilson's for overall; for the others a bootstrap over the images (1,000 draws), or where each class is right or "
-    "wrong as a whole, Wilson's of the classes combined."
+    "The 95 % intervals cover the uncertainty from the limited number of evaluated images, not how another training "
+    "run would differ. They are Wilson's for overall, and from a bootstrap over the images (1,000 draws) for the "
+    "others; if each class is right or wrong as a whole, the Wilson intervals of the classes are combined."
 )

@@ -19,25 +19,25 @@ EPOCH_METRICS = tuple(column.metric for column in MODEL_COLUMNS.values())
 
 @dataclass(frozen=True)
 class HeadMetrics:
-    """What a head achieves on a set of images; None where there is nothing to measure.
+    """Metrics of a head on a set of images. A metric is None if there is nothing to measure.
 
     Attributes:
-        top1: accuracy over the images, in percent, as all accuracies here.
-        top5: the same, of the label being among the five largest logits.
-        macro: mean of the accuracies of the classes with images, every class weighing alike (balanced accuracy).
+        top1: accuracy over the images; like all accuracies here, in percent.
+        top5: share of the images whose label is among the five largest logits.
+        macro: mean accuracy of the classes with images, with equal weight for each class (balanced accuracy).
         many: mean accuracy of the classes with more than 100 training images.
-        medium: of those with 20 to 100.
-        few: of those with fewer than 20.
+        medium: mean accuracy of the classes with 20 to 100 training images.
+        few: mean accuracy of the classes with fewer than 20 training images.
         ece: expected calibration error, in percent.
         nll: negative log-likelihood per image, in nats.
-        images: how many were evaluated.
-        classes: how many classes each shot group has.
-        per_class: accuracy of each class, K of them.
-        macro_f1: mean of the F1 of the classes with images, in percent.
-        intervals: 95 %, in percent, by the name of the metric: ``top1`` (Wilson), and of the prediction ``macro``,
-            ``macro_f1``, ``many``, ``medium`` and ``few`` (bootstrap over images).
-        measured: images, and classes that have any, behind ``overall``, ``many``, ``medium`` and ``few``.
-        class_images: of the prediction, images of each class that were evaluated, K of them.
+        images: number of evaluated images.
+        classes: number of classes in each shot group.
+        per_class: accuracy of each of the K classes.
+        macro_f1: mean F1 of the classes with images, in percent.
+        intervals: 95 % intervals in percent, by the name of the metric: ``top1`` (Wilson), and for the prediction also
+            ``macro``, ``macro_f1``, ``many``, ``medium`` and ``few`` (bootstrap over images).
+        measured: numbers of images, and of classes with images, behind ``overall``, ``many``, ``medium`` and ``few``.
+        class_images: for the prediction, the number of evaluated images of each of the K classes.
     """
 
     top1: float
@@ -86,13 +86,13 @@ class HeadMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What weights achieve on a split.
+    """The metrics of certain weights on a split.
 
     Attributes:
-        split: of the images.
-        heads: metrics of ``prediction``, and by name of each head and expert where there are several.
-        epoch: after which, from 1; None where the weights are of no epoch of the run.
-        weights: file in the run's folder; None where they are not kept.
+        split: name of the split.
+        heads: metrics of ``prediction`` and, if there are several, of each head and expert, by name.
+        epoch: epoch after which they were measured, from 1; None if the weights are not from an epoch of the run.
+        weights: file of the weights in the run's folder; None if they are not kept.
     """
 
     split: str
@@ -108,35 +108,35 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run when it is done.
+    """The record of a finished run.
 
     Attributes:
         name: ``arch.tag``.
         model: name of the network.
-        method: name of the method, of several stages the last.
+        method: name of the method; if there are several stages, that of the last.
         stages: names of the methods of all stages.
         prediction_heads: heads whose logits' mean is the prediction; empty for a network of one head.
-        dataset: the recipe's.
+        dataset: the recipe key ``dataset``.
         loader: ``resident`` or ``timm``.
-        precision: of the training step: ``float32``, or of mixed precision ``bfloat16`` or ``float16``.
-        epochs: of the last stage.
-        seed: of the run.
+        precision: precision of the training step: ``float32``, or mixed precision with ``bfloat16`` or ``float16``.
+        epochs: epochs of the last stage.
+        seed: seed of the run.
         class_counts: training images of each class.
-        class_names: in the same order; None where the data have none.
-        result: the last epoch's weights.
-        raw: the weights without their moving average, where the result is that; else None.
-        best: the best evaluated epoch, on the split that chose it; None where no epoch was evaluated.
-        chosen: what the method has chosen by itself, by name.
-        chosen_on: the images that it chose on.
-        training_seconds: of the last stage, with its evaluations.
-        replaced_images: broken training images, for which others stood in.
+        class_names: in the same order; None if the data have none.
+        result: metrics of the last epoch's weights.
+        raw: metrics of the weights without their moving average, if the result is that of the average; else None.
+        best: metrics of the best evaluated epoch, on the split that chose it; None if no epoch was evaluated.
+        chosen: values that the method has chosen itself, by name.
+        chosen_on: the images on which it chose them.
+        training_seconds: training time of the last stage, including its evaluations.
+        replaced_images: broken training images that were replaced by others.
         left_out_images: broken images that were left out of the evaluations.
         environment: versions, hardware, command.
-        held_out: in words how the result's images were held out of the training data; None where the data have a split
-            for them, or where it was not recorded.
-        origin: where it started: from scratch, or from which weights of which data.
-        rounded_from: top-1 accuracy of the prediction in percent before the weights were rounded to half precision, in
-            which the package keeps them; `result` is then that of the rounded ones. None where they were not.
+        held_out: how the evaluated images were held out of the training data, in words; None if the data have a split
+            for them, or if it was not recorded.
+        origin: where training started: from scratch, or from which weights and which data.
+        rounded_from: top-1 accuracy of the prediction in percent before the package rounded the weights to half
+            precision; `result` is then that of the rounded weights. None if they were not rounded.
     """
 
     name: str
@@ -196,12 +196,12 @@ class Epoch:
     """An epoch of a run.
 
     Attributes:
-        epoch: its number, from 1.
+        epoch: number of the epoch, from 1.
         lr: largest learning rate.
-        seconds: it took, with its evaluation.
-        losses: means over the epoch, by name; ``loss`` is what was minimised.
-        val: accuracies in percent under the names of `EPOCH_METRICS`; None where it was not evaluated.
-        raw: the same of the weights without their moving average; None without one.
+        seconds: duration, including the evaluation.
+        losses: means over the epoch, by name; ``loss`` is the one that was minimised.
+        val: accuracies in percent under the names of `EPOCH_METRICS`; None if the epoch was not evaluated.
+        raw: the same for the weights without their moving average; None if there is none.
     """
 
     epoch: int

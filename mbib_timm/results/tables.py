@@ -21,8 +21,8 @@ NOTHING = "–"
 # Above tables, and the column that says it.
 FROM_SCRATCH = "From scratch:"
 FROM_WEIGHTS = (
-    "Started from weights that have seen other data, or learnt from a teacher that has: these results compare with one "
-    "another where they started from the same, and with none from scratch."
+    "Models that started from weights of other data, or learnt from a teacher that did, compare only with models that "
+    "started from the same, and never with models trained from scratch."
 )
 STARTED = "started from"
 
