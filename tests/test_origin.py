@@ -478,7 +478,7 @@ def test_a_report_of_both_kinds_has_a_table_of_each(tmp_path, undrawn):  # noqa:
     assert "paper" not in tuned.header
     said = [block.content for block in section.blocks if block.kind == "paragraph"]
     assert said[0] == "From scratch:"
-    assert "with none from scratch" in said[1]
+    assert "never with models trained from scratch" in said[1]
     assert list(section.figures) == ["accuracy-1", "curves-1", "accuracy-2", "curves-2"]
     alone = comparison_section([group for group in groups if group.origin.is_scratch])
     assert [block.kind for block in alone.blocks if block.kind in ("table", "paragraph")] == ["table"]
@@ -493,7 +493,7 @@ def test_the_readmes_table_and_the_zoos_keep_them_apart(tmp_path, monkeypatch):
     before = results_tool.table(tmp_path)
     name = "mbib_resnet32.frozen|_cifar100_lt_if100-9e-seed0"
     started(MBIB, FROM_IMAGENET, tmp_path / name)
-    scratch, tuned = results_tool.table(tmp_path).split("Started from weights")
+    scratch, tuned = results_tool.table(tmp_path).split("Models that started from weights")
     assert scratch == f"From scratch:\n\n{before}\n"
     assert "| run | started from | epochs |" in tuned
     assert "| resnet50.a1\\_in1k (ImageNet-1k) |" in tuned or "| resnet50.a1_in1k (ImageNet-1k) |" in tuned
