@@ -19,8 +19,8 @@ class CompileOrEager(Generic[Inputs, Output]):
     """A function compiled by `torch.compile` for the shapes that it meets, or as it is where it cannot be compiled.
 
     Weights are inputs of the compiled code: another model of the same structure takes the code of the first. The
-    backward pass is compiled with the forward pass, so that where it fails nothing has been computed yet. Older torch
-    compiles it when it is first taken, and a failure then ends the run.
+    backward pass is compiled with the forward pass, so that where it fails nothing has been computed yet. Torch
+    before 2.10 compiles it when it is first taken, and a failure then ends the run.
 
     Args:
         function: of modules and tensors.
@@ -60,6 +60,6 @@ class CompileOrEager(Generic[Inputs, Output]):
 
 
 def _with_backward() -> dict[str, bool]:
-    """Return functorch's settings for compiling the backward pass with the forward pass; none where it has none."""
+    """Return functorch's settings that compile the backward pass with the forward pass; none before torch 2.10."""
     name = "force_non_lazy_backward_lowering"
     return {name: True} if hasattr(torch._functorch.config, name) else {}

@@ -332,7 +332,7 @@ def processor_name() -> str:
 
 def has_bfloat16_instructions() -> bool | None:
     """Return whether the processor multiplies in bfloat16 by instructions of its own: AVX-512's, AMX's or ARM's; None
-    where torch is too old to say."""
+    before torch 2.11, which does not say."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return None
     capabilities = torch.cpu.get_capabilities()
