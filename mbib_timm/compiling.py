@@ -19,7 +19,8 @@ class CompileOrEager(Generic[Inputs, Output]):
     """A function compiled by `torch.compile` for the shapes that it meets, or as it is where it cannot be compiled.
 
     Weights are inputs of the compiled code: another model of the same structure takes the code of the first. The
-    backward pass is compiled with the forward pass, so that where it fails nothing has been computed yet.
+    backward pass is compiled with the forward pass, so that where it fails nothing has been computed yet. Torch
+    before 2.10 compiles it when it is first taken, and a failure then ends the run.
 
     Args:
         function: of modules and tensors.
@@ -48,7 +49,7 @@ class CompileOrEager(Generic[Inputs, Output]):
                 self.function, dynamic=False, options=dict(OPTIONS.get(device_type, {})) or None
             )
         try:
-            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            with torch._functorch.config.patch(_with_backward()):
                 return self.compiled[device_type](*arguments, **named)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self.failed = True
@@ -56,3 +57,9 @@ class CompileOrEager(Generic[Inputs, Output]):
             reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
             warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {reason}", stacklevel=3)
             return self.function(*arguments, **named)
+
+
+def _with_backward() -> dict[str, bool]:
+    """Return functorch's settings that compile the backward pass with the forward pass; none before torch 2.10."""
+    name = "force_non_lazy_backward_lowering"
+    return {name: True} if hasattr(torch._functorch.config, name) else {}

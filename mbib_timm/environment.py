@@ -150,9 +150,9 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
     world = join_world(device)
     try:
         yield world
-    except torch.AcceleratorError as error:
-        raise LostDeviceError(f"device {world.device} has failed: {first_line(error)}{advice}") from None
     except RuntimeError as error:  # of torch's backends; gloo has no kind of its own
+        if _is_lost_device(error):
+            raise LostDeviceError(f"device {world.device} has failed: {first_line(error)}{advice}") from None
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if world.world_size == 1 or not lost:
             raise
@@ -162,6 +162,12 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
         ) from None
     finally:
         leave_world()
+
+
+def _is_lost_device(error: RuntimeError) -> bool:
+    if hasattr(torch, "AcceleratorError"):
+        return isinstance(error, torch.AcceleratorError)
+    return str(error).startswith("CUDA error")  # torch 2.7 has no kind of its own
 
 
 def first_problem(problem: str | None) -> str | None:
@@ -324,8 +330,11 @@ def processor_name() -> str:
     return platform.machine()
 
 
-def has_bfloat16_instructions() -> bool:
-    """Return whether the processor multiplies in bfloat16 by instructions of its own: AVX-512's, AMX's or ARM's."""
+def has_bfloat16_instructions() -> bool | None:
+    """Return whether the processor multiplies in bfloat16 by instructions of its own: AVX-512's, AMX's or ARM's; None
+    before torch 2.11, which does not say."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return None
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 

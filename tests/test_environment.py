@@ -68,6 +68,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.mark.skipif(not CPUINFO.is_file(), reason="the system does not say")
+@pytest.mark.skipif(has_bfloat16_instructions() is None, reason="this torch does not say")
 def test_what_a_processor_computes_in_is_what_the_system_says():
     flags = set(CPUINFO.read_text().split())
     assert has_bfloat16_instructions() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
@@ -85,6 +86,8 @@ def test_what_a_processor_computes_in_is_what_the_system_says():
         (False, {}, None),
         (False, {"amp": True}, "warning: this processor has no bfloat16 instructions: --amp-dtype bfloat16 works here"),
         (False, {"amp": True, "amp_dtype": "float16"}, None),
+        (None, {}, None),
+        (None, {"amp": True}, None),
     ],
 )
 def test_bfloat16_is_advised_where_it_is_faster_and_warned_of_where_it_is_slower(able, keys, begins, monkeypatch):

@@ -327,7 +327,10 @@ def saved(change):
     def spoil(file):
         weights = load_file(file)
         change(weights)
-        save_file(weights, file)
+        try:
+            save_file(weights, file)
+        except KeyError as dtype:
+            pytest.skip(f"this safetensors cannot write {dtype}")
 
     return spoil
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import mbib_timm
 
@@ -62,3 +64,38 @@ def test_only_the_files_that_were_checked_are_published():
     ]
     commands = [step.get("run", "") for step in jobs["build"]["steps"]]
     assert commands.index("python -m build") < commands.index("twine check --strict dist/*")
+
+
+def required(key):
+    """The strings of a list in pyproject.toml; Python 3.10 cannot read TOML."""
+    text = (ROOT / "pyproject.toml").read_text()
+    [block] = re.findall(rf"^{key} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r'^ +"(.*)",$', block, re.MULTILINE)
+
+
+def test_the_lowest_versions_are_the_lower_bounds_of_all_that_the_package_needs():
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    pinned = {name: Version(version) for name, version in (line.split("==") for line in lines if line[0] != "#")}
+    bounds = {}
+    for requirement in map(Requirement, required("dependencies")):
+        [bound] = [each.version for each in requirement.specifier if each.operator == ">="]
+        bounds[requirement.name] = Version(bound)
+    assert pinned == bounds
+
+
+def test_the_oldest_python_runs_the_lowest_versions_and_all_that_are_named_lie_between_those_that_run():
+    text = (ROOT / "pyproject.toml").read_text()
+    rows = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["checks"]["strategy"]
+    run = [(Version(row["python"]), row["versions"]) for row in rows["matrix"]["include"]]
+    oldest = Version(re.search(r'^requires-python = ">=(.*)"$', text, re.MULTILINE)[1])
+    assert min(run) == (oldest, "lowest")
+    assert max(run)[1] == "newest"
+    named = [Version(version) for version in re.findall(r"Python :: (3\.\d+)\"", text)]
+    assert named == [Version(f"3.{minor}") for minor in range(oldest.minor, named[-1].minor + 1)]
+    assert named[-1] <= max(run)[0]
+
+
+def test_only_known_versions_are_asked_for():
+    done = subprocess.run(["bash", str(ROOT / ".ci" / "run"), "oldest"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "unknown versions 'oldest': expected lowest or newest" in done.stderr

@@ -124,7 +124,7 @@ class ResidentLoader(OrderedLoader):
         # The first view's draws are those of a loader of one view.
         stream = stream if view == 0 else [*(stream or (0, 0)), view]
         entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        generator = torch.Generator().manual_seed(int(entropy[0]) >> 1)
         draws = augmentation.draw(self.images.sizes[order], generator)
         for begin in range(first, len(order), size):
             piece = slice(begin, begin + size)

@@ -220,8 +220,13 @@ def largest_difference(module: nn.Module, exported: Forward, size: tuple[int, ..
     return worst
 
 
+def _dynamic_batches() -> tuple[dict[int, Any]]:
+    # Without a largest size torch 2.7 refuses networks that it cannot trace for all sizes up to 2**63 - 1.
+    return ({0: torch.export.Dim("batch", max=2**31 - 1)},)
+
+
 def _dynamic_batch(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    return torch.export.export(module, (images,), dynamic_shapes=_dynamic_batches())
 
 
 def _write_program(module: nn.Module, images: Tensor, file: Path, described: Description) -> None:
@@ -258,7 +263,7 @@ def _write_onnx(module: nn.Module, images: Tensor, file: Path, described: Descri
         (images,),
         input_names=["images"],
         output_names=[described.output],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=_dynamic_batches(),
         dynamo=True,
         verbose=False,
     )

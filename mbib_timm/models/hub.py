@@ -35,11 +35,14 @@ def split_repository(name: str) -> tuple[str, str | None]:
     repository, at, revision = name.partition("@")
     try:
         validate_repo_id(repository)
+        is_valid = repository.isascii()  # older clients take letters that the Hub does not
     except HFValidationError:
+        is_valid = False
+    if not is_valid:
         raise MbibError(
             f"hf-hub:{printable(name)[:100]}: there is no such name: expected ORGANISATION/NAME of letters, digits, "
             "'-', '_' and '.', up to 96 in all"
-        ) from None
+        )
     if at and (not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision, re.ASCII) or ".." in revision):
         given = f"{printable(revision)[:40]!r} is none" if revision else "there is none"
         raise MbibError(f"hf-hub:{repository}@: expected a revision after the @, and {given}")

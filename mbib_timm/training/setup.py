@@ -146,7 +146,7 @@ def _precision_advice(recipe: Recipe, precision: Precision, network: nn.Module, 
     """
     if device.type != "cpu":
         return None
-    if precision.autocast_dtype is torch.bfloat16 and not has_bfloat16_instructions():
+    if precision.autocast_dtype is torch.bfloat16 and has_bfloat16_instructions() is False:
         return (
             "warning: this processor has no bfloat16 instructions: --amp-dtype bfloat16 works here, but more slowly "
             "than float32 (--no-amp)"
