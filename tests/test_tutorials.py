@@ -190,9 +190,8 @@ def test_your_own_images(tmp_path):
     # The same without --dry-run, and a colleague's use of it
     hub = TestHub(tmp_path / "hub", user="me").start()
     there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "home")}
-    (publish,) = [
-        line for _, text in blocks_of("your_own_images.md") for line in text.splitlines() if "--dry-run" in line
-    ]
+    commands = "".join(text for _, text in blocks_of("your_own_images.md")).replace("\\\n", " ").splitlines()
+    (publish,) = [line for line in commands if "--dry-run" in line]
     run([sys.executable, "-m", *shlex.split(publish.replace("mbib", "mbib_timm", 1))[:-1]], tmp_path, **there)
     given = ["new", "--probabilities", "--threshold", "0.6", "--output", "theirs.csv"]
     run([sys.executable, "-m", "mbib_timm", "predict", "hf-hub:me/traps", *given], tmp_path, **there)
