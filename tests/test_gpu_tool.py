@@ -85,13 +85,13 @@ DEAF = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint
 
 @pytest.mark.parametrize(("code", "said"), [(SLEEPER, "saved"), (DEAF, "on")])
 def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, monkeypatch, code, said):
-    monkeypatch.setattr(gpu, "GRACE", 1.5)
+    monkeypatch.setattr(gpu, "GRACE", 5)
     begun = time.monotonic()
     status = gpu.run_phase(
         [sys.executable, "-c", code], tmp_path / "log.txt", begun + 8, gpu.Archives(tmp_path)
     )  # time to start
     assert status is None
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 30
     assert (tmp_path / "log.txt").read_text().strip() == said
 
 

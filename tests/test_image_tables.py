@@ -148,8 +148,15 @@ def test_parquet(images):
         ("path,label\nBär/0.png,Bär\nBär/1.png\n", r"t\.csv, line 3: expected 2 columns, got 1"),
         ('path,label\nBär/0.png,"Bär\n', r"t\.csv, line 2: unexpected end of data"),
         ("path,label\nBär/0.png,Bär\n,Bär\n", r"t\.csv, line 3: column 'path' holds no path$"),
-        ("path,label\nBär/0.png,Bär\na\0b,Bär\n", r"t\.csv, line 3: column 'path' holds the control character '\\x00'"),
-        ("path,label\nBär/0.png,B\0\n", r"t\.csv, line 2: column 'label' holds the control character '\\x00'"),
+        # csv refuses them itself before Python 3.11.
+        (
+            "path,label\nBär/0.png,Bär\na\0b,Bär\n",
+            r"t\.csv, line 3: (column 'path' holds the control character '\\x00'|line contains NUL)",
+        ),
+        (
+            "path,label\nBär/0.png,B\0\n",
+            r"t\.csv, line 2: (column 'label' holds the control character '\\x00'|line contains NUL)",
+        ),
         (f"path,label\nBär/0.png,{'B' * 5000}\n", r"t\.csv, line 2: column 'label' holds 5,000 characters; expected"),
         (f"path,label\nBär/0.png,{'B' * 200_000}\n", r"t\.csv, line 2: field larger than field limit"),
         ('path,"label\nBär/0.png,Bär\n', r"t\.csv: the first line names no columns: unexpected end of data"),

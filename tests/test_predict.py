@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import types
 import unicodedata
@@ -540,7 +541,8 @@ def test_a_file_of_another_kind_is_not_continued(finished_run, photos, tmp_path,
             ["--top-k", "4", "--probabilities"],
             "it lacks p(0), p(1), p(2), p(3), p(4) and 5 more and has class_5, prob",
         ),
-        ("\x00\n", [], "of the columns it lacks"),
+        # csv refuses it before Python 3.11.
+        ("\x00\n", [], "of the columns it lacks" if sys.version_info >= (3, 11) else "line contains NUL"),
         ("notes on foxes", [], "its first line is another"),
     )
     for content, flags, message in cases:

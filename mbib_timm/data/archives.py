@@ -212,6 +212,7 @@ def members(file: BinaryIO, end: int, name: str = "") -> Iterator[Member]:
     """
     of, at, count = f" of {name}" if name else "", file.tell(), 0
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+        file.seek(tar.offset)  # where there is no first member, Python 3.10 would seek before the beginning
         tar.next()  # the first member, which opening has read already
         while True:
             found = None if tar.pax_headers else _plain_member(file, at)  # what those say holds for all that follow

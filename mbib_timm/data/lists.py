@@ -161,7 +161,7 @@ def _require_one_label(reader: PathReader, targets: np.ndarray, file: Path) -> N
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if len(repeated) == 0:
         return
-    places = np.flatnonzero(np.isin(names.hashes(), repeated))
+    places = np.flatnonzero(np.isin(names.hashes(), repeated, kind="sort"))
     label_of: dict[bytes, int] = {}
     for place, name in zip(places.tolist(), reader.files(places), strict=True):
         label = int(targets[place])

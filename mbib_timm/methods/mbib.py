@@ -198,9 +198,8 @@ class Bottleneck(Method):
             bsc, vsd = self._terms(logits, targets)
         loss = (self.bsc_weights * bsc).sum() + (self.vsd_weights * vsd).sum()
         parts = {f"bsc_{head}": value for head, value in zip(heads, bsc.detach(), strict=True)}
-        parts |= {
-            f"vsd_{edge.teacher}_{edge.student}": value for edge, value in zip(self.edges, vsd.detach(), strict=True)
-        }
+        for edge, value in zip(self.edges, vsd.detach(), strict=True):
+            parts[f"vsd_{edge.teacher}_{edge.student}"] = value
         return {"loss": loss, **parts}
 
     def _terms(self, logits: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
