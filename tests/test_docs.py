@@ -75,7 +75,7 @@ SHORT = {
 def commands_of(page):
     """A page's commands, on a line each and without comments."""
     text = "".join(blocks(page, "sh")).replace("\\\n", " ")
-    lines = [re.sub(r"\s+#.*", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"(^|\s+)#.*", "", line) for line in text.splitlines()]
     return [" ".join(line.split()) for line in lines if line]
 
 
