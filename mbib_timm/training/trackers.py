@@ -41,7 +41,21 @@ class TensorBoard:
         self.writer.close()
 
 
-class Trackio:
+class RunOfTracker:
+    """A run of a package whose runs are those of Weights & Biases: ``log`` and ``finish``."""
+
+    run: Any
+
+    def log(self, epoch: Epoch) -> None:
+        """Record an epoch's numbers."""
+        self.run.log({key: value for key, value in epoch.row().items() if value is not None}, step=epoch.epoch)
+
+    def close(self) -> None:
+        """Flush and end."""
+        self.run.finish()
+
+
+class Trackio(RunOfTracker):
     """Logs to a Trackio run of the same name, on this machine or where ``TRACKIO_SPACE_ID`` says.
 
     A training run that resumes goes on in its Trackio run.
@@ -56,16 +70,8 @@ class Trackio:
             project="mbib_timm", name=name, config=dict(config), resume="allow" if resumed else "never"
         )
 
-    def log(self, epoch: Epoch) -> None:
-        """Record an epoch's numbers."""
-        self.run.log({key: value for key, value in epoch.row().items() if value is not None}, step=epoch.epoch)
 
-    def close(self) -> None:
-        """Flush and end."""
-        self.run.finish()
-
-
-class WeightsAndBiases:
+class WeightsAndBiases(RunOfTracker):
     """Logs to a Weights & Biases run of the same name."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -74,14 +80,6 @@ class WeightsAndBiases:
         except ImportError:
             raise MbibError("log_wandb needs Weights & Biases: pip install 'mbib-timm[wandb]'") from None
         self.run: Any = wandb.init(project="mbib_timm", name=name, dir=str(folder), config=dict(config))
-
-    def log(self, epoch: Epoch) -> None:
-        """Record an epoch's numbers."""
-        self.run.log({key: value for key, value in epoch.row().items() if value is not None}, step=epoch.epoch)
-
-    def close(self) -> None:
-        """Flush and end."""
-        self.run.finish()
 
 
 def create_trackers(recipe: Recipe, folder: Path, resumed: bool) -> list[Tracker]:
