@@ -93,7 +93,8 @@ def check_place(file: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return check_folder(file.parent)
     except (OSError, ValueError) as error:  # a name that is too long, or one with a NUL
-        reason = error.strerror if isinstance(error, OSError) else error
+        # Python 3.13 words the latter in its own way.
+        reason = "embedded null byte" if "\0" in str(file) else getattr(error, "strerror", error)
         raise MbibError(f"cannot write {printable(str(file))[:LONGEST_PLACE]}: {reason}") from None
     if stat.S_ISDIR(mode):
         raise MbibError(f"{file} is a folder; expected the name of a file")
