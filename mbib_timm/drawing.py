@@ -1,13 +1,16 @@
 """How every figure looks: colours that anyone can tell apart, light and dark, and the formats that it is written in."""
 
 import io
+import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, few
 from mbib_timm.files import printable
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Its black is the foreground of the theme.
@@ -75,6 +78,9 @@ STYLE = {
     # Letters stay letters: small files, which any zoom keeps sharp.
     "svg.fonttype": "none",
 }
+# Fonts that matplotlib brings for formulas, and the one whose every letter is a box.
+NOT_FOR_TEXT = ("cm", "STIX", "Last Resort")
+_unreadable: set[str] = set()  # letters that no font has: each is said once
 
 
 def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Theme = LIGHT) -> dict[str, bytes]:
@@ -98,8 +104,57 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
     except ImportError:
         raise MbibError("figures need matplotlib: pip install 'mbib-timm[train]'") from None
     with matplotlib.rc_context({**STYLE, **_colors(theme)}):
+        files, missing = _draw(draw, formats)
+        fonts = _fonts_with(missing)
+        if fonts:
+            with matplotlib.rc_context({"font.family": [*matplotlib.rcParams["font.family"], *fonts]}):
+                files, missing = _draw(draw, formats)
+        if new := sorted(missing - _unreadable):
+            print(
+                f"figures have boxes in place of {few(new)}, which no font of this machine has; a font such as Noto "
+                "Sans mends that"
+            )
+            _unreadable.update(new)
+        return files
+
+
+def _draw(draw: Callable[[], Any], formats: Sequence[str]) -> tuple[dict[str, bytes], frozenset[str]]:
+    """Draw a figure. Returns its files, and the letters that its fonts lack."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure = draw()
-        return {form: _encode(figure, form) for form in formats}
+        files = {form: _encode(figure, form) for form in formats}
+    missing = set()
+    for warning in caught:
+        glyph = re.match(r"Glyph (\d+) .*missing from", str(warning.message))
+        if glyph:
+            missing.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return files, frozenset(missing)
+
+
+@cache
+def _fonts_with(letters: frozenset[str]) -> tuple[str, ...]:
+    """Return installed fonts that together have as many of the letters as there are fonts for; sans serif first."""
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FT2Font
+
+    fonts, missing = [], set(letters)
+    for entry in sorted(fontManager.ttflist, key=lambda entry: ("Sans" not in entry.name, entry.name)):
+        if not missing:
+            break
+        if entry.style != "normal" or entry.weight not in (400, "normal") or entry.name.startswith(NOT_FOR_TEXT):
+            continue
+        try:
+            font = FT2Font(entry.fname)
+        except (OSError, RuntimeError):  # no longer there, or broken
+            continue
+        found = missing & set(map(chr, font.get_charmap()))
+        if found and font.scalable:  # fonts of coloured pictures are not
+            fonts.append(entry.name)
+            missing -= found
+    return tuple(fonts)
 
 
 def _colors(theme: Theme) -> dict[str, str]:

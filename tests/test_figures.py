@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from made_up_results import made_up_record
 from PIL import Image
 
+from mbib_timm import drawing
 from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.results import run_figures as figures
@@ -200,3 +202,50 @@ def test_a_figure_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch, capsy
     draw_figures(tmp_path, [EPOCH], RECORD)
     assert capsys.readouterr().out == "no figure class_accuracy.png: ParseFatalException: Expected end of text\n"
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"training_curves.png", "shot_groups.png"}
+
+
+def own_fonts(monkeypatch):
+    """Leave matplotlib the fonts that it brings, whatever this machine has."""
+    from matplotlib import get_data_path
+    from matplotlib.font_manager import fontManager
+
+    monkeypatch.setattr(fontManager, "ttflist", [e for e in fontManager.ttflist if e.fname.startswith(get_data_path())])
+    drawing._fonts_with.cache_clear()
+    monkeypatch.setattr(drawing, "_unreadable", set())
+
+
+def labelled(text):
+    figure, axes = drawing.canvas(3, 2)
+    axes.set_xticks([0, 1], [text, "Füchse"])
+    axes.set_title(text)
+    return figure
+
+
+def test_letters_that_the_font_lacks_come_from_another_one(monkeypatch, capsys):
+    import matplotlib
+
+    own_fonts(monkeypatch)
+    found = render(lambda: labelled("a ˯"))["png"]
+    assert capsys.readouterr().out == ""
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", "DejaVu Serif"]}):
+        assert found == render(lambda: labelled("a ˯"))["png"]
+
+
+def test_letters_that_no_font_has_are_said_once(monkeypatch, capsys):
+    own_fonts(monkeypatch)
+    for _ in range(2):
+        assert set(render(lambda: labelled("狐狸"), ("png", "pdf", "svg"))) == {"png", "pdf", "svg"}
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "狐, 狸, which no font" in said
+    render(lambda: labelled("狼"))
+    assert "狼, which no font" in capsys.readouterr().out
+
+
+def test_other_warnings_of_a_drawing_are_not_kept_back():
+    def draw():
+        warnings.warn("of the drawing", UserWarning, stacklevel=1)
+        return labelled("a")
+
+    with pytest.warns(UserWarning, match="of the drawing"):
+        render(draw)
