@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
-from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.recipe import find_recipe, in_proportion, load_recipe
 from mbib_timm.sweeps import show_sweep, sweep_runs
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.sweeps.sweep_runs import on_recipe, plan, run_sweep
 from mbib_timm.training import run as run_module
+from mbib_timm.training.optimization import create_schedule
 
 DIGITS = "mbib_resnet20.digits"
 FLAGS = ["--epochs", "1", "--device", "cpu", "--workers", "0", "--batch-size", "64"]
@@ -186,15 +187,29 @@ def test_a_fraction_of_the_epochs_moves_warm_up_and_milestones_and_names_the_fol
         for keys in ({}, {"epochs": 20}, {"epochs": 20, "decay_milestones": [10, 15]}, {"epochs": 1})
     )
     assert (full.recipe.epochs, full.recipe.warmup_epochs, full.recipe.decay_milestones) == (200, 4, [161, 181])
-    # A tenth of each, to the nearest epoch; a warm-up stays one.
-    assert (short.recipe.epochs, short.recipe.warmup_epochs, short.recipe.decay_milestones) == (20, 1, [16, 18])
+    # A tenth of each, to the nearest epoch; a warm-up stays one, and a milestone follows the epochs that it ends.
+    assert (short.recipe.epochs, short.recipe.warmup_epochs, short.recipe.decay_milestones) == (20, 1, [17, 19])
     assert short.recipe_epochs == 200
     assert given.recipe.decay_milestones == [10, 15]
     assert minute.recipe.warmup_epochs == 0
     assert [Path(run.recipe.output).name for run in (full, short, minute)] == ["short", "short-20e", "short-1e"]
     assert Path(plan(sweep, {"epochs": 200})[0].recipe.output).name == "short"
     hundred = plan(sweep, {"epochs": 100})[0].recipe
-    assert (hundred.warmup_epochs, hundred.decay_milestones) == (2, [80, 90])
+    assert (hundred.warmup_epochs, hundred.decay_milestones) == (2, [81, 91])
+
+
+@pytest.mark.parametrize("epochs", [10, 20, 40, 100, 200, 400])
+def test_the_learning_rate_falls_after_the_same_shares_of_any_number_of_epochs(epochs):
+    recipe = load_recipe(find_recipe("cifar_resnet32.ce_cifar100_lt_if100"))
+    recipe = recipe.replace(**in_proportion(recipe, epochs))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    schedule = create_schedule(recipe, optimizer, 1)
+    rates = []
+    for epoch in range(epochs):
+        rates.append(round(optimizer.param_groups[0]["lr"], 9))
+        schedule.step(epoch + 1)
+    decays = [recipe.lr * recipe.decay_rate, recipe.lr * recipe.decay_rate**2]
+    assert [rates.index(round(rate, 9)) for rate in decays] == [0.8 * epochs, 0.9 * epochs]
 
 
 def test_another_recipe_gives_another_name_and_drops_the_papers_numbers():

@@ -538,7 +538,8 @@ def in_proportion(recipe: Recipe, epochs: int) -> dict[str, Any]:
         share = epochs / longest
         own = max(1, round(share * stage.epochs))
         warmup = min(max(1, round(share * stage.warmup_epochs)), own - 1) if stage.warmup_epochs else 0
-        milestones = [max(1, round(share * milestone)) for milestone in stage.decay_milestones]
+        # As timm counts them, milestone m ends m - 1 epochs, and that number moves.
+        milestones = [1 + max(min(1, m - 1), round(share * (m - 1))) for m in stage.decay_milestones]
         off = min(max(1, round(share * stage.mixup_off_epochs)), (own - 1) // 2) if stage.mixup_off_epochs else 0
         prefix = f"stage{number}." if len(chain) > 1 else ""
         scaled: dict[str, Any] = {
