@@ -364,6 +364,9 @@ def predict(flags: Parser) -> Action:
         metavar="DIR",
         help="write to this folder pictures of the image regions behind each prediction (Grad-CAM)",
     )
+    flags.add_argument(
+        "--data-dir", type=place, metavar="DIR", help="folder that a table's paths are below; its own when not given"
+    )
     flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table with the paths (path)")
     flags.add_argument(
         "--label-column", metavar="NAME", help="column of a table with the class names (label, if there is one)"
@@ -419,7 +422,7 @@ def predict(flags: Parser) -> Action:
             probabilities=given.probabilities,
             embeddings=given.embeddings,
             cam=given.cam,
-            columns=Columns(given.path_column, given.label_column),
+            columns=Columns(given.path_column, given.label_column, given.data_dir),
             labels=given.labels,
             resume=given.resume,
             batch_size=given.batch_size,

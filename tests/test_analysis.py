@@ -456,7 +456,7 @@ def test_trend_of_little():
 def test_efficiency_of_table_6():
     model = timm.create_model("mbib_resnet32", num_classes=100)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = efficiency(model, (3, 32, 32))
+    result = efficiency(model, (3, 640, 640))
     assert result.input_size == [3, 640, 640]
     assert result.all_heads.parameters == 486_016
     assert result.all_heads.macs == pytest.approx(TABLE_6["MBIB"]["macs"], rel=5e-4)
@@ -477,7 +477,7 @@ def test_models_of_a_fixed_size_and_of_grey_images():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5)
     assert efficiency(vit, (3, 224, 224)).input_size == [3, 224, 224]
     grey = timm.create_model("mbib_resnet20", num_classes=5, in_chans=1)
-    assert efficiency(grey, (1, 16, 16)).input_size == [1, 640, 640]
+    assert efficiency(grey, (1, 16, 16)).input_size == [1, 16, 16]
 
 
 # All of it.

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mbib_timm.data import images as images_module
 from mbib_timm.errors import CheckpointError
+from mbib_timm.methods import METHODS, Method
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import load_checkpoint, save_checkpoint
@@ -125,6 +126,46 @@ def test_a_run_goes_on_within_an_epoch_to_the_same_bits(tmp_path, name):
     assert epochs_of(whole) == epochs_of(resumed)
     assert whole.record.result == resumed.record.result
     assert whole.record.best == resumed.record.best
+
+
+def counted_steps(monkeypatch):
+    """Let cross-entropy count its steps since the epoch began in a buffer of the checkpoint; return what each saw."""
+    seen, kind = [], METHODS["ce"]
+
+    def begin(self, *args):
+        Method.__init__(self, *args)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("epoch", torch.full((), -1), persistent=False)
+
+    def start(self, epoch):
+        self.steps.zero_()
+        self.epoch.fill_(epoch)
+
+    def after(self):
+        self.steps += 1
+        seen.append((self.epoch.item(), self.steps.item()))
+
+    for name, function in {"__init__": begin, "start_epoch": start, "after_step": after}.items():
+        monkeypatch.setattr(kind, name, function, raising=False)
+    return seen
+
+
+@pytest.mark.slow
+def test_an_epoch_starts_once_whatever_checkpoints_lie_in_it_and_where_a_run_goes_on(tmp_path, monkeypatch):
+    seen = counted_steps(monkeypatch)
+    recipe = settings(tmp_path, "resident, in the first epoch")
+    train(recipe.replace(checkpoint_steps=None), "without")
+    without = seen.copy()
+    assert [step for epoch, step in without if epoch == 0] == list(range(1, len(without) // recipe.epochs + 1))
+    seen.clear()
+    train(recipe, "with")
+    assert seen == without
+    seen.clear()
+    interrupted(recipe, RUNS["resident, in the first epoch"][2])
+    broken = len(seen)
+    train(recipe.replace(resume="auto"), "broken")
+    assert seen[broken:] == without[without.index(seen[broken]) :]
+    assert seen[broken][1] > 1
 
 
 @pytest.mark.slow

@@ -182,11 +182,40 @@ def test_weights_are_no_part_of_a_checkpoint():
         ("focal", "power:1", "uniform"),
         ("ce", "power:0.5", None),
         ("bsce", "balanced", None),
-        ("bsce", "power:0", None),
+        ("bsce", "power:0.5", None),
+        ("bsce", "power:0", "uniform"),  # which are no weights
+        ("ce", "power:0", "train"),
     ],
 )
 def test_weights_change_the_frequencies_that_logits_are_for(name, given, prior):
     assert method_with(name, loss_weights(given, COUNTS, None)).result_prior == prior
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "weights", "prior"),
+    [
+        ("ce", "instance", "none", "train"),
+        ("ce", "balanced", "none", "uniform"),
+        ("ce", "class_aware", "none", "uniform"),
+        ("ce", "sqrt", "none", None),
+        ("ce", "sqrt", "power:0.5", "uniform"),  # the two square roots together
+        ("ce", "balanced", "balanced", None),  # twice
+        ("ce", "progressive", "none", None),
+        ("ce", "instance+reverse", "none", None),
+        ("bsce", "instance", "none", "uniform"),
+        ("bsce", "balanced", "none", None),
+        ("bsce", "reverse", "none", None),
+        ("crt", "balanced", "none", "uniform"),
+        ("crt", "instance", "none", "train"),
+        ("crt", "sqrt", "none", None),
+        ("crt", "instance", "balanced", "uniform"),
+        ("ncm", "reverse", "none", "uniform"),  # which trains nothing
+    ],
+)
+def test_samplers_change_the_frequencies_that_logits_are_for(name, sampler, weights, prior):
+    method = method_with(name, loss_weights(weights, COUNTS, None))
+    method.facts = method.facts._replace(sampler=sampler, epochs=10)
+    assert method.result_prior == prior
 
 
 # Recipes and commands

@@ -156,14 +156,13 @@ def test_draws_are_samples_of_as_many_images_and_repeat():
     assert all((one[0] == other[0]).all() for one, other in zip(pieces, _draws(y, p, 4), strict=True))
 
 
-def intervals_of(y, p, counts):
+def intervals_of(y, p, counts, groups=None):
     logits = torch.nn.functional.one_hot(torch.as_tensor(p), len(counts)).float()
     metrics = summarize(batch_statistics(logits, torch.as_tensor(y)), counts)
-    return metrics, with_intervals(metrics, y, p, counts).intervals
+    return metrics, with_intervals(metrics, y, p, counts, groups).intervals
 
 
-def test_where_no_draw_differs_the_interval_is_that_of_the_classes():
-    """Three images that are all right do not prove that all are."""
+def test_three_images_that_are_all_right_do_not_prove_that_all_are():
     y = np.array([0] * 50 + [1] * 3)
     p = np.where(np.arange(53) < 10, 1, y)
     _, found = intervals_of(y, p, np.array([500, 3]))
@@ -171,16 +170,56 @@ def test_where_no_draw_differs_the_interval_is_that_of_the_classes():
     assert found["few"][0] < 50
     assert found["many"][0] < 80 < found["many"][1]
     assert "medium" not in found
+    assert "macro_f1" not in found, "draws of three images that are all right are all alike"
 
 
-def test_a_class_that_is_right_and_one_that_is_wrong():
-    """No draw differs where the images of each are many; the mean's interval is around the mean, not around a share."""
+def test_the_mean_of_classes_with_few_images_is_worth_as_many_images_as_vary_like_it():
     y = np.array([0] * 15 + [1] * 5)
     metrics, found = intervals_of(y, np.zeros(20, int), np.array([500, 300]))
-    (low_a, _), (_, high_b) = wilson_interval(15, 15), wilson_interval(0, 5)
     assert metrics.macro == 50
-    assert found["macro"] == pytest.approx((50 - (100 - low_a) / 2, 50 + high_b / 2))
-    assert found["many"] == found["macro"]
+    assert found["macro"] == found["many"] == pytest.approx(wilson_interval(7.5, 15))  # 4 / (1 / 15 + 1 / 5)
+    # No draw differs where a class is right and another wrong, however many images they have.
+    y = np.array([0] * 60 + [1] * 20)
+    assert intervals_of(y, np.zeros(80, int), np.array([500, 300]))[1]["macro"] == pytest.approx(
+        wilson_interval(30, 60)
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "low", "high"),
+    [
+        ([40, 15, 2, 2, 1, 1, 1], 0.8, 0.9),
+        ([40, 15, *[2] * 10, *[1] * 10], 0.6, 0.9),
+        ([30, 10, 3, 2, 2, 1, 1, 1], 0.7, 0.7),
+        ([1, 1, 1], 0.5, 0.9),
+        ([1000, 3], 0.5, 0.9),
+        ([5] * 30, 0.1, 0.6),
+        ([60, 25, 12], 0.4, 0.9),
+    ],
+)
+def test_nineteen_of_twenty_intervals_hold_the_true_mean(images, low, high):
+    """Of classes whose true accuracies are known, as images are drawn again and again; 94 % of 500 are four too few."""
+    rng = np.random.RandomState(0)
+    labels, counts, held = np.repeat(np.arange(len(images)), images), np.full(len(images), 5), 0
+    for _ in range(500):
+        true = rng.uniform(low, high, len(images))
+        guess = np.where(rng.rand(len(labels)) < true[labels], labels, (labels + 1) % len(images))
+        below, above = intervals_of(labels, guess, counts)[1]["few"]
+        held += below <= 100 * true.mean() <= above
+    assert held >= 0.93 * 500
+
+
+def test_images_of_a_group_count_as_one():
+    groups = np.array(["a"] * 20 + ["b"] * 20 + ["c"] * 10 + [""] * 2)
+    y = np.array([0] * 40 + [1] * 12)
+    p = np.where((groups == "b") | (groups == ""), 1 - y, y)
+    metrics, found = intervals_of(y, p, np.array([500, 5]), groups)
+    assert found["top1"] == pytest.approx(wilson_interval(5 * 30 / 52, 5))  # a, b, c, and two alone
+    assert found["many"] == pytest.approx(wilson_interval(1, 2))
+    assert found["few"] == pytest.approx(wilson_interval(3 * 10 / 12, 3))
+    assert found["macro"] == pytest.approx(wilson_interval(metrics.macro / 100 * 4.8, 4.8))  # 4 / (1 / 2 + 1 / 3)
+    alone = intervals_of(y, p, np.array([500, 5]), np.full(52, ""))[1]
+    assert alone["top1"] == pytest.approx(intervals_of(y, p, np.array([500, 5]))[1]["top1"])
 
 
 @pytest.mark.parametrize("seed", range(40))

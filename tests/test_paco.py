@@ -443,7 +443,7 @@ def in_two_processes(rank, folder):
     for streams in two_views((8, 5), seed=rank):
         step(streams)
     before = [buffer.clone() for buffer in method.key.network.buffers()]
-    method.start_epoch(1)
+    method.synchronize()
     after = [buffer.clone() for buffer in method.key.network.buffers()]
     # A table of teachers' logits: each process looks at every second image; the second image is broken, and the third
     # takes its place.

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
+from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.recipe import find_recipe, in_proportion, load_recipe
 from mbib_timm.sweeps import show_sweep, sweep_runs
@@ -350,8 +351,8 @@ def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finishe
     assert "holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in capsys.readouterr().err
 
 
-class CrashError(Exception):
-    """Stands for a crash."""
+class CrashError(BaseException):
+    """Stands for a kill: an error of a method would fail its own run alone."""
 
 
 @pytest.mark.slow
@@ -371,7 +372,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monke
     with pytest.raises(CrashError):
         run_sweep(sweep, keys, tmp_path)
     monkeypatch.undo()
-    assert [run.status() for run in plan(sweep, keys)] == ["done", "partial"]
+    assert [run.status(DataPool()) for run in plan(sweep, keys)] == ["done", "partial"]
     assert "1 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text(), "what was found is written at once"
     assert run_sweep(sweep, keys, tmp_path)
     assert "2 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text()
@@ -392,6 +393,53 @@ def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
     assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[7])
     results = read_results(tmp_path / "results" / "s-1e")
     assert (results.seeds, results.planned) == ([0, 2, 7], 4)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_named_recipes_has_the_seeds_that_it_is_given(tmp_path):
+    sweep = find_sweep([DIGITS, "cifar_resnet20.ce_digits"])
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[1, 2])
+    results = read_results(tmp_path / "results" / "sweep-1e")
+    assert (results.seeds, results.planned, len(results.runs)) == ([1, 2], 4, 4)
+    assert "4 of 4 runs of these recipes" in (tmp_path / "results" / "sweep-1e" / "table.md").read_text()
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[3], only=["mbib"])
+    results = read_results(tmp_path / "results" / "sweep-1e")
+    assert ([run.seed for run in results.runs], results.planned) == ([3, 1, 1, 2, 2], 6)
+
+
+@pytest.mark.slow
+def test_rows_stay_where_the_folders_of_their_runs_are_gone(tmp_path, capsys):
+    """As in a clone that has the results of a sweep, but not its runs."""
+    sweep = Sweep("s", DIGITS, {"lr": [0.05, 0.1]})
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results", only=["lr=0.05"])
+    (before,) = read_results(tmp_path / "results" / "s-1e").runs
+    shutil.rmtree(tmp_path / "runs")
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results", only=["lr=0.1"])
+    results = read_results(tmp_path / "results" / "s-1e")
+    assert [run.coordinates["lr"] for run in results.runs] == ["0.05", "0.1"]
+    assert results.runs[0] == before
+    # What is asked for is trained, whatever is there of it.
+    capsys.readouterr()
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results", only=["lr=0.05"])
+    assert "(done)" not in capsys.readouterr().out
+    assert [run.coordinates["lr"] for run in read_results(tmp_path / "results" / "s-1e").runs] == ["0.05", "0.1"]
+
+
+@pytest.mark.slow
+def test_a_sweep_does_not_replace_the_results_of_another(tmp_path):
+    results = tmp_path / "results"
+    assert run_sweep(Sweep("s", DIGITS, {"lr": [0.05]}), small(tmp_path), results)
+    before = (results / "s-1e" / "sweep.json").read_bytes()
+    others = (
+        (Sweep("s", DIGITS, {"lr": [0.1]}), {}),  # its row would go
+        (Sweep("s", DIGITS, {"lr": [0.05]}), {"val_split": "left_out"}),  # or become another
+    )
+    for sweep, keys in others:
+        with pytest.raises(MbibError, match=r"s-1e holds results of another sweep, .*lr=0.05-seed0.*; choose"):
+            run_sweep(sweep, small(tmp_path, output=str(tmp_path / "elsewhere"), **keys), results)
+    assert (results / "s-1e" / "sweep.json").read_bytes() == before
+    # More of the same sweep is not another.
+    assert run_sweep(Sweep("s", DIGITS, {"lr": [0.05, 0.1]}), small(tmp_path), results)
 
 
 @pytest.mark.slow
@@ -456,6 +504,35 @@ def test_of_runs_side_by_side_one_that_fails_is_named_and_a_plugins_method_is_kn
     out = capsys.readouterr().out
     assert "failed: cifar_resnet20.ce_digits-opt_kwargs=wrong-seed0: recipe key 'opt_kwargs'" in out
     assert "1 of 2 runs" in (tmp_path / "results" / "two-1e" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_method_with_a_bug_fails_its_own_runs_alone(tmp_path, capfd, jobs):
+    plugin = tmp_path / "buggy.py"
+    plugin.write_text(
+        f"from mbib_timm.methods import METHODS, register\n\n\n@register('buggy{jobs}')\nclass Buggy(METHODS['ce']):\n"
+        "    def head_loss(self, logits, targets):\n        raise IndexError('target 8 is out of bounds')\n"
+    )
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--jobs", str(jobs)]
+    file = tmp_path / "three.yaml"
+    file.write_text(f"recipe: cifar_resnet20.ce_digits\naxes: {{method: [ce, buggy{jobs}, bsce]}}\n")
+    assert main(["sweep", str(file), "--plugin", str(plugin), *places, *FLAGS]) == 1
+    said = capfd.readouterr()
+    label = f"cifar_resnet20.ce_digits-method=buggy{jobs}-seed0"
+    assert f"failed: {label}: IndexError: target 8 is out of bounds" in said.out
+    assert "buggy.py" in said.err, "the traceback"
+    results = read_results(tmp_path / "results" / "three-1e")
+    assert [run.method for run in results.runs] == ["ce", "bsce"]
+    assert results.failed == {label: "IndexError: target 8 is out of bounds"}
+
+
+def test_stages_that_are_set_for_all_runs(tmp_path):
+    stages = [{"method": "ce", "epochs": 8}, {"method": {"name": "tau_norm", "tau": 0.5}, "epochs": 0}]
+    sweep = Sweep("s", DIGITS, {"lr": [0.05, 0.1]}, set={"stages": stages, "model": "cifar_resnet20"})
+    for run in plan(sweep, {"output": str(tmp_path), "epochs": 4}):
+        assert [(stage.method["name"], stage.epochs) for stage in run.recipe.chain()] == [("ce", 4), ("tau_norm", 0)]
+        assert run.recipe_epochs == 8
+        assert run.settings == {"stages": stages, "model": "cifar_resnet20"}
 
 
 def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
@@ -529,7 +606,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys, popen):
     out = capsys.readouterr().out
     assert f"left to another process: {theirs.label}" in out
     assert "failed" not in out.lower()
-    assert [run.status() for run in plan(sweep, keys)] == ["missing", "done"]
+    assert [run.status(DataPool()) for run in plan(sweep, keys)] == ["missing", "done"]
     assert run_sweep(sweep, keys, tmp_path), "it is run once the other process has gone"
     assert "2 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text()
 
@@ -605,7 +682,7 @@ def test_stages_start_from_the_run_of_the_same_seed(tmp_path, capsys):
         assert out.count(f"done, in {folder / f'cifar_resnet32.ce_digits-seed{seed}'}") == 2
         assert "tau" in json.loads((folder / f"{STAGED[2]}-seed{seed}" / "metrics.json").read_text())["chosen"]
     assert not list(folder.glob("*/stage1-*"))
-    assert [run.status() for run in plan(sweep, keys)] == ["done"] * 6
+    assert [run.status(DataPool()) for run in plan(sweep, keys)] == ["done"] * 6
     with (tmp_path / "sweep-1e" / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epochs"] for row in rows] == ["1"] * 6
@@ -617,9 +694,9 @@ def test_stages_start_from_the_run_of_the_same_seed(tmp_path, capsys):
 
 def test_a_run_that_has_its_first_stage_alone_is_partial(tmp_path):
     (run,) = plan(replace(find_sweep(STAGED[1:2]), seeds=[0]), small(tmp_path))
-    assert run.status() == "missing"
+    assert run.status(DataPool()) == "missing"
     (run.folder().path / "stage1-ce").mkdir(parents=True)
-    assert run.status() == "partial"
+    assert run.status(DataPool()) == "partial"
 
 
 @pytest.mark.parametrize(("images", "kept"), [(500, {}), (499, {"dataset": "folder"})])

@@ -191,14 +191,12 @@ def draw_costs(analysis: "Analysis") -> Any:
     ours = {"this model, inference": content.inference, "this model, all heads": content.all_heads}
     if content.inference == content.all_heads:
         ours = {"this model": content.inference}
-    papers = {f"{name}, paper": Cost(**values) for name, values in TABLE_6.items()}
-    # Operations grow with the image: another size than Table 6's cannot be compared.
+    # Of another network, or for images of another size than Table 6's, the paper has no costs.
     comparable = tuple(content.input_size[1:]) == TABLE_6_SIZE
+    papers = {f"{name}, paper": Cost(**values) for name, values in TABLE_6.items()} if comparable else {}
     quantities = {
         "parameters, thousands": {name: cost.parameters / 1e3 for name, cost in {**ours, **papers}.items()},
-        "multiply-accumulates (MACs), billions": {
-            name: cost.macs / 1e9 for name, cost in {**ours, **(papers if comparable else {})}.items()
-        },
+        "multiply-accumulates (MACs), billions": {name: cost.macs / 1e9 for name, cost in {**ours, **papers}.items()},
     }
     heights = [len(bars) for bars in quantities.values()]
     figure, panels = canvas(6.0, 1.4 + 0.22 * sum(heights), rows=2)

@@ -56,7 +56,7 @@ class Subject:
         model: in evaluation mode.
         outputs: over the split's N images.
         counts: training images of each class, (K,).
-        input_size: the model's own image size (C, H, W).
+        input_size: image size (C, H, W) that its costs are counted at.
         embedded_classes: labels of the classes to embed; None for ten from the head to the tail.
         images_per_class: images of each to embed.
     """
@@ -246,7 +246,8 @@ class Analysis(Analyzed):
         Shown(
             "costs",
             "Costs of one image",
-            "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6.",
+            "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6 where "
+            "the network is the paper's.",
             draw_costs,
         ),
     )

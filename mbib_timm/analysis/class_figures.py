@@ -20,7 +20,14 @@ from mbib_timm.drawing import (
     foreground,
 )
 from mbib_timm.models.head_outputs import PREDICTION
-from mbib_timm.results.run_figures import class_bars, class_bars_title, name_classes, neighbours, shortened
+from mbib_timm.results.run_figures import (
+    class_bars,
+    class_bars_title,
+    name_classes,
+    neighbours,
+    number_of_classes,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from mbib_timm.analysis.analysis_record import Analysis
@@ -78,7 +85,7 @@ def _posterior_bars(analysis: "Analysis", values: np.ndarray, form: str) -> tupl
     counts = analysis.counts
     groups, means = shot_groups(counts), mean_by_shot_group(values, counts)
     labels = {
-        name: f"{name} ({_classes(len(groups[name]))})"
+        name: f"{name} ({number_of_classes(len(groups[name]), int(np.isfinite(values[groups[name]]).sum()))})"
         + ("" if mean is None else f": {form.format(mean)}".replace("-", "−"))
         for name, mean in means.items()
         if name != "all"

@@ -58,6 +58,7 @@ def collect_outputs(
     *,
     device: torch.device,
     channels_last: bool = False,
+    groups: np.ndarray | None = None,
 ) -> Outputs:
     """Collect a model's outputs; one forward pass a batch gives features and logits.
 
@@ -67,6 +68,7 @@ def collect_outputs(
         class_counts: training images of each class, (K,).
         device: device of the model.
         channels_last: hand the images on in channels-last format.
+        groups: name of the group of each image of the split; None where images have none.
 
     Raises:
         DataError: no image at all, or what the loader raises for a broken one.
@@ -76,6 +78,7 @@ def collect_outputs(
     model.eval()
     sums: Statistics | None = None
     labels: list[Tensor] = []
+    places: list[Tensor] = []
     features: dict[str, list[Tensor]] = {}
     heads: dict[str, list[HeadOutputs]] = {}
     try:
@@ -88,6 +91,7 @@ def collect_outputs(
             sums = counted if sums is None else sums + counted
             # Off the device at once: the features of a whole split may not fit there.
             labels.append(targets.cpu())
+            places.append(batch.index.cpu())
             for name, values in embedded.items():
                 features.setdefault(name, []).append(values.float().cpu())
             for name, values in logits.items():
@@ -102,7 +106,8 @@ def collect_outputs(
         raise MbibError(f"analysis: logits of {', '.join(broken)} are not finite; the weights have diverged")
     truth, joined = torch.cat(labels), {name: _concatenate(parts) for name, parts in heads.items()}
     guesses = joined[PREDICTION].predicted.numpy()
-    metrics[PREDICTION] = with_intervals(metrics[PREDICTION], truth.numpy(), guesses, class_counts)
+    grouped = None if groups is None else groups[torch.cat(places).numpy()]
+    metrics[PREDICTION] = with_intervals(metrics[PREDICTION], truth.numpy(), guesses, class_counts, grouped)
     return Outputs(
         truth,
         {name: torch.cat(features.pop(name)) for name in list(features)},  # one by one, so that the parts go early

@@ -325,6 +325,11 @@ class Passes:
         split, val = self.splits.require_held_out(), self.splits.val
         return self._loader("val", val, False) if split is val else self._loader("held_out", split, True)
 
+    @property
+    def opened_held_out(self) -> bool:
+        """Whether the images that are never trained on were asked for."""
+        return "held_out" in vars(self)
+
     def _loader(self, name: str, split: Split, replace_broken: bool) -> Loader:
         recipe, size, world = self.recipe, self.input_size, self.world
         if self.store is not None:

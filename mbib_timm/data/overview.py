@@ -36,18 +36,23 @@ def summary(splits: Splits) -> list[str]:
         if len(labels):
             lines.append(f"{title}: {_few([names[label] for label in labels])}")
     lines += [f"warning: {line}" for line in splits.shared]
-    return lines + warnings([splits.train, splits.val, *([] if splits.test is None else [splits.test])])
+    return lines + warnings(splits.opened())
 
 
 def warnings(splits: Sequence[Split]) -> list[str]:
     """Return what is missing of splits, and what their sources have left out, a line for each reason."""
+    missing = dict.fromkeys(split.missing for split in splits if split.missing)
+    passed_over = [f"left out: {in_words({why: names})}" for why, names in left_out(splits).items()]
+    return [f"warning: {line}" for line in (*missing, *passed_over)]
+
+
+def left_out(splits: Sequence[Split]) -> dict[str, list[str]]:
+    """Return the names of what the sources of splits have left out, each once, by the reason."""
     merged: dict[str, dict[str, None]] = {}
     for split in splits:
         for why, names in split.left_out.items():
             merged.setdefault(why, {}).update(dict.fromkeys(names))
-    missing = dict.fromkeys(split.missing for split in splits if split.missing)
-    left_out = [f"left out: {in_words({why: list(names)})}" for why, names in merged.items()]
-    return [f"warning: {line}" for line in (*missing, *left_out)]
+    return {why: list(names) for why, names in merged.items()}
 
 
 def _shots(counts: np.ndarray) -> str:

@@ -1,10 +1,13 @@
 """The data of a run: its splits, the long-tailed subset, the class counts; opened and checked against one another."""
 
+import hashlib
+import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ from mbib_timm.data.sources import LEFT_OUT, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
+
+NAMES = 10_000  # of a split's images that its digest looks at, evenly spread
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,26 @@ class Splits:
         """Classes K."""
         return len(self.class_counts)
 
+    def opened(self) -> list[Split]:
+        """Return the splits that there are: training, and what is evaluated."""
+        return [self.train, self.val, *([] if self.test is None else [self.test])]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the images, wherever they lie: class names, all labels, and names of up to `NAMES` of each split.
+
+        Names begin below the folder that all of them are in. What the files hold is not looked at.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        splits = self.opened()
+        names = [_some_names(split) for split in splits]
+        common = _common_folder([name for each in names for name in each])
+        for split, each in zip(splits, names, strict=True):
+            digest.update(b"%d\0" % len(split))
+            digest.update(np.ascontiguousarray(split.targets, dtype=np.int64).data)
+            digest.update(b"".join(name.removeprefix(common) + b"\0" for name in each))
+        return digest.hexdigest()
+
     def require_held_out(self) -> Split:
         """Return the images that are never trained on. Raises MbibError where there are none."""
         if self.held_out is None:
@@ -57,6 +82,18 @@ class Splits:
                 "holdout: 0.1 to keep a tenth of each class's training images out of training"
             )
         return self.held_out
+
+
+def _some_names(split: Split) -> list[bytes]:
+    places = np.linspace(0, len(split) - 1, min(NAMES, len(split))).astype(np.int64)
+    return list(split.files(places))
+
+
+def _common_folder(names: Sequence[bytes]) -> bytes:
+    """Return the folder that all paths are in, with its slash; nothing of names that are no paths."""
+    if not names or not all(os.path.isabs(name) for name in names):
+        return b""
+    return os.path.join(os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))]), b"")
 
 
 def open_data(recipe: Recipe, source: Source | None = None) -> Splits:

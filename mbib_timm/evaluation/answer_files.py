@@ -20,7 +20,7 @@ from mbib_timm.data.images import Split, convert_image
 from mbib_timm.data.long_tail import named
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import Answers
-from mbib_timm.evaluation.metrics import class_accuracy, class_f1, wilson_interval
+from mbib_timm.evaluation.metrics import class_accuracy, class_f1, independent, wilson_interval
 from mbib_timm.files import from_cell, read_json, read_text, to_csv, to_json, write_bytes
 
 PREDICTIONS, CONFUSION, CLASSES, ERRORS = "predictions.csv", "confusion.csv", "classes.csv", "errors.json"
@@ -107,7 +107,7 @@ def write_answers(
     contents = {
         PREDICTIONS: _predictions(answers, images, names, data_dir),
         CONFUSION: _confusion(answers, names),
-        CLASSES: _classes(answers, class_counts, names),
+        CLASSES: _classes(answers, images, class_counts, names),
     }
     for name, rows in contents.items():
         write_bytes(folder / f"{prefix}{name}", to_csv(rows))
@@ -138,18 +138,23 @@ def _confusion(answers: Answers, names: Sequence[str]) -> Iterable[Sequence[obje
             yield names[cell // len(names)], names[cell % len(names)], number
 
 
-def _classes(answers: Answers, class_counts: np.ndarray, names: Sequence[str]) -> Iterable[Sequence[object]]:
+def _classes(
+    answers: Answers, images: Split, class_counts: np.ndarray, names: Sequence[str]
+) -> Iterable[Sequence[object]]:
     correct = answers.targets == answers.predicted
     total, right, taken = (
         np.bincount(labels, minlength=len(names))
         for labels in (answers.targets, answers.targets[correct], answers.predicted)
     )
+    groups = None if images.groups is None else images.groups[answers.index]
+    worth = independent(answers.targets, len(names), groups)
     accuracy, f1 = class_accuracy(total, right), class_f1(total, right, taken)
     yield "class", "training_images", "evaluated_images", "accuracy", "accuracy_low", "accuracy_high", "f1"
     for label, name in enumerate(names):
         measured: Sequence[float] = ()
         if total[label]:
-            measured = accuracy[label], *wilson_interval(int(right[label]), int(total[label])), f1[label]
+            interval = wilson_interval(right[label] / total[label] * worth[label], worth[label])
+            measured = accuracy[label], *interval, f1[label]
         shown = [f"{value:.2f}" for value in measured] or [""] * 4
         yield name, int(class_counts[label]), int(total[label]), *shown
 

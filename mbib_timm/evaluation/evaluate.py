@@ -42,9 +42,14 @@ class Answers:
 
 
 class AnswerLog:
-    """The prediction's answers of an evaluation, kept on the device until someone asks."""
+    """The prediction's answers of an evaluation, kept on the device until someone asks.
 
-    def __init__(self) -> None:
+    Args:
+        groups: name of the group of each image of the split; None where images have none.
+    """
+
+    def __init__(self, groups: np.ndarray | None = None) -> None:
+        self.groups = groups
         self.parts: list[Tensor] = []
         self.answers: Answers | None = None
 
@@ -171,5 +176,6 @@ def evaluate(
         )
     if answers is not None:
         found = answers.read()
-        results[PREDICTION] = with_intervals(results[PREDICTION], found.targets, found.predicted, class_counts)
+        groups = None if answers.groups is None else answers.groups[found.index]
+        results[PREDICTION] = with_intervals(results[PREDICTION], found.targets, found.predicted, class_counts, groups)
     return results

@@ -6,18 +6,20 @@ images, with equal weight for each class. Only top-1 and top-5 are means over im
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mbib_timm.data.groups import group_numbers
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.results.record import HeadMetrics
 
 ECE_BINS = 15
 DRAWS = 1000  # of the bootstrap
+LEAST = 10  # images of each class, from which on such draws say how its accuracy may differ
 BOOTSTRAP_SEED = 0
 SLOWER = 8  # a binomial draw for a cell than a draw of an image
 BLOCK = 2**20  # numbers of the bootstrap held at once: 8 MB
@@ -165,12 +167,12 @@ def class_f1(total: np.ndarray, correct: np.ndarray, predicted: np.ndarray) -> n
     return 100.0 * np.divide(2.0 * correct, total + predicted, out=np.full(total.shape, np.nan), where=total > 0)
 
 
-def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+def wilson_interval(correct: float, images: float) -> tuple[float, float]:
     """Return the 95 % interval in percent of an accuracy over images (Wilson 1927).
 
     Args:
-        correct: images that are right.
-        images: their number, at least one.
+        correct: images that are right; no whole number where the images are worth fewer than they are.
+        images: their number, above 0.
     """
     share, square = correct / images, NORMAL**2 / images
     centre = (share + square / 2) / (1 + square)
@@ -179,58 +181,92 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
     return 100.0 * (0.0 if correct == 0 else centre - reach), 100.0 * (1.0 if correct == images else centre + reach)
 
 
-def mean_interval(correct: np.ndarray, images: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval in percent of the mean accuracy of classes, from each one's Wilson interval.
+def mean_interval(accuracy: np.ndarray, images: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval in percent of the mean accuracy of classes, of which some may have few images.
 
-    The distances of the classes' limits from their accuracies add up as standard errors do (Zou and Donner 2008).
+    It is Wilson's for K^2 / sum(1 / n_k) images, whose accuracy varies as that mean does where all classes are equally
+    hard; where they are not, the mean varies less as a rule, and the interval is wider than need be.
 
     Args:
-        correct: images of each class that are right, (K,).
-        images: of each class, (K,); classes without images do not count.
+        accuracy: of each class, in percent, (K,).
+        images: of each class, (K,), at least one.
     """
-    counted = [(int(k), int(n)) for k, n in zip(correct, images, strict=True) if n]
-    limits = np.array([wilson_interval(k, n) for k, n in counted])
-    accuracy = np.array([100.0 * k / n for k, n in counted])
-    low, high = np.sqrt(((limits - accuracy[:, None]) ** 2).sum(axis=0)) / len(counted)
-    return float(accuracy.mean() - low), float(accuracy.mean() + high)
+    worth = len(images) ** 2 / (1.0 / images).sum()
+    return wilson_interval(float(accuracy.mean()) / 100.0 * worth, float(worth))
+
+
+def independent(targets: np.ndarray, num_classes: int, groups: np.ndarray | None) -> np.ndarray:
+    """Return how many images of each class say something of their own, (K,): of each group one.
+
+    Args:
+        targets: labels of the N images, (N,).
+        num_classes: classes K.
+        groups: name of each image's group, (N,), where images have groups; one with an empty name stands alone.
+    """
+    numbers = np.arange(len(targets)) if groups is None else group_numbers(groups)
+    labels, _ = np.unique(np.stack([targets, numbers]), axis=1)
+    return np.bincount(labels, minlength=num_classes)
 
 
 def with_intervals(
-    metrics: HeadMetrics, targets: np.ndarray, predicted: np.ndarray, class_counts: np.ndarray
+    metrics: HeadMetrics,
+    targets: np.ndarray,
+    predicted: np.ndarray,
+    class_counts: np.ndarray,
+    groups: np.ndarray | None = None,
 ) -> HeadMetrics:
     """Return metrics with the images of each class, and the 95 % intervals of what is a mean over classes.
 
     The intervals of macro accuracy, macro F1 and the shot groups come from a bootstrap over images: 1,000 draws of N
-    images out of N, with a fixed seed; percentiles 2.5 and 97.5. A draw leaves out classes of which it has no image, as
-    the metric itself does. If no draw differs, because every class is right as a whole or wrong as a whole, the
-    interval combines those of the classes: see `mean_interval`.
+    images out of N, with a fixed seed; percentiles 2.5 and 97.5. Where a class has fewer than `LEAST` images, or no
+    draw differs, they are those of `mean_interval`, and macro F1 has none: draws of one image are all alike.
+
+    Images of a group may all be right or wrong together, and then a group says no more than one image would: where
+    there are groups, all intervals are those of as many images as there are groups.
 
     Args:
         metrics: metrics of the head.
         targets: labels of the N images, (N,).
         predicted: labels that the head predicts, (N,).
         class_counts: training images of each class, (K,).
+        groups: name of each image's group, (N,); see `independent`.
     """
-    groups = {"macro": np.arange(len(class_counts)), **shot_groups(class_counts)}
+    of_classes = {"macro": np.arange(len(class_counts)), **shot_groups(class_counts)}
     images = np.bincount(targets, minlength=len(class_counts))
     right = np.bincount(targets[targets == predicted], minlength=len(class_counts))
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in ("macro_f1", *groups)}
-    for total, correct, taken in _draws(targets, predicted, len(class_counts)):
+    worth, accuracy = independent(targets, len(class_counts), groups), class_accuracy(images, right)
+    intervals = dict(metrics.intervals)
+    if groups is not None:
+        whole = float(independent(np.zeros_like(targets), 1, groups)[0])
+        intervals["top1"] = wilson_interval(metrics.top1 / 100.0 * whole, whole)
+    measured = {name: classes[images[classes] > 0] for name, classes in of_classes.items()}
+    drawn = {name: classes for name, classes in measured.items() if groups is None and (worth[classes] >= LEAST).all()}
+    found = _bootstrap(targets, predicted, drawn, len(class_counts)) if any(map(len, drawn.values())) else {}
+    for name, classes in measured.items():
+        if not len(classes):
+            continue
+        low, high = found.get(name, (0.0, 0.0))
+        intervals[name] = (low, high) if low < high else mean_interval(accuracy[classes], worth[classes])
+    if found.get("macro_f1") is not None:
+        low, high = found["macro_f1"]
+        intervals["macro_f1"] = (low, high) if low < high else intervals["macro"]
+    return replace(metrics, intervals=intervals, class_images=images.tolist())
+
+
+def _bootstrap(
+    targets: np.ndarray, predicted: np.ndarray, groups: Mapping[str, np.ndarray], num_classes: int
+) -> dict[str, tuple[float, float]]:
+    """Return percentiles 2.5 and 97.5 of draws of images, by name of some classes; with all of them, macro F1's too."""
+    drawn: dict[str, list[np.ndarray]] = {}
+    for total, correct, taken in _draws(targets, predicted, num_classes):
         accuracy = class_accuracy(total, correct)
         for name, classes in groups.items():
-            drawn[name].append(_mean_of_rows(accuracy[:, classes]))
-        drawn["macro_f1"].append(_mean_of_rows(class_f1(total, correct, taken)))
-    intervals = dict(metrics.intervals)
-    for name, parts in drawn.items():
-        values = np.concatenate(parts)
-        if getattr(metrics, name) is None:
-            continue
-        low, high = np.nanpercentile(values, [2.5, 97.5]).tolist()
-        if low == high:
-            classes = groups.get(name, groups["macro"])
-            low, high = mean_interval(right[classes], images[classes])
-        intervals[name] = (low, high)
-    return replace(metrics, intervals=intervals, class_images=images.tolist())
+            if len(classes):
+                drawn.setdefault(name, []).append(_mean_of_rows(accuracy[:, classes]))
+        if "macro" in groups:
+            drawn.setdefault("macro_f1", []).append(_mean_of_rows(class_f1(total, correct, taken)))
+    found = {name: np.nanpercentile(np.concatenate(parts), [2.5, 97.5]).tolist() for name, parts in drawn.items()}
+    return {name: (low, high) for name, (low, high) in found.items()}
 
 
 def _mean_of_rows(values: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ def validate(
         opened = open_target(found, world, split)
         channels_last = found.recipe.channels_last
         moved = None if prior is None else _move_prior(prior, found, opened, world)
-        log = AnswerLog()
+        log = AnswerLog(opened.images.groups)
         heads = evaluate(
             opened.model,
             opened.loader,

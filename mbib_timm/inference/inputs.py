@@ -80,12 +80,14 @@ class Columns:
     """Columns of a table of images.
 
     Attributes:
-        path: holds the images' paths, relative to the table's folder.
+        path: holds the images' paths, absolute or below `root`.
         label: holds the names of their classes; None for `LABEL_COLUMN`, where there is one.
+        root: folder of relative paths; None for the table's own.
     """
 
     path: str = PATH_COLUMN
     label: str | None = None
+    root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ def _read_table(file: Path, columns: Columns) -> list[FoundImage]:
     label = {"label": columns.label or LABEL_COLUMN}
     wanted = {"path": columns.path, **(label if columns.label else {})}
     rows = list(read_rows(file, wanted, label))
-    return _listed([row.path for row in rows], str(file), file.parent, [row.label for row in rows])
+    root = columns.root or file.parent
+    where = f"{file}, whose paths are taken below {root},"
+    return _listed([row.path for row in rows], where, root, [row.label for row in rows])
 
 
 def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImages:

@@ -19,6 +19,7 @@ from mbib_timm.environment import joined_world
 from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior, estimate_prior
+from mbib_timm.evaluation.seen import trained_on_line
 from mbib_timm.files import counted, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
 from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
@@ -252,7 +253,8 @@ def predict(
         unsure=tally.unsure,
         prior=estimate,
     )
-    for line in _summary(result, tally, model, threshold):
+    seen = _trained_on(model, [image for image in todo if image.label is not None]) if result.metrics else ""
+    for line in _summary(result, tally, model, threshold, seen):
         print(line, file=sys.stderr if output is None else sys.stdout)
     return result
 
@@ -476,7 +478,14 @@ def _write_overlays(
     progress.close()
 
 
-def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: float) -> Iterator[str]:
+def _trained_on(model: LoadedModel, images: Sequence[FoundImage]) -> str:
+    """Return a line on the images that a run's model was trained on; see `trained_on_line`."""
+    files = {os.path.abspath(os.fsencode(image.reader.path(image.index))) for image in images}
+    folder = model.source.folder
+    return "" if folder is None else trained_on_line(folder, files, f"these {counted(len(files), 'image')}")
+
+
+def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: float, seen: str) -> Iterator[str]:
     """Give what is said at the end, line by line."""
     if result.prior is not None:
         yield printable(result.prior.describe(tally.names))
@@ -492,6 +501,8 @@ def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: flo
             yield from Table(["%", *columns], [*measured_rows(metrics, columns), *rows]).lines()
         else:
             yield accuracy_table({PREDICTION: metrics}, model.class_counts)
+        if seen:
+            yield f"warning: {seen}"
         if result.unsure and tally.sure:
             yield (
                 f"overall without the unsure: {percent(100 * tally.right / tally.sure, 2)} on "

@@ -19,7 +19,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from mbib_timm.data import Batch, Passes
+from mbib_timm.data import Batch, Passes, class_probabilities, parse_sampler
 from mbib_timm.errors import MbibError, nearest
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
@@ -43,6 +43,7 @@ class Facts(NamedTuple):
         class_names: in label order; None if they are not known.
         mixed: whether images are mixed with one another.
         class_weights: class weights of the recipe, (K,), with a mean of 1 over the training images; None for none.
+        sampler: of the training images; None for the method's own.
     """
 
     class_counts: np.ndarray
@@ -54,6 +55,7 @@ class Facts(NamedTuple):
     class_names: tuple[str, ...] | None = None
     mixed: bool = False
     class_weights: np.ndarray | None = None
+    sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,9 @@ class Method(TrainingTask):
         title: name of the method in tables and on cards.
         citation: its paper, in one line.
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
-        logit_prior: the class frequencies that trained logits are for: ``train`` after a plain loss, ``uniform`` after
-            one that compensates for the class counts. May be a property.
+        logit_prior: the class frequencies that trained logits are for, with the method's own sampler and without class
+            weights: ``train`` after a plain loss, ``uniform`` after one that compensates for the class counts, or on
+            balanced classes. May be a property.
         sampler: default of the recipe key ``sampler``.
         part: default of the recipe key ``train``.
         reset: default of the recipe key ``reset``.
@@ -262,15 +265,24 @@ class Method(TrainingTask):
 
     @property
     def result_prior(self) -> str | None:
-        """The class frequencies that the result's logits are for; None if class weights make them neither.
+        """The class frequencies that the result's logits are for, ``train`` or ``uniform``; None if they are neither.
 
-        With weights w, a plain loss learns the frequencies n w instead of n. Balanced weights make these uniform.
+        Logits that are for frequencies p after sampling with frequencies q are for p q' w / q after sampling with q',
+        with class weights w: balanced samples or balanced weights make those of a plain loss uniform.
         """
-        weights, counts = self.facts.class_weights, self.facts.class_counts
-        if weights is None or self.post_hoc:
-            return str(self.logit_prior)
-        evens_out = np.allclose(weights * counts, (weights * counts).mean())
-        return "uniform" if self.logit_prior == "train" and evens_out else None
+        declared, facts = str(self.logit_prior), self.facts
+        sampler = facts.sampler or self.sampler
+        if self.post_hoc or (sampler == self.sampler and facts.class_weights is None):
+            return declared
+        own, now = _sampled(self.sampler, facts), _sampled(sampler, facts)
+        if own is None or now is None:
+            return None
+        train = facts.class_counts / facts.class_counts.sum()
+        weights = 1.0 if facts.class_weights is None else facts.class_weights
+        found = (train if declared == "train" else 1.0) * now * weights / own
+        found = found / found.sum()
+        priors = {"uniform": np.full_like(train, 1 / len(train)), "train": train}
+        return next((name for name, prior in priors.items() if np.allclose(found, prior, rtol=1e-4, atol=0)), None)
 
     # When something happens beside the step. Nothing here may branch inside a step: it may have been captured.
 
@@ -282,7 +294,14 @@ class Method(TrainingTask):
         """
 
     def start_epoch(self, epoch: int) -> None:
-        """Prepare an epoch, counted from 0: write into buffers, in place."""
+        """Prepare an epoch, counted from 0, once: write into buffers, in place.
+
+        Where a run is resumed within an epoch, buffers that the checkpoint holds then take their values from there.
+        """
+
+    def synchronize(self) -> None:
+        """Make alike what differs between processes, at the start of an epoch and before a checkpoint within one: a
+        resumed run has what the first process saved."""
 
     def after_step(self) -> None:
         """Act after each update of the weights, as part of the step, with which it is captured."""
@@ -409,6 +428,20 @@ class Method(TrainingTask):
         network.load_state_dict(given.get("network", {}), strict=False)
         if not ema:
             self.load_state_dict(given.get("method", {}), strict=False)
+
+
+def _sampled(sampler: str, facts: Facts) -> np.ndarray | None:
+    """Return the class frequencies (K,) of the images that a sampler draws; None where they change, or of two streams.
+
+    Args:
+        sampler: as recipes name it.
+        facts: of the stage.
+    """
+    streams, epochs = parse_sampler(sampler), facts.epochs
+    if len(streams) > 1:
+        return None
+    first, last = (class_probabilities(streams[0], facts.class_counts, epoch, epochs) for epoch in (0, epochs - 1))
+    return first if np.allclose(first, last) else None
 
 
 METHODS: Registry[type[Method]] = Registry("method")

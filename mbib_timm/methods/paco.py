@@ -210,7 +210,7 @@ class Paco(Method):
         self.queue.put(keys, targets)
         return {"loss": loss, "bsce": adjusted_cross_entropy(logits.detach(), targets, offset=self.log_prior)}
 
-    def start_epoch(self, epoch: int) -> None:
+    def synchronize(self) -> None:
         """Let the key networks of several processes agree."""
         self.key.synchronize()
 

@@ -70,8 +70,8 @@ class TauNorm(Method):
                 classifier.bias.zero_()
 
     def report(self) -> dict[str, float]:
-        """Return tau."""
-        return {"tau": self.tau}
+        """Return tau, where it was not given."""
+        return {"tau": self.tau} if self.settings.tau is None else {}
 
     def _classifiers(self) -> list[nn.Linear]:
         classifiers: Any = classifiers_of(self.result_model())

@@ -130,28 +130,15 @@ def efficiency(model: nn.Module, input_size: tuple[int, int, int]) -> Efficiency
 
     Args:
         model: on any device; not changed.
-        input_size: the model's own image size (C, H, W); its channels are taken, and its height and width where the
-            model cannot take 640x640.
+        input_size: of the image, (C, H, W).
     """
     complete: Any = copy.deepcopy(model).to("meta").eval()
     bare: Any = copy.deepcopy(complete)
     if hasattr(bare, "remove_training_heads"):
         bare.remove_training_heads()
-    size = _size_taken(bare, input_size)
     all_heads = getattr(complete, "forward_heads", None)
     return Efficiency(
-        list(size),
-        Cost(count_parameters(bare), count_macs(bare, size)["total"]),
-        Cost(count_parameters(complete), count_macs(complete, size, all_heads)["total"]),
+        list(input_size),
+        Cost(count_parameters(bare), count_macs(bare, input_size)["total"]),
+        Cost(count_parameters(complete), count_macs(complete, input_size, all_heads)["total"]),
     )
-
-
-def _size_taken(model: nn.Module, own: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return Table 6's size with the model's channels, or its own size where it cannot take that."""
-    size = (own[0], *TABLE_6_SIZE)
-    try:
-        with torch.no_grad():
-            model(torch.empty(1, *size, device="meta"))
-    except (AssertionError, RuntimeError, ValueError):  # timm asserts the image size, others fail in a layer
-        return own
-    return size

@@ -123,6 +123,8 @@ def render_card(
         start=_start(run),
         stages=[_stage(stage) for stage in recipe.chain()],
         duration=_duration(record.training_seconds),
+        left_out_files=", ".join(f"{len(names):,} ({why})" for why, names in record.left_out.items()),
+        last_stage_only=len(record.stages) > 1 and not record.inputs,
         environment=record.environment,
         few=len(shot_groups(counts)["few"]),
         licence=licence_of(run, stated),

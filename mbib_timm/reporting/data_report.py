@@ -186,9 +186,12 @@ def _about(title: str, found: Duplicates, pictures: Sequence[Picture]) -> Iterat
         yield f"  evaluated images that are also in training: {len(found.leaks):,}{hint}"
     # Those that matter most first.
     across = [each for each in found.sets if len({pictures[i].split for i in each}) > 1]
-    for each in list({each[0]: each for each in (*mixed, *across, *found.sets)}.values())[:SHOWN_SETS]:
+    shown = list({each[0]: each for each in (*mixed, *across, *found.sets)}.values())
+    for each in shown[:SHOWN_SETS]:
         more = f" and {len(each) - 4:,} more" if len(each) > 4 else ""
         yield "  " + ", ".join(f"{printable(pictures[i].path)} ({pictures[i].split})" for i in each[:4]) + more
+    if len(shown) > SHOWN_SETS:
+        yield f"  and {len(shown) - SHOWN_SETS:,} more; --csv FILE lists all"
 
 
 def image_rows(found: Inspection) -> bytes:

@@ -32,7 +32,7 @@ from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
-from mbib_timm.results.runs import RunGroup
+from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
     STARTED,
     Table,
@@ -45,7 +45,7 @@ from mbib_timm.results.tables import (
     tables_by_start,
 )
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
-from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline
+from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline, listed
 
 CONFUSED = 15  # pairs of classes in a table
 
@@ -274,7 +274,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
     seeds = ", ".join(str(member.record.seed) for member in group.runs)
     hours = statistics.mean(member.record.training_seconds for member in group.runs) / 3600
-    epochs = " + ".join(str(stage.epochs) for stage in run.recipe.chain())
+    epochs = epochs_text(run)
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
@@ -285,6 +285,9 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             "training data",
             f"{counts.sum():,} images in {len(counts):,} classes, {counts.max()} to {counts.min()} per class",
         ),
+        *([("held out", run.record.held_out)] if run.record.held_out else []),
+        *([("trained on before", run.record.trained_before)] if run.record.trained_before else []),
+        *([("left out", _left_out(run))] if run.record.left_out else []),
         ("epochs", epochs),
         *([] if run.origin.is_scratch else [(STARTED, f"{origin_text(run.origin)}. {run.overlap}".strip())]),
         *([("changed from the recipe", settings)] if settings else []),
@@ -296,6 +299,15 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{environment.versions}, commit {environment.commit or 'unknown'}",
         ),
     ]
+
+
+def _left_out(run: FinishedRun) -> str:
+    return ", ".join(f"{len(names):,} ({why})" for why, names in run.record.left_out.items())
+
+
+def epochs_text(run: FinishedRun) -> str:
+    """Return the epochs of a run's stages: ``200 + 30``."""
+    return " + ".join(str(stage.epochs) for stage in run.recipe.chain())
 
 
 def _beside_the_paper(group: RunGroup) -> Table:
@@ -316,11 +328,25 @@ def _beside_the_paper(group: RunGroup) -> Table:
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
     """Return runs of several recipes side by side: those from scratch, then those that started from weights."""
     section = Section("Side by side")
+    if len({_evaluated(group) for group in groups}) > 1:
+        section.paragraphs(
+            [
+                "**These runs were not evaluated on the same images**, and so their numbers do not compare: each run's "
+                "own section says on which."
+            ]
+        )
     kinds = split_by_start(groups, lambda group: group.origin)
     for place, (said, kind) in enumerate(kinds):
         section.paragraphs([said] if said else [])
         _compare(section, kind, f"-{place + 1}" if len(kinds) > 1 else "")
     return section
+
+
+def _evaluated(group: RunGroup) -> str:
+    """Return which images a group's result is on, as far as its record says."""
+    record = group.first.record
+    result = record.result.prediction
+    return str([result.images, result.class_images, record.class_names, record.held_out])
 
 
 def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
@@ -334,10 +360,10 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         result = group.paper[0] if group.is_papers else None
         number = None if result is None else result.accuracies.get("overall")
         paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
-        epochs = str(group.epochs) + (f" of {group.recipe_epochs}" if group.is_short else "")
+        epochs = epochs_text(group.first) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in columns]
         beside = [paper, difference(group.mean("overall"), number)] if group.origin.is_scratch else []
-        method = method_title(group.first.record.method)
+        method = stages_text(group.first.record.stages)
         rows.append((group.origin, [group.title, method, epochs, str(len(group.runs)), *accuracies, *beside]))
     papers = ["paper", "difference"] if groups[0].origin.is_scratch else []
     for _, table in tables_by_start(["run", "method", "epochs", "n", *columns, *papers], rows):
@@ -390,8 +416,8 @@ def sweep_section(results: SweepResults) -> Section:
             Illustration(
                 "curves",
                 "Accuracy over the epochs",
-                "Each line is a configuration, the mean over its seeds after each evaluated epoch; the last point is "
-                "the result.",
+                "Each line is a configuration, the mean over its seeds after each evaluated epoch; "
+                f"{_last_point(results)}.",
                 partial(sweep_curves, results),
             )
         )
@@ -399,6 +425,15 @@ def sweep_section(results: SweepResults) -> Section:
     for command in dict.fromkeys(_command(run.environment) for run in results.runs):
         section.command(command)
     return section
+
+
+def _last_point(results: SweepResults) -> str:
+    """Return what the last points of a sweep's curves are, beside its results."""
+    last = [(run.curve.val_top1[-1:], run.heads["prediction"]["overall"]) for run in results.runs]
+    if all(point == [result] for point, result in last):
+        return "the last point is the result"
+    splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
+    return f"the result, on split {splits}, is another number than the last point"
 
 
 def _command(environment: Environment) -> str:

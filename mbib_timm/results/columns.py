@@ -43,5 +43,6 @@ DEFINITIONS = (
 INTERVALS = (
     "The 95 % intervals cover the uncertainty from the limited number of evaluated images, not how another training "
     "run would differ. They are Wilson's for overall, and from a bootstrap over the images (1,000 draws) for the "
-    "others; if each class is right or wrong as a whole, the Wilson intervals of the classes are combined."
+    "others; where a class has fewer than 10 images, they are Wilson's for as many images as the mean over the classes "
+    "is worth. Where images were held out in groups, a group counts as one image."
 )

@@ -13,6 +13,7 @@ from mbib_timm.models.pretraining import NOT_RECORDED, Origin
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
 RECORD, HISTORY = "metrics.json", "summary.csv"
+LISTED = 1000  # names of files of a kind that a record keeps
 # Accuracies that an epoch's row keeps, as the columns of ``summary.csv`` call them.
 EPOCH_METRICS = tuple(column.metric for column in MODEL_COLUMNS.values())
 
@@ -35,7 +36,7 @@ class HeadMetrics:
         per_class: accuracy of each of the K classes.
         macro_f1: mean F1 of the classes with images, in percent.
         intervals: 95 % intervals in percent, by the name of the metric: ``top1`` (Wilson), and for the prediction also
-            ``macro``, ``macro_f1``, ``many``, ``medium`` and ``few`` (bootstrap over images).
+            ``macro``, ``macro_f1``, ``many``, ``medium`` and ``few``; see `mbib_timm.evaluation.with_intervals`.
         measured: numbers of images, and of classes with images, behind ``overall``, ``many``, ``medium`` and ``few``.
         class_images: for the prediction, the number of evaluated images of each of the K classes.
     """
@@ -107,6 +108,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a stage was given that its recipe only says the place of, as digests.
+
+    Attributes:
+        data: of the images and their labels, wherever they lie; see `mbib_timm.data.Splits`.
+        start: SHA-256 of the weights' file that the recipe names; None where it names none.
+        plugins: SHA-256 of each plugin's code, by the name of its file.
+    """
+
+    data: str
+    start: str | None = None
+    plugins: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """The record of a finished run.
 
@@ -128,7 +144,8 @@ class RunRecord:
         best: metrics of the best evaluated epoch, on the split that chose it; None if no epoch was evaluated.
         chosen: values that the method has chosen itself, by name.
         chosen_on: the images on which it chose them.
-        training_seconds: training time of the last stage, including its evaluations.
+        training_seconds: training time of all stages, including their evaluations, and of a stage that another run has
+            trained before; of records without `inputs`, of the last stage.
         replaced_images: broken training images that were replaced by others.
         left_out_images: broken images that were left out of the evaluations.
         environment: versions, hardware, command.
@@ -137,6 +154,10 @@ class RunRecord:
         origin: where training started: from scratch, or from which weights and which data.
         rounded_from: top-1 accuracy of the prediction in percent before the package rounded the weights to half
             precision; `result` is then that of the rounded weights. None if they were not rounded.
+        inputs: of each stage; none if they were not recorded.
+        trained_before: a line on the evaluated images that the run which this one started from was trained on; None if
+            there are none, or if it was not recorded.
+        left_out: names of the files that the data's source has passed over, by the reason; at most `LISTED` of each.
     """
 
     name: str
@@ -164,6 +185,9 @@ class RunRecord:
     held_out: str | None = None
     origin: Origin = NOT_RECORDED
     rounded_from: float | None = None
+    inputs: list[Inputs] = field(default_factory=list)
+    trained_before: str | None = None
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""

@@ -47,7 +47,7 @@ def redact_value(value: Any) -> Any:
 
 def redact_record(record: RunRecord) -> RunRecord:
     """Return a run's record without paths of the machine that it ran on; names of classes are none."""
-    plain = redact_value({**dataclasses.asdict(record), "class_names": None})
+    plain = redact_value({**dataclasses.asdict(record), "class_names": None, "left_out": {}})
     redacted: RunRecord = from_plain(RunRecord, plain)
     return dataclasses.replace(
         redacted,
@@ -55,6 +55,7 @@ def redact_record(record: RunRecord) -> RunRecord:
         environment=redact_environment(record.environment),
         replaced_images=[Path(path).name for path in record.replaced_images],
         left_out_images=[Path(path).name for path in record.left_out_images],
+        left_out={why: [Path(path).name for path in paths] for why, paths in record.left_out.items()},
     )
 
 

@@ -32,6 +32,7 @@ from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
+FEW_IMAGES = 10  # of a class, that say little of its accuracy
 SAME = 0.05  # points that no figure shows
 BARS = 150  # as many bars as can be told apart
 
@@ -162,7 +163,8 @@ def class_accuracy(
         name: f"{name} ({number_of_classes(len(classes), int(np.isfinite(accuracy[classes]).sum()))})"
         for name, classes in shot_groups(class_counts).items()
     }
-    classes_a_bar = class_bars(axes, accuracy, class_counts, labels)
+    images = results["prediction"].class_images
+    classes_a_bar = class_bars(axes, accuracy, class_counts, labels, np.array(images) if images else None)
     axes.set(title=class_bars_title("Accuracy of the prediction by class", classes_a_bar))
     axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100))
     order = name_classes(axes, class_counts, class_names)
@@ -187,7 +189,13 @@ def number_of_classes(trained: int, evaluated: int) -> str:
     return f"{of}{trained} class{'es' * (trained != 1)}{' evaluated' * bool(of)}"
 
 
-def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: Mapping[str, str]) -> int:
+def class_bars(
+    axes: Any,
+    values: np.ndarray,
+    class_counts: np.ndarray,
+    labels: Mapping[str, str],
+    images: np.ndarray | None = None,
+) -> int:
     """Draw a quantity of classes as bars, sorted by their training images and coloured by shot group.
 
     Where there are too many classes to tell their bars apart, a bar is the mean of neighbours in one shot group.
@@ -197,19 +205,30 @@ def class_bars(axes: Any, values: np.ndarray, class_counts: np.ndarray, labels: 
         values: (K,); nan for classes without images, which get a cross instead.
         class_counts: training images of each class, (K,).
         labels: what the legend says of each shot group.
+        images: that each class's value is of, (K,): a bar of one class is hollow where they are few. None for no
+            difference.
 
     Returns:
         How many classes a bar stands for.
     """
-    sorted_values = values[np.argsort(-class_counts, kind="stable")]
+    order = np.argsort(-class_counts, kind="stable")
+    sorted_values = values[order]
     classes_a_bar, edges_of = neighbours(class_counts)
+    few = np.zeros(len(order), dtype=bool)
+    if images is not None and classes_a_bar == 1:
+        few = (images[order] < FEW_IMAGES) & (images[order] > 0)
     for name, edges in edges_of.items():
         bars = [_mean(sorted_values[a:b]) for a, b in pairwise(edges)]
         gap = 0.2 if classes_a_bar == 1 else 0.0
-        axes.bar(
+        drawn = axes.bar(
             edges[:-1] + 0.5 + gap / 2, bars, np.diff(edges) - gap, align="edge", color=GROUP_COLORS[name],
             label=labels[name],
         )  # fmt: skip
+        for bar, place in zip(drawn, edges[:-1], strict=True):
+            if few[place]:
+                bar.set(facecolor="none", edgecolor=GROUP_COLORS[name], linewidth=1.5)
+    if few.any():
+        axes.bar(np.nan, np.nan, facecolor="none", edgecolor=GREY, label=f"hollow: fewer than {FEW_IMAGES} images")
     unseen = np.flatnonzero(np.isnan(sorted_values)) + 1
     if len(unseen):
         axes.plot(unseen, np.zeros(len(unseen)), "x", color=GREY, label="no test images", clip_on=False)

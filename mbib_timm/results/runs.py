@@ -2,6 +2,7 @@
 seeds put together. Nothing here says where on a machine a run was made."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
         The run, then the others.
 
     Raises:
-        MbibError: another recipe's run among the others, or a seed that is there twice.
+        MbibError: another recipe's run among the others, one of other data or code, or a seed that is there twice.
     """
     first, *rest = runs = [read_run(path) for path in (folder, *others)]
     for run in rest:
@@ -175,12 +176,24 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
             )
         if _without_seed(run.recipe) != _without_seed(first.recipe):
             raise MbibError(f"{run.folder} is a run of a different recipe from {folder}: more than the seed differs")
+        if _given(run, runs) != _given(first, runs):
+            raise MbibError(
+                f"{run.folder} had other data or other code of plugins than {folder}: more than the seed differs"
+            )
     _require_other_seeds(runs)
     return runs
 
 
 def _without_seed(recipe: Recipe) -> dict[str, Any]:
     return recipe.everywhere(seed=0).computation()
+
+
+def _given(run: FinishedRun, runs: Iterable[FinishedRun]) -> str:
+    """Return what a run was given beside its recipe and its start, as far as all of some runs have it recorded."""
+    record = run.record
+    inputs = record.inputs if all(each.record.inputs for each in runs) else []
+    given = [record.class_counts, record.class_names, *([each.data, each.plugins] for each in inputs)]
+    return json.dumps(given, sort_keys=True)
 
 
 def _from(run: FinishedRun) -> str:
@@ -267,8 +280,10 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     """
     grouped: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        start = dataclasses.asdict(run.origin)
-        grouped.setdefault(json.dumps([run.name, _without_seed(run.recipe), start], sort_keys=True), []).append(run)
+        start, recipe = dataclasses.asdict(run.origin), _without_seed(run.recipe)
+        alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
+        key = json.dumps([run.name, recipe, start, _given(run, alike)], sort_keys=True)
+        grouped.setdefault(key, []).append(run)
     groups = []
     for members in grouped.values():
         _require_other_seeds(members)
@@ -327,5 +342,18 @@ def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
     alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
     if any(other.origin != run.origin for other in alike):
         said.append("from scratch" if run.origin.is_scratch else f"from {start_name(run.origin)}")
+    if any(_given(other, alike) != _given(run, alike) for other in alike):
+        said.append(_other_inputs(run, alike))
     settings = ", ".join(said)
     return f"{run.name} ({settings})" if settings else run.name
+
+
+def _other_inputs(run: FinishedRun, alike: Sequence[FinishedRun]) -> str:
+    """Return which data a run had, where runs of one recipe had others, or else which code."""
+    own, folders = _given(run, alike), dict[str, set[str]]()
+    for other in alike:
+        folders.setdefault(_given(other, alike), set()).add(last_part(other.recipe.data_dir or ""))
+    if all(folders[own].isdisjoint(others) for given, others in folders.items() if given != own):
+        return f"data {last_part(run.recipe.data_dir or '')}"
+    digest = hashlib.sha256(own.encode()).hexdigest()[:8]
+    return f"data and code {digest}, {sum(run.record.class_counts):,} training images"

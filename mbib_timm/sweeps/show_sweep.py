@@ -20,7 +20,7 @@ from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.tables import FROM_WEIGHTS, STARTED, Table, difference, mean_and_deviation, mean_of, percent
-from mbib_timm.sweeps.sweep import GROUP, HEAD
+from mbib_timm.sweeps.sweep import GROUP, HEAD, OF_RECIPES
 from mbib_timm.sweeps.sweep_results import (
     FILE,
     Cell,
@@ -112,10 +112,11 @@ def what_was_run(results: SweepResults) -> list[str]:
     images = sorted({run.images for run in results.runs})
     splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
     machines = sorted({run.environment.machine for run in results.runs})
+    recipe = "these recipes" if results.recipe == OF_RECIPES else f"the recipe `{results.recipe}`"
     said = [
         f"Top-1 accuracy in percent after the last epoch on {listed(images, ',')} images (split {splits}): mean ± "
-        f"sample standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of the "
-        f"recipe `{results.recipe}`, {epochs_run(results)}, on {listed(machines)}."
+        f"sample standard deviation over n seeds ({seeds}). {len(results.runs)} of {results.planned} runs of "
+        f"{recipe}, {epochs_run(results)}, on {listed(machines)}."
     ]
     if results.settings:
         listing = listed([f"`{key}` {value}" for key, value in results.settings.items()])

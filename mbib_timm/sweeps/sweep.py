@@ -37,6 +37,8 @@ from mbib_timm.results.paper import ABLATIONS, RESULTS
 PER_RUN = ("seed", "experiment", "resume")
 FIGURE_ROLES = {"bars": ("x", "color"), "lines": ("x", "color", "style"), "heatmap": ("x", "y")}
 FIGURE_NEEDS = {"bars": (), "lines": ("x",), "heatmap": ("x", "y")}
+# The base recipe of a sweep over recipes that a command names.
+OF_RECIPES = "{recipe}"
 # Axes of a table and a figure that no run has: its heads, and the shot groups of its classes.
 HEAD, GROUP = "head", "group"
 
@@ -129,6 +131,11 @@ class Sweep:
                     raise unknown_name(f"axis in the paper's numbers of sweep {self.name}", name, self.axes)
                 if name in COLUMNS and (isinstance(value, bool) or not isinstance(value, int | float)):
                     raise MbibError(f"sweep {self.name}: the paper's {name}: expected a number, got {shown(value)}")
+
+    @property
+    def of_recipes(self) -> bool:
+        """True for a sweep over recipes that a command names, without a file of its own."""
+        return self.recipe == OF_RECIPES
 
     def placeholders(self) -> list[str]:
         """Return the axes that are parts of the recipe's name."""
@@ -250,7 +257,7 @@ def find_sweep(names: Sequence[str]) -> Sweep:
             find_recipe(name)
         except MbibError:
             raise unknown_name("sweep or recipe", name, [*list_sweeps(), *list_recipes()]) from None
-    return Sweep("sweep", "{recipe}", {"recipe": list(names)})
+    return Sweep("sweep", OF_RECIPES, {"recipe": list(names)})
 
 
 def _is_sweep(path: Path) -> bool:

@@ -54,9 +54,10 @@ class SweepRun:
         split: of these images.
         heads: accuracies in percent by head, under ``overall``, ``many``, ``medium`` and ``few``.
         curve: of the last stage.
-        training_seconds: of the last stage.
+        training_seconds: of all stages.
         environment: versions, hardware, command.
         origin: where it started.
+        computation: digest of all that decides what was computed, but for the inputs; empty if it was not recorded.
     """
 
     label: str
@@ -77,6 +78,7 @@ class SweepRun:
     training_seconds: float
     environment: Environment
     origin: Origin = NOT_RECORDED
+    computation: str = ""
 
 
 @dataclass(frozen=True)

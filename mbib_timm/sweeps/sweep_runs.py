@@ -4,10 +4,14 @@ The runs of a process share opened data, resident images and the compiled step.
 """
 
 import contextlib
+import glob
+import hashlib
 import itertools
+import json
 import math
 import os
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, shown
+from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, few, first_line, shown
 from mbib_timm.files import check_folder, printable, printable_lines
 from mbib_timm.models.origin import starts_from_weights
 from mbib_timm.models.zoo import data_set_of
+from mbib_timm.options import default_of
 from mbib_timm.recipe import (
     KEYS,
     STAGES,
@@ -31,13 +36,14 @@ from mbib_timm.recipe import (
     recipe_name,
 )
 from mbib_timm.recipe.declared import load_plugin
-from mbib_timm.results.record import is_finished, read_history, read_record
+from mbib_timm.results.record import RECORD, is_finished, read_history, read_record
 from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, Sweep, key_of
-from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
+from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
+from mbib_timm.training.given import check_done
 from mbib_timm.training.run_folder import RunFolder
 
 # Runs that a sweep may have; and the bytes of the name of a run's folder.
@@ -75,17 +81,40 @@ class PlannedRun:
         """Return the run's folder."""
         return RunFolder(Path(self.recipe.output) / self.label)
 
+    @property
+    def computation(self) -> str:
+        """Digest of all that decides what is computed, where it is no default; the inputs are not in it."""
+        given = [
+            {name: value for name, value in _computing(stage) if value != default_of(KEYS[name])}
+            for stage in self.recipe.chain()
+        ]
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+
+    def computed(self, run: SweepRun) -> bool:
+        """Return whether a run of kept results is this one, as far as they say."""
+        return run.computation in ("", self.computation)
+
     def is_done(self) -> bool:
         """Return whether the run has come to its end."""
         return is_finished(self.folder().path)
 
-    def status(self) -> str:
-        """Return ``done``, ``partial`` or ``missing``. Raises CheckpointError for another recipe's run."""
+    def status(self, pool: DataPool) -> str:
+        """Return ``done``, ``partial`` or ``missing``.
+
+        Args:
+            pool: opens the recipe's data, where they lie in another place than the run's.
+
+        Raises:
+            CheckpointError: another recipe's run, or one of other data, another start or other code.
+        """
         folder = self.folder()
         if not self.is_done() and not folder.has_checkpoint():
             return "partial" if any(folder.path.glob("stage*-*")) else "missing"
-        folder.agree(self.recipe)
-        return "done" if self.is_done() else "partial"
+        folder.agree(self.recipe, instead="--name")
+        if not self.is_done():
+            return "partial"
+        check_done(folder.path, read_record(folder.path), folder.recipe(), self.recipe, pool)
+        return "done"
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:
@@ -164,8 +193,9 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
                 given = given.replace(f"{{{place}}}", by_axis[place].text)
             path = find_recipe(given)
             of_axes = {address: value for each in point for address, value in each.settings.items()}
-            own = load_recipe(path, {STAGES: of_axes[STAGES]} if STAGES in of_axes else {})
-            recipe = load_recipe(path, _with_epochs(path, own, {**overrides, **of_axes}))
+            given_all = {**overrides, **of_axes}
+            own = load_recipe(path, {STAGES: given_all[STAGES]} if STAGES in given_all else {})
+            recipe = load_recipe(path, _with_epochs(path, own, given_all))
             name = recipe_name(path)
             values = [f"{axis}={_in_a_path(each.name)}" for axis, each in by_axis.items() if axis not in places]
             configuration = "-".join([name, *values])
@@ -204,6 +234,9 @@ def _changed(own: Recipe, recipe: Recipe, settings: Mapping[str, Any]) -> dict[s
     """Return those of the settings by which a recipe computes something else than by itself; without the epochs."""
     changed = {}
     for address, given in settings.items():
+        if address == STAGES:  # as the recipe itself has them not
+            changed[address] = given
+            continue
         stages = zip(own.chain(), recipe.chain(), strict=True)
         differ = any(_at(before, address) != _at(now, address) for before, now in stages)
         if differ and key_of(address) != "epochs" and not KEYS[key_of(address)].metadata["location"]:
@@ -221,6 +254,11 @@ def _at(stage: Recipe, address: str) -> Any:
     return value
 
 
+def _computing(stage: Recipe) -> list[tuple[str, Any]]:
+    """Return the keys of a stage that decide what is computed, with their values."""
+    return [(name, getattr(stage, name)) for name, item in KEYS.items() if not item.metadata["location"]]
+
+
 def _in_a_path(value: str) -> str:
     """Return a value as part of a folder's name."""
     return printable("_".join(value.replace("/", "_").split()))
@@ -235,7 +273,7 @@ def trainer() -> Task[PlannedRun]:
             for plugin in stage.plugin:  # a recipe that has come from another process
                 load_plugin(plugin)
         try:
-            if run.status() != "done":  # another process may have done it by now
+            if run.status(pool) != "done":  # another process may have done it by now
                 train(run.recipe, run.name, pool)
         except BusyFolderError:
             return Outcome(busy=True)
@@ -255,7 +293,12 @@ def _one_after_another(
     train_missing = trainer()
     for number, run in runs:
         announce(number, run)
-        yield run, train_missing(run)
+        try:
+            outcome = train_missing(run)
+        except Exception as error:  # whatever a plugin does wrong: the other runs may be of others
+            traceback.print_exc()
+            outcome = Outcome(failed=f"{type(error).__name__}: {first_line(error)}")
+        yield run, outcome
 
 
 def run_sweep(
@@ -276,7 +319,8 @@ def run_sweep(
     Args:
         sweep: what to run.
         overrides: of all runs, by address.
-        results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are.
+        results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are. Runs
+            that are not asked for now, and whose folders are gone, keep their rows there.
         seeds: run these in the place of the sweep's own.
         only: run only those whose label contains one of these.
         jobs: runs that are trained at once, in processes of their own when more than one.
@@ -292,21 +336,30 @@ def run_sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MbibError("a sweep runs in one process: start one per device with --device, without torchrun")
     chosen = sweep.seeds if seeds is None else seeds
-    whole = plan(replace(sweep, seeds=list(dict.fromkeys([*sweep.seeds, *chosen]))), overrides)
+    asked = list(dict.fromkeys([*([] if sweep.of_recipes else sweep.seeds), *chosen]))
+    whole = plan(replace(sweep, seeds=asked), overrides)
+    folder = results / Path(whole[0].recipe.output).name
+    found = read_results(folder).runs if (folder / FILE).is_file() else []
+    further = sorted(_finished_seeds(whole, found) - set(asked))
+    if further:
+        whole = plan(replace(sweep, seeds=[*asked, *further]), overrides)
     of_seeds = [run for run in whole if run.recipe.seed in chosen]
     for part in only:
         if not any(part in run.label for run in of_seeds):
             raise MbibError(f"sweep {sweep.name} has no run whose name contains {part!r}")
     runs = [run for run in of_seeds if any(part in run.label for part in only)]
-    states = [run.status() for run in whole]
+    pool = DataPool()
+    states = [run.status(pool) for run in whole]
     done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
     if dry_run:
         for run, state in zip(whole, states, strict=True):
             if run in runs:
                 print(f"{state:<8} {run.label}")
         return True
-    folder = results / Path(whole[0].recipe.output).name
     check_folder(folder)
+    _require_room(folder, found, whole)
+    asked_for = {run.label for run in runs}
+    kept = {run.label: run for run in found if run.label not in asked_for}
     text = ""
     failed: dict[str, str] = {}
     busy: list[PlannedRun] = []
@@ -318,7 +371,9 @@ def run_sweep(
         while len(finished := [run for run in whole if run.label in done or run.is_done()]) > written:
             labels = {run.label for run in finished}  # what failed here may have come to its end elsewhere
             left = {label: reason for label, reason in failed.items() if label not in labels}
-            content = write_results(folder, _collect(sweep, finished, len(whole), left))
+            by_label = kept | {run.label: _sweep_run(run) for run in finished}
+            rows = [by_label[run.label] for run in whole if run.label in by_label]
+            content = write_results(folder, _collect(sweep, folder.name, rows, len(whole), left))
             written = len(finished)
         return content
 
@@ -358,18 +413,41 @@ def run_sweep(
     return not failed and not left
 
 
-def _collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Mapping[str, str]) -> SweepResults:
-    """Read what finished runs have written.
+def _finished_seeds(runs: Sequence[PlannedRun], found: Sequence[SweepRun]) -> set[int]:
+    """Return the seeds of which there are finished runs of some configurations, in folders or in kept results."""
+    outputs = {run.configuration: Path(run.recipe.output) for run in runs}
+    seeds = {run.seed for run in found if run.configuration in outputs}
+    for configuration, output in outputs.items():
+        for record in output.glob(f"{glob.escape(configuration)}-seed*/{RECORD}"):
+            seed = record.parent.name.removeprefix(f"{configuration}-seed")
+            seeds |= {int(seed)} if re.fullmatch(r"0|[1-9]\d*", seed, re.ASCII) else set()
+    return seeds
+
+
+def _require_room(folder: Path, found: Sequence[SweepRun], whole: Sequence[PlannedRun]) -> None:
+    """Raise MbibError where a sweep's results, written into a folder, would replace those of another."""
+    planned = {run.label: run for run in whole}
+    lost = [run.label for run in found if run.label not in planned or not planned[run.label].computed(run)]
+    if lost:
+        raise MbibError(
+            f"{folder} holds results of another sweep, which this one would replace ({few(lost, 2)}); choose another "
+            "--name, or remove the folder"
+        )
+
+
+def _collect(sweep: Sweep, name: str, runs: list[SweepRun], planned: int, failed: Mapping[str, str]) -> SweepResults:
+    """Return what a sweep has found.
 
     Args:
-        sweep: their sweep.
-        runs: the finished ones.
+        sweep: what was run.
+        name: of the folder of its results.
+        runs: the finished ones, in the order of the plan.
         planned: how many the whole sweep has.
         failed: why others did not finish, by label.
     """
     paper = sweep.paper
     return SweepResults(
-        name=Path(runs[0].recipe.output).name,
+        name=name,
         title=sweep.title,
         recipe=redact_text(sweep.recipe),
         axes={axis: [value.name for value in sweep.values(axis)] for axis in sweep.axes},
@@ -378,7 +456,7 @@ def _collect(sweep: Sweep, runs: Sequence[PlannedRun], planned: int, failed: Map
         figure=sweep.figure,
         paper=None if paper is None else replace(paper, recipe=redact_text(paper.recipe or sweep.recipe)),
         planned=planned,
-        runs=[_sweep_run(run) for run in runs],
+        runs=runs,
         failed={label: redact_text(reason) for label, reason in failed.items()},
     )
 
@@ -414,4 +492,5 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         training_seconds=round(record.training_seconds, 1),
         environment=record.environment,
         origin=record.origin,
+        computation=planned.computation,
     )

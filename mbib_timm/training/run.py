@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders
+from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.features import FeatureStore
 from mbib_timm.environment import (
@@ -19,9 +19,10 @@ from mbib_timm.environment import (
     seed_generators,
     share_buffers,
 )
-from mbib_timm.errors import CheckpointError, first_line
+from mbib_timm.errors import CheckpointError, few, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
+from mbib_timm.evaluation.seen import trained_on_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
@@ -30,11 +31,14 @@ from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import (
+    LISTED,
     Epoch,
     Evaluation,
     HeadMetrics,
+    Inputs,
     RunRecord,
     epoch_metrics,
+    read_record,
     write_history,
     write_record,
 )
@@ -42,6 +46,7 @@ from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import LossLog, train_one_epoch
+from mbib_timm.training.given import changed_plugins, inputs_of
 from mbib_timm.training.optimization import restore_optimizer, round_learning_rates, unscaled_rate
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import set_up, updates_of_epoch
@@ -128,6 +133,12 @@ class Run:
         self.recipe = recipe = setup.recipe.replace(
             loader=loader, amp=self.precision.autocast_dtype is not None, cuda_graph=self.graphs is not None
         )
+        self.inputs = inputs_of(recipe, pool)
+        before = None if previous is None else read_record(previous)
+        self.seconds_before = 0.0 if before is None else before.training_seconds
+        self.trained_before = _trained_before(recipe, self.splits) if before is None else before.trained_before
+        if previous is None and self.trained_before and world.is_main:
+            print(f"warning: {self.trained_before}", flush=True)
         self.pool = pool
         self.store: FeatureStore | None = None
         if self.frozen is not None:
@@ -195,7 +206,9 @@ class Run:
         recipe, done = self.recipe, self.done
         start = time.perf_counter()
         seed_generators(recipe.seed, epoch, self.world.rank, recipe.stage)
-        self.method.start_epoch(epoch)
+        if done.part is None:  # else `_restore` has
+            self.method.start_epoch(epoch)
+        self.method.synchronize()
         part = done.part or PartOfEpoch(0, unscaled_rate(self.optimizer), {}, 0.0)
         start -= part.seconds
         self.loaders.train.set_epoch(epoch, part.steps)
@@ -216,7 +229,8 @@ class Run:
         row = Epoch(epoch + 1, part.learning_rate, 0.0, losses)
         if row.epoch % recipe.val_interval == 0 or row.epoch == recipe.epochs:
             # Answers for single images in the last epoch alone, where they are those of the result.
-            answers = AnswerLog() if row.epoch == recipe.epochs and self._last_epoch_is_result() else None
+            is_last = row.epoch == recipe.epochs and self._last_epoch_is_result()
+            answers = AnswerLog(self.splits.val.groups) if is_last else None
             heads = self._evaluate(self.loaders.val, answers=answers)
             self.result = None if answers is None else (heads, answers)
             row.val = epoch_metrics(heads["prediction"])
@@ -252,8 +266,7 @@ class Run:
             if steps < len(self.loaders.train):  # else the next epoch does, once it has noted the rate
                 round_learning_rates(self.optimizer)
         if steps < len(self.loaders.train) and self._is_due(updates):
-            # What differs between processes comes to agree, as it does where the run goes on.
-            self.method.start_epoch(log.epoch)
+            self.method.synchronize()
             self.done.part = PartOfEpoch(steps, learning_rate, log.read_sums(), time.perf_counter() - start)
             generators = self.world.of_all(generator_states(self.world.device))
             if self.world.is_main:
@@ -322,6 +335,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
+            "inputs": [asdict(each) for each in self.inputs],
         }
         if generators is not None:
             state["generators"] = generators
@@ -337,16 +351,19 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("class_counts") != self.splits.class_counts.tolist():
             raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
+        self._take_inputs(state)
         if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
         try:
+            self.done = TrainState.of(state)
+            if self.done.part is not None:
+                self.method.start_epoch(self.done.epoch)
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             restore_optimizer(self.optimizer, state["optimizer"])
             if self.recipe.model_ema:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
             if self.precision.scaler is not None:
                 self.precision.scaler.load_state_dict(state["scaler"])
-            self.done = TrainState.of(state)
             steps = 0 if self.done.part is None else self.done.part.steps
             # Functions of the epoch, or the update, alone: this recipe's, which may have more epochs than the
             # checkpoint's had.
@@ -367,26 +384,42 @@ class Run:
             text = f"the checkpoint in {self.folder.path} does not fit: {first_line(error)}"
             raise CheckpointError(text) from None
 
+    def _take_inputs(self, state: dict[str, Any]) -> None:
+        """Compare what the run was given when it began with what it is given now, and keep the former."""
+        try:
+            before: list[Inputs] = from_plain(list[Inputs], state.get("inputs", []))
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
+        if [each.data for each in before] != [each.data for each in self.inputs] and before:
+            raise CheckpointError(
+                f"{self.folder.path} was trained on different data: it had other images, or other labels for them"
+            )
+        changed = changed_plugins(before, self.inputs)
+        if changed and self.world.is_main:
+            print(f"warning: {few(changed)} has changed since {self.folder.path} began", flush=True)
+        self.inputs = before or self.inputs
+
     # The results
 
     def _finish(self) -> RunRecord:
-        recipe, done, splits = self.recipe, self.done, self.splits
+        recipe, done, splits, looked = self.recipe, self.done, self.splits, False
         if type(self.method).finish is not Method.finish:
             share_buffers(self._result_model())
             self.graphs = None  # of the model as it was
-            self.method.finish(self._passes())
+            self.method.finish(passes := self._passes())
+            looked = passes.opened_held_out
         loader, images, split = self.loaders.val, splits.val, recipe.val_split
         if self.loaders.test is not None and splits.test is not None:
             loader, images, split = self.loaders.test, splits.test, recipe.test_split or "test"
         if self.result is None:  # or of a run that was resumed after its last epoch
-            log = AnswerLog()
+            log = AnswerLog(images.groups)
             self.result = self._evaluate(loader, answers=log), log
         heads, log = self.result
         answers = log.read()
         result = Evaluation(split, heads, recipe.epochs or None, WEIGHTS)
         raw = None
         if recipe.model_ema:
-            raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog()), result.epoch)
+            raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog(images.groups)), result.epoch)
         chosen = self.method.report()
         record = RunRecord(
             name=self.name,
@@ -405,13 +438,16 @@ class Run:
             raw=raw,
             best=done.best,
             chosen=chosen,
-            chosen_on=splits.held_out_from if chosen else None,
-            training_seconds=done.seconds,
+            chosen_on=splits.held_out_from if chosen and looked else None,
+            training_seconds=done.seconds + self.seconds_before,
             replaced_images=list(dict.fromkeys(self.world.gather(self.loaders.broken_images()))),
             left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
             origin=self.origin,
+            inputs=self.inputs,
+            trained_before=self.trained_before or None,
+            left_out={why: names[:LISTED] for why, names in left_out(splits.opened()).items()},
         )
         if self.world.is_main:
             if self.frozen is not None:
@@ -432,3 +468,14 @@ class Run:
             write_record(self.folder.path, record)  # last: with it the run is finished
             print_report(self.folder.path, record)
         return record
+
+
+def _trained_before(recipe: Recipe, splits: Splits) -> str:
+    """Return a line on the evaluated images that the run was trained on whose weights a recipe starts from."""
+    start = recipe.initial_checkpoint or recipe.model.removeprefix("local-dir:")
+    if start == recipe.model:
+        return ""
+    folder, images = Path(start), splits.test or splits.val
+    folder = folder if folder.is_dir() else folder.parent
+    what = f"the {counted(len(images), 'evaluated image')}"
+    return trained_on_line(folder, set(images.files()), what, " by the run that this one starts from")

@@ -142,12 +142,13 @@ class RunFolder:
         kept = f"; precision stays as it was (amp: {str(self.recipe().amp).lower()})" if "device" in changed else ""
         return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
 
-    def agree(self, recipe: Recipe, extend: bool = False) -> Recipe:
+    def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--output") -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: see `OPEN_CHOICES`.
 
         Args:
             recipe: what is asked for.
             extend: the last stage may have other epochs than here, and with them another schedule.
+            instead: flag by which the caller would go elsewhere.
 
         Raises:
             CheckpointError: the run here computes something else.
@@ -166,7 +167,7 @@ class RunFolder:
                 if key != "stages"
             )
             listing = listing or "its stages differ"
-            raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another --output")
+            raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another {instead}")
         return recipe
 
     def begin(self, recipe: Recipe, environment: Environment) -> None:

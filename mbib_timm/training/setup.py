@@ -398,4 +398,5 @@ def facts_of(recipe: Recipe, splits: Splits, size: tuple[int, int, int], previou
         splits.class_names,
         mixed=recipe.mixup > 0 or recipe.cutmix > 0,
         class_weights=loss_weights(recipe.class_weights, splits.class_counts, splits.class_names),
+        sampler=recipe.choice("sampler"),
     )

@@ -10,9 +10,10 @@ from mbib_timm.data import DataPool
 from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import Recipe
-from mbib_timm.results.record import RECORD, is_finished
+from mbib_timm.results.record import RECORD, Inputs, is_finished, read_record
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
+from mbib_timm.training.given import inputs_of
 from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up
@@ -22,7 +23,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
     """Train a recipe to the end, stage by stage, and write its results.
 
     A stage before the last is trained in a folder inside the run's, unless a finished run beside it has computed the
-    same: then its weights are taken.
+    same of the same data, start and plugins: then its weights are taken.
 
     A run that is resumed may have other epochs than before, at least those that it has done. From the next epoch on
     everything is as in a run of that many: learning rate, sampler, mixing. What was done before stays as it was, so the
@@ -114,7 +115,8 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
     assert wanted is not None
     number = wanted.stage + 1
     own = path / f"stage{number}-{wanted.method['name']}"
-    found = [str(folder) for folder in _finished(wanted, path, own)] if world.is_main else []
+    given = inputs_of(wanted, pool)
+    found = [str(folder) for folder in _finished(wanted, given, path, own)] if world.is_main else []
     found = world.gather(found[:1])
     if found:
         if world.is_main:
@@ -127,14 +129,14 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
     return own
 
 
-def _finished(wanted: Recipe, path: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders of finished runs that have computed the same, the run's own first."""
+def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders of finished runs that have computed the same of the same inputs, the run's own first."""
     beside = sorted(path.parent.glob(f"*/{RECORD}")) + sorted(path.parent.glob(f"*/stage*-*/{RECORD}"))
     for folder in (own, *(file.parent for file in beside)):
         if not is_finished(folder) or not (folder / WEIGHTS).is_file():
             continue
         try:
-            if same_computation(wanted, RunFolder(folder).recipe()):
+            if same_computation(wanted, RunFolder(folder).recipe()) and read_record(folder).inputs == given:
                 yield folder
         except MbibError:  # another program's folder, or a run of a plugin that is not here
             continue

@@ -1,0 +1,64 @@
+"""Which images a run was trained on: their accuracy says nothing of other images."""
+
+import csv
+import io
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from mbib_timm.data import open_data
+from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.answer_files import PREDICTIONS
+from mbib_timm.files import from_cell, read_text
+from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.results.record import RECORD, read_record
+
+
+def trained_on_line(run: Path, files: Collection[bytes], what: str, by: str = "") -> str:
+    """Return a line on the images that a run was trained on; empty where there are none, and for what is no run.
+
+    Where the run's data have changed, images of its folder that it has not evaluated may have been among them.
+
+    Args:
+        run: folder of the run.
+        files: absolute, normalised paths of images.
+        what: they are, such as ``the 53 evaluated images``.
+        by: says which run, such as `` by the other run``.
+    """
+    if not files or not (run / RECORD).is_file() or not (run / "recipe.yaml").is_file():
+        return ""
+    try:
+        recipe, record = load_recipe(run / "recipe.yaml"), read_record(run)
+        inside = _inside(recipe, files)
+        if not inside:
+            return ""
+        splits = open_data(recipe)
+        if record.inputs and record.inputs[-1].data == splits.digest:
+            trained = len(set(map(os.path.abspath, splits.train.files())) & inside)
+            perhaps = f"were trained on{by}"
+        else:
+            trained = len(inside - _evaluated(run, recipe))
+            perhaps = f"may have been trained on{by}: they lie in its folder, whose images have changed since"
+    except (MbibError, OSError):  # a run of data or of a plugin that are not here
+        return ""
+    if not trained:
+        return ""
+    return f"{trained:,} of {what} {perhaps}; their accuracy says nothing of other images"
+
+
+def _inside(recipe: Recipe, files: Collection[bytes]) -> set[bytes]:
+    """Return those of the files that lie where a recipe's data do."""
+    place = recipe.data_dir or (os.path.dirname(recipe.table) if recipe.table else None)
+    if place is None:
+        return set()
+    root = os.path.join(os.path.abspath(os.fsencode(place)), b"")
+    return {file for file in map(os.path.abspath, files) if file.startswith(root)}
+
+
+def _evaluated(run: Path, recipe: Recipe) -> set[bytes]:
+    """Return the images that a run has evaluated."""
+    if not (run / PREDICTIONS).is_file():
+        return set()
+    rows = csv.DictReader(io.StringIO(read_text(run / PREDICTIONS, "predictions of a run"), newline=""))
+    names = [from_cell(row["image"]) for row in rows if row.get("image")]
+    return {os.path.abspath(os.path.join(os.fsencode(recipe.data_dir or ""), os.fsencode(name))) for name in names}

@@ -1,0 +1,265 @@
+"""A run is the same as another only where its images, the weights that it starts from and its plugins are too."""
+
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from mbib_timm.cli import main
+from mbib_timm.data import open_data
+from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.recipe import load_recipe
+from mbib_timm.results.record import read_record
+from mbib_timm.results.runs import group_runs, read_run, read_seeds
+from mbib_timm.sweeps.sweep_results import read_results
+from mbib_timm.training import train
+from mbib_timm.training.given import code_of
+
+PLUGIN = """
+from torch.nn.functional import cross_entropy
+from mbib_timm.methods import Method, register
+
+@register("{name}")
+class Own(Method):
+    title = "Own"
+
+    def head_loss(self, logits, targets):
+        return {factor} * cross_entropy(logits, targets)  # {comment}
+"""
+TWO_STAGES = {"stages": [{"method": "ce"}, {"method": {"name": "tau_norm", "tau": 0.5}, "epochs": 0}]}
+
+
+def images(root, seed=0, names="image", classes=("ant", "bee")):
+    """Twelve images a class for training, and four for the evaluation."""
+    rng = np.random.RandomState(seed)
+    for split, number in (("train", 12), ("val", 4)):
+        for label in classes:
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{names}{i}.png")
+    return root
+
+
+def keys(tmp_path, data, **more):
+    return {
+        "model": "cifar_resnet20", "method": "ce", "dataset": "folder", "data_dir": str(data), "val_split": "val",
+        "img_size": 16, "imbalance": "none", "epochs": 1, "batch_size": 8, "train_crop_mode": "pad", "device": "cpu",
+        "workers": 0, "image_cache": "none", "output": str(tmp_path / "runs"), **more,
+    }  # fmt: skip
+
+
+def recipe_file(tmp_path, data, **more):
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(keys(tmp_path, data, **more)))
+    return file
+
+
+def recipe(tmp_path, data, **more):
+    return load_recipe(recipe_file(tmp_path, data, **more))
+
+
+def digest(tmp_path, data, **more):
+    return open_data(recipe(tmp_path, data, **more)).digest
+
+
+def test_the_digest_is_that_of_the_images_and_not_of_their_place(tmp_path):
+    first = images(tmp_path / "first")
+    own = digest(tmp_path, first)
+    shutil.copytree(first, tmp_path / "deep" / "down" / "moved")
+    assert digest(tmp_path, tmp_path / "deep" / "down" / "moved") == own
+    others = {
+        "names": images(tmp_path / "names", names="other"),
+        "classes": images(tmp_path / "classes", classes=("ant", "cat")),
+        "relabelled": shutil.copytree(first, tmp_path / "relabelled"),
+        "fewer": shutil.copytree(first, tmp_path / "fewer"),
+    }
+    (others["relabelled"] / "train/ant/image3.png").rename(others["relabelled"] / "train/bee/image12.png")
+    (others["fewer"] / "val/ant/image3.png").unlink()
+    found = {name: digest(tmp_path, folder) for name, folder in others.items()}
+    assert len({own, *found.values()}) == 5
+    assert digest(tmp_path, first, imbalance="exp", imbalance_factor=2.0) != own
+
+
+def test_a_stage_of_other_images_is_not_taken(tmp_path, capsys):
+    """Of as many images of the same classes: their names alone say that they are others."""
+    first, second = images(tmp_path / "first"), images(tmp_path / "second", seed=1, names="other")
+    train(recipe(tmp_path, first, **TWO_STAGES), "first")
+    capsys.readouterr()
+    train(recipe(tmp_path, second, **TWO_STAGES), "second")
+    assert "done, in" not in capsys.readouterr().out
+    assert (tmp_path / "runs/second/stage1-ce/model.safetensors").is_file()
+    shutil.copytree(first, tmp_path / "moved")
+    train(recipe(tmp_path, tmp_path / "moved", **TWO_STAGES), "moved")
+    assert f"done, in {tmp_path / 'runs/first/stage1-ce'}" in capsys.readouterr().out
+
+
+def test_a_stage_of_other_weights_is_not_taken(tmp_path, capsys):
+    data = images(tmp_path / "data")
+    starts = [train(recipe(tmp_path, data, seed=seed), f"start{seed}").folder for seed in (0, 1)]
+    for number, start in enumerate(starts):
+        train(recipe(tmp_path, data, initial_checkpoint=str(start), **TWO_STAGES), f"from{number}")
+    assert "done, in" not in capsys.readouterr().out
+    given = [read_record(tmp_path / f"runs/from{number}").inputs[0] for number in (0, 1)]
+    assert given[0].data == given[1].data
+    assert given[0].start != given[1].start
+
+
+def test_a_run_goes_on_with_its_own_images_alone(tmp_path):
+    data = images(tmp_path / "data")
+    train(recipe(tmp_path, data), "run")
+    for label in ("ant", "bee"):
+        (data / f"train/{label}/image0.png").rename(data / f"train/{label}/new.png")
+    with pytest.raises(CheckpointError, match="was trained on different data: it had other images"):
+        train(recipe(tmp_path, data, epochs=2, resume="auto"), "run")
+
+
+def test_a_changed_plugin_is_said_where_a_run_goes_on(tmp_path, capsys):
+    data, plugin = images(tmp_path / "data"), tmp_path / "one.py"
+    plugin.write_text(PLUGIN.format(name="inputs_one", factor=1, comment="as it was"))
+    more = dict(plugin=[str(plugin)], method="inputs_one")
+    before = train(recipe(tmp_path, data, **more), "run").record.inputs
+    plugin.write_text(PLUGIN.format(name="inputs_one", factor=1, comment="with another comment"))
+    train(recipe(tmp_path, data, epochs=2, resume="auto", **more), "run")
+    assert "warning" not in capsys.readouterr().out
+    plugin.write_text(PLUGIN.format(name="inputs_one", factor=2, comment="as it was"))
+    record = train(recipe(tmp_path, data, epochs=3, resume="auto", **more), "run").record
+    assert f"warning: one.py has changed since {tmp_path / 'runs/run'} began" in capsys.readouterr().out
+    assert record.inputs == before, "the code that it began with"
+
+
+def test_code_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "broken.py").write_text("def (")
+    for name in ("broken.py", "nowhere.py"):
+        with pytest.raises(MbibError, match=rf"plugin .*{name} cannot be read: "):
+            code_of(str(tmp_path / name))
+    assert len({code_of(__file__), code_of("mbib_timm.errors"), code_of("mbib_timm.cli")}) == 3
+
+
+def sweep(capsys, file, *flags):
+    status = main(["sweep", str(file), "--name", "s", "--results", str(file.parent / "results"), *map(str, flags)])
+    return status, capsys.readouterr()
+
+
+def test_a_sweep_does_not_take_a_run_of_other_images_for_its_own(tmp_path, capsys):
+    first, second = images(tmp_path / "first"), images(tmp_path / "second", seed=1, names="other")
+    file = recipe_file(tmp_path, first)
+    assert sweep(capsys, file)[0] == 0
+    shutil.copytree(first, tmp_path / "moved")
+    status, said = sweep(capsys, file, "--data-dir", tmp_path / "moved")
+    assert (status, said.out.count("(done)")) == (0, 1)
+    status, said = sweep(capsys, file, "--data-dir", second)
+    assert status == 2
+    assert "holds a run from before its images or their labels changed; choose another --name" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_sweep_does_not_take_a_run_of_an_earlier_plugin_for_its_own(tmp_path, capsys):
+    data, plugin = images(tmp_path / "data"), tmp_path / "two.py"
+    plugin.write_text(PLUGIN.format(name="inputs_two", factor=1, comment=""))
+    file = recipe_file(tmp_path, data, plugin=[str(plugin)], method="inputs_two")
+    assert sweep(capsys, file)[0] == 0
+    assert "(done)" in sweep(capsys, file)[1].out
+    plugin.write_text(PLUGIN.format(name="inputs_two", factor=0, comment=""))
+    status, said = sweep(capsys, file, "--seeds", 0, 1)
+    assert status == 2
+    assert "holds a run from before two.py changed" in said.err
+    assert [run.seed for run in read_results(tmp_path / "results/s").runs] == [0]
+
+
+def test_runs_of_other_images_are_no_seeds_of_one_configuration(tmp_path):
+    places = [images(tmp_path / name, seed, name) for seed, name in enumerate(("high", "low"))]
+    runs = [recipe(tmp_path, place, seed=seed, experiment=place.name) for seed, place in enumerate(places)]
+    folders = [train(run, "own.run").folder for run in runs]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert [group.title for group in groups] == ["own.run (data high)", "own.run (data low)"]
+    with pytest.raises(MbibError, match="had other data or other code"):
+        read_seeds(folders[0], folders[1:])
+
+
+# Images that were trained on
+
+
+def one_folder(root):
+    """Sixteen images a class that no split parts."""
+    folder = images(root)
+    for label in ("ant", "bee"):
+        for i, file in enumerate(sorted((folder / "val" / label).iterdir())):
+            target = folder / label
+            target.mkdir(exist_ok=True)
+            file.rename(target / f"val{i}.png")
+        for file in (folder / "train" / label).iterdir():
+            file.rename(folder / label / file.name)
+    shutil.rmtree(folder / "train")
+    shutil.rmtree(folder / "val")
+    return folder
+
+
+def test_predicted_images_that_were_trained_on_are_counted(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    run = train(recipe(tmp_path, data, val_split="validation"), "run").folder
+    number = 32 - read_record(run).result.prediction.images
+    output = str(tmp_path / "p.csv")
+    assert main(["predict", str(run), str(data), "--output", output, "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {number} of these 32 images were trained on; their accuracy says nothing of other images" in said
+    shutil.copytree(data, tmp_path / "others")
+    assert main(["predict", str(run), str(tmp_path / "others"), "--output", output, "--workers", "0"]) == 0
+    assert "trained on" not in capsys.readouterr().out
+    # Whatever has been evaluated was not; of what is new nobody knows.
+    shutil.copy(data / "ant" / "val0.png", data / "ant" / "new.png")
+    assert main(["predict", str(run), str(data), "--output", output, "--workers", "0"]) == 0
+    assert f"{number + 1} of these 33 images may have been trained on" in capsys.readouterr().out
+
+
+def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    first = train(recipe(tmp_path, data, val_split="validation"), "first").folder
+    assert read_record(first).trained_before is None
+    model = f"local-dir:{first}"
+    same = train(recipe(tmp_path, data, val_split="validation", model=model, method="ce"), "same").record
+    assert same.trained_before is None, "the same images are held out"
+    capsys.readouterr()
+    other = recipe(tmp_path, data, val_split="validation", model=model, subset_seed=1, holdout=0.0)
+    evaluated = {str(split) for split in open_data(other).val.files()}
+    trained = {str(split) for split in open_data(recipe(tmp_path, data, val_split="validation")).train.files()}
+    folder = train(other, "other").folder
+    number = len(evaluated & trained)
+    assert number > 0
+    line = f"{number} of the {len(evaluated)} evaluated images were trained on by the run that this one starts from; "
+    line += "their accuracy says nothing of other images"
+    assert f"warning: {line}" in capsys.readouterr().out
+    assert read_record(folder).trained_before == line
+
+
+def test_what_a_source_has_left_out_is_in_the_record_and_on_the_card(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    (data / "ant" / "broken.png").write_bytes(b"no image")
+    (data / "ant" / "kind.heic").write_bytes(b"")
+    folder = train(recipe(tmp_path, data, val_split="validation", broken="skip"), "run").folder
+    left_out = read_record(folder).left_out
+    assert [len(names) for names in left_out.values()] == [1, 1]
+    assert {name.rpartition("/")[2].partition(":")[0] for names in left_out.values() for name in names} == {
+        "broken.png", "kind.heic",
+    }  # fmt: skip
+    capsys.readouterr()
+    assert main(["publish", str(folder), "--repo-id", "me/run", "--dry-run"]) == 0
+    card = capsys.readouterr().out
+    assert "Left out of the data: 1 (images of kinds that are not read), 1 (images that cannot be read)." in card
+    assert str(tmp_path) not in card
+
+
+def test_a_tables_paths_may_be_below_another_folder(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    run = train(recipe(tmp_path, data, val_split="validation"), "run").folder
+    table = tmp_path / "tables" / "split.csv"
+    table.parent.mkdir()
+    table.write_text("path,label\nant/val0.png,ant\nbee/val0.png,bee\n")
+    flags = ["--output", str(tmp_path / "p.csv"), "--workers", "0"]
+    assert main(["predict", str(run), str(table), *flags]) == 2
+    assert f"whose paths are taken below {table.parent}, names 2 images, and none is there" in capsys.readouterr().err
+    assert main(["predict", str(run), str(table), "--data-dir", str(data), *flags]) == 0
+    assert "evaluated images" in capsys.readouterr().out
