@@ -94,7 +94,7 @@ def test_the_parts_agree_with_one_another(result):
     for points in embedding.points.values():
         assert np.array(points).shape == (80, 2)
         assert points == np.round(points, 2).tolist()
-    assert result.efficiency.input_size == [3, 640, 640]
+    assert result.efficiency.input_size == [3, 16, 16], "640 pixels are for the ResNet-32 of the paper"
 
 
 @pytest.mark.slow

@@ -88,10 +88,10 @@ def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, 
     monkeypatch.setattr(gpu, "GRACE", 5)
     begun = time.monotonic()
     status = gpu.run_phase(
-        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 8, gpu.Archives(tmp_path)
+        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 15, gpu.Archives(tmp_path)
     )  # time to start
     assert status is None
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
     assert (tmp_path / "log.txt").read_text().strip() == said
 
 

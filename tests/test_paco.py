@@ -481,3 +481,11 @@ def test_two_processes_share_the_queue_and_the_table(tmp_path):
         seen = [0, 2, 3, 4, 5, 6]
         torch.testing.assert_close(run["table"][seen], run["expected"][seen])
         assert not run["table"][1].any()
+
+
+def test_layer_decay_needs_a_network_whose_layers_are_known():
+    """The projection around PaCo's model hides them from timm, which would put all parameters into one group."""
+    method = paco(seed=0)
+    method.freeze_all_but("all", None)
+    with pytest.raises(MbibError, match="'layer_decay': method 'paco' trains a network whose layers are not known"):
+        create_optimizer(Recipe(method="paco", model="cifar_resnet20", layer_decay=0.5), method)

@@ -309,7 +309,7 @@ def test_the_card_lists_every_class_with_its_images_and_accuracy(finished_run):
 
 def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_path):
     assert read_run(finished_run).record.held_out is None, "the digits have a test split"
-    assert "were not used in training" not in render_card(read_run(finished_run), REPOSITORY)
+    assert "were not trained on in this run" not in render_card(read_run(finished_run), REPOSITORY)
     whole = class_folders(tmp_path)
     for name in ("train", "val"):
         shutil.copytree(whole, tmp_path / "splits" / name)
@@ -320,7 +320,7 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     assert chosen == "20 % of each class, drawn with seed 3"
     run = read_run(finished_run)
     card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)
-    assert f"The evaluated images come from the same source and were not used in training: {chosen}." in card
+    assert f"The evaluated images come from the same source and were not trained on in this run: {chosen}." in card
 
 
 def test_commands_lose_their_paths():

@@ -191,8 +191,8 @@ def mean_interval(accuracy: np.ndarray, images: np.ndarray) -> tuple[float, floa
         accuracy: of each class, in percent, (K,).
         images: of each class, (K,), at least one.
     """
-    worth = len(images) ** 2 / (1.0 / images).sum()
-    return wilson_interval(float(accuracy.mean()) / 100.0 * worth, float(worth))
+    worth = float(len(images) ** 2 / (1.0 / images).sum())
+    return wilson_interval(float(accuracy.mean()) / 100.0 * worth, worth)
 
 
 def independent(targets: np.ndarray, num_classes: int, groups: np.ndarray | None) -> np.ndarray:

@@ -253,7 +253,9 @@ def predict(
         unsure=tally.unsure,
         prior=estimate,
     )
-    seen = _trained_on(model, [image for image in todo if image.label is not None]) if result.metrics else ""
+    broken = {item.image for item in tally.broken}
+    labelled = [image for image in todo if image.label is not None and image.path not in broken]
+    seen = _trained_on(model, labelled) if result.metrics else ""
     for line in _summary(result, tally, model, threshold, seen):
         print(line, file=sys.stderr if output is None else sys.stdout)
     return result

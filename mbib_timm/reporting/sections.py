@@ -331,8 +331,8 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
     if len({_evaluated(group) for group in groups}) > 1:
         section.paragraphs(
             [
-                "**These runs were not evaluated on the same images**, and so their numbers do not compare: each run's "
-                "own section says on which."
+                "These runs were not evaluated on the same images, and so their numbers do not compare: each run's own "
+                "section says on which."
             ]
         )
     kinds = split_by_start(groups, lambda group: group.origin)

@@ -41,6 +41,11 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         raise MbibError(
             f"recipe key 'train': with {recipe.choice('train')} method {method.name!r} trains nothing of its network"
         )
+    if recipe.layer_decay is not None and not hasattr(network, "group_matcher"):
+        raise MbibError(
+            f"recipe key 'layer_decay': method {method.name!r} trains a network whose layers are not known to timm; "
+            "expected a method that trains the model as it is, or param_groups"
+        )
     if method.device.type == "cuda" and get_optimizer_class(recipe.opt) in FUSED_OPTIMIZERS:
         kwargs.setdefault("fused", True)
         if recipe.cuda_graph is not False and get_optimizer_class(recipe.opt) is not torch.optim.SGD:
