@@ -30,7 +30,7 @@ from mbib_timm.data.splits import Splits, open_data
 from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import DATA_KEYS, Recipe
+from mbib_timm.recipe import DATA_KEYS, KEYS, Recipe
 
 HOST = torch.device("cpu")
 
@@ -51,6 +51,12 @@ class Loaders:
         """Return the evaluated images that could not be read and were left out, each once."""
         evaluated = [self.val, *([] if self.test is None else [self.test])]
         return list(dict.fromkeys(path for loader in evaluated for path in loader.broken_images()))
+
+
+# Keys that decide which images there are, with which labels.
+OPENED_BY = tuple(
+    name for name, item in KEYS.items() if item.metadata["group"] == "data" and name not in ("loader", "image_cache")
+)
 
 
 @dataclass
@@ -76,8 +82,8 @@ class DataPool:
         return [line]
 
     def open(self, recipe: Recipe) -> Splits:
-        """Open the recipe's data, once; see `open_data`."""
-        key = data_key(recipe)
+        """Open the recipe's data, once, however their images are prepared; see `open_data`."""
+        key = json.dumps({name: getattr(recipe, name) for name in OPENED_BY})
         if key not in self.opened:
             self.opened[key] = open_data(recipe)
         return self.opened[key]

@@ -39,6 +39,7 @@ FIGURE_ROLES = {"bars": ("x", "color"), "lines": ("x", "color", "style"), "heatm
 FIGURE_NEEDS = {"bars": (), "lines": ("x",), "heatmap": ("x", "y")}
 # The base recipe of a sweep over recipes that a command names.
 OF_RECIPES = "{recipe}"
+UNNAMED = "sweep"  # its name, where the command gives none: another one's rows give way to its own
 # Axes of a table and a figure that no run has: its heads, and the shot groups of its classes.
 HEAD, GROUP = "head", "group"
 
@@ -257,7 +258,7 @@ def find_sweep(names: Sequence[str]) -> Sweep:
             find_recipe(name)
         except MbibError:
             raise unknown_name("sweep or recipe", name, [*list_sweeps(), *list_recipes()]) from None
-    return Sweep("sweep", OF_RECIPES, {"recipe": list(names)})
+    return Sweep(UNNAMED, OF_RECIPES, {"recipe": list(names)})
 
 
 def _is_sweep(path: Path) -> bool:

@@ -40,7 +40,7 @@ from mbib_timm.results.record import RECORD, is_finished, read_history, read_rec
 from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
-from mbib_timm.sweeps.sweep import PER_RUN, Sweep, key_of
+from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
 from mbib_timm.training.given import check_done
@@ -357,6 +357,8 @@ def run_sweep(
                 print(f"{state:<8} {run.label}")
         return True
     check_folder(folder)
+    if sweep.of_recipes and sweep.name == UNNAMED:
+        found = [run for run in found if run.label in {each.label for each in whole}]
     _require_room(folder, found, whole)
     asked_for = {run.label for run in runs}
     kept = {run.label: run for run in found if run.label not in asked_for}
