@@ -737,7 +737,7 @@ def test_the_rows_of_an_unnamed_sweep_give_way_to_those_of_the_next(tmp_path):
         assert run_sweep(find_sweep([DIGITS, other]), small(tmp_path), tmp_path / "results")
         runs = read_results(tmp_path / "results" / "sweep-1e").runs
         assert [run.coordinates["recipe"] for run in runs] == [DIGITS, other]
+    named = replace(find_sweep(["cifar_resnet20.ce_digits", DIGITS]), name="mine")
+    assert run_sweep(named, small(tmp_path), tmp_path / "results")
     with pytest.raises(MbibError, match="holds results of another sweep"):
-        named = replace(find_sweep(["cifar_resnet20.ce_digits", DIGITS]), name="mine")
-        assert run_sweep(named, small(tmp_path), tmp_path / "results")
         run_sweep(replace(find_sweep([DIGITS]), name="mine"), small(tmp_path), tmp_path / "results")
