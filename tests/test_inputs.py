@@ -15,7 +15,7 @@ from mbib_timm.results.record import read_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training import train
-from mbib_timm.training.given import code_of
+from mbib_timm.training.provenance import code_of
 
 PLUGIN = """
 from torch.nn.functional import cross_entropy

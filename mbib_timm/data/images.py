@@ -158,6 +158,11 @@ class Split:
         """Return the reader's indices of the images at some places."""
         return places if self.indices is None else self.indices[places]
 
+    @property
+    def in_files(self) -> bool:
+        """True if every image is a file, or lies in an archive."""
+        return isinstance(self.reader, PathReader | ArchiveReader)
+
     def path(self, place: int) -> str:
         """Return where the image at a place is, for messages."""
         return self.reader.path(self.index_of(place))

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import named, shot_groups
-from mbib_timm.data.paths import PathReader
 from mbib_timm.data.splits import Splits
 from mbib_timm.files import counted, printable
 
@@ -37,12 +35,7 @@ def summary(splits: Splits) -> list[str]:
     ):
         if len(labels):
             lines.append(f"{title}: {_few([names[label] for label in labels])}")
-    if (
-        splits.val.chosen
-        and splits.val.groups is None
-        and splits.train.groups is None
-        and isinstance(splits.val.reader, PathReader | ArchiveReader)
-    ):
+    if splits.val.chosen and splits.val.in_files and splits.val.groups is None and splits.train.groups is None:
         lines.append(
             "note: evaluated images were drawn one by one; if some belong together, such as frames of one burst or "
             "images of one patient or place, --group-by keeps them on one side"

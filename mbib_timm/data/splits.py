@@ -158,7 +158,7 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
         name: of that split.
         training_name: of the training split; images that are no files have numbers, which hold within one split.
     """
-    if not isinstance(evaluated.reader, PathReader | ArchiveReader) and name != training_name:
+    if not evaluated.in_files and name != training_name:
         return ""
     candidates = _perhaps_shared(train, evaluated)
     if candidates is not None and len(candidates) == 0:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mbib_timm.data.groups import group_numbers
 from mbib_timm.data.long_tail import shot_groups
+from mbib_timm.results.columns import FEW_IMAGES
 from mbib_timm.results.record import HeadMetrics
 
 ECE_BINS = 15
 DRAWS = 1000  # of the bootstrap
-LEAST = 10  # images of each class, from which on such draws say how its accuracy may differ
 BOOTSTRAP_SEED = 0
 SLOWER = 8  # a binomial draw for a cell than a draw of an image
 BLOCK = 2**20  # numbers of the bootstrap held at once: 8 MB
@@ -203,8 +203,9 @@ def independent(targets: np.ndarray, num_classes: int, groups: np.ndarray | None
         num_classes: classes K.
         groups: name of each image's group, (N,), where images have groups; one with an empty name stands alone.
     """
-    numbers = np.arange(len(targets)) if groups is None else group_numbers(groups)
-    labels, _ = np.unique(np.stack([targets, numbers]), axis=1)
+    if groups is None:
+        return np.bincount(targets, minlength=num_classes)
+    labels, _ = np.unique(np.stack([targets, group_numbers(groups)]), axis=1)
     return np.bincount(labels, minlength=num_classes)
 
 
@@ -218,8 +219,8 @@ def with_intervals(
     """Return metrics with the images of each class, and the 95 % intervals of what is a mean over classes.
 
     The intervals of macro accuracy, macro F1 and the shot groups come from a bootstrap over images: 1,000 draws of N
-    images out of N, with a fixed seed; percentiles 2.5 and 97.5. Where a class has fewer than `LEAST` images, or no
-    draw differs, they are those of `mean_interval`, and macro F1 has none: draws of one image are all alike.
+    images out of N, with a fixed seed; percentiles 2.5 and 97.5. Where a class has fewer than `FEW_IMAGES` images, or
+    no draw differs, they are those of `mean_interval`, and macro F1 has none: draws of one image are all alike.
 
     Images of a group may all be right or wrong together, and then a group says no more than one image would: where
     there are groups, all intervals are those of as many images as there are groups.
@@ -240,7 +241,9 @@ def with_intervals(
         whole = float(independent(np.zeros_like(targets), 1, groups)[0])
         intervals["top1"] = wilson_interval(metrics.top1 / 100.0 * whole, whole)
     measured = {name: classes[images[classes] > 0] for name, classes in of_classes.items()}
-    drawn = {name: classes for name, classes in measured.items() if groups is None and (worth[classes] >= LEAST).all()}
+    drawn = {
+        name: classes for name, classes in measured.items() if groups is None and (worth[classes] >= FEW_IMAGES).all()
+    }
     found = _bootstrap(targets, predicted, drawn, len(class_counts)) if any(map(len, drawn.values())) else {}
     for name, classes in measured.items():
         if not len(classes):

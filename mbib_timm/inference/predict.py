@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbib_timm.data import DataPool
 from mbib_timm.data.folders import in_words
 from mbib_timm.environment import joined_world
 from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior, estimate_prior
-from mbib_timm.evaluation.seen import trained_on_line
+from mbib_timm.evaluation.trained_images import trained_on_line
 from mbib_timm.files import counted, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
 from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
@@ -484,7 +485,7 @@ def _trained_on(model: LoadedModel, images: Sequence[FoundImage]) -> str:
     """Return a line on the images that a run's model was trained on; see `trained_on_line`."""
     files = {os.path.abspath(os.fsencode(image.reader.path(image.index))) for image in images}
     folder = model.source.folder
-    return "" if folder is None else trained_on_line(folder, files, f"these {counted(len(files), 'image')}")
+    return "" if folder is None else trained_on_line(folder, files, f"these {counted(len(files), 'image')}", DataPool())
 
 
 def _summary(result: Predicted, tally: Tally, model: LoadedModel, threshold: float, seen: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ Nothing here imports torch or timm, unless a plugin does: the command line answe
 
 from mbib_timm.recipe.checks import WHOLE_IMAGES
 from mbib_timm.recipe.keys import (
+    COMPUTING,
     DATA_KEYS,
     KEYS,
     MODEL_KEYS,
@@ -49,6 +50,7 @@ from mbib_timm.recipe.recipe_files import (
 
 __all__ = [
     "BASE",
+    "COMPUTING",
     "DATA_KEYS",
     "DEFAULT_RECIPE",
     "KEYS",

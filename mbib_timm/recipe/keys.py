@@ -484,8 +484,7 @@ class Recipe:
 
     def computation(self) -> dict[str, Any]:
         """Return what decides what is computed: all but paths, device, workers and logging; stages as in `to_dict`."""
-        kept = [name for name, item in KEYS.items() if not item.metadata["location"]]
-        stages = [{name: getattr(stage, name) for name in kept} for stage in self.chain()]
+        stages = [{name: getattr(stage, name) for name in COMPUTING} for stage in self.chain()]
         for stage, keys in zip(self.chain(), stages, strict=True):
             if stage.checkpoint_steps is not None and stage.loader == "timm":  # it has other draws, however many
                 keys["checkpoint_steps"] = "given"
@@ -494,6 +493,8 @@ class Recipe:
 
 KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fields(Recipe) if item.name != "previous"}
 TYPES: dict[str, Any] = {name: kind for name, kind in option_types(Recipe).items() if name in KEYS}
+# Those that decide what is computed: all but paths, device, workers and logging.
+COMPUTING = tuple(name for name, item in KEYS.items() if not item.metadata["location"])
 # Recipes that agree in these see the same images.
 DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
 

@@ -31,7 +31,7 @@ from mbib_timm.reporting.report_figures import (
 from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
-from mbib_timm.results.run_text import chosen_text, raw_text, stages_text
+from mbib_timm.results.run_text import chosen_text, left_out_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
     STARTED,
@@ -287,7 +287,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
         ),
         *([("held out", run.record.held_out)] if run.record.held_out else []),
         *([("trained on before", run.record.trained_before)] if run.record.trained_before else []),
-        *([("left out", _left_out(run))] if run.record.left_out else []),
+        *([("left out", left_out_text(run.record))] if run.record.left_out else []),
         ("epochs", epochs),
         *([] if run.origin.is_scratch else [(STARTED, f"{origin_text(run.origin)}. {run.overlap}".strip())]),
         *([("changed from the recipe", settings)] if settings else []),
@@ -299,10 +299,6 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{environment.versions}, commit {environment.commit or 'unknown'}",
         ),
     ]
-
-
-def _left_out(run: FinishedRun) -> str:
-    return ", ".join(f"{len(names):,} ({why})" for why, names in run.record.left_out.items())
 
 
 def epochs_text(run: FinishedRun) -> str:

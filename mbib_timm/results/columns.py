@@ -40,9 +40,11 @@ DEFINITIONS = (
     "are over the classes that have evaluated images, with equal weight for each. "
     "Shot groups are by training images per class: many more than 100, medium 20 to 100, few fewer than 20."
 )
+# Of a class: fewer say little of its accuracy, and draws of them little of how it may differ.
+FEW_IMAGES = 10
 INTERVALS = (
     "The 95 % intervals cover the uncertainty from the limited number of evaluated images, not how another training "
     "run would differ. They are Wilson's for overall, and from a bootstrap over the images (1,000 draws) for the "
-    "others; where a class has fewer than 10 images, they are Wilson's for as many images as the mean over the classes "
-    "is worth. Where images were held out in groups, a group counts as one image."
+    f"others; where a class has fewer than {FEW_IMAGES} images, they are Wilson's for as many images as the mean over "
+    "the classes is worth. Where images were held out in groups, a group counts as one image."
 )

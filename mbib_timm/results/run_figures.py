@@ -27,12 +27,11 @@ from mbib_timm.drawing import (
 from mbib_timm.errors import first_line
 from mbib_timm.files import write_bytes
 from mbib_timm.models.head_outputs import heads_of_expert
-from mbib_timm.results.columns import MODEL_COLUMNS
+from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
-FEW_IMAGES = 10  # of a class, that say little of its accuracy
 SAME = 0.05  # points that no figure shows
 BARS = 150  # as many bars as can be told apart
 

@@ -81,6 +81,11 @@ def raw_text(record: RunRecord) -> str:
     return f"Weights without the moving average: {overall[1]:.2f} ({listed})"
 
 
+def left_out_text(record: RunRecord) -> str:
+    """Return how many files the data's source has passed over, by the reason; empty where there are none."""
+    return ", ".join(f"{len(names):,} ({why})" for why, names in record.left_out.items())
+
+
 def stages_text(stages: Sequence[str]) -> str:
     """Return the methods of a run's stages by their titles: ``CE, then cRT``."""
     return ", then ".join(method_title(stage) for stage in stages)

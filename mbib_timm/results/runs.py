@@ -14,7 +14,16 @@ from mbib_timm.errors import MbibError
 from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text, start_name
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
-from mbib_timm.recipe import KEYS, Recipe, find_recipe, list_recipes, load_recipe, longest_epochs, recipe_name
+from mbib_timm.recipe import (
+    COMPUTING,
+    KEYS,
+    Recipe,
+    find_recipe,
+    list_recipes,
+    load_recipe,
+    longest_epochs,
+    recipe_name,
+)
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
 from mbib_timm.results.redact import last_part, redact_record, redact_value
 from mbib_timm.results.tables import mean_of
@@ -279,9 +288,11 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
         MbibError: two runs of one recipe and seed.
     """
     grouped: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        start, recipe = dataclasses.asdict(run.origin), _without_seed(run.recipe)
-        alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
+    recipes = [_without_seed(run.recipe) for run in runs]
+    for run, recipe in zip(runs, recipes, strict=True):
+        start = dataclasses.asdict(run.origin)
+        pairs = zip(runs, recipes, strict=True)
+        alike = [other for other, of_other in pairs if other.name == run.name and of_other == recipe]
         key = json.dumps([run.name, recipe, start, _given(run, alike)], sort_keys=True)
         grouped.setdefault(key, []).append(run)
     groups = []
@@ -319,7 +330,7 @@ def _by_address(recipe: Recipe) -> dict[str, Any]:
     """Return what decides what a recipe computes, by address: settings of the method, and keys of several stages."""
     found: dict[str, Any] = {}
     for number, stage in enumerate(recipe.chain(), start=1):
-        values = {key: redact_value(getattr(stage, key)) for key, item in KEYS.items() if not item.metadata["location"]}
+        values = {key: redact_value(getattr(stage, key)) for key in COMPUTING}
         values["class_weights"] = last_part(values["class_weights"])  # of a file
         method = values.pop("method")
         values = {**values, "method": method.pop("name"), **{f"method.{key}": value for key, value in method.items()}}

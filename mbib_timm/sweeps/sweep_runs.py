@@ -25,6 +25,7 @@ from mbib_timm.models.origin import starts_from_weights
 from mbib_timm.models.zoo import data_set_of
 from mbib_timm.options import default_of
 from mbib_timm.recipe import (
+    COMPUTING,
     KEYS,
     STAGES,
     Recipe,
@@ -43,7 +44,7 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.given import check_done
+from mbib_timm.training.provenance import check_done
 from mbib_timm.training.run_folder import RunFolder
 
 # Runs that a sweep may have; and the bytes of the name of a run's folder.
@@ -85,7 +86,7 @@ class PlannedRun:
     def computation(self) -> str:
         """Digest of all that decides what is computed, where it is no default; the inputs are not in it."""
         given = [
-            {name: value for name, value in _computing(stage) if value != default_of(KEYS[name])}
+            {name: value for name in COMPUTING if (value := getattr(stage, name)) != default_of(KEYS[name])}
             for stage in self.recipe.chain()
         ]
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
@@ -239,7 +240,7 @@ def _changed(own: Recipe, recipe: Recipe, settings: Mapping[str, Any]) -> dict[s
             continue
         stages = zip(own.chain(), recipe.chain(), strict=True)
         differ = any(_at(before, address) != _at(now, address) for before, now in stages)
-        if differ and key_of(address) != "epochs" and not KEYS[key_of(address)].metadata["location"]:
+        if differ and key_of(address) != "epochs" and key_of(address) in COMPUTING:
             changed[address] = given
     return changed
 
@@ -252,11 +253,6 @@ def _at(stage: Recipe, address: str) -> Any:
         elements = dict(enumerate(value)) if isinstance(value, list) else value or {}
         value = elements.get(int(part) if isinstance(value, list) else part)
     return value
-
-
-def _computing(stage: Recipe) -> list[tuple[str, Any]]:
-    """Return the keys of a stage that decide what is computed, with their values."""
-    return [(name, getattr(stage, name)) for name, item in KEYS.items() if not item.metadata["location"]]
 
 
 def _in_a_path(value: str) -> str:
@@ -358,7 +354,8 @@ def run_sweep(
         return True
     check_folder(folder)
     if sweep.of_recipes and sweep.name == UNNAMED:
-        found = [run for run in found if run.label in {each.label for each in whole}]
+        labels = {run.label for run in whole}
+        found = [run for run in found if run.label in labels]
     _require_room(folder, found, whole)
     asked_for = {run.label for run in runs}
     kept = {run.label: run for run in found if run.label not in asked_for}

@@ -22,7 +22,7 @@ from mbib_timm.environment import (
 from mbib_timm.errors import CheckpointError, few, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
-from mbib_timm.evaluation.seen import trained_on_line
+from mbib_timm.evaluation.trained_images import trained_on_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
@@ -46,8 +46,8 @@ from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import LossLog, train_one_epoch
-from mbib_timm.training.given import changed_plugins, inputs_of
 from mbib_timm.training.optimization import restore_optimizer, round_learning_rates, unscaled_rate
+from mbib_timm.training.provenance import changed_plugins, inputs_of, start_of
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import set_up, updates_of_epoch
 from mbib_timm.training.step import create_step
@@ -136,7 +136,7 @@ class Run:
         self.inputs = inputs_of(recipe, pool)
         before = None if previous is None else read_record(previous)
         self.seconds_before = 0.0 if before is None else before.training_seconds
-        self.trained_before = _trained_before(recipe, self.splits) if before is None else before.trained_before
+        self.trained_before = _trained_before(recipe, self.splits, pool) if before is None else before.trained_before
         if previous is None and self.trained_before and world.is_main:
             print(f"warning: {self.trained_before}", flush=True)
         self.pool = pool
@@ -470,12 +470,10 @@ class Run:
         return record
 
 
-def _trained_before(recipe: Recipe, splits: Splits) -> str:
+def _trained_before(recipe: Recipe, splits: Splits, pool: DataPool) -> str:
     """Return a line on the evaluated images that the run was trained on whose weights a recipe starts from."""
-    start = recipe.initial_checkpoint or recipe.model.removeprefix("local-dir:")
-    if start == recipe.model:
+    start, images = start_of(recipe), splits.test or splits.val
+    if start is None:
         return ""
-    folder, images = Path(start), splits.test or splits.val
-    folder = folder if folder.is_dir() else folder.parent
-    what = f"the {counted(len(images), 'evaluated image')}"
-    return trained_on_line(folder, set(images.files()), what, " by the run that this one starts from")
+    folder, what = start if start.is_dir() else start.parent, f"the {counted(len(images), 'evaluated image')}"
+    return trained_on_line(folder, set(images.files()), what, pool, " by the run that this one starts from")

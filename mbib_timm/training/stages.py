@@ -13,7 +13,7 @@ from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, Inputs, is_finished, read_record
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
-from mbib_timm.training.given import inputs_of
+from mbib_timm.training.provenance import inputs_of
 from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up

@@ -25,10 +25,19 @@ def inputs_of(recipe: Recipe, pool: DataPool) -> list[Inputs]:
     Raises:
         MbibError: data or weights that are not there.
     """
-    return [
-        Inputs(pool.open(stage).digest, _start_of(stage), {Path(each).name: code_of(each) for each in stage.plugin})
-        for stage in recipe.chain()
-    ]
+    return [_inputs(stage, pool.open(stage).digest) for stage in recipe.chain()]
+
+
+def _inputs(stage: Recipe, data: str) -> Inputs:
+    """Return what a stage is given, whose data have a digest."""
+    start = start_of(stage)
+    files = [start / name for name in WEIGHTS_FILES] if start and start.is_dir() else filter(None, [start])
+    weights = next((file for file in files if file.is_file()), None)  # whoever loads them says that they are not there
+    digest = None
+    if weights is not None:
+        state = weights.stat()
+        digest = _sha256(weights, state.st_size, state.st_mtime_ns)
+    return Inputs(data, digest, {Path(each).name: code_of(each) for each in stage.plugin})
 
 
 def changed_inputs(recorded: Sequence[Inputs], now: Sequence[Inputs]) -> list[str]:
@@ -66,11 +75,7 @@ def check_done(folder: Path, record: RunRecord, there: Recipe, recipe: Recipe, p
     if not record.inputs:
         return
     now = [
-        Inputs(
-            pool.open(stage).digest if _places(stage) != _places(before) else given.data,
-            _start_of(stage),
-            {Path(each).name: code_of(each) for each in stage.plugin},
-        )
+        _inputs(stage, pool.open(stage).digest if _places(stage) != _places(before) else given.data)
         for stage, before, given in zip(recipe.chain(), there.chain(), record.inputs, strict=True)
     ]
     if changed := changed_inputs(record.inputs, now):
@@ -85,18 +90,12 @@ def _places(stage: Recipe) -> list[str | None]:
     return [None if place is None else str(Path(place).resolve()) for place in given]
 
 
-def _start_of(stage: Recipe) -> str | None:
-    """Return the SHA-256 of the file of weights that a stage names; None where it names none."""
-    named = stage.initial_checkpoint or stage.model.removeprefix("local-dir:")
-    if stage.initial_checkpoint is None and named == stage.model:
-        return None
-    path = Path(named)
-    files = [path / name for name in WEIGHTS_FILES] if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            state = file.stat()
-            return _sha256(file, state.st_size, state.st_mtime_ns)
-    return None  # whoever loads them says that they are not there
+def start_of(stage: Recipe) -> Path | None:
+    """Return the folder, or the file, of the weights that a stage names by their place; None where it names none."""
+    if stage.initial_checkpoint is not None:
+        return Path(stage.initial_checkpoint)
+    place = stage.model.removeprefix("local-dir:")
+    return None if place == stage.model else Path(place)
 
 
 @cache

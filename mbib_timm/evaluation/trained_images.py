@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from mbib_timm.data import open_data
+from mbib_timm.data import DataPool
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import PREDICTIONS
 from mbib_timm.files import from_cell, read_text
@@ -14,7 +14,7 @@ from mbib_timm.recipe import Recipe, load_recipe
 from mbib_timm.results.record import RECORD, read_record
 
 
-def trained_on_line(run: Path, files: Collection[bytes], what: str, by: str = "") -> str:
+def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "") -> str:
     """Return a line on the images that a run was trained on; empty where there are none, and for what is no run.
 
     Where the run's data have changed, images of its folder that it has not evaluated may have been among them.
@@ -23,6 +23,7 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, by: str = ""
         run: folder of the run.
         files: absolute, normalised paths of images.
         what: they are, such as ``the 53 evaluated images``.
+        pool: opens the run's data, or has them.
         by: says which run, such as `` by the other run``.
     """
     if not files or not (run / RECORD).is_file() or not (run / "recipe.yaml").is_file():
@@ -32,7 +33,7 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, by: str = ""
         inside = _inside(recipe, files)
         if not inside:
             return ""
-        splits = open_data(recipe)
+        splits = pool.open(recipe)
         if record.inputs and record.inputs[-1].data == splits.digest:
             trained = len(set(map(os.path.abspath, splits.train.files())) & inside)
             perhaps = f"were trained on{by}"
