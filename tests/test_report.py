@@ -22,7 +22,14 @@ from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report import read_inputs
-from mbib_timm.reporting.sections import Section, give_unique_anchors, inline, render_page, run_section
+from mbib_timm.reporting.sections import (
+    Section,
+    comparison_section,
+    give_unique_anchors,
+    inline,
+    render_page,
+    run_section,
+)
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
@@ -31,6 +38,7 @@ from mbib_timm.results.tables import Table
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
+CE = ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16"
 DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.digits", "cifar_resnet20.ce_digits")]
 
 
@@ -262,6 +270,23 @@ def test_numbers_stand_with_their_intervals_and_what_is_behind_them(undrawn):
     assert rows["evaluated images"] == ["10,000", "10,000", "3,500", "3,500", "3,000"]
     assert rows["evaluated classes"] == ["100", "100", "35", "35", "30"]
     assert "bootstrap over the images" in text
+
+
+def test_runs_side_by_side_stand_with_what_the_images_leave_uncertain(undrawn):
+    groups, _ = read_inputs([str(MBIB), str(CE)])
+    text = html_of(comparison_section(groups))
+    # Wilson's interval is widest for the run closest to 50 %: 45.84 % of 10,000 images, by hand 44.87 to 46.82.
+    assert "leaves overall accuracy uncertain by up to 1.0 points (95 % interval)" in text
+    small, _ = read_inputs([str(DIGITS[0]), str(DIGITS[1])])
+    (reach,) = re.findall(r"uncertain by up to ([\d.]+) points", html_of(comparison_section(small)))
+    widest = 0.0
+    for group in small:
+        result = group.first.record.result.prediction
+        n, p, z = result.images, result.top1 / 100, 1.96
+        half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        low, high = (100 * (p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+        widest = max(widest, result.top1 - low, high - result.top1)
+    assert float(reach) == pytest.approx(widest, abs=0.06)
 
 
 def with_answers(tmp_path, classes, name="own"):

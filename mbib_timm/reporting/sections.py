@@ -29,6 +29,7 @@ from mbib_timm.reporting.report_figures import (
     sweep_curves,
 )
 from mbib_timm.results.columns import COLUMNS, INTERVALS
+from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import chosen_text, left_out_text, raw_text, stages_text
@@ -364,6 +365,7 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
     papers = ["paper", "difference"] if groups[0].origin.is_scratch else []
     for _, table in tables_by_start(["run", "method", "epochs", "n", *columns, *papers], rows):
         section.table(table)
+    section.paragraphs(_uncertainty(results))
     section.figure(
         Illustration(
             f"accuracy{suffix}",
@@ -388,6 +390,18 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         if analyses[0].class_counts == other.class_counts:
             for illustration in comparison_figures(analyses[0], other):
                 section.figure(replace(illustration, name=f"{illustration.name}{suffix}-{place}"))
+
+
+def _uncertainty(results: Sequence[HeadMetrics]) -> list[str]:
+    """Return a sentence on how far overall accuracy's widest interval reaches; none where there is none."""
+    intervals = [(result.top1, interval) for result in results if (interval := result.interval("overall")) is not None]
+    reaches = [max(top1 - low, high - top1) for top1, (low, high) in intervals]
+    if not reaches:
+        return []
+    return [
+        f"The limited number of evaluated images alone leaves overall accuracy uncertain by up to {max(reaches):.1f} "
+        "points (95 % interval). How another training run would differ comes on top of that."
+    ]
 
 
 def sweep_section(results: SweepResults) -> Section:
