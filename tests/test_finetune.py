@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
+from mbib_timm.errors import CheckpointError
 from mbib_timm.models.zoo import ZooModel
 from mbib_timm.publishing.release import make_release
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.setup import build_network
 
 # Photographs of CIFAR-100's test set under coarser names: classes that the weights do not know, the last with three.
 GROUPS = {
@@ -107,6 +110,26 @@ def test_it_goes_on_from_a_model_of_ones_own(tuned, my_images, tmp_path, slim):
     assert any(key.startswith("training_heads.") for key in after)
     for key in (key for key in before if "running_" not in key and "num_batches" not in key):
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"model": PACKAGED.name, "pretrained": True},
+        {"model": f"local-dir:{PACKAGED.folder}", "pretrained": True},
+        {"model": "mbib_resnet32", "initial_checkpoint": str(PACKAGED.folder / "model.safetensors")},
+    ],
+    ids=["packaged", "folder", "checkpoint"],
+)
+def test_classifiers_that_start_anew_may_be_of_another_kind(start):
+    recipe = Recipe(method="mbib", reset="classifier", model_kwargs={"classifier": "cosine"}, **start)
+    weights = build_network(recipe, 100).state_dict()
+    packaged = load_file(PACKAGED.folder / "model.safetensors")
+    anew = {key for key in packaged if "classifier" in key}
+    assert weights.keys() == packaged.keys() - {key for key in anew if key.endswith("bias")}
+    assert all(torch.equal(weights[key], packaged[key]) == (key not in anew) for key in weights)
+    with pytest.raises(CheckpointError, match=r"classifier\.bias"):
+        build_network(recipe.replace(reset="none"), 100)
 
 
 @pytest.mark.slow

@@ -323,7 +323,8 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
     if weights is not None:
         if config.num_classes and not any(len(value) == config.num_classes for value in weights.values() if value.ndim):
             raise CheckpointError(f"{source.name}: its weights are not for {config.num_classes:,} classes")
-        kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "source": None, "file": None}
+        given = kwargs.get("pretrained_cfg_overlay", {})
+        kwargs["pretrained_cfg_overlay"] = {**given, "state_dict": weights, "source": None, "file": None}
     prepare_hub()
     try:
         with limited_sockets(), _overlaid(source, kwargs) as arguments:

@@ -283,7 +283,9 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
         weights = under_keys_of(model, read_weights(previous))
     else:
         torch.set_rng_state(state)
-        weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
+        # Classifiers that start anew may be of another kind than those of the weights.
+        ignored = part_of(model, "classifier", "reset") <= anew
+        weights = _create_model(recipe, num_classes, True, kwargs, ignore_classifiers=ignored).state_dict()
     own = model.state_dict()
     check_fit(own, weights, anew, previous.name if previous else str(recipe.initial_checkpoint or recipe.model))
     model.load_state_dict({name: own[name] if name in anew else weights[name] for name in own})
@@ -312,7 +314,9 @@ def check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], anew: set[str]
         raise CheckpointError(f"the weights of {source} do not fit this stage's model: {few(sorted(differing))}")
 
 
-def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict[str, Any]) -> nn.Module:
+def _create_model(
+    recipe: Recipe, num_classes: int, pretrained: bool, more: dict[str, Any], ignore_classifiers: bool = False
+) -> nn.Module:
     for name in more.keys() & recipe.model_kwargs.keys():
         if more[name] != recipe.model_kwargs[name]:
             raise MbibError(
@@ -351,6 +355,8 @@ def _create_model(recipe: Recipe, num_classes: int, pretrained: bool, more: dict
             kwargs, name = {"backbone": name, **kwargs}, "with_classifier"
     if pretrained and recipe.initial_checkpoint is not None:
         overlay = {**overlay, **weights_overlay(read_weights(Path(recipe.initial_checkpoint)), name)}
+    if ignore_classifiers:
+        overlay = {**overlay, "num_classes": 0}  # as of weights for other classes, whose classifiers are left out
     if overlay:
         kwargs["pretrained_cfg_overlay"] = overlay
     try:
