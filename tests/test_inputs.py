@@ -65,11 +65,14 @@ def digest(tmp_path, data, **more):
     return open_data(recipe(tmp_path, data, **more)).digest
 
 
-def test_the_digest_is_that_of_the_images_and_not_of_their_place(tmp_path):
+def test_the_digest_is_that_of_the_images_and_not_of_their_place(tmp_path, monkeypatch):
     first = images(tmp_path / "first")
     own = digest(tmp_path, first)
     shutil.copytree(first, tmp_path / "deep" / "down" / "moved")
     assert digest(tmp_path, tmp_path / "deep" / "down" / "moved") == own
+    for folder, named in ((tmp_path, "first"), (tmp_path, "./first/"), (tmp_path / "deep", "../first"), (first, ".")):
+        monkeypatch.chdir(folder)
+        assert digest(tmp_path, named) == own, named
     others = {
         "names": images(tmp_path / "names", names="other"),
         "classes": images(tmp_path / "classes", classes=("ant", "cat")),

@@ -104,6 +104,14 @@ def test_the_difference_is_from_the_papers_number_for_that_row():
     assert "difference: many" not in rows[0]
 
 
+def test_on_left_out_training_images_no_paper_stands_beside():
+    results = made_up(SMALL, scattered)
+    results = replace(results, runs=[replace(run, split="left_out") for run in results.runs])
+    assert "split left_out" in markdown(results)
+    assert not [column for column in table_of(results)[0] if "paper" in column or "difference" in column]
+    assert "paper" not in markdown(results)
+
+
 def test_a_shortened_sweep_differs_from_nothing():
     results = made_up(SMALL, epochs=20)
     assert not [column for column in table_of(results)[0] if "difference" in column]

@@ -86,12 +86,12 @@ class Splits:
 
 def _some_names(split: Split) -> list[bytes]:
     places = np.linspace(0, len(split) - 1, min(NAMES, len(split))).astype(np.int64)
-    return list(split.files(places))
+    return [os.path.normpath(name) for name in split.files(places)]
 
 
 def _common_folder(names: Sequence[bytes]) -> bytes:
-    """Return the folder that all paths are in, with its slash; nothing of names that are no paths."""
-    if not names or not all(os.path.isabs(name) for name in names):
+    """Return the folder that all paths are in, with its slash; nothing where there is none."""
+    if len({os.path.isabs(name) for name in names}) != 1:
         return b""
     return os.path.join(os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))]), b"")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mbib_timm.data.sources import LEFT_OUT
 from mbib_timm.environment import Environment
 from mbib_timm.errors import shown
 from mbib_timm.files import read_json
@@ -154,14 +155,17 @@ class SweepResults:
         return {key: value for run in self.runs for key, value in run.settings.items()}
 
     @property
+    def shows_paper(self) -> bool:
+        """True if the paper's numbers may stand beside the rows: from scratch, and not on left-out training images."""
+        return self.paper is not None and not self.starts and all(run.split != LEFT_OUT for run in self.runs)
+
+    @property
     def is_papers(self) -> bool:
         """True if the sweep is the paper's: its recipe as it stands, in full. Then a difference from it counts.
 
         The paper's runs start from scratch.
         """
-        if not all(run.origin.is_scratch for run in self.runs):
-            return False
-        if self.paper is None or self.recipe != self.paper.recipe or self.is_short:
+        if self.paper is None or not self.shows_paper or self.recipe != self.paper.recipe or self.is_short:
             return False
         return self.settings.keys() <= SAME_RESULT
 
@@ -173,7 +177,7 @@ class Cell:
     Attributes:
         coordinates: value of each axis by its name, and under ``head`` the head's title where rows are heads.
         values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one per seed.
-        paper: the paper's numbers under the same names; none for runs that started from weights.
+        paper: the paper's numbers under the same names; none where they may not stand beside, see `shows_paper`.
         start: what the runs started from.
     """
 
@@ -205,7 +209,7 @@ def cells(results: SweepResults) -> list[Cell]:
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
             values = {column: [run.heads[head].get(column) for run in runs] for column in COLUMNS}
-            paper = {} if results.starts else _paper_numbers(results, coordinates)
+            paper = _paper_numbers(results, coordinates) if results.shows_paper else {}
             rows.append(Cell(coordinates, values, paper, origin_text(runs[0].origin)))
     return rows
 
