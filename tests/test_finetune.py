@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError
@@ -130,6 +130,17 @@ def test_classifiers_that_start_anew_may_be_of_another_kind(start):
     assert all(torch.equal(weights[key], packaged[key]) == (key not in anew) for key in weights)
     with pytest.raises(CheckpointError, match=r"classifier\.bias"):
         build_network(recipe.replace(reset="none"), 100)
+
+
+@pytest.mark.parametrize("reset", ["none", "classifier", "heads"])
+def test_a_plain_backbone_of_another_image_size_starts_whatever_is_anew(tmp_path, reset):
+    plain = timm.create_model("vit_tiny_patch16_224").state_dict()
+    save_file(plain, tmp_path / "plain.safetensors")
+    more = {"model_kwargs": {"backbone": "vit_tiny_patch16_224"}, "img_size": 96, "reset": reset}
+    recipe = Recipe(method="mbib", model="mbib", initial_checkpoint=str(tmp_path / "plain.safetensors"), **more)
+    weights = build_network(recipe, 7).state_dict()
+    key = "blocks.0.attn.qkv.weight"
+    assert torch.equal(weights[f"backbone.{key}"], plain[key])
 
 
 @pytest.mark.slow

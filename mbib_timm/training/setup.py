@@ -283,9 +283,12 @@ def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs:
         weights = under_keys_of(model, read_weights(previous))
     else:
         torch.set_rng_state(state)
-        # Classifiers that start anew may be of another kind than those of the weights.
-        ignored = part_of(model, "classifier", "reset") <= anew
-        weights = _create_model(recipe, num_classes, True, kwargs, ignore_classifiers=ignored).state_dict()
+        try:
+            weights = _create_model(recipe, num_classes, True, kwargs).state_dict()
+        except CheckpointError:  # classifiers that start anew may be of another kind than those of the weights
+            if not part_of(model, "classifier", "reset") <= anew:
+                raise
+            weights = _create_model(recipe, num_classes, True, kwargs, ignore_classifiers=True).state_dict()
     own = model.state_dict()
     check_fit(own, weights, anew, previous.name if previous else str(recipe.initial_checkpoint or recipe.model))
     model.load_state_dict({name: own[name] if name in anew else weights[name] for name in own})
