@@ -128,8 +128,8 @@ def what_was_run(results: SweepResults) -> list[str]:
             "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. The rows "
             "compare with one another, and with nothing else."
         )
-    if results.shows_paper and results.paper is not None and results.paper.recipe != results.recipe:
-        said.append(f"The paper's numbers are for another setting, `{results.paper.recipe}`.")
+    if (paper := results.paper_beside) is not None and paper.recipe != results.recipe:
+        said.append(f"The paper's numbers are for another setting, `{paper.recipe}`.")
     return said
 
 
@@ -178,7 +178,7 @@ def closest_to_the_paper(results: SweepResults, rows: Sequence[Cell]) -> str:
 
 
 def _paper_columns(results: SweepResults) -> list[str]:
-    numbers = results.paper.numbers if results.paper and results.shows_paper else []
+    numbers = paper.numbers if (paper := results.paper_beside) else []
     return [column for column in COLUMNS if any(column in number for number in numbers)]
 
 

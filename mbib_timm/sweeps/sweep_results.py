@@ -155,9 +155,9 @@ class SweepResults:
         return {key: value for run in self.runs for key, value in run.settings.items()}
 
     @property
-    def shows_paper(self) -> bool:
-        """True if the paper's numbers may stand beside the rows: from scratch, and not on left-out training images."""
-        return self.paper is not None and not self.starts and all(run.split != LEFT_OUT for run in self.runs)
+    def paper_beside(self) -> Paper | None:
+        """The paper, where its numbers may stand beside the rows: from scratch, and not on left-out training images."""
+        return self.paper if not self.starts and all(run.split != LEFT_OUT for run in self.runs) else None
 
     @property
     def is_papers(self) -> bool:
@@ -165,7 +165,8 @@ class SweepResults:
 
         The paper's runs start from scratch.
         """
-        if self.paper is None or not self.shows_paper or self.recipe != self.paper.recipe or self.is_short:
+        paper = self.paper_beside
+        if paper is None or self.recipe != paper.recipe or self.is_short:
             return False
         return self.settings.keys() <= SAME_RESULT
 
@@ -177,7 +178,7 @@ class Cell:
     Attributes:
         coordinates: value of each axis by its name, and under ``head`` the head's title where rows are heads.
         values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one per seed.
-        paper: the paper's numbers under the same names; none where they may not stand beside, see `shows_paper`.
+        paper: the paper's numbers under the same names; none where they may not stand beside, see `paper_beside`.
         start: what the runs started from.
     """
 
@@ -200,6 +201,7 @@ def cells(results: SweepResults) -> list[Cell]:
     )
     for run in by_place:
         grouped.setdefault(run.configuration, []).append(run)
+    paper = results.paper_beside
     rows = []
     for runs in grouped.values():
         available = runs[0].heads
@@ -209,13 +211,12 @@ def cells(results: SweepResults) -> list[Cell]:
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
             values = {column: [run.heads[head].get(column) for run in runs] for column in COLUMNS}
-            paper = _paper_numbers(results, coordinates) if results.shows_paper else {}
-            rows.append(Cell(coordinates, values, paper, origin_text(runs[0].origin)))
+            rows.append(Cell(coordinates, values, _paper_numbers(paper, coordinates), origin_text(runs[0].origin)))
     return rows
 
 
-def _paper_numbers(results: SweepResults, coordinates: Mapping[str, str]) -> dict[str, float]:
-    for number in results.paper.numbers if results.paper else ():
+def _paper_numbers(paper: Paper | None, coordinates: Mapping[str, str]) -> dict[str, float]:
+    for number in paper.numbers if paper else ():
         if all(str(value) == coordinates.get(axis) for axis, value in number.items() if axis not in COLUMNS):
             return {column: float(number[column]) for column in COLUMNS if column in number}
     return {}
