@@ -18,6 +18,7 @@ from pages import REPOSITORY, ROOT, anchors, blocks, make_images, prose
 from PIL import Image
 
 from mbib_timm.cli import parse
+from mbib_timm.errors import MbibError
 from mbib_timm.flags import recipe_overrides
 from mbib_timm.recipe import find_recipe, load_recipe, packaged_recipes
 
@@ -102,6 +103,26 @@ def test_commands_that_are_not_run_are_understood(command):
     given = parse(words)
     if getattr(given, "recipe", None) in packaged_recipes():
         load_recipe(find_recipe(given.recipe), recipe_overrides(given))
+
+
+# Flags with values stand in sentences and in cells of tables too; these are what they may belong to.
+TRAIN = ("train mbib_resnet20.digits", "train mbib_resnet20.digits --method se_mbib")
+PROGRAMS = (*TRAIN, "sweep figure9", "validate M", "predict M images", "publish M", "export M")
+FLAGS = {flag for page in PAGES for flag in re.findall(r"`(--[a-z][^`]* [^`]*)`", page.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS))
+def test_flags_with_values_are_understood(flag):
+    refused = []
+    for program in TRAIN if flag.startswith("--method.") else PROGRAMS:
+        try:
+            given = parse(shlex.split(f"{program} {flag}".replace(" N", " 2")))
+            if program.startswith("train"):
+                load_recipe(find_recipe(given.recipe), recipe_overrides(given))
+            return
+        except (SystemExit, MbibError) as error:
+            refused.append(error)
+    pytest.fail(f"no command takes {flag}: {refused}")
 
 
 def make_folder(root):

@@ -298,13 +298,18 @@ def test_weights_do_not_come_through_the_backbones_arguments():
         ([], "folder", ["cat"], [""]),
         (["in1k"], "imagenet_lt", None, ["a subset of ImageNet-1k", "all training images", "no result of long-tailed"]),
         (["laion2b", "in12k"], "imagenet_lt", None, ["ImageNet-12k has 993 of its 1,000", "in LAION-2B is not known"]),
-        (["in1k"], "cifar100_lt_if10", DATASETS["cifar100_lt_if10"].class_names, ["100 class names 25 are", "95 of"]),
-        (["in22k"], "cifar100_lt_if10", DATASETS["cifar100_lt_if10"].class_names, ["names 95 are names of classes"]),
-        (["in1k"], "folder", ["Tench", "T_shirt", "sonometer"], ["Of the 3 class names 2 are names of classes"]),
-        (["in1k"], "folder", ["goldfish", "ours"], ["Of the 2 class names 1 is a name of a class of ImageNet-1k."]),
-        (["in1k"], "digits", [str(i) for i in range(10)], ["Of the 10 class names 0 are"]),
+        (
+            ["in1k"],
+            "cifar100_lt_if10",
+            DATASETS["cifar100_lt_if10"].class_names,
+            ["25 of the 100 class names", "95 of"],
+        ),
+        (["in22k"], "cifar100_lt_if10", DATASETS["cifar100_lt_if10"].class_names, ["95 of the 100 class names also"]),
+        (["in1k"], "folder", ["Tench", "T_shirt", "sonometer"], ["2 of the 3 class names also occur in"]),
+        (["in1k"], "folder", ["goldfish", "ours"], ["1 of the 2 class names also occurs in ImageNet-1k."]),
+        (["in1k"], "digits", [str(i) for i in range(10)], ["0 of the 10 class names also"]),
         (["in1k"], "folder", None, ["in ImageNet-1k is not known"]),
-        (["cifar100_lt_if100"], "folder", ["apple", "x"], ["1 is a name of a class of CIFAR-100-LT, imbalance"]),
+        (["cifar100_lt_if100"], "folder", ["apple", "x"], ["1 of the 2 class names also occurs in CIFAR-100-LT, imbalance"]),
         (["in1k"], "inat2018_90e", None, ["animals and plants"]),
         ([UNKNOWN], "folder", ["apple"], ["not known in full"]),
         (["Birds of Ulm"], "folder", ["apple"], ["in other data (Birds of Ulm) is not known"]),
@@ -420,8 +425,8 @@ def test_the_card_says_what_the_model_started_from(tmp_path):
     place = "(from timm, whose tag names the data, on the Hub `timm/resnet50.a1_in1k`)"
     assert f"1. Weights `resnet50.a1_in1k` {place}" in card
     assert "trained on ImageNet-1k." in card
-    assert "Of the 100 class names 25 are names of classes of ImageNet-1k." in card
-    assert "with none trained from scratch" in card
+    assert "25 of the 100 class names also occur in ImageNet-1k." in card
+    assert "never with models trained from scratch" in card
     assert "The paper reports" in scratch
     assert "The paper reports" not in card
     assert "<b>" not in card
@@ -483,7 +488,7 @@ def test_a_report_of_both_kinds_has_a_table_of_each(tmp_path, undrawn):  # noqa:
     alone = comparison_section([group for group in groups if group.origin.is_scratch])
     assert [block.kind for block in alone.blocks if block.kind in ("table", "paragraph")] == ["table", "paragraph"]
     facts = dict(next(block.content for block in run_section(groups[1]).blocks if block.kind == "facts"))
-    assert facts["started from"].startswith("resnet50.a1_in1k (ImageNet-1k). Of the 100 class names 25")
+    assert facts["started from"].startswith("resnet50.a1_in1k (ImageNet-1k). 25 of the 100 class names")
     assert "started from" not in dict(run_section(groups[0]).blocks[0].content)
 
 
@@ -493,7 +498,7 @@ def test_the_readmes_table_and_the_zoos_keep_them_apart(tmp_path, monkeypatch):
     before = results_tool.table(tmp_path)
     name = "mbib_resnet32.frozen|_cifar100_lt_if100-9e-seed0"
     started(MBIB, FROM_IMAGENET, tmp_path / name)
-    scratch, tuned = results_tool.table(tmp_path).split("Models that started from weights")
+    scratch, tuned = results_tool.table(tmp_path).split("These models, or their teachers, started")
     assert scratch == f"From scratch:\n\n{before}\n"
     assert "| run | started from | epochs |" in tuned
     assert "| resnet50.a1\\_in1k (ImageNet-1k) |" in tuned or "| resnet50.a1_in1k (ImageNet-1k) |" in tuned

@@ -207,14 +207,13 @@ def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] |
             common, counted = sum(_plain(each) in known for each in class_names), True
             one = common == 1
             said.append(
-                f"Of the {len(class_names):,} class names {common:,} "
-                f"{'is a name of a class' if one else 'are names of classes'} of {title}."
+                f"{common:,} of the {len(class_names):,} class names also occur{'s' if one else ''} in {title}."
             )
     if counted:
         said.append("The same name may mean different things, and the same thing may have different names.")
     if imagenets == ["in1k"] and dataset.startswith(("cifar100_lt", "torch/cifar100")):
         said.append(
-            "95 of CIFAR-100's class names are names of classes of ImageNet-22k, of which ImageNet-1k is a part: the "
+            "95 of CIFAR-100's class names also occur in ImageNet-22k, of which ImageNet-1k is a part: the "
             "pretraining may have seen many images of what is rare here."
         )
     if imagenets and dataset.startswith("inat2018"):

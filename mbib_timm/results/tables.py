@@ -21,8 +21,8 @@ NOTHING = "–"
 # Above tables, and the column that says it.
 FROM_SCRATCH = "From scratch:"
 FROM_WEIGHTS = (
-    "Models that started from weights of other data, or learnt from a teacher that did, compare only with models that "
-    "started from the same, and never with models trained from scratch."
+    "These models, or their teachers, started from weights trained on other data. Compare them only with models "
+    "that started from the same weights, never with models trained from scratch."
 )
 STARTED = "started from"
 

@@ -108,7 +108,7 @@ def markdown(results: SweepResults) -> str:
 
 def what_was_run(results: SweepResults) -> list[str]:
     """Return what has to be known to read the table, in sentences."""
-    seeds = listed(results.seeds)
+    seeds = "as listed" if _seeds_differ(cells(results)) else listed(results.seeds)
     images = sorted({run.images for run in results.runs})
     splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
     machines = sorted({run.environment.machine for run in results.runs})
@@ -125,8 +125,8 @@ def what_was_run(results: SweepResults) -> list[str]:
         said.append(f"**Not from scratch**: started from {'; '.join(results.starts)}. {FROM_WEIGHTS}")
     if results.is_short:
         said.append(
-            "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. The rows "
-            "compare with one another, and with nothing else."
+            "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. Compare "
+            "the rows only with one another."
         )
     if (paper := results.paper_beside) is not None and paper.recipe != results.recipe:
         said.append(f"The paper's numbers are for another setting, `{paper.recipe}`.")
@@ -135,15 +135,20 @@ def what_was_run(results: SweepResults) -> list[str]:
 
 def sweep_table(results: SweepResults, rows: Sequence[Cell]) -> Table:
     """Return the sweep's table: axes, n, accuracies, the paper's number and the difference from it."""
-    return Table(_header(results), [_row(results, row) for row in rows])
+    own_seeds = _seeds_differ(rows)
+    return Table(_header(results, own_seeds), [_row(results, row, own_seeds) for row in rows])
 
 
-def _header(results: SweepResults) -> list[str]:
-    axes = [results.labels[axis] for axis in results.axes]
+def _seeds_differ(rows: Sequence[Cell]) -> bool:
+    return len({tuple(sorted(row.seeds)) for row in rows}) > 1
+
+
+def _header(results: SweepResults, own_seeds: bool) -> list[str]:
+    axes = [results.labels[axis].replace("_", " ") for axis in results.axes]
     paper = _paper_columns(results)
     source = results.paper.source if results.paper else ""
     starts = [STARTED] if len(results.starts) > 1 else []
-    columns = [*axes, *([HEAD] if results.heads else []), *starts, "n", *COLUMNS]
+    columns = [*axes, *([HEAD] if results.heads else []), *starts, "n", *(["seeds"] if own_seeds else []), *COLUMNS]
     for column in paper:
         columns.append(f"paper: {column} ({source})")
         if results.is_papers:
@@ -151,10 +156,11 @@ def _header(results: SweepResults) -> list[str]:
     return columns
 
 
-def _row(results: SweepResults, cell: Cell) -> list[str]:
+def _row(results: SweepResults, cell: Cell, own_seeds: bool) -> list[str]:
     axes = [method_title(cell.coordinates[axis]) for axis in results.axes]
     starts = [cell.start] if len(results.starts) > 1 else []
     row = [*axes, *([cell.coordinates[HEAD]] if results.heads else []), *starts, str(cell.n)]
+    row += [listed(sorted(cell.seeds))] if own_seeds else []
     row += [mean_and_deviation(cell.values[column]) for column in COLUMNS]
     for column in _paper_columns(results):
         number = cell.paper.get(column)

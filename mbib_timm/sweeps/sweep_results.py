@@ -180,12 +180,14 @@ class Cell:
         values: of each of ``overall``, ``many``, ``medium``, ``few`` the top-1 accuracies in percent, one per seed.
         paper: the paper's numbers under the same names; none where they may not stand beside, see `paper_beside`.
         start: what the runs started from.
+        seeds: the runs' seeds, in the order of the values.
     """
 
     coordinates: dict[str, str]
     values: dict[str, list[float | None]]
     paper: dict[str, float]
     start: str
+    seeds: list[int]
 
     @property
     def n(self) -> int:
@@ -211,7 +213,8 @@ def cells(results: SweepResults) -> list[Cell]:
             if results.heads:
                 coordinates[HEAD] = results.heads[head] if heads else ""
             values = {column: [run.heads[head].get(column) for run in runs] for column in COLUMNS}
-            rows.append(Cell(coordinates, values, _paper_numbers(paper, coordinates), origin_text(runs[0].origin)))
+            numbers, seeds = _paper_numbers(paper, coordinates), [run.seed for run in runs]
+            rows.append(Cell(coordinates, values, numbers, origin_text(runs[0].origin), seeds))
     return rows
 
 
@@ -241,9 +244,11 @@ def short_headline(results: SweepResults) -> str:
 def epochs_run(results: SweepResults) -> str:
     """Return the epochs, with those that the recipes ask for where they differ: ``20 epochs of 200``."""
     epochs = sorted({run.epochs for run in results.runs})
-    asked_for = sorted({run.recipe_epochs for run in results.runs})
-    own = f" of {listed(asked_for)}" if results.is_short else ""
-    return f"{listed(epochs)} epoch{'s' if epochs != [1] else ''}{own}"
+    trained = [number for number in epochs if number] or epochs
+    asked_for = sorted({run.recipe_epochs for run in results.runs} - {0})
+    own = f" of {' or '.join(map(str, asked_for))}" if results.is_short else ""
+    untrained = " (0 where nothing is trained)" if trained != epochs else ""
+    return f"{' or '.join(map(str, trained))} epoch{'s' if trained != [1] else ''}{own}{untrained}"
 
 
 def listed(values: Sequence[Any], form: str = "") -> str:
