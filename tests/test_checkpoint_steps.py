@@ -112,6 +112,16 @@ def epochs_of(run):
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
+def test_a_run_that_stopped_within_an_epoch_has_the_epochs_that_it_had(tmp_path):
+    """The rest of an epoch follows the schedule of its beginning."""
+    name = next(iter(RUNS))
+    recipe, (_, _, crash) = settings(tmp_path, name), RUNS[name]
+    interrupted(recipe, crash)
+    more = recipe.replace(resume="auto", epochs=recipe.epochs + 1)
+    with pytest.raises(CheckpointError, match=f"was stopped within epoch .* go on with --epochs {recipe.epochs} until"):
+        train(more, "broken")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_within_an_epoch_to_the_same_bits(tmp_path, name):

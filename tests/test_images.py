@@ -118,6 +118,14 @@ def test_a_transparent_colour_of_other_images_is_white(mode):
     assert convert_image(transparent, "RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_transparent_grey_of_16_bits_is_white(mode):
+    values = np.array([[0, 32768], [32768, 40000]], dtype=np.uint16)
+    image = reopened(Image.fromarray(values), "PNG", transparency=32768)
+    assert image.mode.startswith("I;16")
+    assert grey(convert_image(image, mode)).tolist() == [[0, 255], [255, 156]]
+
+
 @pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("1", "PNG")])
 def test_other_kinds_of_colour_are_as_pil_converts_them(mode, form):
     image = picture(3).convert(mode)

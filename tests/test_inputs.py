@@ -8,14 +8,14 @@ import yaml
 from PIL import Image
 
 from mbib_timm.cli import main
-from mbib_timm.data import open_data
+from mbib_timm.data import DataPool, open_data
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import load_recipe
 from mbib_timm.results.record import read_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import code_of
+from mbib_timm.training.provenance import changed_inputs, code_of, inputs_of
 
 PLUGIN = """
 from torch.nn.functional import cross_entropy
@@ -131,6 +131,33 @@ def test_a_changed_plugin_is_said_where_a_run_goes_on(tmp_path, capsys):
     record = train(recipe(tmp_path, data, epochs=3, resume="auto", **more), "run").record
     assert f"warning: one.py has changed since {tmp_path / 'runs/run'} began" in capsys.readouterr().out
     assert record.inputs == before, "the code that it began with"
+
+
+def test_class_weights_and_teachers_are_inputs(tmp_path, capsys):
+    data, weights = images(tmp_path / "data"), tmp_path / "weights.csv"
+    weights.write_text("ant,1\nbee,1\n")
+    file = recipe_file(tmp_path, data, class_weights=str(weights))
+    assert sweep(capsys, file)[0] == 0
+    assert "(done)" in sweep(capsys, file)[1].out
+    weights.write_text("ant,1\nbee,9\n")
+    status, said = sweep(capsys, file, "--seeds", 0, 1)
+    assert status == 2
+    assert "holds a run from before its class weights changed" in said.err
+    train(recipe(tmp_path, data, class_weights=str(weights)), "run")
+    weights.write_text("ant,9\nbee,1\n")
+    with pytest.raises(CheckpointError, match="was trained with other class weights: the file has changed"):
+        train(recipe(tmp_path, data, class_weights=str(weights), epochs=2, resume="auto"), "run")
+
+    (tmp_path / "teacher").mkdir()
+    for place in (str(tmp_path / "teacher"), f"local-dir:{tmp_path / 'teacher'}"):
+        method = {"name": "dive", "teacher": [place, "mbib_resnet32.cifar100_lt_if100"]}
+        taught = recipe(tmp_path, data, method=method)
+        found = []
+        for content in (b"one", b"two"):
+            (tmp_path / "teacher" / "model.safetensors").write_bytes(content)
+            found.append(inputs_of(taught, DataPool()))
+        assert changed_inputs(*found) == ["its teachers"]
+        assert list(found[0][0].teachers) == [str(tmp_path / "teacher")], "what comes with the package has a version"
 
 
 def test_code_that_cannot_be_read_is_an_error(tmp_path):

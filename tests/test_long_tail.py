@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mbib_timm.data.long_tail import (
     count_classes,
@@ -15,7 +16,7 @@ from mbib_timm.data.long_tail import (
     shot_groups,
     step_profile,
 )
-from mbib_timm.data.sources import SOURCES, Source, open_digits
+from mbib_timm.data.sources import SOURCES, Source, open_digits, without
 from mbib_timm.data.splits import open_data
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe
@@ -172,12 +173,58 @@ def test_where_no_image_is_left_out(changes, said, monkeypatch):
         digits(val_split="left_out", imbalance_max=None, **changes)
 
 
-def test_the_validation_split_where_there_is_a_test_split():
+def test_the_validation_split_where_there_is_a_test_split(monkeypatch):
+    splits = dict(zip(("train", "validation", "test"), np.array_split(np.arange(1457), [800, 1100]), strict=True))
+    whole = open_digits("train")
+    monkeypatch.setitem(SOURCES._entries, "digits", lambda recipe: lambda name: whole.subset(splits[name]))
     data = digits(imbalance="none", test_split="test")
     assert data.held_out is data.val
     assert data.held_out_from == "the validation split 'validation'"
-    data = digits(imbalance="step", imbalance_factor=1.0, imbalance_max=None, test_split="test")
+    data = digits(imbalance="step", imbalance_factor=1.1, imbalance_max=None, test_split="test")
     assert len(data.held_out) < len(data.val), "what the subset leaves out comes first"
+
+
+def test_classes_without_readable_images_go_by_number_and_not_by_name():
+    """Two classes of ImageNet are called crane, and two maillot."""
+    split = replace(open_digits("train"), class_names=tuple("abcadefghi"))
+    for gone, names in ((0, "bcadefghi"), (3, "abcdefghi")):
+        left = without(split, dict.fromkeys(np.flatnonzero(split.targets == gone).tolist(), "damaged"))
+        assert left.class_names == tuple(names)
+        before = split.targets[split.targets != gone]
+        assert left.targets.tolist() == (before - (before > gone)).tolist()
+        assert left.targets.dtype == split.targets.dtype
+
+
+def test_one_split_by_two_names_is_no_test_split():
+    """What a method chooses a constant on must not be what its result is measured on."""
+    with pytest.raises(DataError, match="'validation' and 'test' are the same 340 images"):
+        digits(imbalance="none", test_split="test")
+    with pytest.raises(DataError, match="'validation' and 'test' are the same 340 images"):
+        digits(test_split="test")
+
+
+@pytest.mark.parametrize("places", [["train/a", "train/b", "val/a", "val/b"], ["a", "b"]])
+def test_nor_is_it_in_folders(tmp_path, places):
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(5):
+            Image.new("L", (8, 8), number).save(tmp_path / place / f"{number}.png")
+    recipe = digits_recipe(
+        dataset="folder", data_dir=str(tmp_path), imbalance="none", imbalance_max=None, test_split="test"
+    )
+    with pytest.raises(DataError, match="'validation' and 'test' are the same"):
+        open_data(recipe)
+    for label in ("a", "b"):  # one image of its own, the others those of the validation split
+        (tmp_path / "lists").mkdir(exist_ok=True)
+        for name in ("train", "val", "test"):
+            with (tmp_path / "lists" / f"{name}.txt").open("a") as file:
+                first = {"train": 0, "val": 2, "test": 3}[name]
+                base = f"{'train/' if len(places) > 2 else ''}{label}"
+                file.writelines(f"{base}/{number}.png {'ab'.index(label)}\n" for number in range(first, first + 2))
+    lists = {f"{name}_list": str(tmp_path / "lists" / f"{name}.txt") for name in ("train", "val", "test")}
+    data = open_data(recipe.replace(dataset="list", **lists))
+    assert data.held_out is None
+    assert data.shared == ("split 'test': 2 of its 4 images are in 'validation' too",)
 
 
 def test_without_any_of_these_nothing_is_held_out():

@@ -1058,6 +1058,11 @@ def test_the_prior_of_the_logits():
     assert priors == {name: "train" if name in ("ce", "focal") else "uniform" for name in priors}
 
 
+def test_the_prior_of_logits_that_nothing_has_trained_is_not_known():
+    assert make("ce").result_prior == "train"
+    assert make("ce", epochs=0).result_prior is None
+
+
 # The seams that these methods leave unused
 
 

@@ -309,7 +309,12 @@ def test_weights_do_not_come_through_the_backbones_arguments():
         (["in1k"], "folder", ["goldfish", "ours"], ["1 of the 2 class names also occurs in ImageNet-1k."]),
         (["in1k"], "digits", [str(i) for i in range(10)], ["0 of the 10 class names also"]),
         (["in1k"], "folder", None, ["in ImageNet-1k is not known"]),
-        (["cifar100_lt_if100"], "folder", ["apple", "x"], ["1 of the 2 class names also occurs in CIFAR-100-LT, imbalance"]),
+        (
+            ["cifar100_lt_if100"],
+            "folder",
+            ["apple", "x"],
+            ["1 of the 2 class names also occurs in CIFAR-100-LT, imbalance"],
+        ),
         (["in1k"], "inat2018_90e", None, ["animals and plants"]),
         ([UNKNOWN], "folder", ["apple"], ["not known in full"]),
         (["Birds of Ulm"], "folder", ["apple"], ["in other data (Birds of Ulm) is not known"]),

@@ -117,6 +117,18 @@ def test_a_model_that_does_not_say_its_prior_cannot_be_given_another(finished_ru
         Predictor(load_model(str(tmp_path)), prior="train")
 
 
+def test_a_prior_is_not_for_single_experts(finished_run):
+    """Each is trained for class frequencies of its own."""
+    model = load_model(str(finished_run))
+    network = timm.create_model("experts_resnet32", num_classes=10).eval()
+    sade = type(model)(model.source, network, model.preprocessing, None, np.arange(60, 10, -5), "uniform")
+    Predictor(sade, prior="train")
+    Predictor(sade, "expert1")
+    for head in ("expert1", "expert3"):
+        with pytest.raises(MbibError, match=f"frequencies of its own, which the model does not say; omit .* {head}"):
+            Predictor(sade, head, prior="train")
+
+
 def test_heads_that_a_model_has_not(finished_run):
     model = load_model(str(finished_run))
     plain = type(model)(model.source, timm.create_model("cifar_resnet20").eval(), model.preprocessing, None, None, None)

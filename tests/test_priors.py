@@ -157,6 +157,20 @@ def test_validate_has_the_priors_of_predict(finished_run, tmp_path, capsys):
             assert content["heads"][head]["top1"] == pytest.approx(top1, abs=0.31)  # a near-tie
 
 
+@pytest.mark.slow
+def test_validate_moves_no_expert(tmp_path, capsys):
+    """Each is trained for class frequencies of its own, and the prediction alone for those that are declared."""
+    keys = ["--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["train", "experts_resnet32.sade_digits", *keys, "--experiment", "sade"]) == 0
+    results = tmp_path / "results.json"
+    for more, heads in (([], 4), (["--prior", "train"], 1)):
+        command = ["validate", str(tmp_path / "sade"), "--results", str(results), "--device", "cpu", *more]
+        assert main(command) == 0
+        found = json.loads(results.read_text())["heads"]
+        assert len(found) == heads
+        assert "prediction" in found
+
+
 def test_what_validate_says_of_a_prior_that_is_none(finished_run, tmp_path, capsys):
     (tmp_path / "p.csv").write_text("zero,1\n")
     for prior, message in (("unifrom", "did you mean 'uniform'"), (tmp_path / "p.csv", "unknown class 'zero'")):

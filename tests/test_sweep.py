@@ -611,6 +611,27 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys, popen):
     assert "2 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_row_stays_until_its_run_has_been_trained_again(tmp_path, monkeypatch):
+    """As in a clone: the results are there, the folders of the runs are not."""
+    sweep, keys = find_sweep([DIGITS, "cifar_resnet20.ce_digits"]), small(tmp_path)
+    assert run_sweep(sweep, keys, tmp_path)
+    before = read_results(tmp_path / "sweep-1e").runs
+    shutil.rmtree(tmp_path / "runs")
+    trained = sweep_runs.train
+
+    def first_alone(recipe, name, **kwargs):
+        if "ce_digits" in name:
+            raise MbibError("out of memory")
+        return trained(recipe, name, **kwargs)
+
+    monkeypatch.setattr(sweep_runs, "train", first_alone)
+    assert not run_sweep(sweep, keys, tmp_path)
+    after = read_results(tmp_path / "sweep-1e")
+    assert [run.label for run in after.runs] == [run.label for run in before]
+    assert [label for label in after.failed if "ce_digits" in label] == list(after.failed)
+
+
 def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt

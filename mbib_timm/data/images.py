@@ -63,7 +63,10 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     if (turn := TRANSPOSED.get(_orientation(image))) is not None:
         image = image.transpose(turn)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        clear = image.info.get("transparency")
+        grey = np.asarray(image)
+        shown = _to_8_bits(grey)
+        image = Image.fromarray(shown if clear is None else np.where(grey == clear, np.uint8(255), shown))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -182,15 +182,14 @@ def without(split: Split, bad: Mapping[int, str]) -> Split:
     left_out = {**split.left_out, UNREADABLE: tuple(f"{split.path(place)}: {why}" for place, why in bad.items())}
     if split.class_names is None:
         return replace(kept, left_out=left_out)
-    present = np.unique(kept.targets)
-    gone = [split.class_names[label] for label in np.setdiff1d(np.unique(split.targets), present)]
-    if gone:
-        # Classes that this split has had no images of keep their place: other splits may have them.
-        names = tuple(name for name in split.class_names if name not in gone)
-        number = {name: label for label, name in enumerate(names)}
-        targets = np.array([number[split.class_names[label]] for label in kept.targets], dtype=np.int64)
-        kept = replace(kept, targets=targets, class_names=names)
-        left_out[NO_READABLE] = tuple(gone)
+    gone = np.setdiff1d(split.targets, kept.targets)
+    if len(gone):
+        # Classes that this split has had no images of keep their place: other splits may have them. By number, as two
+        # classes may have one name.
+        left = np.setdiff1d(np.arange(len(split.class_names)), gone)
+        names = tuple(split.class_names[label] for label in left)
+        kept = replace(kept, targets=np.searchsorted(left, kept.targets).astype(np.int64), class_names=names)
+        left_out[NO_READABLE] = tuple(split.class_names[label] for label in gone)
     return replace(kept, left_out=left_out)
 
 

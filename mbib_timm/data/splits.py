@@ -14,7 +14,7 @@ import numpy as np
 
 from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.groups import hold_out_groups, require_groups
-from mbib_timm.data.images import Split
+from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
 from mbib_timm.data.sources import LEFT_OUT, Source
@@ -105,7 +105,7 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
        with two or more and never the last one, in whole groups where the images have groups, drawn by
        ``subset_seed``: they are not trained on, and not counted;
     2. of a long-tailed subset, the training images that it leaves out, which may be none of the largest class;
-    3. where there is a test split, the validation split;
+    3. where there is a test split and it has other images, the validation split;
     4. none.
 
     Args:
@@ -113,7 +113,8 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         source: of them, where it is open already.
 
     Raises:
-        DataError: data that are missing, malformed, or do not fit the recipe or one another.
+        DataError: data that are missing, malformed, or do not fit the recipe or one another; a test split that is the
+            validation split under another name.
     """
     names = recipe.split_names
     train, *evaluated = (source or Source(recipe)).splits(names)
@@ -126,6 +127,11 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         for name, split in zip(names[1:], evaluated, strict=True)
     ]
     val, test = matched[0], matched[1] if matched[1:] else None
+    if test is not None and _are_same(val, test):
+        raise DataError(
+            f"the splits {names[1]!r} and {names[2]!r} are the same {counted(len(test), 'image')}: the data have one "
+            "split for evaluation; omit the test split"
+        )
     counts = count_classes(train.targets, num_classes, train.class_names)
     if recipe.imbalance != "none":
         kept = long_tailed_indices(train.targets, long_tailed_counts(recipe, counts), recipe.subset_seed)
@@ -143,9 +149,11 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         groups = "" if train.groups is None else ", in whole groups"
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
-    if held_out is None and test is not None:
-        held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
+    if test is not None and (number := _number_shared(val, test)):
+        shared.append(f"split {names[2]!r}: {number:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
+    elif held_out is None and test is not None:
+        held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     return Splits(train, val, test, counts, train.class_names, held_out, held_out_from, tuple(filter(None, shared)))
 
 
@@ -160,17 +168,32 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
     """
     if not evaluated.in_files and name != training_name:
         return ""
-    candidates = _perhaps_shared(train, evaluated)
-    if candidates is not None and len(candidates) == 0:
-        return ""
-    trained = set(train.files(candidates))
-    number = sum(file in trained for file in evaluated.files())
+    number = _number_shared(train, evaluated)
     if number == 0:
         return ""
     return (
         f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')} are trained on; their accuracy says "
         "nothing of other images"
     )
+
+
+def _are_same(first: Split, second: Split) -> bool:
+    """Return whether two splits are the same images under two names."""
+    if len(first) != len(second):
+        return False
+    one, other = first.reader, second.reader
+    if isinstance(one, ArrayReader) and isinstance(other, ArrayReader):
+        return np.array_equal(one.images[first.indices], other.images[second.indices])
+    return sorted(first.files()) == sorted(second.files())
+
+
+def _number_shared(first: Split, second: Split) -> int:
+    """Return how many images of the second split are in the first; images in memory are taken for different ones."""
+    candidates = _perhaps_shared(first, second)
+    if candidates is not None and len(candidates) == 0:
+        return 0
+    files = set(first.files(candidates))
+    return sum(file in files for file in second.files())
 
 
 def _perhaps_shared(train: Split, evaluated: Split) -> np.ndarray | None:

@@ -25,6 +25,7 @@ from mbib_timm.evaluation.priors import (
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
 from mbib_timm.files import check_place, printable, to_json, write_bytes
+from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_text import start_text
 from mbib_timm.results.tables import accuracy_table
@@ -71,7 +72,7 @@ def validate(
         split: split to evaluate; by default the one that the run's result is on.
         prior: class frequencies that the logits of every head are shifted to: ``train``, ``uniform``, a file, see
             `read_prior`; or ``estimate``, for those under which the images are most likely for the prediction. None
-            leaves the logits as they are.
+            leaves the logits as they are. Experts, whose logits are for frequencies of their own, are then left out.
         results_file: where to write the metrics as JSON. Beside it, ``NAME.json``, come ``NAME_predictions.csv``,
             ``NAME_confusion.csv`` and ``NAME_classes.csv``; see `write_answers`. Its folder is made.
 
@@ -98,6 +99,8 @@ def validate(
             shift=None if moved is None else moved.shift.to(world.device),
             answers=log,
         )
+        if moved is not None and expert_heads(opened.model):  # each is trained for class frequencies of its own
+            heads = {PREDICTION: heads[PREDICTION]}
         answers = log.read()
         shares = None if moved is None else moved.shares.tolist()
         environment = describe_environment(world)

@@ -16,7 +16,7 @@ from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.evaluation.priors import log_shift, trained_shares, wanted_shares
 from mbib_timm.inference.inputs import FoundImage
 from mbib_timm.inference.prediction_files import Broken, Prediction
-from mbib_timm.models.head_outputs import PREDICTION, head_logits, logits_and_features, reported_heads
+from mbib_timm.models.head_outputs import PREDICTION, expert_heads, head_logits, logits_and_features, reported_heads
 from mbib_timm.models.weights import LoadedModel
 
 USUAL_WORKERS = 8
@@ -107,6 +107,11 @@ class Predictor:
 
     def trained_shares(self) -> np.ndarray:
         """Return the class frequencies that the logits are for. Raises MbibError where the model does not say."""
+        if self.head != PREDICTION and expert_heads(self.model.module):
+            raise MbibError(
+                f"{self.model.source.name}: the logits of each expert are for class frequencies of its own, which the "
+                f"model does not say; omit --prior, or --head {self.head}"
+            )
         return trained_shares(self.model.source.name, self.model.prior, self.model.class_counts)
 
     def _class_counts(self) -> np.ndarray:

@@ -271,6 +271,8 @@ class Method(TrainingTask):
         with class weights w: balanced samples or balanced weights make those of a plain loss uniform.
         """
         declared, facts = str(self.logit_prior), self.facts
+        if facts.epochs == 0 and not self.post_hoc:  # nothing is trained: they are for what they were for before
+            return None
         sampler = facts.sampler or self.sampler
         if self.post_hoc or (sampler == self.sampler and facts.class_weights is None):
             return declared

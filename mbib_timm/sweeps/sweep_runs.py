@@ -316,7 +316,7 @@ def run_sweep(
         sweep: what to run.
         overrides: of all runs, by address.
         results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are. Runs
-            that are not asked for now, and whose folders are gone, keep their rows there.
+            whose folders are gone keep their rows there until they have been trained again.
         seeds: run these in the place of the sweep's own.
         only: run only those whose label contains one of these.
         jobs: runs that are trained at once, in processes of their own when more than one.
@@ -357,8 +357,7 @@ def run_sweep(
         labels = {run.label for run in whole}
         found = [run for run in found if run.label in labels]
     _require_room(folder, found, whole)
-    asked_for = {run.label for run in runs}
-    kept = {run.label: run for run in found if run.label not in asked_for}
+    kept = {run.label: run for run in found}
     text = ""
     failed: dict[str, str] = {}
     busy: list[PlannedRun] = []

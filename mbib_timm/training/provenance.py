@@ -1,4 +1,5 @@
-"""What a recipe names by its place: data, weights to start from, code of plugins. Runs are the same where these are."""
+"""What a recipe names by its place: data, weights of models, class weights, code of plugins. Runs are the same where
+these are."""
 
 import hashlib
 import importlib.util
@@ -11,6 +12,7 @@ from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models.weights import WEIGHTS_FILES
 from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.checks import parse_class_weights
 from mbib_timm.results.record import Inputs, RunRecord
 
 # What a plugin's code may differ in.
@@ -31,13 +33,25 @@ def inputs_of(recipe: Recipe, pool: DataPool) -> list[Inputs]:
 def _inputs(stage: Recipe, data: str) -> Inputs:
     """Return what a stage is given, whose data have a digest."""
     start = start_of(stage)
-    files = [start / name for name in WEIGHTS_FILES] if start and start.is_dir() else filter(None, [start])
-    weights = next((file for file in files if file.is_file()), None)  # whoever loads them says that they are not there
-    digest = None
-    if weights is not None:
-        state = weights.stat()
-        digest = _sha256(weights, state.st_size, state.st_mtime_ns)
-    return Inputs(data, digest, {Path(each).name: code_of(each) for each in stage.plugin})
+    kind, _ = parse_class_weights(stage.class_weights)
+    teachers = {place: _digest(Path(place)) for place in stage.method.get("teacher", ())}
+    return Inputs(
+        data,
+        None if start is None else _digest(start),
+        {Path(each).name: code_of(each) for each in stage.plugin},
+        _digest(Path(stage.class_weights)) if kind == "file" else None,
+        {place: digest for place, digest in teachers.items() if digest is not None},
+    )
+
+
+def _digest(place: Path) -> str | None:
+    """Return the digest of a file, or of the weights in a folder; None if it is not there."""
+    files = [place / name for name in WEIGHTS_FILES] if place.is_dir() else [place]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    state = file.stat()
+    return _sha256(file, state.st_size, state.st_mtime_ns)
 
 
 def changed_inputs(recorded: Sequence[Inputs], now: Sequence[Inputs]) -> list[str]:
@@ -49,6 +63,8 @@ def changed_inputs(recorded: Sequence[Inputs], now: Sequence[Inputs]) -> list[st
     words = {
         "its images or their labels": any(before.data != after.data for before, after in pairs),
         "the weights that it starts from": any(before.start != after.start for before, after in pairs),
+        "its class weights": any(before.class_weights != after.class_weights for before, after in pairs),
+        "its teachers": any(before.teachers != after.teachers for before, after in pairs),
     }
     return [*(word for word, differs in words.items() if differs), *changed_plugins(recorded, now)]
 

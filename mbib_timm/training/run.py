@@ -394,6 +394,8 @@ class Run:
             raise CheckpointError(
                 f"{self.folder.path} was trained on different data: it had other images, or other labels for them"
             )
+        if before and before[-1].class_weights != self.inputs[-1].class_weights:
+            raise CheckpointError(f"{self.folder.path} was trained with other class weights: the file has changed")
         changed = changed_plugins(before, self.inputs)
         if changed and self.world.is_main:
             print(f"warning: {few(changed)} has changed since {self.folder.path} began", flush=True)

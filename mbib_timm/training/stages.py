@@ -178,6 +178,11 @@ def _find_folder(
             f"{folder.path} has begun {done} epochs, and {recipe.epochs} are asked for: expected at least "
             f"{done}, or another folder (--experiment)"
         )
+    if before != recipe.epochs and reached.part is not None:
+        raise CheckpointError(
+            f"{folder.path} was stopped within epoch {done}, whose schedule is that of {before} epochs: go on with "
+            f"--epochs {before} until it has ended, or choose another folder (--experiment)"
+        )
     if before != recipe.epochs:
         schedule = f"epoch {done + 1} and later follow the schedule of {recipe.epochs}"
         warn(f"{folder.path}: from {before} to {recipe.epochs} epochs; {schedule}")
