@@ -60,7 +60,6 @@ NEEDS = {
         "python tools/pack.py mbib_resnet32.cifar100_lt_if100 -o c.tar",
     ],
     "ImageNet and a GPU": ["torchrun --nproc-per-node 4 tools/train.py mbib_resnext50.imagenet_lt --sync-bn"],
-    "a GPU": ["python tools/gpu.py if10.tar -o out --minutes 28"],
 }
 # What makes a command quick, by how it begins.
 SHORT = {
