@@ -173,8 +173,10 @@ def predict(
         A prediction for each image, in order. For an image that cannot be read, it has an `error` and no class.
 
     Raises:
-        MbibError: no such model, no such images, or an option that belongs in `load`.
+        MbibError: no such model, no such images, no class to return, or an option that belongs in `load`.
     """
+    if top_k < 1:
+        raise MbibError(f"top_k: expected at least 1, got {top_k}")
     if isinstance(model, Predictor):
         if (head, prior, device) != (PREDICTION, None, None):
             raise MbibError("head, prior and device are those of the loaded model: give them to load()")
@@ -184,6 +186,8 @@ def predict(
     scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
     if prior == ESTIMATE:
         trained, scored = predictor.trained_shares(), [*scored]
+        if not scored:
+            return []
         logits = torch.cat([batch.logits.double().cpu() for batch in scored])
         predictor.set_prior(estimate_prior(logits.softmax(dim=-1).numpy(), trained).shares, trained)
     items = [item for batch in scored for item in predictor.items(batch, top_k, threshold)]

@@ -28,7 +28,7 @@ LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` holds either its old content or all of the new.
+    """Write a file so that `path` holds either its old content or all of the new. A link stays one, and so do rights.
 
     Args:
         path: the file to replace.
@@ -37,9 +37,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         MbibError: no space left on the device, or nothing to be written there.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
+            if path.exists():
+                beside.chmod(stat.S_IMODE(path.stat().st_mode))
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -188,6 +188,21 @@ def test_evaluate_a_network_on_batches():
         evaluate(network, [], COUNTS, lr=1)
 
 
+@pytest.mark.parametrize("number", [5, 7])
+def test_class_counts_of_other_classes_are_an_error(number):
+    model = timm.create_model("cifar_resnet20", num_classes=6)
+    data = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 4, 5]))]
+    with pytest.raises(MbibError, match=f"the model has 6 classes, and there are class counts of {number}"):
+        evaluate(model, data, [10] * number)
+
+
+def test_predictions_of_nothing(finished_run):
+    assert predict(finished_run, []) == []
+    assert predict(finished_run, [], prior="estimate") == []
+    with pytest.raises(MbibError, match="top_k: expected at least 1, got 0"):
+        predict(finished_run, [], top_k=0)
+
+
 def test_shot_groups():
     groups = {name: labels.tolist() for name, labels in shot_groups([500, 101, 100, 20, 19, 1]).items()}
     assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mbib_timm.errors import CheckpointError, MbibError
-from mbib_timm.files import parse_json, parse_yaml, read_content, read_text
+from mbib_timm.files import parse_json, parse_yaml, read_content, read_text, write_bytes
 
 
 def test_text_is_read_without_its_byte_order_mark(tmp_path):
@@ -71,3 +71,20 @@ def test_sound_text_gives_what_the_libraries_give():
 
 def test_yaml_as_text_leaves_names_and_numbers_alone():
     assert parse_yaml("no: 1\nnull: 0x10\n", as_text=True) == {"no": "1", "null": "0x10"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights and links of POSIX")
+def test_a_file_that_is_replaced_keeps_its_rights_and_a_link_stays_one(tmp_path):
+    (tmp_path / "far").mkdir()
+    real, link = tmp_path / "far" / "real.html", tmp_path / "link.html"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert real.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "gone").symlink_to(tmp_path / "far" / "made.html")
+    write_bytes(tmp_path / "gone", b"made")
+    assert (tmp_path / "far" / "made.html").read_text() == "made"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["far", "gone", "link.html", "made.html", "real.html"]

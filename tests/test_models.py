@@ -419,6 +419,60 @@ def test_macs_agree_with_torch():
     assert counter.get_total_flops() == 2 * (macs["conv"] + macs["linear"])
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
+def test_products_of_attention_are_counted_as_torch_does(name, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    macs = {}
+    for fused in (1, 0):
+        monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", fused)
+        model = timm.create_model(name, num_classes=10).eval()
+        macs[fused] = count_macs(model, (3, 224, 224))
+    with FlopCounterMode(display=False) as counter:  # which does not know every kernel of the fused kind
+        model(torch.zeros(1, 3, 224, 224))
+    assert counter.get_total_flops() == 2 * sum(macs[0][kind] for kind in ("conv", "linear", "attention"))
+    assert macs[0] == macs[1]
+    assert (macs[0]["attention"] > 0) == ("mobile" not in name)
+
+
+def test_norms_that_hold_their_activation_are_counted_and_left_as_they_were():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=10).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    sizes = []
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [norm.register_forward_hook(lambda norm, inputs, output: sizes.append(output.numel())) for norm in norms]
+    macs = count_macs(model, (3, 64, 64))
+    for handle in handles:
+        handle.remove()
+    assert macs["norm"] == 2 * sum(sizes)
+    assert len(sizes) == len(norms) == 49
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    acts = [module for module in model.modules() if isinstance(module, nn.ReLU6)]
+    assert len(acts) == 33
+    assert 0 < macs["act"] < macs["norm"] / 2
+
+
+@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_experts_resnet20"])
+def test_what_has_lost_its_training_heads_is_saved_and_loaded_so(name, tmp_path):
+    model = create(name).eval()
+    model.remove_training_heads()
+    save_for_hf(model, tmp_path, {}, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert {*again.state_dict()} == {*model.state_dict()}
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(images), model(images))
+
+
+def test_published_weights_load_without_training_heads():
+    name, images = "mbib_resnet32.cifar100_lt_if100", torch.randn(2, 3, 32, 32)
+    whole = timm.create_model(name, pretrained=True).eval()
+    bare = timm.create_model(name, pretrained=True, training_heads=False).eval()
+    assert not any("training_heads" in key for key in bare.state_dict())
+    assert torch.equal(bare(images), whole(images))
+
+
 def test_bytes_that_a_step_keeps_are_those_that_autograd_holds():
     """A convolution keeps its input; ReLU its output, which the linear layer keeps too; weights are no activations."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))

@@ -27,7 +27,7 @@ from mbib_timm.publishing.release import git_oid, make_release
 from mbib_timm.recipe import KEYS, Recipe, load_recipe
 from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.reporting.sections import render_page, run_section
-from mbib_timm.results.redact import redact_command, redact_recipe, redact_text
+from mbib_timm.results.redact import redact_command, redact_recipe, redact_text, redact_value
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 
 REPOSITORY = "tester/mbib_resnet20.digits"
@@ -332,6 +332,9 @@ def test_commands_lose_their_paths():
     assert redact_command("mbib sweep --device cuda:1 methods --seeds 0 1") == "mbib sweep methods --seeds 0 1"
     assert redact_command("mbib train --dataset-download --no-pin-mem digits/a --lr 1") == "mbib train digits/a --lr 1"
     assert redact_command("mbib train r --model-kwargs file=/home/me/w.pt") == "mbib train r --model-kwargs file=w.pt"
+    teachers = """mbib train r --method.teacher '["/home/jo hn/runs/b", a]'"""
+    assert redact_command(teachers) == "mbib train r --method.teacher '[b, a]'"
+    assert redact_value({"/a/run": 1, "/b/run": 2, "c": 3}) == {"run": 1, "run-2": 2, "c": 3}
     assert redact_command("mbib train it's.yaml") == shlex.join(["mbib", "train", "it's.yaml"])
     assert redact_command("mbib train /home/me/r.yaml --seed 1") == "mbib train r.yaml --seed 1"
 
@@ -611,3 +614,9 @@ def test_no_path_of_the_machine_is_in_any_published_file(finished_run, tmp_path)
         assert CANARY.encode() not in content, name
     (group,) = group_runs([read_run(run)])
     assert CANARY not in render_page("runs", "", [run_section(group)])
+
+
+def test_the_home_of_who_ran_it_is_no_part_of_a_message(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jo hn")
+    text = "held out by the split file /home/jo hn/data/split.csv"
+    assert redact_text(text) == "held out by the split file split.csv"

@@ -130,7 +130,7 @@ def evaluate(
 
     Raises:
         DataError: no image at all, or what the loader raises for a broken one.
-        MbibError: logits that are infinite or not a number.
+        MbibError: logits that are infinite or not a number, or of another number of classes than the counts.
     """
     eager = partial(_counted, model, head_logits, amp_dtype, shift)
     whole = partial(_counted, model, compiled_head_logits.on(device), amp_dtype, shift) if compile else eager
@@ -153,6 +153,9 @@ def evaluate(
                     images = images.contiguous(memory_format=torch.channels_last)
                 fields = count(images, batch.targets)
                 prediction = fields.pop(PREDICTION)
+                if prediction.shape[-1] != len(class_counts):
+                    of_model, given = prediction.shape[-1], len(class_counts)
+                    raise MbibError(f"the model has {of_model} classes, and there are class counts of {given}")
                 counted = Statistics(**fields)
                 sums = counted if sums is None else sums + counted
                 if answers is not None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from mbib_timm.models.heads import CosineClassifier
 
@@ -24,9 +26,10 @@ def count_macs(
 ) -> dict[str, int]:
     """Count the operations of one forward pass over one image, by kind of layer.
 
-    A multiply-accumulate of a convolution, linear layer or classifier counts 1; BatchNorm counts 2 per output
-    element, ReLU and pooling 1 per input element: the convention that gives Table 6's 27.93 G at 3x640x640. Runs in
-    the mode the model is in, except that BatchNorm uses its running statistics; on the meta device it needs no memory.
+    A multiply-accumulate of a convolution, linear layer, classifier or product of attention counts 1; BatchNorm counts
+    2 per output element, ReLU and pooling 1 per input element: the convention that gives Table 6's 27.93 G at
+    3x640x640. Other normalisations and activations are not counted. Runs in the mode the model is in, except that
+    BatchNorm uses its running statistics; on the meta device it needs no memory.
 
     Args:
         model: a model on any device.
@@ -34,37 +37,58 @@ def count_macs(
         forward: the model's forward pass, where it is not that of calling it.
 
     Returns:
-        MACs of ``conv``, ``linear``, ``norm``, ``act`` and ``pool`` layers, and their sum as ``total``.
+        MACs of ``conv``, ``linear``, ``norm``, ``act`` and ``pool`` layers and of ``attention``, and their sum as
+        ``total``.
     """
-    macs: Counter[str] = Counter(conv=0, linear=0, norm=0, act=0, pool=0)
+    macs: Counter[str] = Counter(conv=0, linear=0, norm=0, act=0, pool=0, attention=0)
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         if isinstance(module, nn.Conv2d):
             macs["conv"] += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Linear | CosineClassifier):
             macs["linear"] += output.numel() * module.in_features
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, _BatchNorm):
             macs["norm"] += 2 * output.numel()
-        elif isinstance(module, nn.ReLU):
+        elif isinstance(module, nn.ReLU | nn.ReLU6):
             macs["act"] += inputs[0].numel()
         elif isinstance(module, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AvgPool2d):
             macs["pool"] += inputs[0].numel()
 
-    leaves = [module for module in model.modules() if not list(module.children())]
-    norms = [m for m in leaves if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    # timm's BatchNorm of several parts is no leaf: it holds its activation.
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) or not list(m.children())]
+    norms = [module for module in layers if isinstance(module, _BatchNorm) and module.training]
     for norm in norms:
-        norm.eval()
-    handles = [module.register_forward_hook(count) for module in leaves]
+        norm.training = False
+    handles = [module.register_forward_hook(count) for module in layers]
+    products = _Products()
     parameter = next(model.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), products:
             (forward or model)(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
         for handle in handles:
             handle.remove()
         for norm in norms:
-            norm.train()
+            norm.training = True
+    macs["attention"] = products.macs
     return {**macs, "total": sum(macs.values())}
+
+
+class _Products(TorchFunctionMode):
+    """Counts the multiply-accumulates of products of two tensors, which are those of attention: layers have theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            self.macs += query.numel() * key.shape[-2] + result.numel() * value.shape[-2]
+        elif function in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__):
+            self.macs += result.numel() * args[0].shape[-1]
+        return result
 
 
 def activation_bytes(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:

@@ -312,6 +312,8 @@ class MBIBExperts(_ExpertModel):
         self.training_heads = nn.ModuleDict()
         self._name_heads(())
         self.name_classifiers()
+        if hasattr(self, "_model_args"):  # what timm saves with the model
+            self._model_args: Any = {**self._model_args, "training_heads": False}
 
     def _heads(self) -> list[Any]:
         if not self.expert_heads:

@@ -171,6 +171,8 @@ class MBIB(PooledModel, MultiHeadModel):
         self.training_heads = nn.ModuleDict()
         self.head_names = self.prediction_heads
         self.name_classifiers()
+        if hasattr(self, "_model_args"):  # what timm saves with the model
+            self._model_args: Any = {**self._model_args, "training_heads": False}
 
     @torch.jit.ignore
     def record_choices(self) -> None:
@@ -179,7 +181,7 @@ class MBIB(PooledModel, MultiHeadModel):
         timm adds the caller's own arguments, and `global_pool`.
         """
         taps = ["input"] * self.observes_input + [*self.taps]
-        self._model_args: Any = {**self._model_args, "backbone": self.backbone_name, "taps": taps}
+        self._model_args = {**self._model_args, "backbone": self.backbone_name, "taps": taps}
 
     def _heads(self) -> list[Any]:
         predicting = [self.observation] * self.predicts_from_v + [self.bottleneck] * self.predicts_from_z

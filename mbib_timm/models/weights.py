@@ -44,7 +44,8 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     Accepts a checkpoint of the same model, or, where the model holds a backbone, one of the plain backbone. What the
     checkpoint cannot give keeps its fresh initialisation: the classifiers, where it is of another number of classes;
     heads that serve training only, where it was published without them; all but the backbone, where it is of that. The
-    model's attribute ``untrained`` has the names of what does.
+    model's attribute ``untrained`` has the names of what does. A model without heads that serve training only takes a
+    checkpoint that has them.
 
     Raises:
         CheckpointError: missing or unexpected keys, by name.
@@ -55,7 +56,7 @@ def filter_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
         model.untrained = tuple(heads)  # type: ignore[assignment]
         return {**heads, **prefix_backbone(state_dict, model)}
     fresh: tuple[str, ...] = ()
-    if not any(key.startswith(TRAINING_HEADS) for key in state_dict):
+    if not all(any(key.startswith(TRAINING_HEADS) for key in each) for each in (own, state_dict)):
         fresh += (TRAINING_HEADS,)
     cfg: Any = getattr(model, "pretrained_cfg", {})
     if model.num_classes != cfg.get("num_classes"):

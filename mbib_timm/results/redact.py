@@ -1,5 +1,6 @@
 """Redaction: what a run wrote, without what it says of the machine: its folders, devices, workers."""
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -33,7 +34,13 @@ def redact_recipe(recipe: Recipe) -> bytes:
 def redact_value(value: Any) -> Any:
     """Return a plain value with the last part alone of every path of the machine in it; `redact_text` does texts."""
     if isinstance(value, Mapping):
-        return {redact_value(key): redact_value(item) for key, item in value.items()}
+        redacted: dict[Any, Any] = {}
+        for key, item in value.items():
+            name = short = redact_value(key)
+            while name in redacted:  # of two folders of one name
+                name = f"{short}-{len(redacted) + 1}"
+            redacted[name] = redact_value(item)
+        return redacted
     if isinstance(value, list | tuple):
         return type(value)(map(redact_value, value))
     if not isinstance(value, str):
@@ -90,12 +97,26 @@ def redact_command(command: str) -> str:
             skip = not equals and places[flag.replace("--no-", "--")] not in (bool, bool | None)
         else:
             name, equals, value = word.partition("=")
-            kept.append(f"{redact_value(name)}{equals}{redact_value(value)}")
+            kept.append(f"{_redact_setting(name)}{equals}{_redact_setting(value)}")
     return shlex.join(kept)
+
+
+def _redact_setting(text: str) -> str:
+    """Return the value of a flag, which may be a list or a mapping in YAML, as `redact_value` does."""
+    if text.startswith(("[", "{")):
+        with contextlib.suppress(yaml.YAMLError):
+            value = redact_value(yaml.safe_load(text))
+            return yaml.safe_dump(
+                value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
+            ).strip()
+    return str(redact_value(text))
 
 
 def redact_text(text: str) -> str:
     """Return a message, or a file's name, with the last part alone of every path of the machine in it."""
+    home = str(Path.home())  # whose name may have spaces
+    if len(home) > 1:
+        text = text.replace(f"{home}/", "~/")
     return _WINDOWS.sub("", _INSIDE.sub("", text))
 
 
