@@ -140,6 +140,7 @@ def test_settings_can_be_chosen_on_images_that_the_subset_leaves_out():
     assert not set(data.val.indices) & set(data.train.indices)
     assert (data.train.indices == digits().train.indices).all(), "training sees what it saw"
     assert data.test.targets.tolist() == digits().val.targets.tolist()
+    assert data.shared == (), "images of one number in two splits are not the same"
     # A method that chooses a constant does so on others.
     assert sorted([*data.train.indices, *data.val.indices, *data.held_out.indices]) == list(range(len(source)))
     assert data.held_out_from.endswith("leaves out beside those evaluated")

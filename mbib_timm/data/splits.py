@@ -150,7 +150,8 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
     shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
-    if test is not None and (number := _number_shared(val, test)):
+    # Images that are no files have numbers, which hold within one split.
+    if test is not None and test.in_files and (number := _number_shared(val, test)):
         shared.append(f"split {names[2]!r}: {number:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
     elif held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
@@ -188,7 +189,7 @@ def _are_same(first: Split, second: Split) -> bool:
 
 
 def _number_shared(first: Split, second: Split) -> int:
-    """Return how many images of the second split are in the first; images in memory are taken for different ones."""
+    """Return how many images of the second split have the names of images of the first."""
     candidates = _perhaps_shared(first, second)
     if candidates is not None and len(candidates) == 0:
         return 0

@@ -116,14 +116,14 @@ class Inputs:
         start: SHA-256 of the weights' file that the recipe names; None where it names none.
         plugins: SHA-256 of each plugin's code, by the name of its file.
         class_weights: SHA-256 of the file of class weights; None where the recipe names none.
-        teachers: SHA-256 of the weights' file of each teacher that lies in a folder, by the teacher's place.
+        teachers: SHA-256 of the weights' file of each teacher that lies in a folder.
     """
 
     data: str
     start: str | None = None
     plugins: dict[str, str] = field(default_factory=dict)
     class_weights: str | None = None
-    teachers: dict[str, str] = field(default_factory=dict)
+    teachers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ def _inputs(stage: Recipe, data: str) -> Inputs:
     """Return what a stage is given, whose data have a digest."""
     start = start_of(stage)
     kind, _ = parse_class_weights(stage.class_weights)
-    teachers = {place: _digest(Path(place)) for place in stage.method.get("teacher", ())}
+    teachers = [_digest(Path(place)) for place in stage.method.get("teacher", ())]
     return Inputs(
         data,
         None if start is None else _digest(start),
         {Path(each).name: code_of(each) for each in stage.plugin},
         _digest(Path(stage.class_weights)) if kind == "file" else None,
-        {place: digest for place, digest in teachers.items() if digest is not None},
+        [digest for digest in teachers if digest is not None],
     )
 
 
