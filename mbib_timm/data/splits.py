@@ -127,7 +127,8 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         for name, split in zip(names[1:], evaluated, strict=True)
     ]
     val, test = matched[0], matched[1] if matched[1:] else None
-    if test is not None and _are_same(val, test):
+    twice = 0 if test is None else _number_shared(val, test, names[1] == names[2])
+    if test is not None and twice == len(val) == len(test):
         raise DataError(
             f"the splits {names[1]!r} and {names[2]!r} are the same {counted(len(test), 'image')}: the data have one "
             "split for evaluation; omit the test split"
@@ -150,9 +151,8 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
     shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
-    # Images that are no files have numbers, which hold within one split.
-    if test is not None and test.in_files and (number := _number_shared(val, test)):
-        shared.append(f"split {names[2]!r}: {number:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
+    if test is not None and twice:
+        shared.append(f"split {names[2]!r}: {twice:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
     elif held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     return Splits(train, val, test, counts, train.class_names, held_out, held_out_from, tuple(filter(None, shared)))
@@ -165,11 +165,9 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
         train: training images.
         evaluated: images of the other split.
         name: of that split.
-        training_name: of the training split; images that are no files have numbers, which hold within one split.
+        training_name: of the training split.
     """
-    if not evaluated.in_files and name != training_name:
-        return ""
-    number = _number_shared(train, evaluated)
+    number = _number_shared(train, evaluated, name == training_name)
     if number == 0:
         return ""
     return (
@@ -178,18 +176,14 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
     )
 
 
-def _are_same(first: Split, second: Split) -> bool:
-    """Return whether two splits are the same images under two names."""
-    if len(first) != len(second):
-        return False
-    one, other = first.reader, second.reader
-    if isinstance(one, ArrayReader) and isinstance(other, ArrayReader):
-        return np.array_equal(one.images[first.indices], other.images[second.indices])
-    return sorted(first.files()) == sorted(second.files())
-
-
-def _number_shared(first: Split, second: Split) -> int:
-    """Return how many images of the second split have the names of images of the first."""
+def _number_shared(first: Split, second: Split, one_name: bool) -> int:
+    """Return how many images of the second split are in the first; `one_name` where both have the same name."""
+    if not second.in_files and not one_name:
+        # Images that are no files have numbers, which hold within one split: it may have two names.
+        one, other = first.reader, second.reader
+        if not (isinstance(one, ArrayReader) and isinstance(other, ArrayReader) and len(first) == len(second)):
+            return 0
+        return len(second) * np.array_equal(one.images[first.indices], other.images[second.indices])
     candidates = _perhaps_shared(first, second)
     if candidates is not None and len(candidates) == 0:
         return 0
