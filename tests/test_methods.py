@@ -49,7 +49,7 @@ from mbib_timm.methods.teacher import Taught
 from mbib_timm.options import build_options, default_of, option_types
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, load_recipe
-from mbib_timm.recipe.declared import load_plugin
+from mbib_timm.recipe.plugins import load_plugin
 from mbib_timm.training import train
 from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer
