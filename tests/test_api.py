@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_data import class_folders
+from small_data import class_folders, save_image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,7 +19,8 @@ import mbib_timm
 from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
 from mbib_timm.cli import main
 from mbib_timm.data.batch import Batch
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation.target import find_target
 from mbib_timm.files import to_json
 from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.recipe import find_recipe, load_recipe
@@ -166,6 +167,39 @@ def test_evaluate_does_what_its_command_does(finished_run, tmp_path, capsys):
     assert other["prediction"].images == 1457, "the whole split, of which a part was trained on"
     with pytest.raises(MbibError, match="data and class_counts go with a network"):
         evaluate(finished_run, [], [1])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["classes", "split"])
+def test_evaluate_takes_a_folder_of_images_for_such(inside, tmp_path):
+    """Of a packaged model too, whose own recipe would download CIFAR-100 into it."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(["fox", "bear", "apple"]):
+        for i in range(3):
+            save_image(folder / ("test" if inside else "") / name / f"{i}.png", 80 * number + i)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("mbib_resnet32.cifar100_lt_if100", "cifar_resnet32.ce_cifar100_lt_if100"):
+        found = evaluate(name, data_dir=folder, device="cpu", workers=0)["prediction"]
+        expected = predict(name, folder / "test" if inside else folder, device="cpu")
+        assert found.images == len(expected) == 9
+        assert found.top1 == pytest.approx(100 * np.mean([each.name == each.label for each in expected]))
+    assert sorted(tmp_path.rglob("*")) == before
+    save_image(tmp_path / "flat" / "0.png")
+    with pytest.raises(DataError, match="no images in class folders under"):
+        evaluate(name, data_dir=tmp_path / "flat", device="cpu")
+
+
+def test_a_folder_of_torchvisions_data_is_no_folder_of_images(tmp_path):
+    name, photos = "mbib_resnet32.cifar100_lt_if100", tmp_path / "photos" / "fox"
+    save_image(photos / "0.png")
+    (tmp_path / "cifar-100-python").mkdir()
+    for folder, dataset in (
+        (tmp_path, "torch/cifar100"),
+        (photos.parent, "folder"),
+        (tmp_path / "-", "torch/cifar100"),
+    ):
+        assert find_target(name, overrides={"data_dir": str(folder)}).recipe.dataset == dataset
+    asked = {"data_dir": str(photos.parent), "dataset": "torch/cifar100"}
+    assert find_target(name, overrides=asked).recipe.dataset == "torch/cifar100"
 
 
 def test_evaluate_a_network_on_batches():

@@ -13,6 +13,7 @@ from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
 from mbib_timm.data.overview import warnings
+from mbib_timm.data.sources import is_image_folder
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.models.preprocessing import as_predicted, input_size, settle
@@ -83,7 +84,7 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
     Args:
         name: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
         recipe: name of the recipe that says which data; a run's folder and a published model have their own.
-        overrides: recipe keys to replace.
+        overrides: recipe keys to replace; a `data_dir` of images is read as such, whatever the recipe's data are.
 
     Raises:
         MbibError: no such model, or nothing that says which data.
@@ -97,7 +98,10 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
             f"{name} does not say which data to use: give --recipe NAME (see mbib recipes), and flags to change it"
         )
     own, asked = load_recipe(file), load_recipe(file, overrides)
-    return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=frozenset(overrides or ()))
+    said = frozenset(overrides or ())
+    if "data_dir" in said and "dataset" not in said and is_image_folder(asked):
+        asked = load_recipe(file, {**(overrides or {}), "dataset": "folder"})
+    return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=said)
 
 
 def _place(recipe: Recipe) -> tuple[str, ...]:
