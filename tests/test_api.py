@@ -1,6 +1,8 @@
 """Use from Python: every function against its command, and losses in loops that are not ours."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mbib_timm
 from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
-from mbib_timm.cli import main
+from mbib_timm.cli import main, parse
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.target import find_target
@@ -233,8 +235,55 @@ def test_class_counts_of_other_classes_are_an_error(number):
 def test_predictions_of_nothing(finished_run):
     assert predict(finished_run, []) == []
     assert predict(finished_run, [], prior="estimate") == []
-    with pytest.raises(MbibError, match="top_k: expected at least 1, got 0"):
-        predict(finished_run, [], top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"top_k": 0}, "top_k: expected a whole number of at least 1, got 0"),
+        ({"top_k": 1.5}, "top_k: expected a whole number of at least 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"batch_size": 2**31}, "batch_size: expected a whole number from 1 to 2147483647, got 2147483648"),
+        ({"workers": -1}, "workers: expected a whole number from 0 to 128, got -1"),
+        ({"threshold": 1.1}, "threshold: expected a number from 0 to 1, got 1.1"),
+        ({"threshold": float("nan")}, "threshold: expected a number from 0 to 1, got nan"),
+        ({"threshold": "0.5"}, "threshold: expected a number from 0 to 1, got '0.5'"),
+    ],
+)
+def test_predict_refuses_what_its_flags_refuse(keys, message):
+    with pytest.raises(MbibError, match=re.escape(message)):
+        predict("no model", [], **keys)
+    ((name, value),) = keys.items()
+    if not isinstance(value, str):
+        with pytest.raises(MbibError, match=re.escape(message.partition(": ")[2].partition(",")[0])):
+            parse(["predict", "no model", "x.png", f"--{name.replace('_', '-')}={value}"])
+
+
+@pytest.mark.parametrize("images", [None, 1, b"bytes", io.BytesIO(b"bytes"), [b"bytes"], np.zeros((2, 2, 3)), [["a"]]])
+def test_predict_says_which_images_it_takes(finished_run, images):
+    with pytest.raises(MbibError, match=r"expected paths or PIL images, got \w+; PIL's"):
+        predict(finished_run, images, device="cpu")
+
+
+def test_batches_that_evaluate_does_not_take():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    images, labels = torch.randn(2, 3, 2, 2), torch.tensor([0, 2])
+    expected = "data: expected batches of images (B, C, H, W) and labels (B,)"
+    for batch, message in (
+        ((images, labels + 1), "data: labels of 3 classes lie in 0..2, got 3"),
+        ((images, labels - 1), "data: labels of 3 classes lie in 0..2, got -1"),
+        ((images, labels.float()), f"{expected}, which are whole numbers, got labels of torch.float32"),
+        ((images, labels[:1]), f"{expected}, got (2, 3, 2, 2) and (1,)"),
+        ((images, torch.eye(3)[labels]), f"{expected}, got (2, 3, 2, 2) and (2, 3)"),
+        ((images, [0, 2]), f"{expected}, got a tuple of Tensor, list"),
+        ({"image": images, "label": labels}, f"{expected}, got a dict"),
+    ):
+        with pytest.raises(MbibError, match=re.escape(message)):
+            evaluate(network, [batch], COUNTS)
+    with pytest.raises(MbibError, match="class_counts: expected a whole number"):
+        evaluate(network, [(images, labels)], 3)
+    metrics = [evaluate(network, [(images, kind)], COUNTS)["prediction"] for kind in (labels, labels.to(torch.uint8))]
+    assert metrics[0] == metrics[1]
 
 
 def test_shot_groups():
