@@ -5,6 +5,7 @@
 Each is imported when it is first used, so that `import mbib_timm` alone stays quick.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import IOBase
@@ -99,6 +100,8 @@ def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, d
     Raises:
         MbibError: there is no such model or head, or the model does not record the class frequencies of its training.
     """
+    if prior == ESTIMATE:
+        raise MbibError("prior: class frequencies are estimated from images: give 'estimate' to predict()")
     return Predictor(load_model(str(model)), head, prior, find_device(device))
 
 
@@ -168,7 +171,8 @@ def predict(
         batch_size: images per batch.
         workers: processes that decode images; detected when None.
         head: as in `load`; like `prior` and `device`, not allowed for a loaded model.
-        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely.
+        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely, with a
+            loaded model too.
         device: device of the model; detected when None.
 
     Returns:
@@ -179,9 +183,9 @@ def predict(
     """
     check_prediction(top_k, threshold, batch_size, workers)
     if isinstance(model, Predictor):
-        if (head, prior, device) != (PREDICTION, None, None):
+        if (head, device) != (PREDICTION, None) or prior not in (None, ESTIMATE):
             raise MbibError("head, prior and device are those of the loaded model: give them to load()")
-        predictor = model
+        predictor = copy.copy(model)  # which an estimate changes, and the caller's stays as it is
     else:
         predictor = load(model, head=head, prior=None if prior == ESTIMATE else prior, device=device)
     scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
@@ -243,6 +247,7 @@ def evaluate(
     *,
     recipe: PathLike | None = None,
     split: str | None = None,
+    prior: str | None = None,
     **keys: Any,
 ) -> dict[str, HeadMetrics]:
     """Measure every head of a model: accuracy over all images, by class and by shot group, and calibration.
@@ -258,6 +263,7 @@ def evaluate(
         class_counts: for a network, the training images of each class, (K,), which decide the shot groups.
         recipe: recipe that names the data, for a trained model that does not name them itself.
         split: split of a trained model's data; the one that its run reports when None.
+        prior: class frequencies to which a trained model's logits are shifted, as in `predict`; experts are left out.
         keys: recipe keys to replace, like the flags of `mbib validate`.
 
     Returns:
@@ -270,12 +276,13 @@ def evaluate(
         if data is not None or class_counts is not None:
             raise MbibError("data and class_counts go with a network; a trained model's data are named by recipe keys")
         overrides = {key: _plain(value) for key, value in keys.items()}
-        named = None if recipe is None else str(recipe)
-        return validate(str(model), recipe=named, overrides=overrides, split=split).heads
+        file = None if recipe is None else str(recipe)
+        return validate(str(model), recipe=file, overrides=overrides, split=split, prior=prior).heads
     if data is None or class_counts is None:
         raise MbibError("a network is evaluated on batches: evaluate(model, data, class_counts)")
-    if recipe is not None or split is not None or keys:
-        raise MbibError(f"{', '.join([*keys]) or 'recipe and split'}: only for a trained model that is given by name")
+    given = {"recipe": recipe, "split": split, "prior": prior}
+    if named := [*(name for name, value in given.items() if value is not None), *keys]:
+        raise MbibError(f"{', '.join(named)}: only for a trained model that is given by name")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     counts = _whole_counts(class_counts)
     classes = int(getattr(model, "num_classes", len(counts)))

@@ -132,6 +132,19 @@ def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, 
             assert one.probability == pytest.approx(other["probability"], abs=1e-6)
 
 
+def test_a_loaded_model_estimates_frequencies_and_stays_as_it_is(finished_run, labelled):
+    expected = predict(finished_run, labelled, prior="estimate", device="cpu")
+    for prior in (None, "train"):
+        model = load(finished_run, prior=prior, device="cpu")
+        before = predict(model, labelled)
+        assert predict(model, labelled, prior="estimate") == expected != before
+        assert predict(model, labelled) == before
+    with pytest.raises(MbibError, match=r"estimated from images: give 'estimate' to predict\(\)"):
+        load(finished_run, prior="estimate")
+    with pytest.raises(MbibError, match=r"give them to load\(\)"):
+        predict(model, labelled, prior="uniform")
+
+
 def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
     model = load(finished_run, device="cpu")
     path = photos / "images" / "ant" / "0.png"
@@ -160,11 +173,16 @@ def test_predictions_make_a_table(finished_run, photos):
     assert table.probability.between(0.1, 1).all()
 
 
-def test_evaluate_does_what_its_command_does(finished_run, tmp_path, capsys):
-    file = tmp_path / "results.json"
-    assert main(["validate", str(finished_run), "--device", "cpu", "--results", str(file)]) == 0
+@pytest.mark.parametrize("prior", [None, "train", "estimate"])
+def test_evaluate_does_what_its_command_does(finished_run, tmp_path, prior):
+    file, flags = tmp_path / "results.json", [] if prior is None else ["--prior", prior]
+    assert main(["validate", str(finished_run), "--device", "cpu", "--results", str(file), *flags]) == 0
     heads = json.loads(file.read_text())["heads"]
-    assert [json.loads(to_json(head)) for head in evaluate(finished_run, device="cpu").values()] == [*heads.values()]
+    found = evaluate(finished_run, prior=prior, device="cpu")
+    assert {name: json.loads(to_json(head)) for name, head in found.items()} == heads
+
+
+def test_evaluate_takes_another_split(finished_run):
     other = evaluate(finished_run, split="train", device="cpu")
     assert other["prediction"].images == 1457, "the whole split, of which a part was trained on"
     with pytest.raises(MbibError, match="data and class_counts go with a network"):
@@ -220,8 +238,8 @@ def test_evaluate_a_network_on_batches():
     )  # fmt: skip
     with pytest.raises(MbibError, match=r"evaluate\(model, data, class_counts\)"):
         evaluate(network)
-    with pytest.raises(MbibError, match="lr: only for a trained model"):
-        evaluate(network, [], COUNTS, lr=1)
+    with pytest.raises(MbibError, match="split, prior, lr: only for a trained model"):
+        evaluate(network, [], COUNTS, split="train", prior="train", lr=1)
 
 
 @pytest.mark.parametrize("number", [5, 7])
