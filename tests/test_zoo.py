@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,15 @@ def test_packaged_heads_refuse_another_backbone(monkeypatch):
     monkeypatch.setattr(zoo, "backbone_weights", lambda name: weights)
     with pytest.raises(CheckpointError, match=r"other weights than those .*frozen_cifar100_lt_if100 .*\[lite0\]"):
         timm.create_model(FROZEN.name, pretrained=True)
+
+
+@pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.name)
+def test_a_card_gives_a_command_of_today_that_trains_the_recipe(model):
+    """Also where the run's own command has a name of before, or is a sweep's."""
+    card = zoo_tool.render(model)
+    assert re.findall(r"mbib train (\S+?)[`\s]", card)[-1] == model.recipe
+    recorded = read_record(model.folder).environment.command.split()
+    assert ("The command is as that version recorded it." in card) == (model.recipe not in recorded)
 
 
 def test_halves_are_matrices_within_the_range_of_half_precision():
