@@ -1,5 +1,6 @@
 """A run is the same as another only where its images, the weights that it starts from and its plugins are too."""
 
+import json
 import shutil
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from mbib_timm.analysis import analyze
+from mbib_timm.analysis.analysis_record import read_analysis
 from mbib_timm.cli import main
 from mbib_timm.data import DataPool, open_data
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import load_recipe
+from mbib_timm.reporting.sections import Section, run_section
 from mbib_timm.results.record import read_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
@@ -243,6 +247,45 @@ def test_predicted_images_that_were_trained_on_are_counted(tmp_path, capsys):
     shutil.copy(data / "ant" / "val0.png", data / "ant" / "new.png")
     assert main(["predict", str(run), str(data), "--output", output, "--workers", "0"]) == 0
     assert f"{number + 1} of these 33 images may have been trained on" in capsys.readouterr().out
+
+
+def test_an_evaluation_counts_images_that_were_trained_on(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(analyze, "_draw", lambda folder, illustrations: None)
+    monkeypatch.setattr(Section, "figure", lambda section, illustration: None)
+    data = one_folder(tmp_path / "data")
+    first = recipe(tmp_path, data, val_split="validation")
+    run, results = train(first, "run").folder, tmp_path / "validated.json"
+    trained = {*open_data(first).train.files()}
+
+    def validated(*more):
+        assert main(["validate", str(run), "--results", str(results), *more]) == 0
+        return capsys.readouterr().out, json.loads(results.read_text())["trained_on"]
+
+    said, kept = validated()
+    assert "trained on" not in said
+    assert kept is None
+    evaluated = [*open_data(first.replace(val_fraction=0.5)).val.files()]
+    number, images = len(trained & {*evaluated}), len(evaluated)
+    assert number > 0
+    line = f"{number} of the {images} evaluated images were trained on; their accuracy says nothing of other images"
+    said, kept = validated("--val-fraction", "0.5")
+    assert f"warning: {line}\n" in said
+    assert kept == line
+    assert main(["analyze", str(run), "--val-fraction", "0.5"]) == 0
+    assert f"warning: {line}\n" in capsys.readouterr().out
+    analysis = read_analysis(run)
+    assert analysis is not None
+    assert analysis.trained_on == line
+    section = run_section(group_runs([read_run(run)])[0])
+    assert f"In the analysis, {line}." in [block.content for block in section.blocks]
+    # A larger folder is split in another way.
+    before = {*open_data(first).val.files()}
+    for i in range(9):
+        shutil.copy(data / "ant" / "val0.png", data / "ant" / f"new{i}.png")
+    now = {*open_data(first).val.files()}
+    said, kept = validated()
+    assert f"warning: {len(now - before)} of the {len(now)} evaluated images may have been trained on: they lie" in said
 
 
 def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_path, capsys):

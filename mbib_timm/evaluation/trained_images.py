@@ -6,12 +6,19 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from mbib_timm.data import DataPool
+from mbib_timm.data import DataPool, Split
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import PREDICTIONS
-from mbib_timm.files import from_cell, read_text
+from mbib_timm.files import counted, from_cell, read_text
 from mbib_timm.recipe import Recipe, load_recipe
 from mbib_timm.results.record import RECORD, read_record
+
+
+def evaluated_line(run: Path, images: Split, pool: DataPool, by: str = "") -> str:
+    """Return the line of `trained_on_line` on a split that is evaluated; images that are no files have none."""
+    if not images.in_files:
+        return ""
+    return trained_on_line(run, set(images.files()), f"the {counted(len(images), 'evaluated image')}", pool, by)
 
 
 def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "") -> str:
