@@ -249,6 +249,27 @@ def test_predicted_images_that_were_trained_on_are_counted(tmp_path, capsys):
     assert f"{number + 1} of these 33 images may have been trained on" in capsys.readouterr().out
 
 
+def test_images_of_a_table_and_of_a_relative_folder_are_those_that_were_trained_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_folder(tmp_path / "data")
+    relative = recipe(tmp_path, "data", val_split="validation", output="runs")
+    number = 32 - read_record(train(relative, "run").folder).result.prediction.images
+    (tmp_path / "tables").mkdir()
+    table = tmp_path / "tables" / "split.csv"
+    assert main(["data", "data", "--write-split", str(table), "--workers", "0"]) == 0
+    assert main(["predict", "runs/run", str(table), "--data-dir", "data", "--output", "p.csv", "--workers", "0"]) == 0
+    said = f"warning: {number} of these 32 images were trained on; "
+    assert said in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "tables")
+    for run in ("../runs/run", str(tmp_path / "runs" / "run")):
+        assert main(["predict", run, "../data", "--output", "p.csv", "--workers", "0"]) == 0
+        assert said in capsys.readouterr().out
+    # The run's folder alone does not say where it was trained.
+    shutil.copytree(tmp_path / "runs" / "run", tmp_path / "moved")
+    assert main(["predict", "../moved", "../data", "--output", "p.csv", "--workers", "0"]) == 0
+    assert "trained on" not in capsys.readouterr().out
+
+
 def test_an_evaluation_counts_images_that_were_trained_on(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(analyze, "_draw", lambda folder, illustrations: None)

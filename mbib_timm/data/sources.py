@@ -24,7 +24,7 @@ from mbib_timm.data.long_tail import count_classes, hold_out, left_out_indices, 
 from mbib_timm.data.shards import open_shards
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import DATA_PLACES, Recipe
 from mbib_timm.registry import Registry
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -59,7 +59,7 @@ class Source:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        for key in ("data_dir", "table", "train_list", "val_list", "test_list", "class_map"):
+        for key in DATA_PLACES:
             if CONTROL.search(getattr(recipe, key) or ""):
                 # Records, caches and tables could not name it.
                 raise DataError(f"recipe key {key!r}: {getattr(recipe, key)!r} is no text in UTF-8; rename it")

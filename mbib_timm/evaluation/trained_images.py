@@ -10,7 +10,7 @@ from mbib_timm.data import DataPool, Split
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import PREDICTIONS
 from mbib_timm.files import counted, from_cell, read_text
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.recipe import DATA_PLACES, Recipe, load_recipe
 from mbib_timm.results.record import RECORD, read_record
 
 
@@ -36,7 +36,9 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPo
     if not files or not (run / RECORD).is_file() or not (run / "recipe.yaml").is_file():
         return ""
     try:
-        recipe, record = load_recipe(run / "recipe.yaml"), read_record(run)
+        written, record = load_recipe(run / "recipe.yaml"), read_record(run)
+        start = _started_in(run, written)
+        recipe = _from(start, written)
         inside = _inside(recipe, files)
         if not inside:
             return ""
@@ -45,13 +47,30 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPo
             trained = len(set(map(os.path.abspath, splits.train.files())) & inside)
             perhaps = f"were trained on{by}"
         else:
-            trained = len(inside - _evaluated(run, recipe))
+            trained = len(inside - _evaluated(run, recipe, start))
             perhaps = f"may have been trained on{by}: they lie in its folder, whose images have changed since"
     except (MbibError, OSError):  # a run of data or of a plugin that are not here
         return ""
     if not trained:
         return ""
     return f"{trained:,} of {what} {perhaps}; their accuracy says nothing of other images"
+
+
+def _started_in(run: Path, recipe: Recipe) -> Path:
+    """Return the folder that a run was started in: what its folder of runs, if relative, lies in; otherwise ours."""
+    output, folder = Path(os.path.normpath(recipe.output)), Path(os.path.abspath(run)).parent
+    above = len(folder.parts) - len(output.parts)
+    if output.is_absolute() or above < 1 or folder.parts[above:] != output.parts:
+        return Path.cwd()
+    return Path(*folder.parts[:above])
+
+
+def _from(start: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe whose relative places begin at a folder, those that are there."""
+    if start == Path.cwd():
+        return recipe
+    places = {key: start / place for key in DATA_PLACES if (place := getattr(recipe, key)) is not None}
+    return recipe.replace(**{key: str(place) for key, place in places.items() if place.exists()})
 
 
 def _inside(recipe: Recipe, files: Collection[bytes]) -> set[bytes]:
@@ -63,10 +82,11 @@ def _inside(recipe: Recipe, files: Collection[bytes]) -> set[bytes]:
     return {file for file in map(os.path.abspath, files) if file.startswith(root)}
 
 
-def _evaluated(run: Path, recipe: Recipe) -> set[bytes]:
-    """Return the images that a run has evaluated."""
+def _evaluated(run: Path, recipe: Recipe, start: Path) -> set[bytes]:
+    """Return the images that a run has evaluated, which was started in a folder."""
     if not (run / PREDICTIONS).is_file():
         return set()
     rows = csv.DictReader(io.StringIO(read_text(run / PREDICTIONS, "predictions of a run"), newline=""))
     names = [from_cell(row["image"]) for row in rows if row.get("image")]
-    return {os.path.abspath(os.path.join(os.fsencode(recipe.data_dir or ""), os.fsencode(name))) for name in names}
+    root = os.fsencode(start / (recipe.data_dir or ""))
+    return {os.path.abspath(os.path.join(root, os.fsencode(name))) for name in names}

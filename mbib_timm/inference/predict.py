@@ -483,7 +483,7 @@ def _write_overlays(
 
 def _trained_on(model: LoadedModel, images: Sequence[FoundImage]) -> str:
     """Return a line on the images that a run's model was trained on; see `trained_on_line`."""
-    files = {os.path.abspath(os.fsencode(image.reader.path(image.index))) for image in images}
+    files = {image.file for image in images}
     folder = model.source.folder
     return "" if folder is None else trained_on_line(folder, files, f"these {counted(len(files), 'image')}", DataPool())
 
