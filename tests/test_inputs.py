@@ -249,6 +249,25 @@ def test_predicted_images_that_were_trained_on_are_counted(tmp_path, capsys):
     assert f"{number + 1} of these 33 images may have been trained on" in capsys.readouterr().out
 
 
+def test_the_images_that_were_trained_on_are_counted_among_those_of_the_accuracy(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    run = train(recipe(tmp_path, data, val_split="validation"), "run").folder
+    number = 32 - read_record(run).result.prediction.images
+    for label in ("ant", "wasp"):  # of which the model knows one
+        shutil.copytree(data / "ant", tmp_path / "others" / label)
+    (tmp_path / "others" / "ant" / "val0.png").write_bytes(b"no image")
+    output = tmp_path / "p.csv"
+    command = ["predict", str(run), str(data), str(tmp_path / "others"), "--output", str(output), "--workers", "0"]
+    assert main(command) == 1
+    said = f"warning: {number} of these 47 images were trained on; "
+    assert said in capsys.readouterr().out
+    rows = output.read_text().splitlines(keepends=True)
+    for kept in (20, 40, 65):
+        output.write_text("".join(rows[:kept]))
+        assert main([*command, "--resume"]) == 1
+        assert said in capsys.readouterr().out
+
+
 def test_images_of_a_table_and_of_a_relative_folder_are_those_that_were_trained_on(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_folder(tmp_path / "data")
