@@ -13,6 +13,7 @@ from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
 from mbib_timm.data.overview import warnings
+from mbib_timm.data.sources import NO_TEST
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.trained_images import evaluated_line
@@ -161,4 +162,6 @@ def _open_images(
             f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
             f"{recipe.val_split} takes only the share that training would hold out",
         )
+    elif opened.chosen.endswith(NO_TEST):
+        notes = (f"split {name!r}: {opened.chosen}",)
     return name, match_classes(name, opened, names, num_classes), notes
