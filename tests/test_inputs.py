@@ -348,6 +348,29 @@ def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_
     assert read_record(folder).trained_before == line
 
 
+def test_a_copy_of_the_images_is_known_by_names_and_labels(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    run = train(recipe(tmp_path, data, val_split="validation"), "first").folder
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    trained = {*open_data(recipe(tmp_path, copy, val_split="validation")).train.files()}
+    other = recipe(tmp_path, copy, val_split="validation", model=f"local-dir:{run}", subset_seed=1)
+    evaluated = {*open_data(other).val.files()}
+    number = len(evaluated & trained)
+    assert number > 0
+    perhaps = "their folder has images of the same names and labels as its own; their accuracy says nothing of "
+    perhaps += "other images"
+    line = f"{number} of the {len(evaluated)} evaluated images may have been trained on by the run that this one "
+    assert read_record(train(other, "other").folder).trained_before == f"{line}starts from: {perhaps}"
+    capsys.readouterr()
+    assert main(["validate", str(run), "--data-dir", str(copy)]) == 0
+    said = f"warning: {len(trained)} of the 32 evaluated images may have been trained on: {perhaps}\n"
+    assert said in capsys.readouterr().out
+    (copy / "bee" / "image0.png").rename(copy / "bee" / "another.png")
+    assert main(["validate", str(run), "--data-dir", str(copy)]) == 0
+    assert "warning" not in capsys.readouterr().out, "other images, as far as names tell"
+
+
 def test_what_a_source_has_left_out_is_in_the_record_and_on_the_card(tmp_path, capsys):
     data = one_folder(tmp_path / "data")
     (data / "ant" / "broken.png").write_bytes(b"no image")

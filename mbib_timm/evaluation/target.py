@@ -137,7 +137,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     notes = (*notes, *warnings([images]))
     if missing := missing_classes(split, images, num_classes):
         notes = (*notes, missing)
-    trained_on = "" if source.folder is None else evaluated_line(source.folder, images, pool)
+    trained_on = "" if source.folder is None else evaluated_line(source.folder, images, target.recipe, pool)
     if trained_on:
         notes = (*notes, f"warning: {trained_on}")
     names = images.class_names if names is None else names

@@ -13,18 +13,24 @@ from mbib_timm.files import counted, from_cell, read_text
 from mbib_timm.recipe import DATA_PLACES, Recipe, load_recipe
 from mbib_timm.results.record import RECORD, read_record
 
+COPY = "their folder has images of the same names and labels as its own"
 
-def evaluated_line(run: Path, images: Split, pool: DataPool, by: str = "") -> str:
-    """Return the line of `trained_on_line` on a split that is evaluated; images that are no files have none."""
+
+def evaluated_line(run: Path, images: Split, recipe: Recipe, pool: DataPool, by: str = "") -> str:
+    """Return the line of `trained_on_line` on a split of a recipe's data; images that are no files have none."""
     if not images.in_files:
         return ""
-    return trained_on_line(run, set(images.files()), f"the {counted(len(images), 'evaluated image')}", pool, by)
+    what = f"the {counted(len(images), 'evaluated image')}"
+    return trained_on_line(run, set(images.files()), what, pool, by, recipe)
 
 
-def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "") -> str:
+def trained_on_line(
+    run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "", evaluated: Recipe | None = None
+) -> str:
     """Return a line on the images that a run was trained on; empty where there are none, and for what is no run.
 
-    Where the run's data have changed, images of its folder that it has not evaluated may have been among them.
+    Where the run's data have changed, images of its folder that it has not evaluated may have been among them. And so
+    may images that lie elsewhere, where all that is there has the names and labels of the run's data: it is a copy.
 
     Args:
         run: folder of the run.
@@ -32,6 +38,7 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPo
         what: they are, such as ``the 53 evaluated images``.
         pool: opens the run's data, or has them.
         by: says which run, such as `` by the other run``.
+        evaluated: says where the images' data are; None where no recipe does.
     """
     if not files or not (run / RECORD).is_file() or not (run / "recipe.yaml").is_file():
         return ""
@@ -39,13 +46,18 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPo
         written, record = load_recipe(run / "recipe.yaml"), read_record(run)
         start = _started_in(run, written)
         recipe = _from(start, written)
-        inside = _inside(recipe, files)
+        inside, copied = _inside(recipe, files), False
+        if not inside and evaluated is not None and evaluated.dataset == recipe.dataset:
+            recipe, copied = recipe.replace(**{key: getattr(evaluated, key) for key in DATA_PLACES}), True
+            inside = _inside(recipe, files)
         if not inside:
             return ""
         splits = pool.open(recipe)
         if record.inputs and record.inputs[-1].data == splits.digest:
             trained = len(set(map(os.path.abspath, splits.train.files())) & inside)
-            perhaps = f"were trained on{by}"
+            perhaps = f"may have been trained on{by}: {COPY}" if copied else f"were trained on{by}"
+        elif copied:
+            return ""
         else:
             trained = len(inside - _evaluated(run, recipe, start))
             perhaps = f"may have been trained on{by}: they lie in its folder, whose images have changed since"

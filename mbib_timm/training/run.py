@@ -478,4 +478,4 @@ def _trained_before(recipe: Recipe, splits: Splits, pool: DataPool) -> str:
     if start is None:
         return ""
     folder = start if start.is_dir() else start.parent
-    return evaluated_line(folder, images, pool, " by the run that this one starts from")
+    return evaluated_line(folder, images, recipe, pool, " by the run that this one starts from")
