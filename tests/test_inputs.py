@@ -1,5 +1,6 @@
 """A run is the same as another only where its images, the weights that it starts from and its plugins are too."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -8,11 +9,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from mbib_timm.analysis import analyze
+from mbib_timm.analysis.analysis_record import read_analysis
 from mbib_timm.cli import main
 from mbib_timm.data import DataPool, open_data
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import load_recipe
 from mbib_timm.recipe.plugins import code_of
+from mbib_timm.reporting.sections import Section, run_section
 from mbib_timm.results.record import read_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
@@ -268,6 +272,85 @@ def test_predicted_images_that_were_trained_on_are_counted(tmp_path, capsys):
     assert f"{number + 1} of these 33 images may have been trained on" in capsys.readouterr().out
 
 
+def test_the_images_that_were_trained_on_are_counted_among_those_of_the_accuracy(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    run = train(recipe(tmp_path, data, val_split="validation"), "run").folder
+    number = 32 - read_record(run).result.prediction.images
+    for label in ("ant", "wasp"):  # of which the model knows one
+        shutil.copytree(data / "ant", tmp_path / "others" / label)
+    (tmp_path / "others" / "ant" / "val0.png").write_bytes(b"no image")
+    output = tmp_path / "p.csv"
+    command = ["predict", str(run), str(data), str(tmp_path / "others"), "--output", str(output), "--workers", "0"]
+    assert main(command) == 1
+    said = f"warning: {number} of these 47 images were trained on; "
+    assert said in capsys.readouterr().out
+    rows = output.read_text().splitlines(keepends=True)
+    for kept in (20, 40, 65):
+        output.write_text("".join(rows[:kept]))
+        assert main([*command, "--resume"]) == 1
+        assert said in capsys.readouterr().out
+
+
+def test_images_of_a_table_and_of_a_relative_folder_are_those_that_were_trained_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_folder(tmp_path / "data")
+    relative = recipe(tmp_path, "data", val_split="validation", output="runs")
+    number = 32 - read_record(train(relative, "run").folder).result.prediction.images
+    (tmp_path / "tables").mkdir()
+    table = tmp_path / "tables" / "split.csv"
+    assert main(["data", "data", "--write-split", str(table), "--workers", "0"]) == 0
+    assert main(["predict", "runs/run", str(table), "--data-dir", "data", "--output", "p.csv", "--workers", "0"]) == 0
+    said = f"warning: {number} of these 32 images were trained on; "
+    assert said in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "tables")
+    for run in ("../runs/run", str(tmp_path / "runs" / "run")):
+        assert main(["predict", run, "../data", "--output", "p.csv", "--workers", "0"]) == 0
+        assert said in capsys.readouterr().out
+    # The run's folder alone does not say where it was trained.
+    shutil.copytree(tmp_path / "runs" / "run", tmp_path / "moved")
+    assert main(["predict", "../moved", "../data", "--output", "p.csv", "--workers", "0"]) == 0
+    assert "trained on" not in capsys.readouterr().out
+
+
+def test_an_evaluation_counts_images_that_were_trained_on(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(analyze, "_draw", lambda folder, illustrations: None)
+    monkeypatch.setattr(Section, "figure", lambda section, illustration: None)
+    data = one_folder(tmp_path / "data")
+    first = recipe(tmp_path, data, val_split="validation")
+    run, results = train(first, "run").folder, tmp_path / "validated.json"
+    trained = {*open_data(first).train.files()}
+
+    def validated(*more):
+        assert main(["validate", str(run), "--results", str(results), *more]) == 0
+        return capsys.readouterr().out, json.loads(results.read_text())["trained_on"]
+
+    said, kept = validated()
+    assert "trained on" not in said
+    assert kept is None
+    evaluated = [*open_data(first.replace(val_fraction=0.5)).val.files()]
+    number, images = len(trained & {*evaluated}), len(evaluated)
+    assert number > 0
+    line = f"{number} of the {images} evaluated images were trained on; their accuracy says nothing of other images"
+    said, kept = validated("--val-fraction", "0.5")
+    assert f"warning: {line}\n" in said
+    assert kept == line
+    assert main(["analyze", str(run), "--val-fraction", "0.5"]) == 0
+    assert f"warning: {line}\n" in capsys.readouterr().out
+    analysis = read_analysis(run)
+    assert analysis is not None
+    assert analysis.trained_on == line
+    section = run_section(group_runs([read_run(run)])[0])
+    assert f"In the analysis, {line}." in [block.content for block in section.blocks]
+    # A larger folder is split in another way.
+    before = {*open_data(first).val.files()}
+    for i in range(9):
+        shutil.copy(data / "ant" / "val0.png", data / "ant" / f"new{i}.png")
+    now = {*open_data(first).val.files()}
+    said, kept = validated()
+    assert f"warning: {len(now - before)} of the {len(now)} evaluated images may have been trained on: they lie" in said
+
+
 def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_path, capsys):
     data = one_folder(tmp_path / "data")
     first = train(recipe(tmp_path, data, val_split="validation"), "first").folder
@@ -286,6 +369,29 @@ def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_
     line += "their accuracy says nothing of other images"
     assert f"warning: {line}" in capsys.readouterr().out
     assert read_record(folder).trained_before == line
+
+
+def test_a_copy_of_the_images_is_known_by_names_and_labels(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    run = train(recipe(tmp_path, data, val_split="validation"), "first").folder
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    trained = {*open_data(recipe(tmp_path, copy, val_split="validation")).train.files()}
+    other = recipe(tmp_path, copy, val_split="validation", model=f"local-dir:{run}", subset_seed=1)
+    evaluated = {*open_data(other).val.files()}
+    number = len(evaluated & trained)
+    assert number > 0
+    perhaps = "their folder has images of the same names and labels as its own; their accuracy says nothing of "
+    perhaps += "other images"
+    line = f"{number} of the {len(evaluated)} evaluated images may have been trained on by the run that this one "
+    assert read_record(train(other, "other").folder).trained_before == f"{line}starts from: {perhaps}"
+    capsys.readouterr()
+    assert main(["validate", str(run), "--data-dir", str(copy)]) == 0
+    said = f"warning: {len(trained)} of the 32 evaluated images may have been trained on: {perhaps}\n"
+    assert said in capsys.readouterr().out
+    (copy / "bee" / "image0.png").rename(copy / "bee" / "another.png")
+    assert main(["validate", str(run), "--data-dir", str(copy)]) == 0
+    assert "warning" not in capsys.readouterr().out, "other images, as far as names tell"
 
 
 def test_what_a_source_has_left_out_is_in_the_record_and_on_the_card(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Evaluation matches classes by name: other orders, subsets, unknown names, other folders."""
 
 import json
+import re
 import unicodedata
 from dataclasses import replace
 
@@ -155,6 +156,18 @@ def test_a_share_and_the_same_data_are_evaluated_as_in_training(run, tmp_path, c
     assert "on validation:" in out
     _, out, _ = validated(run, capsys, "--data-dir", str(run.parent / "run" / ".." / "images"))
     assert "on validation:" in out, "the same folder by another name"
+
+
+def test_what_is_held_out_for_validation_is_no_test_split(run, capsys):
+    assert main(["validate", str(run), "--split", "test"]) == 2
+    said = "there is no split 'test': the data have none of their own, and are cut into train and validation; all has"
+    assert said in capsys.readouterr().err
+    said = "the data have no test split of their own, and this is their validation split"
+    for split in ((), ("--split", "test")):
+        assert main(["validate", str(run), "--val-split", "test", *split]) == 0
+        assert re.search(rf"(?m)^split 'test': 2\d % of each class, drawn.* seed 0; {said}$", capsys.readouterr().out)
+    assert main(["validate", str(run)]) == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_splits_of_other_data_are_kept(run, tmp_path, capsys):

@@ -145,6 +145,7 @@ class Analyzed:
         class_counts: training images of each class.
         prediction_heads: heads whose logits' mean is the prediction; empty for a network of one head.
         environment: versions, hardware, command, without paths of the machine.
+        trained_on: a line on the images that the model was trained on; None where there are none.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Analyzed:
     class_counts: list[int]
     prediction_heads: list[str]
     environment: Environment
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
         class_counts=opened.class_counts.tolist(),
         prediction_heads=list(prediction_heads(opened.model)),
         environment=redact_environment(describe_environment(world)),
+        trained_on=opened.trained_on or None,
     )
 
 

@@ -26,6 +26,7 @@ from mbib_timm.data.mixing import train_loader
 from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
 from mbib_timm.data.samplers import check_sampler, parse_sampler, training_sampler
+from mbib_timm.data.sources import Source
 from mbib_timm.data.splits import Splits, open_data
 from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
@@ -63,6 +64,7 @@ OPENED_BY = tuple(
 class DataPool:
     """Opened data and resident images, which the runs of one process share."""
 
+    sources: dict[str, Source] = field(default_factory=dict)
     opened: dict[str, Splits] = field(default_factory=dict)
     images: dict[tuple[str, ...], DecodedImages] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
@@ -81,11 +83,18 @@ class DataPool:
         self.said.add(line)
         return [line]
 
+    def source(self, recipe: Recipe) -> Source:
+        """Return where the recipe's splits are opened by name: what is scanned there, and read, is so once."""
+        key = _opened_key(recipe)
+        if key not in self.sources:
+            self.sources[key] = Source(recipe)
+        return self.sources[key]
+
     def open(self, recipe: Recipe) -> Splits:
         """Open the recipe's data, once, however their images are prepared; see `open_data`."""
-        key = json.dumps({name: getattr(recipe, name) for name in OPENED_BY})
+        key = _opened_key(recipe)
         if key not in self.opened:
-            self.opened[key] = open_data(recipe)
+            self.opened[key] = open_data(recipe, self.source(recipe))
         return self.opened[key]
 
     def fit(self, splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> bool:
@@ -164,6 +173,11 @@ def _resident_bytes(
     if device.type == "cpu":
         return needed, 0
     return needed, max((size for split, size in sizes if not on_disk(split, recipe)), default=0)
+
+
+def _opened_key(recipe: Recipe) -> str:
+    """Return what two recipes have in common that open the same images, however these are prepared."""
+    return json.dumps({name: getattr(recipe, name) for name in OPENED_BY})
 
 
 def data_key(recipe: Recipe) -> str:

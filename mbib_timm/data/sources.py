@@ -24,7 +24,7 @@ from mbib_timm.data.long_tail import count_classes, hold_out, left_out_indices, 
 from mbib_timm.data.shards import open_shards
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import DATA_PLACES, Recipe
 from mbib_timm.registry import Registry
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -33,6 +33,9 @@ DIGIT_SIZE = 16
 HFDS_PREFIX = "hfds/"
 # The split of training images that a long-tailed subset leaves out, to choose settings on; and its images per class.
 LEFT_OUT, MOST_LEFT_OUT = "left_out", 50
+# What data without splits have none of; and what is said where a recipe calls the validation split so.
+TEST = "test"
+NO_TEST = "the data have no test split of their own, and this is their validation split"
 # Reasons for which images and classes are left out.
 UNREADABLE = "images that cannot be read"
 NO_READABLE = "classes without an image that can be read"
@@ -50,10 +53,10 @@ SOURCES: Registry[Callable[[Recipe], Opened]] = Registry("data source")
 class Source:
     """A recipe's data, of which each split is opened by name. What is scanned, and split, is so once.
 
-    Data without splits are split here: a share of each class, or of whole groups, is held out for evaluation by
-    `subset_seed`, and a split named ``all`` has every image. Of a recipe with a long-tailed subset the split
-    ``left_out`` has up to 50 images per class of those that the subset leaves out: settings can be chosen on them
-    without a look at test images.
+    Data without splits are split here: a share of each class, or of whole groups, is held out for validation by
+    `subset_seed`, and a split named ``all`` has every image. There is no test split, unless the recipe names one. Of a
+    recipe with a long-tailed subset the split ``left_out`` has up to 50 images per class of those that the subset
+    leaves out: settings can be chosen on them without a look at test images.
 
     Args:
         recipe: names source and place.
@@ -65,7 +68,7 @@ class Source:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        for key in ("data_dir", "table", "train_list", "val_list", "test_list", "class_map"):
+        for key in DATA_PLACES:
             if CONTROL.search(getattr(recipe, key) or ""):
                 # Records, caches and tables could not name it.
                 raise DataError(f"recipe key {key!r}: {getattr(recipe, key)!r} is no text in UTF-8; rename it")
@@ -147,7 +150,9 @@ class Source:
         if name == ALL or (name == recipe.train_split and recipe.split_names[1:] == [LEFT_OUT]):
             return self._whole
         training = name in (recipe.train_split, *SYNONYMS["train"])
-        if not training and name not in (recipe.val_split, recipe.test_split, *SYNONYMS["validation"]):
+        # Whoever asks for a test split does not mean what has been looked at during training.
+        synonyms = set(SYNONYMS["validation"]) - {TEST}
+        if not training and name not in (recipe.val_split, recipe.test_split, *synonyms):
             raise DataError(
                 f"there is no split {name!r}: the data have none of their own, and are cut into {recipe.train_split} "
                 f"and {recipe.val_split}; {ALL} has every image"
@@ -155,6 +160,8 @@ class Source:
         chosen = f"{100 * recipe.val_fraction:g} % of each class, drawn with seed {recipe.subset_seed}"
         if recipe.group_by is not None:
             chosen = f"about {chosen}, in whole groups by {recipe.group_by}"
+        if name == recipe.val_split == TEST:  # as in recipes for data that have one
+            chosen = f"{chosen}; {NO_TEST}"
         kept = np.flatnonzero(~self._held_out if training else self._held_out)
         return self._whole.subset(kept, f"all but {chosen}" if training else chosen)
 

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mbib_timm.data import Source, build_eval_loader, match_classes, missing_classes, open_data
+from mbib_timm.data import DataPool, build_eval_loader, match_classes, missing_classes, open_data
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
 from mbib_timm.data.overview import warnings
-from mbib_timm.data.sources import is_image_folder
+from mbib_timm.data.sources import NO_TEST, is_image_folder
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
+from mbib_timm.evaluation.trained_images import evaluated_line
 from mbib_timm.models.preprocessing import as_predicted, input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
@@ -65,6 +66,7 @@ class OpenTarget:
         images: of the split, with the labels of training.
         loader: gives batches of them.
         notes: what whoever reads the result should know of the images: a line each.
+        trained_on: a line on those that the model was trained on, which is among the notes; empty where there are none.
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class OpenTarget:
     images: Split
     loader: Loader
     notes: tuple[str, ...]
+    trained_on: str = ""
 
 
 def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, Any] | None = None) -> Target:
@@ -133,26 +136,30 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     recipe = settle(recipe, model)
     size = input_size(recipe, model)
     names = source.config.class_names
-    split, images, notes = _open_images(target, split, names, num_classes)
+    pool = DataPool()
+    split, images, notes = _open_images(target, split, names, num_classes, pool)
     loader = build_eval_loader(
         recipe, images, input_size=size, device=world.device, rank=world.rank, world_size=world.world_size
     )
     notes = (*notes, *warnings([images]))
     if missing := missing_classes(split, images, num_classes):
         notes = (*notes, missing)
+    trained_on = "" if source.folder is None else evaluated_line(source.folder, images, target.recipe, pool)
+    if trained_on:
+        notes = (*notes, f"warning: {trained_on}")
     names = images.class_names if names is None else names
-    return OpenTarget(model.to(world.device), recipe, counts, names, size, split, images, loader, notes)
+    return OpenTarget(model.to(world.device), recipe, counts, names, size, split, images, loader, notes, trained_on)
 
 
 def _open_images(
-    target: Target, split: str | None, names: tuple[str, ...] | None, num_classes: int
+    target: Target, split: str | None, names: tuple[str, ...] | None, num_classes: int, pool: DataPool
 ) -> tuple[str, Split, tuple[str, ...]]:
     """Return the name of the split to evaluate, its images with the labels of training, and notes on them.
 
     Of other data than the model's own, which have no splits, all images are evaluated: the share that training would
     have held out is no split of theirs.
     """
-    recipe, data = target.recipe, Source(target.recipe)
+    recipe, data = target.recipe, pool.source(target.recipe)
     whole = split is None and target.elsewhere and not data.has_splits
     name = ALL if whole else split or target.split()
     (opened,) = data.splits([name])
@@ -162,4 +169,6 @@ def _open_images(
             f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
             f"{recipe.val_split} takes only the share that training would hold out",
         )
+    elif opened.chosen.endswith(NO_TEST):
+        notes = (f"split {name!r}: {opened.chosen}",)
     return name, match_classes(name, opened, names, num_classes), notes

@@ -6,18 +6,31 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from mbib_timm.data import DataPool
+from mbib_timm.data import DataPool, Split
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import PREDICTIONS
-from mbib_timm.files import from_cell, read_text
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.files import counted, from_cell, read_text
+from mbib_timm.recipe import DATA_PLACES, Recipe, load_recipe
 from mbib_timm.results.record import RECORD, read_record
 
+COPY = "their folder has images of the same names and labels as its own"
 
-def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "") -> str:
+
+def evaluated_line(run: Path, images: Split, recipe: Recipe, pool: DataPool, by: str = "") -> str:
+    """Return the line of `trained_on_line` on a split of a recipe's data; images that are no files have none."""
+    if not images.in_files:
+        return ""
+    what = f"the {counted(len(images), 'evaluated image')}"
+    return trained_on_line(run, set(images.files()), what, pool, by, recipe)
+
+
+def trained_on_line(
+    run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "", evaluated: Recipe | None = None
+) -> str:
     """Return a line on the images that a run was trained on; empty where there are none, and for what is no run.
 
-    Where the run's data have changed, images of its folder that it has not evaluated may have been among them.
+    Where the run's data have changed, images of its folder that it has not evaluated may have been among them. And so
+    may images that lie elsewhere, where all that is there has the names and labels of the run's data: it is a copy.
 
     Args:
         run: folder of the run.
@@ -25,26 +38,51 @@ def trained_on_line(run: Path, files: Collection[bytes], what: str, pool: DataPo
         what: they are, such as ``the 53 evaluated images``.
         pool: opens the run's data, or has them.
         by: says which run, such as `` by the other run``.
+        evaluated: says where the images' data are; None where no recipe does.
     """
     if not files or not (run / RECORD).is_file() or not (run / "recipe.yaml").is_file():
         return ""
     try:
-        recipe, record = load_recipe(run / "recipe.yaml"), read_record(run)
-        inside = _inside(recipe, files)
+        written, record = load_recipe(run / "recipe.yaml"), read_record(run)
+        start = _started_in(run, written)
+        recipe = _from(start, written)
+        inside, copied = _inside(recipe, files), False
+        if not inside and evaluated is not None and evaluated.dataset == recipe.dataset:
+            recipe, copied = recipe.replace(**{key: getattr(evaluated, key) for key in DATA_PLACES}), True
+            inside = _inside(recipe, files)
         if not inside:
             return ""
         splits = pool.open(recipe)
         if record.inputs and record.inputs[-1].data == splits.digest:
             trained = len(set(map(os.path.abspath, splits.train.files())) & inside)
-            perhaps = f"were trained on{by}"
+            perhaps = f"may have been trained on{by}: {COPY}" if copied else f"were trained on{by}"
+        elif copied:
+            return ""
         else:
-            trained = len(inside - _evaluated(run, recipe))
+            trained = len(inside - _evaluated(run, recipe, start))
             perhaps = f"may have been trained on{by}: they lie in its folder, whose images have changed since"
     except (MbibError, OSError):  # a run of data or of a plugin that are not here
         return ""
     if not trained:
         return ""
     return f"{trained:,} of {what} {perhaps}; their accuracy says nothing of other images"
+
+
+def _started_in(run: Path, recipe: Recipe) -> Path:
+    """Return the folder that a run was started in: what its folder of runs, if relative, lies in; otherwise ours."""
+    output, folder = Path(os.path.normpath(recipe.output)), Path(os.path.abspath(run)).parent
+    above = len(folder.parts) - len(output.parts)
+    if output.is_absolute() or above < 1 or folder.parts[above:] != output.parts:
+        return Path.cwd()
+    return Path(*folder.parts[:above])
+
+
+def _from(start: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe whose relative places begin at a folder, those that are there."""
+    if start == Path.cwd():
+        return recipe
+    places = {key: start / place for key in DATA_PLACES if (place := getattr(recipe, key)) is not None}
+    return recipe.replace(**{key: str(place) for key, place in places.items() if place.exists()})
 
 
 def _inside(recipe: Recipe, files: Collection[bytes]) -> set[bytes]:
@@ -56,10 +94,11 @@ def _inside(recipe: Recipe, files: Collection[bytes]) -> set[bytes]:
     return {file for file in map(os.path.abspath, files) if file.startswith(root)}
 
 
-def _evaluated(run: Path, recipe: Recipe) -> set[bytes]:
-    """Return the images that a run has evaluated."""
+def _evaluated(run: Path, recipe: Recipe, start: Path) -> set[bytes]:
+    """Return the images that a run has evaluated, which was started in a folder."""
     if not (run / PREDICTIONS).is_file():
         return set()
     rows = csv.DictReader(io.StringIO(read_text(run / PREDICTIONS, "predictions of a run"), newline=""))
     names = [from_cell(row["image"]) for row in rows if row.get("image")]
-    return {os.path.abspath(os.path.join(os.fsencode(recipe.data_dir or ""), os.fsencode(name))) for name in names}
+    root = os.fsencode(start / (recipe.data_dir or ""))
+    return {os.path.abspath(os.path.join(root, os.fsencode(name))) for name in names}

@@ -43,6 +43,7 @@ class Validation:
         environment: versions, hardware, command.
         prior: class frequencies that the logits were shifted to, by class, their sum 1; None where they were not.
         left_out_images: broken images, which are not measured.
+        trained_on: a line on the images that the model was trained on; None where there are none.
     """
 
     target: str
@@ -52,6 +53,7 @@ class Validation:
     environment: Environment
     prior: list[float] | None = None
     left_out_images: list[str] = field(default_factory=list)
+    trained_on: str | None = None
 
 
 def validate(
@@ -105,7 +107,8 @@ def validate(
         shares = None if moved is None else moved.shares.tolist()
         environment = describe_environment(world)
         broken = list(dict.fromkeys(world.gather(opened.loader.broken_images())))
-        results = Validation(target, opened.split, opened.class_counts.tolist(), heads, environment, shares, broken)
+        counts, trained_on = opened.class_counts.tolist(), opened.trained_on or None
+        results = Validation(target, opened.split, counts, heads, environment, shares, broken, trained_on)
         if world.is_main:
             if moved is not None and moved.note:
                 print(printable(moved.note))

@@ -66,6 +66,13 @@ class FoundImage:
         """Where it is, as text that can be written anywhere."""
         return as_text(self.reader.path(self.index))
 
+    @property
+    def file(self) -> bytes:
+        """Where it lies, absolute and normalised, whatever a list calls it."""
+        reader = self.reader
+        place = reader.paths[self.index] if isinstance(reader, FileReader) else reader.path(self.index)
+        return os.path.abspath(os.fsencode(place))
+
 
 def as_text(name: str) -> str:
     """Return a name of the file system as text that can be written anywhere: bytes that are none become escapes."""

@@ -86,7 +86,7 @@ class Tally:
         self.broken += [item for item in items if isinstance(item, Broken)]
         read = [item for item in items if isinstance(item, Prediction)]
         self.unsure += sum(item.unsure for item in read)
-        targets = [None if item.label is None else self._label(item.label) for item in read]
+        targets = [None if item.label is None else self.label(item.label) for item in read]
         self.unknown.update(
             item.label for item, target in zip(read, targets, strict=True) if item.label is not None and target is None
         )
@@ -118,7 +118,8 @@ class Tally:
             items.append(Prediction(image.image, [(best, probability)], image.label, unsure=image.unsure))
         self.count(items, logits)
 
-    def _label(self, name: str) -> int | None:
+    def label(self, name: str) -> int | None:
+        """Return the label of a class; None where the model does not know it."""
         return self.labels.get(unicodedata.normalize("NFC", name))
 
     def metrics(self, class_counts: np.ndarray | None) -> HeadMetrics | None:
@@ -221,6 +222,7 @@ def predict(
         todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
         layout = RowColumns(predictor.names, top_k, probabilities)
         continued = read_continued(output, format, layout) if resume and output else Continued()
+        done: list[tuple[FoundImage, DoneImage]] = []
         if output is not None and continued.images:
             todo, done = _parted(todo, continued.images, format)
             _check_continued(output, continued.images, done, format, threshold)
@@ -255,8 +257,9 @@ def predict(
         prior=estimate,
     )
     broken = {item.image for item in tally.broken}
-    labelled = [image for image in todo if image.label is not None and image.path not in broken]
-    seen = _trained_on(model, labelled) if result.metrics else ""
+    read = [image for image in todo if image.path not in broken] + [image for image, each in done if each.classes]
+    measured = [image for image in read if image.label is not None and tally.label(image.label) is not None]
+    seen = _trained_on(model, measured) if measured else ""
     for line in _summary(result, tally, model, threshold, seen):
         print(line, file=sys.stderr if output is None else sys.stdout)
     return result
@@ -483,7 +486,7 @@ def _write_overlays(
 
 def _trained_on(model: LoadedModel, images: Sequence[FoundImage]) -> str:
     """Return a line on the images that a run's model was trained on; see `trained_on_line`."""
-    files = {os.path.abspath(os.fsencode(image.reader.path(image.index))) for image in images}
+    files = {image.file for image in images}
     folder = model.source.folder
     return "" if folder is None else trained_on_line(folder, files, f"these {counted(len(files), 'image')}", DataPool())
 

@@ -20,6 +20,7 @@ from mbib_timm.recipe.checks import WHOLE_IMAGES
 from mbib_timm.recipe.keys import (
     COMPUTING,
     DATA_KEYS,
+    DATA_PLACES,
     KEYS,
     MODEL_KEYS,
     OPEN_CHOICES,
@@ -52,6 +53,7 @@ __all__ = [
     "BASE",
     "COMPUTING",
     "DATA_KEYS",
+    "DATA_PLACES",
     "DEFAULT_RECIPE",
     "KEYS",
     "MODEL_KEYS",

@@ -496,6 +496,8 @@ KEYS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fi
 TYPES: dict[str, Any] = {name: kind for name, kind in option_types(Recipe).items() if name in KEYS}
 # Those that decide what is computed: all but paths, device, workers and logging.
 COMPUTING = tuple(name for name, item in KEYS.items() if not item.metadata["location"])
+# Those that say where the data are.
+DATA_PLACES = ("data_dir", "table", "train_list", "val_list", "test_list", "class_map")
 # Recipes that agree in these see the same images.
 DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
 

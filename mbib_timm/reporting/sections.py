@@ -216,6 +216,8 @@ def run_section(group: RunGroup) -> Section:
         # The analysis has the same figure, of the same numbers.
         illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
         illustrations += analysis_figures(analysis)
+        if analysis.trained_on:
+            section.paragraphs([f"In the analysis, {analysis.trained_on}."])
     for illustration in illustrations:
         section.figure(illustration)
     _errors(section, group)

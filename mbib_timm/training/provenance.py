@@ -12,14 +12,11 @@ from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError
 from mbib_timm.files import from_plain
 from mbib_timm.models.weights import WEIGHTS_FILES
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import DATA_PLACES, Recipe
 from mbib_timm.recipe.checks import parse_class_weights
 from mbib_timm.recipe.declared import named_models
 from mbib_timm.recipe.plugins import imported_code
 from mbib_timm.results.record import Inputs, RunRecord
-
-# Keys that say where the data are.
-DATA_PLACES = ("data_dir", "table", "train_list", "val_list", "test_list", "class_map")
 
 
 def inputs_of(recipe: Recipe, pool: DataPool) -> list[Inputs]:

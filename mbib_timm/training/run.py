@@ -25,7 +25,7 @@ from mbib_timm.environment import (
 from mbib_timm.errors import CheckpointError, few, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
-from mbib_timm.evaluation.trained_images import trained_on_line
+from mbib_timm.evaluation.trained_images import evaluated_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
 from mbib_timm.methods.base import reported_numbers
@@ -510,5 +510,5 @@ def _trained_before(recipe: Recipe, splits: Splits, pool: DataPool) -> str:
     start, images = start_of(recipe), splits.test or splits.val
     if start is None:
         return ""
-    folder, what = start if start.is_dir() else start.parent, f"the {counted(len(images), 'evaluated image')}"
-    return trained_on_line(folder, set(images.files()), what, pool, " by the run that this one starts from")
+    folder = start if start.is_dir() else start.parent
+    return evaluated_line(folder, images, recipe, pool, " by the run that this one starts from")
