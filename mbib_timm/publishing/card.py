@@ -22,7 +22,7 @@ from mbib_timm.models.zoo import HEADS, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.redact import last_part, redact_value
-from mbib_timm.results.run_text import chosen_text, left_out_text, raw_text, stages_text
+from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import (
     NOTHING,
@@ -124,6 +124,7 @@ def render_card(
         stages=[_stage(stage) for stage in recipe.chain()],
         duration=_duration(record.training_seconds),
         left_out_files=left_out_text(record),
+        broken="; ".join(broken_lines(record)),
         last_stage_only=len(record.stages) > 1 and not record.inputs,
         environment=record.environment,
         few=len(shot_groups(counts)["few"]),

@@ -9,9 +9,11 @@ import numpy as np
 
 from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
+from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.long_tail import named
+from mbib_timm.data.sources import NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
@@ -153,6 +155,11 @@ def lines(found: Inspection) -> Iterator[str]:
     yield f"unreadable: {len(broken):,}{':' if broken else ''}"
     for picture in broken:
         yield f"  {printable(picture.path)}: {printable(picture.look.error)} ({picture.split})"
+    for split in dict.fromkeys(picture.split for picture in broken):
+        listed = {picture.label: None for picture in found.pictures if picture.split == split}
+        read = {picture.label for picture in found.pictures if picture.split == split and not picture.look.error}
+        if gone := [label for label in listed if label not in read]:
+            yield f"  {in_words({f'{NO_READABLE} ({split})': gone})}"
     yield from _about("exact duplicates", found.exact, found.pictures)
     if found.near is None:
         yield "near duplicates: not looked for; that needs ImageHash: pip install 'mbib-timm[data]'"

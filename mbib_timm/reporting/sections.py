@@ -32,7 +32,7 @@ from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
-from mbib_timm.results.run_text import chosen_text, left_out_text, raw_text, stages_text
+from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text
 from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
     STARTED,
@@ -289,6 +289,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
         *([("held out", run.record.held_out)] if run.record.held_out else []),
         *([("trained on before", run.record.trained_before)] if run.record.trained_before else []),
         *([("left out", left_out_text(run.record))] if run.record.left_out else []),
+        *([("broken images", "; ".join(broken))] if (broken := broken_lines(run.record)) else []),
         ("epochs", epochs),
         *([] if run.origin.is_scratch else [(STARTED, f"{origin_text(run.origin)}. {run.overlap}".strip())]),
         *([("changed from the recipe", settings)] if settings else []),

@@ -162,6 +162,8 @@ class RunRecord:
         trained_before: a line on the evaluated images that the run which this one started from was trained on; None if
             there are none, or if it was not recorded.
         left_out: names of the files that the data's source has passed over, by the reason; at most `LISTED` of each.
+        unread_classes: names of the classes whose training images were all broken and replaced.
+        unmeasured_classes: names of the classes whose evaluated images were all broken and left out of the result.
     """
 
     name: str
@@ -192,6 +194,8 @@ class RunRecord:
     inputs: list[Inputs] = field(default_factory=list)
     trained_before: str | None = None
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    unread_classes: list[str] = field(default_factory=list)
+    unmeasured_classes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""

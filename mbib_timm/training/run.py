@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out
+from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out, unread_classes
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.features import FeatureStore
 from mbib_timm.environment import (
@@ -423,6 +423,8 @@ class Run:
         if recipe.model_ema:
             raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog(images.groups)), result.epoch)
         chosen = self.method.report()
+        replaced = list(dict.fromkeys(self.world.gather(self.loaders.broken_images())))
+        lost = list(dict.fromkeys(self.world.gather(self.loaders.left_out_images())))
         record = RunRecord(
             name=self.name,
             model=recipe.model,
@@ -442,14 +444,16 @@ class Run:
             chosen=chosen,
             chosen_on=splits.held_out_from if chosen and looked else None,
             training_seconds=done.seconds + self.seconds_before,
-            replaced_images=list(dict.fromkeys(self.world.gather(self.loaders.broken_images()))),
-            left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
+            replaced_images=replaced,
+            left_out_images=lost,
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
             origin=self.origin,
             inputs=self.inputs,
             trained_before=self.trained_before or None,
             left_out={why: names[:LISTED] for why, names in left_out(splits.opened()).items()},
+            unread_classes=unread_classes(splits.train, replaced),
+            unmeasured_classes=unread_classes(images, lost),
         )
         if self.world.is_main:
             if self.frozen is not None:
