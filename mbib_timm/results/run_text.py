@@ -89,6 +89,18 @@ def left_out_text(record: RunRecord) -> str:
     return ", ".join(f"{len(names):,} ({why})" for why, names in record.left_out.items())
 
 
+def time_text(records: Sequence[RunRecord]) -> str:
+    """Return how long runs took, the mean of several: ``1.2 hours``; of older ones the epochs alone, and it says so."""
+    others = [record.other_seconds for record in records]
+    known = [other for other in others if other is not None]
+    whole = len(known) == len(records)
+    seconds = (sum(record.training_seconds for record in records) + whole * sum(known)) / len(records)
+    text = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    if seconds < 60:
+        text = f"{seconds:.0f} second{'s' * (round(seconds) != 1)}"
+    return text if whole else f"{text}, the epochs and their evaluations alone"
+
+
 def broken_lines(record: RunRecord) -> list[str]:
     """Return what broken images have meant for a run, a line each; none where there were none."""
     lines = {

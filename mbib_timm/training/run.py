@@ -80,6 +80,7 @@ class TrainState:
     best: Evaluation | None = None
     seconds: float = 0.0
     part: PartOfEpoch | None = None  # of the epoch after these
+    other_seconds: float = 0.0  # before the first epoch, of each process that went on
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
@@ -136,10 +137,12 @@ class Run:
         self.inputs = inputs_of(recipe, pool)
         before = None if previous is None else read_record(previous)
         self.seconds_before = 0.0 if before is None else before.training_seconds
+        self.other_before = 0.0 if before is None else before.other_seconds
         self.trained_before = _trained_before(recipe, self.splits, pool) if before is None else before.trained_before
         if previous is None and self.trained_before and world.is_main:
             print(f"warning: {self.trained_before}", flush=True)
         self.pool = pool
+        start = time.perf_counter()
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
@@ -170,6 +173,7 @@ class Run:
             views=recipe.augmentations(),
             store=self.store,
         )
+        self.done.other_seconds += time.perf_counter() - start
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
         self.result: tuple[dict[str, HeadMetrics], AnswerLog] | None = None  # where the last epoch has given it
@@ -193,7 +197,9 @@ class Run:
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps + begun, visible=self.world.is_main)
         try:
             if done.epoch < recipe.epochs and type(self.method).begin is not Method.begin:
+                start = time.perf_counter()
                 self.method.begin(self._passes())
+                done.other_seconds += time.perf_counter() - start
             for epoch in range(done.epoch, recipe.epochs):
                 self._train_epoch(epoch)
         finally:
@@ -405,6 +411,7 @@ class Run:
 
     def _finish(self) -> RunRecord:
         recipe, done, splits, looked = self.recipe, self.done, self.splits, False
+        start = time.perf_counter()
         if type(self.method).finish is not Method.finish:
             share_buffers(self._result_model())
             self.graphs = None  # of the model as it was
@@ -425,6 +432,7 @@ class Run:
         chosen = self.method.report()
         replaced = list(dict.fromkeys(self.world.gather(self.loaders.broken_images())))
         lost = list(dict.fromkeys(self.world.gather(self.loaders.left_out_images())))
+        other_seconds = done.other_seconds + time.perf_counter() - start
         record = RunRecord(
             name=self.name,
             model=recipe.model,
@@ -454,6 +462,7 @@ class Run:
             left_out={why: names[:LISTED] for why, names in left_out(splits.opened()).items()},
             unread_classes=unread_classes(splits.train, replaced),
             unmeasured_classes=unread_classes(images, lost),
+            other_seconds=None if self.other_before is None else self.other_before + other_seconds,
         )
         if self.world.is_main:
             if self.frozen is not None:
