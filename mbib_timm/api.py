@@ -375,5 +375,5 @@ def _is_loss(method: type[Method]) -> bool:
     )  # fmt: skip
     untouched = all(getattr(method, name) == getattr(Method, name) for name in own if name != "build_network")
     plain = method.build_network.__func__ is Method.build_network.__func__  # type: ignore[attr-defined]
-    whole = method.part == "all" and len(method.views) == 1 and "+" not in method.sampler
+    whole = method.part == "all" and len(method.views) == 1 and method.sampler == Method.sampler
     return untouched and plain and whole and not (method.needs_start or method.post_hoc)

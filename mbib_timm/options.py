@@ -43,8 +43,9 @@ def option(
         maximum: largest value accepted.
         below: value that must not be reached.
         choices: the strings accepted.
-        metadata: anything else about the option. ``place=True`` marks a method's setting that names trained models:
-            a folder among them is saved as an absolute path, and only its last part is published.
+        metadata: anything else about the option. ``place=True`` marks a method's setting that names trained models,
+            of type ``list[str]``, ``str`` or ``str | None``: a folder among them is saved as an absolute path, and only
+            its last part is published. The run records what they were trained on.
     """
     metadata |= dict(help=help, minimum=minimum, above=above, maximum=maximum, below=below, choices=choices)
     if isinstance(default, list | dict):
@@ -82,7 +83,11 @@ def check_options(instance: Any, where: str) -> None:
         value = check_option(item, expected[item.name], getattr(instance, item.name), where.format(item.name))
         if item.metadata.get("place"):
             own = default_of(item)
-            value = [each if each in own else _absolute(each) for each in value]
+            defaults = own if isinstance(own, list) else [own]
+            if isinstance(value, list):
+                value = [each if each in defaults else _absolute(each) for each in value]
+            elif value not in defaults:
+                value = _absolute(value)
         object.__setattr__(instance, item.name, value)
 
 

@@ -1,11 +1,18 @@
 """Named factories: a method, sampler or data source is added by one decorated function and found by its name."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mbib_timm.errors import MbibError, unknown_name
 
 T = TypeVar("T")
+
+_registries: list["Registry[Any]"] = []
+
+
+def registered() -> set[tuple["Registry[Any]", str]]:
+    """Return all that is registered anywhere: the registry and the name of each entry."""
+    return {(registry, name) for registry in _registries for name in registry}
 
 
 class Registry(Generic[T]):
@@ -18,6 +25,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        _registries.append(self)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files an entry under `name`. Raises MbibError if the name is taken."""

@@ -117,6 +117,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     for plugin in config.getoption("--plugin"):
-        from mbib_timm.recipe.declared import load_plugin
+        from mbib_timm.recipe.plugins import load_plugin
 
         load_plugin(plugin)

@@ -178,6 +178,32 @@ def test_an_epoch_starts_once_whatever_checkpoints_lie_in_it_and_where_a_run_goe
     assert seen[broken][1] > 1
 
 
+def test_a_run_that_goes_on_begins_as_it_did(tmp_path, monkeypatch):
+    """First `begin`, of the network as it starts; then the epoch; then what the checkpoint holds."""
+    called, kind = [], METHODS["ce"]
+
+    def note(name):
+        def noted(self, *args):
+            weights = [parameter.detach().clone() for parameter in self.trainable_module.parameters()]
+            looks_on = not self.trainable_module.training and not torch.is_grad_enabled()
+            called.append((name, weights, looks_on, *(args if name == "start_epoch" else ())))
+
+        return noted
+
+    for name in ("begin", "start_epoch", "finish"):
+        monkeypatch.setattr(kind, name, note(name))
+    recipe = settings(tmp_path, "resident, in the first epoch")
+    interrupted(recipe, RUNS["resident, in the first epoch"][2])
+    assert [name for name, *_ in called] == ["begin", "start_epoch"]
+    start = called[0][1]
+    called.clear()
+    train(recipe.replace(resume="auto"), "broken")
+    assert [name for name, *_ in called] == ["begin", *["start_epoch"] * recipe.epochs, "finish"]
+    assert all(torch.equal(one, other) for one, other in zip(called[0][1], start, strict=True))
+    assert [epoch for name, _, _, *epoch in called if name == "start_epoch"] == [[0], [1], [2]]
+    assert [looks_on for name, _, looks_on, *_ in called if name != "start_epoch"] == [True, True]
+
+
 @pytest.mark.slow
 def test_checkpoints_change_no_draw_of_resident_images(tmp_path):
     recipe = settings(tmp_path, "resident, in the first epoch")

@@ -1,6 +1,7 @@
 """A run is the same as another only where its images, the weights that it starts from and its plugins are too."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from mbib_timm.cli import main
 from mbib_timm.data import DataPool, open_data
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import load_recipe
+from mbib_timm.recipe.plugins import code_of
 from mbib_timm.results.record import read_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import changed_inputs, code_of, inputs_of
+from mbib_timm.training.provenance import changed_inputs, inputs_of
 
 PLUGIN = """
 from torch.nn.functional import cross_entropy
@@ -130,7 +132,28 @@ def test_a_changed_plugin_is_said_where_a_run_goes_on(tmp_path, capsys):
     plugin.write_text(PLUGIN.format(name="inputs_one", factor=2, comment="as it was"))
     record = train(recipe(tmp_path, data, epochs=3, resume="auto", **more), "run").record
     assert f"warning: one.py has changed since {tmp_path / 'runs/run'} began" in capsys.readouterr().out
-    assert record.inputs == before, "the code that it began with"
+    (given,), (began,) = record.inputs, before
+    assert given.plugins["one.py"].split() == [began.plugins["one.py"], code_of(str(plugin))]
+    assert replace(given, plugins=began.plugins) == began
+    record = train(recipe(tmp_path, data, epochs=4, resume="auto", **more), "run").record
+    assert "warning" not in capsys.readouterr().out
+    assert record.inputs == [given]
+
+
+def test_a_sweep_does_not_go_on_with_other_code(tmp_path, capsys):
+    data, plugin = images(tmp_path / "data"), tmp_path / "two.py"
+    text = PLUGIN.format(name="inputs_begun", factor=1, comment="as it was")
+    plugin.write_text(
+        text + "\n    def start_epoch(self, epoch):\n        if epoch:\n            raise MbibError('stop')\n"
+    )
+    file = recipe_file(tmp_path, data, plugin=[str(plugin)], method="inputs_begun", epochs=2)
+    status, said = sweep(capsys, file)
+    assert status
+    assert "stop" in said.out + said.err
+    plugin.write_text(text.replace("1 *", "3 *"))
+    status, said = sweep(capsys, file)
+    assert status == 2
+    assert "holds a run from before two.py changed" in said.err
 
 
 def test_class_weights_and_teachers_are_inputs(tmp_path, capsys):

@@ -8,14 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mbib_timm.cli import main
+from mbib_timm.data import SAMPLERS, DataPool, open_data
+from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS
-from mbib_timm.recipe import declared, load_recipe
-from mbib_timm.recipe.declared import load_plugin
+from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.recipe import find_recipe, load_recipe, plugins
+from mbib_timm.recipe.declared import named_models
+from mbib_timm.recipe.plugins import code_of, load_plugin
+from mbib_timm.results.record import read_history
 from mbib_timm.training import train
+from mbib_timm.training.provenance import inputs_of
+from mbib_timm.training.setup import set_up
 
 TOY = Path(__file__).parent / "toy_method.py"
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -36,7 +44,7 @@ class Outside(Method):
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Write plugins; what they register is forgotten afterwards."""
-    before, loaded = set(METHODS), set(declared._loaded_plugins)
+    before, loaded = set(METHODS), dict(plugins._loaded)
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def text(name, content):
@@ -48,8 +56,8 @@ def write(tmp_path, monkeypatch):
     yield text
     for name in set(METHODS) - before:
         METHODS.remove(name)
-    declared._loaded_plugins.clear()
-    declared._loaded_plugins.update(loaded)
+    plugins._loaded.clear()
+    plugins._loaded.update(loaded)
 
 
 def run(folder, *arguments, **environment):
@@ -142,6 +150,11 @@ def cube_root(counts, progress, number):
         (METHOD.format(name="twice") * 2, r"method 'twice' is registered already"),
         ("from mbib_timm.methods import register\n@register('function')\ndef f(): pass\n", r"expected a subclass of"),
         (METHOD.format(name="odd").replace("title =", "Settings = int; title ="), r"its Settings must be a frozen"),
+        (
+            "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass S:\n    a: float = 1.0\n"
+            + METHOD.format(name="plain").replace("title =", "Settings = S; title ="),
+            r"its Settings must be a frozen dataclass of option\(\) fields",
+        ),
     ],
     ids=lambda value: value[:30] if value.startswith(("r'", "does", "reg")) else None,
 )  # fmt: skip
@@ -182,6 +195,173 @@ def test_a_plugin_that_was_mended_loads(write):
     write("mended.py", METHOD.format(name="mended"))
     load_plugin(str(path))
     assert "mended" in METHODS
+
+
+def short_recipe(tmp_path, path, name, **keys):
+    keys = dict(plugin=[str(path)], method=name, epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0,
+                output=str(tmp_path / "runs"), **keys)  # fmt: skip
+    return load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys)
+
+
+def test_an_edited_plugin_is_imported_anew_and_a_run_records_what_ran(write, tmp_path):
+    text = METHOD.format(name="edited")
+    path = write("edited.py", text)
+    digests = [code_of(str(path))]
+    first, early = train(short_recipe(tmp_path, path, "edited"), "first"), short_recipe(tmp_path, path, "edited")
+    write("edited.py", text.replace("return logits", "return 0 * logits"))
+    digests.append(code_of(str(path)))
+    # A recipe that was read before the change trains with the code of then.
+    runs = [first, train(early, "early"), train(short_recipe(tmp_path, path, "edited"), "later")]
+    assert [run.record.inputs[0].plugins["edited.py"] for run in runs] == [digests[0], digests[0], digests[1]]
+    losses = [read_history(run.folder)[-1].losses["loss"] for run in runs]
+    assert losses[0] == losses[1] > 0
+    assert losses[2] == 0
+    assert digests[0] != digests[1]
+
+
+def test_what_a_plugin_had_registered_is_forgotten_with_its_code(write, tmp_path):
+    sampler = (
+        "from mbib_timm.data import sampler\n\n@sampler('{0}')\ndef {0}(counts, progress, number):\n    return counts\n"
+    )
+    path = write("renewed.py", sampler.format("as_before") + METHOD.format(name="renewed"))
+    load_plugin(str(path))
+    before = METHODS["renewed"]
+    load_plugin(str(path), renew=True)
+    assert METHODS["renewed"] is before, "nothing has changed"
+    write("renewed.py", sampler.format("as_now") + METHOD.format(name="renewed"))
+    load_plugin(str(path))
+    assert METHODS["renewed"] is before, "once, unless it is to be renewed"
+    load_plugin(str(path), renew=True)
+    assert METHODS["renewed"] is not before
+    assert {"as_before", "as_now"} & set(SAMPLERS) == {"as_now"}
+    write("renewed.py", sampler.format("half") + METHOD.format(name="renewed") + "1 / 0\n")
+    with pytest.raises(MbibError, match="ZeroDivisionError"):
+        load_plugin(str(path), renew=True)
+    assert {"as_now", "half"} & set(SAMPLERS) == set()
+    assert "renewed" not in METHODS
+    write("a_module_to_renew.py", METHOD.format(name="module_before"))
+    load_plugin("a_module_to_renew")
+    write("a_module_to_renew.py", METHOD.format(name="another_name"))
+    load_plugin("a_module_to_renew", renew=True)
+    assert {"module_before", "another_name"} & set(METHODS) == {"another_name"}
+
+
+OWN = """
+from dataclasses import dataclass
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from mbib_timm.methods import Method, option, register
+
+class Wrap(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.project = model, nn.Linear(64, 8)
+
+    def forward(self, images):
+        return self.model(images)
+
+@register("{name}")
+class Own(Method):
+    'Own.'
+    title = 'Own'
+
+    def head_loss(self, logits, targets):
+        return cross_entropy(logits, targets)
+
+    {more}
+"""
+MISTAKES = {
+    "prior": ("logit_prior = 'unifrom'", "logit_prior: expected train, uniform or None, got 'unifrom'"),
+    "evaluated": (
+        "build_network = classmethod(lambda cls, settings, build: Wrap(build()))",
+        "get_eval_model returns a Wrap, which is no model of timm's; expected the part of the network that is",
+    ),
+    "tensor": ("forward = lambda self, batch: self.trainable_module(batch.images).mean()", "got a Tensor"),
+    "named": ("loss = lambda self, logits, targets: {'los': logits['logits'].mean()}", "among them, got 'los'"),
+    "late": (
+        "head_loss = lambda self, logits, targets: [setattr(self, 'late', nn.Parameter(logits.mean().detach())), "
+        "cross_entropy(logits, targets)][1]",
+        "late: parameters that were made after training began, and that nothing updates; make them in __init__",
+    ),
+    "nan": ("report = lambda self: {'a': float('nan')}", "report(): expected finite numbers by name, got {'a': nan}"),
+    "list": ("report = lambda self: [1.0]", "report(): expected finite numbers by name, got [1.0]"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_a_method_are_said_in_a_line(write, tmp_path, mistake):
+    more, message = MISTAKES[mistake]
+    path = write(f"{mistake}.py", OWN.replace("{name}", f"own_{mistake}").replace("{more}", more))
+    recipe = short_recipe(tmp_path, path, f"own_{mistake}", imbalance_factor=4)
+    with pytest.raises(MbibError, match=re.escape(message)):
+        train(recipe, "run")
+    if mistake in ("prior", "evaluated"):
+        assert not (tmp_path / "runs").exists(), "before anything is trained"
+
+
+def test_numbers_of_any_kind_are_reported_and_a_prior_may_be_neither(write, tmp_path):
+    more = "logit_prior = None\n\n    def report(self):\n        return dict(a=np.float32(0.5), b=torch.tensor(2))"
+    path = write("numbers.py", OWN.replace("{name}", "own_numbers").replace("{more}", more))
+    run = train(short_recipe(tmp_path, path, "own_numbers", imbalance_factor=4), "run")
+    assert run.record.chosen == {"a": 0.5, "b": 2.0}
+    assert "logit_prior" not in json.loads((Path(run.folder) / "config.json").read_text())
+
+
+def test_weight_decay_spares_a_methods_own_biases_too(write, tmp_path):
+    more = "def __init__(self, *args):\n        super().__init__(*args)\n        self.project = nn.Linear(4, 2)"
+    path = write("decay.py", OWN.replace("{name}", "own_decay").replace("{more}", more))
+    for filtered, expected in ((True, {"weight": 0.01, "bias": 0.0}), (False, {"weight": 0.01, "bias": 0.01})):
+        keys = dict(weight_decay=0.01, filter_bias_and_bn=filtered, imbalance_factor=4)
+        recipe = short_recipe(tmp_path, path, "own_decay", **keys)
+        setup = set_up(recipe, open_data(recipe), World(torch.device("cpu")))
+        named = {id(value): name for name, value in setup.method.project.named_parameters()}
+        decays = {
+            named[id(each)]: group["weight_decay"]
+            for group in setup.optimizer.param_groups
+            for each in group["params"]
+            if id(each) in named
+        }
+        assert decays == expected
+
+
+def test_models_that_any_setting_names_are_recorded(write, tmp_path):
+    more = (
+        "@dataclass(frozen=True)\n    class Settings:\n        teacher: float = option(0.5, 'a share')\n"
+        "        prior_model: str | None = option(None, 'a trained model', place=True)\n"
+        "        imitates: list[str] = option([], 'trained models', place=True)"
+    )
+    path = write("names.py", OWN.replace("{name}", "own_names").replace("{more}", more))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    named = dict(name="own_names", imitates=["mbib_resnet32.cifar100_lt_if100"], prior_model=str(tmp_path / "model"))
+    recipe = short_recipe(tmp_path, path, named, imbalance_factor=4)
+    assert named_models(recipe.method) == [str(tmp_path / "model"), "mbib_resnet32.cifar100_lt_if100"]
+    (given,) = inputs_of(recipe, DataPool())
+    assert len(given.teachers) == 1
+    origin = origin_of(recipe.replace(method={**named, "prior_model": None}), OwnData())
+    assert [weights.name for weights in origin.teachers] == ["mbib_resnet32.cifar100_lt_if100"]
+
+
+@pytest.mark.slow
+def test_a_run_may_move_with_its_plugin(write, tmp_path):
+    """`report` and `validate` look for it in the current folder; a run goes on with the one that is given."""
+    write("old/moving.py", METHOD.format(name="moving"))
+    flags = ["--plugin", "moving.py", "--method", "moving", *SHORT, "--experiment", "run"]
+    done = run(tmp_path / "old", "train", "cifar_resnet20.ce_digits", *flags)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "old").rename(tmp_path / "new")
+    for command in (["report", "runs/run"], ["validate", "runs/run"]):
+        done = run(tmp_path / "new", *command)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "new/moving.py").rename(tmp_path / "moving.py")
+    done = run(tmp_path / "new", "report", "runs/run")
+    assert done.returncode == 2
+    assert f"plugin {tmp_path / 'old/moving.py'}: there is no such file" in done.stderr
+    more = ["--resume", "auto", "--plugin", "../moving.py", "--epochs", "2"]
+    done = run(tmp_path / "new", "train", "cifar_resnet20.ce_digits", *flags[2:], *more)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_plugins_of_one_name(write, tmp_path, capsys):

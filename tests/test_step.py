@@ -23,7 +23,7 @@ from mbib_timm.evaluation.evaluate import compiled_head_logits
 from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
-from mbib_timm.recipe.declared import load_plugin
+from mbib_timm.recipe.plugins import load_plugin
 from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
 from mbib_timm.training.step import compiled_loss_parts, create_step, find_graphs, training_step

@@ -17,7 +17,15 @@ from matplotlib.container import BarContainer
 
 from mbib_timm.drawing import DARK, METHOD_COLORS, render
 from mbib_timm.errors import MbibError
-from mbib_timm.sweeps.show_sweep import markdown, mean_and_deviation, runs_csv, sweep_figure, write_results
+from mbib_timm.methods import method_title
+from mbib_timm.sweeps.show_sweep import (
+    markdown,
+    mean_and_deviation,
+    runs_csv,
+    sweep_figure,
+    what_was_run,
+    write_results,
+)
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, list_sweeps
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.sweeps.sweep_runs import on_recipe
@@ -86,6 +94,21 @@ def test_the_title_says_the_epochs_run_of_those_asked_for():
     assert title_of(short) == "# small-20e: A trial (cifar100_lt, 20 epochs of 200, n = 1)"
     assert "Not the recipe's schedule" in markdown(short)
     assert "Not the recipe's schedule" not in markdown(made_up(SMALL))
+
+
+def test_what_some_rows_had_more_of_is_said():
+    """Epochs of further stages, and labels of further images."""
+    results = made_up(SMALL)
+    assert "Stages of" not in markdown(results)
+    assert "further images" not in markdown(results)
+    first, *others = results.runs
+    more = replace(first, stage_epochs=[200, 10], chosen={"tau": 0.5}, chosen_on="990 held-out images")
+    said = what_was_run(replace(results, runs=[more, *(replace(run, stage_epochs=[200]) for run in others)]))
+    row = " ".join(method_title(value) for value in first.coordinates.values())
+    assert f"Stages of 200 + 10 epochs: {row}." in said
+    assert f"**Chosen with labels of further images**: tau of {row}, on 990 held-out images." in said
+    untrained = replace(results, runs=[replace(run, stage_epochs=[200, 0]) for run in results.runs])
+    assert not any("Stages of" in sentence for sentence in what_was_run(untrained)), "nothing is trained there"
 
 
 def test_a_group_without_classes_is_a_dash():

@@ -7,6 +7,7 @@ evaluation) is the frame's, and reads off the class what the method wants.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes, class_probabilities, parse_sampler
-from mbib_timm.errors import MbibError, nearest
+from mbib_timm.errors import MbibError, nearest, shown
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
 from mbib_timm.models.head_outputs import classifiers_of
@@ -164,7 +165,7 @@ class Method(TrainingTask):
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
         logit_prior: the class frequencies that trained logits are for, with the method's own sampler and without class
             weights: ``train`` after a plain loss, ``uniform`` after one that compensates for the class counts, or on
-            balanced classes. May be a property.
+            balanced classes, None for neither. May be a property.
         sampler: default of the recipe key ``sampler``.
         part: default of the recipe key ``train``.
         reset: default of the recipe key ``reset``.
@@ -267,10 +268,16 @@ class Method(TrainingTask):
     def result_prior(self) -> str | None:
         """The class frequencies that the result's logits are for, ``train`` or ``uniform``; None if they are neither.
 
+        Raises MbibError where `logit_prior` is none of the three.
+
         Logits that are for frequencies p after sampling with frequencies q are for p q' w / q after sampling with q',
         with class weights w: balanced samples or balanced weights make those of a plain loss uniform.
         """
-        declared, facts = str(self.logit_prior), self.facts
+        declared, facts = self.logit_prior, self.facts
+        if declared not in ("train", "uniform", None):
+            raise MbibError(f"method {self.name!r}: logit_prior: expected train, uniform or None, got {declared!r}")
+        if declared is None:
+            return None
         if facts.epochs == 0 and not self.post_hoc:  # nothing is trained: they are for what they were for before
             return None
         sampler = facts.sampler or self.sampler
@@ -291,6 +298,9 @@ class Method(TrainingTask):
     def begin(self, data: Passes) -> None:
         """Prepare a stage before its first epoch, and again, with the same effect, when a run is resumed.
 
+        The network is as it starts, in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
+        What a checkpoint holds is restored afterwards.
+
         Args:
             data: passes over the training images and over held-out ones, preprocessed as in an evaluation.
         """
@@ -310,6 +320,8 @@ class Method(TrainingTask):
 
     def finish(self, data: Passes) -> None:
         """Change the trained network (`result_model`) once, in place, before it is evaluated and saved.
+
+        It is in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
 
         Args:
             data: passes over the training images and over those that were never trained on.
@@ -432,6 +444,18 @@ class Method(TrainingTask):
             self.load_state_dict(given.get("method", {}), strict=False)
 
 
+def reported_numbers(method: Method) -> dict[str, float]:
+    """Return what a method's `report` does. Raises MbibError where that is anything but finite numbers by name."""
+    reported: Any = method.report()
+    try:
+        numbers = {str(name): float(value) for name, value in reported.items()}
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        numbers = {"": math.nan}
+    if not all(map(math.isfinite, numbers.values())):
+        raise MbibError(f"method {method.name!r}: report(): expected finite numbers by name, got {shown(reported)}")
+    return numbers
+
+
 def _sampled(sampler: str, facts: Facts) -> np.ndarray | None:
     """Return the class frequencies (K,) of the images that a sampler draws; None where they change, or of two streams.
 
@@ -461,7 +485,9 @@ def register(name: str) -> Callable[[M], M]:
     def decorate(method: M) -> M:
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise MbibError(f"method {name!r}: expected a subclass of mbib_timm.methods.Method, got {method!r}")
-        if not dataclasses.is_dataclass(method.Settings):
+        if not dataclasses.is_dataclass(method.Settings) or not all(
+            "help" in item.metadata for item in dataclasses.fields(method.Settings)
+        ):
             raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
         METHODS.register(name)(method)
         method.name = name

@@ -109,6 +109,8 @@ class Teachers(nn.Module):
 class Taught(Method):
     """A method that learns from teachers; a base class. Its `Settings` extend `TeacherSettings`.
 
+    `forward` asks `teacher_logits` for the teachers' answers to a batch.
+
     Raises:
         MbibError: what `Teachers` raises; ``teacher_pass: once`` where no table of logits can stand for the images.
     """

@@ -18,6 +18,7 @@ from mbib_timm.models.pretraining import PRETRAINING, UNKNOWN, Origin, Weights, 
 from mbib_timm.models.weights import Source, find_source
 from mbib_timm.models.zoo import DATASETS, ZooModel
 from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.declared import named_models
 
 # Whose repositories hold timm's own weights, under the names of timm.
 TIMM = "timm"
@@ -83,7 +84,7 @@ def _start(first: Recipe, own: OwnData) -> list[Weights]:
 def _teachers(stage: Recipe, own: OwnData) -> list[Weights]:
     """Return the teachers of a stage that have seen other data than it has."""
     found = []
-    for target in stage.method.get("teacher", ()):
+    for target in named_models(stage.method):
         if target == PREVIOUS:
             continue
         source = find_source(target)

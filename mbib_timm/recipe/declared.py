@@ -9,11 +9,8 @@ that is read with the classes themselves. Methods of plugins and of installed pa
 import ast
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import sys
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +22,6 @@ from mbib_timm.options import build_options, option
 
 ENTRY_POINTS = "mbib_timm.methods"
 _PACKAGE = Path(__file__).parents[1]
-
-_loaded_plugins: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -165,6 +160,13 @@ def resolve_settings(method: Mapping[str, Any]) -> tuple[DeclaredMethod, dict[st
     return declared, dataclasses.asdict(build_options(declared.Settings, given, f"method {declared.name!r}"))
 
 
+def named_models(method: Mapping[str, Any]) -> list[str]:
+    """Return the trained models that a recipe's method names: the values of its settings with ``place=True``."""
+    fields = dataclasses.fields(find_method(method["name"]).Settings)
+    values = [method.get(item.name) for item in fields if item.metadata.get("place")]
+    return [each for value in values if value for each in (value if isinstance(value, list) else [value])]
+
+
 # Entries of registries
 
 
@@ -222,7 +224,7 @@ def stream_names(sampler: str) -> tuple[str, ...]:
     return names
 
 
-# Methods from outside
+# Methods of installed packages
 
 
 @cache
@@ -235,61 +237,3 @@ def load_entry_points() -> None:
             entry.load()
         except Exception as error:  # whatever somebody else's package does wrong
             warnings.warn(f"methods of {entry.value} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)
-
-
-def load_plugin(plugin: str) -> str:
-    """Import a file, or a module by name, that registers methods; once.
-
-    Args:
-        plugin: path of a ``.py`` file, or a module's name.
-
-    Returns:
-        The name by which the same plugin is found from anywhere.
-
-    Raises:
-        MbibError: there is no such file or module, it does not import, or it registers nothing.
-    """
-    path = Path(plugin)
-    is_file = path.suffix == ".py" or path.is_file()
-    where = str(path.resolve()) if is_file else plugin
-    if where in _loaded_plugins:
-        return where
-    if is_file and not path.is_file():
-        raise MbibError(f"plugin {plugin}: there is no such file")
-    if is_file and path.suffix != ".py":
-        raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
-    before = set(known_methods())
-    try:
-        if is_file:
-            _import_file(path.resolve())
-        else:
-            importlib.import_module(plugin)
-    except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
-        for name in set(known_methods()) - before:
-            sys.modules["mbib_timm.methods"].METHODS.remove(name)
-        text = next(iter(str(error).splitlines()), "")
-        reason = text if isinstance(error, MbibError) else f"{type(error).__name__}: {text}"
-        raise MbibError(f"plugin {plugin} cannot be imported: {reason}") from None
-    module = _module_name(path.resolve()) if is_file else plugin
-    if not any(method.__module__.startswith(module) for method in _outside().values()):
-        raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")
-    _loaded_plugins.add(where)
-    return where
-
-
-def _module_name(path: Path) -> str:
-    return f"mbib_timm_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
-
-
-def _import_file(path: Path) -> None:
-    name = _module_name(path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise

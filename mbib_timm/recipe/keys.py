@@ -9,7 +9,8 @@ from typing import Any
 from mbib_timm.errors import unknown_name
 from mbib_timm.options import build_options, check_option, check_options, option, option_types
 from mbib_timm.recipe.checks import check_recipe, checked_groups, view_of
-from mbib_timm.recipe.declared import find_method, load_plugin, packaged_samplers, packaged_sources, resolve_settings
+from mbib_timm.recipe.declared import find_method, packaged_samplers, packaged_sources, resolve_settings
+from mbib_timm.recipe.plugins import load_plugin
 
 STAGES = "stages"
 # Of timm's learning-rate schedules those that step once an epoch.

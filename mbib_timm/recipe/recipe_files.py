@@ -13,11 +13,13 @@ from mbib_timm.errors import MbibError, few, shown, unknown_name
 from mbib_timm.files import read_yaml
 from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS
-from mbib_timm.recipe.declared import known_methods, load_plugin, resolve_settings
+from mbib_timm.recipe.declared import known_methods, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
+from mbib_timm.recipe.plugins import load_plugin, moved_plugin
 
 DEFAULT_RECIPE = "mbib_resnet20.digits"
 BASE = "base"
+RUN_RECIPE = "recipe.yaml"  # what a run leaves in its folder
 MOST_STAGES = 20
 
 
@@ -72,7 +74,7 @@ def recipe_name(path: Path, method: str | None = None) -> str:
         path: of the recipe.
         method: another one than the recipe's, which the name then says: ``cifar_resnet32.focal_digits``.
     """
-    if path.name == "recipe.yaml":
+    if path.name == RUN_RECIPE:
         return path.resolve().parent.name
     name = path.stem if "." in path.stem else f"{path.stem}.{path.resolve().parent.name}"
     own = load_recipe(path).method["name"] if method is not None else None
@@ -107,7 +109,8 @@ def load_recipe(
     an error: there somebody has written both numbers.
 
     Args:
-        path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them.
+        path: a YAML file with keys of `Recipe`, and ``base`` and ``stages`` as `mbib_timm.recipe` has them. The
+            ``recipe.yaml`` of a run may name plugins that lie elsewhere by now; see `moved_plugin`.
         overrides: values that replace the file's, by address: a key, ``method.beta`` and ``model_kwargs.taps`` for a
             part of one, ``method.observation_weights.0`` for an element, ``stage2.lr`` for the key of a stage, and
             ``stages`` for all of them. A key without stage holds for all stages that do not set it themselves, as in
@@ -118,7 +121,12 @@ def load_recipe(
     Raises:
         MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
     """
-    return _overridden(read_recipe(path), overrides or {}, path.name, say)
+    content = read_recipe(path)
+    if path.name == RUN_RECIPE:
+        for keys in (content, *content.get(STAGES, ())):
+            if isinstance(plugins := keys.get("plugin"), list):
+                keys["plugin"] = [moved_plugin(each) if isinstance(each, str) else each for each in plugins]
+    return _overridden(content, overrides or {}, path.name, say)
 
 
 def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Recipe:
@@ -239,6 +247,13 @@ def _check_keys(content: Mapping[str, Any], where: str, others: tuple[str, ...] 
             raise unknown_name(f"key in {where}", str(name), [*KEYS, *others])
 
 
+def _renew_plugins(plugins: Any) -> None:
+    """Import anew what plugins have changed since; what is no list of texts the recipe's own check refuses."""
+    for plugin in [plugins] if isinstance(plugins, str) else plugins if isinstance(plugins, list) else []:
+        if isinstance(plugin, str) and plugin:
+            load_plugin(plugin, renew=True)
+
+
 def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
     """Build the recipe of a file's content, stage by stage; an error in one of several names the stage."""
     shared = {key: value for key, value in content.items() if key != STAGES}
@@ -251,8 +266,10 @@ def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
             for key, value in shared.items()
             if number == 1 or key not in ("initial_checkpoint", "pretrained")
         }
+        given = {**keys, **stage}
         try:
-            recipe = Recipe(**{**keys, **stage, "previous": recipe})
+            _renew_plugins(given.get("plugin"))
+            recipe = Recipe(**{**given, "previous": recipe})
         except MbibError as error:
             if len(stages) == 1:
                 raise

@@ -25,6 +25,7 @@ from mbib_timm.sweeps.sweep_results import (
     FILE,
     Cell,
     SweepResults,
+    SweepRun,
     cells,
     epochs_run,
     headline,
@@ -128,9 +129,25 @@ def what_was_run(results: SweepResults) -> list[str]:
             "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. Compare "
             "the rows only with one another."
         )
+    several = [run for run in results.runs if sum(map(bool, run.stage_epochs)) > 1]
+    for epochs in dict.fromkeys(tuple(run.stage_epochs) for run in several):
+        names = dict.fromkeys(_place(results, run) for run in several if tuple(run.stage_epochs) == epochs)
+        said.append(f"Stages of {' + '.join(map(str, epochs))} epochs: {listed(list(names))}.")
+    for source in dict.fromkeys(run.chosen_on for run in results.runs if run.chosen_on):
+        choosing = [run for run in results.runs if run.chosen_on == source]
+        names = dict.fromkeys(_place(results, run) for run in choosing)
+        chosen = dict.fromkeys(name for run in choosing for name in run.chosen)
+        said.append(
+            f"**Chosen with labels of further images**: {listed(list(chosen))} of {listed(list(names))}, on {source}."
+        )
     if (paper := results.paper_beside) is not None and paper.recipe != results.recipe:
         said.append(f"The paper's numbers are for another setting, `{paper.recipe}`.")
     return said
+
+
+def _place(results: SweepResults, run: SweepRun) -> str:
+    """Return what tells a run's row from others, in words."""
+    return " ".join(method_title(run.coordinates[axis]) for axis in results.axes)
 
 
 def sweep_table(results: SweepResults, rows: Sequence[Cell]) -> Table:

@@ -1,7 +1,7 @@
 """What a sweep has found so far: ``sweep.json``, of which its tables, figure and reports are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class SweepRun:
         environment: versions, hardware, command.
         origin: where it started.
         computation: digest of all that decides what was computed, but for the inputs; empty if it was not recorded.
+        stage_epochs: epochs of each stage; empty if they were not recorded.
+        chosen_on: the images on which the method chose by itself; None where it did not, or was not recorded.
     """
 
     label: str
@@ -80,6 +82,8 @@ class SweepRun:
     environment: Environment
     origin: Origin = NOT_RECORDED
     computation: str = ""
+    stage_epochs: list[int] = field(default_factory=list)
+    chosen_on: str | None = None
 
 
 @dataclass(frozen=True)

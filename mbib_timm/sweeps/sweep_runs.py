@@ -36,7 +36,7 @@ from mbib_timm.recipe import (
     read_recipe,
     recipe_name,
 )
-from mbib_timm.recipe.declared import load_plugin
+from mbib_timm.recipe.plugins import load_plugin
 from mbib_timm.results.record import RECORD, is_finished, read_history, read_record
 from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
@@ -44,7 +44,7 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import check_done
+from mbib_timm.training.provenance import check_begun, check_done
 from mbib_timm.training.run_folder import RunFolder
 
 # Runs that a sweep may have; and the bytes of the name of a run's folder.
@@ -109,13 +109,17 @@ class PlannedRun:
             CheckpointError: another recipe's run, or one of other data, another start or other code.
         """
         folder = self.folder()
-        if not self.is_done() and not folder.has_checkpoint():
-            return "partial" if any(folder.path.glob("stage*-*")) else "missing"
-        folder.agree(self.recipe, instead="--name")
-        if not self.is_done():
-            return "partial"
-        check_done(folder.path, read_record(folder.path), folder.recipe(), self.recipe, pool)
-        return "done"
+        if self.is_done():
+            folder.agree(self.recipe, instead="--name")
+            check_done(folder.path, read_record(folder.path), folder.recipe(), self.recipe, pool)
+            return "done"
+        stages = [RunFolder(path) for path in folder.path.glob("stage*-*")]
+        if folder.has_checkpoint():
+            folder.agree(self.recipe, instead="--name")
+        for begun in (folder, *stages) if any(stage.plugin for stage in self.recipe.chain()) else ():
+            if begun.has_checkpoint() and not is_finished(begun.path):
+                check_begun(begun.path, begun.newest(lambda text: None), self.recipe)
+        return "partial" if stages or folder.has_checkpoint() else "missing"
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:
@@ -491,4 +495,6 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         environment=record.environment,
         origin=record.origin,
         computation=planned.computation,
+        stage_epochs=[stage.epochs for stage in planned.recipe.chain()],
+        chosen_on=record.chosen_on,
     )

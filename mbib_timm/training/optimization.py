@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, unwrap_model
 from torch import nn
 
-from mbib_timm.errors import MbibError, first_line, unknown_name
+from mbib_timm.errors import MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Method, part_of
 from mbib_timm.recipe import Recipe
 
@@ -70,9 +70,36 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         ) from None
     if recipe.param_groups:
         optimizer.param_groups = _divided(optimizer.param_groups, recipe, network)
-    if own:
-        optimizer.add_param_group({"params": own, "weight_decay": recipe.weight_decay})
+    decaying, exempt = _by_decay(method, own, recipe.filter_bias_and_bn)
+    for parameters, decay in ((decaying, recipe.weight_decay), (exempt, 0.0)):
+        if parameters:
+            optimizer.add_param_group({"params": parameters, "weight_decay": decay})
     return optimizer
+
+
+def _by_decay(
+    method: Method, parameters: list[nn.Parameter], filter_bias_and_bn: bool
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return those of a method's own parameters that have weight decay, and those that have none, by timm's rule."""
+    names = {id(parameter): name for name, parameter in method.own_parameters()}
+    exempt = [
+        parameter
+        for parameter in parameters
+        if filter_bias_and_bn and (parameter.ndim <= 1 or names[id(parameter)].endswith(".bias"))
+    ]
+    without = set(map(id, exempt))
+    return [parameter for parameter in parameters if id(parameter) not in without], exempt
+
+
+def require_optimized(method: Method, optimizer: torch.optim.Optimizer) -> None:
+    """Raise MbibError where a parameter would train that no optimizer updates: one that was made after `__init__`."""
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    late = [name for name, parameter in method.trainable_parameters() if id(parameter) not in updated]
+    if late:
+        raise MbibError(
+            f"method {method.name!r}: {few(late)}: parameters that were made after training began, and that nothing "
+            "updates; make them in __init__"
+        )
 
 
 def _divided(groups: list[dict[str, Any]], recipe: Recipe, network: nn.Module) -> list[dict[str, Any]]:

@@ -2,21 +2,22 @@
 these are."""
 
 import hashlib
-import importlib.util
-import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import CheckpointError
+from mbib_timm.files import from_plain
 from mbib_timm.models.weights import WEIGHTS_FILES
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.checks import parse_class_weights
+from mbib_timm.recipe.declared import named_models
+from mbib_timm.recipe.plugins import imported_code
 from mbib_timm.results.record import Inputs, RunRecord
 
-# What a plugin's code may differ in.
-NO_CODE = (tokenize.COMMENT, tokenize.NL)
 # Keys that say where the data are.
 DATA_PLACES = ("data_dir", "table", "train_list", "val_list", "test_list", "class_map")
 
@@ -34,11 +35,11 @@ def _inputs(stage: Recipe, data: str) -> Inputs:
     """Return what a stage is given, whose data have a digest."""
     start = start_of(stage)
     kind, _ = parse_class_weights(stage.class_weights)
-    teachers = [_digest(Path(place)) for place in stage.method.get("teacher", ())]
+    teachers = [_digest(Path(place)) for place in named_models(stage.method)]
     return Inputs(
         data,
         None if start is None else _digest(start),
-        {Path(each).name: code_of(each) for each in stage.plugin},
+        {Path(each).name: imported_code(each) for each in stage.plugin},
         _digest(Path(stage.class_weights)) if kind == "file" else None,
         [digest for digest in teachers if digest is not None],
     )
@@ -80,6 +81,52 @@ def changed_plugins(recorded: Sequence[Inputs], now: Sequence[Inputs]) -> list[s
     return list(dict.fromkeys(changed))
 
 
+def inputs_in(state: Mapping[str, Any]) -> list[Inputs]:
+    """Return what each stage of a run was given, by a checkpoint of it. Raises ValueError where it holds no such."""
+    found: list[Inputs] = from_plain(list[Inputs], state.get("inputs", []))
+    return found
+
+
+def continued(before: Sequence[Inputs], now: Sequence[Inputs]) -> list[Inputs]:
+    """Return what a run was given that goes on: what it began with, and code of plugins that has come since."""
+    return [
+        replace(
+            given,
+            plugins={
+                name: digest
+                if digest.split()[-1] == after.plugins.get(name, digest.split()[-1])
+                else f"{digest} {after.plugins[name]}"
+                for name, digest in given.plugins.items()
+            },
+        )
+        for given, after in zip(before, now, strict=True)
+    ]
+
+
+def check_begun(folder: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
+    """Check that a run which has begun would go on with the code that it began with.
+
+    Args:
+        folder: of the run, or of a stage in it.
+        state: its checkpoint.
+        recipe: by which it would go on.
+
+    Raises:
+        CheckpointError: it would go on with other code.
+    """
+    now = {Path(each).name: imported_code(each) for stage in recipe.chain() for each in stage.plugin}
+    begun = {name: digest for each in inputs_in(state) for name, digest in each.plugins.items()}
+    if changed := [name for name, digest in begun.items() if now.get(name, digest) != digest]:
+        raise _changed(folder, changed)
+
+
+def _changed(folder: Path, changed: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds a run from before {', '.join(changed)} changed; choose another --name for the sweep, or "
+        "remove the folder"
+    )
+
+
 def check_done(folder: Path, record: RunRecord, there: Recipe, recipe: Recipe, pool: DataPool) -> None:
     """Check that a finished run was given what a recipe names.
 
@@ -95,10 +142,7 @@ def check_done(folder: Path, record: RunRecord, there: Recipe, recipe: Recipe, p
         for stage, before, given in zip(recipe.chain(), there.chain(), record.inputs, strict=True)
     ]
     if changed := changed_inputs(record.inputs, now):
-        raise CheckpointError(
-            f"{folder} holds a run from before {', '.join(changed)} changed; choose another --name for the sweep, or "
-            "remove the folder"
-        )
+        raise _changed(folder, changed)
 
 
 def _places(stage: Recipe) -> list[str | None]:
@@ -118,21 +162,3 @@ def start_of(stage: Recipe) -> Path | None:
 def _sha256(file: Path, size: int, changed: int) -> str:
     """Return the digest of a file, which has a size and a time of change."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def code_of(plugin: str) -> str:
-    """Return a digest of a plugin's code, without comments and blank lines; what it imports is not looked at.
-
-    Args:
-        plugin: as recipes have it: the path of a file, or the name of a module.
-    """
-    path = Path(plugin)
-    if path.suffix != ".py":
-        spec = importlib.util.find_spec(plugin)
-        path = Path((spec.origin if spec else None) or "")
-    try:
-        with path.open("rb") as file:
-            tokens = [token.string for token in tokenize.tokenize(file.readline) if token.type not in NO_CODE]
-    except (OSError, SyntaxError, ValueError, tokenize.TokenError) as error:
-        raise MbibError(f"plugin {plugin} cannot be read: {error}") from None
-    return hashlib.sha256("\0".join(tokens).encode()).hexdigest()

@@ -1,11 +1,14 @@
 """One stage of a run, from its recipe to its results: resumable after any epoch, or within one."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out, unread_classes
@@ -25,6 +28,7 @@ from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.trained_images import trained_on_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
+from mbib_timm.methods.base import reported_numbers
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
@@ -35,7 +39,6 @@ from mbib_timm.results.record import (
     Epoch,
     Evaluation,
     HeadMetrics,
-    Inputs,
     RunRecord,
     epoch_metrics,
     read_record,
@@ -46,8 +49,13 @@ from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import LossLog, train_one_epoch
-from mbib_timm.training.optimization import restore_optimizer, round_learning_rates, unscaled_rate
-from mbib_timm.training.provenance import changed_plugins, inputs_of, start_of
+from mbib_timm.training.optimization import (
+    require_optimized,
+    restore_optimizer,
+    round_learning_rates,
+    unscaled_rate,
+)
+from mbib_timm.training.provenance import changed_plugins, continued, inputs_in, inputs_of, start_of
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import set_up, updates_of_epoch
 from mbib_timm.training.step import create_step
@@ -134,8 +142,10 @@ class Run:
         self.recipe = recipe = setup.recipe.replace(
             loader=loader, amp=self.precision.autocast_dtype is not None, cuda_graph=self.graphs is not None
         )
-        self.inputs = inputs_of(recipe, pool)
         before = None if previous is None else read_record(previous)
+        given = inputs_of(recipe, pool)
+        # The stage before says itself what it was given.
+        self.inputs = given if before is None or not before.inputs else [*before.inputs, given[-1]]
         self.seconds_before = 0.0 if before is None else before.training_seconds
         self.other_before = 0.0 if before is None else before.other_seconds
         self.trained_before = _trained_before(recipe, self.splits, pool) if before is None else before.trained_before
@@ -146,11 +156,17 @@ class Run:
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
-        if state is None and recipe.choice("classifier_start") == CLASS_MEANS:
+        self.done = TrainState() if state is None else self._reached(state)
+        begins = self.done.epoch < recipe.epochs and type(self.method).begin is not Method.begin
+        if (state is None or begins) and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
+        if begins:  # of the network as it starts: what a checkpoint has is restored on top of that
+            with self._looking_on():
+                self.method.begin(self._passes())
+        if self.done.part is not None:
+            self.method.start_epoch(self.done.epoch)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
-        self.done = TrainState()
         self.generators: dict[str, Any] | None = None  # of this process, where it goes on within an epoch
         self.updates_of_epoch = updates_of_epoch(recipe, len(self.splits.train), world)
         if state is not None:
@@ -174,6 +190,7 @@ class Run:
             store=self.store,
         )
         self.done.other_seconds += time.perf_counter() - start
+        self.checked = False  # whether all that has a gradient is updated
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
         self.result: tuple[dict[str, HeadMetrics], AnswerLog] | None = None  # where the last epoch has given it
@@ -196,10 +213,6 @@ class Run:
         begun = 0 if done.part is None else done.part.steps
         self.progress = Progress(recipe.epochs * steps, done.epoch * steps + begun, visible=self.world.is_main)
         try:
-            if done.epoch < recipe.epochs and type(self.method).begin is not Method.begin:
-                start = time.perf_counter()
-                self.method.begin(self._passes())
-                done.other_seconds += time.perf_counter() - start
             for epoch in range(done.epoch, recipe.epochs):
                 self._train_epoch(epoch)
         finally:
@@ -212,7 +225,7 @@ class Run:
         recipe, done = self.recipe, self.done
         start = time.perf_counter()
         seed_generators(recipe.seed, epoch, self.world.rank, recipe.stage)
-        if done.part is None:  # else `_restore` has
+        if done.part is None:  # else the epoch has begun
             self.method.start_epoch(epoch)
         self.method.synchronize()
         part = done.part or PartOfEpoch(0, unscaled_rate(self.optimizer), {}, 0.0)
@@ -265,6 +278,9 @@ class Run:
             steps: batches of it that are done.
         """
         recipe = self.recipe
+        if not self.checked:
+            require_optimized(self.method, self.optimizer)
+            self.checked = True
         self.method.update_ema()
         updates = log.epoch * self.updates_of_epoch + -(-steps // recipe.grad_accum_steps)
         if recipe.sched_on_updates:
@@ -354,16 +370,18 @@ class Run:
         save_checkpoint(self.folder.path, state)
         self.saved_at = time.monotonic()
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _reached(self, state: dict[str, Any]) -> TrainState:
+        """Return how far the run has come by a checkpoint, which must be of the same data and backbone."""
         if state.get("class_counts") != self.splits.class_counts.tolist():
             raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
         self._take_inputs(state)
         if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
-        try:
-            self.done = TrainState.of(state)
-            if self.done.part is not None:
-                self.method.start_epoch(self.done.epoch)
+        with self._fitting():
+            return TrainState.of(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        with self._fitting():
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             restore_optimizer(self.optimizer, state["optimizer"])
             if self.recipe.model_ema:
@@ -386,26 +404,38 @@ class Run:
                         f"{counted(len(found), 'process')}: expected as many, got {self.world.world_size}"
                     )
                 self.generators = found[self.world.rank]
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Say of what a checkpoint lacks, or has in another shape, that it does not fit."""
+        try:
+            yield
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             text = f"the checkpoint in {self.folder.path} does not fit: {first_line(error)}"
             raise CheckpointError(text) from None
 
+    @contextmanager
+    def _looking_on(self) -> Iterator[None]:
+        """Let a method look at images beside training: in evaluation mode, without gradients."""
+        self.method.eval()
+        with torch.no_grad():
+            yield
+
     def _take_inputs(self, state: dict[str, Any]) -> None:
-        """Compare what the run was given when it began with what it is given now, and keep the former."""
-        try:
-            before: list[Inputs] = from_plain(list[Inputs], state.get("inputs", []))
-        except ValueError as error:
-            raise CheckpointError(f"the checkpoint in {self.folder.path} does not fit: {error}") from None
+        """Compare what the run was given when it began with what it is given now, and keep both."""
+        with self._fitting():
+            before = inputs_in(state)
         if [each.data for each in before] != [each.data for each in self.inputs] and before:
             raise CheckpointError(
                 f"{self.folder.path} was trained on different data: it had other images, or other labels for them"
             )
         if before and before[-1].class_weights != self.inputs[-1].class_weights:
             raise CheckpointError(f"{self.folder.path} was trained with other class weights: the file has changed")
-        changed = changed_plugins(before, self.inputs)
+        now = continued(before, self.inputs) if before else self.inputs
+        changed = changed_plugins(before, now)
         if changed and self.world.is_main:
             print(f"warning: {few(changed)} has changed since {self.folder.path} began", flush=True)
-        self.inputs = before or self.inputs
+        self.inputs = now
 
     # The results
 
@@ -415,7 +445,8 @@ class Run:
         if type(self.method).finish is not Method.finish:
             share_buffers(self._result_model())
             self.graphs = None  # of the model as it was
-            self.method.finish(passes := self._passes())
+            with self._looking_on():
+                self.method.finish(passes := self._passes())
             looked = passes.opened_held_out
         loader, images, split = self.loaders.val, splits.val, recipe.val_split
         if self.loaders.test is not None and splits.test is not None:
@@ -429,7 +460,7 @@ class Run:
         raw = None
         if recipe.model_ema:
             raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog(images.groups)), result.epoch)
-        chosen = self.method.report()
+        chosen = reported_numbers(self.method)
         replaced = list(dict.fromkeys(self.world.gather(self.loaders.broken_images())))
         lost = list(dict.fromkeys(self.world.gather(self.loaders.left_out_images())))
         other_seconds = done.other_seconds + time.perf_counter() - start

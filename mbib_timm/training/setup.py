@@ -125,6 +125,7 @@ def set_up(
     _check_memory(network, recipe, len(splits.train), seen, world.device, precision)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
+    _require_result(method)
     if recipe.choice("classifier_start") == CLASS_MEANS:
         require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
@@ -136,6 +137,16 @@ def set_up(
     origin = origin_of(recipe, OwnData(None, splits.class_counts.tolist(), names), previous)
     advice = None if frozen is not None else _precision_advice(recipe, precision, network, world.device)
     return Setup(recipe, method, size, loader, optimizer, schedule, precision, graphs, frozen, notes, advice, origin)
+
+
+def _require_result(method: Method) -> None:
+    """Raise MbibError where a method's result could not be saved: before it trains for hours."""
+    model, _ = method.get_eval_model(), method.result_prior
+    if not hasattr(model, "pretrained_cfg"):
+        raise MbibError(
+            f"method {method.name!r}: get_eval_model returns a {type(model).__name__}, which is no model of timm's; "
+            "expected the part of the network that is evaluated and published"
+        )
 
 
 def _precision_advice(recipe: Recipe, precision: Precision, network: nn.Module, device: torch.device) -> str | None:

@@ -172,6 +172,11 @@ def training_step(
         The loss parts, detached scalars that are still on the device.
     """
     parts = compute(method, batches, precision.autocast_dtype)
+    if not isinstance(parts, dict) or "loss" not in parts:
+        raise MbibError(
+            f"method {method.name!r}: expected named scalars from forward and loss, 'loss' among them, got "
+            f"{', '.join(map(repr, parts)) or 'none' if isinstance(parts, dict) else f'a {type(parts).__name__}'}"
+        )
     loss = parts["loss"] / accumulate
     parameters = list(method.get_clip_parameters(exclude_head=clip_mode == "agc")) if clip_grad else None
     if precision.scaler is not None:
