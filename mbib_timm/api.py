@@ -5,8 +5,10 @@
 Each is imported when it is first used, so that `import mbib_timm` alone stays quick.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate as evaluate_batches
 from mbib_timm.evaluation.priors import ESTIMATE, estimate_prior
 from mbib_timm.evaluation.validate import validate
+from mbib_timm.flags import check_prediction
 from mbib_timm.inference.inputs import FoundImage, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.inference.predictor import Predictor, ScoredBatch
@@ -97,6 +100,8 @@ def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, d
     Raises:
         MbibError: there is no such model or head, or the model does not record the class frequencies of its training.
     """
+    if prior == ESTIMATE:
+        raise MbibError("prior: class frequencies are estimated from images: give 'estimate' to predict()")
     return Predictor(load_model(str(model)), head, prior, find_device(device))
 
 
@@ -166,21 +171,21 @@ def predict(
         batch_size: images per batch.
         workers: processes that decode images; detected when None.
         head: as in `load`; like `prior` and `device`, not allowed for a loaded model.
-        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely.
+        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely, with a
+            loaded model too.
         device: device of the model; detected when None.
 
     Returns:
         A prediction for each image, in order. For an image that cannot be read, it has an `error` and no class.
 
     Raises:
-        MbibError: no such model, no such images, no class to return, or an option that belongs in `load`.
+        MbibError: no such model, no such images, a number out of range, or an option that belongs in `load`.
     """
-    if top_k < 1:
-        raise MbibError(f"top_k: expected at least 1, got {top_k}")
+    check_prediction(top_k, threshold, batch_size, workers)
     if isinstance(model, Predictor):
-        if (head, prior, device) != (PREDICTION, None, None):
+        if (head, device) != (PREDICTION, None) or prior not in (None, ESTIMATE):
             raise MbibError("head, prior and device are those of the loaded model: give them to load()")
-        predictor = model
+        predictor = copy.copy(model)  # which an estimate changes, and the caller's stays as it is
     else:
         predictor = load(model, head=head, prior=None if prior == ESTIMATE else prior, device=device)
     scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
@@ -216,7 +221,9 @@ class _Pictures:
 
 def _find(images: ImageLike | Iterable[ImageLike], class_names: Sequence[str]) -> Iterator[FoundImage]:
     """Give the images in order, with the names of their classes where folders or tables give them."""
-    given = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+    # A file and bytes give parts of themselves.
+    single = isinstance(images, ImageLike | bytes | bytearray | IOBase) or not isinstance(images, Iterable)
+    given: list[Any] = [images] if single else [*images]  # type: ignore[misc]
     pictures = _Pictures([each for each in given if isinstance(each, Image.Image)])
     number = 0
     for each in given:
@@ -227,7 +234,10 @@ def _find(images: ImageLike | Iterable[ImageLike], class_names: Sequence[str]) -
             for found in find_images([str(each)]):
                 yield from label_by_folder(found, class_names).images
         else:
-            raise MbibError(f"expected paths or PIL images, got {type(each).__name__}")
+            kind = type(each).__name__
+            raise MbibError(
+                f"expected paths or PIL images, got {kind}; PIL's Image.open and Image.fromarray make images"
+            )
 
 
 def evaluate(
@@ -237,6 +247,7 @@ def evaluate(
     *,
     recipe: PathLike | None = None,
     split: str | None = None,
+    prior: str | None = None,
     **keys: Any,
 ) -> dict[str, HeadMetrics]:
     """Measure every head of a model: accuracy over all images, by class and by shot group, and calibration.
@@ -252,6 +263,7 @@ def evaluate(
         class_counts: for a network, the training images of each class, (K,), which decide the shot groups.
         recipe: recipe that names the data, for a trained model that does not name them itself.
         split: split of a trained model's data; the one that its run reports when None.
+        prior: class frequencies to which a trained model's logits are shifted, as in `predict`; experts are left out.
         keys: recipe keys to replace, like the flags of `mbib validate`.
 
     Returns:
@@ -264,18 +276,44 @@ def evaluate(
         if data is not None or class_counts is not None:
             raise MbibError("data and class_counts go with a network; a trained model's data are named by recipe keys")
         overrides = {key: _plain(value) for key, value in keys.items()}
-        named = None if recipe is None else str(recipe)
-        return validate(str(model), recipe=named, overrides=overrides, split=split).heads
+        file = None if recipe is None else str(recipe)
+        return validate(str(model), recipe=file, overrides=overrides, split=split, prior=prior).heads
     if data is None or class_counts is None:
         raise MbibError("a network is evaluated on batches: evaluate(model, data, class_counts)")
-    if recipe is not None or split is not None or keys:
-        raise MbibError(f"{', '.join([*keys]) or 'recipe and split'}: only for a trained model that is given by name")
+    given = {"recipe": recipe, "split": split, "prior": prior}
+    if named := [*(name for name, value in given.items() if value is not None), *keys]:
+        raise MbibError(f"{', '.join(named)}: only for a trained model that is given by name")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batches = (
-        Batch((images.to(device),), targets.to(device), torch.arange(len(targets), device=device))
-        for images, targets in data
-    )
-    return evaluate_batches(model, batches, np.asarray(class_counts), device=device)
+    counts = _whole_counts(class_counts)
+    classes = int(getattr(model, "num_classes", len(counts)))
+    batches = (_checked_batch(batch, classes, device) for batch in data)
+    return evaluate_batches(model, batches, counts, device=device)
+
+
+def _whole_counts(class_counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return class counts (K,) as an array. Raises MbibError for what is none."""
+    counts = np.asarray(class_counts)
+    if counts.ndim != 1 or len(counts) < 2 or counts.dtype.kind not in "iu":
+        raise MbibError(f"class_counts: expected a whole number for each of two classes or more, got {class_counts!r}")
+    return counts
+
+
+def _checked_batch(given: Any, num_classes: int, device: torch.device) -> Batch:
+    """Return somebody's batch of images and labels on a device. Raises MbibError for what is none."""
+    expected = "data: expected batches of images (B, C, H, W) and labels (B,)"
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(each, Tensor) for each in given):
+        inside = f" of {', '.join(type(each).__name__ for each in given)}" if isinstance(given, tuple | list) else ""
+        raise MbibError(f"{expected}, got a {type(given).__name__}{inside}")
+    images, labels = given
+    if labels.ndim != 1 or images.ndim < 1 or len(labels) != len(images):
+        raise MbibError(f"{expected}, got {tuple(images.shape)} and {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise MbibError(f"{expected}, which are whole numbers, got labels of {labels.dtype}")
+    labels = labels.long()
+    # Waits for the device where labels are there already; out of range they would end it.
+    if len(wrong := labels[(labels < 0) | (labels >= num_classes)]):
+        raise MbibError(f"data: labels of {num_classes} classes lie in 0..{num_classes - 1}, got {int(wrong[0])}")
+    return Batch((images.to(device),), labels.to(device), torch.arange(len(labels), device=device))
 
 
 class Loss(nn.Module):
@@ -341,9 +379,7 @@ def create_loss(
     if not _is_loss(kind):
         able = [other for other in METHODS if _is_loss(METHODS[other])]
         raise MbibError(f"method {name!r} trains by more than a loss of logits: use train(); losses: {', '.join(able)}")
-    counts = np.asarray(class_counts)
-    if counts.ndim != 1 or len(counts) < 2 or counts.dtype.kind not in "iu":
-        raise MbibError(f"class_counts: expected a whole number for each of two classes or more, got {class_counts!r}")
+    counts = _whole_counts(class_counts)
     network = nn.Module() if model is None else _Heads(model)
     try:
         method = kind(network, kind.Settings(**given), Facts(counts, epochs=1), torch.device("cpu"))

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -89,10 +90,18 @@ def port(text: str) -> int:
 def _whole(text: str, least: int, most: int | None = None) -> int:
     """Parse a whole number; without a largest one it is of 31 bits, which is what libraries count in."""
     value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
-    if not least <= value <= (2**31 - 1 if most is None else most):
-        allowed = f"of at least {least}" if most is None and len(text) < 10 else f"from {least} to {most or 2**31 - 1}"
-        raise argparse.ArgumentTypeError(f"expected a whole number {allowed}, got {shown(text)}")
+    if why := _no_whole(value, text, least, most):
+        raise argparse.ArgumentTypeError(why)
     return value
+
+
+def _no_whole(value: int, given: object, least: int, most: int | None) -> str | None:
+    """Return what to say of a number, as it was given, that is out of range; None for one within."""
+    if least <= value <= (2**31 - 1 if most is None else most):
+        return None
+    short = most is None and len(shown(given).strip("'")) < 10
+    allowed = f"of at least {least}" if short else f"from {least} to {most or 2**31 - 1}"
+    return f"expected a whole number {allowed}, got {shown(given)}"
 
 
 def place(text: str) -> Path:
@@ -108,9 +117,28 @@ def share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {shown(text)}")
+    if why := _no_share(value, text):
+        raise argparse.ArgumentTypeError(why)
     return value
+
+
+def _no_share(value: float, given: object) -> str | None:
+    """Return what to say of a number, as it was given, that is not from 0 to 1; None for one that is."""
+    return None if 0 <= value <= 1 else f"expected a number from 0 to 1, got {shown(given)}"
+
+
+def check_prediction(top_k: object, threshold: object, batch_size: object, workers: object) -> None:
+    """Raise MbibError for an argument of `predict` that the flag of its name would refuse; for workers None is one."""
+    for name, value, least, most in (
+        ("top_k", top_k, 1, None),
+        ("batch_size", batch_size, 1, None),
+        ("workers", 0 if workers is None else workers, 0, MOST_WORKERS),
+    ):
+        number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
+        if why := _no_whole(number, value, least, most):
+            raise MbibError(f"{name}: {why}")
+    if why := _no_share(float(threshold) if isinstance(threshold, Real) else -1.0, threshold):
+        raise MbibError(f"threshold: {why}")
 
 
 # Flags of a recipe's keys

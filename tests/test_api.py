@@ -1,6 +1,8 @@
 """Use from Python: every function against its command, and losses in loops that are not ours."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +13,16 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_data import class_folders
+from small_data import class_folders, save_image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mbib_timm
 from mbib_timm import create_loss, evaluate, load, predict, shot_groups, train
-from mbib_timm.cli import main
+from mbib_timm.cli import main, parse
 from mbib_timm.data.batch import Batch
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation.target import find_target
 from mbib_timm.files import to_json
 from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.recipe import find_recipe, load_recipe
@@ -129,6 +132,19 @@ def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, 
             assert one.probability == pytest.approx(other["probability"], abs=1e-6)
 
 
+def test_a_loaded_model_estimates_frequencies_and_stays_as_it_is(finished_run, labelled):
+    expected = predict(finished_run, labelled, prior="estimate", device="cpu")
+    for prior in (None, "train"):
+        model = load(finished_run, prior=prior, device="cpu")
+        before = predict(model, labelled)
+        assert predict(model, labelled, prior="estimate") == expected != before
+        assert predict(model, labelled) == before
+    with pytest.raises(MbibError, match=r"estimated from images: give 'estimate' to predict\(\)"):
+        load(finished_run, prior="estimate")
+    with pytest.raises(MbibError, match=r"give them to load\(\)"):
+        predict(model, labelled, prior="uniform")
+
+
 def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
     model = load(finished_run, device="cpu")
     path = photos / "images" / "ant" / "0.png"
@@ -157,15 +173,53 @@ def test_predictions_make_a_table(finished_run, photos):
     assert table.probability.between(0.1, 1).all()
 
 
-def test_evaluate_does_what_its_command_does(finished_run, tmp_path, capsys):
-    file = tmp_path / "results.json"
-    assert main(["validate", str(finished_run), "--device", "cpu", "--results", str(file)]) == 0
+@pytest.mark.parametrize("prior", [None, "train", "estimate"])
+def test_evaluate_does_what_its_command_does(finished_run, tmp_path, prior):
+    file, flags = tmp_path / "results.json", [] if prior is None else ["--prior", prior]
+    assert main(["validate", str(finished_run), "--device", "cpu", "--results", str(file), *flags]) == 0
     heads = json.loads(file.read_text())["heads"]
-    assert [json.loads(to_json(head)) for head in evaluate(finished_run, device="cpu").values()] == [*heads.values()]
+    found = evaluate(finished_run, prior=prior, device="cpu")
+    assert {name: json.loads(to_json(head)) for name, head in found.items()} == heads
+
+
+def test_evaluate_takes_another_split(finished_run):
     other = evaluate(finished_run, split="train", device="cpu")
     assert other["prediction"].images == 1457, "the whole split, of which a part was trained on"
     with pytest.raises(MbibError, match="data and class_counts go with a network"):
         evaluate(finished_run, [], [1])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["classes", "split"])
+def test_evaluate_takes_a_folder_of_images_for_such(inside, tmp_path):
+    """Of a packaged model too, whose own recipe would download CIFAR-100 into it."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(["fox", "bear", "apple"]):
+        for i in range(3):
+            save_image(folder / ("test" if inside else "") / name / f"{i}.png", 80 * number + i)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("mbib_resnet32.cifar100_lt_if100", "cifar_resnet32.ce_cifar100_lt_if100"):
+        found = evaluate(name, data_dir=folder, device="cpu", workers=0)["prediction"]
+        expected = predict(name, folder / "test" if inside else folder, device="cpu")
+        assert found.images == len(expected) == 9
+        assert found.top1 == pytest.approx(100 * np.mean([each.name == each.label for each in expected]))
+    assert sorted(tmp_path.rglob("*")) == before
+    save_image(tmp_path / "flat" / "0.png")
+    with pytest.raises(DataError, match="no images in class folders under"):
+        evaluate(name, data_dir=tmp_path / "flat", device="cpu")
+
+
+def test_a_folder_of_torchvisions_data_is_no_folder_of_images(tmp_path):
+    name, photos = "mbib_resnet32.cifar100_lt_if100", tmp_path / "photos" / "fox"
+    save_image(photos / "0.png")
+    (tmp_path / "cifar-100-python").mkdir()
+    for folder, dataset in (
+        (tmp_path, "torch/cifar100"),
+        (photos.parent, "folder"),
+        (tmp_path / "-", "torch/cifar100"),
+    ):
+        assert find_target(name, overrides={"data_dir": str(folder)}).recipe.dataset == dataset
+    asked = {"data_dir": str(photos.parent), "dataset": "torch/cifar100"}
+    assert find_target(name, overrides=asked).recipe.dataset == "torch/cifar100"
 
 
 def test_evaluate_a_network_on_batches():
@@ -184,8 +238,8 @@ def test_evaluate_a_network_on_batches():
     )  # fmt: skip
     with pytest.raises(MbibError, match=r"evaluate\(model, data, class_counts\)"):
         evaluate(network)
-    with pytest.raises(MbibError, match="lr: only for a trained model"):
-        evaluate(network, [], COUNTS, lr=1)
+    with pytest.raises(MbibError, match="split, prior, lr: only for a trained model"):
+        evaluate(network, [], COUNTS, split="train", prior="train", lr=1)
 
 
 @pytest.mark.parametrize("number", [5, 7])
@@ -199,8 +253,55 @@ def test_class_counts_of_other_classes_are_an_error(number):
 def test_predictions_of_nothing(finished_run):
     assert predict(finished_run, []) == []
     assert predict(finished_run, [], prior="estimate") == []
-    with pytest.raises(MbibError, match="top_k: expected at least 1, got 0"):
-        predict(finished_run, [], top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"top_k": 0}, "top_k: expected a whole number of at least 1, got 0"),
+        ({"top_k": 1.5}, "top_k: expected a whole number of at least 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"batch_size": 2**31}, "batch_size: expected a whole number from 1 to 2147483647, got 2147483648"),
+        ({"workers": -1}, "workers: expected a whole number from 0 to 128, got -1"),
+        ({"threshold": 1.1}, "threshold: expected a number from 0 to 1, got 1.1"),
+        ({"threshold": float("nan")}, "threshold: expected a number from 0 to 1, got nan"),
+        ({"threshold": "0.5"}, "threshold: expected a number from 0 to 1, got '0.5'"),
+    ],
+)
+def test_predict_refuses_what_its_flags_refuse(keys, message):
+    with pytest.raises(MbibError, match=re.escape(message)):
+        predict("no model", [], **keys)
+    ((name, value),) = keys.items()
+    if not isinstance(value, str):
+        with pytest.raises(MbibError, match=re.escape(message.partition(": ")[2].partition(",")[0])):
+            parse(["predict", "no model", "x.png", f"--{name.replace('_', '-')}={value}"])
+
+
+@pytest.mark.parametrize("images", [None, 1, b"bytes", io.BytesIO(b"bytes"), [b"bytes"], np.zeros((2, 2, 3)), [["a"]]])
+def test_predict_says_which_images_it_takes(finished_run, images):
+    with pytest.raises(MbibError, match=r"expected paths or PIL images, got \w+; PIL's"):
+        predict(finished_run, images, device="cpu")
+
+
+def test_batches_that_evaluate_does_not_take():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    images, labels = torch.randn(2, 3, 2, 2), torch.tensor([0, 2])
+    expected = "data: expected batches of images (B, C, H, W) and labels (B,)"
+    for batch, message in (
+        ((images, labels + 1), "data: labels of 3 classes lie in 0..2, got 3"),
+        ((images, labels - 1), "data: labels of 3 classes lie in 0..2, got -1"),
+        ((images, labels.float()), f"{expected}, which are whole numbers, got labels of torch.float32"),
+        ((images, labels[:1]), f"{expected}, got (2, 3, 2, 2) and (1,)"),
+        ((images, torch.eye(3)[labels]), f"{expected}, got (2, 3, 2, 2) and (2, 3)"),
+        ((images, [0, 2]), f"{expected}, got a tuple of Tensor, list"),
+        ({"image": images, "label": labels}, f"{expected}, got a dict"),
+    ):
+        with pytest.raises(MbibError, match=re.escape(message)):
+            evaluate(network, [batch], COUNTS)
+    with pytest.raises(MbibError, match="class_counts: expected a whole number"):
+        evaluate(network, [(images, labels)], 3)
+    metrics = [evaluate(network, [(images, kind)], COUNTS)["prediction"] for kind in (labels, labels.to(torch.uint8))]
+    assert metrics[0] == metrics[1]
 
 
 def test_shot_groups():

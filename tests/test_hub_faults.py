@@ -129,6 +129,13 @@ def test_publishing(hub, release, kind, call, capsys, monkeypatch):
     assert len(hub.load(REPOSITORY)["commits"]) == 2
 
 
+def test_a_revision_that_is_not_there(hub, release):
+    Publisher(HfApi(endpoint=hub.url), release, wait=lambda seconds: None).publish(False, "v1")
+    assert Source("", repository=f"{REPOSITORY}@v1").file("config.json") is not None
+    with pytest.raises(MbibError, match=f"^hf-hub:{REPOSITORY}@v9: the repository has no such revision"):
+        load_model(f"hf-hub:{REPOSITORY}@v9")
+
+
 @pytest.mark.parametrize(("kind", "call"), cells(LOADING))
 def test_loading(hub, finished_run, kind, call, capsys, monkeypatch):
     files = {name: (finished_run / name).read_bytes() for name in ("config.json", "model.safetensors")}

@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from small_data import CPU, class_folders
+from small_data import CPU, class_folders, image_folder
 from timm.data import ImageNetInfo, create_transform, resolve_data_config, resolve_model_data_config
 from torch import nn
 
@@ -25,7 +25,7 @@ from mbib_timm.evaluation.target import find_target, open_target
 from mbib_timm.models.preprocessing import inherited, input_size, own_preprocessing, settle
 from mbib_timm.models.weights import load_model
 from mbib_timm.models.zoo import ZOO
-from mbib_timm.recipe import MODEL_KEYS, Recipe, find_recipe, list_recipes, load_recipe
+from mbib_timm.recipe import MODEL_KEYS, WHOLE_IMAGES, Recipe, find_recipe, list_recipes, load_recipe
 from mbib_timm.training import train
 
 # Models of many families, most of them with other means than ImageNet's: timm's names, small where there is a choice.
@@ -200,6 +200,38 @@ def test_a_recipe_without_keys_evaluates_a_model_as_it_was_trained(finished):
     assert (opened.recipe.mean, opened.recipe.interpolation, opened.input_size) == ([0.5] * 3, "bilinear", (3, 32, 32))
 
 
+CENTER = {"crop_pct": 0.875, "crop_mode": "center"}
+OTHERS = [
+    ("finetune/mbib_resnet32", {"train_crop_mode": "rrc", **CENTER}, {}),
+    ("mbib_resnet32.cifar100_lt_if100", {"train_crop_mode": "rrc", **CENTER, "mean": [0.5] * 3, "img_size": 32}, {}),
+    ("mbib_resnet32.cifar100_lt_if100", {"train_crop_mode": "pad", **WHOLE_IMAGES}, {"train_crop_mode": "pad"}),
+    ("finetune/mbib_resnet50", {"train_crop_mode": "rrc", **CENTER, "crop_mode": "border"}, {"crop_mode": "border"}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "expected", "flags"), OTHERS, ids=["own", "padded", "pad asked for", "flag"])
+def test_an_evaluation_has_the_models_own_preprocessing_unless_a_flag_says_another(finished, recipe, expected, flags):
+    """Whatever the recipe says that names the data."""
+    data = {"dataset": "folder", "data_dir": str(finished.parents[1] / "images"), "dataset_download": False}
+    opened = open_target(find_target(str(finished), recipe, {**data, **flags}), World(CPU))
+    assert {key: getattr(opened.recipe, key) for key in expected} == expected
+
+
+def test_an_evaluation_sees_what_a_prediction_sees(finished, tmp_path):
+    """Where config.json and the recipe disagree, images that are not square tell."""
+    for name in ("recipe.yaml", "model.safetensors"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    config = json.loads((finished / "config.json").read_text())
+    config["pretrained_cfg"] |= WHOLE_IMAGES
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = image_folder(tmp_path)
+    files = [folder / label / f"{i}.png" for label, count in (("ant", 6), ("bee", 4)) for i in range(count)]
+    (batch,) = open_target(find_target(str(tmp_path), overrides={"data_dir": str(folder)}), World(CPU), "all").loader
+    transform = create_transform(**load_model(str(tmp_path)).preprocessing)
+    expected = torch.stack([transform(Image.open(file)) for file in files])
+    torch.testing.assert_close(batch.images, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_agrees(finished):
     root = finished.parents[1]
@@ -271,6 +303,8 @@ def test_published_models_have_the_preprocessing_of_their_files(model):
     assert {key: json.loads(json.dumps(own[key])) for key in written.keys() & own.keys()} == {
         key: written[key] for key in written.keys() & own.keys()
     }
+    recorded = yaml.safe_load((model.folder / "recipe.yaml").read_text())
+    assert {key: written[key] for key in KEYS} == {key: recorded[key] for key in KEYS}
 
 
 # Real weights

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mbib_timm.models.preprocessing import settle
 from mbib_timm.models.weights import load_model
 from mbib_timm.models.zoo import DATASETS, ZOO, ZooModel, is_start_tag, split_tag
 from mbib_timm.recipe import data_of, find_recipe, list_recipes, load_recipe
+from mbib_timm.results import catalogue as catalogue_file
 from mbib_timm.results.catalogue import catalogue, markdown_table, text_table
 from mbib_timm.results.record import read_record
 
@@ -235,6 +237,15 @@ def test_packaged_heads_refuse_another_backbone(monkeypatch):
         timm.create_model(FROZEN.name, pretrained=True)
 
 
+@pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.name)
+def test_a_card_gives_a_command_of_today_that_trains_the_recipe(model):
+    """Also where the run's own command has a name of before, or is a sweep's."""
+    card = zoo_tool.render(model)
+    assert re.findall(r"mbib train (\S+?)[`\s]", card)[-1] == model.recipe
+    recorded = read_record(model.folder).environment.command.split()
+    assert ("The command is as that version recorded it." in card) == (model.recipe not in recorded)
+
+
 def test_halves_are_matrices_within_the_range_of_half_precision():
     assert zoo_tool.half(torch.ones(2, 2)).dtype is torch.float16
     assert zoo_tool.half(torch.ones(2)).dtype is torch.float32
@@ -252,6 +263,16 @@ def test_every_packaged_model_is_small_and_its_metrics_are_those_of_the_rounded_
         assert all(value.dtype != torch.float32 for value in load_file(file).values() if value.ndim > 1)
 
 
+def test_models_without_weights_have_the_size_that_their_recipes_give_them(monkeypatch):
+    names = [model.name for model in ZOO if "efficientnet_lite0.f" in model.name]
+    monkeypatch.setattr(catalogue_file, "ZOO", [ZooModel(name) for name in names])
+    found = {entry.model.name: entry.cells()[1:4] for entry in catalogue()}
+    assert found[FROZEN.name] == ["3.90", "0.13", "128x128"]
+    assert found["bib_efficientnet_lite0.frozen_cifar100_lt_if100"] == ["3.86", "0.13", "128x128"]
+    assert found["mbib_efficientnet_lite0.finetune_cifar100_lt_if50"] == ["5.32", "0.13", "128x128"]
+    assert all(cells[1:] == ["0.13", "128x128"] for cells in found.values())
+
+
 @pytest.mark.slow
 def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys):
     entries = catalogue()
@@ -262,6 +283,7 @@ def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys):
     assert printed == text_table(entries) + "\n"
     for entry in entries:
         assert entry.model.name in printed
-        model = timm.create_model(entry.model.name)
-        assert entry.parameters == count_parameters(model)
-        del model
+        recipe = load_recipe(find_recipe(entry.model.recipe))
+        given = {} if entry.model.is_trained else recipe.model_kwargs
+        assert entry.parameters == count_parameters(timm.create_model(entry.model.name, device="meta", **given))
+        assert recipe.img_size in (None, entry.input_size[1])

@@ -368,12 +368,12 @@ def _split_folders(root: Path, known: set[str]) -> dict[str, Path] | None:
         if holds_images and name not in places and not is_hidden(entry.name):
             places[name] = entry
     # A look into each, no more than it takes: the folders may be large, and far away.
-    if not any(name.casefold() in known and _holds(place, folders=True) for name, place in places.items()):
+    if not any(name.casefold() in known and has_images(place, folders=True) for name, place in places.items()):
         return None
-    return {name: place for name, place in places.items() if _holds(place)}
+    return {name: place for name, place in places.items() if has_images(place)}
 
 
-def _holds(place: Path, folders: bool = False) -> bool:
+def has_images(place: Path, folders: bool = False) -> bool:
     """Return whether there are images in a folder, or in `folders` in it; an archive is not looked into."""
     return is_archive(place) or any(what == IMAGE and ("/" in name or not folders) for what, name in _walk(str(place)))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_reader
 from torchvision import datasets
 
-from mbib_timm.data.folders import ALL, SYNONYMS, open_folder
+from mbib_timm.data.folders import ALL, SYNONYMS, has_images, open_folder
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.image_tables import open_table
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
@@ -38,6 +38,12 @@ UNREADABLE = "images that cannot be read"
 NO_READABLE = "classes without an image that can be read"
 # All images at once, of data that have no splits; else what opens a split by name.
 Opened = Split | Callable[[str], Split]
+# Under which torchvision keeps its data below data_dir.
+TORCHVISION_FOLDERS = {
+    "torch/cifar10": datasets.CIFAR10.base_folder,
+    "torch/cifar100": datasets.CIFAR100.base_folder,
+    "torch/fashion_mnist": datasets.FashionMNIST.__name__,
+}
 SOURCES: Registry[Callable[[Recipe], Opened]] = Registry("data source")
 
 
@@ -191,6 +197,19 @@ def without(split: Split, bad: Mapping[int, str]) -> Split:
         kept = replace(kept, targets=np.searchsorted(left, kept.targets).astype(np.int64), class_names=names)
         left_out[NO_READABLE] = tuple(split.class_names[label] for label in gone)
     return replace(kept, left_out=left_out)
+
+
+def is_image_folder(recipe: Recipe) -> bool:
+    """Return whether `data_dir` is of images in files, which the recipe's source, with data of its own, would not read.
+
+    It is one that holds images, or an archive, where the source is the digits or torchvision's and its data are not
+    there.
+    """
+    own = {"digits": None, **TORCHVISION_FOLDERS}
+    if recipe.data_dir is None or recipe.dataset not in own:
+        return False
+    place, folder = Path(recipe.data_dir), own[recipe.dataset]
+    return not (folder is not None and (place / folder).exists()) and has_images(place)
 
 
 def open_split(recipe: Recipe, split: str) -> Split:

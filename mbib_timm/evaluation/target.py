@@ -13,9 +13,10 @@ from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
 from mbib_timm.data.overview import warnings
+from mbib_timm.data.sources import is_image_folder
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.models.preprocessing import input_size, settle
+from mbib_timm.models.preprocessing import as_predicted, input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
 from mbib_timm.models.zoo import is_published
@@ -31,12 +32,14 @@ class Target:
         source: where the model is.
         recipe: names the data.
         elsewhere: the data are others than those that the model's own recipe names.
+        said: recipe keys that whoever asked for it has given.
     """
 
     name: str
     source: ModelSource
     recipe: Recipe
     elsewhere: bool = False
+    said: frozenset[str] = frozenset()
 
     def class_counts(self) -> np.ndarray:
         """Return the training images of each class: from the checkpoint, or from the training data."""
@@ -54,7 +57,7 @@ class OpenTarget:
 
     Attributes:
         model: in evaluation mode.
-        recipe: of the images' preprocessing, with the model's own where it leaves that open.
+        recipe: of the images' preprocessing: the model's own, with the keys that were asked for.
         class_counts: training images of each class, (K,).
         class_names: in label order, where they are known.
         input_size: of the images, (C, H, W).
@@ -81,7 +84,7 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
     Args:
         name: a run's folder, ``local-dir:FOLDER``, ``hf-hub:REPO``, or a timm model name.
         recipe: name of the recipe that says which data; a run's folder and a published model have their own.
-        overrides: recipe keys to replace.
+        overrides: recipe keys to replace; a `data_dir` of images is read as such, whatever the recipe's data are.
 
     Raises:
         MbibError: no such model, or nothing that says which data.
@@ -95,7 +98,10 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
             f"{name} does not say which data to use: give --recipe NAME (see mbib recipes), and flags to change it"
         )
     own, asked = load_recipe(file), load_recipe(file, overrides)
-    return Target(name, source, asked, elsewhere=_place(own) != _place(asked))
+    said = frozenset(overrides or ())
+    if "data_dir" in said and "dataset" not in said and is_image_folder(asked):
+        asked = load_recipe(file, {**(overrides or {}), "dataset": "folder"})
+    return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=said)
 
 
 def _place(recipe: Recipe) -> tuple[str, ...]:
@@ -122,6 +128,8 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     num_classes = int(getattr(model, "num_classes", len(counts)))
     if len(counts) != num_classes:
         raise MbibError(f"{target.name} has {num_classes} classes, but the data have {len(counts)}")
+    if source.has_files:
+        recipe = as_predicted(recipe, model, target.said)
     recipe = settle(recipe, model)
     size = input_size(recipe, model)
     names = source.config.class_names

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     HTTPError,  # that of the HTTP client that the Hub's uses
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -118,6 +119,8 @@ def hub_error(repository: str, error: Exception) -> MbibError:
         return MbibError(
             f"hf-hub:{repository}: there is no such repository, or it is private and needs a token (hf auth login)"
         )
+    if isinstance(error, RevisionNotFoundError):
+        return MbibError(f"hf-hub:{repository}: the repository has no such revision: no branch, tag or commit")
     if isinstance(error, LocalEntryNotFoundError):
         return MbibError(f"hf-hub:{repository}: the Hub cannot be reached, and there is no copy in the cache")
     return MbibError(f"hf-hub:{repository}: {what_went_wrong(error)}")

@@ -1,6 +1,6 @@
 """How images become a model's input: as its weights have seen them, where a recipe does not say otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from timm.data import resolve_data_config
@@ -39,6 +39,29 @@ def settle(recipe: Recipe, network: nn.Module) -> Recipe:
         raise MbibError(
             f"model {recipe.model!r}: of its own preprocessing: {error}; a recipe may say another"
         ) from None
+
+
+def as_predicted(recipe: Recipe, network: nn.Module, said: Collection[str]) -> Recipe:
+    """Return a recipe whose evaluation sees images as `mbib predict` does: as a trained model's own cfg says.
+
+    Args:
+        recipe: names the data; what it says of `MODEL_KEYS` may be of another model.
+        network: the trained model.
+        said: keys that whoever asks for the evaluation has given, which stay as they are.
+
+    Raises:
+        MbibError: a value that a recipe cannot have.
+    """
+    own = {key: value for key, value in _own_keys(network).items() if key in MODEL_KEYS and key not in said}
+    if recipe.train_crop_mode == "pad":
+        if "train_crop_mode" in said:
+            own |= {key: whole for key, whole in WHOLE_IMAGES.items() if key in own}
+        elif any(own.get(key, whole) != whole for key, whole in WHOLE_IMAGES.items()):
+            own |= {"train_crop_mode": "rrc", "views": None}  # evaluations of padded crops are of whole images
+    try:
+        return recipe.replace(**own)
+    except MbibError as error:
+        raise MbibError(f"of the model's own preprocessing: {error}; a flag may say another") from None
 
 
 def inherited(recipe: Recipe) -> Recipe:

@@ -7,6 +7,7 @@ import timm
 
 from mbib_timm.models.complexity import count_macs, count_parameters
 from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.preprocessing import input_size
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import WHOLE, ZOO, ZooModel, split_tag
 from mbib_timm.recipe import find_recipe, load_recipe
@@ -66,13 +67,15 @@ def catalogue() -> list[Entry]:
     """Return every model of the zoo; sizes are counted without memory for weights."""
     entries = []
     for model in ZOO:
-        network = timm.create_model(model.name, device="meta").eval()
-        size = network.pretrained_cfg["input_size"]
-        macs = count_macs(network, size)["total"]
+        # A trained model is built as its config.json says.
+        recipe = load_recipe(find_recipe(model.recipe))
         if model.is_trained:
-            origin = read_record(model.folder).origin
+            network = timm.create_model(model.name, device="meta")
+            size, origin = network.pretrained_cfg["input_size"], read_record(model.folder).origin
         else:
-            origin = origin_of(load_recipe(find_recipe(model.recipe)), OwnData(split_tag(model.tag)[1]))
+            network = timm.create_model(model.name, device="meta", **recipe.model_kwargs)
+            size, origin = input_size(recipe, network), origin_of(recipe, OwnData(split_tag(model.tag)[1]))
+        macs = count_macs(network.eval(), size)["total"]
         entries.append(Entry(model, count_parameters(network), macs, size, origin))
     return entries
 
