@@ -207,6 +207,14 @@ def test_features_without_direction_are_an_error_that_names_class_and_head(value
         start_from_class_means(model, batches, ("a", "b", "c", "d"))
 
 
+def test_a_class_whose_images_are_all_broken_is_an_error_that_names_it():
+    batches = photographs()
+    without = [Batch((b.images[b.targets != 3],), b.targets[b.targets != 3], b.index) for b in batches]
+    message = "none of the training images of class 'd' can be read; --broken skip leaves such images"
+    with pytest.raises(MbibError, match=message):
+        start_from_class_means(build("cifar_resnet20"), without, ("a", "b", "c", "d"))
+
+
 # The nearest class mean
 
 

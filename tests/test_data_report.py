@@ -117,6 +117,17 @@ def test_without_imagehash_the_rest_is_shown(photos, capsys, monkeypatch):
     assert "near duplicates: not looked for; that needs ImageHash: pip install 'mbib-timm[data]'" in text
 
 
+def test_of_images_in_two_splits_of_the_data_the_advice_is_what_can_be_done(capsys, tmp_path):
+    line = "  evaluated images that are also in training: "
+    same = {f"{label}/{i}.png": png(90 * (label == "bee")) for label in ("ant", "bee") for i in range(5)}
+    text = said(capsys, unpacked(tmp_path / "one", same))
+    assert f"{line}2; --group-by keeps together what belongs together" in text
+    splits = {"train/ant/0.png": png(0), "train/bee/0.png": png(90), "val/ant/0.png": png(0), "val/bee/0.png": png(45)}
+    text = said(capsys, unpacked(tmp_path / "two", splits))
+    assert f"{line}1; take them out of one of the data's own splits" in text
+    assert "--group-by" not in text
+
+
 def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
     root = unpacked(
         tmp_path / "data", {f"{label}/{i}.png": png(i) for label in ("a\x1b[31m", "b\nc") for i in range(3)}

@@ -106,6 +106,19 @@ def test_rows_that_are_left_out_are_named(images):
     }
 
 
+def test_rows_of_a_split_that_nothing_asks_for_are_named(images):
+    splits = ["train", "trian", "validation", "train", "test", "Zebra"]
+    rows = [(path, label, splits[i % 6]) for i, (path, label, _) in enumerate(ROWS)]
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "split")))
+    places = tuple(f"{file}, line {i + 2}" for name in ("trian", "Zebra") for i, row in enumerate(rows) if name in row)
+    said = "rows of splits that are not used, trian (did you mean train?), zebra"
+    asked = recipe(file, val_split="val")
+    assert open_split(asked, "train").left_out == {said: places}, "a split for testing is no slip"
+    assert not open_split(asked, "val").left_out, "said once, of training"
+    used = recipe(file, val_split="zebra")
+    assert [why for why in open_split(used, "train").left_out if "zebra" in why] == []
+
+
 def test_parquet(images):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     columns = dict(zip(("path", "label", "group"), map(list, zip(*ROWS, strict=True)), strict=True))

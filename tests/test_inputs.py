@@ -411,6 +411,35 @@ def test_what_a_source_has_left_out_is_in_the_record_and_on_the_card(tmp_path, c
     assert str(tmp_path) not in card
 
 
+@pytest.mark.parametrize("loader", ["resident", "timm"])
+def test_classes_whose_images_are_all_broken_are_named(tmp_path, capsys, loader):
+    data = images(tmp_path / "data", classes=("ant", "bee", "cow"))
+    for file in (*(data / "train" / "cow").iterdir(), *(data / "val" / "bee").iterdir(), data / "val/ant/image0.png"):
+        file.write_bytes(b"no image")
+    run = train(recipe(tmp_path, data, loader=loader), "run")
+    said = capsys.readouterr().out
+    assert len(run.record.replaced_images) == 12
+    assert (run.record.unread_classes, run.record.unmeasured_classes) == (["cow"], ["bee"])
+    lines = [
+        "broken training images that were replaced: 12",
+        "classes whose training images are all broken, so that the model has seen none of them: 1 (cow)",
+        "broken images that were left out of the evaluation: 5",
+        "classes that are not measured, for their evaluated images are all broken: 1 (bee)",
+    ]
+    assert all(f"warning: {line}; see metrics.json" in said for line in lines)
+    assert main(["publish", str(run.folder), "--repo-id", "me/run", "--dry-run"]) == 0
+    assert f"Images that could not be read: {'; '.join(lines)}." in capsys.readouterr().out
+    assert main(["report", str(run.folder), "-o", str(tmp_path / "report.html")]) == 0
+    assert "; ".join(lines) in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert main(["validate", str(run.folder), "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {lines[3]}" in said
+    assert main(["data", str(data), "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "  classes without an image that can be read (train): 1 (cow)\n" in said
+    assert "  classes without an image that can be read (validation): 1 (bee)\n" in said
+
+
 def test_a_tables_paths_may_be_below_another_folder(tmp_path, capsys):
     data = one_folder(tmp_path / "data")
     run = train(recipe(tmp_path, data, val_split="validation"), "run").folder

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
-from mbib_timm.errors import CheckpointError
+from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models import pip_weights
 from mbib_timm.models.weights import Source, create_with_weights, load_model
 
@@ -135,6 +135,13 @@ def test_tensors_in_another_order_are_refused(tmp_path, weights, monkeypatch):
 
 def unreachable(*args, **kwargs):
     raise LocalEntryNotFoundError("no connection")
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mbib_resnet50.backbone_a1_in1k", "bib"])
+def test_without_the_hub_the_repository_that_was_asked_is_named(name, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(MbibError, match=r"^hf-hub:timm/resnet50\.a1_in1k: the Hub cannot be reached, and there is no"):
+        create_with_weights(Source(name))
 
 
 @pytest.mark.parametrize("name", [*BUILDS, "tf_efficientnet_lite0"])

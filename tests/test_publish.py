@@ -28,6 +28,7 @@ from mbib_timm.recipe import KEYS, Recipe, load_recipe
 from mbib_timm.recipe.checks import TABLE_KEYS
 from mbib_timm.reporting.sections import render_page, run_section
 from mbib_timm.results.redact import redact_command, redact_recipe, redact_text, redact_value
+from mbib_timm.results.run_text import time_text
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 
 REPOSITORY = "tester/mbib_resnet20.digits"
@@ -386,6 +387,17 @@ def seeded(run, folder, seed, top1):
     metrics["result"]["heads"]["prediction"]["top1"] = top1
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
+
+
+def test_the_card_says_of_which_time_it_speaks(finished_run):
+    run, alone = read_run(finished_run), "the epochs and their evaluations alone"
+    known = replace(run.record, training_seconds=1.2, other_seconds=48.9)
+    card = render_card(replace(run, record=known), REPOSITORY)
+    assert "It took 50 seconds, preparation and evaluations included, on " in card
+    older = replace(known, other_seconds=None)
+    assert f"It took 1 second, {alone}, on " in render_card(replace(run, record=older), REPOSITORY)
+    assert time_text([known, replace(known, other_seconds=148.9)]) == "1.7 minutes"
+    assert time_text([known, older]) == f"1 second, {alone}"
 
 
 def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):

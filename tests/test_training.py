@@ -457,6 +457,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert not (tmp_path / "diverged" / "metrics.json").exists()
 
 
+def test_the_time_beside_the_epochs_is_recorded_of_every_process(tmp_path, monkeypatch):
+    create, original_epoch, pause = run_module.create_loaders, run_module.train_one_epoch, 0.4
+
+    def slow(*args, **kwargs):
+        time.sleep(pause)
+        return create(*args, **kwargs)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    recipe = digits(tmp_path, model="cifar_resnet20", method="ce", epochs=1, warmup_epochs=0, imbalance_max=24)
+    monkeypatch.setattr(run_module, "create_loaders", slow)
+    monkeypatch.setattr(run_module, "train_one_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, "run")
+    monkeypatch.setattr(run_module, "train_one_epoch", original_epoch)
+    run = train(recipe.replace(resume="auto"), "run")
+    assert run.record.other_seconds > 2 * pause, "of the process that was killed, too"
+    (row,) = csv.DictReader((run.folder / "summary.csv").open())
+    assert run.record.training_seconds == float(row["seconds"])
+
+
 def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -33,7 +33,7 @@ from mbib_timm.data.create import (
 )
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import count_classes, shot_groups
-from mbib_timm.data.overview import left_out, summary
+from mbib_timm.data.overview import left_out, summary, unread_classes
 from mbib_timm.data.samplers import SAMPLERS, check_sampler, class_probabilities, parse_sampler, sampler
 from mbib_timm.data.sources import SOURCES, Source, open_split
 from mbib_timm.data.splits import Splits, match_classes, missing_classes, open_data
@@ -66,4 +66,5 @@ __all__ = [
     "sampler",
     "shot_groups",
     "summary",
+    "unread_classes",
 ]

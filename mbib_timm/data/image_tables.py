@@ -9,7 +9,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
-from mbib_timm.data.folders import ImageTree, class_order, find_split, open_archive
+from mbib_timm.data.folders import SPLIT_NAMES, SYNONYMS, ImageTree, class_order, find_split, open_archive
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images
-from mbib_timm.errors import DataError, few, first_line
+from mbib_timm.errors import DataError, few, first_line, nearest
 from mbib_timm.files import printable, read_content
 from mbib_timm.recipe import Recipe
 
@@ -34,6 +34,7 @@ LONGEST_FIELD = 4096  # characters, as many as a path may have
 # Reasons for which rows are left out.
 NO_LABEL = "rows without a class"
 NO_SPLIT = "rows without a split"
+NOT_USED = "rows of splits that are not used"
 REPEATED = "rows that repeat an image"
 AMBIGUOUS = "images of several classes"
 
@@ -61,6 +62,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     """Open a recipe's table.
 
     A row without a class or a split is left out, and so are rows that repeat an image, and images of several classes.
+    The training split names the rows whose split nothing asks for.
 
     Returns:
         All images, where the table has no splits; else what opens a split by name.
@@ -92,10 +94,12 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[row.split.casefold()].append(row)
-    return partial(_rows_of, file, by_split, opened)
+    return partial(_rows_of, recipe, file, by_split, opened)
 
 
-def _rows_of(file: Path, by_split: dict[str, list[Row]], opened: Callable[[Sequence[Row]], Split], split: str) -> Split:
+def _rows_of(
+    recipe: Recipe, file: Path, by_split: dict[str, list[Row]], opened: Callable[[Sequence[Row]], Split], split: str
+) -> Split:
     """Open a split of its own name or of a synonym."""
     rows = find_split(by_split, split)
     if rows is None:
@@ -103,7 +107,28 @@ def _rows_of(file: Path, by_split: dict[str, list[Row]], opened: Callable[[Seque
             f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}: name those to use "
             "with --train-split and --val-split"
         )
-    return opened(rows)
+    found = opened(rows)
+    if rows is find_split(by_split, recipe.train_split):
+        return replace(found, left_out={**found.left_out, **_not_used(by_split, recipe.split_names)})
+    return found
+
+
+def _not_used(by_split: Mapping[str, list[Row]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the rows whose split nothing asks for, by the reason, with the name that a slip may have stood for.
+
+    A further split for evaluation, as of a table that has one for testing, is none of these.
+    """
+    used = [find_split(by_split, name) for name in names]
+    known = SPLIT_NAMES - {*SYNONYMS["train"]}
+    others = {name: rows for name, rows in by_split.items() if name not in known and not any(rows is x for x in used)}
+    if not others:
+        return {}
+    meant = SPLIT_NAMES & {name for name, rows in by_split.items() if any(rows is x for x in used)}
+    said = []
+    for name in others:
+        near = nearest(name, meant, most=1)
+        said.append(f"{printable(name)}{f' (did you mean {near[0]}?)' if near else ''}")
+    return {f"{NOT_USED}, {few(said)}": tuple(row.where for rows in others.values() for row in rows)}
 
 
 def _split(

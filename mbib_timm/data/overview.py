@@ -1,6 +1,6 @@
 """What the data of a run are, in a few lines: classes, images, groups, and what was left out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -58,6 +58,22 @@ def left_out(splits: Sequence[Split]) -> dict[str, list[str]]:
         for why, names in split.left_out.items():
             merged.setdefault(why, {}).update(dict.fromkeys(names))
     return {why: list(names) for why, names in merged.items()}
+
+
+def unread_classes(split: Split, broken: Collection[str]) -> list[str]:
+    """Return the names of the classes of which a split has images, but none that can be read.
+
+    Args:
+        split: with the labels of training.
+        broken: paths of the images that cannot be read.
+    """
+    if not broken:
+        return []
+    lost = set(broken)
+    readable = np.array([split.path(place) not in lost for place in range(len(split))])
+    gone = np.setdiff1d(split.targets, split.targets[readable])
+    names = named(split.class_names, int(split.targets.max()) + 1)
+    return [names[label] for label in gone]
 
 
 def _shots(counts: np.ndarray) -> str:

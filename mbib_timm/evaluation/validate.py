@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbib_timm.data import unread_classes
 from mbib_timm.data.class_values import label_names
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.sources import UNREADABLE
@@ -27,7 +28,7 @@ from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_ta
 from mbib_timm.files import check_place, printable, to_json, write_bytes
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
-from mbib_timm.results.run_text import start_text
+from mbib_timm.results.run_text import UNMEASURED, start_text
 from mbib_timm.results.tables import accuracy_table
 
 
@@ -113,6 +114,8 @@ def validate(
             if moved is not None and moved.note:
                 print(printable(moved.note))
             unreadable = [f"warning: left out: {in_words({UNREADABLE: broken})}"] if broken else []
+            if gone := unread_classes(opened.images, broken):
+                unreadable.append(f"warning: {in_words({UNMEASURED: gone})}")
             print("\n".join([*map(printable, [*opened.notes, *unreadable]), f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             origin = found.source.config.origin

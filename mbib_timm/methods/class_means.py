@@ -62,7 +62,7 @@ def start_from_class_means(model: nn.Module, images: Iterable[Batch], class_name
         class_names: in label order, for messages.
 
     Raises:
-        MbibError: features of a class that have no direction: all zero, or not finite.
+        MbibError: a class without an image, or with features that have no direction: all zero, or not finite.
     """
     classifiers: Any = classifiers_of(model)
     norms = head_norms(model)
@@ -70,11 +70,16 @@ def start_from_class_means(model: nn.Module, images: Iterable[Batch], class_name
     model.eval()
     try:
         for _ in range(len(norms) + 1):
-            moments, class_sums = _statistics(model, images, norms, classifiers)
+            moments, class_sums, class_images = _statistics(model, images, norms, classifiers)
             if not _set_statistics(norms, moments):
                 break
     finally:
         model.train(was_training)
+    for label in (class_images == 0).nonzero()[:1, 0].tolist():  # every class has some, see `require_class_means`
+        raise MbibError(
+            f"classifier_start: {CLASS_MEANS}: none of the training images of class {_class_name(label, class_names)} "
+            "can be read; --broken skip leaves such images, and the class, out"
+        )
     names = {id(module): name for name, module in model.named_modules()}
     for classifier, sums in zip(classifiers, class_sums, strict=True):
         lengths = sums.norm(dim=1)
@@ -110,29 +115,31 @@ def captured_inputs(layers: Iterable[nn.Module]) -> Iterator[dict[Any, Tensor]]:
 
 def _statistics(
     model: nn.Module, images: Iterable[Batch], norms: Sequence[Any], classifiers: Sequence[Any]
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Return, of one pass in evaluation mode, what enters the layers.
 
     Returns:
         Of each norm (3, C): number, sum and sum of squares of its inputs, from the running mean; of each classifier the
-        sum over each class of its inputs at length 1, (K, D).
+        sum over each class of its inputs at length 1, (K, D); and the images of each class, (K,).
     """
     device = classifiers[0].weight.device
     wide: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
     moments = [torch.zeros(3, norm.num_features, **wide) for norm in norms]
     class_sums = [torch.zeros(classifier.weight.shape, **wide) for classifier in classifiers]
+    class_images = torch.zeros(len(class_sums[0]), **wide)
     with captured_inputs([*norms, *classifiers]) as seen:
         for batch in images:
             head_logits(model, batch.images)
+            class_images.index_add_(0, batch.targets, torch.ones(len(batch.targets), **wide))
             for norm, sums in zip(norms, moments, strict=True):
                 rows = (seen[norm].movedim(1, -1).flatten(0, -2) - norm.running_mean).to(**wide)
                 sums += torch.stack([torch.full_like(sums[0], len(rows)), rows.sum(dim=0), rows.square().sum(dim=0)])
             for classifier, sums in zip(classifiers, class_sums, strict=True):
                 sums.index_add_(0, batch.targets, F.normalize(seen[classifier].float(), dim=1).to(**wide))
     if is_distributed():
-        for sums in (*moments, *class_sums):
+        for sums in (*moments, *class_sums, class_images):
             torch.distributed.all_reduce(sums)
-    return moments, class_sums
+    return moments, class_sums, class_images
 
 
 def _set_statistics(norms: Sequence[Any], moments: Sequence[Tensor]) -> bool:

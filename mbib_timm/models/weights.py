@@ -6,6 +6,7 @@ any part is still as it was initialised.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -337,7 +338,7 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
             raise
         raise CheckpointError(f"{source.name}: {error}") from None
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError) as error:
-        raise hub_error(source.repository or source.name, error) from None
+        raise hub_error(_asked_for(source, kwargs), error) from None
     except Exception as error:  # of whatever an architecture makes of its arguments and of its weights
         # torch names what does not fit in the second line.
         reason = " ".join(str(error).split("\n")[:2]) if isinstance(error, RuntimeError) else first_line(error)
@@ -346,6 +347,17 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
     if weights is None:
         require_finite(model.state_dict(), source.name)
     return model
+
+
+def _asked_for(source: Source, kwargs: Mapping[str, Any]) -> str:
+    """Return the repository that timm asks for a model's weights, which may be its backbone's."""
+    if source.has_files:
+        return source.repository or source.name
+    name, entry = source.name, inspect.signature(timm.model_entrypoint(source.name.partition(".")[0])).parameters
+    if "backbone" in entry:  # a name without a backbone of its own
+        name = kwargs.get("backbone", entry["backbone"].default)
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return (cfg.hf_hub_id if cfg is not None else None) or name
 
 
 @contextmanager

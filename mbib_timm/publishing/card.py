@@ -22,7 +22,7 @@ from mbib_timm.models.zoo import HEADS, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.redact import last_part, redact_value
-from mbib_timm.results.run_text import chosen_text, left_out_text, raw_text, stages_text
+from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text, time_text
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import (
     NOTHING,
@@ -122,8 +122,9 @@ def render_card(
         left_out=max(0, len(counts) - LISTED_CLASSES),
         start=_start(run),
         stages=[_stage(stage) for stage in recipe.chain()],
-        duration=_duration(record.training_seconds),
+        duration=time_text([record]),
         left_out_files=left_out_text(record),
+        broken="; ".join(broken_lines(record)),
         last_stage_only=len(record.stages) > 1 and not record.inputs,
         environment=record.environment,
         train=_train_command(run),
@@ -351,12 +352,6 @@ def _paper_text(run: FinishedRun) -> str:
         number, rest = (groups, "") if overall is None else (f"{overall:.1f} %", groups)
         said.append(f"{number} ({'; '.join(filter(None, [result.source, rest, result.setting]))})")
     return ", ".join(said)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} second{'s' * (round(seconds) != 1)}"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _stage(stage: Recipe) -> Markup:

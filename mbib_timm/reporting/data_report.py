@@ -9,9 +9,11 @@ import numpy as np
 
 from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
+from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.long_tail import named
+from mbib_timm.data.sources import NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
@@ -92,7 +94,7 @@ def data_report(
     print("\n".join(summary(splits)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
-    print("\n".join(lines(found)))
+    print("\n".join(lines(found, source.has_splits)))
     if csv_file is not None:
         _write(csv_file, image_rows(found))
         print(printable(str(csv_file)))
@@ -141,8 +143,18 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
-def lines(found: Inspection) -> Iterator[str]:
-    """Give what is said of the images: sizes, kinds, unreadable files, duplicates."""
+def lines(found: Inspection, has_splits: bool) -> Iterator[str]:
+    """Give what is said of the images: sizes, kinds, unreadable files, duplicates.
+
+    Args:
+        found: of them.
+        has_splits: the data have splits of their own.
+    """
+    advice = "--group-by keeps together what belongs together"
+    if has_splits:
+        advice = "take them out of one of the data's own splits"
+    elif any(picture.group for picture in found.pictures):
+        advice = ""
     readable = [picture.look for picture in found.pictures if not picture.look.error]
     if readable:
         sides = [min(look.size) for look in readable]
@@ -153,11 +165,17 @@ def lines(found: Inspection) -> Iterator[str]:
     yield f"unreadable: {len(broken):,}{':' if broken else ''}"
     for picture in broken:
         yield f"  {printable(picture.path)}: {printable(picture.look.error)} ({picture.split})"
-    yield from _about("exact duplicates", found.exact, found.pictures)
+    for split in dict.fromkeys(picture.split for picture in broken):
+        listed = {picture.label: None for picture in found.pictures if picture.split == split}
+        read = {picture.label for picture in found.pictures if picture.split == split and not picture.look.error}
+        if gone := [label for label in listed if label not in read]:
+            yield f"  {in_words({f'{NO_READABLE} ({split})': gone})}"
+    yield from _about("exact duplicates", found.exact, found.pictures, advice)
     if found.near is None:
         yield "near duplicates: not looked for; that needs ImageHash: pip install 'mbib-timm[data]'"
     else:
-        yield from _about("further near duplicates", _without(found.near, found.exact, found.pictures), found.pictures)
+        further = _without(found.near, found.exact, found.pictures)
+        yield from _about("further near duplicates", further, found.pictures, advice)
 
 
 def _counted(counts: Counter[str], most: int) -> str:
@@ -172,7 +190,7 @@ def _without(near: Duplicates, exact: Duplicates, pictures: Sequence[Picture]) -
     return Duplicates(sets, {place: twin for place, twin in near.leaks.items() if place not in exact.leaks})
 
 
-def _about(title: str, found: Duplicates, pictures: Sequence[Picture]) -> Iterator[str]:
+def _about(title: str, found: Duplicates, pictures: Sequence[Picture], advice: str) -> Iterator[str]:
     images = sum(map(len, found.sets))
     sets = "one set" if len(found.sets) == 1 else f"{len(found.sets):,} sets"
     yield f"{title}: {counted(images, 'image')} in {sets}" if images else f"{title}: none"
@@ -182,8 +200,7 @@ def _about(title: str, found: Duplicates, pictures: Sequence[Picture]) -> Iterat
     if mixed:
         yield f"  sets with images of several classes: {len(mixed):,}"
     if found.leaks:
-        hint = "" if any(picture.group for picture in pictures) else "; --group-by keeps together what belongs together"
-        yield f"  evaluated images that are also in training: {len(found.leaks):,}{hint}"
+        yield f"  evaluated images that are also in training: {len(found.leaks):,}{f'; {advice}' * bool(advice)}"
     # Those that matter most first.
     across = [each for each in found.sets if len({pictures[i].split for i in each}) > 1]
     shown = list({each[0]: each for each in (*mixed, *across, *found.sets)}.values())

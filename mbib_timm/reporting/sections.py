@@ -2,7 +2,6 @@
 
 import base64
 import re
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +31,7 @@ from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
-from mbib_timm.results.run_text import chosen_text, left_out_text, raw_text, stages_text
+from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text, time_text
 from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
     STARTED,
@@ -276,7 +275,6 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     environment = run.record.environment
     papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
     seeds = ", ".join(str(member.record.seed) for member in group.runs)
-    hours = statistics.mean(member.record.training_seconds for member in group.runs) / 3600
     epochs = epochs_text(run)
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
@@ -291,11 +289,12 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
         *([("held out", run.record.held_out)] if run.record.held_out else []),
         *([("trained on before", run.record.trained_before)] if run.record.trained_before else []),
         *([("left out", left_out_text(run.record))] if run.record.left_out else []),
+        *([("broken images", "; ".join(broken))] if (broken := broken_lines(run.record)) else []),
         ("epochs", epochs),
         *([] if run.origin.is_scratch else [(STARTED, f"{origin_text(run.origin)}. {run.overlap}".strip())]),
         *([("changed from the recipe", settings)] if settings else []),
         ("seeds", f"{seeds} (n = {len(group.runs)})"),
-        ("time", f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"),
+        ("time", time_text([member.record for member in group.runs])),
         ("hardware", environment.machine),
         (
             "software",

@@ -149,8 +149,8 @@ class RunRecord:
         best: metrics of the best evaluated epoch, on the split that chose it; None if no epoch was evaluated.
         chosen: values that the method has chosen itself, by name.
         chosen_on: the images on which it chose them.
-        training_seconds: training time of all stages, including their evaluations, and of a stage that another run has
-            trained before; of records without `inputs`, of the last stage.
+        training_seconds: time of the epochs of all stages, including their evaluations, and of a stage that another run
+            has trained before; of records without `inputs`, of the last stage.
         replaced_images: broken training images that were replaced by others.
         left_out_images: broken images that were left out of the evaluations.
         environment: versions, hardware, command.
@@ -163,6 +163,10 @@ class RunRecord:
         trained_before: a line on the evaluated images that the run which this one started from was trained on; None if
             there are none, or if it was not recorded.
         left_out: names of the files that the data's source has passed over, by the reason; at most `LISTED` of each.
+        unread_classes: names of the classes whose training images were all broken and replaced.
+        unmeasured_classes: names of the classes whose evaluated images were all broken and left out of the result.
+        other_seconds: time of what the stages computed before their first epochs and after their last: decoded images,
+            features, class means, the result. What a cache gave took none. None if it was not recorded.
     """
 
     name: str
@@ -193,6 +197,9 @@ class RunRecord:
     inputs: list[Inputs] = field(default_factory=list)
     trained_before: str | None = None
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    unread_classes: list[str] = field(default_factory=list)
+    unmeasured_classes: list[str] = field(default_factory=list)
+    other_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""

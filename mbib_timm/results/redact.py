@@ -54,11 +54,14 @@ def redact_value(value: Any) -> Any:
 
 def redact_record(record: RunRecord) -> RunRecord:
     """Return a run's record without paths of the machine that it ran on; names of classes are none."""
-    plain = redact_value({**dataclasses.asdict(record), "class_names": None, "left_out": {}})
+    own: dict[str, Any] = {"class_names": None, "left_out": {}, "unread_classes": [], "unmeasured_classes": []}
+    plain = redact_value({**dataclasses.asdict(record), **own})
     redacted: RunRecord = from_plain(RunRecord, plain)
     return dataclasses.replace(
         redacted,
         class_names=record.class_names,
+        unread_classes=record.unread_classes,
+        unmeasured_classes=record.unmeasured_classes,
         environment=redact_environment(record.environment),
         replaced_images=[Path(path).name for path in record.replaced_images],
         left_out_images=[Path(path).name for path in record.left_out_images],

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mbib_timm.data.folders import in_words
 from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.results.record import EPOCH_METRICS, Epoch, RunRecord
 from mbib_timm.results.tables import accuracy_table, percent
+
+# What broken images can mean for classes.
+UNREAD = "classes whose training images are all broken, so that the model has seen none of them"
+UNMEASURED = "classes that are not measured, for their evaluated images are all broken"
 
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:
@@ -42,10 +47,8 @@ def print_report(folder: Path, record: RunRecord) -> None:
         print(raw)
     if (best := record.best) is not None:
         print(f"Best epoch on {best.split}, which is not the result: epoch {best.epoch}, {best.prediction.top1:.2f} %")
-    if record.replaced_images:
-        print(f"broken training images that were replaced: {len(record.replaced_images)}, see metrics.json")
-    if record.left_out_images:
-        print(f"broken images that were left out of the evaluation: {len(record.left_out_images)}, see metrics.json")
+    for line in broken_lines(record):
+        print(f"warning: {line}; see metrics.json")
     print(f"\n{folder}")
 
 
@@ -84,6 +87,29 @@ def raw_text(record: RunRecord) -> str:
 def left_out_text(record: RunRecord) -> str:
     """Return how many files the data's source has passed over, by the reason; empty where there are none."""
     return ", ".join(f"{len(names):,} ({why})" for why, names in record.left_out.items())
+
+
+def time_text(records: Sequence[RunRecord]) -> str:
+    """Return how long runs took, the mean of several: ``1.2 hours``; of older ones the epochs alone, and it says so."""
+    others = [record.other_seconds for record in records]
+    known = [other for other in others if other is not None]
+    whole = len(known) == len(records)
+    seconds = (sum(record.training_seconds for record in records) + whole * sum(known)) / len(records)
+    text = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    if seconds < 60:
+        text = f"{seconds:.0f} second{'s' * (round(seconds) != 1)}"
+    return text if whole else f"{text}, the epochs and their evaluations alone"
+
+
+def broken_lines(record: RunRecord) -> list[str]:
+    """Return what broken images have meant for a run, a line each; none where there were none."""
+    lines = {
+        f"broken training images that were replaced: {len(record.replaced_images):,}": record.replaced_images,
+        in_words({UNREAD: record.unread_classes}): record.unread_classes,
+        f"broken images that were left out of the evaluation: {len(record.left_out_images):,}": record.left_out_images,
+        in_words({UNMEASURED: record.unmeasured_classes}): record.unmeasured_classes,
+    }
+    return [line for line, found in lines.items() if found]
 
 
 def stages_text(stages: Sequence[str]) -> str:

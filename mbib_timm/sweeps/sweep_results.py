@@ -55,7 +55,7 @@ class SweepRun:
         split: of these images.
         heads: accuracies in percent by head, under ``overall``, ``many``, ``medium`` and ``few``.
         curve: of the last stage.
-        training_seconds: of all stages.
+        training_seconds: of the epochs of all stages.
         environment: versions, hardware, command.
         origin: where it started.
         computation: digest of all that decides what was computed, but for the inputs; empty if it was not recorded.

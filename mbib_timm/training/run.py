@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out
+from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out, unread_classes
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.features import FeatureStore
 from mbib_timm.environment import (
@@ -88,6 +88,7 @@ class TrainState:
     best: Evaluation | None = None
     seconds: float = 0.0
     part: PartOfEpoch | None = None  # of the epoch after these
+    other_seconds: float = 0.0  # before the first epoch, of each process that went on
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
@@ -146,10 +147,12 @@ class Run:
         # The stage before says itself what it was given.
         self.inputs = given if before is None or not before.inputs else [*before.inputs, given[-1]]
         self.seconds_before = 0.0 if before is None else before.training_seconds
+        self.other_before = 0.0 if before is None else before.other_seconds
         self.trained_before = _trained_before(recipe, self.splits, pool) if before is None else before.trained_before
         if previous is None and self.trained_before and world.is_main:
             print(f"warning: {self.trained_before}", flush=True)
         self.pool = pool
+        start = time.perf_counter()
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
@@ -186,6 +189,7 @@ class Run:
             views=recipe.augmentations(),
             store=self.store,
         )
+        self.done.other_seconds += time.perf_counter() - start
         self.checked = False  # whether all that has a gradient is updated
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
@@ -437,6 +441,7 @@ class Run:
 
     def _finish(self) -> RunRecord:
         recipe, done, splits, looked = self.recipe, self.done, self.splits, False
+        start = time.perf_counter()
         if type(self.method).finish is not Method.finish:
             share_buffers(self._result_model())
             self.graphs = None  # of the model as it was
@@ -456,6 +461,9 @@ class Run:
         if recipe.model_ema:
             raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog(images.groups)), result.epoch)
         chosen = reported_numbers(self.method)
+        replaced = list(dict.fromkeys(self.world.gather(self.loaders.broken_images())))
+        lost = list(dict.fromkeys(self.world.gather(self.loaders.left_out_images())))
+        other_seconds = done.other_seconds + time.perf_counter() - start
         record = RunRecord(
             name=self.name,
             model=recipe.model,
@@ -475,14 +483,17 @@ class Run:
             chosen=chosen,
             chosen_on=splits.held_out_from if chosen and looked else None,
             training_seconds=done.seconds + self.seconds_before,
-            replaced_images=list(dict.fromkeys(self.world.gather(self.loaders.broken_images()))),
-            left_out_images=list(dict.fromkeys(self.world.gather(self.loaders.left_out_images()))),
+            replaced_images=replaced,
+            left_out_images=lost,
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
             origin=self.origin,
             inputs=self.inputs,
             trained_before=self.trained_before or None,
             left_out={why: names[:LISTED] for why, names in left_out(splits.opened()).items()},
+            unread_classes=unread_classes(splits.train, replaced),
+            unmeasured_classes=unread_classes(images, lost),
+            other_seconds=None if self.other_before is None else self.other_before + other_seconds,
         )
         if self.world.is_main:
             if self.frozen is not None:
