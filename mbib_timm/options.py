@@ -86,7 +86,7 @@ def check_options(instance: Any, where: str) -> None:
             defaults = own if isinstance(own, list) else [own]
             if isinstance(value, list):
                 value = [each if each in defaults else _absolute(each) for each in value]
-            elif value not in defaults:
+            elif value is not None and value not in defaults:
                 value = _absolute(value)
         object.__setattr__(instance, item.name, value)
 

@@ -10,9 +10,11 @@ T = TypeVar("T")
 _registries: list["Registry[Any]"] = []
 
 
-def registered() -> set[tuple["Registry[Any]", str]]:
-    """Return all that is registered anywhere: the registry and the name of each entry."""
-    return {(registry, name) for registry in _registries for name in registry}
+def forget(module: str) -> None:
+    """Take out of every registry what a module, or one inside it, has registered."""
+    for registry in _registries:
+        for name in registry.names_from(module):
+            registry.remove(name)
 
 
 class Registry(Generic[T]):
@@ -25,16 +27,22 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._modules: dict[str, str] = {}
         _registries.append(self)
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files an entry under `name`. Raises MbibError if the name is taken."""
+    def register(self, name: str, module: str | None = None) -> Callable[[T], T]:
+        """Decorator that files an entry under `name`. Raises MbibError if the name is taken.
+
+        Args:
+            name: to find it by.
+            module: that registers it; the entry's own when not given.
+        """
 
         def decorate(entry: T) -> T:
             if name in self._entries:
-                other = getattr(self._entries[name], "__module__", "another module")
-                raise MbibError(f"{self.kind} {name!r} is registered already, by {other}")
+                raise MbibError(f"{self.kind} {name!r} is registered already, by {self._modules[name]}")
             self._entries[name] = entry
+            self._modules[name] = str(module or getattr(entry, "__module__", "another module"))
             return entry
 
         return decorate
@@ -46,7 +54,11 @@ class Registry(Generic[T]):
 
     def remove(self, name: str) -> None:
         """Take an entry out."""
-        del self._entries[name]
+        del self._entries[name], self._modules[name]
+
+    def names_from(self, module: str) -> list[str]:
+        """Return the names that a module, or one inside it, has registered."""
+        return [name for name, where in self._modules.items() if f"{where}.".startswith(f"{module}.")]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

@@ -17,11 +17,11 @@ from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import load_recipe
 from mbib_timm.recipe.plugins import code_of
 from mbib_timm.reporting.sections import Section, run_section
-from mbib_timm.results.record import read_record
+from mbib_timm.results.record import Inputs, read_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import changed_inputs, inputs_of
+from mbib_timm.training.provenance import changed_inputs, continued, inputs_of
 
 PLUGIN = """
 from torch.nn.functional import cross_entropy
@@ -142,6 +142,39 @@ def test_a_changed_plugin_is_said_where_a_run_goes_on(tmp_path, capsys):
     record = train(recipe(tmp_path, data, epochs=4, resume="auto", **more), "run").record
     assert "warning" not in capsys.readouterr().out
     assert record.inputs == [given]
+
+
+def test_what_goes_on_says_which_code_it_has_had():
+    a, b, c = ([Inputs("data", plugins={"x.py": code})] for code in "abc")
+    known, changed = continued(a, b)
+    assert (known[0].plugins, changed) == ({"x.py": "a b"}, ["x.py"])
+    assert continued(known, b) == (known, [])
+    assert continued(known, c)[0][0].plugins == {"x.py": "a b c"}
+    renamed = [Inputs("data", plugins={"y.py": "a"})]
+    assert continued(a, renamed) == (a, []), "the same code under another name"
+    renamed[0].plugins["y.py"] = "b"
+    assert continued(a, renamed) == ([Inputs("data", plugins={"x.py": "a", "y.py": "b"})], ["y.py"])
+    # A stage before says itself what it has had.
+    stages = [*continued(a, b)[0], *b]
+    assert continued([*a, *a], stages)[0] == [*stages[:1], *continued(a, b)[0]]
+    assert continued(stages, stages) == (stages, [])
+
+
+def test_all_stages_train_with_the_code_that_a_run_began_with(tmp_path):
+    data, plugin = images(tmp_path / "data"), tmp_path / "three.py"
+    text = PLUGIN.format(name="inputs_three", factor=1, comment="")
+    plugin.write_text(
+        text
+        + f"""
+    def start_epoch(self, epoch):
+        open({str(plugin)!r}, "a").write("    x = 1\\n")
+"""
+    )
+    began = code_of(str(plugin))
+    stages = [{"method": "inputs_three"}, {"method": "inputs_three"}]
+    record = train(recipe(tmp_path, data, plugin=[str(plugin)], stages=stages), "run").record
+    assert code_of(str(plugin)) != began
+    assert [given.plugins for given in record.inputs] == [{"three.py": began}] * 2
 
 
 def test_a_sweep_does_not_go_on_with_other_code(tmp_path, capsys):
@@ -349,6 +382,20 @@ def test_an_evaluation_counts_images_that_were_trained_on(tmp_path, capsys, monk
     now = {*open_data(first).val.files()}
     said, kept = validated()
     assert f"warning: {len(now - before)} of the {len(now)} evaluated images may have been trained on: they lie" in said
+
+
+def test_a_split_beside_that_of_the_training_has_been_trained_on_by_nobody(tmp_path, capsys):
+    """Whatever has been added to it since; what is in the training split by now may have been trained on."""
+    data = images(tmp_path / "data")
+    run = train(recipe(tmp_path, data), "run").folder
+    for split, said in (("val", False), ("train", True)):
+        shutil.copy(data / split / "ant/image0.png", data / split / "ant/new.png")
+        capsys.readouterr()
+        assert main(["validate", str(run), "--split", split]) == 0
+        perhaps = "25 of the 25 evaluated images may have been trained on: they are in its training split, whose images"
+        assert (perhaps in capsys.readouterr().out) == said
+        assert main(["validate", str(run), "--split", "val"]) == 0
+        assert "trained on" not in capsys.readouterr().out
 
 
 def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Methods from outside: files, modules, installed packages; and what is none, in one line and with nothing written."""
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -19,7 +21,7 @@ from mbib_timm.methods import METHODS
 from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.recipe import find_recipe, load_recipe, plugins
 from mbib_timm.recipe.declared import named_models
-from mbib_timm.recipe.plugins import code_of, load_plugin
+from mbib_timm.recipe.plugins import code_of, imported_code, load_plugin
 from mbib_timm.results.record import read_history
 from mbib_timm.training import train
 from mbib_timm.training.provenance import inputs_of
@@ -39,6 +41,15 @@ class Outside(Method):
     def head_loss(self, logits, targets):
         return logits.logsumexp(dim=1).sub(logits.gather(1, targets[:, None]).squeeze(1)).mean()
 '''
+
+
+SAMPLER = """
+from mbib_timm.data import sampler
+
+@sampler("{0}")
+def {0}(counts, progress, number):
+    return counts
+"""
 
 
 @pytest.fixture
@@ -220,21 +231,18 @@ def test_an_edited_plugin_is_imported_anew_and_a_run_records_what_ran(write, tmp
 
 
 def test_what_a_plugin_had_registered_is_forgotten_with_its_code(write, tmp_path):
-    sampler = (
-        "from mbib_timm.data import sampler\n\n@sampler('{0}')\ndef {0}(counts, progress, number):\n    return counts\n"
-    )
-    path = write("renewed.py", sampler.format("as_before") + METHOD.format(name="renewed"))
+    path = write("renewed.py", SAMPLER.format("as_before") + METHOD.format(name="renewed"))
     load_plugin(str(path))
     before = METHODS["renewed"]
     load_plugin(str(path), renew=True)
     assert METHODS["renewed"] is before, "nothing has changed"
-    write("renewed.py", sampler.format("as_now") + METHOD.format(name="renewed"))
+    write("renewed.py", SAMPLER.format("as_now") + METHOD.format(name="renewed"))
     load_plugin(str(path))
     assert METHODS["renewed"] is before, "once, unless it is to be renewed"
     load_plugin(str(path), renew=True)
     assert METHODS["renewed"] is not before
     assert {"as_before", "as_now"} & set(SAMPLERS) == {"as_now"}
-    write("renewed.py", sampler.format("half") + METHOD.format(name="renewed") + "1 / 0\n")
+    write("renewed.py", SAMPLER.format("half") + METHOD.format(name="renewed") + "1 / 0\n")
     with pytest.raises(MbibError, match="ZeroDivisionError"):
         load_plugin(str(path), renew=True)
     assert {"as_now", "half"} & set(SAMPLERS) == set()
@@ -244,6 +252,48 @@ def test_what_a_plugin_had_registered_is_forgotten_with_its_code(write, tmp_path
     write("a_module_to_renew.py", METHOD.format(name="another_name"))
     load_plugin("a_module_to_renew", renew=True)
     assert {"module_before", "another_name"} & set(METHODS) == {"another_name"}
+
+
+def test_what_others_have_registered_stays(write, tmp_path):
+    """Also what a plugin was the first to import."""
+    write("a_helper_of_mine.py", SAMPLER.format("of_helper"))
+    path = write("helped.py", "import a_helper_of_mine\n" + METHOD.format(name="helped"))
+    load_plugin(str(path))
+    for more in ("x = 1\n", "1 / 0\n"):
+        write("helped.py", "import a_helper_of_mine\n" + METHOD.format(name="helped") + more)
+        with contextlib.suppress(MbibError):
+            load_plugin(str(path), renew=True)
+        assert "of_helper" in SAMPLERS
+    script = (
+        "import pathlib\nfrom mbib_timm.recipe.plugins import load_plugin\n"
+        "path = pathlib.Path('helped.py')\ntext = path.read_text().replace('1 / 0', '')\n"
+        "for more in ('', 'x = 2'):\n    path.write_text(text + more)\n    load_plugin('helped.py', renew=True)\n"
+        "from mbib_timm.data import SAMPLERS\nfrom mbib_timm.methods import METHODS\n"
+        "print('instance' in SAMPLERS, 'mbib' in METHODS, 'helped' in METHODS)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "True True True\n", done.stderr
+
+
+def test_a_module_that_was_imported_before_is_imported_as_its_file_is_now(write):
+    write("imported_before.py", METHOD.format(name="imported_before"))
+    importlib.import_module("imported_before")
+    before = METHODS["imported_before"]
+    path = write("imported_before.py", METHOD.format(name="imported_before") + "\nx = 1\n")
+    load_plugin("imported_before")
+    assert METHODS["imported_before"] is not before
+    assert imported_code("imported_before") == code_of(str(path))
+
+
+def test_an_override_is_of_the_settings_that_are_in_the_file_now(write, tmp_path):
+    more = "@dataclass(frozen=True)\n    class Settings:\n        beta: float = option({0}, 'b')\n        weights: list[float] = option([1.0, 1.0], 'w')"  # noqa: E501
+    text = OWN.replace("{name}", "own_defaults").replace("{more}", more)
+    path = write("defaults.py", text.replace("{0}", "0.5"))
+    assert short_recipe(tmp_path, path, "own_defaults").method["beta"] == 0.5
+    write("defaults.py", text.replace("{0}", "0.9"))
+    keys = {"plugin": [str(path)], "method": "own_defaults", "method.weights.0": 2.0}
+    assert load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys).method["beta"] == 0.9
 
 
 OWN = """
@@ -329,7 +379,7 @@ def test_weight_decay_spares_a_methods_own_biases_too(write, tmp_path):
 def test_models_that_any_setting_names_are_recorded(write, tmp_path):
     more = (
         "@dataclass(frozen=True)\n    class Settings:\n        teacher: float = option(0.5, 'a share')\n"
-        "        prior_model: str | None = option(None, 'a trained model', place=True)\n"
+        "        prior_model: str | None = option('none', 'a trained model', place=True)\n"
         "        imitates: list[str] = option([], 'trained models', place=True)"
     )
     path = write("names.py", OWN.replace("{name}", "own_names").replace("{more}", more))

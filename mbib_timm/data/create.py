@@ -84,7 +84,7 @@ class DataPool:
         return [line]
 
     def source(self, recipe: Recipe) -> Source:
-        """Return where the recipe's splits are opened by name: what is scanned there, and read, is so once."""
+        """Return where the recipe's splits are opened by name; what it has read serves the next `open`."""
         key = _opened_key(recipe)
         if key not in self.sources:
             self.sources[key] = Source(recipe)
@@ -94,7 +94,7 @@ class DataPool:
         """Open the recipe's data, once, however their images are prepared; see `open_data`."""
         key = _opened_key(recipe)
         if key not in self.opened:
-            self.opened[key] = open_data(recipe, self.source(recipe))
+            self.opened[key] = open_data(recipe, self.sources.pop(key, None))
         return self.opened[key]
 
     def fit(self, splits: Splits, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device) -> bool:

@@ -194,7 +194,7 @@ def sampler(
     """
 
     def decorate(weights: ClassWeights) -> ClassWeights:
-        SAMPLERS.register(name)(Sampler(weights, order, number, serves_empty_classes))
+        SAMPLERS.register(name, weights.__module__)(Sampler(weights, order, number, serves_empty_classes))
         return weights
 
     return decorate

@@ -29,8 +29,9 @@ def trained_on_line(
 ) -> str:
     """Return a line on the images that a run was trained on; empty where there are none, and for what is no run.
 
-    Where the run's data have changed, images of its folder that it has not evaluated may have been among them. And so
-    may images that lie elsewhere, where all that is there has the names and labels of the run's data: it is a copy.
+    Where the run's data have changed, what is in their training split by now may have been among them; of data without
+    splits, images of its folder that it has not evaluated. And so may images that lie elsewhere, where all that is
+    there has the names and labels of the run's data: it is a copy.
 
     Args:
         run: folder of the run.
@@ -50,14 +51,20 @@ def trained_on_line(
         if not inside and evaluated is not None and evaluated.dataset == recipe.dataset:
             recipe, copied = recipe.replace(**{key: getattr(evaluated, key) for key in DATA_PLACES}), True
             inside = _inside(recipe, files)
-        if not inside:
+        if not inside or (copied and not record.inputs):
             return ""
+        # Images that cannot be read would be looked for in all of them.
+        recipe = recipe.replace(broken="replace")
         splits = pool.open(recipe)
+        in_training = set(map(os.path.abspath, splits.train.files())) & inside
         if record.inputs and record.inputs[-1].data == splits.digest:
-            trained = len(set(map(os.path.abspath, splits.train.files())) & inside)
+            trained = len(in_training)
             perhaps = f"may have been trained on{by}: {COPY}" if copied else f"were trained on{by}"
         elif copied:
             return ""
+        elif pool.source(recipe).has_splits:
+            trained = len(in_training)
+            perhaps = f"may have been trained on{by}: they are in its training split, whose images have changed since"
         else:
             trained = len(inside - _evaluated(run, recipe, start))
             perhaps = f"may have been trained on{by}: they lie in its folder, whose images have changed since"

@@ -7,28 +7,19 @@ import io
 import sys
 import tokenize
 import zlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe.declared import packaged_methods
-from mbib_timm.registry import Registry, registered
+from mbib_timm.registry import forget
 
 # What a plugin's code may differ in.
 NO_CODE = (tokenize.COMMENT, tokenize.NL)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A plugin that has been imported: the digest of its code, and what it has registered."""
-
-    code: str
-    entries: frozenset[tuple[Registry[Any], str]]
-
-
-_loaded: dict[str, _Loaded] = {}
+# The digest of each plugin's code that has been imported.
+_loaded: dict[str, str] = {}
 
 
 def load_plugin(plugin: str, renew: bool = False) -> str:
@@ -49,14 +40,15 @@ def load_plugin(plugin: str, renew: bool = False) -> str:
     where = str(path.resolve()) if is_file else plugin
     module = _module_name(Path(where)) if is_file else plugin
     if where in _loaded:
-        if not renew or (now := _readable_code(where)) is None or now == _loaded[where].code:
+        if not renew or _readable_code(where) in (None, _loaded[where]):
             return where
         _forget(where, module)
+    elif not is_file and plugin in sys.modules and _registers(module):
+        _forget(where, module)  # somebody has imported it before: from which code nobody knows
     if is_file and not path.is_file():
         raise MbibError(f"plugin {plugin}: there is no such file")
     if is_file and path.suffix != ".py":
         raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
-    before = registered()
     try:
         if is_file:
             code = _import_file(module, Path(where))
@@ -64,15 +56,13 @@ def load_plugin(plugin: str, renew: bool = False) -> str:
             importlib.import_module(plugin)
             code = code_of(plugin)
     except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
-        _remove(registered() - before)
+        forget(module)
         text = next(iter(str(error).splitlines()), "")
         reason = text if isinstance(error, MbibError) else f"{type(error).__name__}: {text}"
         raise MbibError(f"plugin {plugin} cannot be imported: {reason}") from None
-    # Whoever imports a module before has its methods registered already.
-    own = {(methods, name) for methods, name in registered() if _is_method_of(methods, name, module)}
-    if not own:
+    if not _registers(module):
         raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")
-    _loaded[where] = _Loaded(code, frozenset(own | (registered() - before)))
+    _loaded[where] = code
     return where
 
 
@@ -92,7 +82,7 @@ def imported_code(plugin: str) -> str:
     Args:
         plugin: as recipes have it: the path of a file, or the name of a module.
     """
-    return _loaded[plugin].code if plugin in _loaded else code_of(plugin)
+    return _loaded[plugin] if plugin in _loaded else code_of(plugin)
 
 
 def code_of(plugin: str) -> str:
@@ -131,24 +121,19 @@ def _readable_code(plugin: str) -> str | None:
         return None
 
 
-def _is_method_of(methods: Registry[Any], name: str, module: str) -> bool:
-    if methods.kind != "method" or name in packaged_methods():
-        return False
-    return f"{methods[name].__module__}.".startswith(f"{module}.")
+def _registers(module: str) -> bool:
+    """Return whether a module from outside, or one inside it, has registered a method."""
+    methods = getattr(sys.modules.get("mbib_timm.methods.base"), "METHODS", None)
+    return methods is not None and not packaged_methods().keys() >= {*methods.names_from(module)}
 
 
 def _forget(where: str, module: str) -> None:
     """Take out what a plugin has registered, and its module."""
-    _remove(_loaded.pop(where).entries)
-    for name in [name for name in sys.modules if name == module or name.startswith(f"{module}.")]:
+    _loaded.pop(where, None)
+    forget(module)
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{module}.")]:
         del sys.modules[name]
     importlib.invalidate_caches()
-
-
-def _remove(entries: "frozenset[Any] | set[Any]") -> None:
-    for registry, name in entries:
-        if name in registry:
-            registry.remove(name)
 
 
 def _module_name(path: Path) -> str:

@@ -126,7 +126,17 @@ def load_recipe(
         for keys in (content, *content.get(STAGES, ())):
             if isinstance(plugins := keys.get("plugin"), list):
                 keys["plugin"] = [moved_plugin(each) if isinstance(each, str) else each for each in plugins]
+    else:  # a run's recipe is read while runs go on, with the code that they began with
+        for keys in (content, *content.get(STAGES, ()), overrides or {}):
+            _renew_plugins(keys.get("plugin"))
     return _overridden(content, overrides or {}, path.name, say)
+
+
+def _renew_plugins(plugins: Any) -> None:
+    """Import anew what plugins have changed since; what is no list of texts the recipe's own check refuses."""
+    for plugin in [plugins] if isinstance(plugins, str) else plugins if isinstance(plugins, list) else []:
+        if isinstance(plugin, str) and plugin:
+            load_plugin(plugin, renew=True)
 
 
 def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Recipe:
@@ -247,13 +257,6 @@ def _check_keys(content: Mapping[str, Any], where: str, others: tuple[str, ...] 
             raise unknown_name(f"key in {where}", str(name), [*KEYS, *others])
 
 
-def _renew_plugins(plugins: Any) -> None:
-    """Import anew what plugins have changed since; what is no list of texts the recipe's own check refuses."""
-    for plugin in [plugins] if isinstance(plugins, str) else plugins if isinstance(plugins, list) else []:
-        if isinstance(plugin, str) and plugin:
-            load_plugin(plugin, renew=True)
-
-
 def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
     """Build the recipe of a file's content, stage by stage; an error in one of several names the stage."""
     shared = {key: value for key, value in content.items() if key != STAGES}
@@ -266,10 +269,8 @@ def _resolve(content: Mapping[str, Any], where: str) -> Recipe:
             for key, value in shared.items()
             if number == 1 or key not in ("initial_checkpoint", "pretrained")
         }
-        given = {**keys, **stage}
         try:
-            _renew_plugins(given.get("plugin"))
-            recipe = Recipe(**{**given, "previous": recipe})
+            recipe = Recipe(**{**keys, **stage, "previous": recipe})
         except MbibError as error:
             if len(stages) == 1:
                 raise

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, few, first_line, shown
+from mbib_timm.errors import BusyFolderError, CheckpointError, LostDeviceError, MbibError, few, first_line, shown
 from mbib_timm.files import check_folder, printable, printable_lines
 from mbib_timm.models.origin import starts_from_weights
 from mbib_timm.models.zoo import data_set_of
@@ -44,7 +44,7 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import check_begun, check_done
+from mbib_timm.training.provenance import check_begun, check_done, inputs_in
 from mbib_timm.training.run_folder import RunFolder
 
 # Runs that a sweep may have; and the bytes of the name of a run's folder.
@@ -117,9 +117,19 @@ class PlannedRun:
         if folder.has_checkpoint():
             folder.agree(self.recipe, instead="--name")
         for begun in (folder, *stages) if any(stage.plugin for stage in self.recipe.chain()) else ():
-            if begun.has_checkpoint() and not is_finished(begun.path):
-                check_begun(begun.path, begun.newest(lambda text: None), self.recipe)
+            if begun.has_checkpoint() and (state := _readable(begun)) is not None:
+                check_begun(begun.path, state, self.recipe)
         return "partial" if stages or folder.has_checkpoint() else "missing"
+
+
+def _readable(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the state to resume from; None where none says what the run was given, which then fails by itself."""
+    try:
+        state = folder.newest(lambda text: None)
+        inputs_in(state)
+    except (CheckpointError, ValueError):
+        return None
+    return state
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:

@@ -84,20 +84,21 @@ def inputs_in(state: Mapping[str, Any]) -> list[Inputs]:
     return found
 
 
-def continued(before: Sequence[Inputs], now: Sequence[Inputs]) -> list[Inputs]:
-    """Return what a run was given that goes on: what it began with, and code of plugins that has come since."""
-    return [
-        replace(
-            given,
-            plugins={
-                name: digest
-                if digest.split()[-1] == after.plugins.get(name, digest.split()[-1])
-                else f"{digest} {after.plugins[name]}"
-                for name, digest in given.plugins.items()
-            },
-        )
-        for given, after in zip(before, now, strict=True)
-    ]
+def continued(before: Sequence[Inputs], now: Sequence[Inputs]) -> tuple[list[Inputs], list[str]]:
+    """Return what a run was given that goes on, and the names of plugins whose code has changed.
+
+    Of the last stage, which goes on, that is what it began with, and code of plugins that has come since.
+    """
+    began, last = before[-1], now[-1]
+    plugins, changed = dict(began.plugins), []
+    for name, digest in last.plugins.items():
+        known = plugins.get(name, "").split()
+        if known[-1:] == [digest] or (not known and digest in plugins.values()):  # under another name
+            continue
+        plugins[name] = " ".join([*known, digest])
+        changed.append(name)
+    earlier = [replace(given, plugins=each.plugins) for given, each in zip(before[:-1], now, strict=False)]
+    return [*earlier, replace(began, plugins=plugins)], changed
 
 
 def check_begun(folder: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
@@ -110,10 +111,11 @@ def check_begun(folder: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
 
     Raises:
         CheckpointError: it would go on with other code.
+        ValueError: the checkpoint does not say what the run was given.
     """
-    now = {Path(each).name: imported_code(each) for stage in recipe.chain() for each in stage.plugin}
+    now = {imported_code(each) for stage in recipe.chain() for each in stage.plugin}
     begun = {name: digest for each in inputs_in(state) for name, digest in each.plugins.items()}
-    if changed := [name for name, digest in begun.items() if now.get(name, digest) != digest]:
+    if changed := [name for name, digest in begun.items() if digest not in now]:
         raise _changed(folder, changed)
 
 

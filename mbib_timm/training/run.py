@@ -55,7 +55,7 @@ from mbib_timm.training.optimization import (
     round_learning_rates,
     unscaled_rate,
 )
-from mbib_timm.training.provenance import changed_plugins, continued, inputs_in, inputs_of, start_of
+from mbib_timm.training.provenance import continued, inputs_in, inputs_of, start_of
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import set_up, updates_of_epoch
 from mbib_timm.training.step import create_step
@@ -88,7 +88,7 @@ class TrainState:
     best: Evaluation | None = None
     seconds: float = 0.0
     part: PartOfEpoch | None = None  # of the epoch after these
-    other_seconds: float = 0.0  # before the first epoch, of each process that went on
+    other_seconds: float | None = None  # before the first epoch, of each process that went on, where that was recorded
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
@@ -156,11 +156,13 @@ class Run:
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
-        self.done = TrainState() if state is None else self._reached(state)
+        self.done = TrainState(other_seconds=0.0) if state is None else self._reached(state)
         begins = self.done.epoch < recipe.epochs and type(self.method).begin is not Method.begin
         if (state is None or begins) and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
         if begins:  # of the network as it starts: what a checkpoint has is restored on top of that
+            if world.is_main:
+                folder.occupy()  # it may take long
             with self._looking_on():
                 self.method.begin(self._passes())
         if self.done.part is not None:
@@ -189,7 +191,8 @@ class Run:
             views=recipe.augmentations(),
             store=self.store,
         )
-        self.done.other_seconds += time.perf_counter() - start
+        if self.done.other_seconds is not None:
+            self.done.other_seconds += time.perf_counter() - start
         self.checked = False  # whether all that has a gradient is updated
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
@@ -431,11 +434,11 @@ class Run:
             )
         if before and before[-1].class_weights != self.inputs[-1].class_weights:
             raise CheckpointError(f"{self.folder.path} was trained with other class weights: the file has changed")
-        now = continued(before, self.inputs) if before else self.inputs
-        changed = changed_plugins(before, now)
+        if not before:
+            return
+        self.inputs, changed = continued(before, self.inputs)
         if changed and self.world.is_main:
             print(f"warning: {few(changed)} has changed since {self.folder.path} began", flush=True)
-        self.inputs = now
 
     # The results
 
@@ -463,7 +466,9 @@ class Run:
         chosen = reported_numbers(self.method)
         replaced = list(dict.fromkeys(self.world.gather(self.loaders.broken_images())))
         lost = list(dict.fromkeys(self.world.gather(self.loaders.left_out_images())))
-        other_seconds = done.other_seconds + time.perf_counter() - start
+        other_seconds = None
+        if done.other_seconds is not None and self.other_before is not None:
+            other_seconds = self.other_before + done.other_seconds + time.perf_counter() - start
         record = RunRecord(
             name=self.name,
             model=recipe.model,
@@ -493,7 +498,7 @@ class Run:
             left_out={why: names[:LISTED] for why, names in left_out(splits.opened()).items()},
             unread_classes=unread_classes(splits.train, replaced),
             unmeasured_classes=unread_classes(images, lost),
-            other_seconds=None if self.other_before is None else self.other_before + other_seconds,
+            other_seconds=other_seconds,
         )
         if self.world.is_main:
             if self.frozen is not None:

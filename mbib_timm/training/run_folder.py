@@ -170,13 +170,15 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another {instead}")
         return recipe
 
-    def begin(self, recipe: Recipe, environment: Environment) -> None:
-        """Make the folder, keep other processes out until `end`, and record what is about to run.
+    def occupy(self) -> None:
+        """Make the folder, and keep other processes out until `end`.
 
         Raises:
             BusyFolderError: another process trains in the folder, or has trained since this object was made.
             MbibError: the folder cannot be written.
         """
+        if self._lock.is_locked:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -188,6 +190,10 @@ class RunFolder:
         if self._checkpoints() != self._seen:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
+
+    def begin(self, recipe: Recipe, environment: Environment) -> None:
+        """Record what is about to run, in a folder that is this process's own; see `occupy`, which raises."""
+        self.occupy()
         for path in self._unsound:
             set_aside(path)
         take_next(self.path)  # as the process would have done that wrote it, had it not been killed
