@@ -448,7 +448,7 @@ def test_runs_share_data_and_images(tmp_path, monkeypatch):
 
     opened, decoded = [], []
     open_data, decode_split = create_module.open_data, create_module.decode_split
-    monkeypatch.setattr(create_module, "open_data", lambda recipe: (opened.append(1), open_data(recipe))[1])
+    monkeypatch.setattr(create_module, "open_data", lambda *args: (opened.append(1), open_data(*args))[1])
     monkeypatch.setattr(create_module, "decode_split", lambda *args: (decoded.append(1), decode_split(*args))[1])
     assert run_sweep(find_sweep([DIGITS, "cifar_resnet20.ce_digits"]), small(tmp_path), tmp_path / "results")
     assert (len(opened), len(decoded)) == (1, 2)  # training and evaluation images, once for both runs
