@@ -67,12 +67,11 @@ def catalogue() -> list[Entry]:
     """Return every model of the zoo; sizes are counted without memory for weights."""
     entries = []
     for model in ZOO:
-        # A trained model is built as its config.json says.
-        recipe = load_recipe(find_recipe(model.recipe))
-        if model.is_trained:
+        if model.is_trained:  # and is built as its config.json says
             network = timm.create_model(model.name, device="meta")
             size, origin = network.pretrained_cfg["input_size"], read_record(model.folder).origin
         else:
+            recipe = load_recipe(find_recipe(model.recipe))
             network = timm.create_model(model.name, device="meta", **recipe.model_kwargs)
             size, origin = input_size(recipe, network), origin_of(recipe, OwnData(split_tag(model.tag)[1]))
         macs = count_macs(network.eval(), size)["total"]

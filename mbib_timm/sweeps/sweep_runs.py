@@ -37,7 +37,7 @@ from mbib_timm.recipe import (
     recipe_name,
 )
 from mbib_timm.recipe.plugins import load_plugin
-from mbib_timm.results.record import RECORD, is_finished, read_history, read_record
+from mbib_timm.results.record import RECORD, Inputs, is_finished, read_history, read_record
 from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
@@ -116,20 +116,19 @@ class PlannedRun:
         stages = [RunFolder(path) for path in folder.path.glob("stage*-*")]
         if folder.has_checkpoint():
             folder.agree(self.recipe, instead="--name")
-        for begun in (folder, *stages) if any(stage.plugin for stage in self.recipe.chain()) else ():
-            if begun.has_checkpoint() and (state := _readable(begun)) is not None:
-                check_begun(begun.path, state, self.recipe)
+        for place in (folder, *stages) if any(stage.plugin for stage in self.recipe.chain()) else ():
+            check_begun(place.path, _begun(place), self.recipe)
         return "partial" if stages or folder.has_checkpoint() else "missing"
 
 
-def _readable(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the state to resume from; None where none says what the run was given, which then fails by itself."""
+def _begun(folder: RunFolder) -> list[Inputs]:
+    """Return what a run was given that goes on; nothing where no checkpoint says so: it begins, or fails by itself."""
+    if not folder.has_checkpoint():
+        return []
     try:
-        state = folder.newest(lambda text: None)
-        inputs_in(state)
+        return inputs_in(folder.newest(lambda text: None))
     except (CheckpointError, ValueError):
-        return None
-    return state
+        return []
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:

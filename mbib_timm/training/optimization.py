@@ -36,7 +36,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     trained = {id(parameter) for _, parameter in method.trainable_parameters()}
     for parameter in network.parameters():  # timm leaves out what requires no gradient
         parameter.requires_grad_(id(parameter) in trained)
-    own = [parameter for _, parameter in method.own_parameters() if id(parameter) in trained]
+    own = [(name, parameter) for name, parameter in method.own_parameters() if id(parameter) in trained]
     if not trained:
         raise MbibError(
             f"recipe key 'train': with {recipe.choice('train')} method {method.name!r} trains nothing of its network"
@@ -70,25 +70,13 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         ) from None
     if recipe.param_groups:
         optimizer.param_groups = _divided(optimizer.param_groups, recipe, network)
-    decaying, exempt = _by_decay(method, own, recipe.filter_bias_and_bn)
-    for parameters, decay in ((decaying, recipe.weight_decay), (exempt, 0.0)):
-        if parameters:
-            optimizer.add_param_group({"params": parameters, "weight_decay": decay})
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in own:
+        spared = recipe.filter_bias_and_bn and (parameter.ndim <= 1 or name.endswith(".bias"))  # timm's rule
+        groups.setdefault(0.0 if spared else recipe.weight_decay, []).append(parameter)
+    for decay, parameters in groups.items():
+        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
     return optimizer
-
-
-def _by_decay(
-    method: Method, parameters: list[nn.Parameter], filter_bias_and_bn: bool
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return those of a method's own parameters that have weight decay, and those that have none, by timm's rule."""
-    names = {id(parameter): name for name, parameter in method.own_parameters()}
-    exempt = [
-        parameter
-        for parameter in parameters
-        if filter_bias_and_bn and (parameter.ndim <= 1 or names[id(parameter)].endswith(".bias"))
-    ]
-    without = set(map(id, exempt))
-    return [parameter for parameter in parameters if id(parameter) not in without], exempt
 
 
 def require_optimized(method: Method, optimizer: torch.optim.Optimizer) -> None:

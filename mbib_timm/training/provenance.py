@@ -101,22 +101,20 @@ def continued(before: Sequence[Inputs], now: Sequence[Inputs]) -> tuple[list[Inp
     return [*earlier, replace(began, plugins=plugins)], changed
 
 
-def check_begun(folder: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
+def check_begun(folder: Path, begun: Sequence[Inputs], recipe: Recipe) -> None:
     """Check that a run which has begun would go on with the code that it began with.
 
     Args:
         folder: of the run, or of a stage in it.
-        state: its checkpoint.
+        begun: what it was given, by its checkpoint.
         recipe: by which it would go on.
 
     Raises:
         CheckpointError: it would go on with other code.
-        ValueError: the checkpoint does not say what the run was given.
     """
     now = {imported_code(each) for stage in recipe.chain() for each in stage.plugin}
-    begun = {name: digest for each in inputs_in(state) for name, digest in each.plugins.items()}
-    if changed := [name for name, digest in begun.items() if digest not in now]:
-        raise _changed(folder, changed)
+    if changed := [name for each in begun for name, digest in each.plugins.items() if digest not in now]:
+        raise _changed(folder, list(dict.fromkeys(changed)))
 
 
 def _changed(folder: Path, changed: Sequence[str]) -> CheckpointError:

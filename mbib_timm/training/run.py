@@ -428,14 +428,14 @@ class Run:
         """Compare what the run was given when it began with what it is given now, and keep both."""
         with self._fitting():
             before = inputs_in(state)
-        if [each.data for each in before] != [each.data for each in self.inputs] and before:
+        if not before:
+            return
+        if [each.data for each in before] != [each.data for each in self.inputs]:
             raise CheckpointError(
                 f"{self.folder.path} was trained on different data: it had other images, or other labels for them"
             )
-        if before and before[-1].class_weights != self.inputs[-1].class_weights:
+        if before[-1].class_weights != self.inputs[-1].class_weights:
             raise CheckpointError(f"{self.folder.path} was trained with other class weights: the file has changed")
-        if not before:
-            return
         self.inputs, changed = continued(before, self.inputs)
         if changed and self.world.is_main:
             print(f"warning: {few(changed)} has changed since {self.folder.path} began", flush=True)
