@@ -51,8 +51,8 @@ def test_the_file_holds_what_is_returned(run, result):
     assert {path.name for path in (run / "analysis" / "figures").iterdir()} == drawn
     assert list(content) == [
         "name", "model", "epochs", "seed", "class_names", "split", "images", "class_counts", "prediction_heads",
-        "environment", "heads", "trend", "confusion", "positive_posterior", "reliability", "distances", "embedding",
-        "efficiency",
+        "environment", "trained_on", "heads", "trend", "confusion", "positive_posterior", "reliability", "distances",
+        "embedding", "efficiency",
     ]  # fmt: skip
     assert (result.name, result.model) == ("mbib_resnet20.digits", "mbib_resnet20")
     assert (result.epochs, result.seed, result.split, result.images) == (3, 0, "test", 340)
