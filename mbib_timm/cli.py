@@ -35,6 +35,7 @@ from mbib_timm.licences import check_licence
 from mbib_timm.recipe import (
     DEFAULT_RECIPE,
     KEYS,
+    OPENED_BY,
     Recipe,
     find_recipe,
     list_sweeps,
@@ -58,8 +59,7 @@ DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 # Recipe keys that an evaluation of a trained model depends on.
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
 # And that decide which images there are, and who decodes them.
-DATA_FLAGS = [name for name, item in KEYS.items() if item.metadata["group"] == "data"]
-DATA_FLAGS = [*(name for name in DATA_FLAGS if name not in ("loader", "image_cache")), "workers"]
+DATA_FLAGS = [*OPENED_BY, "workers"]
 TRAINING_EPILOG = (
     "The settings of a method are flags too, such as --method.beta 3; mbib train RECIPE --help lists them. In a recipe "
     "with several stages, a flag applies to every stage that does not set the key itself; --stage2.lr 0.1 sets it for "

@@ -6,6 +6,8 @@ from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
+from mbib_timm.errors import first_line
+
 # Of one function: for each structure of model and loss, and for each batch size (the last batch of an epoch is short).
 RECOMPILE_LIMIT = 64
 # Of inductor, by kind of device. Small kernels that do not depend on one another become one.
@@ -54,8 +56,7 @@ class CompileOrEager(Generic[Inputs, Output]):
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self.failed = True
             inner = getattr(error, "inner_exception", error)
-            reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
-            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {reason}", stacklevel=3)
+            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {first_line(inner)}", stacklevel=3)
             return self.function(*arguments, **named)
 
 

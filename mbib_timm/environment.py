@@ -49,17 +49,9 @@ class World:
         torch.distributed.broadcast_object_list(found, device=self.device)
         return cast(T, found[0])
 
-    def of_all(self, value: T) -> list[T]:
-        """Return the values of all processes, in their order, in every process."""
-        if not is_distributed():
-            return [value]
-        found: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(found, value)
-        return found
-
     def gather(self, values: list[str]) -> list[str]:
         """Return the values of all processes, each once, in every process."""
-        return list(dict.fromkeys(value for part in self.of_all(values) for value in part))
+        return list(dict.fromkeys(value for part in of_all(values) for value in part))
 
 
 def usable_cores() -> int:
@@ -170,13 +162,13 @@ def _is_lost_device(error: RuntimeError) -> bool:
     return str(error).startswith("CUDA error")  # torch 2.7 has no kind of its own
 
 
-def first_problem(problem: str | None) -> str | None:
-    """Return, in every process, what the first process to have a problem says; all have to ask at the same point."""
+def of_all(value: T) -> list[T]:
+    """Return the values of all processes, in their order, in every process; all have to ask at the same point."""
     if not is_distributed():
-        return problem
-    found: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, problem)
-    return next((text for text in found if text is not None), None)
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 @torch.no_grad()

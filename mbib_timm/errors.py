@@ -66,7 +66,7 @@ def shown(value: object) -> str:
 
 def few(names: Sequence[object], most: int = 5) -> str:
     """Return the first of some names in a line, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{', '.join(map(str, names[:most]))}{more}"
 
 

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,37 +63,19 @@ def mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def not_negative(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    return _whole(text, 0)
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def random_seed(text: str) -> int:
-    """Parse a seed, from 0 to `LARGEST_SEED`."""
-    return _whole(text, 0, LARGEST_SEED)
-
-
-def workers(text: str) -> int:
-    """Parse a number of processes, from 0 to `MOST_WORKERS`."""
-    return _whole(text, 0, MOST_WORKERS)
-
-
-def port(text: str) -> int:
-    """Parse the number of a port."""
-    return _whole(text, 1, 65_535)
-
-
 def _whole(text: str, least: int, most: int | None = None) -> int:
     """Parse a whole number; without a largest one it is of 31 bits, which is what libraries count in."""
     value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
     if why := _no_whole(value, text, least, most):
         raise argparse.ArgumentTypeError(why)
     return value
+
+
+not_negative = partial(_whole, least=0)
+positive = partial(_whole, least=1)
+random_seed = partial(_whole, least=0, most=LARGEST_SEED)
+workers = partial(_whole, least=0, most=MOST_WORKERS)
+port = partial(_whole, least=1, most=65_535)
 
 
 def _no_whole(value: int, given: object, least: int, most: int | None) -> str | None:

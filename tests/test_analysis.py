@@ -27,7 +27,6 @@ from mbib_timm.analysis.measures import (
     group_confusion,
     mean_by_shot_group,
     mean_positive_posterior,
-    posterior_difference,
     reliability,
 )
 from mbib_timm.analysis.outputs import collect_outputs
@@ -168,11 +167,6 @@ def test_mean_positive_posterior():
     mean = mean_positive_posterior(posterior, labels, 4)
     assert mean[[0, 2]].tolist() == [1.0, 0.25]
     assert np.isnan(mean[[1, 3]]).all()
-    difference = posterior_difference(mean, np.array([0.5, 0.5, 0.5, np.nan]))
-    assert difference[[0, 2]].tolist() == [0.5, -0.25]
-    assert np.isnan(difference[[1, 3]]).all()
-    with pytest.raises(MbibError, match="4 and of 3 classes"):
-        posterior_difference(mean, np.zeros(3))
 
 
 def test_means_by_shot_group_leave_out_what_was_not_measured():

@@ -33,7 +33,6 @@ from timm.data import create_reader
 from mbib_timm.cli import main
 from mbib_timm.data import (
     archives,
-    build_eval_loader,
     open_data,
     open_split,
 )
@@ -80,7 +79,7 @@ def test_split_folders_and_tars_are_found_by_synonyms(folder, tmp_path):
     assert data.class_counts.tolist() == [12, 5, 3, 1]
     assert np.bincount(data.val.targets).tolist() == [1, 1, 1, 1]
     settings = folder_recipe(root, train_crop_mode="pad")
-    loader = build_eval_loader(settings, open_split(settings, "test"), input_size=(3, 16, 16), device=CPU)
+    loader = timm_eval_loader(open_split(settings, "test"), settings, (3, 16, 16), World(CPU))
     batch = next(iter(loader))
     assert batch.images.shape == (4, 3, 16, 16)
     assert batch.targets.tolist() == batch.index.tolist() == [0, 1, 2, 3]

@@ -21,6 +21,7 @@ from mbib_timm.drawing import (
     foreground,
     text_on,
 )
+from mbib_timm.files import counted
 from mbib_timm.models.complexity import TABLE_6_SIZE, Cost
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import data_set_of
@@ -139,7 +140,7 @@ def draw_confusion(analysis: "Analysis") -> Any:
         shares, even, images = content.shares[group], content.even[group], content.images[group]
         number = sum(images.values())
         places += [row, row + 0.43]
-        texts += [f"{group}\n{number:,} image{'s' * (number != 1)}", "" if shares is None else "errors spread evenly"]
+        texts += [f"{group}\n{counted(number, 'image')}", "" if shares is None else "errors spread evenly"]
         if shares is None or even is None:
             axes.text(1, row, "no images", color=GREY, va="center")
             continue

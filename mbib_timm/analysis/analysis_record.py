@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -78,28 +78,21 @@ class Subject:
         return self.outputs.heads[head].predicted.numpy()
 
 
-class Shown(NamedTuple):
-    """What shows a measure.
+def _measured(
+    measure: Callable[[Subject], Any], name: str, title: str, reading: str, draw: "Callable[[Analysis], Any]"
+) -> Any:
+    """Return a field of `Analysis` that a figure shows.
 
-    Attributes:
+    Older files lack a field that is new, which is None then, and is not shown: its type says ``| None``.
+
+    Args:
+        measure: gives the value.
         name: of the figure's files.
         title: above it.
         reading: how to read it, in a sentence.
         draw: gives the figure of an analysis.
     """
-
-    name: str
-    title: str
-    reading: str
-    draw: "Callable[[Analysis], Any]"
-
-
-def _measured(measure: Callable[[Subject], Any], *figures: Shown) -> Any:
-    """Return a field of `Analysis` that `measure` gives, and `figures` show.
-
-    Older files lack a field that is new, which is None then, and is not shown: its type says ``| None``.
-    """
-    return dataclasses.field(default=None, metadata={"measure": measure, "figures": figures})
+    return dataclasses.field(default=None, metadata={"measure": measure, "figure": (name, title, reading, draw)})
 
 
 def _positive_posterior(subject: Subject) -> dict[str, list[float]]:
@@ -178,80 +171,64 @@ class Analysis(Analyzed):
 
     heads: dict[str, HeadMetrics] = _measured(
         lambda subject: subject.outputs.metrics,
-        Shown(
-            "accuracy_by_head",
-            "Accuracy by shot group and head",
-            "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
-            lambda analysis: shot_groups_figure(analysis.heads),
-        ),
+        "accuracy_by_head",
+        "Accuracy by shot group and head",
+        "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
+        lambda analysis: shot_groups_figure(analysis.heads),
     )
     trend: Trend = _measured(
         _trend,
-        Shown(
-            "trend",
-            "Accuracy of a class by its training images",
-            "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
-            draw_accuracy_trend,
-        ),
+        "trend",
+        "Accuracy of a class by its training images",
+        "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
+        draw_accuracy_trend,
     )
     confusion: Confusion = _measured(
         lambda s: group_confusion(s.labels, s.predicted(), s.counts),
-        Shown(
-            "confusion",
-            "Where errors go",
-            "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
-            "evenly over all other classes, marks a shot group that draws errors to itself.",
-            draw_confusion,
-        ),
+        "confusion",
+        "Where errors go",
+        "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
+        "evenly over all other classes, marks a shot group that draws errors to itself.",
+        draw_confusion,
     )
     positive_posterior: dict[str, list[float | None]] = _measured(
         _positive_posterior,
-        Shown(
-            "positive_posterior",
-            "Mean positive posterior by class",
-            "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
-            draw_positive_posterior,
-        ),
+        "positive_posterior",
+        "Mean positive posterior by class",
+        "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
+        draw_positive_posterior,
     )
     reliability: dict[str, Reliability] = _measured(
         _reliability,
-        Shown(
-            "reliability",
-            "Reliability",
-            "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
-            "cautious, and of the expected calibration error (ECE) less is better.",
-            draw_reliability,
-        ),
+        "reliability",
+        "Reliability",
+        "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
+        "cautious, and of the expected calibration error (ECE) less is better.",
+        draw_reliability,
     )
     distances: dict[str, dict[str, Distances]] = _measured(
         _distances,
-        Shown(
-            "distances",
-            "Intra-class over inter-class distance",
-            "Lower is better: images of one class lie close together, and the centres of classes far apart; equation "
-            "15 takes all pairs of images, and the paper's Table 5 has the level of distances from the centre.",
-            draw_distances,
-        ),
+        "distances",
+        "Intra-class over inter-class distance",
+        "Lower is better: images of one class lie close together, and the centres of classes far apart; equation "
+        "15 takes all pairs of images, and the paper's Table 5 has the level of distances from the centre.",
+        draw_distances,
     )
     embedding: Embedding = _measured(
         _embedding,
-        Shown(
-            "embedding",
-            "Features of some classes in the plane",
-            "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
-            "of islands and the distances between them have no meaning.",
-            draw_embedding,
-        ),
+        "embedding",
+        "Features of some classes in the plane",
+        "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
+        "of islands and the distances between them have no meaning.",
+        draw_embedding,
     )
     efficiency: Efficiency = _measured(
         lambda s: efficiency(s.model, s.input_size),
-        Shown(
-            "costs",
-            "Costs of one image",
-            "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6 where "
-            "the network is the paper's.",
-            draw_costs,
-        ),
+        "costs",
+        "Costs of one image",
+        "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6 where "
+        "the network is the paper's.",
+        draw_costs,
     )
 
     def __post_init__(self) -> None:
@@ -296,12 +273,9 @@ def measure(analyzed: Analyzed, subject: Subject) -> Analysis:
 
 def analysis_figures(analysis: Analysis) -> list[Illustration]:
     """Return the figures of everything that was measured."""
-    return [
-        Illustration(shown.name, shown.title, shown.reading, partial(shown.draw, analysis))
-        for field in dataclasses.fields(Analysis)
-        if getattr(analysis, field.name) is not None
-        for shown in field.metadata.get("figures", ())
-    ]
+    shown = [field for field in dataclasses.fields(Analysis) if "figure" in field.metadata]
+    figures = [field.metadata["figure"] for field in shown if getattr(analysis, field.name) is not None]
+    return [Illustration(name, title, reading, partial(draw, analysis)) for name, title, reading, draw in figures]
 
 
 def comparison_figures(first: Analysis, other: Analysis) -> list[Illustration]:

@@ -15,7 +15,7 @@ from mbib_timm.analysis.analysis_record import (
     write_analysis,
 )
 from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
-from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group, posterior_difference
+from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import World, describe_environment, joined_world
@@ -226,7 +226,7 @@ def comparison_text(first: Analysis, other: Analysis) -> str:
         first: its training counts decide the shot groups.
         other: of another run with as many classes.
     """
-    difference = mean_by_shot_group(posterior_difference(other.posterior, first.posterior), first.counts)
+    difference = mean_by_shot_group(other.posterior - first.posterior, first.counts)
     title = f"mean positive posterior, {other.title} minus {first.title}"
     return "\n".join([title, *Table(["", *GROUPS], [["difference", *_cells(difference, "{:+.3f}")]]).lines()]) + "\n"
 

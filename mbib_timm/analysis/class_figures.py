@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbib_timm.analysis.measures import mean_by_shot_group, posterior_difference, with_nan
+from mbib_timm.analysis.measures import mean_by_shot_group, with_nan
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
@@ -19,6 +19,7 @@ from mbib_timm.drawing import (
     canvas,
     foreground,
 )
+from mbib_timm.files import counted
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.run_figures import (
     class_bars,
@@ -53,11 +54,8 @@ def draw_posterior_change(first: "Analysis", other: "Analysis") -> Any:
     Args:
         first: its training counts sort the classes.
         other: of another run with as many classes.
-
-    Raises:
-        MbibError: different numbers of classes.
     """
-    difference = posterior_difference(other.posterior, first.posterior)
+    difference = other.posterior - first.posterior
     figure, axes, classes_a_bar = _posterior_bars(first, difference, "{:+.3f}")
     axes.axhline(0, color=foreground(), linewidth=0.8)
     heights = [1.08 * patch.get_height() for patch in axes.patches]
@@ -128,7 +126,7 @@ def draw_accuracy_trend(analysis: "Analysis") -> Any:
             axes.plot(
                 *zip(*points, strict=True), "o", color=GROUP_COLORS[name], alpha=0.9, markeredgewidth=0,
                 markersize=5.5 if len(counts) <= 200 or classes_a_point > 1 else 3.5, clip_on=False,
-                label=f"{name} ({_classes(sum(map(len, measured)))})",
+                label=f"{name} ({counted(sum(map(len, measured)), 'class')})",
             )  # fmt: skip
     least, most = counts.min() / 1.25, counts.max() * 1.25
     trend = analysis.trend
@@ -186,7 +184,3 @@ def draw_embedding(analysis: "Analysis") -> Any:
     for handle in legend.legend_handles:
         handle.set_markersize(6)
     return figure
-
-
-def _classes(number: int) -> str:
-    return f"{number:,} class{'es' * (number != 1)}"

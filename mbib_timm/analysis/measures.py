@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data.long_tail import shot_groups
-from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.metrics import ECE_BINS, expected_calibration_error
 
 GROUPS = ("all", "many", "medium", "few")
@@ -39,21 +38,6 @@ def mean_positive_posterior(positive_posterior: np.ndarray, labels: np.ndarray, 
     images = np.bincount(labels, minlength=num_classes)
     sums = np.bincount(labels, weights=positive_posterior, minlength=num_classes)
     return np.divide(sums, images, out=np.full(num_classes, np.nan), where=images > 0)
-
-
-def posterior_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return diff = first - second by class (figure 7); nan where either has no images.
-
-    Args:
-        first: mean positive posterior of one run, (K,).
-        second: that of another, (K,).
-
-    Raises:
-        MbibError: different numbers of classes.
-    """
-    if len(first) != len(second):
-        raise MbibError(f"posteriors of {len(first)} and of {len(second)} classes cannot be compared")
-    return np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
 
 
 def mean_by_shot_group(values: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:

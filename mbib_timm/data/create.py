@@ -31,7 +31,7 @@ from mbib_timm.data.splits import Splits, open_data
 from mbib_timm.data.transforms import fixed_preprocessing
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
-from mbib_timm.recipe import DATA_KEYS, KEYS, Recipe
+from mbib_timm.recipe import DATA_KEYS, OPENED_BY, Recipe
 
 HOST = torch.device("cpu")
 
@@ -44,20 +44,10 @@ class Loaders:
     val: Loader
     test: Loader | None
 
-    def broken_images(self) -> list[str]:
-        """Return the training images that could not be read and were replaced."""
-        return self.train.broken_images()
-
     def left_out_images(self) -> list[str]:
-        """Return the evaluated images that could not be read and were left out, each once."""
+        """Return the evaluated images that could not be read and were left out."""
         evaluated = [self.val, *([] if self.test is None else [self.test])]
-        return list(dict.fromkeys(path for loader in evaluated for path in loader.broken_images()))
-
-
-# Keys that decide which images there are, with which labels.
-OPENED_BY = tuple(
-    name for name, item in KEYS.items() if item.metadata["group"] == "data" and name not in ("loader", "image_cache")
-)
+        return [path for loader in evaluated for path in loader.broken_images()]
 
 
 @dataclass
@@ -385,25 +375,3 @@ def build_views_loader(
     # Not kept for the next run: nobody else sees these images like this.
     images = decode_split(split, recipe, input_size, device, training=True, replace_broken=True)
     return resident_loader(images, recipe, input_size, world, order, views)
-
-
-def build_eval_loader(
-    recipe: Recipe,
-    split: Split,
-    *,
-    input_size: tuple[int, int, int],
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Loader:
-    """Make batches of one split alone, for one evaluation: through timm's loader, which decodes as it goes.
-
-    Args:
-        recipe: names the preprocessing.
-        split: with the labels of training, see `match_classes`.
-        input_size: (C, H, W) of the model.
-        device: where the batches go.
-        rank: this process.
-        world_size: processes that share the data.
-    """
-    return timm_eval_loader(split, recipe, input_size, World(device, rank, world_size))

@@ -27,14 +27,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mbib_timm.data.archives import ArchiveReader
-from mbib_timm.data.images import ImageDataset, Split, from_worker, pil_mode
+from mbib_timm.data.images import ImageDataset, Split, in_order, pil_mode
 from mbib_timm.data.transforms import LONGEST_SIDE, fixed_preprocessing, resident_transform
 from mbib_timm.environment import World
-from mbib_timm.errors import DataError
-from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 
 DECODE_BATCH = 64
@@ -112,17 +109,7 @@ def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
 
 def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Give the images (H, W, C), uint8, of a data set in order, with label and position (2,); a bar shows how far."""
-    # With a generator of its own, it leaves the global one as it is.
-    loader = DataLoader(dataset, DECODE_BATCH, num_workers=workers, collate_fn=_arrays, generator=torch.Generator())
-    progress = Progress(len(dataset), unit="image")
-    try:
-        for batch in loader:
-            yield from (item for item in batch if item is not None)
-            progress.step(len(batch))
-    except DataError as error:
-        raise (from_worker(error) if workers else error) from None
-    finally:
-        progress.close()
+    return (item for item in in_order(dataset, DECODE_BATCH, workers, collate=_arrays) if item is not None)
 
 
 def _arrays(batch: list[tuple[Tensor, np.ndarray] | None]) -> list[tuple[np.ndarray, np.ndarray] | None]:

@@ -26,7 +26,7 @@ from mbib_timm.data.archives import SUFFIXES, ArchiveReader, is_archive, members
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader
-from mbib_timm.errors import DataError
+from mbib_timm.errors import DataError, few
 from mbib_timm.files import printable
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ class ImageTree:
             left_out[OUTSIDE] = strays
         if not names:
             passed = f"; left out: {in_words(left_out)}" if left_out else ""
-            raise DataError(f"no images in class folders under {self} (looked for {', '.join(image_kinds())}){passed}")
+            raise DataError(f"no images in class folders under {self} (looked for {', '.join(READ)}){passed}")
         if empty := sorted({self.inside(folder).split("/")[0] for folder in self.folders} - self.tops.keys()):
             left_out[WITHOUT_IMAGES] = tuple(f"{self.prefix}{folder}" for folder in empty)
         labels = [unicodedata.normalize("NFC", self.inside(name).split("/")[0]) for name in names]
@@ -176,11 +176,6 @@ def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
         f"{why}: {len(names):,} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
         for why, names in left_out.items()
     )
-
-
-def image_kinds() -> list[str]:
-    """Return the suffixes of images that are read."""
-    return list(READ)
 
 
 # Scans
@@ -385,10 +380,6 @@ def find_split(places: Mapping[str, T], split: str) -> T | None:
     return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(repr(name) for name in names[:3])}{' and others' if len(names) > 3 else ''}"
-
-
 def _open(
     root: Path | ImageTree,
     places: Mapping[str, Path | ImageTree],
@@ -412,9 +403,9 @@ def _open(
     if others := [name for name in places if name.casefold() not in known | {asked}]:
         name = next(name for name in places if name.casefold() in known)
         raise DataError(
-            f"{root} holds {name!r}, which has folders in it as a split has, beside {_few(others)}: put the splits "
-            f"into a folder of their own; or, if {name!r} is a class, give it another name, or put its images right "
-            "into it"
+            f"{root} holds {name!r}, which has folders in it as a split has, beside "
+            f"{few([*map(repr, others)], 3)}: put the splits into a folder of their own; or, if {name!r} is a class, "
+            "give it another name, or put its images right into it"
         )
     place = find_split(places, split)
     if place is None:

@@ -274,14 +274,37 @@ def examine(split: Split, look: Callable[[Reader, int], T], workers: int) -> Ite
         look: returns what there is to know, of a reader and an index.
         workers: processes that look.
     """
+    return in_order(_Examined(split, look), 64, workers)
+
+
+def in_order(
+    dataset: Dataset[T],
+    batch_size: int,
+    workers: int,
+    unit: str = "image",
+    collate: Callable[[list[T]], list[Any]] = list,
+) -> Iterator[Any]:
+    """Give the items of a data set in order; a bar shows how far.
+
+    Args:
+        dataset: of known length.
+        batch_size: items that a process hands over at once.
+        workers: processes that read them; 0 for this one.
+        unit: what an item is.
+        collate: makes of such items what is given, one for each.
+
+    Raises:
+        DataError: the data set's own, without the trace of the process that it was raised in.
+    """
     # With a generator of its own, it leaves the global one as it is.
-    generator = torch.Generator()
-    loader = DataLoader(_Examined(split, look), 64, num_workers=workers, collate_fn=list, generator=generator)
-    progress = Progress(len(split), unit="image")
+    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    progress = Progress(len(dataset), unit=unit)  # type: ignore[arg-type]
     try:
         for batch in loader:
             yield from batch
             progress.step(len(batch))
+    except DataError as error:
+        raise (from_worker(error) if workers else error) from None
     finally:
         progress.close()
 

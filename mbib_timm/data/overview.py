@@ -8,6 +8,7 @@ from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.splits import Splits
+from mbib_timm.errors import few
 from mbib_timm.files import counted, printable
 
 
@@ -34,7 +35,7 @@ def summary(splits: Splits) -> list[str]:
         ("classes without an evaluation image", np.setdiff1d(np.arange(len(counts)), splits.val.targets)),
     ):
         if len(labels):
-            lines.append(f"{title}: {_few([names[label] for label in labels])}")
+            lines.append(f"{title}: {len(labels):,} ({few([printable(names[label]) for label in labels])})")
     if splits.val.chosen and splits.val.in_files and splits.val.groups is None and splits.train.groups is None:
         lines.append(
             "note: evaluated images were drawn one by one; if some belong together, such as frames of one burst or "
@@ -85,8 +86,3 @@ def _groups(split: Split) -> tuple[int, int]:
     if split.groups is None:
         return 0, 0
     return len(set(split.groups.tolist()) - {""}), int((split.groups == "").sum())
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return f"{len(names):,} ({', '.join(map(printable, names[:5]))}{more})"

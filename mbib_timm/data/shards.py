@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from timm.utils import natural_key
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mbib_timm.data.archives import FILE, FOLDER, LINK, ArchiveReader, Member, members, open_tar
 from mbib_timm.data.folders import READ, SPLIT_NAMES, SYNONYMS, find_split, is_hidden
-from mbib_timm.data.images import Split, from_worker
+from mbib_timm.data.images import Split, in_order
 from mbib_timm.data.lists import check_path, parse_label, read_class_names
 from mbib_timm.data.paths import Names
 from mbib_timm.errors import DataError, few, shown
 from mbib_timm.files import counted, from_plain, parse_json, read_content
-from mbib_timm.progress import Progress
 
 SUFFIX = ".tar"
 COMPRESSED = re.compile(r".*\.(tgz|tbz2|txz|tar\.(gz|bz2|xz|zst))", re.DOTALL)
@@ -303,24 +301,14 @@ def _read(shards: Shards, class_file: Path | None, workers: int) -> Split:
     places: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     count = 0
-    # With a generator of its own, the loader leaves the global one as it is.
-    workers = min(workers, len(shards.files) // SHARDS_A_WORKER)
-    loader = DataLoader(_Indexed(shards), 1, num_workers=workers, collate_fn=list, generator=torch.Generator())
-    progress = Progress(len(shards.files), unit="shard")
-    try:
-        for (index,) in loader:
-            buffer += index.names
-            lengths.append(index.lengths)
-            places.append(index.places)
-            labels.append(index.labels)
-            passed += index.passed
-            firsts.append(count)
-            count += len(index.labels)
-            progress.step()
-    except DataError as error:
-        raise (from_worker(error) if workers else error) from None
-    finally:
-        progress.close()
+    for index in in_order(_Indexed(shards), 1, min(workers, len(shards.files) // SHARDS_A_WORKER), unit="shard"):
+        buffer += index.names
+        lengths.append(index.lengths)
+        places.append(index.places)
+        labels.append(index.labels)
+        passed += index.passed
+        firsts.append(count)
+        count += len(index.labels)
     if not count:
         raise DataError(f"there are no samples in {shards.files[0] if shards.files else 'a split without shards'}")
     ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from mbib_timm.capturing import CapturedFunction, Graphs
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
-from mbib_timm.environment import is_distributed, share_buffers
+from mbib_timm.environment import is_distributed, of_all, share_buffers
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank, summarize, with_intervals
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
@@ -68,11 +67,8 @@ class AnswerLog:
         return self.answers
 
     def _gathered(self) -> Answers:
-        shares: list[Any] = [torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))]
-        if is_distributed():
-            own, shares = shares[0], [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(shares, own)
-        joined = np.concatenate(shares, axis=1)
+        own = torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))
+        joined = np.concatenate(of_all(own), axis=1)
         joined = joined[:, np.argsort(joined[0], kind="stable")]
         index, targets, predicted = joined[:3].astype(np.int64)
         return Answers(index, targets, predicted, joined[3].astype(np.float64))

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mbib_timm.data import DataPool, build_eval_loader, match_classes, missing_classes, open_data
+from mbib_timm.data import DataPool, match_classes, missing_classes, open_data
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
+from mbib_timm.data.loaders import timm_eval_loader
 from mbib_timm.data.overview import warnings
 from mbib_timm.data.sources import NO_TEST, is_image_folder
 from mbib_timm.environment import World
@@ -138,9 +139,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     names = source.config.class_names
     pool = DataPool()
     split, images, notes = _open_images(target, split, names, num_classes, pool)
-    loader = build_eval_loader(
-        recipe, images, input_size=size, device=world.device, rank=world.rank, world_size=world.world_size
-    )
+    loader = timm_eval_loader(images, recipe, size, world)
     notes = (*notes, *warnings([images]))
     if missing := missing_classes(split, images, num_classes):
         notes = (*notes, missing)

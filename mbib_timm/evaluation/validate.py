@@ -107,7 +107,7 @@ def validate(
         answers = log.read()
         shares = None if moved is None else moved.shares.tolist()
         environment = describe_environment(world)
-        broken = list(dict.fromkeys(world.gather(opened.loader.broken_images())))
+        broken = world.gather(opened.loader.broken_images())
         counts, trained_on = opened.class_counts.tolist(), opened.trained_on or None
         results = Validation(target, opened.split, counts, heads, environment, shares, broken, trained_on)
         if world.is_main:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from mbib_timm.data.archives import is_archive, refuse_packed
-from mbib_timm.data.folders import image_kinds, in_words, open_archive, scan_folder
+from mbib_timm.data.folders import READ, in_words, open_archive, scan_folder
 from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
 from mbib_timm.data.images import Reader
 from mbib_timm.data.paths import open_image
@@ -139,7 +139,7 @@ def _find(given: str, columns: Columns) -> FoundImages:
         tree = scan_folder(path) if path.is_dir() else open_archive(path)
         if not tree.names:
             passed = f"; left out: {in_words(tree.left_out)}" if tree.left_out else ""
-            raise DataError(f"no images in {path} (looked for {', '.join(image_kinds())}){passed}")
+            raise DataError(f"no images in {path} (looked for {', '.join(READ)}){passed}")
         reader = tree.reader(tree.names)
         images = [FoundImage(reader, index, name) for index, name in enumerate(tree.names)]
         return FoundImages(given, images, in_folders=True, left_out=tree.left_out)

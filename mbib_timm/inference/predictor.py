@@ -102,7 +102,8 @@ class Predictor:
         self.shift: Tensor | None = None
         if prior is not None:
             trained = self.trained_shares()
-            self.set_prior(wanted_shares(prior, self._class_counts(), model.class_names), trained)
+            assert model.class_counts is not None  # or there would be no trained shares
+            self.set_prior(wanted_shares(prior, model.class_counts, model.class_names), trained)
         self.module: nn.Module = model.module.to(self.device)
 
     def trained_shares(self) -> np.ndarray:
@@ -113,10 +114,6 @@ class Predictor:
                 f"model does not say; omit --prior, or --head {self.head}"
             )
         return trained_shares(self.model.source.name, self.model.prior, self.model.class_counts)
-
-    def _class_counts(self) -> np.ndarray:
-        counts = self.model.class_counts
-        return np.ones(len(self.names)) if counts is None else counts
 
     def set_prior(self, wanted: np.ndarray, trained: np.ndarray) -> None:
         """Let probabilities be for other class frequencies, (K,), than those that the logits are for."""

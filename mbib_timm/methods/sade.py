@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
+from mbib_timm.files import counted
 from mbib_timm.methods.base import Method, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
 from mbib_timm.models.head_outputs import expert_heads
@@ -50,7 +51,7 @@ def experts_of(method: Method) -> Mapping[str, tuple[str, ...]]:
     """Return the heads of a method's network by expert. Raises MbibError unless there are three experts."""
     experts = expert_heads(method.result_model())
     if len(experts) != EXPERTS:
-        found = f"this one has {len(experts)} expert{'s' * (len(experts) != 1)}" if experts else "this one has none"
+        found = f"this one has {counted(len(experts), 'expert')}" if experts else "this one has none"
         raise MbibError(
             f"method {method.name!r} needs a model of exactly three experts, one for each of its losses, such as "
             f"experts_resnet32 or mbib_experts_resnet32; {found}"

@@ -96,11 +96,7 @@ def _check_data(recipe: "Recipe") -> None:
             "recipe key 'group_by': expected column, folder:N with N from 1, or pattern:REGEX, got "
             f"{shown(recipe.group_by)}"
         )
-    try:
-        groups = re.compile(argument).groups
-    except (re.error, OverflowError, RecursionError) as error:
-        raise MbibError(f"recipe key 'group_by': {shown(argument)} is no regular expression: {error}") from None
-    if groups == 0:
+    if _check_part("group_by", argument).groups == 0:
         raise MbibError(
             f"recipe key 'group_by': {shown(argument)} has no group in parentheses, for what the images of a group "
             "share; such as pattern:(site[0-9]+)"
@@ -223,9 +219,9 @@ def _check_values(recipe: "Recipe") -> None:
         )
 
 
-def _check_part(key: str, part: str) -> None:
+def _check_part(key: str, part: str) -> re.Pattern[str]:
     try:
-        re.compile(part)
+        return re.compile(part)
     except (re.error, OverflowError, RecursionError) as error:
         raise MbibError(f"recipe key {key!r}: {shown(part)} is no regular expression: {error}") from None
 

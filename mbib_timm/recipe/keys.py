@@ -500,6 +500,10 @@ COMPUTING = tuple(name for name, item in KEYS.items() if not item.metadata["loca
 DATA_PLACES = ("data_dir", "table", "train_list", "val_list", "test_list", "class_map")
 # Recipes that agree in these see the same images.
 DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] in ("data", "input"))
+# Those that decide which images there are, with which labels; the other two say who decodes them, and where they stay.
+OPENED_BY = tuple(
+    name for name, item in KEYS.items() if item.metadata["group"] == "data" and name not in ("loader", "image_cache")
+)
 
 
 def require_key(name: str) -> None:

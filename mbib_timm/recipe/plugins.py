@@ -10,7 +10,7 @@ import zlib
 from functools import cache
 from pathlib import Path
 
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, first_line
 from mbib_timm.recipe.declared import packaged_methods
 from mbib_timm.registry import forget
 
@@ -57,8 +57,7 @@ def load_plugin(plugin: str, renew: bool = False) -> str:
             code = code_of(plugin)
     except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
         forget(module)
-        text = next(iter(str(error).splitlines()), "")
-        reason = text if isinstance(error, MbibError) else f"{type(error).__name__}: {text}"
+        reason = first_line(error) if isinstance(error, MbibError) else f"{type(error).__name__}: {first_line(error)}"
         raise MbibError(f"plugin {plugin} cannot be imported: {reason}") from None
     if not _registers(module):
         raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")

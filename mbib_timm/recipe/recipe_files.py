@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mbib_timm.errors import MbibError, few, shown, unknown_name
-from mbib_timm.files import read_yaml
+from mbib_timm.files import counted, read_yaml
 from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, resolve_settings
@@ -173,7 +173,7 @@ def _unreached(recipe: Recipe) -> Iterator[str]:
         if stage.sched == "multistep" and beyond:
             of_stage = f"stage {number}, " if len(stages) > 1 else ""
             yield (
-                f"{of_stage}{stage.epochs} epoch{'s' * (stage.epochs > 1)}: the learning rate does not come to "
+                f"{of_stage}{counted(stage.epochs, 'epoch')}: the learning rate does not come to "
                 f"decay_milestones {few(beyond)}"
             )
 
@@ -200,7 +200,7 @@ def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[
                 stage[key] = most
                 shortened.append(f"{key} shortened from {before} to {most}")
         if shortened:
-            run = f"{epochs} epoch{'s' * (epochs > 1)}"
+            run = counted(epochs, "epoch")
             yield f"{f'stage {number}, ' if prefix else ''}{run}: {', '.join(shortened)}"
 
 

@@ -89,8 +89,7 @@ def data_report(
     source = Source(recipe)
     splits = open_data(recipe, source)
     names = named(splits.class_names, splits.num_classes)
-    opened = [splits.train, splits.val, *([] if splits.test is None else [splits.test])]
-    parts = list(zip(recipe.split_names, opened, strict=True))
+    parts = list(zip(recipe.split_names, splits.opened(), strict=True))
     print("\n".join(summary(splits)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)

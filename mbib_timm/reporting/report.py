@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mbib_timm
 from mbib_timm.errors import MbibError
-from mbib_timm.files import check_place, write_bytes
+from mbib_timm.files import check_place, counted, write_bytes
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.reporting.sections import (
     Section,
@@ -55,7 +55,7 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     except OSError as error:
         raise MbibError(f"cannot write {error.filename or output}: {error.strerror}") from None
     figures = sum(len(section.figures) for section in sections)
-    print(f"{output}: {len(sections)} section{'s' * (len(sections) != 1)}, {figures} figures, {len(page) / 1e6:.1f} MB")
+    print(f"{output}: {counted(len(sections), 'section')}, {figures} figures, {len(page) / 1e6:.1f} MB")
     print(f"{folder}: the figures as PNG and PDF")
     return output
 

@@ -25,7 +25,7 @@ from mbib_timm.drawing import (
     render,
 )
 from mbib_timm.errors import first_line
-from mbib_timm.files import write_bytes
+from mbib_timm.files import counted, write_bytes
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
@@ -327,7 +327,7 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
     evaluated = {name: number for name, (_, number) in prediction.measured.items()} or trained
     evaluated["macro"] = evaluated.get("overall", trained["macro"])
     numbers = {name: number_of_classes(trained[name], evaluated.get(name, 0)) for name in trained}
-    numbers["overall"] = f"{(n := prediction.images):,} image{'s' * (n != 1)}"
+    numbers["overall"] = counted(prediction.images, "image")
     labels = [f"{name}\n{numbers[name]}".replace(" evaluated", "\nevaluated") for name in columns]
     axes.set_xticks(range(len(columns)), labels)
     axes.grid(axis="x", visible=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data import Batch, TrainLoader
-from mbib_timm.environment import first_problem, is_distributed
+from mbib_timm.environment import is_distributed, of_all
 from mbib_timm.errors import NonFiniteLossError
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
@@ -58,7 +58,7 @@ class LossLog:
             self.steps += len(rows)
             self.pending.clear()
         # All stop here together: one that went on alone would wait for the others.
-        if (text := first_problem(problem)) is not None:
+        if (text := next(filter(None, of_all(problem)), None)) is not None:
             raise NonFiniteLossError(text)
         return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out, unread_classes
 from mbib_timm.data.batch import Loader
@@ -18,6 +18,7 @@ from mbib_timm.environment import (
     World,
     describe_environment,
     generator_states,
+    of_all,
     restore_generators,
     seed_generators,
     share_buffers,
@@ -293,7 +294,7 @@ class Run:
         if steps < len(self.loaders.train) and self._is_due(updates):
             self.method.synchronize()
             self.done.part = PartOfEpoch(steps, learning_rate, log.read_sums(), time.perf_counter() - start)
-            generators = self.world.of_all(generator_states(self.world.device))
+            generators = of_all(generator_states(self.world.device))
             if self.world.is_main:
                 self._save(generators)
 
@@ -316,7 +317,7 @@ class Run:
 
     def _evaluate(self, loader: Loader, raw: bool = False, answers: AnswerLog | None = None) -> dict[str, HeadMetrics]:
         """Evaluate the result's weights, or the raw ones where those are a moving average."""
-        model = self.method.get_eval_model() if raw else self._result_model()
+        model = self.method.get_eval_model() if raw else self.method.result_model()
         assert model is not None
         return evaluate(
             model,
@@ -330,15 +331,11 @@ class Run:
             graphs=self.graphs,
         )
 
-    def _result_model(self) -> nn.Module:
-        """The model whose weights are the result: the moving average where there is one."""
-        return self.method.result_model()
-
     def _note_best(self, epoch: int, heads: dict[str, HeadMetrics]) -> None:
         done, last = self.done, Evaluation(self.recipe.val_split, heads, epoch, BEST_WEIGHTS)
         if done.best is None or last.prediction.top1 > done.best.prediction.top1:
             done.best = last
-            weights = merged_weights(self._result_model())
+            weights = merged_weights(self.method.result_model())
             self.best_weights = {name: value.clone() for name, value in weights.items()}
 
     # Saving and restoring
@@ -446,7 +443,7 @@ class Run:
         recipe, done, splits, looked = self.recipe, self.done, self.splits, False
         start = time.perf_counter()
         if type(self.method).finish is not Method.finish:
-            share_buffers(self._result_model())
+            share_buffers(self.method.result_model())
             self.graphs = None  # of the model as it was
             with self._looking_on():
                 self.method.finish(passes := self._passes())
@@ -464,8 +461,8 @@ class Run:
         if recipe.model_ema:
             raw = Evaluation(split, self._evaluate(loader, raw=True, answers=AnswerLog(images.groups)), result.epoch)
         chosen = reported_numbers(self.method)
-        replaced = list(dict.fromkeys(self.world.gather(self.loaders.broken_images())))
-        lost = list(dict.fromkeys(self.world.gather(self.loaders.left_out_images())))
+        replaced = self.world.gather(self.loaders.train.broken_images())
+        lost = self.world.gather(self.loaders.left_out_images())
         other_seconds = None
         if done.other_seconds is not None and self.other_before is not None:
             other_seconds = self.other_before + done.other_seconds + time.perf_counter() - start
@@ -474,7 +471,7 @@ class Run:
             model=recipe.model,
             method=recipe.method["name"],
             stages=[stage.method["name"] for stage in recipe.chain()],
-            prediction_heads=list(prediction_heads(self._result_model())),
+            prediction_heads=list(prediction_heads(self.method.result_model())),
             dataset=recipe.dataset,
             loader=recipe.loader,
             precision=self.precision.name,
@@ -502,9 +499,9 @@ class Run:
         )
         if self.world.is_main:
             if self.frozen is not None:
-                self.frozen.put_back(self._result_model())
+                self.frozen.put_back(self.method.result_model())
             self.folder.write_model(
-                self._result_model(),
+                self.method.result_model(),
                 input_size=self.input_size,
                 recipe=recipe,
                 class_counts=splits.class_counts,
