@@ -1,5 +1,6 @@
 """Named factories: a method, sampler or data source is added by one decorated function and found by its name."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -7,6 +8,8 @@ from mbib_timm.errors import MbibError, unknown_name
 
 T = TypeVar("T")
 
+# Seconds since the epoch: whatever registers something has been imported since, or is about to be.
+IMPORTED = time.time()
 _registries: list["Registry[Any]"] = []
 
 

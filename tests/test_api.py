@@ -218,8 +218,9 @@ def test_a_folder_of_torchvisions_data_is_no_folder_of_images(tmp_path):
         (tmp_path / "-", "torch/cifar100"),
     ):
         assert find_target(name, overrides={"data_dir": str(folder)}).recipe.dataset == dataset
-    asked = {"data_dir": str(photos.parent), "dataset": "torch/cifar100"}
-    assert find_target(name, overrides=asked).recipe.dataset == "torch/cifar100"
+    for asked in ({"dataset": "torch/cifar100"}, {"dataset_download": True}):
+        overrides = {"data_dir": str(photos.parent), **asked}
+        assert find_target(name, overrides=overrides).recipe.dataset == "torch/cifar100"
 
 
 def test_evaluate_a_network_on_batches():

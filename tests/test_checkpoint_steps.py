@@ -12,7 +12,7 @@ from small_data import class_folders
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mbib_timm.data import images as images_module
-from mbib_timm.errors import CheckpointError
+from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.methods import METHODS, Method
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training import train
@@ -202,6 +202,24 @@ def test_a_run_that_goes_on_begins_as_it_did(tmp_path, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(called[0][1], start, strict=True))
     assert [epoch for name, _, _, *epoch in called if name == "start_epoch"] == [[0], [1], [2]]
     assert [looks_on for name, _, looks_on, *_ in called if name != "start_epoch"] == [True, True]
+
+
+def test_a_run_that_has_its_last_epoch_behind_it_begins_too(tmp_path, monkeypatch):
+    """What `begin` prepares `finish` may need."""
+    called = []
+    monkeypatch.setattr(METHODS["ce"], "begin", lambda self, data: called.append("begin"))
+
+    def finish(self, data):
+        called.append("finish")
+        if len(called) == 2:
+            raise MbibError("the machine goes down")
+
+    monkeypatch.setattr(METHODS["ce"], "finish", finish)
+    recipe = settings(tmp_path, "resident, in the first epoch")
+    with pytest.raises(MbibError, match="goes down"):
+        train(recipe, "broken")
+    train(recipe.replace(resume="auto"), "broken")
+    assert called == ["begin", "finish", "begin", "finish"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from mbib_timm.analysis import analyze
 from mbib_timm.analysis.analysis_record import read_analysis
 from mbib_timm.cli import main
 from mbib_timm.data import DataPool, open_data
+from mbib_timm.data.sources import Source
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.recipe import load_recipe
 from mbib_timm.recipe.plugins import code_of
@@ -396,6 +397,42 @@ def test_a_split_beside_that_of_the_training_has_been_trained_on_by_nobody(tmp_p
         assert (perhaps in capsys.readouterr().out) == said
         assert main(["validate", str(run), "--split", "val"]) == 0
         assert "trained on" not in capsys.readouterr().out
+
+
+def test_a_split_of_its_own_is_evaluated_without_opening_that_of_the_training(tmp_path, monkeypatch):
+    data = images(tmp_path / "data")
+    run = train(recipe(tmp_path, data), "run").folder
+    opened = []
+    splits = Source.splits
+    monkeypatch.setattr(Source, "splits", lambda source, names: opened.extend(names) or splits(source, names))
+    assert main(["validate", str(run)]) == 0
+    assert opened == ["val"]
+
+
+def test_images_that_a_table_names_are_trained_on_wherever_they_lie(tmp_path, capsys):
+    data, table = one_folder(tmp_path / "data"), tmp_path / "tables" / "all.csv"
+    table.parent.mkdir()
+    rows = [f"{file},{file.parent.name}" for file in sorted(data.rglob("*.png"))]
+    table.write_text("\n".join(["path,label", *rows]))
+    keys = dict(dataset="table", data_dir=None, table=str(table), val_split="validation")
+    run = train(recipe(tmp_path, data, **keys), "run").folder
+    number = 32 - read_record(run).result.prediction.images
+    assert main(["predict", str(run), str(data), "--output", str(tmp_path / "p.csv"), "--workers", "0"]) == 0
+    assert f"warning: {number} of these 32 images were trained on; " in capsys.readouterr().out
+    for file in ("new1.png", "new2.png"):  # which nobody has trained on
+        shutil.copy(data / "ant" / "val0.png", data / "ant" / file)
+    assert main(["predict", str(run), str(data), "--output", str(tmp_path / "p.csv"), "--workers", "0"]) == 0
+    assert f"warning: {number} of these 34 images were trained on; " in capsys.readouterr().out
+
+
+def test_data_of_which_a_run_skipped_images_have_not_changed(tmp_path, capsys):
+    data = one_folder(tmp_path / "data")
+    (data / "ant" / "broken.png").write_bytes(b"no image")
+    run = train(recipe(tmp_path, data, val_split="validation", broken="skip"), "run").folder
+    main(["predict", str(run), str(data), "--output", str(tmp_path / "p.csv"), "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "images may have been trained on: they lie in its folder; their accuracy" in said
+    assert "changed since" not in said
 
 
 def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_path, capsys):

@@ -21,7 +21,7 @@ from mbib_timm.methods import METHODS
 from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.recipe import find_recipe, load_recipe, plugins
 from mbib_timm.recipe.declared import named_models
-from mbib_timm.recipe.plugins import code_of, imported_code, load_plugin
+from mbib_timm.recipe.plugins import code_of, imported_code, load_plugin, moved_plugin, renew_plugin
 from mbib_timm.results.record import read_history
 from mbib_timm.training import train
 from mbib_timm.training.provenance import inputs_of
@@ -125,6 +125,79 @@ def test_a_plugin_is_imported_once_whatever_it_is_called(write, tmp_path, monkey
     del builtins.counted
 
 
+def test_another_plugin_takes_the_place_of_the_files_own(write, tmp_path):
+    """Also where the file's own is not there, or registers the same."""
+    recipe = write("own.yaml", "model: cifar_resnet20\nplugin: [not_here.py]\nmethod: replaced\n")
+    path = write("new/replaced.py", METHOD.format(name="replaced"))
+    with pytest.raises(MbibError, match=r"not_here\.py: there is no such file"):
+        load_recipe(recipe)
+    assert load_recipe(recipe, {"plugin": [str(path)]}).plugin == [str(path)]
+    old = write("old/replaced.py", METHOD.format(name="replaced"))
+    recipe = write("own.yaml", f"model: cifar_resnet20\nplugin: ['{old}']\nmethod: replaced\n")
+    assert load_recipe(recipe, {"plugin": [str(path)]}).plugin == [str(path)]
+
+
+@pytest.mark.parametrize("broken", ["def f(:\n", "x = (1,\n", "  x = 1\n"])
+def test_a_half_edited_plugin_does_not_train_as_it_was(write, tmp_path, broken):
+    path = write("half_edited.py", METHOD.format(name="half_edited"))
+    short_recipe(tmp_path, path, "half_edited")
+    write("half_edited.py", METHOD.format(name="half_edited") + broken)
+    with pytest.raises(MbibError, match=r"half_edited\.py cannot be imported: (Syntax|Indentation)Error"):
+        short_recipe(tmp_path, path, "half_edited")
+    write("half_edited.py", METHOD.format(name="half_edited"))
+    short_recipe(tmp_path, path, "half_edited")
+
+
+def test_plugins_that_failed_load_once_they_are_mended(write):
+    """Modules that registered a sampler alone, and packages one of whose parts failed."""
+    for name, sampler in (("alone.py", "of_file"), ("alone_as_module.py", "of_module")):
+        path = write(name, SAMPLER.format(sampler))
+        plugin = str(path) if sampler == "of_file" else "alone_as_module"
+        with pytest.raises(MbibError, match="registers no method"):
+            load_plugin(plugin)
+        assert sampler not in SAMPLERS
+        write(name, SAMPLER.format(sampler) + METHOD.format(name=f"method_{sampler}"))
+        load_plugin(plugin)
+        assert sampler in SAMPLERS
+    write("half_a_package/__init__.py", "from . import a, b")
+    write("half_a_package/a.py", METHOD.format(name="part_a"))
+    write("half_a_package/b.py", "1 / 0")
+    with pytest.raises(MbibError, match="ZeroDivisionError"):
+        load_plugin("half_a_package")
+    assert "part_a" not in METHODS
+    write("half_a_package/b.py", METHOD.format(name="part_b") + "x = 1\n")
+    load_plugin("half_a_package")
+    assert {"part_a", "part_b"} <= set(METHODS)
+
+
+def test_a_module_that_is_no_plugin_stays_imported():
+    before = sys.modules["json"]
+    with pytest.raises(MbibError, match="registers no method"):
+        load_plugin("json")
+    assert sys.modules["json"] is before
+
+
+def test_plugins_inside_a_renewed_package_are_imported_again(write):
+    write("outer/__init__.py", METHOD.format(name="outer"))
+    write("outer/extra.py", METHOD.format(name="extra"))
+    for plugin in ("outer", "outer.extra"):
+        load_plugin(plugin)
+    write("outer/__init__.py", METHOD.format(name="outer") + "x = 1\n")
+    for plugin in ("outer", "outer.extra"):
+        renew_plugin(plugin)
+        load_plugin(plugin)
+    assert {"outer", "extra"} <= set(METHODS)
+
+
+def test_a_copied_plugin_takes_the_place_of_the_one_that_a_run_names(write):
+    old, new = (write(f"{folder}/copied.py", METHOD.format(name="copied")) for folder in ("old", "new"))
+    assert moved_plugin(str(old)) == str(old)
+    load_plugin(str(new))
+    assert moved_plugin(str(old)) == str(new)
+    write("old/copied.py", METHOD.format(name="copied") + "x = 1\n")
+    assert moved_plugin(str(old)) == str(old), "other code"
+
+
 def test_a_plugins_sampler_serves_a_recipe(write, tmp_path):
     sampler = """
 from mbib_timm.data import sampler
@@ -214,7 +287,7 @@ def short_recipe(tmp_path, path, name, **keys):
     return load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys)
 
 
-def test_an_edited_plugin_is_imported_anew_and_a_run_records_what_ran(write, tmp_path):
+def test_an_edited_plugin_is_imported_anew_and_a_run_records_what_ran(write, tmp_path, capsys):
     text = METHOD.format(name="edited")
     path = write("edited.py", text)
     digests = [code_of(str(path))]
@@ -222,7 +295,12 @@ def test_an_edited_plugin_is_imported_anew_and_a_run_records_what_ran(write, tmp
     write("edited.py", text.replace("return logits", "return 0 * logits"))
     digests.append(code_of(str(path)))
     # A recipe that was read before the change trains with the code of then.
-    runs = [first, train(early, "early"), train(short_recipe(tmp_path, path, "edited"), "later")]
+    capsys.readouterr()
+    runs = [first, train(early, "early")]
+    said = "warning: edited.py has changed since it was imported; this trains with the code of then"
+    assert said in capsys.readouterr().out
+    runs.append(train(short_recipe(tmp_path, path, "edited"), "later"))
+    assert "since it was imported" not in capsys.readouterr().out
     assert [run.record.inputs[0].plugins["edited.py"] for run in runs] == [digests[0], digests[0], digests[1]]
     losses = [read_history(run.folder)[-1].losses["loss"] for run in runs]
     assert losses[0] == losses[1] > 0
@@ -234,23 +312,23 @@ def test_what_a_plugin_had_registered_is_forgotten_with_its_code(write, tmp_path
     path = write("renewed.py", SAMPLER.format("as_before") + METHOD.format(name="renewed"))
     load_plugin(str(path))
     before = METHODS["renewed"]
-    load_plugin(str(path), renew=True)
+    renew_plugin(str(path))
     assert METHODS["renewed"] is before, "nothing has changed"
     write("renewed.py", SAMPLER.format("as_now") + METHOD.format(name="renewed"))
     load_plugin(str(path))
     assert METHODS["renewed"] is before, "once, unless it is to be renewed"
-    load_plugin(str(path), renew=True)
+    renew_plugin(str(path))
     assert METHODS["renewed"] is not before
     assert {"as_before", "as_now"} & set(SAMPLERS) == {"as_now"}
     write("renewed.py", SAMPLER.format("half") + METHOD.format(name="renewed") + "1 / 0\n")
     with pytest.raises(MbibError, match="ZeroDivisionError"):
-        load_plugin(str(path), renew=True)
+        renew_plugin(str(path))
     assert {"as_now", "half"} & set(SAMPLERS) == set()
     assert "renewed" not in METHODS
     write("a_module_to_renew.py", METHOD.format(name="module_before"))
     load_plugin("a_module_to_renew")
     write("a_module_to_renew.py", METHOD.format(name="another_name"))
-    load_plugin("a_module_to_renew", renew=True)
+    renew_plugin("a_module_to_renew")
     assert {"module_before", "another_name"} & set(METHODS) == {"another_name"}
 
 
@@ -262,12 +340,13 @@ def test_what_others_have_registered_stays(write, tmp_path):
     for more in ("x = 1\n", "1 / 0\n"):
         write("helped.py", "import a_helper_of_mine\n" + METHOD.format(name="helped") + more)
         with contextlib.suppress(MbibError):
-            load_plugin(str(path), renew=True)
+            renew_plugin(str(path))
         assert "of_helper" in SAMPLERS
     script = (
-        "import pathlib\nfrom mbib_timm.recipe.plugins import load_plugin\n"
+        "import pathlib\nfrom mbib_timm.recipe.plugins import load_plugin, renew_plugin\n"
         "path = pathlib.Path('helped.py')\ntext = path.read_text().replace('1 / 0', '')\n"
-        "for more in ('', 'x = 2'):\n    path.write_text(text + more)\n    load_plugin('helped.py', renew=True)\n"
+        "for more in ('', 'x = 2'):\n    path.write_text(text + more)\n"
+        "    renew_plugin('helped.py')\n    load_plugin('helped.py')\n"
         "from mbib_timm.data import SAMPLERS\nfrom mbib_timm.methods import METHODS\n"
         "print('instance' in SAMPLERS, 'mbib' in METHODS, 'helped' in METHODS)"
     )
@@ -277,9 +356,14 @@ def test_what_others_have_registered_stays(write, tmp_path):
 
 
 def test_a_module_that_was_imported_before_is_imported_as_its_file_is_now(write):
-    write("imported_before.py", METHOD.format(name="imported_before"))
+    """Not where its file is older than this package's import: then it is what was imported."""
+    path = write("imported_before.py", METHOD.format(name="imported_before"))
     importlib.import_module("imported_before")
     before = METHODS["imported_before"]
+    os.utime(path, (1e9, 1e9))
+    load_plugin("imported_before")
+    assert METHODS["imported_before"] is before
+    del plugins._loaded["imported_before"]
     path = write("imported_before.py", METHOD.format(name="imported_before") + "\nx = 1\n")
     load_plugin("imported_before")
     assert METHODS["imported_before"] is not before

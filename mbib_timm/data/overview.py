@@ -70,9 +70,10 @@ def unread_classes(split: Split, broken: Collection[str]) -> list[str]:
     """
     if not broken:
         return []
-    lost = set(broken)
-    readable = np.array([split.path(place) not in lost for place in range(len(split))])
-    gone = np.setdiff1d(split.targets, split.targets[readable])
+    lost, counts = set(broken), np.bincount(split.targets)
+    few = np.flatnonzero(counts[split.targets] <= len(lost))  # others have images that are none of those
+    readable = [place for place in few if split.path(int(place)) not in lost]
+    gone = np.setdiff1d(split.targets[few], split.targets[readable])
     names = named(split.class_names, int(split.targets.max()) + 1)
     return [names[label] for label in gone]
 

@@ -103,7 +103,7 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
         )
     own, asked = load_recipe(file), load_recipe(file, overrides)
     said = frozenset(overrides or ())
-    if "data_dir" in said and "dataset" not in said and is_image_folder(asked):
+    if "data_dir" in said and not said & {"dataset", "dataset_download"} and is_image_folder(asked):
         asked = load_recipe(file, {**(overrides or {}), "dataset": "folder"})
     return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=said)
 
@@ -143,7 +143,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     notes = (*notes, *warnings([images]))
     if missing := missing_classes(split, images, num_classes):
         notes = (*notes, missing)
-    trained_on = "" if source.folder is None else evaluated_line(source.folder, images, target.recipe, pool)
+    trained_on = "" if source.folder is None else evaluated_line(source.folder, split, images, target.recipe, pool)
     if trained_on:
         notes = (*notes, f"warning: {trained_on}")
     names = images.class_names if names is None else names

@@ -5,27 +5,34 @@ import io
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from mbib_timm.data import DataPool, Split
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import PREDICTIONS
 from mbib_timm.files import counted, from_cell, read_text
-from mbib_timm.recipe import DATA_PLACES, Recipe, load_recipe
+from mbib_timm.recipe import DATA_PLACES, OPENED_BY, Recipe, load_recipe
 from mbib_timm.results.record import RECORD, read_record
 
 COPY = "their folder has images of the same names and labels as its own"
 
 
-def evaluated_line(run: Path, images: Split, recipe: Recipe, pool: DataPool, by: str = "") -> str:
+def evaluated_line(run: Path, split: str, images: Split, recipe: Recipe, pool: DataPool, by: str = "") -> str:
     """Return the line of `trained_on_line` on a split of a recipe's data; images that are no files have none."""
     if not images.in_files:
         return ""
     what = f"the {counted(len(images), 'evaluated image')}"
-    return trained_on_line(run, set(images.files()), what, pool, by, recipe)
+    return trained_on_line(run, set(images.files()), what, pool, by, recipe, split)
 
 
 def trained_on_line(
-    run: Path, files: Collection[bytes], what: str, pool: DataPool, by: str = "", evaluated: Recipe | None = None
+    run: Path,
+    files: Collection[bytes],
+    what: str,
+    pool: DataPool,
+    by: str = "",
+    evaluated: Recipe | None = None,
+    split: str = "",
 ) -> str:
     """Return a line on the images that a run was trained on; empty where there are none, and for what is no run.
 
@@ -40,39 +47,54 @@ def trained_on_line(
         pool: opens the run's data, or has them.
         by: says which run, such as `` by the other run``.
         evaluated: says where the images' data are; None where no recipe does.
+        split: of these data that the images are.
     """
     if not files or not (run / RECORD).is_file() or not (run / "recipe.yaml").is_file():
         return ""
     try:
         written, record = load_recipe(run / "recipe.yaml"), read_record(run)
         start = _started_in(run, written)
-        recipe = _from(start, written)
-        inside, copied = _inside(recipe, files), False
+        # Images that cannot be read would be looked for in all of them.
+        recipe = _from(start, written).replace(broken="replace")
+        beside = evaluated is not None and split in recipe.split_names[1:] and _same_images(evaluated, recipe)
+        if beside and pool.source(recipe).has_splits:
+            return ""  # what it shares with the training split is said where the data are opened
+        inside, copied = _inside(recipe, files, pool), False
         if not inside and evaluated is not None and evaluated.dataset == recipe.dataset:
             recipe, copied = recipe.replace(**{key: getattr(evaluated, key) for key in DATA_PLACES}), True
-            inside = _inside(recipe, files)
+            inside = _inside(recipe, files, pool)
         if not inside or (copied and not record.inputs):
             return ""
-        # Images that cannot be read would be looked for in all of them.
-        recipe = recipe.replace(broken="replace")
-        splits = pool.open(recipe)
-        in_training = set(map(os.path.abspath, splits.train.files())) & inside
+        has_splits, splits = pool.source(recipe).has_splits, pool.open(recipe)
+        in_training = inside.intersection(map(os.path.abspath, splits.train.files()))
+        # Without the images that a run has skipped, and in older runs, nothing says whether the data have changed.
+        since = ", whose images have changed since" if record.inputs and written.broken != "skip" else ""
         if record.inputs and record.inputs[-1].data == splits.digest:
             trained = len(in_training)
             perhaps = f"may have been trained on{by}: {COPY}" if copied else f"were trained on{by}"
         elif copied:
             return ""
-        elif pool.source(recipe).has_splits:
+        elif has_splits:
             trained = len(in_training)
-            perhaps = f"may have been trained on{by}: they are in its training split, whose images have changed since"
+            perhaps = f"may have been trained on{by}: they are in its training split{since}"
         else:
             trained = len(inside - _evaluated(run, recipe, start))
-            perhaps = f"may have been trained on{by}: they lie in its folder, whose images have changed since"
+            perhaps = f"may have been trained on{by}: they lie in its folder{since}"
     except (MbibError, OSError):  # a run of data or of a plugin that are not here
         return ""
     if not trained:
         return ""
     return f"{trained:,} of {what} {perhaps}; their accuracy says nothing of other images"
+
+
+def _same_images(one: Recipe, other: Recipe) -> bool:
+    """Return whether two recipes open the same images, but for those that cannot be read."""
+    return all(_opened_by(one, key) == _opened_by(other, key) for key in OPENED_BY if key != "broken")
+
+
+def _opened_by(recipe: Recipe, key: str) -> Any:
+    value = getattr(recipe, key)
+    return os.path.abspath(value) if key in DATA_PLACES and value is not None else value
 
 
 def _started_in(run: Path, recipe: Recipe) -> Path:
@@ -92,13 +114,16 @@ def _from(start: Path, recipe: Recipe) -> Recipe:
     return recipe.replace(**{key: str(place) for key, place in places.items() if place.exists()})
 
 
-def _inside(recipe: Recipe, files: Collection[bytes]) -> set[bytes]:
-    """Return those of the files that lie where a recipe's data do."""
-    place = recipe.data_dir or (os.path.dirname(recipe.table) if recipe.table else None)
-    if place is None:
+def _inside(recipe: Recipe, files: Collection[bytes], pool: DataPool) -> set[bytes]:
+    """Return those of the files that lie where a recipe's data do: in its folder, or where its table says."""
+    found = set(map(os.path.abspath, files))
+    if recipe.table is not None:
+        splits = pool.source(recipe).splits(recipe.split_names) if Path(recipe.table).is_file() else []
+        return {name for split in splits for name in map(os.path.abspath, split.files()) if name in found}
+    if recipe.data_dir is None:
         return set()
-    root = os.path.join(os.path.abspath(os.fsencode(place)), b"")
-    return {file for file in map(os.path.abspath, files) if file.startswith(root)}
+    root = os.path.join(os.path.abspath(os.fsencode(recipe.data_dir)), b"")
+    return {file for file in found if file.startswith(root)}
 
 
 def _evaluated(run: Path, recipe: Recipe, start: Path) -> set[bytes]:

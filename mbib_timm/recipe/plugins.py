@@ -7,12 +7,13 @@ import io
 import sys
 import tokenize
 import zlib
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 
 from mbib_timm.errors import MbibError, first_line
 from mbib_timm.recipe.declared import packaged_methods
-from mbib_timm.registry import forget
+from mbib_timm.registry import IMPORTED, forget
 
 # What a plugin's code may differ in.
 NO_CODE = (tokenize.COMMENT, tokenize.NL)
@@ -22,12 +23,11 @@ NO_CODE = (tokenize.COMMENT, tokenize.NL)
 _loaded: dict[str, str] = {}
 
 
-def load_plugin(plugin: str, renew: bool = False) -> str:
+def load_plugin(plugin: str) -> str:
     """Import a file, or a module by name, that registers methods; once.
 
     Args:
         plugin: path of a ``.py`` file, or a module's name.
-        renew: import it anew where its code has changed since; what it had registered is forgotten.
 
     Returns:
         The name by which the same plugin is found from anywhere.
@@ -35,43 +35,63 @@ def load_plugin(plugin: str, renew: bool = False) -> str:
     Raises:
         MbibError: there is no such file or module, it does not import, or it registers nothing.
     """
-    path = Path(plugin)
-    is_file = path.suffix == ".py" or path.is_file()
-    where = str(path.resolve()) if is_file else plugin
-    module = _module_name(Path(where)) if is_file else plugin
+    where, module = _place(plugin)
     if where in _loaded:
-        if not renew or _readable_code(where) in (None, _loaded[where]):
-            return where
-        _forget(where, module)
-    elif not is_file and plugin in sys.modules and _registers(module):
-        _forget(where, module)  # somebody has imported it before: from which code nobody knows
-    if is_file and not path.is_file():
+        return where
+    is_file = module != plugin
+    if is_file and not Path(where).is_file():
         raise MbibError(f"plugin {plugin}: there is no such file")
-    if is_file and path.suffix != ".py":
+    if is_file and Path(where).suffix != ".py":
         raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
+    if not is_file and module in sys.modules and _registers(module) and _changed_at(module) > IMPORTED:
+        _forget(module)  # somebody has imported it before: perhaps from other code than is there now
+    known = set(sys.modules)
     try:
         if is_file:
             code = _import_file(module, Path(where))
         else:
-            importlib.import_module(plugin)
-            code = code_of(plugin)
+            importlib.import_module(module)
+            code = code_of(module)
     except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
-        forget(module)
+        _forget(module, known)
         reason = first_line(error) if isinstance(error, MbibError) else f"{type(error).__name__}: {first_line(error)}"
         raise MbibError(f"plugin {plugin} cannot be imported: {reason}") from None
     if not _registers(module):
+        _forget(module, known)
         raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")
     _loaded[where] = code
     return where
 
 
+def renew_plugin(plugin: str) -> None:
+    """Import a plugin anew that has been imported, if its code has changed since; what it had registered is forgotten.
+
+    Raises:
+        MbibError: its code by now does not import.
+    """
+    where, module = _place(plugin)
+    if where in _loaded and _has_changed(where):
+        _forget(module)
+        load_plugin(plugin)
+
+
+def outdated_plugins(plugins: Iterable[str]) -> list[str]:
+    """Return the names of those plugins whose files hold other code by now than was imported."""
+    return [Path(plugin).name for plugin in plugins if _has_changed(plugin)]
+
+
 def moved_plugin(plugin: str) -> str:
-    """Return where a plugin lies that a run names by a path of then: there; else one of its name that has been
-    imported, or lies in the current folder; else the path as it is."""
+    """Return where a plugin lies that a run names by a path of then.
+
+    That is one of its name which has been imported, if the path holds the same code or nothing; else the path; else
+    one of its name in the current folder; else the path as it is.
+    """
     path = Path(plugin)
-    if path.suffix != ".py" or path.is_file():
+    if path.suffix != ".py" or str(path.resolve()) in _loaded:
         return plugin
     imported = next((where for where in _loaded if Path(where).name == path.name), None)
+    if path.is_file():
+        return plugin if imported is None or _loaded[imported] != _code_by_now(plugin) else imported
     return imported or (str(Path(path.name).resolve()) if Path(path.name).is_file() else plugin)
 
 
@@ -89,16 +109,27 @@ def code_of(plugin: str) -> str:
 
     Args:
         plugin: as recipes have it: the path of a file, or the name of a module.
+
+    Raises:
+        MbibError: there is no code, or none that Python can read.
     """
-    path = Path(plugin)
-    if path.suffix != ".py":
-        spec = importlib.util.find_spec(plugin)
-        path = Path((spec.origin if spec else None) or "")
+    path = _file_of(plugin)
     try:
         state = path.stat()
         return _digest_of_file(path, state.st_size, state.st_mtime_ns)
     except (OSError, SyntaxError, ValueError, tokenize.TokenError) as error:
         raise MbibError(f"plugin {plugin} cannot be read: {error}") from None
+
+
+def _file_of(plugin: str) -> Path:
+    """Return the file that a plugin's code is in; one that is not there where nothing says so."""
+    if Path(plugin).suffix == ".py":
+        return Path(plugin)
+    try:
+        spec = importlib.util.find_spec(plugin)
+    except (ImportError, ValueError):
+        spec = None
+    return Path((spec.origin if spec else None) or f"{plugin}.py")
 
 
 @cache
@@ -112,12 +143,22 @@ def _digest(source: bytes) -> str:
     return hashlib.sha256("\0".join(tokens).encode()).hexdigest()
 
 
-def _readable_code(plugin: str) -> str | None:
-    """Return the digest of a plugin's code; None where there is none to read."""
+def _code_by_now(plugin: str) -> str | None:
+    """Return the digest of a plugin's code; None where Python cannot read it."""
     try:
         return code_of(plugin)
-    except (MbibError, ImportError, ValueError):
+    except MbibError:
         return None
+
+
+def _has_changed(where: str) -> bool:
+    """Return whether the file of an imported plugin holds other code by now; one that is gone does not."""
+    return where in _loaded and _file_of(where).is_file() and _code_by_now(where) != _loaded[where]
+
+
+def _changed_at(module: str) -> float:
+    file = _file_of(module)
+    return file.stat().st_mtime if file.is_file() else 0.0
 
 
 def _registers(module: str) -> bool:
@@ -126,13 +167,26 @@ def _registers(module: str) -> bool:
     return methods is not None and not packaged_methods().keys() >= {*methods.names_from(module)}
 
 
-def _forget(where: str, module: str) -> None:
-    """Take out what a plugin has registered, and its module."""
-    _loaded.pop(where, None)
+def _forget(module: str, known: Collection[str] = ()) -> None:
+    """Take out what a module, or one inside it, has registered, and those of these modules that are not in `known`."""
     forget(module)
-    for name in [name for name in sys.modules if f"{name}.".startswith(f"{module}.")]:
+    for where in [where for where in _loaded if _is_inside(_place(where)[1], module)]:
+        del _loaded[where]
+    for name in [name for name in sys.modules if name not in known and _is_inside(name, module)]:
         del sys.modules[name]
     importlib.invalidate_caches()
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
+def _place(plugin: str) -> tuple[str, str]:
+    """Return the name by which a plugin is found from anywhere, and that of its module."""
+    path = Path(plugin)
+    if path.suffix == ".py" or path.is_file():
+        return str(path.resolve()), _module_name(path.resolve())
+    return plugin, plugin
 
 
 def _module_name(path: Path) -> str:

@@ -15,7 +15,7 @@ from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS
 from mbib_timm.recipe.declared import known_methods, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
-from mbib_timm.recipe.plugins import load_plugin, moved_plugin
+from mbib_timm.recipe.plugins import load_plugin, moved_plugin, renew_plugin
 
 DEFAULT_RECIPE = "mbib_resnet20.digits"
 BASE = "base"
@@ -127,16 +127,20 @@ def load_recipe(
             if isinstance(plugins := keys.get("plugin"), list):
                 keys["plugin"] = [moved_plugin(each) if isinstance(each, str) else each for each in plugins]
     else:  # a run's recipe is read while runs go on, with the code that they began with
-        for keys in (content, *content.get(STAGES, ()), overrides or {}):
-            _renew_plugins(keys.get("plugin"))
+        for plugin in [*_plugins_in(content), *_plugins_in(overrides or {})]:
+            renew_plugin(plugin)
     return _overridden(content, overrides or {}, path.name, say)
 
 
-def _renew_plugins(plugins: Any) -> None:
-    """Import anew what plugins have changed since; what is no list of texts the recipe's own check refuses."""
-    for plugin in [plugins] if isinstance(plugins, str) else plugins if isinstance(plugins, list) else []:
-        if isinstance(plugin, str) and plugin:
-            load_plugin(plugin, renew=True)
+def _plugins_in(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Give the plugins that keys name, and those of stages in them; what is no text the recipe's own check refuses."""
+    for address, value in keys.items():
+        if address == STAGES and isinstance(value, list):
+            for stage in value:
+                yield from _plugins_in(stage if isinstance(stage, Mapping) else {})
+        elif address.rpartition(".")[2] == "plugin":
+            listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+            yield from (each for each in listed if isinstance(each, str) and each)
 
 
 def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Recipe:

@@ -122,7 +122,10 @@ class PlannedRun:
 
 
 def _begun(folder: RunFolder) -> list[Inputs]:
-    """Return what a run was given that goes on; nothing where no checkpoint says so: it begins, or fails by itself."""
+    """Return what a run was given that goes on, or a stage; nothing where nothing says so: it begins, or fails by
+    itself."""
+    if is_finished(folder.path):
+        return read_record(folder.path).inputs  # in a moment, where a checkpoint takes its time
     if not folder.has_checkpoint():
         return []
     try:

@@ -35,6 +35,7 @@ from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
+from mbib_timm.recipe.plugins import outdated_plugins
 from mbib_timm.results.record import (
     LISTED,
     Epoch,
@@ -152,13 +153,19 @@ class Run:
         self.trained_before = _trained_before(recipe, self.splits, pool) if before is None else before.trained_before
         if previous is None and self.trained_before and world.is_main:
             print(f"warning: {self.trained_before}", flush=True)
+        if world.is_main and (outdated := outdated_plugins(recipe.plugin)):
+            print(
+                f"warning: {few(outdated)} has changed since it was imported; this trains with the code of then: read "
+                "the recipe's file again, or start Python anew",
+                flush=True,
+            )
         self.pool = pool
         start = time.perf_counter()
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
         self.done = TrainState(other_seconds=0.0) if state is None else self._reached(state)
-        begins = self.done.epoch < recipe.epochs and type(self.method).begin is not Method.begin
+        begins = type(self.method).begin is not Method.begin
         if (state is None or begins) and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
         if begins:  # of the network as it starts: what a checkpoint has is restored on top of that
@@ -521,7 +528,8 @@ class Run:
 def _trained_before(recipe: Recipe, splits: Splits, pool: DataPool) -> str:
     """Return a line on the evaluated images that the run was trained on whose weights a recipe starts from."""
     start, images = start_of(recipe), splits.test or splits.val
+    split = recipe.val_split if splits.test is None else recipe.test_split or "test"
     if start is None:
         return ""
     folder = start if start.is_dir() else start.parent
-    return evaluated_line(folder, images, recipe, pool, " by the run that this one starts from")
+    return evaluated_line(folder, split, images, recipe, pool, " by the run that this one starts from")
