@@ -1,6 +1,7 @@
 """Shared fixtures: one thread a test (so that results repeat), and the folder of shared data where there is one."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -32,6 +33,9 @@ settings.register_profile(
 )
 settings.load_profile("bounded")
 torch.set_num_threads(1)
+# A shell starts background jobs with SIGINT ignored, and their children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
@@ -44,18 +48,52 @@ def shared() -> Path:
     return folder
 
 
+Drawn = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures() -> Drawn:
+    """Keep runs and sweeps of this process from drawing figures, which takes longer than all else of a short run.
+
+    Returns:
+        A context in which they draw them, as in tests that are marked ``figures``.
+    """
+    from mbib_timm.sweeps import show_sweep
+    from mbib_timm.training import run
+
+    draw_figures, render = run.draw_figures, show_sweep.render
+    run.draw_figures = lambda *_: None
+    show_sweep.render = lambda *_: {}
+
+    @contextlib.contextmanager
+    def drawn() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "draw_figures", draw_figures)
+            patch.setattr(show_sweep, "render", render)
+            yield
+
+    return drawn
+
+
+@pytest.fixture(autouse=True)
+def _figures_where_asked(request, figures: Drawn) -> Iterator[None]:
+    with figures() if request.node.get_closest_marker("figures") else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> Path:
+def finished_run(tmp_path_factory, figures: Drawn) -> Path:
     """The folder of a short run on the digits, complete with weights, metrics and figures."""
     from mbib_timm.recipe import find_recipe, load_recipe
     from mbib_timm.training import train
 
     settings = dict(epochs=3, warmup_epochs=1, device="cpu", workers=0, output=str(tmp_path_factory.mktemp("runs")))
-    return train(load_recipe(find_recipe("mbib_resnet20.digits"), settings), "mbib_resnet20.digits").folder
+    with figures():
+        return train(load_recipe(find_recipe("mbib_resnet20.digits"), settings), "mbib_resnet20.digits").folder
 
 
 @pytest.fixture(scope="session")
-def post_hoc_run(tmp_path_factory) -> Path:
+def post_hoc_run(tmp_path_factory, figures: Drawn) -> Path:
     """The folder of a short run of two stages, the second of which trains nothing: cross-entropy, then tau-norm."""
     from mbib_timm.recipe import find_recipe, load_recipe
     from mbib_timm.training import train
@@ -63,7 +101,8 @@ def post_hoc_run(tmp_path_factory) -> Path:
     name = "cifar_resnet32.tau_norm_digits"
     places = dict(device="cpu", output=str(tmp_path_factory.mktemp("post_hoc")))
     recipe = load_recipe(find_recipe(name), {"stage1.epochs": 3, "stage1.warmup_epochs": 1, **places})
-    return train(recipe, name).folder
+    with figures():
+        return train(recipe, name).folder
 
 
 @pytest.fixture
@@ -74,18 +113,11 @@ def faults_asked(request) -> int:
 
 @pytest.fixture
 def popen() -> Iterator[Callable[..., "subprocess.Popen[Any]"]]:
-    """`subprocess.Popen`, whose processes never outlive the test and can be interrupted.
-
-    A shell starts background jobs with SIGINT ignored, and their children inherit that.
-    """
+    """`subprocess.Popen`, whose processes never outlive the test."""
     started: list[subprocess.Popen[Any]] = []
 
     def start(*arguments: Any, **options: Any) -> "subprocess.Popen[Any]":
-        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-        try:
-            started.append(subprocess.Popen(*arguments, **options))
-        finally:
-            signal.signal(signal.SIGINT, before)
+        started.append(subprocess.Popen(*arguments, **options))
         return started[-1]
 
     yield start

@@ -1,6 +1,9 @@
 """The pages of the README and of docs/ as their tests read them, and the images that their commands are for."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,49 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search(r'^Repository = "(\S+)"$', PROJECT, re.MULTILINE)[1]
+# Runs what it is given on a line each, in one process: torch is imported once.
+RUNNER = """
+import shlex, subprocess, sys
+from mbib_timm.cli import main
+for command in sys.stdin.read().splitlines():
+    print("$", command, flush=True)
+    words = shlex.split(command)
+    if words[0] == "mbib":
+        try:
+            status = main(words[1:])
+        except SystemExit as end:  # of --help
+            status = end.code
+    elif words[0] == "python":
+        status = subprocess.run([sys.executable, *words[1:]]).returncode
+    else:
+        status = subprocess.run(command, shell=True).returncode
+    if status:
+        sys.exit(f"{command}: exit status {status}")
+    sys.stdout.flush()
+"""
+
+
+def run_commands(commands, folder):
+    """Run commands in a folder, without a network and on one thread; return what each of them prints."""
+    commands = list(commands)
+    here = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
+    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input="\n".join(commands), cwd=folder, env={**os.environ, **here, **alone},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    printed, rest = [], done.stdout
+    for command in reversed(commands):
+        rest, _, own = rest.rpartition(f"$ {command}\n")
+        printed.append(own)
+    return printed[::-1]
+
+
+def lines_of(block):
+    """The commands of a block of shell, on a line each and without comments."""
+    lines = [re.sub(r"(^|\s+)#.*", "", line) for line in block.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split()) for line in lines if line]
 
 
 def blocks(page, language):

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from browser import find_browser, open_page
-from pages import REPOSITORY, ROOT, anchors, blocks, make_images, prose
+from pages import REPOSITORY, ROOT, anchors, blocks, lines_of, make_images, prose, run_commands
 from PIL import Image
 
 from mbib_timm.cli import parse
@@ -72,14 +72,7 @@ SHORT = {
 }
 
 
-def commands_of(page):
-    """A page's commands, on a line each and without comments."""
-    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
-    lines = [re.sub(r"(^|\s+)#.*", "", line) for line in text.splitlines()]
-    return [" ".join(line.split()) for line in lines if line]
-
-
-COMMANDS = [(page, command) for page in PAGES for command in commands_of(page)]
+COMMANDS = [(page, command) for page in PAGES for block in blocks(page, "sh") for command in lines_of(block)]
 LISTED = [command for commands in NEEDS.values() for command in commands]
 RUN_HERE = [
     command for page, command in COMMANDS
@@ -134,42 +127,11 @@ def make_folder(root):
         (root / f"tempered.{suffix}").write_text(blocks(DOCS / "methods.md", language)[0], encoding="utf-8")
 
 
-# Runs what it is given on a line each, in one process: torch is imported once.
-RUNNER = """
-import shlex, subprocess, sys
-from mbib_timm.cli import main
-for command in sys.stdin.read().splitlines():
-    print("$", command, flush=True)
-    words = shlex.split(command)
-    if words[0] == "mbib":
-        try:
-            status = main(words[1:])
-        except SystemExit as end:  # of --help
-            status = end.code
-    else:
-        status = subprocess.run([sys.executable, *words[1:]]).returncode
-    if status:
-        sys.exit(f"{command}: exit status {status}")
-"""
-
-
 def as_run(command):
     """A command as it is run: briefly, and with a model in the place of the placeholder."""
     start = next((start for start in SHORT if command.startswith(start)), None)
     more = f" {SHORT[start]}" if start is not None and "--help" not in command and "--dry-run" not in command else ""
     return command.replace(" tools/", f" {ROOT}/tools/").replace("MODEL", "runs/mbib_resnet20.digits") + more
-
-
-def run(commands, folder):
-    """Run commands in a folder, without a network and on one thread; return what they print."""
-    assert all(command.startswith(("mbib ", "python ")) for command in commands)
-    here = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input="\n".join(map(as_run, commands)), cwd=folder, env={**os.environ, **here},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -182,8 +144,9 @@ def test_every_other_command_runs(tmp_path):
     quick = first.replace("epochs=8", 'epochs=1, warmup_epochs=0, experiment="from_python"')
     assert quick != first
     (tmp_path / "quickstart.py").write_text(quick + second, encoding="utf-8")
-    printed = run(["mbib train experts_resnet32.sade_digits", *RUN_HERE, "python quickstart.py"], tmp_path)
-    assert printed.rpartition("$ python quickstart.py")[2].count("new_images/") == 21
+    commands = ["mbib train experts_resnet32.sade_digits", *RUN_HERE, "python quickstart.py"]
+    printed = run_commands(map(as_run, commands), tmp_path)
+    assert printed[-1].count("new_images/") == 21
 
 
 # Messages

@@ -85,10 +85,10 @@ DEAF = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint
 
 @pytest.mark.parametrize(("code", "said"), [(SLEEPER, "saved"), (DEAF, "on")])
 def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, monkeypatch, code, said):
-    monkeypatch.setattr(gpu, "GRACE", 5)
+    monkeypatch.setattr(gpu, "GRACE", 2)
     begun = time.monotonic()
     status = gpu.run_phase(
-        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 15, gpu.Archives(tmp_path)
+        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 8, gpu.Archives(tmp_path)
     )  # time to start
     assert status is None
     assert time.monotonic() - begun < 60
@@ -142,10 +142,16 @@ def call(*arguments):
 )
 def test_what_cannot_be_is_an_error(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = call(*arguments)
-    assert done.returncode == 2
-    assert f"gpu: error: {message}" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with pytest.raises(MbibError, match=message):
+        gpu.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_a_sentence(tmp_path):
+    done = call("-o", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "gpu: error: expected the packed images" in done.stderr
 
 
 @pytest.mark.slow

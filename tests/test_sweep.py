@@ -275,12 +275,13 @@ def test_a_sweep_over_several_processes_is_refused(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, figures):
     """Two methods with two seeds each: the folder of the runs, that of the results, the command."""
     root = tmp_path_factory.mktemp("sweep")
     places = ["--output", str(root / "runs"), "--results", str(root / "results")]
     arguments = ["sweep", DIGITS, "cifar_resnet20.ce_digits", "--seeds", "0", "1", *places, *FLAGS]
-    assert main(arguments) == 0
+    with figures():
+        assert main(arguments) == 0
     return root / "runs" / "sweep-1e", root / "results" / "sweep-1e", arguments
 
 

@@ -30,6 +30,7 @@ from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, list_sweeps
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.sweeps.sweep_runs import on_recipe
 
+pytestmark = pytest.mark.figures
 GROUPS = ("overall", "many", "medium", "few")
 SMALL = Sweep(
     "small", "mbib_resnet32.cifar100_lt_if{imbalance_factor}",

@@ -57,9 +57,10 @@ def same_weights(first, second):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, figures):
     """An uninterrupted short run: its folder and its record."""
-    run = train(digits(tmp_path_factory.mktemp("finished")), "whole")
+    with figures():
+        run = train(digits(tmp_path_factory.mktemp("finished")), "whole")
     return run.folder, run.record
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from loopback_hub import TestHub
+from pages import blocks, lines_of, run_commands
 from PIL import Image, ImageDraw
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -99,18 +100,19 @@ def run_shell(page, folder):
     Returns:
         What all of them printed.
     """
-    mbib, printed = f'mbib() {{ {shlex.quote(sys.executable)} -m mbib_timm "$@"; }}\n', []
+    commands = [command for text in blocks(DOCS / page, "sh") for command in lines_of(text)]
+    printed = run_commands(commands, folder)
+    outputs = iter(printed)
     for language, text in blocks_of(page):
         if language == "sh":
-            command = text
-            printed.append(run(["bash", "-e", "-c", mbib + text], folder))
+            shown = [next(outputs) for _ in lines_of(text)]
+            as_shown = str if text.startswith("mbib data") else without_numbers
             continue
-        as_shown = str if command.startswith("mbib data") else without_numbers
-        lines = [as_shown(line) for line in printed[-1].splitlines()]
+        lines = [as_shown(line) for output in shown for line in output.splitlines()]
         for line in map(as_shown, text.splitlines()):
             start = line.removesuffix("...")
             assert line in lines or (start != line and any(other.startswith(start) for other in lines)), (
-                f"{line!r} is not in\n{printed[-1]}"
+                f"{line!r} is not in\n{shown}"
             )
     return "\n".join(printed)
 
@@ -242,7 +244,6 @@ def test_from_python(tmp_path):
     for library in ("pandas", "lightning"):
         pytest.importorskip(library)
     make_photographs(tmp_path)
-    blocks = [text for language, text in blocks_of("from_python.md") if language == "python"]
-    assert len(blocks) == len(CHECKS)
-    program = "\n".join(f"{block}\n{check}" for block, check in zip(blocks, CHECKS, strict=True))
+    code = blocks(DOCS / "from_python.md", "python")
+    program = "\n".join(f"{block}\n{check}" for block, check in zip(code, CHECKS, strict=True))
     run([sys.executable, "-c", program], tmp_path)
