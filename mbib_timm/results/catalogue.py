@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import timm
 
@@ -10,12 +11,18 @@ from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.models.preprocessing import input_size
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import WHOLE, ZOO, ZooModel, split_tag
-from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import read_record
 from mbib_timm.results.tables import NOTHING, cells, markdown_by_start, tables_by_start
 
 HEADER = ("model", "params, M", "MACs, G", "input", "data", *COLUMNS, "weights")
+
+
+class _Size(NamedTuple):
+    parameters: int
+    macs: int
+    input_size: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,20 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """Return every model of the zoo; sizes are counted without memory for weights."""
-    entries = []
+    entries, sizes = [], dict[str, _Size]()
     for model in ZOO:
-        if model.is_trained:  # and is built as its config.json says
-            network = timm.create_model(model.name, device="meta")
-            size, origin = network.pretrained_cfg["input_size"], read_record(model.folder).origin
-        else:
-            recipe = load_recipe(find_recipe(model.recipe))
-            network = timm.create_model(model.name, device="meta", **recipe.model_kwargs)
-            size, origin = input_size(recipe, network), origin_of(recipe, OwnData(split_tag(model.tag)[1]))
-        macs = count_macs(network.eval(), size)["total"]
-        entries.append(Entry(model, count_parameters(network), macs, size, origin))
+        recipe = Recipe() if model.is_trained else load_recipe(find_recipe(model.recipe))
+        # Networks that agree in these are of one size; a trained one is built as its config.json says.
+        arguments = {**model.config.model_args, **recipe.model_kwargs}
+        asked = (recipe.img_size, model.dataset.preprocessing, model.config.preprocessing.get("input_size"))
+        key = repr((model.architecture, model.dataset.num_classes, sorted(arguments.items()), asked))
+        if key not in sizes:
+            network = timm.create_model(model.name, device="meta", **recipe.model_kwargs).eval()
+            size = input_size(recipe, network)
+            sizes[key] = _Size(count_parameters(network), count_macs(network, size)["total"], size)
+        start = OwnData(split_tag(model.tag)[1])
+        origin = read_record(model.folder).origin if model.is_trained else origin_of(recipe, start)
+        entries.append(Entry(model, *sizes[key], origin))
     return entries
 
 
