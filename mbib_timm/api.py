@@ -380,6 +380,9 @@ def create_loss(
         able = [other for other in METHODS if _is_loss(METHODS[other])]
         raise MbibError(f"method {name!r} trains by more than a loss of logits: use train(); losses: {', '.join(able)}")
     counts = _whole_counts(class_counts)
+    classes = getattr(model, "num_classes", 0)
+    if classes and classes != len(counts):
+        raise MbibError(f"the model has {classes} classes, and there are class counts of {len(counts)}")
     network = nn.Module() if model is None else _Heads(model)
     try:
         method = kind(network, kind.Settings(**given), Facts(counts, epochs=1), torch.device("cpu"))

@@ -24,6 +24,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.target import find_target
 from mbib_timm.files import to_json
+from mbib_timm.flags import recipe_overrides
 from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.recipe import find_recipe, load_recipe
 
@@ -221,6 +222,33 @@ def test_a_folder_of_torchvisions_data_is_no_folder_of_images(tmp_path):
     for asked in ({"dataset": "torch/cifar100"}, {"dataset_download": True}):
         overrides = {"data_dir": str(photos.parent), **asked}
         assert find_target(name, overrides=overrides).recipe.dataset == "torch/cifar100"
+
+
+def test_digits_are_in_no_folder(tmp_path, capsys):
+    """Whoever adds a folder to the first command of the README wants its images."""
+    save_image(tmp_path / "photos" / "fox" / "0.png")
+    photos = str(tmp_path / "photos")
+    how = f"mbib train finetune/mbib_resnet32 --data-dir {photos}"
+    for arguments in (["train", "--data-dir", photos], ["train", photos]):
+        assert main([*arguments, "--output", str(tmp_path / "runs")]) == 2
+        assert how in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    parsed = parse(how.split()[1:])
+    assert load_recipe(find_recipe(parsed.recipe), recipe_overrides(parsed)).data_dir == photos
+
+
+def test_a_folder_that_is_not_there_is_said_with_the_runs_beside_it(finished_run, tmp_path):
+    with pytest.raises(MbibError, match=rf"there is no folder .*/runs1; .* has .*{finished_run.name}"):
+        load(str(finished_run.parent / "runs1"))
+    with pytest.raises(MbibError, match=r"there is no folder no/where$"):
+        load("no/where")
+
+
+def test_class_counts_are_those_of_the_models_classes():
+    model = timm.create_model("cifar_resnet20", num_classes=3)
+    with pytest.raises(MbibError, match="the model has 3 classes, and there are class counts of 2"):
+        create_loss("ce", [500, 50], model)
+    create_loss("ce", [500, 50], timm.create_model("cifar_resnet20", num_classes=0))  # whose head is elsewhere
 
 
 def test_evaluate_a_network_on_batches():

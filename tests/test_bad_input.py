@@ -506,7 +506,7 @@ CASES = {
     ),
     "train: a folder for a recipe": (
         lambda root, run: ["train", "images"],
-        "images is a folder, and no recipe; .* --dataset folder --data-dir images",
+        "images is a folder, and no recipe; .* --data-dir images",
     ),
     "train: nothing to resume": (folder("--resume", "gone"), "nothing to resume at gone"),
     "train: output is a file": (

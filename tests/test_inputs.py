@@ -184,7 +184,7 @@ def test_a_sweep_does_not_go_on_with_other_code(tmp_path, capsys):
     plugin.write_text(
         text + "\n    def start_epoch(self, epoch):\n        if epoch:\n            raise MbibError('stop')\n"
     )
-    file = recipe_file(tmp_path, data, plugin=[str(plugin)], method="inputs_begun", epochs=2)
+    file = recipe_file(tmp_path, data, plugin=[str(plugin)], method="inputs_begun", epochs=2, checkpoint_seconds=0)
     status, said = sweep(capsys, file)
     assert status
     assert "stop" in said.out + said.err

@@ -483,7 +483,7 @@ MODEL_NAMES = {
     "local-dir:/nowhere": "there is no folder /nowhere",
     "local-dir:a\0b": "there is no folder a\\x00b",
     "x" * 5000: "unknown model or folder",
-    "/" + "x" * 5000: "unknown model or folder",
+    "/" + "x" * 5000: "there is no folder",
     "hf-hub:": "expected ORGANISATION/NAME",
     "hf-hub:two words/a": "expected ORGANISATION/NAME",
     "hf-hub:a..b/c": "expected ORGANISATION/NAME",

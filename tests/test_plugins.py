@@ -16,13 +16,15 @@ import yaml
 from mbib_timm.cli import main
 from mbib_timm.data import SAMPLERS, DataPool, open_data
 from mbib_timm.environment import World
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, NonFiniteLossError
 from mbib_timm.methods import METHODS
 from mbib_timm.models.origin import OwnData, origin_of
 from mbib_timm.recipe import find_recipe, load_recipe, plugins
 from mbib_timm.recipe.declared import named_models
-from mbib_timm.recipe.plugins import code_of, imported_code, load_plugin, moved_plugin, renew_plugin
+from mbib_timm.recipe.plugins import code_behind, code_of, imported_code, load_plugin, moved_plugin, renew_plugin
 from mbib_timm.results.record import read_history
+from mbib_timm.sweeps.sweep import find_sweep
+from mbib_timm.sweeps.sweep_runs import plan
 from mbib_timm.training import train
 from mbib_timm.training.provenance import inputs_of
 from mbib_timm.training.setup import set_up
@@ -496,6 +498,70 @@ def test_a_run_may_move_with_its_plugin(write, tmp_path):
     more = ["--resume", "auto", "--plugin", "../moving.py", "--epochs", "2"]
     done = run(tmp_path / "new", "train", "cifar_resnet20.ce_digits", *flags[2:], *more)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_goes_on_with_its_plugin_under_another_name(write, tmp_path, capsys):
+    """Also where the old file is there still, and registers the same."""
+    text = METHOD.format(name="renamed_file")
+    old, new = write("old_name.py", text), write("new_name.py", text)
+    train(short_recipe(tmp_path, old, "renamed_file"), "run")
+    for epochs in (2, 3):
+        plugins._forget(plugins._place(str(old))[1])
+        again = short_recipe(tmp_path, new, "renamed_file").replace(epochs=epochs, resume="auto")
+        capsys.readouterr()
+        assert len(read_history(train(again, "run").folder)) == epochs
+        assert "warning" not in capsys.readouterr().out, "the code is the same"
+        old.unlink(missing_ok=True)
+
+
+def test_a_plugin_beside_its_recipe_is_found_and_so_is_a_recipe_beside_its_sweep(write, tmp_path, monkeypatch):
+    write("own/mine_beside.py", METHOD.format(name="beside"))
+    recipe = write("own/own.yaml", "base: digits\nmodel: cifar_resnet20\nplugin: [mine_beside.py]\nmethod: beside\n")
+    sweep = write("own/sweep.yaml", "recipe: own.yaml\naxes: {lr: [0.1, 0.2]}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(recipe).plugin == [str(tmp_path / "own" / "mine_beside.py")]
+    assert len(plan(find_sweep([str(sweep)]), {})) == 2
+    here = write("mine_beside.py", METHOD.format(name="here"))
+    assert load_recipe(recipe, {"method": "here"}).plugin == [str(here)], "the current folder's comes first"
+    with pytest.raises(MbibError, match=r"recipe \./not_here\.yaml: there is no such file"):
+        find_recipe("./not_here.yaml")
+
+
+def test_the_code_of_a_package_is_that_of_all_its_files(write):
+    write("several/__init__.py", "from . import losses")
+    write("several/losses.py", METHOD.format(name="several"))
+    load_plugin("several")
+    before = METHODS["several"]
+    write("several/losses.py", METHOD.format(name="several") + "x = 1\n")
+    assert code_of("several") != imported_code("several")
+    renew_plugin("several")
+    assert METHODS["several"] is not before
+    assert code_of("several") == imported_code("several")
+
+
+def test_the_code_of_an_installed_method_is_recorded(write, tmp_path, capsys):
+    """It comes without --plugin."""
+    path = write("installed_methods.py", METHOD.format(name="installed"))
+    importlib.import_module("installed_methods")
+    other = write("other.py", METHOD.format(name="other"))
+    own = short_recipe(tmp_path, other, "other").replace(plugin=[], method="installed")
+    first = train(own, "run").record.inputs[0].plugins
+    assert first == {"installed_methods": code_of(str(path))}
+    write("installed_methods.py", METHOD.format(name="installed") + "x = 1\n")
+    train(own.replace(epochs=2, resume="auto"), "run")
+    assert "warning: installed_methods has changed since" in capsys.readouterr().out
+    assert code_behind([], "mbib_timm.methods.mbib") == code_behind([], "__main__") == {}
+
+
+def test_code_that_has_trained_nothing_is_not_recorded(write, tmp_path, capsys):
+    text = METHOD.format(name="stopped")
+    path = write("stopped.py", text.replace("return logits", "return float('nan') * logits"))
+    with pytest.raises(NonFiniteLossError):
+        train(short_recipe(tmp_path, path, "stopped"), "run")
+    write("stopped.py", text)
+    run = train(short_recipe(tmp_path, path, "stopped").replace(resume="auto"), "run")
+    assert run.record.inputs[0].plugins == {"stopped.py": code_of(str(path))}
+    assert "has changed since" not in capsys.readouterr().out
 
 
 def test_two_plugins_of_one_name(write, tmp_path, capsys):

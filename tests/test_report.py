@@ -11,6 +11,7 @@ import pytest
 import yaml
 from browser import open_page
 from headers import header
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_data import arrays
 
 from mbib_timm.analysis.analyze import analyze
@@ -22,6 +23,7 @@ from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report import read_inputs
+from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
 from mbib_timm.reporting.sections import (
     Section,
     comparison_section,
@@ -33,7 +35,7 @@ from mbib_timm.reporting.sections import (
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
-from mbib_timm.results.runs import group_runs, read_run
+from mbib_timm.results.runs import RunGroup, group_runs, read_run
 from mbib_timm.results.tables import Table
 
 ROOT = Path(__file__).parents[1]
@@ -488,3 +490,15 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(DIGITS[0]), "-o", str(tmp_path / "r.html")]) == 2
     assert "pip install 'mbib-timm[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("draw", [comparison_bars, comparison_curves])
+def test_long_names_stay_inside_the_figure(draw):
+    """Those of runs that differ in many keys."""
+    results = Path(__file__).parents[1] / "results"
+    runs = [results / f"mbib_resnet32.cifar100_lt_if100-200e-{end}" for end in ("seed0", "seed1-bfloat16")]
+    groups = [RunGroup(f"{run.name} ({'some_key 0.25, ' * 12})", (run,)) for run in map(read_run, runs)]
+    figure = draw(groups)
+    FigureCanvasAgg(figure).draw()
+    (legend,), width = figure.legends, figure.bbox.width
+    assert all(0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= width for text in legend.get_texts())

@@ -420,7 +420,7 @@ def test_the_packaged_recipes_take_their_teacher_from_the_run_of_bsce():
     ("stages", "keys", "message"),
     [
         (None, {"method": "dive"}, r"'teacher' of method 'dive': 'previous' is the stage before, and there is none"),
-        (None, {"teacher": "runs/nowhere"}, r"'teacher' of method 'dive': unknown model or folder 'runs/nowhere'"),
+        (None, {"teacher": "runs/nowhere"}, r"'teacher' of method 'dive': there is no folder runs/nowhere"),
         (None, {"teacher": "mbib_resnet32.cifar100_lt_if1000"}, r"unknown tag of a model.*did you mean"),
         (None, {"teacher": "mbib_resnet32.cifar100_lt_if100"}, r"has 100 classes, the data have 10"),
         (None, {"teacher": []}, r"expected at least one model"),

@@ -323,7 +323,7 @@ def open_folder(
         raise DataError("recipe key 'data_dir': the folder source needs the folder or archive of the images")
     path = Path(data_dir)
     if not path.exists():
-        raise DataError(f"data_dir {path} does not exist")
+        raise DataError(f"data_dir {path} does not exist; --data-dir says where the images are")
     known = {name.casefold() for name in (*SPLIT_NAMES, *split_names)} - {ALL}
     if path.is_dir():
         if not any(path.iterdir()):
@@ -332,7 +332,9 @@ def open_folder(
         return scan_folder(path).read(group_by) if places is None else partial(_open, path, places, known, group_by)
     if not is_archive(path):
         refuse_packed(path)
-        raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)})")
+        is_table = path.suffix.lower() in (".csv", ".tsv", ".parquet")
+        hint = f"; a table is read with --dataset table --table {path}" if is_table else ""
+        raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}){hint}")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
             return partial(_open, tree, {name: tree.folder(name) for name in tree.tops}, known, group_by)

@@ -180,7 +180,10 @@ def _kept_and_left_out(
     generator = np.random.RandomState(seed)
     for label, (indices, count) in enumerate(zip(images_by_class(targets, len(counts)), counts, strict=True)):
         if len(indices) < count:
-            raise DataError(f"class {label} has {len(indices)} images, the long-tailed profile asks for {count}")
+            raise DataError(
+                f"class {label} has {len(indices)} images, the long-tailed profile asks for {count}; --imbalance none "
+                "trains on all images"
+            )
         generator.shuffle(indices)
         yield indices[:count], indices[count:]
 

@@ -235,6 +235,11 @@ def open_split(recipe: Recipe, split: str) -> Split:
 
 @SOURCES.register("digits")
 def _digits(recipe: Recipe) -> Opened:
+    if recipe.data_dir is not None:
+        raise DataError(
+            f"the digits come with scikit-learn, and data_dir {recipe.data_dir} would have no effect; images of your "
+            f"own train with: mbib train finetune/mbib_resnet32 --data-dir {recipe.data_dir}"
+        )
     return open_digits
 
 

@@ -488,7 +488,8 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
         _check_done(images, columns.names)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error) as error:
         raise MbibError(
-            f"--resume: {file} does not hold predictions of this kind ({first_line(error)}); remove it first"
+            f"--resume: {file} does not hold predictions of this kind ({first_line(error)}); repeat the flags that it "
+            "was written with, or choose another --output"
         ) from None
     return Continued(images, length)
 

@@ -276,6 +276,8 @@ def find_source(target: str) -> Source:
         return Source(target, repository=repository)
     architecture, _, tag = target.partition(".")
     if not timm.is_model(architecture):
+        if "/" in target:
+            raise MbibError(_no_folder(shown, folder))
         raise unknown_name("model or folder", shown, timm.list_models())
     try:
         cfg = timm.get_pretrained_cfg(target, allow_unregistered=True)
@@ -285,6 +287,15 @@ def find_source(target: str) -> Source:
     if not model.is_trained:
         return Source(target)
     return Source(model.name, folder=model.folder)
+
+
+def _no_folder(shown: str, folder: Path) -> str:
+    """Return the text that there is no such folder, with the runs that are beside it."""
+    try:
+        runs = sorted(file.parent.name for file in folder.parent.glob("*/config.json"))
+    except (OSError, ValueError):
+        runs = []
+    return f"there is no folder {shown}{f'; {printable(str(folder.parent))} has {few(runs)}' if runs else ''}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import io
 import sys
 import tokenize
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -104,8 +104,28 @@ def imported_code(plugin: str) -> str:
     return _loaded[plugin] if plugin in _loaded else code_of(plugin)
 
 
+def code_behind(plugins: Sequence[str], module: str) -> dict[str, str]:
+    """Return the digests of the code that a method comes from, by file or module.
+
+    That is its plugins', and its own module's where that is in none of them and not in this package: an installed
+    package's. What a notebook or a script defines has no digest.
+
+    Args:
+        plugins: as recipes have them.
+        module: that defines the method.
+    """
+    found = {Path(each).name: imported_code(each) for each in plugins}
+    outside = module.partition(".")[0] not in (__name__.partition(".")[0], "__main__")
+    if outside and not any(_is_inside(module, _place(each)[1]) for each in plugins):
+        code = _loaded.get(module) or _code_by_now(module)
+        found |= {} if code is None else {module: code}
+    return found
+
+
 def code_of(plugin: str) -> str:
     """Return a digest of a plugin's code, without comments and blank lines; what it imports is not looked at.
+
+    Of a package that is the code of all files in it.
 
     Args:
         plugin: as recipes have it: the path of a file, or the name of a module.
@@ -115,8 +135,10 @@ def code_of(plugin: str) -> str:
     """
     path = _file_of(plugin)
     try:
-        state = path.stat()
-        return _digest_of_file(path, state.st_size, state.st_mtime_ns)
+        if path.name != "__init__.py":
+            return _digest_of(path)
+        parts = [f"{file.relative_to(path.parent)} {_digest_of(file)}" for file in sorted(path.parent.rglob("*.py"))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
     except (OSError, SyntaxError, ValueError, tokenize.TokenError) as error:
         raise MbibError(f"plugin {plugin} cannot be read: {error}") from None
 
@@ -130,6 +152,11 @@ def _file_of(plugin: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     return Path((spec.origin if spec else None) or f"{plugin}.py")
+
+
+def _digest_of(file: Path) -> str:
+    state = file.stat()
+    return _digest_of_file(file, state.st_size, state.st_mtime_ns)
 
 
 @cache

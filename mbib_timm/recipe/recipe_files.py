@@ -56,10 +56,13 @@ def find_recipe(name: str) -> Path:
         MbibError: neither exists; the nearest names are given.
     """
     if name and Path(name).is_dir():
-        raise MbibError(f"{name} is a folder, and no recipe; its images train with --dataset folder --data-dir {name}")
+        how = f"mbib train finetune/mbib_resnet32 --data-dir {name}"
+        raise MbibError(f"{name} is a folder, and no recipe; its images train with: {how}")
     if name and Path(name).exists():
         return Path(name)
     packaged = packaged_recipes()
+    if name.endswith(".yaml") and name.removesuffix(".yaml") not in packaged and Path(name).name != name:
+        raise MbibError(f"recipe {name}: there is no such file")
     if name.removesuffix(".yaml") not in packaged:
         raise unknown_name("recipe", name, packaged)
     return packaged[name.removesuffix(".yaml")]
@@ -121,15 +124,28 @@ def load_recipe(
     Raises:
         MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
     """
-    content = read_recipe(path)
-    if path.name == RUN_RECIPE:
-        for keys in (content, *content.get(STAGES, ())):
-            if isinstance(plugins := keys.get("plugin"), list):
-                keys["plugin"] = [moved_plugin(each) if isinstance(each, str) else each for each in plugins]
-    else:  # a run's recipe is read while runs go on, with the code that they began with
+    content, of_run = read_recipe(path), path.name == RUN_RECIPE
+    for keys in (content, *content.get(STAGES, ())):
+        if isinstance(plugins := keys.get("plugin"), list):
+            found = [each if not isinstance(each, str) else _place_of(each, path, of_run) for each in plugins]
+            keys["plugin"] = found
+    if not of_run:  # which is read while runs go on, with the code that they began with
         for plugin in [*_plugins_in(content), *_plugins_in(overrides or {})]:
             renew_plugin(plugin)
-    return _overridden(content, overrides or {}, path.name, say)
+    try:
+        return _overridden(content, overrides or {}, path.name, say)
+    except MbibError as error:
+        if of_run:
+            raise type(error)(f"{path}: {error}") from None
+        raise
+
+
+def _place_of(plugin: str, recipe: Path, of_run: bool) -> str:
+    """Return where a plugin lies that a recipe's file names: where a run's has moved, or beside the file."""
+    beside = recipe.parent / plugin
+    if of_run or Path(plugin).suffix != ".py" or Path(plugin).is_file() or not beside.is_file():
+        return moved_plugin(plugin) if of_run else plugin
+    return str(beside)
 
 
 def _plugins_in(keys: Mapping[str, Any]) -> Iterator[str]:

@@ -207,7 +207,7 @@ def _about(title: str, found: Duplicates, pictures: Sequence[Picture], advice: s
         more = f" and {len(each) - 4:,} more" if len(each) > 4 else ""
         yield "  " + ", ".join(f"{printable(pictures[i].path)} ({pictures[i].split})" for i in each[:4]) + more
     if len(shown) > SHOWN_SETS:
-        yield f"  and {len(shown) - SHOWN_SETS:,} more; --csv FILE lists all"
+        yield f"  and {len(shown) - SHOWN_SETS:,} more; the table of --csv has all"
 
 
 def image_rows(found: Inspection) -> bytes:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mbib_timm.sweeps.sweep_results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
 SHORT = 24  # letters of a title, three of which stand side by side
+WIDE = 84  # letters of a title that fit beside its colour
 MATRIX = 30  # classes whose cells have room for a number
 
 
@@ -46,7 +48,9 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
     """
     titles = titles or [group.title for group in groups]
     columns = 3 if max(map(len, titles)) < SHORT else 1
-    figure, axes = canvas(max(6.5, 1.4 * len(groups)), 3.6 + 0.22 * -(-len(groups) // columns))
+    titles = [fill(f"{title} (n = {len(group.runs)})", WIDE) for title, group in zip(titles, groups, strict=True)]
+    lines = -(-len(groups) // columns) + sum(title.count("\n") for title in titles)
+    figure, axes = canvas(max(6.5, 1.4 * len(groups)), 3.6 + 0.22 * lines)
     share = 0.84 / len(groups)
     legend: dict[str, Any] = {}
     looks = zip(groups, titles, group_colors(groups), strict=True)
@@ -56,7 +60,7 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
             marked = group.paper[0].accuracies.get(column) if group.is_papers else None
             hatch = HATCHES[sibling % len(HATCHES)]
             bar, mark = mean_bar(axes, at, group.values(column), share * 0.9, color, hatch, marked)
-            legend |= {f"{title} (n = {len(group.runs)})": bar} if bar is not None else {}
+            legend |= {title: bar} if bar is not None else {}
             legend |= {PAPER: mark} if mark is not None else {}
     if PAPER in legend:  # last
         legend[PAPER] = legend.pop(PAPER)
@@ -105,16 +109,18 @@ def sweep_curves(results: SweepResults) -> Any:
 
 
 def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], looks: Mapping[str, tuple[str, str]]) -> Any:
-    figure, axes = canvas(6.5, 3.6 + 0.2 * len(curves))
+    columns = 2 if len(curves) >= 6 and max(map(len, curves)) < WIDE / 2 else 1
+    labels = {title: fill(title, WIDE) for title in curves}
+    figure, axes = canvas(6.5, 3.6 + 0.2 * (len(curves) + sum(label.count("\n") for label in labels.values())))
     for title, points in curves.items():
         color, style = looks[title]
         axes.plot(
             *zip(*points, strict=True), color=color, linestyle=style,
-            marker="o" if len(points) < 30 else None, markersize=3.5, label=title,
+            marker="o" if len(points) < 30 else None, markersize=3.5, label=labels[title],
         )  # fmt: skip
     axes.set(xlabel="epochs done", ylabel="top-1 accuracy, %", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.legend(loc="outside lower center", ncols=1 if len(curves) < 6 else 2)
+    figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 

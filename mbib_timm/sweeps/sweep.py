@@ -285,6 +285,8 @@ def load_sweep(path: Path) -> Sweep:
         sweep: Sweep = from_plain(Sweep, {"name": path.stem, **content})
     except ValueError as error:
         raise MbibError(f"{path}: {error}") from None
+    if not Path(sweep.recipe).is_file() and (path.parent / sweep.recipe).is_file():
+        sweep = replace(sweep, recipe=str(path.parent / sweep.recipe))
     return replace(sweep, paper=_published(paper, sweep)) if isinstance(paper, str) else sweep
 
 

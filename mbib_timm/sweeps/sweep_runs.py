@@ -44,7 +44,8 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import check_begun, check_done, inputs_in
+from mbib_timm.training.provenance import check_begun, check_done, code_of_stage, inputs_in
+from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder
 
 # Runs that a sweep may have; and the bytes of the name of a run's folder.
@@ -111,12 +112,12 @@ class PlannedRun:
         folder = self.folder()
         if self.is_done():
             folder.agree(self.recipe, instead="--name")
-            check_done(folder.path, read_record(folder.path), folder.recipe(), self.recipe, pool)
+            check_done(folder.path, read_record(folder.path), folder.recipe(self.recipe.plugin), self.recipe, pool)
             return "done"
         stages = [RunFolder(path) for path in folder.path.glob("stage*-*")]
         if folder.has_checkpoint():
             folder.agree(self.recipe, instead="--name")
-        for place in (folder, *stages) if any(stage.plugin for stage in self.recipe.chain()) else ():
+        for place in (folder, *stages) if any(map(code_of_stage, self.recipe.chain())) else ():
             check_begun(place.path, _begun(place), self.recipe)
         return "partial" if stages or folder.has_checkpoint() else "missing"
 
@@ -129,7 +130,8 @@ def _begun(folder: RunFolder) -> list[Inputs]:
     if not folder.has_checkpoint():
         return []
     try:
-        return inputs_in(folder.newest(lambda text: None))
+        state = folder.newest(lambda text: None)
+        return inputs_in(state) if TrainState.of(state).has_trained else []
     except (CheckpointError, ValueError):
         return []
 

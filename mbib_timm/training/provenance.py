@@ -11,11 +11,12 @@ from typing import Any
 from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError
 from mbib_timm.files import from_plain
+from mbib_timm.methods import METHODS
 from mbib_timm.models.weights import WEIGHTS_FILES
 from mbib_timm.recipe import DATA_PLACES, Recipe
 from mbib_timm.recipe.checks import parse_class_weights
 from mbib_timm.recipe.declared import named_models
-from mbib_timm.recipe.plugins import imported_code
+from mbib_timm.recipe.plugins import code_behind
 from mbib_timm.results.record import Inputs, RunRecord
 
 
@@ -36,10 +37,15 @@ def _inputs(stage: Recipe, data: str) -> Inputs:
     return Inputs(
         data,
         None if start is None else _digest(start),
-        {Path(each).name: imported_code(each) for each in stage.plugin},
+        code_of_stage(stage),
         _digest(Path(stage.class_weights)) if kind == "file" else None,
         [digest for digest in teachers if digest is not None],
     )
+
+
+def code_of_stage(stage: Recipe) -> dict[str, str]:
+    """Return the digests of the code that a stage's method comes from; see `code_behind`."""
+    return code_behind(stage.plugin, METHODS[stage.method["name"]].__module__)
 
 
 def _digest(place: Path) -> str | None:
@@ -112,7 +118,7 @@ def check_begun(folder: Path, begun: Sequence[Inputs], recipe: Recipe) -> None:
     Raises:
         CheckpointError: it would go on with other code.
     """
-    now = {imported_code(each) for stage in recipe.chain() for each in stage.plugin}
+    now = {digest for stage in recipe.chain() for digest in code_of_stage(stage).values()}
     if changed := [name for each in begun for name, digest in each.plugins.items() if digest not in now]:
         raise _changed(folder, list(dict.fromkeys(changed)))
 

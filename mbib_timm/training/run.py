@@ -92,6 +92,11 @@ class TrainState:
     part: PartOfEpoch | None = None  # of the epoch after these
     other_seconds: float | None = None  # before the first epoch, of each process that went on, where that was recorded
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether a step has been taken that a checkpoint holds."""
+        return self.epoch > 0 or self.part is not None
+
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
         """Return what a checkpoint holds of it. Raises CheckpointError where it holds something else."""
@@ -380,7 +385,10 @@ class Run:
     def _reached(self, state: dict[str, Any]) -> TrainState:
         """Return how far the run has come by a checkpoint, which must be of the same data and backbone."""
         if state.get("class_counts") != self.splits.class_counts.tolist():
-            raise CheckpointError(f"{self.folder.path} was trained on different data: its class counts differ")
+            raise CheckpointError(
+                f"{self.folder.path} was trained on different data: its class counts differ; train "
+                "these in another folder (--experiment)"
+            )
         self._take_inputs(state)
         if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
@@ -436,10 +444,13 @@ class Run:
             return
         if [each.data for each in before] != [each.data for each in self.inputs]:
             raise CheckpointError(
-                f"{self.folder.path} was trained on different data: it had other images, or other labels for them"
+                f"{self.folder.path} was trained on different data: it had other images, or other labels for them; "
+                "train these in another folder (--experiment)"
             )
         if before[-1].class_weights != self.inputs[-1].class_weights:
             raise CheckpointError(f"{self.folder.path} was trained with other class weights: the file has changed")
+        if not TrainState.of(state).has_trained:  # by any code
+            return
         self.inputs, changed = continued(before, self.inputs)
         if changed and self.world.is_main:
             print(f"warning: {few(changed)} has changed since {self.folder.path} began", flush=True)

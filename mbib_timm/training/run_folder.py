@@ -118,12 +118,16 @@ class RunFolder:
         if not there.is_dir():
             raise MbibError(f"{there} is a file; choose another folder with --experiment or --output")
 
-    def recipe(self) -> Recipe:
-        """Return the recipe of the run here. Raises CheckpointError where there is none."""
+    def recipe(self, plugins: Sequence[str] = ()) -> Recipe:
+        """Return the recipe of the run here. Raises CheckpointError where there is none.
+
+        Args:
+            plugins: instead of its own, which may lie elsewhere by now.
+        """
         file = self.path / "recipe.yaml"
         if not file.is_file():
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
-        return load_recipe(file)
+        return load_recipe(file, {"plugin": [*plugins]} if plugins else None)
 
     def changed_conditions(self, environment: Environment) -> str | None:
         """Return in what a run that goes on finds other conditions than it has had until now; None for nothing.
@@ -142,7 +146,7 @@ class RunFolder:
         kept = f"; precision stays as it was (amp: {str(self.recipe().amp).lower()})" if "device" in changed else ""
         return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
 
-    def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--output") -> Recipe:
+    def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--experiment") -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: see `OPEN_CHOICES`.
 
         Args:
@@ -153,7 +157,7 @@ class RunFolder:
         Raises:
             CheckpointError: the run here computes something else.
         """
-        there = self.recipe()
+        there = self.recipe(recipe.plugin)
         # Graphs change nothing of what is computed, and another device may have none: that choice is made anew.
         recipe = recipe.with_choices_of(there).replace(cuda_graph=recipe.cuda_graph)
         if extend and there.epochs != recipe.epochs:
@@ -167,7 +171,10 @@ class RunFolder:
                 if key != "stages"
             )
             listing = listing or "its stages differ"
-            raise CheckpointError(f"{self.path} holds a run of another recipe: {listing}; choose another {instead}")
+            raise CheckpointError(
+                f"{self.path} holds a run of another recipe: {listing}; resume it as it began, or choose another "
+                f"{instead}"
+            )
         return recipe
 
     def occupy(self) -> None:

@@ -87,7 +87,7 @@ def _train(recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool
     previous = None
     if recipe.previous is not None:
         previous = _previous(recipe, folder.path, world, pool)
-        recipe = recipe.replace_previous(recipe.previous.with_choices_of(RunFolder(previous).recipe()))
+        recipe = recipe.replace_previous(recipe.previous.with_choices_of(RunFolder(previous).recipe(recipe.plugin)))
     if previous is not None and world.is_main:
         print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
 
@@ -136,7 +136,8 @@ def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Ite
         if not is_finished(folder) or not (folder / WEIGHTS).is_file():
             continue
         try:
-            if same_computation(wanted, RunFolder(folder).recipe()) and read_record(folder).inputs == given:
+            there = RunFolder(folder).recipe(wanted.plugin)
+            if same_computation(wanted, there) and read_record(folder).inputs == given:
                 yield folder
         except MbibError:  # another program's folder, or a run of a plugin that is not here
             continue
@@ -171,7 +172,7 @@ def _find_folder(
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
     if conditions := folder.changed_conditions(describe_environment(world)):
         warn(conditions)
-    before, reached = folder.recipe().epochs, TrainState.of(state)
+    before, reached = folder.recipe(recipe.plugin).epochs, TrainState.of(state)
     done = reached.epoch + (reached.part is not None)  # those that have begun
     if done > recipe.epochs:
         raise CheckpointError(
