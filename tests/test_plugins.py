@@ -435,6 +435,36 @@ def test_mistakes_of_a_method_are_said_in_a_line(write, tmp_path, mistake):
         assert not (tmp_path / "runs").exists(), "before anything is trained"
 
 
+NEAR_MISSES = {
+    "start_epochs": ("def start_epochs(self, epoch): pass", "calls: did you mean start_epoch?"),
+    "after_steps": ("def after_steps(self): pass", "calls: did you mean after_step?"),
+    "finnish": ("finnish = staticmethod(lambda data: None)", "calls: did you mean finish?"),
+    "Build_Networks": (
+        "Build_Networks = classmethod(lambda cls, settings, build: None)",
+        "calls: did you mean build_ne",
+    ),
+    "logit_priors": ("logit_priors = 'uniform'", "reads: did you mean logit_prior?"),
+    "settings": ("settings = int", "reads: did you mean Settings?"),
+    "Title": ("Title = 'X'", None),  # the class has a title too
+    "names": ("names = ('a', 'b')", None),  # what methods may not define is not meant
+    "start": ("start = 0", None),
+    "_finis": ("def _finis(self): pass", None),
+    "start_epoch": ("def start_epoch(self, epoch): pass", None),
+    "state_dict": ("def state_dict(self, *args, **kwargs): return super().state_dict(*args, **kwargs)", None),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_name_that_looks_misspelt_is_said(write, capsys, name):
+    more, message = NEAR_MISSES[name]
+    load_plugin(str(write("near.py", OWN.replace("{name}", "near").replace("{more}", more))))
+    said = capsys.readouterr()
+    expected = "" if message is None else f"warning: method 'near' defines {name}, which the package never {message}"
+    assert said.err.count("\n") == (message is not None)
+    assert said.err.startswith(expected)
+    assert not said.out
+
+
 def test_numbers_of_any_kind_are_reported_and_a_prior_may_be_neither(write, tmp_path):
     more = "logit_prior = None\n\n    def report(self):\n        return dict(a=np.float32(0.5), b=torch.tensor(2))"
     path = write("numbers.py", OWN.replace("{name}", "own_numbers").replace("{more}", more))

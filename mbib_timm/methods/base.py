@@ -8,7 +8,9 @@ evaluation) is the frame's, and reads off the class what the method wants.
 
 import dataclasses
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes, class_probabilities, parse_sampler
 from mbib_timm.errors import MbibError, nearest, shown
+from mbib_timm.methods.method_checks import misspelt
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
 from mbib_timm.models.head_outputs import classifiers_of
@@ -478,6 +481,8 @@ M = TypeVar("M", bound=type[Method])
 def register(name: str) -> Callable[[M], M]:
     """Decorator that files a `Method` under a name: that of the recipe key ``method``, and of models' tags.
 
+    Of a class from outside the package, a line on stderr says which of its attributes look misspelt.
+
     Raises:
         MbibError: the name is taken, or the class is no method.
     """
@@ -490,6 +495,9 @@ def register(name: str) -> Callable[[M], M]:
         ):
             raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
         METHODS.register(name)(method)
+        if not method.__module__.startswith("mbib_timm.") and os.environ.get("RANK", "0") == "0":
+            for line in misspelt(method, Method):
+                print(f"warning: method {name!r} {line}", file=sys.stderr)
         method.name = name
         return method
 
