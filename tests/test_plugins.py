@@ -435,6 +435,70 @@ def test_mistakes_of_a_method_are_said_in_a_line(write, tmp_path, mistake):
         assert not (tmp_path / "runs").exists(), "before anything is trained"
 
 
+MISFITS = {
+    "finish": ("def finish(self): pass", "finish(self): expected finish(self, data)"),
+    "epoch": ("def start_epoch(self): pass", "start_epoch(self): expected start_epoch(self, epoch)"),
+    "step": ("def after_step(self, step): pass", "after_step(self, step): expected after_step(self)"),
+    "selfless": ("def report(): pass", "report(): expected report(self)"),
+    "value": ("report = 3", "report: expected a function, got 3"),
+    "init": (
+        "def __init__(self, network): pass",
+        "__init__(self, network): expected __init__(self, network, settings, ",
+    ),
+    "forward": ("def forward(self): pass", "forward(self): expected forward(self, *batches)"),
+    "three": ("def forward(self, a, b, c): pass", "forward(self, a, b, c): expected forward(self, *batches)"),
+    "average": (
+        "def get_eval_model(self, module): pass",
+        "get_eval_model(self, module): expected get_eval_model(self, module=None, ema=False)",
+    ),
+    "class": (
+        "def build_network(cls, settings, build): pass",
+        "build_network(cls, settings, build): expected a classmethod build_network(cls, settings, build)",
+    ),
+    "thawed": (
+        "@dataclass\n    class Settings:\n        power: float = option(1.0, 'of n')",
+        "its Settings must be a frozen dataclass of option() fields",
+    ),
+    "built": (
+        "@dataclass(frozen=True)\n    class S:\n        power: float = option(1.0, 'of n')\n    Settings = S()",
+        "its Settings must be a frozen dataclass of option() fields",
+    ),
+    "name": (
+        "@dataclass(frozen=True)\n    class Settings:\n        name: str = option('a', 'of it')",
+        "a setting cannot be called 'name': in a recipe, that is the method's name",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_cannot_be_used_as_a_method_is_refused_when_it_is_registered(write, misfit):
+    more, message = MISFITS[misfit]
+    path = write("misfit.py", OWN.replace("{name}", "misfit").replace("{more}", more))
+    with pytest.raises(MbibError, match=re.escape(f"method 'misfit': {message}")):
+        load_plugin(str(path))
+    assert "misfit" not in METHODS
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "def __init__(self, *args, power=1): super().__init__(*args)",
+        "def __init__(self, network, *args, **kwargs): super().__init__(network, *args, **kwargs)",
+        "finish = lambda self, *data: None",
+        "@torch.no_grad()\n    def finish(self, passes, again=False): pass",
+        "after_step = staticmethod(lambda: None)",
+        "def forward(self, first, second): pass",
+        "def get_eval_model(self, module=None, *, ema=False): pass",
+        "def get_clip_parameters(self, **kwargs): pass",
+        "build_network = staticmethod(lambda settings, build: build())",
+        "finish = dict.fromkeys",  # of C: Python does not know what it takes
+    ],
+)
+def test_what_can_be_called_as_it_will_be_is_registered(write, more):
+    load_plugin(str(write("fitting.py", OWN.replace("{name}", "fitting").replace("{more}", more))))
+    assert "fitting" in METHODS
+
+
 NEAR_MISSES = {
     "start_epochs": ("def start_epochs(self, epoch): pass", "calls: did you mean start_epoch?"),
     "after_steps": ("def after_steps(self): pass", "calls: did you mean after_step?"),

@@ -6,7 +6,6 @@ all heads, `forward` whole batches and the network. Everything else (stages, sam
 evaluation) is the frame's, and reads off the class what the method wants.
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes, class_probabilities, parse_sampler
 from mbib_timm.errors import MbibError, nearest, shown
-from mbib_timm.methods.method_checks import misspelt
+from mbib_timm.methods.method_checks import misspelt, require_fitting
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
 from mbib_timm.models.head_outputs import classifiers_of
@@ -484,16 +483,13 @@ def register(name: str) -> Callable[[M], M]:
     Of a class from outside the package, a line on stderr says which of its attributes look misspelt.
 
     Raises:
-        MbibError: the name is taken, or the class is no method.
+        MbibError: the name is taken, or the class is no method, or overrides what it cannot be called as.
     """
 
     def decorate(method: M) -> M:
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise MbibError(f"method {name!r}: expected a subclass of mbib_timm.methods.Method, got {method!r}")
-        if not dataclasses.is_dataclass(method.Settings) or not all(
-            "help" in item.metadata for item in dataclasses.fields(method.Settings)
-        ):
-            raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
+        require_fitting(name, method, Method)
         METHODS.register(name)(method)
         if not method.__module__.startswith("mbib_timm.") and os.environ.get("RANK", "0") == "0":
             for line in misspelt(method, Method):
