@@ -414,6 +414,13 @@ MISTAKES = {
     ),
     "tensor": ("forward = lambda self, batch: self.trainable_module(batch.images).mean()", "got a Tensor"),
     "named": ("loss = lambda self, logits, targets: {'los': logits['logits'].mean()}", "among them, got 'los'"),
+    "nothing": ("head_loss = lambda self, logits, targets: None", "head_loss: expected a scalar tensor, got None"),
+    "nameless": (
+        "trainable_parameters = lambda self: [*self.trainable_module.parameters()]",
+        "trainable_parameters(): expected pairs of a name and a parameter, as named_parameters() gives them, got a Par",
+    ),
+    "mapping": ("trainable_parameters = lambda self: dict(self.named_parameters())", "them, got a str"),
+    "none_train": ("trainable_parameters = lambda self: None", "them, got a NoneType"),
     "late": (
         "head_loss = lambda self, logits, targets: [setattr(self, 'late', nn.Parameter(logits.mean().detach())), "
         "cross_entropy(logits, targets)][1]",

@@ -245,6 +245,9 @@ class Method(TrainingTask):
     def loss(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return named scalars, ``loss`` first, for each head's logits (B, K) by name; by default the heads' mean."""
         losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
+        for value in losses.values():
+            if not isinstance(value, Tensor):
+                raise MbibError(f"method {self.name!r}: head_loss: expected a scalar tensor, got {shown(value)}")
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
 
@@ -456,6 +459,19 @@ def reported_numbers(method: Method) -> dict[str, float]:
     if not all(map(math.isfinite, numbers.values())):
         raise MbibError(f"method {method.name!r}: report(): expected finite numbers by name, got {shown(reported)}")
     return numbers
+
+
+def parameters_that_train(method: Method) -> list[tuple[str, nn.Parameter]]:
+    """Return what a method's `trainable_parameters` does. Raises MbibError for anything but parameters by name."""
+    given: Any = method.trainable_parameters()
+    pairs = list(given) if isinstance(given, Iterable) else [given]
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(isinstance, pair, (str, nn.Parameter)))):
+            raise MbibError(
+                f"method {method.name!r}: trainable_parameters(): expected pairs of a name and a parameter, as "
+                f"named_parameters() gives them, got a {type(pair).__name__}"
+            )
+    return pairs
 
 
 def _sampled(sampler: str, facts: Facts) -> np.ndarray | None:
