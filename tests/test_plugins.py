@@ -94,6 +94,7 @@ def test_a_file_brings_a_method_whose_settings_are_flags(tmp_path, capsys):
         main(["train", "cifar_resnet20.ce_digits", *flags, "--help"])
     out = capsys.readouterr().out
     assert "method: toy (Toy):" in out
+    assert "the flag takes one, and is repeated for several" in " ".join(out.split())
     assert re.search(r"--method\.strength FLOAT\s+share of log n that is added in the last epoch \[0\.5\]", out)
 
 
