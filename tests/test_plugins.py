@@ -537,6 +537,22 @@ def test_a_name_that_looks_misspelt_is_said(write, capsys, name):
     assert not said.out
 
 
+def test_finish_runs_again_where_a_finished_run_is_resumed_from_the_weights_that_training_left(write, tmp_path):
+    more = (
+        "def finish(self, data):\n        weights = [*self.trainable_module.parameters()]\n"
+        "        finished.append(sum(each.sum().item() for each in weights))\n"
+        "        for each in weights:\n            each.mul_(2)"
+    )
+    path = write("finishing.py", "finished = []\n" + OWN.replace("{name}", "finishing").replace("{more}", more))
+    runs = [
+        train(short_recipe(tmp_path, path, "finishing", imbalance_factor=4, resume=resume), "run")
+        for resume in (None, "auto")
+    ]
+    first, second = sys.modules[METHODS["finishing"].__module__].finished
+    assert first == second
+    assert runs[0].record.result == runs[1].record.result
+
+
 def test_numbers_of_any_kind_are_reported_and_a_prior_may_be_neither(write, tmp_path):
     more = "logit_prior = None\n\n    def report(self):\n        return dict(a=np.float32(0.5), b=torch.tensor(2))"
     path = write("numbers.py", OWN.replace("{name}", "own_numbers").replace("{more}", more))

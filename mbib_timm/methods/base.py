@@ -324,9 +324,10 @@ class Method(TrainingTask):
         """Act after each update of the weights, as part of the step, with which it is captured."""
 
     def finish(self, data: Passes) -> None:
-        """Change the trained network (`result_model`) once, in place, before it is evaluated and saved.
+        """Change the trained network (`result_model`) in place, before it is evaluated and saved.
 
-        It is in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
+        It does so once, and again where a finished run is resumed, from the weights that training left.
+        The network is in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
 
         Args:
             data: passes over the training images and over those that were never trained on.
