@@ -70,11 +70,17 @@ def few(names: Sequence[object], most: int = 5) -> str:
     return f"{', '.join(map(str, names[:most]))}{more}"
 
 
-def nearest(name: str, valid: Iterable[str], most: int = 3) -> list[str]:
-    """Return the valid names that a name may be a slip of, the nearest first, whatever the case of their letters."""
+def nearest(name: str, valid: Iterable[str], most: int = 3, alike: float = 0.5) -> list[str]:
+    """Return the valid names that a name may be a slip of, the nearest first, whatever the case of their letters.
+
+    Args:
+        name: that is not known.
+        valid: the names that are.
+        most: names to return.
+        alike: share of the letters of both names together that stand in the same order.
+    """
     folded = {each.casefold(): each for each in valid}
-    # Half of the letters of both together stand in the same order.
-    return [folded[each] for each in difflib.get_close_matches(name.casefold(), folded, n=most, cutoff=0.5)]
+    return [folded[each] for each in difflib.get_close_matches(name.casefold(), folded, n=most, cutoff=alike)]
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:

@@ -1,5 +1,6 @@
 """Named factories: a method, sampler or data source is added by one decorated function and found by its name."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -43,12 +44,21 @@ class Registry(Generic[T]):
 
         def decorate(entry: T) -> T:
             if name in self._entries:
-                raise MbibError(f"{self.kind} {name!r} is registered already, by {self._modules[name]}")
+                raise self._taken(name)
             self._entries[name] = entry
             self._modules[name] = str(module or getattr(entry, "__module__", "another module"))
             return entry
 
         return decorate
+
+    def _taken(self, name: str) -> MbibError:
+        """Build the error for a name that has an entry: the file that it came from, and what can be done."""
+        where = self._modules[name]
+        taken = f"{self.kind} {name!r} is registered already, by"
+        if where.startswith(f"{__package__}."):
+            return MbibError(f"{taken} {where}: choose another name")
+        file = getattr(sys.modules.get(where), "__file__", None)
+        return MbibError(f"{taken} {file or where}: give one of them another name, or start Python anew")
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:

@@ -37,7 +37,8 @@ from safetensors.torch import load_file
 from tiny import EXPERTS, MBIB_EXPERTS, OBSERVATIONS, Tiny, batches, previous_run
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import MbibError
@@ -478,8 +479,31 @@ def test_buffers_and_weights_are_written_in_place(name):
     assert {key: value.data_ptr() for key, value in after.items()} == places
 
 
+class OneHotOutOfSight(TorchFunctionMode):
+    """Hides `one_hot` of a given number of classes from other modes: on the CPU it reads the labels, on CUDA not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if function is F.one_hot and given.get("num_classes", args[1] if len(args) > 1 else -1) >= 0:
+            with _disable_current_modes():
+                return function(*args, **given)
+        return function(*args, **given)
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises on what makes the host wait for the device: a number read from it, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.hiding = OneHotOutOfSight()
+
+    def __enter__(self):
+        self.hiding.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self.hiding.__exit__(*raised)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if waits(function, args):
@@ -489,10 +513,22 @@ class NoWaiting(TorchDispatchMode):
 
 def test_waiting_is_noticed():
     x = torch.arange(4.0)
-    waiting = (x[0].item, lambda: x[x > 1], lambda: bool(x[1] > 0), lambda: x.nonzero(), lambda: float(x.sum()))
+    waiting = (x[0].item, lambda: x[x > 1], lambda: bool(x[1] > 0), lambda: x.nonzero(), lambda: float(x.sum()),
+               lambda: F.one_hot(x.long()), lambda: F.one_hot(x.long(), num_classes=-1))  # fmt: skip
     for wait in waiting:
         with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
             wait()
+
+
+def test_one_hot_of_a_given_number_of_classes_does_not_wait():
+    """However it was imported, and what comes after it is seen again."""
+    from torch.nn.functional import one_hot
+
+    with NoWaiting():
+        encoded = [one_hot(TARGETS, 3), F.one_hot(TARGETS, num_classes=3)]
+        with pytest.raises(AssertionError, match="waits for the device"):
+            encoded[0][0, 0].item()
+    assert all(each.tolist() == [[0, 0, 1], [1, 0, 0]] for each in encoded)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -96,6 +96,7 @@ def test_a_file_brings_a_method_whose_settings_are_flags(tmp_path, capsys):
         main(["train", "cifar_resnet20.ce_digits", *flags, "--help"])
     out = capsys.readouterr().out
     assert "method: toy (Toy):" in out
+    assert "the flag takes one, and is repeated for several" in " ".join(out.split())
     assert re.search(r"--method\.strength FLOAT\s+share of log n that is added in the last epoch \[0\.5\]", out)
 
 
@@ -232,8 +233,8 @@ def cube_root(counts, progress, number):
         ("x = 1\n", r"registers no method: expected a class under @register\('name'\)"),
         ("", r"registers no method"),
         ("from mbib_timm.methods.ce import CrossEntropy\n", r"registers no method"),
-        (METHOD.format(name="mbib"), r"method 'mbib' is registered already, by mbib_timm\.methods\.mbib"),
-        (METHOD.format(name="twice") * 2, r"method 'twice' is registered already"),
+        (METHOD.format(name="mbib"), r"'mbib' is registered already, by mbib_timm\.methods\.mbib: choose another name"),
+        (METHOD.format(name="twice") * 2, r"'twice' is registered already, by .*plugin\.py: give one of them another"),
         ("from mbib_timm.methods import register\n@register('function')\ndef f(): pass\n", r"expected a subclass of"),
         (METHOD.format(name="odd").replace("title =", "Settings = int; title ="), r"its Settings must be a frozen"),
         (
@@ -416,6 +417,13 @@ MISTAKES = {
     ),
     "tensor": ("forward = lambda self, batch: self.trainable_module(batch.images).mean()", "got a Tensor"),
     "named": ("loss = lambda self, logits, targets: {'los': logits['logits'].mean()}", "among them, got 'los'"),
+    "nothing": ("head_loss = lambda self, logits, targets: None", "head_loss: expected a scalar tensor, got None"),
+    "nameless": (
+        "trainable_parameters = lambda self: [*self.trainable_module.parameters()]",
+        "trainable_parameters(): expected pairs of a name and a parameter, as named_parameters() gives them, got a Par",
+    ),
+    "mapping": ("trainable_parameters = lambda self: dict(self.named_parameters())", "them, got a str"),
+    "none_train": ("trainable_parameters = lambda self: None", "them, got a NoneType"),
     "late": (
         "head_loss = lambda self, logits, targets: [setattr(self, 'late', nn.Parameter(logits.mean().detach())), "
         "cross_entropy(logits, targets)][1]",
@@ -435,6 +443,116 @@ def test_mistakes_of_a_method_are_said_in_a_line(write, tmp_path, mistake):
         train(recipe, "run")
     if mistake in ("prior", "evaluated"):
         assert not (tmp_path / "runs").exists(), "before anything is trained"
+
+
+MISFITS = {
+    "finish": ("def finish(self): pass", "finish(self): expected finish(self, data)"),
+    "epoch": ("def start_epoch(self): pass", "start_epoch(self): expected start_epoch(self, epoch)"),
+    "step": ("def after_step(self, step): pass", "after_step(self, step): expected after_step(self)"),
+    "selfless": ("def report(): pass", "report(): expected report(self)"),
+    "value": ("report = 3", "report: expected a function, got 3"),
+    "init": (
+        "def __init__(self, network): pass",
+        "__init__(self, network): expected __init__(self, network, settings, ",
+    ),
+    "forward": ("def forward(self): pass", "forward(self): expected forward(self, *batches)"),
+    "three": ("def forward(self, a, b, c): pass", "forward(self, a, b, c): expected forward(self, *batches)"),
+    "average": (
+        "def get_eval_model(self, module): pass",
+        "get_eval_model(self, module): expected get_eval_model(self, module=None, ema=False)",
+    ),
+    "class": (
+        "def build_network(cls, settings, build): pass",
+        "build_network(cls, settings, build): expected a classmethod build_network(cls, settings, build)",
+    ),
+    "thawed": (
+        "@dataclass\n    class Settings:\n        power: float = option(1.0, 'of n')",
+        "its Settings must be a frozen dataclass of option() fields",
+    ),
+    "built": (
+        "@dataclass(frozen=True)\n    class S:\n        power: float = option(1.0, 'of n')\n    Settings = S()",
+        "its Settings must be a frozen dataclass of option() fields",
+    ),
+    "name": (
+        "@dataclass(frozen=True)\n    class Settings:\n        name: str = option('a', 'of it')",
+        "a setting cannot be called 'name': in a recipe, that is the method's name",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_cannot_be_used_as_a_method_is_refused_when_it_is_registered(write, misfit):
+    more, message = MISFITS[misfit]
+    path = write("misfit.py", OWN.replace("{name}", "misfit").replace("{more}", more))
+    with pytest.raises(MbibError, match=re.escape(f"method 'misfit': {message}")):
+        load_plugin(str(path))
+    assert "misfit" not in METHODS
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "def __init__(self, *args, power=1): super().__init__(*args)",
+        "def __init__(self, network, *args, **kwargs): super().__init__(network, *args, **kwargs)",
+        "finish = lambda self, *data: None",
+        "@torch.no_grad()\n    def finish(self, passes, again=False): pass",
+        "after_step = staticmethod(lambda: None)",
+        "def forward(self, first, second): pass",
+        "def get_eval_model(self, module=None, *, ema=False): pass",
+        "def get_clip_parameters(self, **kwargs): pass",
+        "build_network = staticmethod(lambda settings, build: build())",
+        "finish = dict.fromkeys",  # of C: Python does not know what it takes
+    ],
+)
+def test_what_can_be_called_as_it_will_be_is_registered(write, more):
+    load_plugin(str(write("fitting.py", OWN.replace("{name}", "fitting").replace("{more}", more))))
+    assert "fitting" in METHODS
+
+
+NEAR_MISSES = {
+    "start_epochs": ("def start_epochs(self, epoch): pass", "calls: did you mean start_epoch?"),
+    "after_steps": ("def after_steps(self): pass", "calls: did you mean after_step?"),
+    "finnish": ("finnish = staticmethod(lambda data: None)", "calls: did you mean finish?"),
+    "Build_Networks": (
+        "Build_Networks = classmethod(lambda cls, settings, build: None)",
+        "calls: did you mean build_ne",
+    ),
+    "logit_priors": ("logit_priors = 'uniform'", "reads: did you mean logit_prior?"),
+    "settings": ("settings = int", "reads: did you mean Settings?"),
+    "Title": ("Title = 'X'", None),  # the class has a title too
+    "names": ("names = ('a', 'b')", None),  # what methods may not define is not meant
+    "start": ("start = 0", None),
+    "_finis": ("def _finis(self): pass", None),
+    "start_epoch": ("def start_epoch(self, epoch): pass", None),
+    "state_dict": ("def state_dict(self, *args, **kwargs): return super().state_dict(*args, **kwargs)", None),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_name_that_looks_misspelt_is_said(write, capsys, name):
+    more, message = NEAR_MISSES[name]
+    load_plugin(str(write("near.py", OWN.replace("{name}", "near").replace("{more}", more))))
+    said = capsys.readouterr()
+    expected = "" if message is None else f"warning: method 'near' defines {name}, which the package never {message}"
+    assert said.err.count("\n") == (message is not None)
+    assert said.err.startswith(expected)
+    assert not said.out
+
+
+def test_finish_runs_again_where_a_finished_run_is_resumed_from_the_weights_that_training_left(write, tmp_path):
+    more = (
+        "def finish(self, data):\n        weights = [*self.trainable_module.parameters()]\n"
+        "        finished.append(sum(each.sum().item() for each in weights))\n"
+        "        for each in weights:\n            each.mul_(2)"
+    )
+    path = write("finishing.py", "finished = []\n" + OWN.replace("{name}", "finishing").replace("{more}", more))
+    runs = [
+        train(short_recipe(tmp_path, path, "finishing", imbalance_factor=4, resume=resume), "run")
+        for resume in (None, "auto")
+    ]
+    first, second = sys.modules[METHODS["finishing"].__module__].finished
+    assert first == second
+    assert runs[0].record.result == runs[1].record.result
 
 
 def test_numbers_of_any_kind_are_reported_and_a_prior_may_be_neither(write, tmp_path):
@@ -569,8 +687,8 @@ def test_two_plugins_of_one_name(write, tmp_path, capsys):
     flags = ["--plugin", str(first), "--plugin", str(second), "--output", str(tmp_path / "runs")]
     assert main(["train", *flags]) == 2
     error = capsys.readouterr().err
-    assert f"plugin {second} cannot be imported: method 'same' is registered already" in error
-    assert "first" in error.partition("already, by")[2]
+    assert f"plugin {second} cannot be imported: method 'same' is registered already, by {first}: give one of" in error
+    assert error.endswith("another name, or start Python anew\n")
     assert not (tmp_path / "runs").exists()
 
 

@@ -22,6 +22,7 @@ from mbib_timm.methods import METHODS, part_of
 from mbib_timm.recipe import Recipe, load_recipe
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
+from mbib_timm.training.stages import _described
 
 TOY = str(Path(__file__).parent / "toy_method.py")
 # 48 to 2 images of each class, in five steps an epoch.
@@ -98,6 +99,11 @@ def crt(tmp_path_factory):
 
 
 # What a run of two stages leaves
+
+
+@pytest.mark.parametrize(("epochs", "text"), [(1, "ce, 1 epoch"), (2, "ce, 2 epochs")])
+def test_a_stage_is_announced_with_its_epochs(epochs, text):
+    assert _described(Recipe(method="ce", model="cifar_resnet20", epochs=epochs, warmup_epochs=0)) == text
 
 
 @pytest.mark.slow

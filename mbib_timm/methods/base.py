@@ -6,9 +6,10 @@ all heads, `forward` whole batches and the network. Everything else (stages, sam
 evaluation) is the frame's, and reads off the class what the method wants.
 """
 
-import dataclasses
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes, class_probabilities, parse_sampler
 from mbib_timm.errors import MbibError, nearest, shown
+from mbib_timm.methods.method_checks import misspelt, require_fitting
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
 from mbib_timm.models.head_outputs import classifiers_of
@@ -243,6 +245,9 @@ class Method(TrainingTask):
     def loss(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return named scalars, ``loss`` first, for each head's logits (B, K) by name; by default the heads' mean."""
         losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
+        for value in losses.values():
+            if not isinstance(value, Tensor):
+                raise MbibError(f"method {self.name!r}: head_loss: expected a scalar tensor, got {shown(value)}")
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
 
@@ -319,9 +324,10 @@ class Method(TrainingTask):
         """Act after each update of the weights, as part of the step, with which it is captured."""
 
     def finish(self, data: Passes) -> None:
-        """Change the trained network (`result_model`) once, in place, before it is evaluated and saved.
+        """Change the trained network (`result_model`) in place, before it is evaluated and saved.
 
-        It is in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
+        It does so once, and again where a finished run is resumed, from the weights that training left.
+        The network is in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
 
         Args:
             data: passes over the training images and over those that were never trained on.
@@ -456,6 +462,19 @@ def reported_numbers(method: Method) -> dict[str, float]:
     return numbers
 
 
+def parameters_that_train(method: Method) -> list[tuple[str, nn.Parameter]]:
+    """Return what a method's `trainable_parameters` does. Raises MbibError for anything but parameters by name."""
+    given: Any = method.trainable_parameters()
+    pairs = list(given) if isinstance(given, Iterable) else [given]
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(isinstance, pair, (str, nn.Parameter)))):
+            raise MbibError(
+                f"method {method.name!r}: trainable_parameters(): expected pairs of a name and a parameter, as "
+                f"named_parameters() gives them, got a {type(pair).__name__}"
+            )
+    return pairs
+
+
 def _sampled(sampler: str, facts: Facts) -> np.ndarray | None:
     """Return the class frequencies (K,) of the images that a sampler draws; None where they change, or of two streams.
 
@@ -478,18 +497,20 @@ M = TypeVar("M", bound=type[Method])
 def register(name: str) -> Callable[[M], M]:
     """Decorator that files a `Method` under a name: that of the recipe key ``method``, and of models' tags.
 
+    Of a class from outside the package, a line on stderr says which of its attributes look misspelt.
+
     Raises:
-        MbibError: the name is taken, or the class is no method.
+        MbibError: the name is taken, or the class is no method, or overrides what it cannot be called as.
     """
 
     def decorate(method: M) -> M:
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise MbibError(f"method {name!r}: expected a subclass of mbib_timm.methods.Method, got {method!r}")
-        if not dataclasses.is_dataclass(method.Settings) or not all(
-            "help" in item.metadata for item in dataclasses.fields(method.Settings)
-        ):
-            raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
+        require_fitting(name, method, Method)
         METHODS.register(name)(method)
+        if not method.__module__.startswith("mbib_timm.") and os.environ.get("RANK", "0") == "0":
+            for line in misspelt(method, Method):
+                print(f"warning: method {name!r} {line}", file=sys.stderr)
         method.name = name
         return method
 

@@ -253,7 +253,11 @@ class Recipe:
     method: dict[str, Any] = _method(
         {"name": "mbib"}, "training method, by name, with its settings; see mbib train RECIPE --help"
     )
-    plugin: list[str] = _method([], "files or modules that register further methods", location=True)
+    plugin: list[str] = _method(
+        [],
+        "files or modules that register further methods; the flag takes one, and is repeated for several",
+        location=True,
+    )
     sampler: str | None = _method(
         None,
         f"how an epoch draws images: {', '.join(packaged_samplers())}, some with a number, as in effective:0.999; or "

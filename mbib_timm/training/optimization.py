@@ -13,6 +13,7 @@ from torch import nn
 
 from mbib_timm.errors import MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Method, part_of
+from mbib_timm.methods.base import parameters_that_train
 from mbib_timm.recipe import Recipe
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
@@ -33,7 +34,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
         raise unknown_name("optimizer", recipe.opt, list_optimizers())
     kwargs = dict(recipe.opt_kwargs)
     network = unwrap_model(method.trainable_module)
-    trained = {id(parameter) for _, parameter in method.trainable_parameters()}
+    trained = {id(parameter) for _, parameter in parameters_that_train(method)}
     for parameter in network.parameters():  # timm leaves out what requires no gradient
         parameter.requires_grad_(id(parameter) in trained)
     own = [(name, parameter) for name, parameter in method.own_parameters() if id(parameter) in trained]

@@ -9,6 +9,7 @@ from typing import Any
 from mbib_timm.data import DataPool
 from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, Inputs, is_finished, read_record
 from mbib_timm.results.runs import FinishedRun
@@ -106,7 +107,7 @@ def _train(recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool
 
 
 def _described(stage: Recipe) -> str:
-    return f"{stage.method['name']}, {stage.epochs} epochs" if stage.epochs else str(stage.method["name"])
+    return f"{stage.method['name']}, {counted(stage.epochs, 'epoch')}" if stage.epochs else str(stage.method["name"])
 
 
 def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:

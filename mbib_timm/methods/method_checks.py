@@ -1,0 +1,111 @@
+"""What a method's class is asked when it is registered: whether it can be called as it will be, and slips in its names.
+
+Nothing is built, and nothing of a method is called.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Iterable
+from inspect import Parameter, Signature
+from types import FunctionType
+from typing import Any
+
+from mbib_timm.errors import MbibError, nearest, shown
+
+# Names that are as alike as start_epoch and start_epochs.
+NEAR_MISS = 0.85
+KINDS = FunctionType | classmethod | staticmethod
+
+
+def require_fitting(name: str, method: type, base: type) -> None:
+    """Raise MbibError where a class cannot be used as a method.
+
+    Args:
+        name: of the method.
+        method: the class.
+        base: `Method`: what the class overrides is called as that is.
+    """
+    settings: Any = getattr(method, "Settings", None)
+    dataclass = getattr(settings, "__dataclass_params__", None)
+    if not (
+        isinstance(settings, type)
+        and dataclass is not None
+        and dataclass.frozen
+        and all("help" in item.metadata for item in dataclasses.fields(settings))
+    ):
+        raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
+    if any(item.name == "name" for item in dataclasses.fields(settings)):
+        raise MbibError(f"method {name!r}: a setting cannot be called 'name': in a recipe, that is the method's name")
+    for hook, expected in vars(base).items():
+        if isinstance(expected, KINDS) and (hook == "__init__" or not hook.startswith("_")):
+            own = inspect.getattr_static(method, hook)
+            if own is not expected and (problem := _misfit(hook, own, expected)):
+                raise MbibError(f"method {name!r}: {problem}")
+
+
+def _misfit(hook: str, own: Any, expected: Any) -> str | None:
+    """Return why a hook cannot be called as it will be; None where it can, or where Python does not know."""
+    on_class = isinstance(expected, classmethod)
+    if not isinstance(own, classmethod) and not callable(own):
+        return f"{hook}: expected a function, got {shown(own)}"
+    try:
+        taken = inspect.signature(_function(own))
+    except (TypeError, ValueError):
+        return None
+    called = inspect.signature(_function(expected))
+    bound = isinstance(own, classmethod) or (isinstance(own, FunctionType) and not on_class)
+    if _fits(taken, int(bound), [*called.parameters.values()][1:]):
+        return None
+    return f"{hook}{_plain(taken)}: expected {'a classmethod ' if on_class else ''}{hook}{_plain(called)}"
+
+
+def _function(attribute: Any) -> Any:
+    return attribute.__func__ if isinstance(attribute, classmethod | staticmethod) else attribute
+
+
+def _fits(taken: Signature, first: int, called: Iterable[Parameter]) -> bool:
+    """Return whether a function takes what a hook is called with: what it must be given, and all that it may be.
+
+    Args:
+        taken: what the function takes.
+        first: 1 where Python passes ``self`` or ``cls`` before the rest.
+        called: the parameters of the hook.
+    """
+    parameters = [each for each in called if each.kind is not Parameter.VAR_KEYWORD]
+    if any(each.kind is Parameter.VAR_POSITIONAL for each in parameters):  # forward: one batch, or two
+        return any(_binds(taken, first + number) for number in (1, 2))
+    optional = [each.name for each in parameters if each.default is not Parameter.empty]
+    most = first + len(parameters)
+    required = most - len(optional)
+    return _binds(taken, required) and (_binds(taken, most) or _binds(taken, required, optional))
+
+
+def _binds(signature: Signature, number: int, named: Iterable[str] = ()) -> bool:
+    """Return whether a function takes a number of arguments by position, and others by name."""
+    try:
+        signature.bind(*[None] * number, **dict.fromkeys(named))
+    except TypeError:
+        return False
+    return True
+
+
+def _plain(signature: Signature) -> str:
+    """Return the parameters of a function as they are written, without types."""
+    return str(Signature([each.replace(annotation=Parameter.empty) for each in signature.parameters.values()]))
+
+
+def misspelt(method: type, base: type) -> list[str]:
+    """Return a line for each attribute of a method's class that looks like a slip of one that the package uses.
+
+    Args:
+        method: the class; what it inherits is not looked at.
+        base: `Method`, whose attributes the package uses. Those that the class defines too are meant as they are.
+    """
+    lines = []
+    meant = {each for each in vars(base) if not each.startswith("_")} - {"name"} - vars(method).keys()
+    for own, value in vars(method).items():
+        near = [] if own.startswith("_") or hasattr(base, own) else nearest(own, meant, 1, NEAR_MISS)
+        if near:
+            unused = "calls" if isinstance(value, KINDS) else "reads"
+            lines.append(f"defines {own}, which the package never {unused}: did you mean {near[0]}?")
+    return lines
