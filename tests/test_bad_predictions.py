@@ -98,7 +98,7 @@ CASES = {
             "image,label,predicted,probability,class_1,probability_1,error\nx.png,,fox,0.9,fox,0.9,\n",
             predict("--resume", "--output", "o.csv", "--top-k", "1"),
         ),
-        r"--resume: o\.csv does not hold .*\(the model has no class 'fox'\); remove it first",
+        r"--resume: o\.csv does not hold .*\(the model has no class 'fox'\); repeat the flags",
     ),
     "predict: one file for two": (
         predict("--output", "x.parquet", "--embeddings", "x.parquet"),

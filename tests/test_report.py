@@ -16,6 +16,7 @@ from small_data import arrays
 
 from mbib_timm.analysis.analyze import analyze
 from mbib_timm.cli import main
+from mbib_timm.drawing import render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import Answers
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
@@ -497,8 +498,17 @@ def test_long_names_stay_inside_the_figure(draw):
     """Those of runs that differ in many keys."""
     results = Path(__file__).parents[1] / "results"
     runs = [results / f"mbib_resnet32.cifar100_lt_if100-200e-{end}" for end in ("seed0", "seed1-bfloat16")]
-    groups = [RunGroup(f"{run.name} ({'some_key 0.25, ' * 12})", (run,)) for run in map(read_run, runs)]
-    figure = draw(groups)
-    FigureCanvasAgg(figure).draw()
-    (legend,), width = figure.legends, figure.bbox.width
-    assert all(0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= width for text in legend.get_texts())
+    groups = [
+        RunGroup(f"{run.name} ({'some_key 0.25, ' * 12}{run.folder.name})", (run,)) for run in map(read_run, runs)
+    ]
+    drawn = []
+
+    def measured():
+        figure = draw(groups)
+        FigureCanvasAgg(figure).draw()
+        drawn.extend((text.get_window_extent(), figure.bbox.width) for text in figure.legends[0].get_texts())
+        return figure
+
+    render(measured)  # in the style of reports
+    assert len(drawn) >= 2
+    assert all(0 <= place.x0 < place.x1 <= width for place, width in drawn)

@@ -519,8 +519,11 @@ def list_of_one_twice(root):
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        (lambda root: {"dataset": "digits", "val_split": "train"}, "split 'train': 1,457 of its 1,457 images are"),
-        (lambda root: {"dataset": "digits"}, None),
+        (
+            lambda root: {"dataset": "digits", "data_dir": None, "val_split": "train"},
+            "split 'train': 1,457 of its 1,457 images are",
+        ),
+        (lambda root: {"dataset": "digits", "data_dir": None}, None),
         (lambda root: {"dataset": "folder", "val_split": "train"}, "split 'train': 2 of its 2 images are trained on"),
         (lambda root: {"dataset": "folder", "val_split": "validation"}, None),
         (list_of_one_twice, "split 'validation': 1 of its 2 images are trained on"),

@@ -29,7 +29,7 @@ from mbib_timm.sweeps.sweep_results import SweepResults
 
 CURVES = 12  # as many lines as can be told apart
 SHORT = 24  # letters of a title, three of which stand side by side
-WIDE = 84  # letters of a title that fit beside its colour
+WIDE = 80  # letters of a title that fit beside its colour
 MATRIX = 30  # classes whose cells have room for a number
 
 
