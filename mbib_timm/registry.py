@@ -14,6 +14,11 @@ IMPORTED = time.time()
 _registries: list["Registry[Any]"] = []
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Return whether a module's name is that of a module, or of one inside it."""
+    return f"{name}.".startswith(f"{module}.")
+
+
 def forget(module: str) -> None:
     """Take out of every registry what a module, or one inside it, has registered."""
     for registry in _registries:
@@ -55,7 +60,7 @@ class Registry(Generic[T]):
         """Build the error for a name that has an entry: the file that it came from, and what can be done."""
         where = self._modules[name]
         taken = f"{self.kind} {name!r} is registered already, by"
-        if where.startswith(f"{__package__}."):
+        if is_inside(where, __package__):
             return MbibError(f"{taken} {where}: choose another name")
         file = getattr(sys.modules.get(where), "__file__", None)
         return MbibError(f"{taken} {file or where}: give one of them another name, or start Python anew")
@@ -71,7 +76,7 @@ class Registry(Generic[T]):
 
     def names_from(self, module: str) -> list[str]:
         """Return the names that a module, or one inside it, has registered."""
-        return [name for name, where in self._modules.items() if f"{where}.".startswith(f"{module}.")]
+        return [name for name, where in self._modules.items() if is_inside(where, module)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

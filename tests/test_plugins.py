@@ -367,6 +367,12 @@ def test_a_module_that_was_imported_before_is_imported_as_its_file_is_now(write)
     load_plugin("imported_before")
     assert METHODS["imported_before"] is before
     del plugins._loaded["imported_before"]
+    write("package_before/inner.py", METHOD.format(name="inner_before"))
+    os.utime(write("package_before/__init__.py", "from . import inner"), (1e9, 1e9))
+    importlib.import_module("package_before")
+    inner = METHODS["inner_before"]
+    load_plugin("package_before")
+    assert METHODS["inner_before"] is not inner, "a file of the package may have changed"
     path = write("imported_before.py", METHOD.format(name="imported_before") + "\nx = 1\n")
     load_plugin("imported_before")
     assert METHODS["imported_before"] is not before

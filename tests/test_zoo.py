@@ -146,6 +146,7 @@ def test_packaged_weights_load_without_network(tmp_path):
     named = [word for model in PACKAGED for word in (model.name, str(model.weights))]
     call = [sys.executable, "-c", code, *named]
     done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [model.name for model in PACKAGED], done.stderr
 
 

@@ -71,9 +71,9 @@ def unread_classes(split: Split, broken: Collection[str]) -> list[str]:
     if not broken:
         return []
     lost, counts = set(broken), np.bincount(split.targets)
-    few = np.flatnonzero(counts[split.targets] <= len(lost))  # others have images that are none of those
-    readable = [place for place in few if split.path(int(place)) not in lost]
-    gone = np.setdiff1d(split.targets[few], split.targets[readable])
+    rare = np.flatnonzero(counts[split.targets] <= len(lost))  # others have images that are none of those
+    readable = [place for place in rare if split.path(int(place)) not in lost]
+    gone = np.setdiff1d(split.targets[rare], split.targets[readable])
     names = named(split.class_names, int(split.targets.max()) + 1)
     return [names[label] for label in gone]
 

@@ -28,7 +28,7 @@ from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.backbones import PREFIX, BackboneModel
 from mbib_timm.models.head_outputs import classifiers_of
 from mbib_timm.recipe.declared import resolve_settings
-from mbib_timm.registry import Registry
+from mbib_timm.registry import Registry, is_inside
 
 NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
 
@@ -508,7 +508,7 @@ def register(name: str) -> Callable[[M], M]:
             raise MbibError(f"method {name!r}: expected a subclass of mbib_timm.methods.Method, got {method!r}")
         require_fitting(name, method, Method)
         METHODS.register(name)(method)
-        if not method.__module__.startswith("mbib_timm.") and os.environ.get("RANK", "0") == "0":
+        if not is_inside(method.__module__, "mbib_timm") and os.environ.get("RANK", "0") == "0":
             for line in misspelt(method, Method):
                 print(f"warning: method {name!r} {line}", file=sys.stderr)
         method.name = name

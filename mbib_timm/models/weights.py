@@ -264,7 +264,7 @@ def find_source(target: str) -> Source:
         is_folder = False
     if is_folder or target.startswith("local-dir:"):
         if not is_folder:
-            raise MbibError(f"there is no folder {printable(place)[:200]}")
+            raise MbibError(_no_folder(place))
         if not (folder / "config.json").is_file():
             raise MbibError(f"{folder} holds no config.json: the run is not finished, or this is not a run's folder")
         return Source(f"local-dir:{folder}", folder=folder)
@@ -277,7 +277,7 @@ def find_source(target: str) -> Source:
     architecture, _, tag = target.partition(".")
     if not timm.is_model(architecture):
         if "/" in target:
-            raise MbibError(_no_folder(shown, folder))
+            raise MbibError(_no_folder(place))
         raise unknown_name("model or folder", shown, timm.list_models())
     try:
         cfg = timm.get_pretrained_cfg(target, allow_unregistered=True)
@@ -289,13 +289,15 @@ def find_source(target: str) -> Source:
     return Source(model.name, folder=model.folder)
 
 
-def _no_folder(shown: str, folder: Path) -> str:
+def _no_folder(place: str) -> str:
     """Return the text that there is no such folder, with the runs that are beside it."""
+    parent = Path(place).parent
     try:
-        runs = sorted(file.parent.name for file in folder.parent.glob("*/config.json"))
-    except (OSError, ValueError):
+        runs = sorted(file.parent.name for file in parent.glob("*/config.json"))
+    except (OSError, ValueError):  # a name that no folder can have
         runs = []
-    return f"there is no folder {shown}{f'; {printable(str(folder.parent))} has {few(runs)}' if runs else ''}"
+    beside = f"; {printable(str(parent))} has {few(runs)}" if runs else ""
+    return f"there is no folder {printable(place)[:200]}{beside}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mbib_timm.errors import MbibError, first_line
 from mbib_timm.recipe.declared import packaged_methods
-from mbib_timm.registry import IMPORTED, forget
+from mbib_timm.registry import IMPORTED, forget, is_inside
 
 # What a plugin's code may differ in.
 NO_CODE = (tokenize.COMMENT, tokenize.NL)
@@ -70,7 +70,7 @@ def renew_plugin(plugin: str) -> None:
         MbibError: its code by now does not import.
     """
     where, module = _place(plugin)
-    if where in _loaded and _has_changed(where):
+    if _has_changed(where):
         _forget(module)
         load_plugin(plugin)
 
@@ -115,8 +115,8 @@ def code_behind(plugins: Sequence[str], module: str) -> dict[str, str]:
         module: that defines the method.
     """
     found = {Path(each).name: imported_code(each) for each in plugins}
-    outside = module.partition(".")[0] not in (__name__.partition(".")[0], "__main__")
-    if outside and not any(_is_inside(module, _place(each)[1]) for each in plugins):
+    told = ("mbib_timm", "__main__", *(_place(each)[1] for each in plugins))
+    if not any(is_inside(module, each) for each in told):
         code = _loaded.get(module) or _code_by_now(module)
         found |= {} if code is None else {module: code}
     return found
@@ -133,25 +133,27 @@ def code_of(plugin: str) -> str:
     Raises:
         MbibError: there is no code, or none that Python can read.
     """
-    path = _file_of(plugin)
+    first, *others = _files_of(plugin)
     try:
-        if path.name != "__init__.py":
-            return _digest_of(path)
-        parts = [f"{file.relative_to(path.parent)} {_digest_of(file)}" for file in sorted(path.parent.rglob("*.py"))]
+        if not others:
+            return _digest_of(first)
+        parts = [f"{file.relative_to(first.parent)} {_digest_of(file)}" for file in (first, *others)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
     except (OSError, SyntaxError, ValueError, tokenize.TokenError) as error:
         raise MbibError(f"plugin {plugin} cannot be read: {error}") from None
 
 
-def _file_of(plugin: str) -> Path:
-    """Return the file that a plugin's code is in; one that is not there where nothing says so."""
+def _files_of(plugin: str) -> list[Path]:
+    """Return the files of a plugin's code, a package's own first; one that is not there where nothing says which."""
     if Path(plugin).suffix == ".py":
-        return Path(plugin)
+        return [Path(plugin)]
     try:
         spec = importlib.util.find_spec(plugin)
     except (ImportError, ValueError):
         spec = None
-    return Path((spec.origin if spec else None) or f"{plugin}.py")
+    file = Path((spec.origin if spec else None) or f"{plugin}.py")
+    inside = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else []
+    return [file, *(other for other in inside if other != file)]
 
 
 def _digest_of(file: Path) -> str:
@@ -180,12 +182,11 @@ def _code_by_now(plugin: str) -> str | None:
 
 def _has_changed(where: str) -> bool:
     """Return whether the file of an imported plugin holds other code by now; one that is gone does not."""
-    return where in _loaded and _file_of(where).is_file() and _code_by_now(where) != _loaded[where]
+    return where in _loaded and _files_of(where)[0].is_file() and _code_by_now(where) != _loaded[where]
 
 
 def _changed_at(module: str) -> float:
-    file = _file_of(module)
-    return file.stat().st_mtime if file.is_file() else 0.0
+    return max((file.stat().st_mtime for file in _files_of(module) if file.is_file()), default=0.0)
 
 
 def _registers(module: str) -> bool:
@@ -197,15 +198,11 @@ def _registers(module: str) -> bool:
 def _forget(module: str, known: Collection[str] = ()) -> None:
     """Take out what a module, or one inside it, has registered, and those of these modules that are not in `known`."""
     forget(module)
-    for where in [where for where in _loaded if _is_inside(_place(where)[1], module)]:
+    for where in [where for where in _loaded if is_inside(_place(where)[1], module)]:
         del _loaded[where]
-    for name in [name for name in sys.modules if name not in known and _is_inside(name, module)]:
+    for name in [name for name in sys.modules if name not in known and is_inside(name, module)]:
         del sys.modules[name]
     importlib.invalidate_caches()
-
-
-def _is_inside(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
 
 
 def _place(plugin: str) -> tuple[str, str]:

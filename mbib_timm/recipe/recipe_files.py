@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,10 @@ def load_recipe(
         MbibError: the file is no mapping, or holds an unknown key, a wrong type or an impossible value.
     """
     content, of_run = read_recipe(path), path.name == RUN_RECIPE
+    find = moved_plugin if of_run else partial(_beside, path.parent)
     for keys in (content, *content.get(STAGES, ())):
         if isinstance(plugins := keys.get("plugin"), list):
-            found = [each if not isinstance(each, str) else _place_of(each, path, of_run) for each in plugins]
-            keys["plugin"] = found
+            keys["plugin"] = [find(each) if isinstance(each, str) else each for each in plugins]
     if not of_run:  # which is read while runs go on, with the code that they began with
         for plugin in [*_plugins_in(content), *_plugins_in(overrides or {})]:
             renew_plugin(plugin)
@@ -140,12 +140,10 @@ def load_recipe(
         raise
 
 
-def _place_of(plugin: str, recipe: Path, of_run: bool) -> str:
-    """Return where a plugin lies that a recipe's file names: where a run's has moved, or beside the file."""
-    beside = recipe.parent / plugin
-    if of_run or Path(plugin).suffix != ".py" or Path(plugin).is_file() or not beside.is_file():
-        return moved_plugin(plugin) if of_run else plugin
-    return str(beside)
+def _beside(folder: Path, plugin: str) -> str:
+    """Return where a plugin lies that a recipe's file in a folder names: in the current folder, or beside the file."""
+    there = folder / plugin
+    return str(there) if there.suffix == ".py" and there.is_file() and not Path(plugin).is_file() else plugin
 
 
 def _plugins_in(keys: Mapping[str, Any]) -> Iterator[str]:

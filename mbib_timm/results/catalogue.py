@@ -76,15 +76,18 @@ def catalogue() -> list[Entry]:
     for model in ZOO:
         recipe = Recipe() if model.is_trained else load_recipe(find_recipe(model.recipe))
         # Networks that agree in these are of one size; a trained one is built as its config.json says.
-        arguments = {**model.config.model_args, **recipe.model_kwargs}
-        asked = (recipe.img_size, model.dataset.preprocessing, model.config.preprocessing.get("input_size"))
+        config = model.config
+        arguments = {**config.model_args, **recipe.model_kwargs}
+        asked = (recipe.img_size, model.dataset.preprocessing, config.preprocessing.get("input_size"))
         key = repr((model.architecture, model.dataset.num_classes, sorted(arguments.items()), asked))
         if key not in sizes:
             network = timm.create_model(model.name, device="meta", **recipe.model_kwargs).eval()
             size = input_size(recipe, network)
             sizes[key] = _Size(count_parameters(network), count_macs(network, size)["total"], size)
-        start = OwnData(split_tag(model.tag)[1])
-        origin = read_record(model.folder).origin if model.is_trained else origin_of(recipe, start)
+        if model.is_trained:
+            origin = read_record(model.folder).origin
+        else:
+            origin = origin_of(recipe, OwnData(split_tag(model.tag)[1]))
         entries.append(Entry(model, *sizes[key], origin))
     return entries
 

@@ -389,11 +389,12 @@ class Run:
                 f"{self.folder.path} was trained on different data: its class counts differ; train "
                 "these in another folder (--experiment)"
             )
-        self._take_inputs(state)
+        with self._fitting():
+            reached = TrainState.of(state)
+        self._take_inputs(state, reached)
         if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
-        with self._fitting():
-            return TrainState.of(state)
+        return reached
 
     def _restore(self, state: dict[str, Any]) -> None:
         with self._fitting():
@@ -436,7 +437,7 @@ class Run:
         with torch.no_grad():
             yield
 
-    def _take_inputs(self, state: dict[str, Any]) -> None:
+    def _take_inputs(self, state: dict[str, Any], reached: TrainState) -> None:
         """Compare what the run was given when it began with what it is given now, and keep both."""
         with self._fitting():
             before = inputs_in(state)
@@ -449,7 +450,7 @@ class Run:
             )
         if before[-1].class_weights != self.inputs[-1].class_weights:
             raise CheckpointError(f"{self.folder.path} was trained with other class weights: the file has changed")
-        if not TrainState.of(state).has_trained:  # by any code
+        if not reached.has_trained:  # by any code
             return
         self.inputs, changed = continued(before, self.inputs)
         if changed and self.world.is_main:

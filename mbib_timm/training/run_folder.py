@@ -129,8 +129,12 @@ class RunFolder:
             raise CheckpointError(f"{self.path} has checkpoints but no recipe.yaml to compare with")
         return load_recipe(file, {"plugin": [*plugins]} if plugins else None)
 
-    def changed_conditions(self, environment: Environment) -> str | None:
+    def changed_conditions(self, environment: Environment, amp: bool | None) -> str | None:
         """Return in what a run that goes on finds other conditions than it has had until now; None for nothing.
+
+        Args:
+            environment: of now.
+            amp: whether the run has mixed precision, which it keeps.
 
         Raises:
             MbibError: the folder's environment.json holds something else.
@@ -143,7 +147,7 @@ class RunFolder:
         changed = {name: f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in pairs.items() if a not in (None, b)}
         if not changed:
             return None
-        kept = f"; precision stays as it was (amp: {str(self.recipe().amp).lower()})" if "device" in changed else ""
+        kept = f"; precision stays as it was (amp: {str(amp).lower()})" if "device" in changed else ""
         return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
 
     def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--experiment") -> Recipe:

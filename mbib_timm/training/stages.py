@@ -171,7 +171,7 @@ def _find_folder(
     recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
-    if conditions := folder.changed_conditions(describe_environment(world)):
+    if conditions := folder.changed_conditions(describe_environment(world), recipe.amp):
         warn(conditions)
     before, reached = folder.recipe(recipe.plugin).epochs, TrainState.of(state)
     done = reached.epoch + (reached.part is not None)  # those that have begun
