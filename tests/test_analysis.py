@@ -492,6 +492,7 @@ from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.data import Batch
 
 torch.set_num_threads(1)
+imported = peak()
 N, K, C = 24_426, 8_142, 2_048
 
 class Wide(nn.Module):
@@ -517,18 +518,21 @@ rho = {name: distances(values, torch.arange(N) % K, counts) for name, values in 
 # Three standard normal images a class: 2/3 of the pairs are d apart, centres d / sqrt(3).
 for name in ("v", "z"):
     assert abs(rho[name]["all"].rho() - 2 / 3 * 3**0.5) < 0.01, rho
-print(peak() * 1024)
+print((peak() - imported) * 1024)
 """
 )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_inaturalist_fits_into_two_gigabytes():
-    """24,426 images, 8,142 classes, 2,048 features of v and of z."""
+def test_inaturalist_takes_little_more_than_its_features():
+    """24,426 images, 8,142 classes, 2,048 features of v and of z: 0.2 GB each, twice while distances are taken.
+
+    All logits would take 0.8 GB more. What the libraries take by themselves depends on their versions.
+    """
     done = subprocess.run([sys.executable, "-c", INATURALIST], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) < 2e9
+    assert int(done.stdout) < 1.5e9
 
 
 def test_shot_groups_here_are_those_of_the_metrics():
