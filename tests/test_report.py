@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,33 @@ def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_pat
     ]
     with pytest.raises(MbibError, match="have the same seed"):
         read_inputs([str(MBIB), str(changed(MBIB, tmp_path, "again"))])
+
+
+def test_runs_of_other_code_go_by_the_names_of_their_folders(tmp_path, undrawn):
+    inputs = [[{"data": "d", "plugins": {"smooth.py": version}}] for version in "aab"]
+    folders = [
+        changed(DIGITS[1], tmp_path, name, seed=seed, inputs=given)
+        for name, seed, given in zip(("first", "first-seed1", "second"), (0, 1, 0), inputs, strict=True)
+    ]
+    groups, _ = read_inputs([str(folder) for folder in folders])
+    assert [len(group.runs) for group in groups] == [2, 1]
+    name = "cifar_resnet20.ce_digits"
+    assert [group.title for group in groups] == [f"{name} (first)", f"{name} (second)"]
+    (tmp_path / "elsewhere").mkdir()
+    folders[2].rename(tmp_path / "elsewhere/first")
+    titles = [group.title for group in group_runs([read_run(folders[0]), read_run(tmp_path / "elsewhere/first")])]
+    assert len(set(titles)) == 2
+    assert all(title.startswith(f"{name} (data and code ") for title in titles)
+
+
+def test_figures_side_by_side_say_what_is_in_them_and_nothing_else(tmp_path, undrawn):
+    text = html_of(comparison_section(read_inputs([str(folder) for folder in DIGITS])[0]))
+    assert "Each colour is a run.<" in text
+    assert "Each line is a run;" in text
+    repeated = [str(MBIB), str(changed(MBIB, tmp_path, "second", seed=1))]
+    text = unescape(html_of(comparison_section(read_inputs(repeated)[0])))
+    assert "bars are means over its seeds with their standard deviation; diamonds are the paper's numbers" in text
+    assert "Each line is the first run of a colour;" in text
 
 
 def test_every_difference_of_more_than_a_point_has_a_paragraph():

@@ -371,8 +371,7 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         Illustration(
             f"accuracy{suffix}",
             "Accuracy by shot group",
-            "Each colour is a run, and bars are means over its seeds with their standard deviation; diamonds are the "
-            "paper's numbers, where recipe and schedule are the paper's.",
+            _how_to_read_bars(groups),
             partial(comparison_bars, groups),
         )
     )
@@ -381,8 +380,8 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
             Illustration(
                 f"curves{suffix}",
                 "Accuracy over the epochs",
-                "Each line is the first run of a colour; where lines cross, an earlier stop would have told another "
-                "story.",
+                f"Each line is {'the first run of a colour' if _has_several_seeds(groups) else 'a run'}; where lines "
+                "cross, an earlier stop would have told another story.",
                 partial(comparison_curves, groups),
             )
         )
@@ -391,6 +390,17 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         if analyses[0].class_counts == other.class_counts:
             for illustration in comparison_figures(analyses[0], other):
                 section.figure(replace(illustration, name=f"{illustration.name}{suffix}-{place}"))
+
+
+def _has_several_seeds(groups: Sequence[RunGroup]) -> bool:
+    return any(len(group.runs) > 1 for group in groups)
+
+
+def _how_to_read_bars(groups: Sequence[RunGroup]) -> str:
+    means = ", and bars are means over its seeds with their standard deviation" if _has_several_seeds(groups) else ""
+    papers = any(group.is_papers for group in groups)
+    diamonds = "; diamonds are the paper's numbers, where recipe and schedule are the paper's" if papers else ""
+    return f"Each colour is a run{means}{diamonds}."
 
 
 def _uncertainty(results: Sequence[HeadMetrics]) -> list[str]:

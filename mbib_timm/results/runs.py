@@ -4,7 +4,7 @@ seeds put together. Nothing here says where on a machine a run was made."""
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -360,11 +360,18 @@ def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
 
 
 def _other_inputs(run: FinishedRun, alike: Sequence[FinishedRun]) -> str:
-    """Return which data a run had, where runs of one recipe had others, or else which code."""
-    own, folders = _given(run, alike), dict[str, set[str]]()
-    for other in alike:
-        folders.setdefault(_given(other, alike), set()).add(last_part(other.recipe.data_dir or ""))
-    if all(folders[own].isdisjoint(others) for given, others in folders.items() if given != own):
-        return f"data {last_part(run.recipe.data_dir or '')}"
-    digest = hashlib.sha256(own.encode()).hexdigest()[:8]
-    return f"data and code {digest}, {sum(run.record.class_counts):,} training images"
+    """Return what tells a run from others of its recipe with other data or code: its data, its folder or a digest."""
+    own = _given(run, alike)
+
+    def others_are_elsewhere(place: Callable[[FinishedRun], str]) -> bool:
+        return all(place(other) != place(run) for other in alike if _given(other, alike) != own)
+
+    if others_are_elsewhere(_data_folder):
+        return f"data {_data_folder(run)}"
+    if others_are_elsewhere(lambda each: each.folder.name):
+        return run.folder.name
+    return f"data and code {hashlib.sha256(own.encode()).hexdigest()[:8]}"
+
+
+def _data_folder(run: FinishedRun) -> str:
+    return last_part(run.recipe.data_dir or "")
