@@ -132,7 +132,8 @@ def data(flags: Parser) -> Action:
 @command("[RECIPE] [flags]", TRAINING_EPILOG)
 def train(flags: Parser) -> Action:
     """Train a recipe."""
-    flags.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="name of a recipe, or a YAML file")
+    said = f"name of a recipe, or a YAML file; {DEFAULT_RECIPE} when not given"
+    flags.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=said)
     add_recipe_flags(flags, KEYS)
 
     def run(given: Namespace) -> None:

@@ -165,8 +165,8 @@ class Recipe:
     crop_mode: str | None = _input(
         None,
         "how test images are cropped: center (shorter side resized, centre cropped), squash (both sides resized), "
-        "border (longer side resized, the rest filled); when not given the model's own, but with train_crop_mode: pad "
-        "squash and a crop_pct of 1",
+        "border (longer side resized, the rest filled); when not given the model's own; with train_crop_mode: pad, "
+        "squash with a crop_pct of 1",
         choices=("center", "squash", "border"),
         evaluation=True,
     )
