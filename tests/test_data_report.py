@@ -89,7 +89,7 @@ def test_a_written_split_is_read_back(photos, capsys, tmp_path, kind):
         place = write(tmp_path / "photos.tar", tar_bytes(names))
     file = tmp_path / "split.csv"
     text = said(capsys, place, "--group-by", "folder:1", "--write-split", file)
-    assert f"--dataset table --table {file} --data-dir {place}" in text
+    assert f"--dataset table --table {file} --data-dir {place} --group-by column\n" in text
     assert "about 20 % of each class, drawn with seed 0, in whole groups by folder:1" in text
     keys = dict(data_dir=str(place), workers=0)
     for name in ("train", "validation"):

@@ -6,7 +6,7 @@ import io
 import pytest
 from archive_images import assert_same, contents, png, tar_bytes, unpacked, write
 
-from mbib_timm.data import open_data, open_split
+from mbib_timm.data import open_data, open_split, summary
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe, load_recipe
 
@@ -91,6 +91,19 @@ def test_without_splits_groups_are_held_out(images):
     assert not set(data.val.groups) & set(data.train.groups)
     assert sorted({*data.val.groups, *data.train.groups}) == ["site 0", "site 1", "site 2"]
     assert data.class_counts.tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_groups_that_are_not_used_are_said(images, splits):
+    rows = [(*row, "val" if i % 3 else "train") for i, row in enumerate(ROWS)]
+    rows.append((ROWS[0][0], ROWS[0][1], "another site", "train"))  # the same image in another group
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "group", "split" if splits else "part")))
+    said = f"warning: {file}: its column 'group' is not used, and images count as independent; --group-by column"
+    lines = summary(open_data(recipe(file)))
+    assert sum(line.startswith(said) for line in lines) == 1
+    assert sum("--group-by" in line for line in lines) == 1, "and nothing else advises it"
+    table_of(file, text_of([(*row, "") for row in ROWS], header=("path", "label", "site", "group")))
+    assert not open_data(recipe(file)).train.unused
 
 
 def test_rows_that_are_left_out_are_named(images):

@@ -77,14 +77,14 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
         optional["split"] = "split"
     else:
         wanted["split"] = recipe.split_column
-    if recipe.group_by == "column":
+    if recipe.group_by in (None, "column"):
         optional["group"] = recipe.group_column or "group"
     rows = list(read_rows(file, wanted, optional))
     if not rows:
         raise DataError(f"{file} lists no images")
     left_out: dict[str, list[str]] = defaultdict(list)
     with_splits = any(row.split for row in rows)
-    rows = list(_usable(rows, with_splits, left_out))
+    rows = list(_usable(rows, with_splits, recipe.group_by == "column", left_out))
     if not rows:
         raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
     passed = {why: tuple(names) for why, names in left_out.items()}
@@ -141,8 +141,10 @@ def _split(
 ) -> Split:
     number = {name: label for label, name in enumerate(classes)}
     labels, paths = [row.label for row in rows], [row.path for row in rows]
-    groups = None
-    if recipe.group_by == "column":
+    groups, unused = None, ""
+    if recipe.group_by is None and any(row.group for row in rows):
+        unused = f"{file}: its column 'group' is not used, and images count as independent; --group-by column uses it"
+    elif recipe.group_by == "column":
         groups = np.array([row.group for row in rows])
     elif recipe.group_by is not None:
         groups = group_names(recipe.group_by, paths, labels)
@@ -152,7 +154,7 @@ def _split(
     else:
         reader = PathReader(root, Names.of(paths))
         missing = look_for_images(reader, file)
-    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing)
+    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing, unused=unused)
 
 
 def _in_archive(tree: ImageTree, rows: Sequence[Row]) -> Any:
@@ -175,7 +177,7 @@ def _locate(recipe: Recipe) -> tuple[Path, Path]:
     raise DataError(f"recipe key 'table': no file {recipe.table}{'' if root is None else f', here or in {root}'}")
 
 
-def _usable(rows: Sequence[Row], with_splits: bool, left_out: dict[str, list[str]]) -> Iterator[Row]:
+def _usable(rows: Sequence[Row], with_splits: bool, with_groups: bool, left_out: dict[str, list[str]]) -> Iterator[Row]:
     """Give one row of each image that can be used; note the others."""
     first: dict[str, Row] = {}
     ambiguous: dict[str, str] = {}
@@ -191,7 +193,7 @@ def _usable(rows: Sequence[Row], with_splits: bool, left_out: dict[str, list[str
                 raise DataError(
                     f"{row.where}: {row.path} is in split {row.split!r} here, and in {known.split!r} in {known.where}"
                 )
-            elif known.group != row.group:
+            elif with_groups and known.group != row.group:
                 raise DataError(
                     f"{row.where}: {row.path} is in group {row.group!r} here, and in {known.group!r} in {known.where}"
                 )

@@ -104,7 +104,8 @@ def data_report(
     if split_file is not None:
         _write(split_file, split_rows(recipe, source))
         folder = "" if recipe.data_dir is None else f" --data-dir {recipe.data_dir}"
-        print(printable(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}"))
+        groups = "" if recipe.group_by is None else " --group-by column"
+        print(printable(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}{groups}"))
     return found
 
 
