@@ -45,8 +45,9 @@ OF_SYSTEMS = {
     "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "desktop.ini", "lost+found",
     "system volume information", "thumbs.db",
 }  # fmt: skip
-SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
-    ("validation", "val", "valid", "test", "eval"), ("validation", "val", "valid", "test", "eval")
+# A split for testing stands for validation where there is no other; who asks for testing does not mean the reverse.
+SYNONYMS = {"train": ("train", "training"), "test": ("test",)} | dict.fromkeys(
+    ("validation", "val", "valid", "eval"), ("validation", "val", "valid", "eval", "test")
 )
 SPLIT_NAMES = {"train", "training", *SYNONYMS}
 # A split of every image, of data that have no splits.
@@ -382,6 +383,21 @@ def find_split(places: Mapping[str, T], split: str) -> T | None:
     return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
 
 
+def no_split(where: object, places: Collection[str], split: str, hint: str = "") -> DataError:
+    """Build the error for a split that is not there.
+
+    Args:
+        where: the data, for the message.
+        places: names of the splits that there are.
+        split: that was asked for.
+        hint: what to do, unless another split is meant.
+    """
+    if split.casefold() == "test" and find_split(dict.fromkeys(places, True), "validation"):
+        hint = "; for its validation split, give --split validation, in training --val-split validation"
+    names = [printable(name) for name in sorted(filter(None, places))]
+    return DataError(f"{where} has no split {split!r}; it has {few(names) if names else 'none by name'}{hint}")
+
+
 def _open(
     root: Path | ImageTree,
     places: Mapping[str, Path | ImageTree],
@@ -414,7 +430,7 @@ def _open(
         hint = ""
         if {*map(str.casefold, places)} <= {*SYNONYMS["train"]} and isinstance(root, Path):
             hint = f"; to hold a part of it out for evaluation, give --data-dir {next(iter(places.values()))}"
-        raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(places))}{hint}")
+        raise no_split(root, places, split, hint)
     if isinstance(place, Path):
         place = list(_levels(open_archive(place)))[-1] if is_archive(place) else scan_folder(place)
     opened = place.read(group_by)

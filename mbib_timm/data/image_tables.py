@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
-from mbib_timm.data.folders import SPLIT_NAMES, SYNONYMS, ImageTree, class_order, find_split, open_archive
+from mbib_timm.data.folders import SPLIT_NAMES, SYNONYMS, ImageTree, class_order, find_split, no_split, open_archive
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images
@@ -103,10 +103,7 @@ def _rows_of(
     """Open a split of its own name or of a synonym."""
     rows = find_split(by_split, split)
     if rows is None:
-        raise DataError(
-            f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}: name those to use "
-            "with --train-split and --val-split"
-        )
+        raise no_split(file, by_split, split, ": name those to use with --train-split and --val-split")
     found = opened(rows)
     if rows is find_split(by_split, recipe.train_split):
         return replace(found, left_out={**found.left_out, **_not_used(by_split, recipe.split_names)})
