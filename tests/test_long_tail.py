@@ -204,7 +204,7 @@ def test_one_split_by_two_names_is_no_test_split():
         digits(test_split="test")
 
 
-@pytest.mark.parametrize("places", [["train/a", "train/b", "val/a", "val/b"], ["a", "b"]])
+@pytest.mark.parametrize("places", [["train/a", "train/b", "test/a", "test/b"], ["a", "b"]])
 def test_nor_is_it_in_folders(tmp_path, places):
     for place in places:
         (tmp_path / place).mkdir(parents=True)

@@ -7,6 +7,7 @@ import numpy as np
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import named, shot_groups
+from mbib_timm.data.sources import OF_LEFT_OUT
 from mbib_timm.data.splits import Splits
 from mbib_timm.errors import few
 from mbib_timm.files import counted, printable
@@ -37,7 +38,7 @@ def summary(splits: Splits) -> list[str]:
         if len(labels):
             lines.append(f"{title}: {len(labels):,} ({few([printable(names[label]) for label in labels])})")
     grouped = any(split.groups is not None or split.unused for split in (splits.train, splits.val))
-    if splits.val.chosen and splits.val.in_files and not grouped:
+    if splits.val.chosen and splits.val.in_files and not grouped and OF_LEFT_OUT not in splits.val.chosen:
         lines.append(
             "note: evaluated images were drawn one by one; if some belong together, such as frames of one burst or "
             "images of one patient or place, --group-by keeps them on one side"

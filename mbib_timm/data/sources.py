@@ -33,6 +33,7 @@ DIGIT_SIZE = 16
 HFDS_PREFIX = "hfds/"
 # The split of training images that a long-tailed subset leaves out, to choose settings on; and its images per class.
 LEFT_OUT, MOST_LEFT_OUT = "left_out", 50
+OF_LEFT_OUT = "that the long-tailed subset leaves out"
 # What data without splits have none of; and what is said where a recipe calls the validation split so.
 TEST = "test"
 NO_TEST = "the data have no test split of their own, and this is their validation split"
@@ -141,8 +142,8 @@ class Source:
             raise DataError(
                 f"split {LEFT_OUT!r}: with imbalance factor {recipe.imbalance_factor:g} every image is trained on"
             )
-        said = f"up to {MOST_LEFT_OUT} of each class that the long-tailed subset leaves out of split "
-        opened[LEFT_OUT] = train.subset(chosen, f"{said}{recipe.train_split!r}")
+        said = f"up to {MOST_LEFT_OUT} of each class {OF_LEFT_OUT} of split {recipe.train_split!r}"
+        opened[LEFT_OUT] = train.subset(chosen, said)
         return [opened[name] for name in names]
 
     def _part(self, name: str) -> Split:

@@ -37,7 +37,7 @@ class Splits:
         class_names: in label order, where they are known.
         held_out: images that are never trained on, for methods that choose a constant; or None. See `open_data`.
         held_out_from: what those are, in words, for the record.
-        shared: a line on each evaluated split of which images are trained on.
+        shared: a line on each evaluated split of which images, or others of their groups, are trained on.
     """
 
     train: Split
@@ -113,11 +113,14 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         source: of them, where it is open already.
 
     Raises:
+        MbibError: a share to hold out of data that have splits.
         DataError: data that are missing, malformed, or do not fit the recipe or one another; a test split that is the
             validation split under another name.
     """
-    names = recipe.split_names
-    train, *evaluated = (source or Source(recipe)).splits(names)
+    names, source = recipe.split_names, source or Source(recipe)
+    if source.has_splits and recipe.val_fraction != Recipe.val_fraction:
+        raise MbibError("recipe key 'val_fraction' has no effect: the data have splits of their own")
+    train, *evaluated = source.splits(names)
     held_out, held_out_from = None, "none"
     if train.groups is not None:
         require_groups(recipe, train.groups, train.path(0))
@@ -151,6 +154,7 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
     shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
+    shared += [_groups_trained_on(train, split, name) for name, split in zip(names[1:], matched, strict=True)]
     if test is not None and twice:
         shared.append(f"split {names[2]!r}: {twice:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
     elif held_out is None and test is not None:
@@ -174,6 +178,15 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
         f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')} are trained on; their accuracy says "
         "nothing of other images"
     )
+
+
+def _groups_trained_on(train: Split, evaluated: Split, name: str) -> str:
+    """Return a line on the images of an evaluated split whose groups are trained on; empty where there are none."""
+    if train.groups is None or evaluated.groups is None:
+        return ""
+    number = np.isin(evaluated.groups, train.groups[train.groups != ""]).sum()
+    of = f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')}"
+    return f"{of} are of groups that are trained on" if number else ""
 
 
 def _number_shared(first: Split, second: Split, one_name: bool) -> int:

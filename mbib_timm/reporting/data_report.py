@@ -13,7 +13,7 @@ from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.long_tail import named
-from mbib_timm.data.sources import NO_READABLE
+from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
@@ -93,7 +93,7 @@ def data_report(
     print("\n".join(summary(splits)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
-    print("\n".join(lines(found, source.has_splits)))
+    print("\n".join(lines(found, source.has_splits, recipe.val_split == LEFT_OUT)))
     if csv_file is not None:
         _write(csv_file, image_rows(found))
         print(printable(str(csv_file)))
@@ -143,17 +143,18 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
-def lines(found: Inspection, has_splits: bool) -> Iterator[str]:
+def lines(found: Inspection, has_splits: bool, left_out: bool) -> Iterator[str]:
     """Give what is said of the images: sizes, kinds, unreadable files, duplicates.
 
     Args:
         found: of them.
         has_splits: the data have splits of their own.
+        left_out: what a long-tailed subset leaves out is evaluated, which is not chosen by group.
     """
     advice = "--group-by keeps together what belongs together"
-    if has_splits:
+    if has_splits and not left_out:
         advice = "take them out of one of the data's own splits"
-    elif any(picture.group for picture in found.pictures):
+    elif left_out or any(picture.group for picture in found.pictures):
         advice = ""
     readable = [picture.look for picture in found.pictures if not picture.look.error]
     if readable:
