@@ -330,7 +330,9 @@ def open_folder(
         if not any(path.iterdir()):
             raise DataError(f"{path} is empty; expected a folder of images for each class")
         places = _split_folders(path, known)
-        return scan_folder(path).read(group_by) if places is None else partial(_open, path, places, known, group_by)
+        if places is None:
+            return scan_folder(path).read(group_by)
+        return OwnSplits(places, partial(_open, path, places, known, group_by))
     if not is_archive(path):
         refuse_packed(path)
         is_table = path.suffix.lower() in (".csv", ".tsv", ".parquet")
@@ -338,7 +340,8 @@ def open_folder(
         raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}){hint}")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
-            return partial(_open, tree, {name: tree.folder(name) for name in tree.tops}, known, group_by)
+            trees = {name: tree.folder(name) for name in tree.tops}
+            return OwnSplits(trees, partial(_open, tree, trees, known, group_by))
     return tree.read(group_by)
 
 
@@ -381,6 +384,29 @@ def find_split(places: Mapping[str, T], split: str) -> T | None:
     by_name = {name.casefold(): place for name, place in places.items()}
     asked = split.casefold()
     return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
+
+
+@dataclass(frozen=True)
+class OwnSplits:
+    """What opens the splits that data have of their own, by name.
+
+    Attributes:
+        places: what stands for each, by its own name.
+        opened: opens one, by that name or a synonym's.
+    """
+
+    places: Mapping[str, Any]
+    opened: Callable[[str], Split]
+
+    def __call__(self, split: str) -> Split:
+        """Open a split."""
+        return self.opened(split)
+
+
+def unasked(places: Mapping[str, T], splits: Collection[str]) -> dict[str, T]:
+    """Return what stands for none of some splits."""
+    used = [find_split(places, split) for split in splits]
+    return {name: place for name, place in places.items() if not any(place is each for each in used)}
 
 
 def no_split(where: object, places: Collection[str], split: str, hint: str = "") -> DataError:

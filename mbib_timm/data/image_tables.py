@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
-from mbib_timm.data.folders import SPLIT_NAMES, SYNONYMS, ImageTree, class_order, find_split, no_split, open_archive
+from mbib_timm.data.folders import (
+    SPLIT_NAMES,
+    SYNONYMS,
+    ImageTree,
+    OwnSplits,
+    class_order,
+    find_split,
+    no_split,
+    open_archive,
+    unasked,
+)
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images
@@ -94,7 +104,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[row.split.casefold()].append(row)
-    return partial(_rows_of, recipe, file, by_split, opened)
+    return OwnSplits(by_split, partial(_rows_of, recipe, file, by_split, opened))
 
 
 def _rows_of(
@@ -115,12 +125,11 @@ def _not_used(by_split: Mapping[str, list[Row]], names: Sequence[str]) -> dict[s
 
     A further split for evaluation, as of a table that has one for testing, is none of these.
     """
-    used = [find_split(by_split, name) for name in names]
-    known = SPLIT_NAMES - {*SYNONYMS["train"]}
-    others = {name: rows for name, rows in by_split.items() if name not in known and not any(rows is x for x in used)}
+    known, unused = SPLIT_NAMES - {*SYNONYMS["train"]}, unasked(by_split, names)
+    others = {name: rows for name, rows in unused.items() if name not in known}
     if not others:
         return {}
-    meant = SPLIT_NAMES & {name for name, rows in by_split.items() if any(rows is x for x in used)}
+    meant = SPLIT_NAMES & (by_split.keys() - unused.keys())
     said = []
     for name in others:
         near = nearest(name, meant, most=1)

@@ -4,7 +4,7 @@ Here are the digits that come with the package, torchvision's CIFAR and Fashion-
 sets; folders, tables and shards have files of their own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_reader
 from torchvision import datasets
 
-from mbib_timm.data.folders import ALL, SYNONYMS, has_images, open_folder
+from mbib_timm.data.folders import ALL, SYNONYMS, OwnSplits, has_images, open_folder, unasked
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.image_tables import open_table
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
@@ -81,6 +81,10 @@ class Source:
     def has_splits(self) -> bool:
         """Whether the data have splits of their own."""
         return not isinstance(self._opened, Split)
+
+    def others(self, names: Collection[str]) -> list[str]:
+        """Return the names of the data's own splits beside some, where the source is folders or a table."""
+        return list(unasked(self._opened.places, names)) if isinstance(self._opened, OwnSplits) else []
 
     @cached_property
     def _whole(self) -> Split:
