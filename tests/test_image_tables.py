@@ -56,6 +56,26 @@ def test_paths_may_be_absolute_or_of_windows_and_begin_at_data_dir(images, tmp_p
     assert_same(open_split(recipe("t.tsv", data_dir=str(images)), "all"), split)
 
 
+def test_absolute_and_relative_paths_of_an_image_are_one(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = dict(header=("path", "label", "split"))
+    both = [(str(images / path), label, "train") for path, label, _ in ROWS]
+    digests = set()
+    for root in ("images", "./images/../images", str(images)):
+        file = table_of(
+            tmp_path / "t.csv", text_of([*both, *((path, label, "train") for path, label, _ in ROWS)], **keys)
+        )
+        split = open_split(recipe(file, data_dir=root), "train")
+        assert len(split) == len(split.left_out["rows that repeat an image"]) == len(ROWS)
+        table_of(file, text_of([*both, (ROWS[0][0], ROWS[0][1], "val")], **keys))
+        with pytest.raises(DataError, match=r"t\.csv, line 26: .* is in split 'val' here, and in 'train' in "):
+            open_data(recipe(file, data_dir=root))
+        plain = open_data(recipe(table_of(file, text_of(ROWS)), data_dir=root))
+        mixed = [(path if i % 2 else str(images / path), label, "") for i, (path, label, _) in enumerate(ROWS)]
+        digests |= {plain.digest, open_data(recipe(table_of(file, text_of(mixed)), data_dir=root)).digest}
+    assert len(digests) == 1
+
+
 def test_a_table_and_folders_of_the_same_images_are_the_same_data(tmp_path):
     names = {f"{label}/{i}.png": png(10 * i) for label in ("c10", "c2", "Ant") for i in range(5)}
     root = unpacked(tmp_path / "data", names)

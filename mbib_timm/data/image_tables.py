@@ -94,7 +94,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
         raise DataError(f"{file} lists no images")
     left_out: dict[str, list[str]] = defaultdict(list)
     with_splits = any(row.split for row in rows)
-    rows = list(_usable(rows, with_splits, recipe.group_by == "column", left_out))
+    rows = list(_usable(rows, root, with_splits, recipe.group_by == "column", left_out))
     if not rows:
         raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
     passed = {why: tuple(names) for why, names in left_out.items()}
@@ -183,18 +183,22 @@ def _locate(recipe: Recipe) -> tuple[Path, Path]:
     raise DataError(f"recipe key 'table': no file {recipe.table}{'' if root is None else f', here or in {root}'}")
 
 
-def _usable(rows: Sequence[Row], with_splits: bool, with_groups: bool, left_out: dict[str, list[str]]) -> Iterator[Row]:
+def _usable(
+    rows: Sequence[Row], root: Path, with_splits: bool, with_groups: bool, left_out: dict[str, list[str]]
+) -> Iterator[Row]:
     """Give one row of each image that can be used; note the others."""
     first: dict[str, Row] = {}
     ambiguous: dict[str, str] = {}
+    above = os.path.abspath(root)
     for row in rows:
+        place = os.path.normpath(os.path.join(above, row.path))
         if not row.label:
             left_out[NO_LABEL].append(row.where)
         elif with_splits and not row.split:
             left_out[NO_SPLIT].append(row.where)
-        elif (known := first.setdefault(os.path.normpath(row.path), row)) is not row:
+        elif (known := first.setdefault(place, row)) is not row:
             if known.label != row.label:
-                ambiguous[os.path.normpath(row.path)] = f"{row.path}: {known.label}, {row.label}"
+                ambiguous[place] = f"{row.path}: {known.label}, {row.label}"
             elif known.split != row.split:
                 raise DataError(
                     f"{row.where}: {row.path} is in split {row.split!r} here, and in {known.split!r} in {known.where}"
@@ -207,8 +211,8 @@ def _usable(rows: Sequence[Row], with_splits: bool, with_groups: bool, left_out:
                 left_out[REPEATED].append(row.where)
     if ambiguous:
         left_out[AMBIGUOUS] = list(ambiguous.values())
-    for path, row in first.items():
-        if path not in ambiguous:
+    for place, row in first.items():
+        if place not in ambiguous:
             yield row
 
 

@@ -127,12 +127,11 @@ class PathReader:
 
     @property
     def _before(self) -> bytes:
-        """What goes before a relative name, normalised."""
-        root = os.fsencode(os.path.normpath(self.root))
-        return b"" if root == b"." else root.rstrip(b"/") + b"/"
+        """What goes before a relative name, normalised and absolute, as a name may be."""
+        return os.fsencode(os.path.abspath(self.root)).rstrip(b"/") + b"/"
 
     def files(self, places: np.ndarray | None) -> Iterator[bytes]:
-        """Give the normalised paths of some images, or of all; a microsecond each, where `path` takes twenty."""
+        """Give the absolute paths of some images, or of all; a microsecond each, where `path` takes twenty."""
         before = self._before
         if self.is_plain:
             return (before + name for name in self.names.some(places))
