@@ -342,6 +342,22 @@ def test_split_folders_have_synonyms(tmp_path, training, validation):
         opened(archive, "extra")
 
 
+@pytest.mark.parametrize("twins", [("Train", "train"), ("train", "training"), ("eval", "val"), ("valid", "validation")])
+def test_folders_of_one_split_by_their_names_are_refused(tmp_path, twins):
+    entries = SPLITS | {f"{twin}/{name}": image for twin in twins for name, image in CLASSES.items()}
+    if twins[1] == "validation":
+        entries = {name: image for name, image in entries.items() if not name.startswith("val/")}
+    folder = unpacked(tmp_path / "folder", entries)
+    for place in (folder, write(tmp_path / "x.tar", tar_bytes(entries))):
+        with pytest.raises(
+            DataError, match=f"holds '{twins[0]}', '{twins[1]}', which are all split '(train|validation)'"
+        ):
+            opened(place)
+    if twins[0] == "eval":
+        recipe = Recipe(dataset="folder", data_dir=str(folder), val_split="val", test_split="Eval")
+        assert "/eval/" in open_split(recipe, "eval").path(0)
+
+
 def test_a_validation_split_is_no_test_split(tmp_path):
     folder = unpacked(tmp_path / "folder", SPLITS)
     archive = write(tmp_path / "x.tar", tar_bytes(SPLITS))

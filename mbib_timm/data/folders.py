@@ -46,10 +46,12 @@ OF_SYSTEMS = {
     "system volume information", "thumbs.db",
 }  # fmt: skip
 # A split for testing stands for validation where there is no other; who asks for testing does not mean the reverse.
-SYNONYMS = {"train": ("train", "training"), "test": ("test",)} | dict.fromkeys(
-    ("validation", "val", "valid", "eval"), ("validation", "val", "valid", "eval", "test")
-)
-SPLIT_NAMES = {"train", "training", *SYNONYMS}
+SYNONYMS = {
+    **dict.fromkeys(("train", "training"), ("train", "training")),
+    **dict.fromkeys(("validation", "val", "valid", "eval"), ("validation", "val", "valid", "eval", "test")),
+    "test": ("test",),
+}
+SPLIT_NAMES = {*SYNONYMS}
 # A split of every image, of data that have no splits.
 ALL = "all"
 
@@ -318,7 +320,8 @@ def open_folder(
         All images, where the data have no splits; else what opens a split by name.
 
     Raises:
-        DataError: nothing there, or no images; on opening a split, also where there are folders beside the splits.
+        DataError: nothing there, no images, or several folders of one split; on opening a split, also where there are
+            folders beside the splits.
     """
     if data_dir is None:
         raise DataError("recipe key 'data_dir': the folder source needs the folder or archive of the images")
@@ -332,6 +335,7 @@ def open_folder(
         places = _split_folders(path, known)
         if places is None:
             return scan_folder(path).read(group_by)
+        _refuse_twins(path, places, split_names)
         return OwnSplits(places, partial(_open, path, places, known, group_by))
     if not is_archive(path):
         refuse_packed(path)
@@ -341,6 +345,7 @@ def open_folder(
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
             trees = {name: tree.folder(name) for name in tree.tops}
+            _refuse_twins(path, trees, split_names)
             return OwnSplits(trees, partial(_open, tree, trees, known, group_by))
     return tree.read(group_by)
 
@@ -384,6 +389,21 @@ def find_split(places: Mapping[str, T], split: str) -> T | None:
     by_name = {name.casefold(): place for name, place in places.items()}
     asked = split.casefold()
     return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
+
+
+def _refuse_twins(root: Path, places: Collection[str], split_names: Collection[str]) -> None:
+    """Raise DataError for folders of one split by their names, of which one would be read, unless each is asked for."""
+    of_split: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(places):
+        of_split[SYNONYMS.get(name.casefold(), (name.casefold(),))[0]].append(name)
+    asked = {name.casefold() for name in split_names}
+    for split, names in of_split.items():
+        folded = {name.casefold() for name in names}
+        if len(names) > 1 and not (len(folded) == len(names) and folded <= asked):
+            raise DataError(
+                f"{root} holds {few([*map(repr, names)])}, which are all split {split!r} by their names: put their "
+                "images into one folder, or some elsewhere; or name each by --train-split, --val-split or --test-split"
+            )
 
 
 @dataclass(frozen=True)
