@@ -140,7 +140,9 @@ class Source:
         others = list(dict.fromkeys([recipe.train_split, *(name for name in names if name != LEFT_OUT)]))
         opened = dict(zip(others, self.splits(others), strict=True))
         train = opened[recipe.train_split]
-        counts = long_tailed_counts(recipe, count_classes(train.targets, int(train.targets.max()) + 1))
+        counts = long_tailed_counts(
+            recipe, count_classes(train.targets, int(train.targets.max()) + 1), train.class_names
+        )
         chosen = left_out_indices(train.targets, counts, recipe.subset_seed, MOST_LEFT_OUT)
         if not len(chosen):
             raise DataError(

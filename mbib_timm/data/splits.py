@@ -138,7 +138,8 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         )
     counts = count_classes(train.targets, num_classes, train.class_names)
     if recipe.imbalance != "none":
-        kept = long_tailed_indices(train.targets, long_tailed_counts(recipe, counts), recipe.subset_seed)
+        wanted = long_tailed_counts(recipe, counts, train.class_names)
+        kept = long_tailed_indices(train.targets, wanted, recipe.subset_seed)
         left_out, besides = np.setdiff1d(np.arange(len(train)), kept), ""
         if recipe.val_split == LEFT_OUT:
             evaluated_on = val.indices_of(np.arange(len(val)))
