@@ -5,7 +5,8 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from mbib_timm.data.archives import ArchiveReader
+from mbib_timm.data.folders import in_words
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
-from mbib_timm.data.sources import LEFT_OUT, Source
+from mbib_timm.data.sources import LEFT_OUT, NO_READABLE, UNREADABLE, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
@@ -124,11 +126,13 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
     held_out, held_out_from = None, "none"
     if train.groups is not None:
         require_groups(recipe, train.groups, train.path(0))
-    num_classes = _num_classes(recipe, train)
-    matched = [
-        match_classes(name, split, train.class_names, num_classes)
-        for name, split in zip(names[1:], evaluated, strict=True)
-    ]
+    with _unreadable_said(train):
+        num_classes = _num_classes(recipe, train)
+        matched = [
+            match_classes(name, split, train.class_names, num_classes)
+            for name, split in zip(names[1:], evaluated, strict=True)
+        ]
+        counts = count_classes(train.targets, num_classes, train.class_names)
     val, test = matched[0], matched[1] if matched[1:] else None
     twice = 0 if test is None else _number_shared(val, test, names[1] == names[2])
     if test is not None and twice == len(val) == len(test):
@@ -136,7 +140,6 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
             f"the splits {names[1]!r} and {names[2]!r} are the same {counted(len(test), 'image')}: the data have one "
             "split for evaluation; omit the test split"
         )
-    counts = count_classes(train.targets, num_classes, train.class_names)
     if recipe.imbalance != "none":
         wanted = long_tailed_counts(recipe, counts, train.class_names)
         kept = long_tailed_indices(train.targets, wanted, recipe.subset_seed)
@@ -161,6 +164,18 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
     elif held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     return Splits(train, val, test, counts, train.class_names, held_out, held_out_from, tuple(filter(None, shared)))
+
+
+@contextmanager
+def _unreadable_said(train: Split) -> Iterator[None]:
+    """Add what training has lost as unreadable to an error about classes, for which it may be the reason."""
+    try:
+        yield
+    except DataError as error:
+        lost = {why: train.left_out[why] for why in (UNREADABLE, NO_READABLE) if why in train.left_out}
+        if not lost:
+            raise
+        raise DataError(f"{error}; left out of training: {in_words(lost)}") from None
 
 
 def trained_on(train: Split, evaluated: Split, name: str, training_name: str) -> str:
