@@ -1,6 +1,7 @@
 """Tables of images: every way to write the same one, and what is refused, with file and line."""
 
 import csv
+import gzip
 import io
 
 import pytest
@@ -86,9 +87,19 @@ def test_a_table_and_folders_of_the_same_images_are_the_same_data(tmp_path):
         assert_same(open_split(recipe(file, data_dir=str(root)), name), open_split(folder, name))
     archive = write(tmp_path / "x.tar", tar_bytes(names))
     assert_same(open_split(recipe(file, data_dir=str(archive)), "all"), open_split(folder, "all"))
-    table_of(file, text_of([*rows, ("c2/99.png", "c2")], header=("path", "label")))
-    with pytest.raises(DataError, match=r"t\.csv, line 17: there is no image 'c2/99\.png' in .*x\.tar"):
-        open_split(recipe(file, data_dir=str(archive)), "all")
+    packed = (archive, write(tmp_path / "x.tgz", gzip.compress(archive.read_bytes())))
+    for place in (*packed, root):
+        table_of(file, text_of([*rows, ("c2/99.png", "c2")], header=("path", "label")))
+        split = open_split(recipe(file, data_dir=str(place)), "all")
+        assert split.missing.startswith(
+            f"{file}: of its 16 images, 1 cannot be found: c2/99.png; training replaces them"
+        )
+        skipped = open_split(recipe(file, data_dir=str(place), broken="skip"), "all")
+        assert_same(skipped, open_split(folder, "all"))
+        assert [*skipped.left_out] == ["images that cannot be read"]
+        table_of(file, text_of([(f"x/{path}", label) for path, label in rows], header=("path", "label")))
+        with pytest.raises(DataError, match=rf"of its 15 images, 15 cannot be found under {place}: x/Ant/0\.png, "):
+            open_split(recipe(file, data_dir=str(place)), "all")
 
 
 def test_columns_of_any_name_with_splits_and_groups(images):
@@ -150,6 +161,31 @@ def test_rows_of_a_split_that_nothing_asks_for_are_named(images):
     assert not open_split(asked, "val").left_out, "said once, of training"
     used = recipe(file, val_split="zebra")
     assert [why for why in open_split(used, "train").left_out if "zebra" in why] == []
+
+
+def test_each_split_has_the_classes_of_its_own_rows(images):
+    rows = [(path, label, "train" if i % 3 else "val") for i, (path, label, _) in enumerate(ROWS)]
+    rows = [
+        (path, "a junk", "exclude") if i == 1 else (path, label, split) for i, (path, label, split) in enumerate(rows)
+    ]
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "split")))
+    data = open_data(recipe(file))
+    assert data.class_names == CLASSES
+    assert [*data.train.left_out] == ["rows of splits that are not used, exclude"]
+    table_of(file, text_of([*rows[2:], (ROWS[1][0], "a junk", "val")], header=("path", "label", "split")))
+    with pytest.raises(DataError, match="split 'validation' has 1 class not in training: 'a junk'"):
+        open_data(recipe(file))
+
+
+def test_groups_of_validation_alone_are_groups(images):
+    rows = [
+        (path, label, "val", site) if i % 3 else (path, label, "train", "")
+        for i, (path, label, site) in enumerate(ROWS)
+    ]
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "split", "group")))
+    assert "groups: 0 in training, 2 in evaluation; ungrouped: 8 in training, 0 in evaluation" in summary(
+        open_data(recipe(file, group_by="column"))
+    )
 
 
 def test_parquet(images):

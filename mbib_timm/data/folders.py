@@ -127,14 +127,17 @@ class ImageTree:
         )
 
     def reader(self, names: Sequence[str]) -> Reader:
-        """Return what reads the images of these names.
+        """Return what reads the images of these names; one that is not in an archive is empty.
 
         Of a compressed archive, the images' encoded bytes are kept in memory, once for all workers that are forked and
         once for each that is spawned.
         """
         if not self.archive:
             return PathReader(self.path, Names.of(names))
-        places, contents = np.array([self.members[name] for name in names], dtype=np.int64).reshape(-1, 2), None
+        places, contents = (
+            np.array([self.members.get(name, (0, 0)) for name in names], dtype=np.int64).reshape(-1, 2),
+            None,
+        )
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]

@@ -20,7 +20,6 @@ from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
 from mbib_timm.data.folders import (
     SPLIT_NAMES,
     SYNONYMS,
-    ImageTree,
     OwnSplits,
     class_order,
     find_split,
@@ -29,8 +28,8 @@ from mbib_timm.data.folders import (
     unasked,
 )
 from mbib_timm.data.groups import group_names
-from mbib_timm.data.images import Split
-from mbib_timm.data.paths import Names, PathReader, look_for_images
+from mbib_timm.data.images import Reader, Split
+from mbib_timm.data.paths import Names, PathReader, look_for_images, missing_images
 from mbib_timm.errors import DataError, few, first_line, nearest
 from mbib_timm.files import printable, read_content
 from mbib_timm.recipe import Recipe
@@ -98,7 +97,7 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     if not rows:
         raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
     passed = {why: tuple(names) for why, names in left_out.items()}
-    opened = partial(_split, recipe, file, root, class_order({row.label for row in rows}), passed)
+    opened = partial(_split, recipe, file, root, passed)
     if not with_splits:
         return opened(rows)
     by_split: dict[str, list[Row]] = defaultdict(list)
@@ -141,12 +140,12 @@ def _split(
     recipe: Recipe,
     file: Path,
     root: Path,
-    classes: tuple[str, ...],
     left_out: dict[str, tuple[str, ...]],
     rows: Sequence[Row],
 ) -> Split:
-    number = {name: label for label, name in enumerate(classes)}
     labels, paths = [row.label for row in rows], [row.path for row in rows]
+    classes = class_order(labels)
+    number = {name: label for label, name in enumerate(classes)}
     groups, unused = None, ""
     if recipe.group_by is None and any(row.group for row in rows):
         unused = f"{file}: its column 'group' is not used, and images count as independent; --group-by column uses it"
@@ -155,19 +154,15 @@ def _split(
     elif recipe.group_by is not None:
         groups = group_names(recipe.group_by, paths, labels)
     targets = np.array([number[label] for label in labels], dtype=np.int64)
+    reader: Reader
     if is_archive(root):
-        reader, missing = _in_archive(open_archive(root), rows), ""
+        tree = open_archive(root)
+        reader, gone = tree.reader(paths), [path for path in paths if path not in tree.members]
+        missing = missing_images(file, len(paths), gone, root) if gone else ""
     else:
         reader = PathReader(root, Names.of(paths))
         missing = look_for_images(reader, file)
     return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing, unused=unused)
-
-
-def _in_archive(tree: ImageTree, rows: Sequence[Row]) -> Any:
-    missing = next((row for row in rows if row.path not in tree.members), None)
-    if missing is not None:
-        raise DataError(f"{missing.where}: there is no image {missing.path!r} in {tree.path}")
-    return tree.reader([row.path for row in rows])
 
 
 def _locate(recipe: Recipe) -> tuple[Path, Path]:

@@ -156,6 +156,30 @@ def open_image(path: str) -> Image.Image:
     return Image.open(path)
 
 
+def missing_images(file: Path, count: int, missing: Sequence[str], root: Path, listed: int | None = None) -> str:
+    """Return a line on images of a list that are not there.
+
+    Args:
+        file: the list, for messages.
+        count: images that were looked for.
+        missing: names of those that are not there.
+        root: where they were looked for.
+        listed: images of the list, where that is another number.
+
+    Raises:
+        DataError: more than half are not there.
+    """
+    names = ", ".join(map(printable, missing[:3])) + (", ..." if len(missing) > 3 else "")
+    of = f"its {counted(count, 'image')}" if listed in (None, count) else f"{counted(count, 'image')} looked for"
+    said = f"{file}: of {of}, {len(missing):,} cannot be found"
+    if 2 * len(missing) > count:
+        raise DataError(f"{said} under {root}: {names}; is data_dir the folder that its paths begin at?")
+    return (
+        f"{said}: {names}; training replaces them, an evaluation leaves them out; --broken skip takes them out of the "
+        "class counts too"
+    )
+
+
 def look_for_images(reader: PathReader, file: Path, confined: bool = False) -> str:
     """Look for the images of a list before training on them, folder by folder; none is opened.
 
@@ -190,19 +214,9 @@ def look_for_images(reader: PathReader, file: Path, confined: bool = False) -> s
                     f"{file}: {reader.name(place)} is a link, or below one, that leads out of data_dir {reader.root}; "
                     "give the folder that holds the images themselves"
                 )
-    names = ", ".join(printable(reader.name(place)) for place in sorted(missing)[:3])
-    names += ", ..." if len(missing) > 3 else ""
-    if 2 * len(missing) > count:
-        raise DataError(
-            f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found under {reader.root}: {names}; "
-            "is data_dir the folder that its paths begin at?"
-        )
     if not missing:
         return ""
-    return (
-        f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found: {names}; training replaces them, "
-        "an evaluation leaves them out; --broken skip takes them out of the class counts too"
-    )
+    return missing_images(file, count, [reader.name(place) for place in sorted(missing)], reader.root, len(reader))
 
 
 def _files(folder: str, wanted: Sequence[str]) -> dict[str, bool]:

@@ -124,8 +124,9 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         raise MbibError("recipe key 'val_fraction' has no effect: the data have splits of their own")
     train, *evaluated = source.splits(names)
     held_out, held_out_from = None, "none"
-    if train.groups is not None:
-        require_groups(recipe, train.groups, train.path(0))
+    if recipe.group_by is not None:  # of one split alone they serve its intervals
+        found = [split.groups for split in (train, *evaluated) if split.groups is not None]
+        require_groups(recipe, np.concatenate(found), train.path(0))
     with _unreadable_said(train):
         num_classes = _num_classes(recipe, train)
         matched = [
