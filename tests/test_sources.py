@@ -312,7 +312,7 @@ def test_of_many_images_a_sample_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("mbib_timm.data.paths.MOST_LOOKED_FOR", 5)
     monkeypatch.setattr("mbib_timm.data.paths.LOOKED_FOR", 5)
     (line,) = summary(open_data(listed(tmp_path, 12, 4)))[-1:]
-    assert "list.txt: of 5 images looked for, 1 cannot be found: " in line
+    assert "list.txt: of its 5 images that were looked for, 1 cannot be found: " in line
 
 
 def test_links_out_of_a_lists_root_are_refused_and_those_within_it_are_not(tmp_path):

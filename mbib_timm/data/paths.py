@@ -170,13 +170,15 @@ def missing_images(file: Path, count: int, missing: Sequence[str], root: Path, l
         DataError: more than half are not there.
     """
     names = ", ".join(map(printable, missing[:3])) + (", ..." if len(missing) > 3 else "")
-    of = f"its {counted(count, 'image')}" if listed in (None, count) else f"{counted(count, 'image')} looked for"
-    said = f"{file}: of {of}, {len(missing):,} cannot be found"
+    looked_for = counted(count, "image") + ("" if listed in (None, count) else " that were looked for")
     if 2 * len(missing) > count:
-        raise DataError(f"{said} under {root}: {names}; is data_dir the folder that its paths begin at?")
+        raise DataError(
+            f"{file}: of its {looked_for}, {len(missing):,} cannot be found under {root}: {names}; is data_dir the "
+            "folder that its paths begin at?"
+        )
     return (
-        f"{said}: {names}; training replaces them, an evaluation leaves them out; --broken skip takes them out of the "
-        "class counts too"
+        f"{file}: of its {looked_for}, {len(missing):,} cannot be found: {names}; training replaces them, an "
+        "evaluation leaves them out; --broken skip takes them out of the class counts too"
     )
 
 
