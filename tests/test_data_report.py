@@ -4,6 +4,8 @@ import csv
 import io
 import itertools
 import os
+import re
+import shlex
 import socket
 import sys
 
@@ -89,7 +91,7 @@ def test_a_written_split_is_read_back(photos, capsys, tmp_path, kind):
         place = write(tmp_path / "photos.tar", tar_bytes(names))
     file = tmp_path / "split.csv"
     text = said(capsys, place, "--group-by", "folder:1", "--write-split", file)
-    assert f"--dataset table --table {file} --data-dir {place}" in text
+    assert f"--dataset table --table {file} --data-dir {place} --group-by column\n" in text
     assert "about 20 % of each class, drawn with seed 0, in whole groups by folder:1" in text
     keys = dict(data_dir=str(place), workers=0)
     for name in ("train", "validation"):
@@ -101,6 +103,46 @@ def test_a_written_split_is_read_back(photos, capsys, tmp_path, kind):
         assert [split.class_names[label] for label in split.targets] == given
     again = said(capsys, file, "--data-dir", place)
     assert again.splitlines()[0] == text.splitlines()[0]
+
+
+def test_every_split_is_written_and_the_command_that_is_said_reads_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        f"{split}/{label}/{i}.png": png(i) for split in ("train", "val", "test") for label in "ab" for i in range(3)
+    }
+    unpacked(tmp_path / "my data", names)
+    rows = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in names]
+    write(tmp_path / "my data" / "t.csv", "\n".join(["path,label,split", *rows]).encode())
+    for target in ("my data", "my data/t.csv"):
+        text = said(capsys, target, "--write-split", "out/my split.csv")
+        words = shlex.split(text.splitlines()[-1].split(" with ")[1])
+        assert words == ["--dataset", "table", "--table", "out/my split.csv", "--data-dir", "my data"]
+        again = Recipe(dataset="table", table=words[3], data_dir=words[5])
+        for name in ("train", "validation", "test"):
+            expected = open_split(Recipe(dataset="folder", data_dir="my data"), name)
+            assert [*open_split(again, name).files()] == [*expected.files()]
+
+
+def test_classes_that_share_a_name_stay_two(capsys, tmp_path):
+    unpacked(tmp_path, {f"{label}/{i}.png": png(i) for label in range(3) for i in range(4)})
+    for name, images in (("train", (0, 1)), ("val", (2, 3))):
+        lines = "".join(f"{label}/{i}.png {label}\n" for label in range(3) for i in images)
+        write(tmp_path / f"{name}.txt", lines.encode())
+    write(tmp_path / "names.txt", b"crane\nheron\ncrane\n")
+    keys = f"data_dir: {tmp_path}\ntrain_list: train.txt\nval_list: val.txt\nclass_map: {tmp_path}/names.txt\n"
+    file = write(tmp_path / "own.yaml", f"dataset: list\n{keys}".encode())
+    text = said(capsys, file, "--write-split", tmp_path / "split.csv")
+    assert re.search(r"(?m)^crane \[0\] .*\n(.*\n)*crane \[2\] ", text)
+    again = open_split(Recipe(dataset="table", table=str(tmp_path / "split.csv")), "train")
+    assert again.class_names == ("crane [0]", "crane [2]", "heron")
+
+
+@pytest.mark.parametrize("label", [" lead", "trail ", "re\rturn"])
+def test_names_that_a_table_cannot_hold_are_refused(capsys, tmp_path, label):
+    root = unpacked(tmp_path / "data", {f"{each}/{i}.png": png(i) for each in (label, "ant") for i in range(2)})
+    assert main(["data", str(root), "--workers", "0", "--write-split", str(tmp_path / "x.csv")]) == 2
+    assert f"a table cannot hold {label!r}".removesuffix("'") in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
 
 
 def test_data_of_a_recipe(capsys):
@@ -182,6 +224,10 @@ def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_pat
         (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image a group"),
         (["PHOTOS", "--lr", "3"], "unknown flag of mbib data '--lr'"),
         (["mbib_resnet20.digits", "--write-split", "x.csv"], "the images of dataset digits are not in files"),
+        (
+            ["PHOTOS", "--imbalance", "exp", "--val-split", "left_out", "--write-split", "x.csv"],
+            "no table says what a long-tailed subset leaves out, and split 'left_out' has",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(photos, capsys, tmp_path, monkeypatch, words, message):

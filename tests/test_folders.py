@@ -336,10 +336,39 @@ def test_split_folders_have_synonyms(tmp_path, training, validation):
     entries |= {f"{validation}/{name}": png(len(name)) for name in CLASSES}
     archive = write(tmp_path / "x.tar", tar_bytes(entries))
     folder = unpacked(tmp_path / "folder", entries)
-    for asked in ("train", "validation", "val", "test"):
+    for asked in ("train", "validation", "val", *(["test"] if validation == "test" else [])):
         assert_same(opened(archive, asked), opened(folder, asked))
     with pytest.raises(DataError, match=rf"x\.tar has no split 'extra'; it has {min(training, validation)}, "):
         opened(archive, "extra")
+
+
+@pytest.mark.parametrize("twins", [("Train", "train"), ("train", "training"), ("eval", "val"), ("valid", "validation")])
+def test_folders_of_one_split_by_their_names_are_refused(tmp_path, twins):
+    entries = SPLITS | {f"{twin}/{name}": image for twin in twins for name, image in CLASSES.items()}
+    if twins[1] == "validation":
+        entries = {name: image for name, image in entries.items() if not name.startswith("val/")}
+    folder = unpacked(tmp_path / "folder", entries)
+    for place in (folder, write(tmp_path / "x.tar", tar_bytes(entries))):
+        with pytest.raises(
+            DataError, match=f"holds '{twins[0]}', '{twins[1]}', which are all split '(train|validation)'"
+        ):
+            opened(place)
+    if twins[0] == "eval":
+        recipe = Recipe(dataset="folder", data_dir=str(folder), val_split="val", test_split="Eval")
+        assert "/eval/" in open_split(recipe, "eval").path(0)
+
+
+def test_a_validation_split_is_no_test_split(tmp_path):
+    folder = unpacked(tmp_path / "folder", SPLITS)
+    archive = write(tmp_path / "x.tar", tar_bytes(SPLITS))
+    rows = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in SPLITS]
+    table = write(folder / "t.csv", "\n".join(["path,label,split", *rows]).encode())
+    said = "no split 'test'; it has train, val; for its validation split, give --split validation, in training --val-"
+    for place in (folder, archive):
+        with pytest.raises(DataError, match=said):
+            opened(place, "test")
+    with pytest.raises(DataError, match=said):
+        open_split(Recipe(dataset="table", table=str(table)), "test")
 
 
 def test_a_split_of_its_own_name_comes_before_its_synonyms(tmp_path):

@@ -171,6 +171,26 @@ def test_images_without_a_group_are_counted(tmp_path):
     assert line.endswith(("; ungrouped: 1 in training, 0 in evaluation", "; ungrouped: 0 in training, 1 in evaluation"))
 
 
+def test_groups_on_both_sides_are_said(tmp_path):
+    """In splits of the data's own, and in what a long-tailed subset leaves out, nothing keeps groups whole."""
+    names = {f"{label}/site {site}/{i}.png": png(i) for label in ("fox", "hare") for site in "AB" for i in range(3)}
+    own = {f"train/{name}": image for name, image in names.items()} | {"train/fox/alone.png": png(1)}
+    own |= {f"val/{name}": image for name, image in names.items() if "fox/site B" not in name}
+    own |= {"val/fox/site C/0.png": png(0), "val/fox/alone.png": png(1)}
+    recipe = Recipe(dataset="folder", data_dir=str(unpacked(tmp_path / "own", own)), group_by="folder:1")
+    assert "warning: split 'validation': 9 of its 11 images are of groups that are trained on" in summary(
+        open_data(recipe)
+    )
+    with pytest.raises(MbibError, match="'val_fraction' has no effect: the data have splits of their own"):
+        open_data(recipe.replace(val_fraction=0.5))
+    tail = Recipe(
+        dataset="folder", data_dir=str(tmp_path / "own" / "train"), val_split="left_out", imbalance="exp",
+        imbalance_factor=3.0, imbalance_max=3,
+    )  # fmt: skip
+    assert "--group-by" not in "".join(summary(open_data(tail))), "which does not help there"
+    assert open_data(tail.replace(group_by="folder:1")).shared[0].endswith(" are of groups that are trained on")
+
+
 def test_groups_that_leave_nothing_to_hold_out(tmp_path):
     root = unpacked(tmp_path / "data", {f"{label}/{label}/{i}.png": png(i) for label in "ab" for i in range(3)})
     with pytest.raises(DataError, match="with folder:1 nothing can be held out, for every group holds a class"):

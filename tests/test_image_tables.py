@@ -1,12 +1,13 @@
 """Tables of images: every way to write the same one, and what is refused, with file and line."""
 
 import csv
+import gzip
 import io
 
 import pytest
 from archive_images import assert_same, contents, png, tar_bytes, unpacked, write
 
-from mbib_timm.data import open_data, open_split
+from mbib_timm.data import open_data, open_split, summary
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.recipe import Recipe, load_recipe
 
@@ -56,6 +57,26 @@ def test_paths_may_be_absolute_or_of_windows_and_begin_at_data_dir(images, tmp_p
     assert_same(open_split(recipe("t.tsv", data_dir=str(images)), "all"), split)
 
 
+def test_absolute_and_relative_paths_of_an_image_are_one(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = dict(header=("path", "label", "split"))
+    both = [(str(images / path), label, "train") for path, label, _ in ROWS]
+    digests = set()
+    for root in ("images", "./images/../images", str(images)):
+        file = table_of(
+            tmp_path / "t.csv", text_of([*both, *((path, label, "train") for path, label, _ in ROWS)], **keys)
+        )
+        split = open_split(recipe(file, data_dir=root), "train")
+        assert len(split) == len(split.left_out["rows that repeat an image"]) == len(ROWS)
+        table_of(file, text_of([*both, (ROWS[0][0], ROWS[0][1], "val")], **keys))
+        with pytest.raises(DataError, match=r"t\.csv, line 26: .* is in split 'val' here, and in 'train' in "):
+            open_data(recipe(file, data_dir=root))
+        plain = open_data(recipe(table_of(file, text_of(ROWS)), data_dir=root))
+        mixed = [(path if i % 2 else str(images / path), label, "") for i, (path, label, _) in enumerate(ROWS)]
+        digests |= {plain.digest, open_data(recipe(table_of(file, text_of(mixed)), data_dir=root)).digest}
+    assert len(digests) == 1
+
+
 def test_a_table_and_folders_of_the_same_images_are_the_same_data(tmp_path):
     names = {f"{label}/{i}.png": png(10 * i) for label in ("c10", "c2", "Ant") for i in range(5)}
     root = unpacked(tmp_path / "data", names)
@@ -66,9 +87,19 @@ def test_a_table_and_folders_of_the_same_images_are_the_same_data(tmp_path):
         assert_same(open_split(recipe(file, data_dir=str(root)), name), open_split(folder, name))
     archive = write(tmp_path / "x.tar", tar_bytes(names))
     assert_same(open_split(recipe(file, data_dir=str(archive)), "all"), open_split(folder, "all"))
-    table_of(file, text_of([*rows, ("c2/99.png", "c2")], header=("path", "label")))
-    with pytest.raises(DataError, match=r"t\.csv, line 17: there is no image 'c2/99\.png' in .*x\.tar"):
-        open_split(recipe(file, data_dir=str(archive)), "all")
+    packed = (archive, write(tmp_path / "x.tgz", gzip.compress(archive.read_bytes())))
+    for place in (*packed, root):
+        table_of(file, text_of([*rows, ("c2/99.png", "c2")], header=("path", "label")))
+        split = open_split(recipe(file, data_dir=str(place)), "all")
+        assert split.missing.startswith(
+            f"{file}: of its 16 images, 1 cannot be found: c2/99.png; training replaces them"
+        )
+        skipped = open_split(recipe(file, data_dir=str(place), broken="skip"), "all")
+        assert_same(skipped, open_split(folder, "all"))
+        assert [*skipped.left_out] == ["images that cannot be read"]
+        table_of(file, text_of([(f"x/{path}", label) for path, label in rows], header=("path", "label")))
+        with pytest.raises(DataError, match=rf"of its 15 images, 15 cannot be found under {place}: x/Ant/0\.png, "):
+            open_split(recipe(file, data_dir=str(place)), "all")
 
 
 def test_columns_of_any_name_with_splits_and_groups(images):
@@ -91,6 +122,19 @@ def test_without_splits_groups_are_held_out(images):
     assert not set(data.val.groups) & set(data.train.groups)
     assert sorted({*data.val.groups, *data.train.groups}) == ["site 0", "site 1", "site 2"]
     assert data.class_counts.tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_groups_that_are_not_used_are_said(images, splits):
+    rows = [(*row, "val" if i % 3 else "train") for i, row in enumerate(ROWS)]
+    rows.append((ROWS[0][0], ROWS[0][1], "another site", "train"))  # the same image in another group
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "group", "split" if splits else "part")))
+    said = f"warning: {file}: its column 'group' is not used, and images count as independent; --group-by column"
+    lines = summary(open_data(recipe(file)))
+    assert sum(line.startswith(said) for line in lines) == 1
+    assert sum("--group-by" in line for line in lines) == 1, "and nothing else advises it"
+    table_of(file, text_of([(*row, "") for row in ROWS], header=("path", "label", "site", "group")))
+    assert not open_data(recipe(file)).train.unused
 
 
 def test_rows_that_are_left_out_are_named(images):
@@ -117,6 +161,31 @@ def test_rows_of_a_split_that_nothing_asks_for_are_named(images):
     assert not open_split(asked, "val").left_out, "said once, of training"
     used = recipe(file, val_split="zebra")
     assert [why for why in open_split(used, "train").left_out if "zebra" in why] == []
+
+
+def test_each_split_has_the_classes_of_its_own_rows(images):
+    rows = [(path, label, "train" if i % 3 else "val") for i, (path, label, _) in enumerate(ROWS)]
+    rows = [
+        (path, "a junk", "exclude") if i == 1 else (path, label, split) for i, (path, label, split) in enumerate(rows)
+    ]
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "split")))
+    data = open_data(recipe(file))
+    assert data.class_names == CLASSES
+    assert [*data.train.left_out] == ["rows of splits that are not used, exclude"]
+    table_of(file, text_of([*rows[2:], (ROWS[1][0], "a junk", "val")], header=("path", "label", "split")))
+    with pytest.raises(DataError, match="split 'validation' has 1 class not in training: 'a junk'"):
+        open_data(recipe(file))
+
+
+def test_groups_of_validation_alone_are_groups(images):
+    rows = [
+        (path, label, "val", site) if i % 3 else (path, label, "train", "")
+        for i, (path, label, site) in enumerate(ROWS)
+    ]
+    file = table_of(images / "t.csv", text_of(rows, header=("path", "label", "split", "group")))
+    assert "groups: 0 in training, 2 in evaluation; ungrouped: 8 in training, 0 in evaluation" in summary(
+        open_data(recipe(file, group_by="column"))
+    )
 
 
 def test_parquet(images):

@@ -180,5 +180,5 @@ def test_normalised_paths_are_those_of_the_images(root, names, indices):
     split = Split(
         PathReader(Path(root), Names.of(names)), np.zeros(len(names if indices is None else indices), int), indices
     )
-    expected = [os.path.normpath(split.path(place)) for place in range(len(split))]
+    expected = [os.path.abspath(split.path(place)) for place in range(len(split))]
     assert [os.fsdecode(file) for file in split.files()] == expected

@@ -38,6 +38,17 @@ def test_cifar_10_lt():
     assert exponential_profile(10, 5000, 100) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
+@pytest.mark.parametrize("shape", ["exp", "step"])
+def test_an_imbalance_that_a_class_cannot_fill_names_the_class(shape):
+    sizes = np.array([3, 20, 30])
+    with pytest.raises(DataError, match="class ant has 3 images, and imbalance factor 10 asks for 10 or more"):
+        largest_class(sizes, shape, 10.0, ("ant", "bee", "cow"))
+    with pytest.raises(DataError, match="factor 31 leaves the smallest class no image where the largest has 30"):
+        largest_class(sizes, shape, 31.0)
+    assert largest_class(sizes, shape, 3.0) == 3
+    assert largest_class(np.array([1, 1]), shape, 1.0) == 1
+
+
 def test_step_shape():
     assert step_profile(5, 40, 8) == [40, 40, 5, 5, 5]
 
@@ -204,7 +215,7 @@ def test_one_split_by_two_names_is_no_test_split():
         digits(test_split="test")
 
 
-@pytest.mark.parametrize("places", [["train/a", "train/b", "val/a", "val/b"], ["a", "b"]])
+@pytest.mark.parametrize("places", [["train/a", "train/b", "test/a", "test/b"], ["a", "b"]])
 def test_nor_is_it_in_folders(tmp_path, places):
     for place in places:
         (tmp_path / place).mkdir(parents=True)

@@ -279,6 +279,28 @@ def test_a_few_missing_images_are_said_and_counted_as_broken_ones(tmp_path, brok
         assert "left out: images that cannot be read: 4 (" in lines[0]
 
 
+def test_a_class_that_is_lost_with_its_unreadable_images_is_said(tmp_path):
+    names = [f"{label}/{i}.png" for label in (0, 1, 2) for i in range(3)]
+    for name in names:
+        save_image(tmp_path / "lists" / name)
+        for split in ("train", "val"):
+            save_image(tmp_path / "folders" / split / name)
+    for root in (tmp_path / "lists", tmp_path / "folders" / "train"):
+        for i in range(3):
+            (root / "1" / f"{i}.png").write_bytes(b"broken")
+    (tmp_path / "lists" / "train.txt").write_text("".join(f"{name} {name[0]}\n" for name in names))
+    (tmp_path / "lists" / "val.txt").write_text("0/0.png 0\n2/0.png 2\n")
+    lists = dict(dataset="list", train_list="train.txt", val_list="val.txt", data_dir=str(tmp_path / "lists"))
+    why = r"; left out of training: images that cannot be read: 3 \(.*1/0\.png: "
+    with pytest.raises(DataError, match=f"no training images of class 1; labels count from 0 without gaps{why}"):
+        open_data(Recipe(**lists, broken="skip", workers=0))
+    folders = Recipe(dataset="folder", data_dir=str(tmp_path / "folders"), broken="skip", workers=0)
+    with pytest.raises(
+        DataError, match=f"split 'validation' has 1 class not in training: '1'.*{why}.*; classes without"
+    ):
+        open_data(folders)
+
+
 @pytest.mark.parametrize("broken", ["replace", "skip", "stop"])
 def test_more_than_half_missing_is_another_folder(tmp_path, broken):
     assert open_data(listed(tmp_path / "half", 6, 6)).class_counts.tolist() == [6, 6]
@@ -290,7 +312,7 @@ def test_of_many_images_a_sample_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("mbib_timm.data.paths.MOST_LOOKED_FOR", 5)
     monkeypatch.setattr("mbib_timm.data.paths.LOOKED_FOR", 5)
     (line,) = summary(open_data(listed(tmp_path, 12, 4)))[-1:]
-    assert "of its 5 images, 1 cannot be found: " in line
+    assert "list.txt: of its 5 images that were looked for, 1 cannot be found: " in line
 
 
 def test_links_out_of_a_lists_root_are_refused_and_those_within_it_are_not(tmp_path):

@@ -45,10 +45,13 @@ OF_SYSTEMS = {
     "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "desktop.ini", "lost+found",
     "system volume information", "thumbs.db",
 }  # fmt: skip
-SYNONYMS = {"train": ("train", "training")} | dict.fromkeys(
-    ("validation", "val", "valid", "test", "eval"), ("validation", "val", "valid", "test", "eval")
-)
-SPLIT_NAMES = {"train", "training", *SYNONYMS}
+# A split for testing stands for validation where there is no other; who asks for testing does not mean the reverse.
+SYNONYMS = {
+    **dict.fromkeys(("train", "training"), ("train", "training")),
+    **dict.fromkeys(("validation", "val", "valid", "eval"), ("validation", "val", "valid", "eval", "test")),
+    "test": ("test",),
+}
+SPLIT_NAMES = {*SYNONYMS}
 # A split of every image, of data that have no splits.
 ALL = "all"
 
@@ -124,14 +127,17 @@ class ImageTree:
         )
 
     def reader(self, names: Sequence[str]) -> Reader:
-        """Return what reads the images of these names.
+        """Return what reads the images of these names; one that is not in an archive is empty.
 
         Of a compressed archive, the images' encoded bytes are kept in memory, once for all workers that are forked and
         once for each that is spawned.
         """
         if not self.archive:
             return PathReader(self.path, Names.of(names))
-        places, contents = np.array([self.members[name] for name in names], dtype=np.int64).reshape(-1, 2), None
+        places, contents = (
+            np.array([self.members.get(name, (0, 0)) for name in names], dtype=np.int64).reshape(-1, 2),
+            None,
+        )
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
@@ -317,7 +323,8 @@ def open_folder(
         All images, where the data have no splits; else what opens a split by name.
 
     Raises:
-        DataError: nothing there, or no images; on opening a split, also where there are folders beside the splits.
+        DataError: nothing there, no images, or several folders of one split; on opening a split, also where there are
+            folders beside the splits.
     """
     if data_dir is None:
         raise DataError("recipe key 'data_dir': the folder source needs the folder or archive of the images")
@@ -329,7 +336,10 @@ def open_folder(
         if not any(path.iterdir()):
             raise DataError(f"{path} is empty; expected a folder of images for each class")
         places = _split_folders(path, known)
-        return scan_folder(path).read(group_by) if places is None else partial(_open, path, places, known, group_by)
+        if places is None:
+            return scan_folder(path).read(group_by)
+        _refuse_twins(path, places, split_names)
+        return OwnSplits(places, partial(_open, path, places, known, group_by))
     if not is_archive(path):
         refuse_packed(path)
         is_table = path.suffix.lower() in (".csv", ".tsv", ".parquet")
@@ -337,7 +347,9 @@ def open_folder(
         raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}){hint}")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
-            return partial(_open, tree, {name: tree.folder(name) for name in tree.tops}, known, group_by)
+            trees = {name: tree.folder(name) for name in tree.tops}
+            _refuse_twins(path, trees, split_names)
+            return OwnSplits(trees, partial(_open, tree, trees, known, group_by))
     return tree.read(group_by)
 
 
@@ -382,6 +394,59 @@ def find_split(places: Mapping[str, T], split: str) -> T | None:
     return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
 
 
+def _refuse_twins(root: Path, places: Collection[str], split_names: Collection[str]) -> None:
+    """Raise DataError for folders of one split by their names, of which one would be read, unless each is asked for."""
+    of_split: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(places):
+        of_split[SYNONYMS.get(name.casefold(), (name.casefold(),))[0]].append(name)
+    asked = {name.casefold() for name in split_names}
+    for split, names in of_split.items():
+        folded = {name.casefold() for name in names}
+        if len(names) > 1 and not (len(folded) == len(names) and folded <= asked):
+            raise DataError(
+                f"{root} holds {few([*map(repr, names)])}, which are all split {split!r} by their names: put their "
+                "images into one folder, or some elsewhere; or name each by --train-split, --val-split or --test-split"
+            )
+
+
+@dataclass(frozen=True)
+class OwnSplits:
+    """What opens the splits that data have of their own, by name.
+
+    Attributes:
+        places: what stands for each, by its own name.
+        opened: opens one, by that name or a synonym's.
+    """
+
+    places: Mapping[str, Any]
+    opened: Callable[[str], Split]
+
+    def __call__(self, split: str) -> Split:
+        """Open a split."""
+        return self.opened(split)
+
+
+def unasked(places: Mapping[str, T], splits: Collection[str]) -> dict[str, T]:
+    """Return what stands for none of some splits."""
+    used = [find_split(places, split) for split in splits]
+    return {name: place for name, place in places.items() if not any(place is each for each in used)}
+
+
+def no_split(where: object, places: Collection[str], split: str, hint: str = "") -> DataError:
+    """Build the error for a split that is not there.
+
+    Args:
+        where: the data, for the message.
+        places: names of the splits that there are.
+        split: that was asked for.
+        hint: what to do, unless another split is meant.
+    """
+    if split.casefold() == "test" and find_split(dict.fromkeys(places, True), "validation"):
+        hint = "; for its validation split, give --split validation, in training --val-split validation"
+    names = [printable(name) for name in sorted(filter(None, places))]
+    return DataError(f"{where} has no split {split!r}; it has {few(names) if names else 'none by name'}{hint}")
+
+
 def _open(
     root: Path | ImageTree,
     places: Mapping[str, Path | ImageTree],
@@ -414,7 +479,7 @@ def _open(
         hint = ""
         if {*map(str.casefold, places)} <= {*SYNONYMS["train"]} and isinstance(root, Path):
             hint = f"; to hold a part of it out for evaluation, give --data-dir {next(iter(places.values()))}"
-        raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(places))}{hint}")
+        raise no_split(root, places, split, hint)
     if isinstance(place, Path):
         place = list(_levels(open_archive(place)))[-1] if is_archive(place) else scan_folder(place)
     opened = place.read(group_by)

@@ -17,10 +17,19 @@ from typing import Any
 import numpy as np
 
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
-from mbib_timm.data.folders import SPLIT_NAMES, SYNONYMS, ImageTree, class_order, find_split, open_archive
+from mbib_timm.data.folders import (
+    SPLIT_NAMES,
+    SYNONYMS,
+    OwnSplits,
+    class_order,
+    find_split,
+    no_split,
+    open_archive,
+    unasked,
+)
 from mbib_timm.data.groups import group_names
-from mbib_timm.data.images import Split
-from mbib_timm.data.paths import Names, PathReader, look_for_images
+from mbib_timm.data.images import Reader, Split
+from mbib_timm.data.paths import Names, PathReader, look_for_images, missing_images
 from mbib_timm.errors import DataError, few, first_line, nearest
 from mbib_timm.files import printable, read_content
 from mbib_timm.recipe import Recipe
@@ -77,24 +86,24 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
         optional["split"] = "split"
     else:
         wanted["split"] = recipe.split_column
-    if recipe.group_by == "column":
+    if recipe.group_by in (None, "column"):
         optional["group"] = recipe.group_column or "group"
     rows = list(read_rows(file, wanted, optional))
     if not rows:
         raise DataError(f"{file} lists no images")
     left_out: dict[str, list[str]] = defaultdict(list)
     with_splits = any(row.split for row in rows)
-    rows = list(_usable(rows, with_splits, left_out))
+    rows = list(_usable(rows, root, with_splits, recipe.group_by == "column", left_out))
     if not rows:
         raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
     passed = {why: tuple(names) for why, names in left_out.items()}
-    opened = partial(_split, recipe, file, root, class_order({row.label for row in rows}), passed)
+    opened = partial(_split, recipe, file, root, passed)
     if not with_splits:
         return opened(rows)
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[row.split.casefold()].append(row)
-    return partial(_rows_of, recipe, file, by_split, opened)
+    return OwnSplits(by_split, partial(_rows_of, recipe, file, by_split, opened))
 
 
 def _rows_of(
@@ -103,10 +112,7 @@ def _rows_of(
     """Open a split of its own name or of a synonym."""
     rows = find_split(by_split, split)
     if rows is None:
-        raise DataError(
-            f"{file} has no split {split!r}; it has {', '.join(map(printable, sorted(by_split)))}: name those to use "
-            "with --train-split and --val-split"
-        )
+        raise no_split(file, by_split, split, ": name those to use with --train-split and --val-split")
     found = opened(rows)
     if rows is find_split(by_split, recipe.train_split):
         return replace(found, left_out={**found.left_out, **_not_used(by_split, recipe.split_names)})
@@ -118,12 +124,11 @@ def _not_used(by_split: Mapping[str, list[Row]], names: Sequence[str]) -> dict[s
 
     A further split for evaluation, as of a table that has one for testing, is none of these.
     """
-    used = [find_split(by_split, name) for name in names]
-    known = SPLIT_NAMES - {*SYNONYMS["train"]}
-    others = {name: rows for name, rows in by_split.items() if name not in known and not any(rows is x for x in used)}
+    known, unused = SPLIT_NAMES - {*SYNONYMS["train"]}, unasked(by_split, names)
+    others = {name: rows for name, rows in unused.items() if name not in known}
     if not others:
         return {}
-    meant = SPLIT_NAMES & {name for name, rows in by_split.items() if any(rows is x for x in used)}
+    meant = SPLIT_NAMES & (by_split.keys() - unused.keys())
     said = []
     for name in others:
         near = nearest(name, meant, most=1)
@@ -135,31 +140,29 @@ def _split(
     recipe: Recipe,
     file: Path,
     root: Path,
-    classes: tuple[str, ...],
     left_out: dict[str, tuple[str, ...]],
     rows: Sequence[Row],
 ) -> Split:
-    number = {name: label for label, name in enumerate(classes)}
     labels, paths = [row.label for row in rows], [row.path for row in rows]
-    groups = None
-    if recipe.group_by == "column":
+    classes = class_order(labels)
+    number = {name: label for label, name in enumerate(classes)}
+    groups, unused = None, ""
+    if recipe.group_by is None and any(row.group for row in rows):
+        unused = f"{file}: its column 'group' is not used, and images count as independent; --group-by column uses it"
+    elif recipe.group_by == "column":
         groups = np.array([row.group for row in rows])
     elif recipe.group_by is not None:
         groups = group_names(recipe.group_by, paths, labels)
     targets = np.array([number[label] for label in labels], dtype=np.int64)
+    reader: Reader
     if is_archive(root):
-        reader, missing = _in_archive(open_archive(root), rows), ""
+        tree = open_archive(root)
+        reader, gone = tree.reader(paths), [path for path in paths if path not in tree.members]
+        missing = missing_images(file, len(paths), gone, root) if gone else ""
     else:
         reader = PathReader(root, Names.of(paths))
         missing = look_for_images(reader, file)
-    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing)
-
-
-def _in_archive(tree: ImageTree, rows: Sequence[Row]) -> Any:
-    missing = next((row for row in rows if row.path not in tree.members), None)
-    if missing is not None:
-        raise DataError(f"{missing.where}: there is no image {missing.path!r} in {tree.path}")
-    return tree.reader([row.path for row in rows])
+    return Split(reader, targets, class_names=classes, groups=groups, left_out=left_out, missing=missing, unused=unused)
 
 
 def _locate(recipe: Recipe) -> tuple[Path, Path]:
@@ -175,23 +178,27 @@ def _locate(recipe: Recipe) -> tuple[Path, Path]:
     raise DataError(f"recipe key 'table': no file {recipe.table}{'' if root is None else f', here or in {root}'}")
 
 
-def _usable(rows: Sequence[Row], with_splits: bool, left_out: dict[str, list[str]]) -> Iterator[Row]:
+def _usable(
+    rows: Sequence[Row], root: Path, with_splits: bool, with_groups: bool, left_out: dict[str, list[str]]
+) -> Iterator[Row]:
     """Give one row of each image that can be used; note the others."""
     first: dict[str, Row] = {}
     ambiguous: dict[str, str] = {}
+    above = os.path.abspath(root)
     for row in rows:
+        place = os.path.normpath(os.path.join(above, row.path))
         if not row.label:
             left_out[NO_LABEL].append(row.where)
         elif with_splits and not row.split:
             left_out[NO_SPLIT].append(row.where)
-        elif (known := first.setdefault(os.path.normpath(row.path), row)) is not row:
+        elif (known := first.setdefault(place, row)) is not row:
             if known.label != row.label:
-                ambiguous[os.path.normpath(row.path)] = f"{row.path}: {known.label}, {row.label}"
+                ambiguous[place] = f"{row.path}: {known.label}, {row.label}"
             elif known.split != row.split:
                 raise DataError(
                     f"{row.where}: {row.path} is in split {row.split!r} here, and in {known.split!r} in {known.where}"
                 )
-            elif known.group != row.group:
+            elif with_groups and known.group != row.group:
                 raise DataError(
                     f"{row.where}: {row.path} is in group {row.group!r} here, and in {known.group!r} in {known.where}"
                 )
@@ -199,8 +206,8 @@ def _usable(rows: Sequence[Row], with_splits: bool, left_out: dict[str, list[str
                 left_out[REPEATED].append(row.where)
     if ambiguous:
         left_out[AMBIGUOUS] = list(ambiguous.values())
-    for path, row in first.items():
-        if path not in ambiguous:
+    for place, row in first.items():
+        if place not in ambiguous:
             yield row
 
 

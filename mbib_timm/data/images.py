@@ -135,6 +135,7 @@ class Split:
         left_out: what the source has passed over: names of files and folders, by the reason in words.
         chosen: how the images were chosen, in words; empty for a split that the data have of their own.
         missing: a line on listed images that are not there; empty where all are.
+        unused: a line on groups that the source names, and the recipe does not ask for; empty where there are none.
     """
 
     reader: Reader
@@ -145,6 +146,7 @@ class Split:
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chosen: str = ""
     missing: str = ""
+    unused: str = ""
 
     def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
         """Return the split of the images at these places; `chosen` says how, where that is not as before."""

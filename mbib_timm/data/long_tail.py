@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from mbib_timm.errors import DataError
+from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
 
 MANY_ABOVE, FEW_BELOW = 100, 20
@@ -188,30 +189,46 @@ def _kept_and_left_out(
         yield indices[:count], indices[count:]
 
 
-def long_tailed_counts(recipe: Recipe, available: np.ndarray) -> list[int]:
+def long_tailed_counts(recipe: Recipe, available: np.ndarray, class_names: Sequence[str] | None = None) -> list[int]:
     """Return the images of each class that a recipe's long-tailed subset keeps, (K,).
 
     Args:
         recipe: names profile and imbalance factor, and perhaps the largest class.
         available: images of each class, (K,).
+        class_names: names for the error message.
 
     Raises:
         DataError: an imbalance that a class cannot have.
     """
     shape, factor = recipe.imbalance, recipe.imbalance_factor
-    largest = recipe.imbalance_max or largest_class(available, shape, factor)
+    largest = recipe.imbalance_max or largest_class(available, shape, factor, class_names)
     return PROFILES[shape](len(available), largest, factor)
 
 
-def largest_class(available: np.ndarray, shape: str, imbalance_factor: float) -> int:
+def largest_class(
+    available: np.ndarray, shape: str, imbalance_factor: float, class_names: Sequence[str] | None = None
+) -> int:
     """Return the largest n_max whose profile the data can fill.
 
     Args:
         available: images of each class, (K,).
         shape: name of the profile.
         imbalance_factor: IF.
+        class_names: names for the error message.
+
+    Raises:
+        DataError: a factor that leaves the smallest class no image, or asks for more of another than there are.
     """
     largest = int(available.max())
-    while largest > 1 and np.any(np.array(PROFILES[shape](len(available), largest, imbalance_factor)) > available):
+    while True:
+        counts = np.array(PROFILES[shape](len(available), largest, imbalance_factor))
+        short = np.flatnonzero(counts > available)
+        if not len(short):
+            return largest
+        if int((largest - 1) / imbalance_factor) < 1:
+            label = int(short[0])
+            raise DataError(
+                f"class {named(class_names, len(available))[label]} has {counted(int(available[label]), 'image')}, and "
+                f"imbalance factor {imbalance_factor:g} asks for {counts[label]} or more"
+            )
         largest -= 1
-    return largest

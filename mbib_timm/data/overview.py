@@ -7,6 +7,7 @@ import numpy as np
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split
 from mbib_timm.data.long_tail import named, shot_groups
+from mbib_timm.data.sources import OF_LEFT_OUT
 from mbib_timm.data.splits import Splits
 from mbib_timm.errors import few
 from mbib_timm.files import counted, printable
@@ -36,7 +37,8 @@ def summary(splits: Splits) -> list[str]:
     ):
         if len(labels):
             lines.append(f"{title}: {len(labels):,} ({few([printable(names[label]) for label in labels])})")
-    if splits.val.chosen and splits.val.in_files and splits.val.groups is None and splits.train.groups is None:
+    grouped = any(split.groups is not None or split.unused for split in (splits.train, splits.val))
+    if splits.val.chosen and splits.val.in_files and not grouped and OF_LEFT_OUT not in splits.val.chosen:
         lines.append(
             "note: evaluated images were drawn one by one; if some belong together, such as frames of one burst or "
             "images of one patient or place, --group-by keeps them on one side"
@@ -46,10 +48,10 @@ def summary(splits: Splits) -> list[str]:
 
 
 def warnings(splits: Sequence[Split]) -> list[str]:
-    """Return what is missing of splits, and what their sources have left out, a line for each reason."""
-    missing = dict.fromkeys(split.missing for split in splits if split.missing)
+    """Return what is missing of splits, and what their sources do not use or have left out, a line for each reason."""
+    said = dict.fromkeys(line for split in splits for line in (split.missing, split.unused) if line)
     passed_over = [f"left out: {in_words({why: names})}" for why, names in left_out(splits).items()]
-    return [f"warning: {line}" for line in (*missing, *passed_over)]
+    return [f"warning: {line}" for line in (*said, *passed_over)]
 
 
 def left_out(splits: Sequence[Split]) -> dict[str, list[str]]:

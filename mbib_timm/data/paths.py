@@ -127,12 +127,11 @@ class PathReader:
 
     @property
     def _before(self) -> bytes:
-        """What goes before a relative name, normalised."""
-        root = os.fsencode(os.path.normpath(self.root))
-        return b"" if root == b"." else root.rstrip(b"/") + b"/"
+        """What goes before a relative name, normalised and absolute, as a name may be."""
+        return os.fsencode(os.path.abspath(self.root)).rstrip(b"/") + b"/"
 
     def files(self, places: np.ndarray | None) -> Iterator[bytes]:
-        """Give the normalised paths of some images, or of all; a microsecond each, where `path` takes twenty."""
+        """Give the absolute paths of some images, or of all; a microsecond each, where `path` takes twenty."""
         before = self._before
         if self.is_plain:
             return (before + name for name in self.names.some(places))
@@ -155,6 +154,32 @@ def open_image(path: str) -> Image.Image:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("no regular file")
     return Image.open(path)
+
+
+def missing_images(file: Path, count: int, missing: Sequence[str], root: Path, listed: int | None = None) -> str:
+    """Return a line on images of a list that are not there.
+
+    Args:
+        file: the list, for messages.
+        count: images that were looked for.
+        missing: names of those that are not there.
+        root: where they were looked for.
+        listed: images of the list, where that is another number.
+
+    Raises:
+        DataError: more than half are not there.
+    """
+    names = ", ".join(map(printable, missing[:3])) + (", ..." if len(missing) > 3 else "")
+    looked_for = counted(count, "image") + ("" if listed in (None, count) else " that were looked for")
+    if 2 * len(missing) > count:
+        raise DataError(
+            f"{file}: of its {looked_for}, {len(missing):,} cannot be found under {root}: {names}; is data_dir the "
+            "folder that its paths begin at?"
+        )
+    return (
+        f"{file}: of its {looked_for}, {len(missing):,} cannot be found: {names}; training replaces them, an "
+        "evaluation leaves them out; --broken skip takes them out of the class counts too"
+    )
 
 
 def look_for_images(reader: PathReader, file: Path, confined: bool = False) -> str:
@@ -191,19 +216,9 @@ def look_for_images(reader: PathReader, file: Path, confined: bool = False) -> s
                     f"{file}: {reader.name(place)} is a link, or below one, that leads out of data_dir {reader.root}; "
                     "give the folder that holds the images themselves"
                 )
-    names = ", ".join(printable(reader.name(place)) for place in sorted(missing)[:3])
-    names += ", ..." if len(missing) > 3 else ""
-    if 2 * len(missing) > count:
-        raise DataError(
-            f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found under {reader.root}: {names}; "
-            "is data_dir the folder that its paths begin at?"
-        )
     if not missing:
         return ""
-    return (
-        f"{file}: of its {counted(count, 'image')}, {len(missing):,} cannot be found: {names}; training replaces them, "
-        "an evaluation leaves them out; --broken skip takes them out of the class counts too"
-    )
+    return missing_images(file, count, [reader.name(place) for place in sorted(missing)], reader.root, len(reader))
 
 
 def _files(folder: str, wanted: Sequence[str]) -> dict[str, bool]:

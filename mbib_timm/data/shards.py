@@ -20,7 +20,7 @@ from timm.utils import natural_key
 from torch.utils.data import Dataset
 
 from mbib_timm.data.archives import FILE, FOLDER, LINK, ArchiveReader, Member, members, open_tar
-from mbib_timm.data.folders import READ, SPLIT_NAMES, SYNONYMS, find_split, is_hidden
+from mbib_timm.data.folders import READ, SPLIT_NAMES, SYNONYMS, find_split, is_hidden, no_split
 from mbib_timm.data.images import Split, in_order
 from mbib_timm.data.lists import check_path, parse_label, read_class_names
 from mbib_timm.data.paths import Names
@@ -108,11 +108,10 @@ def _open(root: Path, found: Mapping[str, Shards], class_file: Path | None, work
     shards = find_split(found, split)
     if shards is not None:
         return _read(shards, class_file, workers)
-    names = sorted(filter(None, found))
     hint = ""
-    if set(map(str.casefold, names)) <= set(SYNONYMS["train"]):
+    if set(map(str.casefold, filter(None, found))) <= set(SYNONYMS["train"]):
         hint = "; patterns name some of the shards and the others, as in --val-split 'train-{0008..0009}.tar'"
-    raise DataError(f"{root} has no split {split!r}; it has {few(names) if names else 'none by name'}{hint}")
+    raise no_split(root, found, split, hint)
 
 
 # Which shards

@@ -4,7 +4,7 @@ Here are the digits that come with the package, torchvision's CIFAR and Fashion-
 sets; folders, tables and shards have files of their own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_reader
 from torchvision import datasets
 
-from mbib_timm.data.folders import ALL, SYNONYMS, has_images, open_folder
+from mbib_timm.data.folders import ALL, SYNONYMS, OwnSplits, has_images, open_folder, unasked
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.image_tables import open_table
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
@@ -33,6 +33,7 @@ DIGIT_SIZE = 16
 HFDS_PREFIX = "hfds/"
 # The split of training images that a long-tailed subset leaves out, to choose settings on; and its images per class.
 LEFT_OUT, MOST_LEFT_OUT = "left_out", 50
+OF_LEFT_OUT = "that the long-tailed subset leaves out"
 # What data without splits have none of; and what is said where a recipe calls the validation split so.
 TEST = "test"
 NO_TEST = "the data have no test split of their own, and this is their validation split"
@@ -80,6 +81,10 @@ class Source:
     def has_splits(self) -> bool:
         """Whether the data have splits of their own."""
         return not isinstance(self._opened, Split)
+
+    def others(self, names: Collection[str]) -> list[str]:
+        """Return the names of the data's own splits beside some, where the source is folders or a table."""
+        return list(unasked(self._opened.places, names)) if isinstance(self._opened, OwnSplits) else []
 
     @cached_property
     def _whole(self) -> Split:
@@ -135,14 +140,16 @@ class Source:
         others = list(dict.fromkeys([recipe.train_split, *(name for name in names if name != LEFT_OUT)]))
         opened = dict(zip(others, self.splits(others), strict=True))
         train = opened[recipe.train_split]
-        counts = long_tailed_counts(recipe, count_classes(train.targets, int(train.targets.max()) + 1))
+        counts = long_tailed_counts(
+            recipe, count_classes(train.targets, int(train.targets.max()) + 1), train.class_names
+        )
         chosen = left_out_indices(train.targets, counts, recipe.subset_seed, MOST_LEFT_OUT)
         if not len(chosen):
             raise DataError(
                 f"split {LEFT_OUT!r}: with imbalance factor {recipe.imbalance_factor:g} every image is trained on"
             )
-        said = f"up to {MOST_LEFT_OUT} of each class that the long-tailed subset leaves out of split "
-        opened[LEFT_OUT] = train.subset(chosen, f"{said}{recipe.train_split!r}")
+        said = f"up to {MOST_LEFT_OUT} of each class {OF_LEFT_OUT} of split {recipe.train_split!r}"
+        opened[LEFT_OUT] = train.subset(chosen, said)
         return [opened[name] for name in names]
 
     def _part(self, name: str) -> Split:

@@ -5,7 +5,8 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from mbib_timm.data.archives import ArchiveReader
+from mbib_timm.data.folders import in_words
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
-from mbib_timm.data.sources import LEFT_OUT, Source
+from mbib_timm.data.sources import LEFT_OUT, NO_READABLE, UNREADABLE, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
@@ -37,7 +39,7 @@ class Splits:
         class_names: in label order, where they are known.
         held_out: images that are never trained on, for methods that choose a constant; or None. See `open_data`.
         held_out_from: what those are, in words, for the record.
-        shared: a line on each evaluated split of which images are trained on.
+        shared: a line on each evaluated split of which images, or others of their groups, are trained on.
     """
 
     train: Split
@@ -113,19 +115,25 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         source: of them, where it is open already.
 
     Raises:
+        MbibError: a share to hold out of data that have splits.
         DataError: data that are missing, malformed, or do not fit the recipe or one another; a test split that is the
             validation split under another name.
     """
-    names = recipe.split_names
-    train, *evaluated = (source or Source(recipe)).splits(names)
+    names, source = recipe.split_names, source or Source(recipe)
+    if source.has_splits and recipe.val_fraction != Recipe.val_fraction:
+        raise MbibError("recipe key 'val_fraction' has no effect: the data have splits of their own")
+    train, *evaluated = source.splits(names)
     held_out, held_out_from = None, "none"
-    if train.groups is not None:
-        require_groups(recipe, train.groups, train.path(0))
-    num_classes = _num_classes(recipe, train)
-    matched = [
-        match_classes(name, split, train.class_names, num_classes)
-        for name, split in zip(names[1:], evaluated, strict=True)
-    ]
+    if recipe.group_by is not None:  # of one split alone they serve its intervals
+        found = [split.groups for split in (train, *evaluated) if split.groups is not None]
+        require_groups(recipe, np.concatenate(found), train.path(0))
+    with _unreadable_said(train):
+        num_classes = _num_classes(recipe, train)
+        matched = [
+            match_classes(name, split, train.class_names, num_classes)
+            for name, split in zip(names[1:], evaluated, strict=True)
+        ]
+        counts = count_classes(train.targets, num_classes, train.class_names)
     val, test = matched[0], matched[1] if matched[1:] else None
     twice = 0 if test is None else _number_shared(val, test, names[1] == names[2])
     if test is not None and twice == len(val) == len(test):
@@ -133,9 +141,9 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
             f"the splits {names[1]!r} and {names[2]!r} are the same {counted(len(test), 'image')}: the data have one "
             "split for evaluation; omit the test split"
         )
-    counts = count_classes(train.targets, num_classes, train.class_names)
     if recipe.imbalance != "none":
-        kept = long_tailed_indices(train.targets, long_tailed_counts(recipe, counts), recipe.subset_seed)
+        wanted = long_tailed_counts(recipe, counts, train.class_names)
+        kept = long_tailed_indices(train.targets, wanted, recipe.subset_seed)
         left_out, besides = np.setdiff1d(np.arange(len(train)), kept), ""
         if recipe.val_split == LEFT_OUT:
             evaluated_on = val.indices_of(np.arange(len(val)))
@@ -151,11 +159,24 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
     shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
+    shared += [_groups_trained_on(train, split, name) for name, split in zip(names[1:], matched, strict=True)]
     if test is not None and twice:
         shared.append(f"split {names[2]!r}: {twice:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
     elif held_out is None and test is not None:
         held_out, held_out_from = val, f"the validation split {recipe.val_split!r}"
     return Splits(train, val, test, counts, train.class_names, held_out, held_out_from, tuple(filter(None, shared)))
+
+
+@contextmanager
+def _unreadable_said(train: Split) -> Iterator[None]:
+    """Add what training has lost as unreadable to an error about classes, for which it may be the reason."""
+    try:
+        yield
+    except DataError as error:
+        lost = {why: train.left_out[why] for why in (UNREADABLE, NO_READABLE) if why in train.left_out}
+        if not lost:
+            raise
+        raise DataError(f"{error}; left out of training: {in_words(lost)}") from None
 
 
 def trained_on(train: Split, evaluated: Split, name: str, training_name: str) -> str:
@@ -174,6 +195,15 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
         f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')} are trained on; their accuracy says "
         "nothing of other images"
     )
+
+
+def _groups_trained_on(train: Split, evaluated: Split, name: str) -> str:
+    """Return a line on the images of an evaluated split whose groups are trained on; empty where there are none."""
+    if train.groups is None or evaluated.groups is None:
+        return ""
+    number = np.isin(evaluated.groups, train.groups[train.groups != ""]).sum()
+    of = f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')}"
+    return f"{of} are of groups that are trained on" if number else ""
 
 
 def _number_shared(first: Split, second: Split, one_name: bool) -> int:

@@ -131,7 +131,8 @@ def draw_test_set(distribution: str, targets: np.ndarray, class_counts: np.ndarr
     order = np.argsort(-class_counts, kind="stable")[::direction]
     available = np.bincount(targets, minlength=len(class_counts))[order]
     counts = np.empty(len(order), dtype=np.int64)
-    counts[order] = exponential_profile(len(order), largest_class(available, "exp", factor), factor)
+    largest = largest_class(available, "exp", factor, [*map(str, order)])
+    counts[order] = exponential_profile(len(order), largest, factor)
     return np.sort(long_tailed_indices(targets, counts.tolist(), seed))
 
 

@@ -3,17 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
+from mbib_timm.data.class_values import label_names
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
-from mbib_timm.data.long_tail import named
-from mbib_timm.data.sources import NO_READABLE
+from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
@@ -81,6 +82,10 @@ def data_report(
     recipe = find_data(target, overrides)
     if split_file is not None and recipe.dataset not in IN_FILES:
         raise MbibError(f"--write-split: the images of dataset {recipe.dataset} are not in files that a table can name")
+    if split_file is not None and LEFT_OUT in recipe.split_names:
+        raise MbibError(
+            f"--write-split: no table says what a long-tailed subset leaves out, and split {LEFT_OUT!r} has"
+        )
     if figure is not None and figure.suffix[1:].lower() not in FIGURES:
         raise MbibError(f"--figure {figure}: expected a name that ends in .{', .'.join(FIGURES)}")
     for file in (csv_file, figure, split_file):
@@ -88,12 +93,12 @@ def data_report(
             check_place(file)
     source = Source(recipe)
     splits = open_data(recipe, source)
-    names = named(splits.class_names, splits.num_classes)
+    names = label_names(splits.class_names, splits.num_classes)
     parts = list(zip(recipe.split_names, splits.opened(), strict=True))
     print("\n".join(summary(splits)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
-    print("\n".join(lines(found, source.has_splits)))
+    print("\n".join(lines(found, source.has_splits, recipe.val_split == LEFT_OUT)))
     if csv_file is not None:
         _write(csv_file, image_rows(found))
         print(printable(str(csv_file)))
@@ -103,8 +108,9 @@ def data_report(
         print(printable(str(figure)))
     if split_file is not None:
         _write(split_file, split_rows(recipe, source))
-        folder = "" if recipe.data_dir is None else f" --data-dir {recipe.data_dir}"
-        print(printable(f"{split_file}: train on this split with --dataset table --table {split_file}{folder}"))
+        places = f"--table {quote(str(split_file))} --data-dir {quote(_root(recipe))}"
+        groups = "" if recipe.group_by is None else " --group-by column"
+        print(printable(f"{split_file}: train on this split with --dataset table {places}{groups}"))
     return found
 
 
@@ -142,17 +148,18 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
-def lines(found: Inspection, has_splits: bool) -> Iterator[str]:
+def lines(found: Inspection, has_splits: bool, left_out: bool) -> Iterator[str]:
     """Give what is said of the images: sizes, kinds, unreadable files, duplicates.
 
     Args:
         found: of them.
         has_splits: the data have splits of their own.
+        left_out: what a long-tailed subset leaves out is evaluated, which is not chosen by group.
     """
     advice = "--group-by keeps together what belongs together"
-    if has_splits:
+    if has_splits and not left_out:
         advice = "take them out of one of the data's own splits"
-    elif any(picture.group for picture in found.pictures):
+    elif left_out or any(picture.group for picture in found.pictures):
         advice = ""
     readable = [picture.look for picture in found.pictures if not picture.look.error]
     if readable:
@@ -230,26 +237,40 @@ def _numbers(found: Duplicates | None) -> dict[int, int]:
     return {place: number for number, each in enumerate(sets, start=1) for place in each}
 
 
+def _root(recipe: Recipe) -> str:
+    """Return the folder or archive that the paths of a written split are relative to."""
+    return recipe.data_dir or str(Path(recipe.table or "").parent)
+
+
 def split_rows(recipe: Recipe, source: Source) -> bytes:
     """Return a CSV with path, class, split and group of every image, before a long-tailed subset is taken of them.
 
     Args:
-        recipe: names the splits.
+        recipe: names the splits; others that the data have come after them.
         source: of its data.
 
     Raises:
-        DataError: images in one of several archives.
+        DataError: images in one of several archives, or a name that a table cannot hold.
     """
-    root = recipe.data_dir or str(Path(recipe.table or "").parent)
+    root, others = _root(recipe), source.others(recipe.split_names)
+    splits = zip(
+        [*recipe.split_names, *others], [*source.splits(recipe.split_names), *source.splits(others)], strict=True
+    )
     rows: list[Sequence[object]] = [["path", "label", "split", "group"]]
-    for name, split in zip(recipe.split_names, source.splits(recipe.split_names), strict=True):
-        classes = named(split.class_names, int(split.targets.max()) + 1)
+    for name, split in splits:
+        classes = label_names(split.class_names, int(split.targets.max()) + 1)
         groups = np.full(len(split), "") if split.groups is None else split.groups
         for place, label in enumerate(split.targets):
             path = split.name(place, root)
             if any(part.lower().endswith(SUFFIXES) for part in path.split("/")[:-1]):
                 raise DataError(f"--write-split: {split.path(place)} is in one of several archives; unpack them")
-            rows.append([path, classes[int(label)], name, groups[place]])
+            row = [path, classes[int(label)], name, str(groups[place])]
+            if lost := next((value for value in row if value != value.strip() or "\r" in value), None):
+                raise DataError(
+                    f"--write-split: a table cannot hold {lost!r}, with a space at an end or a carriage return; rename "
+                    "what has that name"
+                )
+            rows.append(row)
     return to_csv(rows, exact=True)
 
 
