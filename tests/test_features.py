@@ -15,6 +15,7 @@ from mbib_timm.data import Passes, open_data
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.decoding import FileStates
 from mbib_timm.data.features import FeatureLoader, Features, FeatureStore, Rows, load_chunk, to_bytes
+from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.samplers import OrderedSampler
 from mbib_timm.environment import World
 from mbib_timm.errors import CheckpointError, DataError, MbibError
@@ -181,6 +182,16 @@ def test_features_are_computed_once_for_all_runs_that_see_the_same(images):
     for _ in range(2):
         rows_of(store(own.replace(image_cache="none"), unsaved, kept).eval_loader(split))
     assert unsaved.seen == len(split)
+
+
+def test_splits_in_memory_with_equal_labels_keep_their_own_features(images):
+    backbone = Backbone()
+    made = store(recipe(images), backbone)
+    splits = [Split(ArrayReader(np.full((4, 8, 8, 3), grey, np.uint8), "same"), np.arange(4)) for grey in (50, 200)]
+    dark, light, again = (rows_of(made.eval_loader(split))[0] for split in (*splits, splits[0]))
+    assert not torch.equal(dark, light)
+    assert torch.equal(dark, again)
+    assert backbone.seen == 8
 
 
 def test_what_a_killed_process_has_finished_is_not_computed_again(images, monkeypatch, capsys):

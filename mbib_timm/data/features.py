@@ -7,7 +7,6 @@ seed of a recipe, so that the runs of a sweep share them. A file holds some thou
 not at all, with a checksum: what a killed process has finished, the next one finds.
 """
 
-import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import PIL
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -158,7 +156,8 @@ class FeatureStore:
     def _pass(self, split: Split, number: int, replace_broken: bool) -> Features:
         job = _Pass(self.observe, self.recipe, self.input_size, self.world, split, number, replace_broken)
         files = self.states.of(split, self.world)
-        key = job.key(files)
+        # Of images that are not in files, as those of a package, the split itself, which `states` holds, is known.
+        key = job.key(files or f"split {id(split)}")
         place = f"{key} {self.world.device}"
         if place not in self.kept:
             folder = None if files is None else cache_folder(self.recipe, "features")
@@ -186,8 +185,8 @@ class _Pass:
     number: int
     replace_broken: bool
 
-    def key(self, files: str | None) -> str:
-        """Return the digest that names the pass, for that of its images' files, or None where there are none."""
+    def key(self, images: str) -> str:
+        """Return the digest that names the pass over these images, for that of their files or what else tells them."""
         recipe, size = self.recipe, self.input_size
         dataset = ImageDataset(self.split, pil_mode(size[0]), eval_transform(recipe, size), self.replace_broken)
         seen: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, **evaluation_crop(recipe)}
@@ -195,13 +194,7 @@ class _Pass:
             seen |= {name: getattr(recipe, name) for name in AUGMENTATION}
         backbone = [self.observe.digest, str(self.observe.dtype)]
         described = json.dumps([FORMAT, CHUNK, backbone, size, self.number, seen])
-        if files is not None:
-            return entry_key(dataset, described, files)
-        # Of images that are not in files, as those of a package, source and places stand for all.
-        digest = hashlib.sha256(f"{described} {PIL.__version__} {recipe.dataset} {self.replace_broken}".encode())
-        for values in (self.split.targets, self.split.indices_of(np.arange(len(self.split)))):
-            digest.update(np.ascontiguousarray(values, dtype=np.int64).data)
-        return digest.hexdigest()[:32]
+        return entry_key(dataset, described, images)
 
     def chunks(self, file: Callable[[int], Path | None]) -> Iterator[Rows]:
         """Give the features of all images, `CHUNK` of them at a time.
