@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -223,6 +224,22 @@ def test_what_a_killed_process_has_finished_is_not_computed_again(images, monkey
     assert third.seen == 12
     said = capsys.readouterr().out
     assert said.count("is damaged; its features are computed again") == 2
+
+
+def test_a_full_disk_leaves_features_in_memory(images, monkeypatch, capsys):
+    monkeypatch.setattr(features_module, "CHUNK", 4)
+    own = recipe(images)
+    split = open_data(own).train
+    expected = rows_of(store(own.replace(image_cache="none")).eval_loader(split))[0]
+    backbone, limits = Backbone(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        found = rows_of(store(own, backbone).eval_loader(split))[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(found, expected)
+    assert backbone.seen == len(split) > 4
+    assert capsys.readouterr().out.count("features are not kept: cannot write") == 1
 
 
 def test_augmented_passes_are_the_same_for_every_seed_and_every_interruption(images, monkeypatch):

@@ -28,7 +28,7 @@ from mbib_timm.data.loaders import OrderedLoader, TimmLoader, timm_eval_loader, 
 from mbib_timm.data.samplers import IndexSampler, OrderedSampler, ShardSampler, TrainingSampler, drops_last
 from mbib_timm.data.transforms import eval_transform, evaluation_crop
 from mbib_timm.environment import World, seed_generators
-from mbib_timm.errors import DataError
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import remove_debris, write_bytes
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import KEYS, Recipe
@@ -203,7 +203,7 @@ class _Pass:
             file: where the chunk from a place on is kept, or is to be; None for nowhere.
         """
         progress = Progress(len(self.split), 0, self.world.is_main, unit="image")
-        generators = torch.get_rng_state()
+        generators, kept = torch.get_rng_state(), True
         try:
             for start in range(0, len(self.split), CHUNK):
                 places = range(start, min(start + CHUNK, len(self.split)))
@@ -211,13 +211,16 @@ class _Pass:
                 rows = None if path is None else load_chunk(path)
                 if rows is None:
                     rows = self._compute(places, progress)
-                    if path is not None:
-                        write_bytes(path, to_bytes(rows))
-                        rows = load_chunk(path)  # mapped, it takes no memory that others cannot have
+                    if path is not None and kept:
+                        try:
+                            write_bytes(path, to_bytes(rows))
+                            rows = load_chunk(path) or rows  # mapped, it takes no memory that others cannot have
+                        except MbibError as error:  # no room: the run does not depend on it
+                            print(f"features are not kept: {error}")
+                            kept = False
                 else:
                     progress.step(len(places))
-                if rows is not None:
-                    yield rows
+                yield rows
         finally:
             torch.set_rng_state(generators)
             progress.close()
