@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_features_in_memory(images, monkeypatch, capsys):
     assert capsys.readouterr().out.count("features are not kept: cannot write") == 1
 
 
-def test_augmented_passes_are_the_same_for_every_seed_and_every_interruption(images, monkeypatch):
+def test_augmented_passes_are_the_same_for_every_seed_interruption_and_number_of_workers(images, monkeypatch):
     monkeypatch.setattr(features_module, "CHUNK", 4)
     own = recipe(images, feature_passes=3, train_crop_mode="rrc", hflip=0.5, validation_batch_size=3)
     data = open_data(own)
@@ -259,9 +259,9 @@ def test_augmented_passes_are_the_same_for_every_seed_and_every_interruption(ima
         file.unlink()
     for before, after in zip((plain, one, two), passes(own.replace(seed=7)), strict=True):
         assert torch.equal(before, after)
-    own = own.replace(image_cache="none")
-    for before, after in zip((plain, one, two), passes(own), strict=True):
-        assert torch.equal(before, after)
+    for changes in ({}, {"workers": 1, "validation_batch_size": 2}):
+        for before, after in zip((plain, one, two), passes(own.replace(image_cache="none", **changes)), strict=True):
+            assert torch.equal(before, after)
 
 
 def test_each_row_of_an_epoch_is_of_one_of_the_passes(images):

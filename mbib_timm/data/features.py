@@ -1,10 +1,11 @@
 """Features of a frozen backbone: computed once, kept on the disk, mapped into memory; and batches of them.
 
-An entry of the cache is a folder of safetensors files, named by a digest of everything that decides its numbers: the
-backbone's weights and taps, each image's path, size and time of change, the labels, the preprocessing, and which pass
-over the images it is. The first pass sees the images as an evaluation does; further ones are augmented, alike for every
-seed of a recipe, so that the runs of a sweep share them. A file holds some thousand images and is there as a whole or
-not at all, with a checksum: what a killed process has finished, the next one finds.
+An entry of the cache is a folder of safetensors files, named by a digest of everything that decides its numbers, but
+for their rounding: the backbone's weights and taps, each image's path, size and time of change, the labels, the
+preprocessing, and which pass over the images it is. The first pass sees the images as an evaluation does; further ones
+are augmented, alike for every seed of a recipe and any number of workers, so that the runs of a sweep share them. A
+file holds some thousand images and is there as a whole or not at all, with a checksum: what a killed process has
+finished, the next one finds.
 """
 
 import json
@@ -27,7 +28,7 @@ from mbib_timm.data.images import ImageDataset, Split, pil_mode
 from mbib_timm.data.loaders import OrderedLoader, TimmLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.samplers import IndexSampler, OrderedSampler, ShardSampler, TrainingSampler, drops_last
 from mbib_timm.data.transforms import eval_transform, evaluation_crop
-from mbib_timm.environment import World, seed_generators
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import remove_debris, write_bytes
 from mbib_timm.progress import Progress
@@ -191,7 +192,7 @@ class _Pass:
         dataset = ImageDataset(self.split, pil_mode(size[0]), eval_transform(recipe, size), self.replace_broken)
         seen: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, **evaluation_crop(recipe)}
         if self.number:
-            seen |= {name: getattr(recipe, name) for name in AUGMENTATION}
+            seen |= {"seed": SEED, **{name: getattr(recipe, name) for name in AUGMENTATION}}
         backbone = [self.observe.digest, str(self.observe.dtype)]
         described = json.dumps([FORMAT, CHUNK, backbone, size, self.number, seen])
         return entry_key(dataset, described, images)
@@ -226,8 +227,6 @@ class _Pass:
             progress.close()
 
     def _compute(self, places: range, progress: Progress) -> Rows:
-        if self.number:  # the same whichever chunks were computed before
-            seed_generators(SEED, self.number, 0, places.start // CHUNK)
         parts = [Rows(torch.zeros(0, self.observe.width, dtype=self.observe.dtype), torch.zeros(0, dtype=torch.int64))]
         for batch in self._loader(OrderedSampler(places)):
             features = self.observe(batch.images).to(self.observe.dtype)
@@ -245,6 +244,8 @@ class _Pass:
         recipe = recipe.replace(batch_size=max(2, recipe.validation_batch_size))
         loader = timm_train_loader(self.split, recipe, size, world, order)
         loader.loader.batch_sampler.drop_last = False
+        # The same whichever chunks were computed before, and in whatever batches.
+        loader.places.key = (SEED, self.number, order.places.start)
         return loader
 
     def features(self, chunks: Sequence[Rows]) -> Features:
