@@ -162,8 +162,10 @@ def test_whole_images_look_as_after_timms_randaugment():
 
 
 @pytest.mark.parametrize(
-    "aa", ["augmix-m3-w2", "original", "3a", "rand-m9-tweights", "rand-m9-mstd101", "rand-m12-mmax12"]
-)
+    "aa",
+    ["augmix-m3-w2", "original", "3a", "rand-n15-tweights", "rand-n14-t3aw", "rand-n20-t3a", "rand-m9-mstd101",
+     "rand-m12-mmax12"],
+)  # fmt: skip
 def test_policies_that_only_timm_has(aa):
     assert create_policy(aa) is None
     transform = train_transform(recipe(aa=aa), (3, 20, 20))

@@ -107,6 +107,7 @@ RECIPES = {
         "'aa': unknown policy 'rand-m12': expected m from 0 to 10, got 12",
     ),
     "no layers": ("aa: rand-n0\n", "'aa': unknown policy 'rand-n0': expected n from 1 to 20, got 0"),
+    "layers": ("aa: rand-n15-t3aw\n", "'aa': unknown policy .*: expected n from 1 to 14 with t3aw, got 15"),
     "part of none": ("aa: cifar10-m3\n", "'aa': unknown policy 'cifar10-m3': cifar10 takes no 'm3'"),
     "setting": ("method: {name: mbib, beta: .nan}\n", "'method': beta: expected a finite number, got nan"),
 }

@@ -9,10 +9,10 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from small_data import CPU, SIZE, epoch, image_folder, loaders, recipe, splits
+from small_data import CPU, SIZE, epoch, image_folder, recipe, splits
 
 from mbib_timm.data import Split, Splits, create_loaders, decoding, open_data
-from mbib_timm.data.decoding import decoded_bytes, fits, free_memory
+from mbib_timm.data.decoding import decode_split, decoded_bytes, fits, free_memory
 
 # The cache
 
@@ -174,11 +174,13 @@ def test_the_memory_that_images_take(folder):
     assert built.train.streams[0].images.pixels.numel() == 3 * (sum(areas) + 1)  # and the black pixel
 
 
-def test_images_beyond_the_longest_side_shrink():
-    data = splits(2, 300, 1000)
-    settings = recipe(train_crop_mode="rrc")
-    assert decoded_bytes(data.train, settings, SIZE, training=True) == 2 * 3 * 150 * 500
-    assert loaders(settings, data).train.streams[0].images.sizes.tolist() == [[150, 500]] * 2
+@pytest.mark.parametrize(("side", "kept"), [(16, [150, 500]), (224, [150, 500]), (336, [225, 750]), (640, [300, 1000])])
+def test_images_beyond_the_longest_side_shrink_and_larger_inputs_are_cut_from_more(side, kept):
+    data, size = splits(2, 300, 1000), (3, side, side)
+    settings = recipe(train_crop_mode="rrc", img_size=side)
+    assert decoded_bytes(data.train, settings, size, training=True) == 2 * 3 * kept[0] * kept[1]
+    images = decode_split(data.train, settings, size, CPU, training=True, replace_broken=True)
+    assert images.sizes.tolist() == [kept] * 2
 
 
 def test_free_memory_is_known():

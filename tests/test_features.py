@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mbib_timm.data import Passes, open_data
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.decoding import FileStates
 from mbib_timm.data.features import FeatureLoader, Features, FeatureStore, Rows, load_chunk, to_bytes
+from mbib_timm.data.images import ArrayReader, Split
 from mbib_timm.data.samplers import OrderedSampler
 from mbib_timm.environment import World
 from mbib_timm.errors import CheckpointError, DataError, MbibError
@@ -183,6 +185,16 @@ def test_features_are_computed_once_for_all_runs_that_see_the_same(images):
     assert unsaved.seen == len(split)
 
 
+def test_splits_in_memory_with_equal_labels_keep_their_own_features(images):
+    backbone = Backbone()
+    made = store(recipe(images), backbone)
+    splits = [Split(ArrayReader(np.full((4, 8, 8, 3), grey, np.uint8), "same"), np.arange(4)) for grey in (50, 200)]
+    dark, light, again = (rows_of(made.eval_loader(split))[0] for split in (*splits, splits[0]))
+    assert not torch.equal(dark, light)
+    assert torch.equal(dark, again)
+    assert backbone.seen == 8
+
+
 def test_what_a_killed_process_has_finished_is_not_computed_again(images, monkeypatch, capsys):
     monkeypatch.setattr(features_module, "CHUNK", 4)
     own = recipe(images, validation_batch_size=2)
@@ -214,7 +226,23 @@ def test_what_a_killed_process_has_finished_is_not_computed_again(images, monkey
     assert said.count("is damaged; its features are computed again") == 2
 
 
-def test_augmented_passes_are_the_same_for_every_seed_and_every_interruption(images, monkeypatch):
+def test_a_full_disk_leaves_features_in_memory(images, monkeypatch, capsys):
+    monkeypatch.setattr(features_module, "CHUNK", 4)
+    own = recipe(images)
+    split = open_data(own).train
+    expected = rows_of(store(own.replace(image_cache="none")).eval_loader(split))[0]
+    backbone, limits = Backbone(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        found = rows_of(store(own, backbone).eval_loader(split))[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(found, expected)
+    assert backbone.seen == len(split) > 4
+    assert capsys.readouterr().out.count("features are not kept: cannot write") == 1
+
+
+def test_augmented_passes_are_the_same_for_every_seed_interruption_and_number_of_workers(images, monkeypatch):
     monkeypatch.setattr(features_module, "CHUNK", 4)
     own = recipe(images, feature_passes=3, train_crop_mode="rrc", hflip=0.5, validation_batch_size=3)
     data = open_data(own)
@@ -231,9 +259,9 @@ def test_augmented_passes_are_the_same_for_every_seed_and_every_interruption(ima
         file.unlink()
     for before, after in zip((plain, one, two), passes(own.replace(seed=7)), strict=True):
         assert torch.equal(before, after)
-    own = own.replace(image_cache="none")
-    for before, after in zip((plain, one, two), passes(own), strict=True):
-        assert torch.equal(before, after)
+    for changes in ({}, {"workers": 1, "validation_batch_size": 2}):
+        for before, after in zip((plain, one, two), passes(own.replace(image_cache="none", **changes)), strict=True):
+            assert torch.equal(before, after)
 
 
 def test_each_row_of_an_epoch_is_of_one_of_the_passes(images):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mbib_timm.data.batch import send
 from mbib_timm.data.decoding import DecodedImages
-from mbib_timm.data.transforms import LONGEST_SIDE
+from mbib_timm.data.transforms import longest_side
 from mbib_timm.recipe import Recipe
 
 Draws = dict[str, Tensor]
@@ -90,7 +90,7 @@ class ResizedCrop:
     def __init__(self, height: int, width: int, recipe: Recipe) -> None:
         self.height, self.width, self.recipe = height, width, recipe
         # First what `resized_crops` takes for the largest box.
-        self.bytes_per_image = 24 * LONGEST_SIDE**2 + WORK_BYTES * height * width
+        self.bytes_per_image = 24 * longest_side(height, width) ** 2 + WORK_BYTES * height * width
 
     def draw(self, sizes: Tensor, generator: torch.Generator) -> Draws:
         """Draw for n images of height and width `sizes` (n, 2)."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.images import ImageDataset, Split, in_order, pil_mode
-from mbib_timm.data.transforms import LONGEST_SIDE, fixed_preprocessing, resident_transform
+from mbib_timm.data.transforms import fixed_preprocessing, longest_side, resident_transform
 from mbib_timm.environment import World
 from mbib_timm.recipe import Recipe
 
@@ -361,15 +361,15 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
     if not (training and recipe.train_crop_mode == "rrc"):
         return len(split) * channels * height * width
     indices = np.arange(len(split)) if split.indices is None else split.indices
-    areas = []
+    areas, longest = [], longest_side(height, width)
     for index in indices[np.linspace(0, len(indices) - 1, num=min(SAMPLED_IMAGES, len(indices)), dtype=np.int64)]:
         try:
             image_width, image_height = split.reader.read(int(index)).size  # reads the header alone
         except Exception:  # a broken image does not matter here
             continue
-        scale = min(1.0, LONGEST_SIDE / max(image_width, image_height))
+        scale = min(1.0, longest / max(image_width, image_height))
         areas.append(image_width * image_height * scale**2)
-    area = float(np.mean(areas)) if areas else LONGEST_SIDE**2
+    area = float(np.mean(areas)) if areas else longest**2
     return int(len(split) * channels * area)
 
 

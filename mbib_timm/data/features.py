@@ -1,13 +1,13 @@
 """Features of a frozen backbone: computed once, kept on the disk, mapped into memory; and batches of them.
 
-An entry of the cache is a folder of safetensors files, named by a digest of everything that decides its numbers: the
-backbone's weights and taps, each image's path, size and time of change, the labels, the preprocessing, and which pass
-over the images it is. The first pass sees the images as an evaluation does; further ones are augmented, alike for every
-seed of a recipe, so that the runs of a sweep share them. A file holds some thousand images and is there as a whole or
-not at all, with a checksum: what a killed process has finished, the next one finds.
+An entry of the cache is a folder of safetensors files, named by a digest of everything that decides its numbers, but
+for their rounding: the backbone's weights and taps, each image's path, size and time of change, the labels, the
+preprocessing, and which pass over the images it is. The first pass sees the images as an evaluation does; further ones
+are augmented, alike for every seed of a recipe and any number of workers, so that the runs of a sweep share them. A
+file holds some thousand images and is there as a whole or not at all, with a checksum: what a killed process has
+finished, the next one finds.
 """
 
-import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import PIL
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -29,8 +28,8 @@ from mbib_timm.data.images import ImageDataset, Split, pil_mode
 from mbib_timm.data.loaders import OrderedLoader, TimmLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.samplers import IndexSampler, OrderedSampler, ShardSampler, TrainingSampler, drops_last
 from mbib_timm.data.transforms import eval_transform, evaluation_crop
-from mbib_timm.environment import World, seed_generators
-from mbib_timm.errors import DataError
+from mbib_timm.environment import World
+from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import remove_debris, write_bytes
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import KEYS, Recipe
@@ -158,7 +157,8 @@ class FeatureStore:
     def _pass(self, split: Split, number: int, replace_broken: bool) -> Features:
         job = _Pass(self.observe, self.recipe, self.input_size, self.world, split, number, replace_broken)
         files = self.states.of(split, self.world)
-        key = job.key(files)
+        # Of images that are not in files, as those of a package, the split itself, which `states` holds, is known.
+        key = job.key(files or f"split {id(split)}")
         place = f"{key} {self.world.device}"
         if place not in self.kept:
             folder = None if files is None else cache_folder(self.recipe, "features")
@@ -186,22 +186,16 @@ class _Pass:
     number: int
     replace_broken: bool
 
-    def key(self, files: str | None) -> str:
-        """Return the digest that names the pass, for that of its images' files, or None where there are none."""
+    def key(self, images: str) -> str:
+        """Return the digest that names the pass over these images, for that of their files or what else tells them."""
         recipe, size = self.recipe, self.input_size
         dataset = ImageDataset(self.split, pil_mode(size[0]), eval_transform(recipe, size), self.replace_broken)
         seen: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, **evaluation_crop(recipe)}
         if self.number:
-            seen |= {name: getattr(recipe, name) for name in AUGMENTATION}
+            seen |= {"seed": SEED, **{name: getattr(recipe, name) for name in AUGMENTATION}}
         backbone = [self.observe.digest, str(self.observe.dtype)]
         described = json.dumps([FORMAT, CHUNK, backbone, size, self.number, seen])
-        if files is not None:
-            return entry_key(dataset, described, files)
-        # Of images that are not in files, as those of a package, source and places stand for all.
-        digest = hashlib.sha256(f"{described} {PIL.__version__} {recipe.dataset} {self.replace_broken}".encode())
-        for values in (self.split.targets, self.split.indices_of(np.arange(len(self.split)))):
-            digest.update(np.ascontiguousarray(values, dtype=np.int64).data)
-        return digest.hexdigest()[:32]
+        return entry_key(dataset, described, images)
 
     def chunks(self, file: Callable[[int], Path | None]) -> Iterator[Rows]:
         """Give the features of all images, `CHUNK` of them at a time.
@@ -210,7 +204,7 @@ class _Pass:
             file: where the chunk from a place on is kept, or is to be; None for nowhere.
         """
         progress = Progress(len(self.split), 0, self.world.is_main, unit="image")
-        generators = torch.get_rng_state()
+        generators, kept = torch.get_rng_state(), True
         try:
             for start in range(0, len(self.split), CHUNK):
                 places = range(start, min(start + CHUNK, len(self.split)))
@@ -218,20 +212,21 @@ class _Pass:
                 rows = None if path is None else load_chunk(path)
                 if rows is None:
                     rows = self._compute(places, progress)
-                    if path is not None:
-                        write_bytes(path, to_bytes(rows))
-                        rows = load_chunk(path)  # mapped, it takes no memory that others cannot have
+                    if path is not None and kept:
+                        try:
+                            write_bytes(path, to_bytes(rows))
+                            rows = load_chunk(path) or rows  # mapped, it takes no memory that others cannot have
+                        except MbibError as error:  # no room: the run does not depend on it
+                            print(f"features are not kept: {error}")
+                            kept = False
                 else:
                     progress.step(len(places))
-                if rows is not None:
-                    yield rows
+                yield rows
         finally:
             torch.set_rng_state(generators)
             progress.close()
 
     def _compute(self, places: range, progress: Progress) -> Rows:
-        if self.number:  # the same whichever chunks were computed before
-            seed_generators(SEED, self.number, 0, places.start // CHUNK)
         parts = [Rows(torch.zeros(0, self.observe.width, dtype=self.observe.dtype), torch.zeros(0, dtype=torch.int64))]
         for batch in self._loader(OrderedSampler(places)):
             features = self.observe(batch.images).to(self.observe.dtype)
@@ -249,6 +244,8 @@ class _Pass:
         recipe = recipe.replace(batch_size=max(2, recipe.validation_batch_size))
         loader = timm_train_loader(self.split, recipe, size, world, order)
         loader.loader.batch_sampler.drop_last = False
+        # The same whichever chunks were computed before, and in whatever batches.
+        loader.places.key = (SEED, self.number, order.places.start)
         return loader
 
     def features(self, chunks: Sequence[Rows]) -> Features:

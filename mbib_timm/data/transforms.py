@@ -1,5 +1,6 @@
 """Augmentation and preprocessing of single images, from PIL to uint8 (C, H, W); the loader normalises."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
@@ -14,7 +15,8 @@ from mbib_timm.data.images import Transform, channelwise
 from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color, timm_policy
 from mbib_timm.recipe import WHOLE_IMAGES, Recipe
 
-LONGEST_SIDE = 500
+# What resident images are shrunk to for an input of this side or less: the crops of a larger input are cut from more.
+LONGEST_SIDE, LONGEST_SIDE_INPUT = 500, 224
 # Of timm's blur: a kernel of 23 pixels, with a standard deviation between these.
 BLUR_RADIUS, BLUR_SIGMAS = 11, (0.1, 2.0)
 
@@ -126,11 +128,11 @@ def eval_transform(recipe: Recipe, input_size: tuple[int, int, int]) -> Transfor
 def resident_transform(recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> Transform:
     """Build the part of the preprocessing that is the same in every epoch, which resident images have behind them.
 
-    What random resized crops are cut from keeps its size, but for sides beyond `LONGEST_SIDE`.
+    What random resized crops are cut from keeps its size, but for sides beyond `longest_side`.
     """
     if not training or recipe.train_crop_mode != "rrc":
         return eval_transform(recipe, input_size)
-    shrink = partial(_shrink, interpolation=_fixed_interpolation(recipe))
+    shrink = partial(_shrink, longest=longest_side(*input_size[1:]), interpolation=_fixed_interpolation(recipe))
     transform: Transform = transforms.Compose([shrink, transforms.PILToTensor()])
     return transform
 
@@ -139,13 +141,18 @@ def fixed_preprocessing(recipe: Recipe, input_size: tuple[int, int, int], traini
     """Return a description of what decoded images have behind them: images that agree in it are the same."""
     crop = evaluation_crop(recipe)
     if training and recipe.train_crop_mode == "rrc":
-        return f"whole {crop['interpolation']}"
+        return f"whole {longest_side(*input_size[1:])} {crop['interpolation']}"
     border = f" {recipe.settled('mean')}" if crop["crop_mode"] == "border" else ""
     return f"{input_size} {crop['crop_pct']} {crop['crop_mode']} {crop['interpolation']}{border}"
 
 
-def _shrink(image: Image.Image, interpolation: str) -> Image.Image:
-    scale = LONGEST_SIDE / max(image.size)
+def longest_side(height: int, width: int) -> int:
+    """Return the longest side of resident images from which random resized crops of height x width are cut."""
+    return max(LONGEST_SIDE, math.ceil(LONGEST_SIDE * max(height, width) / LONGEST_SIDE_INPUT))
+
+
+def _shrink(image: Image.Image, longest: int, interpolation: str) -> Image.Image:
+    scale = longest / max(image.size)
     if scale >= 1:
         return image
     width, height = (max(1, round(scale * side)) for side in image.size)

@@ -35,8 +35,9 @@ POLICIES: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "augmix": {"m": (0, 10), "w": (1, 20), "d": (1, 20), "a": (0.001, 1000.0), "b": (0, 1), **_DEVIATION},
     **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), _DEVIATION),
 }
-# Sets of operations that RandAugment may draw from, after a t, as timm calls them.
-OPERATIONS = ("weights", "3a", "3aw")
+# Sets of operations that RandAugment may draw from, after a t, as timm calls them; and how many operations it may draw
+# for an image: by weights it draws each once at most.
+OPERATIONS = {"weights": 15, "3a": 20, "3aw": 14}
 # Arguments of a model that other keys give, and what timm itself would do with some of them.
 OTHER_KEYS = {
     "num_classes": "the number of classes is that of the data; see key 'num_classes'",
@@ -318,6 +319,10 @@ def parse_policy(aa: str) -> tuple[str, dict[str, float], str | None]:
             numbers[match[1]] = float(match[2])
     if name == "rand" and numbers.get("m", 0) > (most := numbers.get("mmax", 10)):
         raise MbibError(f"{unknown}: expected m from 0 to {most:g}, got {numbers['m']:g}; mmax allows more")
+    if operations is not None and numbers.get("n", 1) > OPERATIONS[operations]:
+        raise MbibError(
+            f"{unknown}: expected n from 1 to {OPERATIONS[operations]} with t{operations}, got {numbers['n']:g}"
+        )
     return name, numbers, operations
 
 
