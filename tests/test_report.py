@@ -39,6 +39,7 @@ from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
 from mbib_timm.results.runs import RunGroup, group_runs, read_run
 from mbib_timm.results.tables import Table
+from mbib_timm.sweeps.sweep import find_sweep
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
@@ -177,7 +178,11 @@ def test_every_difference_of_more_than_a_point_has_a_paragraph():
         assert "below" in paragraph
     assert "one seed was run" in paragraphs[-1]
     assert "other images" in paragraphs[-1]
-    assert "`open_choices`" in paragraphs[-1]
+    (said,) = re.findall(r"also leaves open (.*); the sweep `open_choices` varies these", paragraphs[-1])
+    departures = find_sweep(["open_choices"]).axes["departure"].values()
+    assert re.split(", (?:and )?", said) == ["what an observation is", "whether z is rectified", "which beta was used"]
+    varied = {key.rpartition(".")[2] for departure in departures for key in departure}
+    assert {"raw_observations", "bottleneck_layers", "beta"} <= varied
 
 
 def test_a_run_as_good_as_the_papers_needs_no_paragraph(tmp_path):

@@ -79,7 +79,7 @@ def known_differences(group: RunGroup) -> str:
     )
     if METHODS[group.first.record.method].citation == CITATION:
         text += (
-            "It also leaves open whether z is rectified, how wide it is, and whether the class weights are normalised "
-            "in the batch, which the sweep `open_choices` varies. "
+            "It also leaves open what an observation is, whether z is rectified, and which beta was used; the sweep "
+            "`open_choices` varies these. "
         )
     return f"{text}As long as they have not been compared in full, none is known to account for the difference."
