@@ -30,21 +30,14 @@ from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.origin import OwnData, origin_of
-from mbib_timm.recipe import (
-    Recipe,
-    data_of,
-    list_sweeps,
-    load_recipe,
-    longest_epochs,
-    packaged_recipes,
-    recipe_name,
-)
+from mbib_timm.recipe import Recipe, data_of, list_sweeps, load_recipe, packaged_recipes, recipe_name
 from mbib_timm.reporting.report_figures import comparison_bars
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import RESULTS as PAPER
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
+from mbib_timm.results.run_text import epochs_text
 from mbib_timm.results.runs import SAME_RESULT, FinishedRun, RunGroup, group_runs, packaged_recipe, read_run
 from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, mean_and_deviation, percent
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
@@ -185,9 +178,9 @@ def _papers(group: RunGroup) -> str:
 
 
 def epochs(run: FinishedRun) -> str:
-    """Return a run's epochs, of the longest stage, beside those of the recipe that it is named after."""
+    """Return the epochs of a run's stages, beside those of the recipe that it is named after."""
     own = packaged_recipe(run.name)
-    return f"{longest_epochs(run.recipe)}" + (f" of {longest_epochs(own)}" if own is not None else "")
+    return epochs_text(run.recipe) + (f" of {epochs_text(own)}" if own is not None else "")
 
 
 def recipes_table(results: Path) -> str:
