@@ -44,6 +44,7 @@ from mbib_timm.sweeps.sweep import find_sweep
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
+BIB = ROOT / "results" / "bib_resnet32.cifar100_lt_if100-200e-seed0-bfloat16"
 CE = ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16"
 DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.digits", "cifar_resnet20.ce_digits")]
 
@@ -312,6 +313,21 @@ def test_numbers_stand_with_their_intervals_and_what_is_behind_them(undrawn):
     assert rows["evaluated images"] == ["10,000", "10,000", "3,500", "3,500", "3,000"]
     assert rows["evaluated classes"] == ["100", "100", "35", "35", "30"]
     assert "bootstrap over the images" in text
+
+
+def test_a_figure_is_left_out_for_the_analysis_only_where_it_has_the_same_numbers(undrawn):
+    same = run_section(group_runs([read_run(MBIB)])[0])
+    assert {"shot_groups", "accuracy_by_head"} & same.figures.keys() == {"accuracy_by_head"}
+    assert "are of the analysis" not in html_of(same)
+    mixed = run_section(group_runs([read_run(BIB)])[0])
+    assert {"shot_groups", "accuracy_by_head"} <= mixed.figures.keys()
+    text = html_of(mixed)
+    assert "<code>Accuracy by shot group and head</code> on are of the analysis, in float32 on 10,000 images" in text
+    assert "those before, and the tables, are of the result, in bfloat16 on 10,000 images" in text
+    titles = re.findall(r"<figcaption>(?:<[^>]+>)*([^<]+)<", text)
+    assert [title for title in titles if title.startswith("Accuracy by ")] == [
+        "Accuracy by class.", "Accuracy by head and shot group.", "Accuracy by shot group and head.",
+    ]  # fmt: skip
 
 
 def test_runs_side_by_side_stand_with_what_the_images_leave_uncertain(undrawn):

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
+from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis, six_digits
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError, first_line
@@ -220,9 +220,20 @@ def run_section(group: RunGroup) -> Section:
     section.paragraphs(run.notes)
     illustrations, analysis = run_figures(run.history, run.record), read_analysis(run.folder)
     if analysis is not None:
-        # The analysis has the same figure, of the same numbers.
-        illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
-        illustrations += analysis_figures(analysis)
+        of_analysis = analysis_figures(analysis)
+        found, reported = ({head: each.accuracies() for head, each in of.heads.items()} for of in (analysis, run))
+        if found == six_digits(reported):
+            # The analysis has the same figure, of the same numbers.
+            illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
+        else:
+            section.paragraphs(
+                [
+                    f"The figures from `{of_analysis[0].title}` on are of the analysis, in float32 on "
+                    f"{analysis.images:,} images of the split `{analysis.split}`; those before, and the tables, are of "
+                    f"the result, in {run.precision} on {images:,} images of the split `{result.split}`."
+                ]
+            )
+        illustrations += of_analysis
         if analysis.trained_on:
             section.paragraphs([f"In the analysis, {analysis.trained_on}."])
     for illustration in illustrations:
