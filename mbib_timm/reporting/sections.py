@@ -401,8 +401,9 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         )
     analyses = [analysis for group in groups if (analysis := read_analysis(group.first.folder)) is not None]
     for place, other in enumerate(analyses[1:], start=1):
-        if analyses[0].class_counts == other.class_counts:
-            for illustration in comparison_figures(analyses[0], other):
+        first = analyses[0]
+        if (first.class_counts, first.class_names) == (other.class_counts, other.class_names):
+            for illustration in comparison_figures(first, other):
                 section.figure(replace(illustration, name=f"{illustration.name}{suffix}-{place}"))
 
 
