@@ -1,7 +1,8 @@
 """A hook of mkdocs.yml: parts of the pages that repeat code or results, written when mkdocs builds the site.
 
-A line ``<!-- generated: NAME -->`` becomes what the function `NAME` of `PARTS` returns. A link that leads out of docs/
-becomes one into the repository, and an image out there comes into the site. What is missing there ends the build.
+A line that ends in ``<!-- generated: NAME -->`` becomes what the function `NAME` of `PARTS` returns: text before it is
+for who reads the source. A link that leads out of docs/ becomes one into the repository, and an image out there comes
+into the site. What is missing there ends the build.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from mbib_timm.sweeps.sweep import find_sweep  # noqa: E402
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep  # noqa: E402
 
 RESULTS = ROOT / "results"
-PART = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+PART = re.compile(r"^(?:.* )?<!-- generated: (\w+) -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)(\[(?:[^\[\]]|\[[^\]]*\])*\])\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 
 

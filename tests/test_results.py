@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
     [
         ("README.md", results.RUNS, results.readme_table),
         ("recipes/README.md", results.RECIPES, results.recipes_table),
+        ("results/README.md", results.MEASURED, results.measured_tables),
     ],
-    ids=["readme", "recipes"],
+    ids=["readme", "recipes", "results"],
 )
 def test_pages_tables_are_those_of_the_results(page, markers, table, tmp_path):
     text = (ROOT / page).read_text(encoding="utf-8")
