@@ -1,6 +1,6 @@
 """A hook of mkdocs.yml: parts of the pages that repeat code or results, written when mkdocs builds the site.
 
-A line that ends with ``<!-- generated: NAME -->`` becomes what the function `NAME` of `PARTS` returns; text before is
+A line that ends with ``<!-- generated: NAME -->`` becomes what the function `NAME` of `PARTS` returns. Text before is
 for readers of the source. A link that leads out of docs/ becomes one into the repository, and an image out there comes
 into the site. What is missing there ends the build.
 """

@@ -4,14 +4,15 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from mbib_timm.analysis import analyze as analyze_module
-from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis
-from mbib_timm.analysis.analyze import RHO, analyze
+from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
+from mbib_timm.analysis.analyze import RHO, analyze, comparison_text
 from mbib_timm.cli import main
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
@@ -146,6 +147,27 @@ def test_runs_with_different_numbers_of_classes_are_refused(run, tmp_path):
     with pytest.raises(MbibError, match=r"class_counts: expected 10 entries, as num_classes says, got 7"):
         analyze([str(run), str(other)], overrides={"device": "cpu"})
     assert not (other / "analysis").exists()
+
+
+def test_runs_with_other_classes_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze_module, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))
+    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("analysis"))
+    config = json.loads((other / "config.json").read_text())
+    names = config["label_names"]
+    (other / "config.json").write_text(json.dumps({**config, "label_names": [*names[:3], *names[:2:-1]]}))
+    said = rf"class 3 is '{names[3]}' in .*{run.name}, '{names[-1]}' in .*other"
+    with pytest.raises(MbibError, match=f"runs of different classes cannot be compared: {said}"):
+        analyze([str(run), str(other)], overrides={"device": "cpu"})
+
+
+def test_a_comparison_says_where_the_images_are_others(result):
+    other = replace(result, split="val", images=1200)
+    said = "the first is of 340 images of the split 'test', the other of 1,200 images of the split 'val'."
+    (figure,) = comparison_figures(result, other)
+    assert said in comparison_text(result, other)
+    assert figure.reading.endswith(said)
+    (figure,) = comparison_figures(result, result)
+    assert "images of" not in comparison_text(result, result) + figure.reading
 
 
 def test_what_is_refused(run, tmp_path, monkeypatch):

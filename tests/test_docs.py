@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -173,7 +174,10 @@ def test_messages_that_troubleshooting_quotes_are_the_packages():
 # Links
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
+OUTSIDE = [ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         place, _, anchor = link.partition("#")
@@ -217,6 +221,13 @@ def site(tmp_path_factory):
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+def test_a_generated_part_takes_the_place_of_the_text_before_it_on_its_line():
+    pytest.importorskip("mkdocs")
+    part = runpy.run_path(str(DOCS / "generate.py"))["PART"]
+    page = "Above.\n*In [results](../results).* <!-- generated: runs -->\n<!-- generated: runs -->\nBelow."
+    assert part.sub(r"the \1", page) == "Above.\nthe runs\nthe runs\nBelow."
 
 
 @pytest.mark.slow

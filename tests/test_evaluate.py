@@ -12,9 +12,11 @@ import torch
 import torch.multiprocessing as mp
 import yaml
 
+from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.data import Batch
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import AnswerLog, batch_statistics, evaluate, summarize, with_intervals
+from mbib_timm.evaluation.metrics import wilson_interval
 from mbib_timm.files import to_json
 from mbib_timm.models import MBIB
 from mbib_timm.models.head_outputs import head_logits
@@ -138,6 +140,16 @@ def test_a_log_has_the_answer_for_every_image_in_the_order_of_the_split(model):
     assert metrics.class_images == torch.bincount(y, minlength=len(COUNTS)).tolist()
     assert replace(metrics, intervals=plain.intervals, nll=plain.nll, ece=plain.ece, class_images=[]) == plain
     assert metrics.intervals == with_intervals(plain, y.numpy(), answers.predicted, COUNTS).intervals, "one seed"
+
+
+def test_images_of_a_group_count_as_one_in_the_intervals_of_every_head(model):
+    loader = batches()[0][1:]  # images 10 to 24 of the split, which are of groups 2 to 4
+    groups = np.array([f"group {i // 5}" for i in range(25)])
+    results = evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog(groups))
+    outputs = collect_outputs(model, loader, COUNTS, device=CPU, groups=groups)
+    for name, metrics in results.items():
+        expected = pytest.approx(wilson_interval(metrics.top1 / 100 * 3, 3))
+        assert metrics.intervals["top1"] == outputs.metrics[name].intervals["top1"] == expected, name
 
 
 def test_the_answers_of_several_processes_come_together(model, monkeypatch):

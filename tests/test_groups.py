@@ -8,7 +8,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from mbib_timm.data import open_data, open_split, summary
 from mbib_timm.data.groups import group_names, group_numbers, hold_out_groups, require_groups
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.recipe import Recipe
+from mbib_timm.evaluation.metrics import wilson_interval
+from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.training import train
 
 SHARE = 0.2
 
@@ -140,6 +142,19 @@ def test_a_class_whose_name_a_mac_has_decomposed_is_no_group(tmp_path):
     table = write(tmp_path / "data" / "t.csv", "\n".join(["path,label", *rows]).encode())
     data = open_data(Recipe(dataset="table", table=str(table), group_by="folder:1"))
     assert np.bincount(data.val.targets).tolist() == [5, 5]
+
+
+def test_all_intervals_of_a_run_count_a_group_as_one_image(tmp_path):
+    keys = dict(data_dir=str(unpacked(tmp_path / "data", BURSTS)), group_by="folder:1", output=str(tmp_path / "runs"))
+    overrides = dict(
+        keys, dataset="folder", imbalance="none", model_ema=True, epochs=1, warmup_epochs=0, device="cpu", workers=0
+    )
+    recipe = load_recipe(find_recipe("mbib_resnet20.digits"), overrides)
+    sites = len(set(open_data(recipe).val.groups))
+    record = train(recipe, "own").record
+    for evaluation in (record.result, record.raw, record.best):
+        for head, metrics in evaluation.heads.items():
+            assert metrics.intervals["top1"] == pytest.approx(wilson_interval(metrics.top1 / 100 * sites, sites)), head
 
 
 def test_groups_are_needed_only_where_something_is_held_out(tmp_path):

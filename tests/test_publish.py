@@ -403,9 +403,15 @@ def test_the_card_says_of_which_time_it_speaks(finished_run):
 def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
     own = json.loads((finished_run / "metrics.json").read_text())["result"]["heads"]["prediction"]["top1"]
     others = [seeded(finished_run, tmp_path / "one", 1, own + 1), seeded(finished_run, tmp_path / "two", 2, own + 2)]
-    run, *rest = read_seeds(finished_run, others)
-    card = render_card(run, REPOSITORY, rest)
+    run, *_ = runs = read_seeds(finished_run, others)
+    card = render_card(run, REPOSITORY, runs)
     assert f"| {own + 1:.2f} ± 1.00 |" in card
+    result = replace(run.record.result, heads={"prediction": replace(run.record.result.prediction, top1=own - 7)})
+    record = replace(run.record, result=result, rounded_from=own)
+    rounded = render_card(replace(run, record=record), REPOSITORY, runs)
+    assert f"| prediction | {own - 7:.2f} |" in rounded
+    assert f"| {own + 1:.2f} ± 1.00 |" in rounded, "the spread is of the runs as they were trained"
+    assert "(seeds 0, 1, 2), before rounding:" in rounded
     assert "n = 3 runs (seeds 0, 1, 2)" in card
     assert "One run" not in card
     alone = render_card(read_run(finished_run), REPOSITORY)

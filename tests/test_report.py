@@ -21,6 +21,7 @@ from mbib_timm.drawing import render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import Answers
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
+from mbib_timm.evaluation.metrics import wilson_interval
 from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences
@@ -39,9 +40,11 @@ from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
 from mbib_timm.results.runs import RunGroup, group_runs, read_run
 from mbib_timm.results.tables import Table
+from mbib_timm.sweeps.sweep import find_sweep
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
+BIB = ROOT / "results" / "bib_resnet32.cifar100_lt_if100-200e-seed0-bfloat16"
 CE = ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16"
 DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.digits", "cifar_resnet20.ce_digits")]
 
@@ -177,7 +180,11 @@ def test_every_difference_of_more_than_a_point_has_a_paragraph():
         assert "below" in paragraph
     assert "one seed was run" in paragraphs[-1]
     assert "other images" in paragraphs[-1]
-    assert "`open_choices`" in paragraphs[-1]
+    (said,) = re.findall(r"also leaves open (.*); the sweep `open_choices` varies these", paragraphs[-1])
+    departures = find_sweep(["open_choices"]).axes["departure"].values()
+    assert re.split(", (?:and )?", said) == ["what an observation is", "whether z is rectified", "which beta was used"]
+    varied = {key.rpartition(".")[2] for departure in departures for key in departure}
+    assert {"raw_observations", "bottleneck_layers", "beta"} <= varied
 
 
 def test_a_run_as_good_as_the_papers_needs_no_paragraph(tmp_path):
@@ -209,8 +216,13 @@ def test_a_difference_stands_beside_the_interval_of_the_test_images(tmp_path):
     low, high = read_record(MBIB).result.prediction.intervals["top1"]
     assert f"from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not hold that number." in text[0]
     assert "The 95 % interval from the 3,500 test images alone" in text[2]
-    seeds = [read_run(changed(MBIB, tmp_path, f"seed{seed}", seed=seed)) for seed in (4, 5)]
-    assert "The 95 % interval of seed 4 from" in differences(group_runs(seeds)[0])[0]
+    seeds = []
+    for seed, top1 in {4: 43.0, 5: 46.9}.items():
+        interval = {"top1": wilson_interval(100 * top1, 10_000)}
+        seeds.append(read_run(changed(MBIB, tmp_path, f"seed{seed}", seed=seed, top1=top1, intervals=interval)))
+    low, high = wilson_interval(4495, 10_000)  # of the mean share
+    said = f"The 95 % interval of this mean from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not hold"
+    assert said in differences(group_runs(seeds)[0])[0]
     wide = read_run(changed(MBIB, tmp_path, "wide", intervals={"top1": [40.0, 50.0]}))
     assert "40.0 to 50.0, holds that number." in differences(group_runs([wide])[0])[0]
     unknown = read_run(changed(MBIB, tmp_path, "unknown", intervals={}, measured={}))
@@ -301,6 +313,21 @@ def test_numbers_stand_with_their_intervals_and_what_is_behind_them(undrawn):
     assert rows["evaluated images"] == ["10,000", "10,000", "3,500", "3,500", "3,000"]
     assert rows["evaluated classes"] == ["100", "100", "35", "35", "30"]
     assert "bootstrap over the images" in text
+
+
+def test_a_figure_is_left_out_for_the_analysis_only_where_it_has_the_same_numbers(undrawn):
+    same = run_section(group_runs([read_run(MBIB)])[0])
+    assert {"shot_groups", "accuracy_by_head"} & same.figures.keys() == {"accuracy_by_head"}
+    assert "are of the analysis" not in html_of(same)
+    mixed = run_section(group_runs([read_run(BIB)])[0])
+    assert {"shot_groups", "accuracy_by_head"} <= mixed.figures.keys()
+    text = html_of(mixed)
+    assert "<code>Accuracy by shot group and head</code> on are of the analysis, in float32 on 10,000 images" in text
+    assert "those before, and the tables, are of the result, in bfloat16 on 10,000 images" in text
+    titles = re.findall(r"<figcaption>(?:<[^>]+>)*([^<]+)<", text)
+    assert [title for title in titles if title.startswith("Accuracy by ")] == [
+        "Accuracy by class.", "Accuracy by head and shot group.", "Accuracy by shot group and head.",
+    ]  # fmt: skip
 
 
 def test_runs_side_by_side_stand_with_what_the_images_leave_uncertain(undrawn):

@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
     [
         ("README.md", results.RUNS, results.readme_table),
         ("recipes/README.md", results.RECIPES, results.recipes_table),
+        ("results/README.md", results.MEASURED, results.measured_tables),
     ],
-    ids=["readme", "recipes"],
+    ids=["readme", "recipes", "results"],
 )
 def test_pages_tables_are_those_of_the_results(page, markers, table, tmp_path):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -44,6 +45,13 @@ def test_the_readmes_table_has_the_numbers_of_the_records_and_of_the_paper():
     assert rows["BIB"][:2] == [str(len(heads)), said]
     assert [rows[title][-1] for title in results.SHOWN.values()] == ["38.3", "42.7", "44.9", "47.5", "–"]
     assert all(len(rows[title]) == 5 for title in results.PRETRAINED.values()), "no number of the paper beside them"
+
+
+def test_the_table_of_runs_has_the_epochs_of_every_stage():
+    rows = [line.strip("| ").split(" | ") for line in results.table(ROOT / "results").splitlines()]
+    epochs = {cells[0].partition("]")[0].removeprefix("["): cells[1:3] for cells in rows if len(cells) > 5}
+    assert epochs["mbib_efficientnet_lite0.finetune_cifar100_lt_if100"][1] == "20 + 6 of 20 + 6"
+    assert epochs["cifar_resnet32.bsce_cifar100_lt_if100"][0] == "200 of 200"
 
 
 def test_a_recipe_without_a_whole_run_is_named(tmp_path):

@@ -2,15 +2,16 @@
 """Keep the results of runs in the repository, and the tables in step with them.
 
     python tools/results.py add runs/mbib_resnet32.cifar100_lt_if100    # copy a finished run's figures and numbers
-    python tools/results.py table                                       # write those of README.md, recipes/ and docs/
+    python tools/results.py table                                       # write the tables into the pages
     python tools/results.py redraw                                      # draw the figures again from the numbers
     python tools/results.py figure                                      # the README's, of accuracy by method
 
 A result is what a finished run wrote: metrics.json, summary.csv, recipe.yaml, the figures, and analysis.json where it
 was analyzed, under `results/<run>-<epochs>e-seed<seed>/`, with `-bfloat16` at its end if it was trained in mixed
 precision. Sweeps write their own results there. The README has one table, of the methods in its figure and of the
-pretrained backbones, and recipes/README.md that of the recipes; a marker in docs/ names the sweep whose table stands
-there. docs/generate.py asks for the other tables when it builds the site: links in them begin in docs/.
+pretrained backbones, recipes/README.md that of the recipes, and results/README.md those of runs, sweeps and the
+benchmark; a marker in docs/ names the sweep whose table stands there. docs/generate.py asks for the other tables when
+it builds the site: links in them begin in docs/, or in a folder beside it.
 """
 
 import argparse
@@ -30,21 +31,14 @@ from mbib_timm.errors import MbibError
 from mbib_timm.files import write_bytes
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.origin import OwnData, origin_of
-from mbib_timm.recipe import (
-    Recipe,
-    data_of,
-    list_sweeps,
-    load_recipe,
-    longest_epochs,
-    packaged_recipes,
-    recipe_name,
-)
+from mbib_timm.recipe import Recipe, data_of, list_sweeps, load_recipe, packaged_recipes, recipe_name
 from mbib_timm.reporting.report_figures import comparison_bars
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.paper import RESULTS as PAPER
 from mbib_timm.results.record import HISTORY, RECORD, write_record
 from mbib_timm.results.redact import redact_recipe
 from mbib_timm.results.run_figures import draw_figures
+from mbib_timm.results.run_text import epochs_text
 from mbib_timm.results.runs import SAME_RESULT, FinishedRun, RunGroup, group_runs, packaged_recipe, read_run
 from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, mean_and_deviation, percent
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
@@ -57,6 +51,7 @@ from mbib_timm.sweeps.sweep_runs import on_recipe, plan
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
 RECIPES = ("<!-- recipes: tools/results.py table -->\n", "<!-- end of recipes -->")
+MEASURED = ("<!-- measured: tools/results.py table -->\n", "<!-- end of measured -->")
 # The README's figure, and what it and the README's table show: CIFAR-100-LT with imbalance factor 100. First ResNet-32
 # from scratch; then, in the table alone, EfficientNet-Lite0 with ImageNet-1k weights.
 FIGURE = Path("docs/figures/accuracy.svg")
@@ -185,9 +180,9 @@ def _papers(group: RunGroup) -> str:
 
 
 def epochs(run: FinishedRun) -> str:
-    """Return a run's epochs, of the longest stage, beside those of the recipe that it is named after."""
+    """Return the epochs of a run's stages, beside those of the recipe that it is named after."""
     own = packaged_recipe(run.name)
-    return f"{longest_epochs(run.recipe)}" + (f" of {longest_epochs(own)}" if own is not None else "")
+    return epochs_text(run.recipe) + (f" of {epochs_text(own)}" if own is not None else "")
 
 
 def recipes_table(results: Path) -> str:
@@ -254,6 +249,12 @@ def sweeps_table(results: Path) -> str:
     return Table(["sweep", "what", "epochs", "seeds", "runs", "hardware"], rows).markdown() + "\n"
 
 
+def measured_tables(results: Path) -> str:
+    """Return the Markdown tables of all runs, of all sweeps, and of the benchmark, each under a heading."""
+    tables = {"Runs": table(results), "Sweeps": sweeps_table(results), "Speed": speed_table(results)}
+    return "\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
+
+
 def sweep_table(sweep: SweepResults) -> str:
     """Return the table of a sweep, without its title."""
     return sweep_markdown(sweep).partition("\n\n")[2]
@@ -278,7 +279,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="copy a finished run's results")
     adding.add_argument("run", type=Path, nargs="+")
-    commands.add_parser("table", help="write the tables into README.md, recipes/ and docs/")
+    commands.add_parser("table", help="write the tables into README.md, recipes/, results/ and docs/")
     commands.add_parser("redraw", help="draw all figures again from the numbers")
     commands.add_parser("figure", help="draw the README's figure")
     arguments = parser.parse_args()
@@ -294,6 +295,7 @@ def main() -> None:
             write_results(file.parent, read_sweep(file))
     write_table(ROOT / "README.md", RUNS, readme_table(ROOT / "results"))
     write_table(ROOT / "recipes" / "README.md", RECIPES, recipes_table(ROOT / "results"))
+    write_table(ROOT / "results" / "README.md", MEASURED, measured_tables(ROOT / "results"))
     for page in (ROOT / "docs").glob("*.md"):
         page.write_text(with_sweeps(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
 

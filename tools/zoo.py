@@ -123,13 +123,12 @@ def render(model: ZooModel) -> str:
     own = ROOT / "results" / packaged.kept_name(packaged.record.seed)
     if own not in results:
         raise MbibError(f"{own} is missing: python tools/results.py add RUN")
-    run, *others = read_seeds(own, [result for result in results if result != own])
+    run, *_ = runs = read_seeds(own, [result for result in results if result != own])
     before = packaged.record.rounded_from
     if before is None or run.record.result.prediction.top1 != before:
         raise MbibError(f"{own} and {model.folder} hold results of different runs")
-    return render_card(
-        replace(run, record=packaged.record), model.repository, others, figures=f"../results/{own.name}/figures"
-    )
+    rounded = replace(run, record=packaged.record)
+    return render_card(rounded, model.repository, runs, figures=f"../results/{own.name}/figures")
 
 
 def write_cards() -> list[Path]:

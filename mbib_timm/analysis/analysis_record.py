@@ -283,17 +283,25 @@ def comparison_figures(first: Analysis, other: Analysis) -> list[Illustration]:
 
     Args:
         first: its training counts sort the classes.
-        other: of another run with as many classes.
+        other: of another run with the same classes.
     """
     return [
         Illustration(
             "positive_posterior_difference",
             f"Mean positive posterior, {other.title} minus {first.title}",
             f"Above zero, {other.title} gives the true class of an image more probability than "
-            f"{first.title} does, which is better.",
+            f"{first.title} does, which is better. {other_images(first, other)}".strip(),
             partial(draw_posterior_change, first, other),
         )
     ]
+
+
+def other_images(first: Analyzed, other: Analyzed) -> str:
+    """Return a sentence on two analyses of different images; empty where split and number are the same."""
+    if (first.split, first.images) == (other.split, other.images):
+        return ""
+    of_first, of_other = (f"{each.images:,} images of the split {each.split!r}" for each in (first, other))
+    return f"They are not of the same images: the first is of {of_first}, the other of {of_other}."
 
 
 def rounded(analysis: Analysis) -> Analysis:

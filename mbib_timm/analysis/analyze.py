@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from mbib_timm.analysis.analysis_record import (
     FOLDER,
@@ -12,6 +13,7 @@ from mbib_timm.analysis.analysis_record import (
     analysis_figures,
     comparison_figures,
     measure,
+    other_images,
     write_analysis,
 )
 from mbib_timm.analysis.embedding import IMAGES_PER_CLASS, require_scikit_learn
@@ -58,15 +60,11 @@ def analyze(
 
     Raises:
         MbibError: nothing there to analyze, no place for the results, data that do not fit the model, runs with
-            different numbers of classes, several processes, or no scikit-learn.
+            different classes, several processes, or no scikit-learn.
     """
     found = [find_target(target, recipe, overrides) for target in targets]
-    sizes = [len(target.class_counts()) for target in found]
-    for name, size in zip(targets, sizes, strict=True):
-        if size != sizes[0]:
-            raise MbibError(
-                f"runs of different data cannot be compared: {targets[0]} has {sizes[0]} classes, {name} has {size}"
-            )
+    for target in found[1:]:
+        _check_same_classes(found[0], target)
     given = _folders(targets, output)
     folders = [folder or _own_folder(target) for folder, target in zip(given, found, strict=True)]
     analyses: list[Analysis] = []
@@ -80,6 +78,22 @@ def analyze(
         print(comparison_text(analyses[0], other))
         _draw(folder, comparison_figures(analyses[0], other))
     return analyses
+
+
+def _check_same_classes(first: Target, other: Target) -> None:
+    """Raise MbibError for other classes: another number of them, or other names where both have names."""
+    size, own_size = len(first.class_counts()), len(other.class_counts())
+    if size != own_size:
+        raise MbibError(
+            f"runs of different data cannot be compared: {first.name} has {size} classes, {other.name} has {own_size}"
+        )
+    names, own_names = (each.source.config.class_names or () for each in (first, other))
+    for label, (name, own) in enumerate(zip(names, own_names, strict=False)):  # of none, nothing is compared
+        if normalize("NFC", name) != normalize("NFC", own):
+            raise MbibError(
+                f"runs of different classes cannot be compared: class {label} is {name!r} in {first.name}, {own!r} in "
+                f"{other.name}"
+            )
 
 
 def _draw(folder: Path, illustrations: Sequence[Illustration]) -> None:
@@ -224,11 +238,12 @@ def comparison_text(first: Analysis, other: Analysis) -> str:
 
     Args:
         first: its training counts decide the shot groups.
-        other: of another run with as many classes.
+        other: of another run with the same classes.
     """
     difference = mean_by_shot_group(other.posterior - first.posterior, first.counts)
     title = f"mean positive posterior, {other.title} minus {first.title}"
-    return "\n".join([title, *Table(["", *GROUPS], [["difference", *_cells(difference, "{:+.3f}")]]).lines()]) + "\n"
+    table = Table(["", *GROUPS], [["difference", *_cells(difference, "{:+.3f}")]])
+    return "\n".join(filter(None, [title, *table.lines(), other_images(first, other)])) + "\n"
 
 
 def _cells(values: Mapping[str, float | None], form: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank, summarize, with_intervals
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, by_group, rank, summarize, with_intervals
 from mbib_timm.models.head_outputs import PREDICTION, logits_and_features
 from mbib_timm.results.record import HeadMetrics
 
@@ -107,6 +107,7 @@ def collect_outputs(
     truth, joined = torch.cat(labels), {name: _concatenate(parts) for name, parts in heads.items()}
     guesses = joined[PREDICTION].predicted.numpy()
     grouped = None if groups is None else groups[torch.cat(places).numpy()]
+    metrics = {name: by_group(values, grouped) for name, values in metrics.items()}
     metrics[PREDICTION] = with_intervals(metrics[PREDICTION], truth.numpy(), guesses, class_counts, grouped)
     return Outputs(
         truth,

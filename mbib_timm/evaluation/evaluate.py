@@ -15,7 +15,7 @@ from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed, of_all, share_buffers
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank, summarize, with_intervals
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, by_group, rank, summarize, with_intervals
 from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
 from mbib_timm.results.record import HeadMetrics
 
@@ -117,7 +117,8 @@ def evaluate(
         channels_last: hand the images on in channels-last format.
         compile: compile the forward pass.
         shift: added to the logits of every head, (K,), on the device; see `log_shift`. None for nothing.
-        answers: an empty log that takes the prediction's; with it the prediction's metrics have all intervals.
+        answers: an empty log that takes the prediction's; with it the prediction's metrics have all intervals, and for
+            every head a group of images counts as one.
         graphs: of the run that evaluates the model more than once: capture the work on a batch, and replay it in later
             evaluations. None for none.
 
@@ -176,5 +177,6 @@ def evaluate(
     if answers is not None:
         found = answers.read()
         groups = None if answers.groups is None else answers.groups[found.index]
+        results = {name: by_group(metrics, groups) for name, metrics in results.items()}
         results[PREDICTION] = with_intervals(results[PREDICTION], found.targets, found.predicted, class_counts, groups)
     return results

@@ -209,6 +209,19 @@ def independent(targets: np.ndarray, num_classes: int, groups: np.ndarray | None
     return np.bincount(labels, minlength=num_classes)
 
 
+def by_group(metrics: HeadMetrics, groups: np.ndarray | None) -> HeadMetrics:
+    """Return metrics with the interval of top-1 for as many images as there are groups; without groups as they are.
+
+    Args:
+        metrics: of a head.
+        groups: name of each image's group, (N,); see `independent`.
+    """
+    if groups is None:
+        return metrics
+    worth = float(independent(np.zeros(len(groups), dtype=np.int64), 1, groups)[0])
+    return replace(metrics, intervals={**metrics.intervals, "top1": wilson_interval(metrics.top1 / 100 * worth, worth)})
+
+
 def with_intervals(
     metrics: HeadMetrics,
     targets: np.ndarray,
@@ -236,10 +249,7 @@ def with_intervals(
     images = np.bincount(targets, minlength=len(class_counts))
     right = np.bincount(targets[targets == predicted], minlength=len(class_counts))
     worth, accuracy = independent(targets, len(class_counts), groups), class_accuracy(images, right)
-    intervals = dict(metrics.intervals)
-    if groups is not None:
-        whole = float(independent(np.zeros_like(targets), 1, groups)[0])
-        intervals["top1"] = wilson_interval(metrics.top1 / 100.0 * whole, whole)
+    intervals = dict(by_group(metrics, groups).intervals)
     measured = {name: classes[images[classes] > 0] for name, classes in of_classes.items()}
     drawn = {
         name: classes for name, classes in measured.items() if groups is None and (worth[classes] >= FEW_IMAGES).all()

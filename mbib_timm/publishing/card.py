@@ -72,7 +72,7 @@ NOTHING_STATED = Stated()
 def render_card(
     run: FinishedRun,
     repository: str,
-    others: Sequence[FinishedRun] = (),
+    runs: Sequence[FinishedRun] = (),
     figures: str = "figures",
     inference_only: bool = False,
     stated: Stated = NOTHING_STATED,
@@ -82,14 +82,14 @@ def render_card(
     Args:
         run: whose weights these are.
         repository: on the Hub, ``organisation/name``.
-        others: further runs, which differ in the seed alone.
+        runs: as they were trained, this one among them, where there are several that differ in the seed alone.
         figures: folder of the figures, relative to the card.
         inference_only: the weights lack the heads that serve training only.
         stated: name of the data, and licence of the weights.
     """
     record, recipe = run.record, run.recipe
     heads, counts = record.result.heads, np.array(record.class_counts)
-    runs = sorted((run, *others), key=lambda each: each.record.seed)
+    runs = sorted(runs or (run,), key=lambda each: each.record.seed)
     epochs = _epochs(recipe)
 
     def spread(head: str, column: str) -> str:
@@ -108,7 +108,7 @@ def render_card(
         chosen=chosen_text(record),
         raw=raw_text(record),
         seeds=[each.record.seed for each in runs],
-        spread=table_by_head(heads, spread, f"95 % interval, seed {record.seed}"),
+        spread=table_by_head(runs[0].heads, spread, f"95 % interval, seed {runs[0].record.seed}"),
         definitions=f"{DEFINITIONS} {INTERVALS}",
         best=record.best,
         paper=_paper_text(run) if run.zoo_model is not None else "",

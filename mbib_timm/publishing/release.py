@@ -63,7 +63,7 @@ def make_release(
     Raises:
         MbibError: a run that is not finished, or whose files are damaged.
     """
-    own, *rest = read_seeds(run, others)
+    own, *_ = runs = read_seeds(run, others)
     for name in ("model.safetensors", "config.json"):
         if not (run / name).is_file():
             raise MbibError(f"{run} has no {name}: the run is not finished")
@@ -77,7 +77,7 @@ def make_release(
     if stated.dataset_name is not None:
         config["training_data"] = stated.dataset_name
     files = {
-        "README.md": render_card(own, repository, rest, inference_only=inference_only, stated=stated).encode(),
+        "README.md": render_card(own, repository, runs, inference_only=inference_only, stated=stated).encode(),
         "config.json": to_json(config),
         "model.safetensors": weights,
         "recipe.yaml": redact_recipe(own.recipe),

@@ -42,16 +42,17 @@ def _paragraph(group: RunGroup, column: str, mean: float, number: float, result:
         f"On {where} the top-1 accuracy is {mean:.1f} %, {abs(difference):.1f} points "
         f"{'above' if difference > 0 else 'below'} the {number:.1f} % of the paper's {result.source}{setting}."
     )
-    # All seeds see the same images: their mean is as uncertain as one of them.
-    prediction = group.first.record.result.prediction
-    interval, measured = prediction.interval(column), prediction.measured.get(column)
-    if interval is not None and measured is not None:
-        low, high = interval
+    # All seeds see the same images: their mean is as uncertain as one of them, and its interval is the mean of theirs.
+    predictions = [run.record.result.prediction for run in group.runs]
+    intervals = [*filter(None, (each.interval(column) for each in predictions))]
+    measured = predictions[0].measured.get(column)
+    if len(intervals) == len(predictions) and measured is not None:
+        low, high = (statistics.mean(ends) for ends in zip(*intervals, strict=True))
         inside = "holds" if low <= number <= high else "does not hold"
-        seed = f" of seed {group.first.record.seed}" if len(group.runs) > 1 else ""
+        of_mean = " of this mean" if len(predictions) > 1 else ""
         text += (
-            f" The 95 % interval{seed} from the {measured[0]:,} test images alone, {low:.1f} to {high:.1f}, {inside} "
-            "that number."
+            f" The 95 % interval{of_mean} from the {measured[0]:,} test images alone, {low:.1f} to {high:.1f}, "
+            f"{inside} that number."
         )
     known = [value for value in group.values(column) if value is not None]
     if len(known) > 1:
@@ -79,7 +80,7 @@ def known_differences(group: RunGroup) -> str:
     )
     if METHODS[group.first.record.method].citation == CITATION:
         text += (
-            "It also leaves open whether z is rectified, how wide it is, and whether the class weights are normalised "
-            "in the batch, which the sweep `open_choices` varies. "
+            "It also leaves open what an observation is, whether z is rectified, and which beta was used; the sweep "
+            "`open_choices` varies these. "
         )
     return f"{text}As long as they have not been compared in full, none is known to account for the difference."

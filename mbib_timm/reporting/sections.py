@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
+from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis, six_digits
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError, first_line
@@ -31,8 +31,16 @@ from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
-from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text, time_text
-from mbib_timm.results.runs import FinishedRun, RunGroup
+from mbib_timm.results.run_text import (
+    broken_lines,
+    chosen_text,
+    epochs_text,
+    left_out_text,
+    raw_text,
+    stages_text,
+    time_text,
+)
+from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import (
     STARTED,
     Table,
@@ -212,9 +220,20 @@ def run_section(group: RunGroup) -> Section:
     section.paragraphs(run.notes)
     illustrations, analysis = run_figures(run.history, run.record), read_analysis(run.folder)
     if analysis is not None:
-        # The analysis has the same figure, of the same numbers.
-        illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
-        illustrations += analysis_figures(analysis)
+        of_analysis = analysis_figures(analysis)
+        found, reported = ({head: each.accuracies() for head, each in of.heads.items()} for of in (analysis, run))
+        if found == six_digits(reported):
+            # The analysis has the same figure, of the same numbers.
+            illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
+        else:
+            section.paragraphs(
+                [
+                    f"The figures from `{of_analysis[0].title}` on are of the analysis, in float32 on "
+                    f"{analysis.images:,} images of the split `{analysis.split}`; those before, and the tables, are of "
+                    f"the result, in {run.precision} on {images:,} images of the split `{result.split}`."
+                ]
+            )
+        illustrations += of_analysis
         if analysis.trained_on:
             section.paragraphs([f"In the analysis, {analysis.trained_on}."])
     for illustration in illustrations:
@@ -275,7 +294,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     environment = run.record.environment
     papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
     seeds = ", ".join(str(member.record.seed) for member in group.runs)
-    epochs = epochs_text(run)
+    epochs = epochs_text(run.recipe)
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
@@ -301,11 +320,6 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{environment.versions}, commit {environment.commit or 'unknown'}",
         ),
     ]
-
-
-def epochs_text(run: FinishedRun) -> str:
-    """Return the epochs of a run's stages: ``200 + 30``."""
-    return " + ".join(str(stage.epochs) for stage in run.recipe.chain())
 
 
 def _beside_the_paper(group: RunGroup) -> Table:
@@ -358,7 +372,7 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         result = group.paper[0] if group.is_papers else None
         number = None if result is None else result.accuracies.get("overall")
         paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
-        epochs = epochs_text(group.first) + (f" of {group.recipe_epochs}" if group.is_short else "")
+        epochs = epochs_text(group.first.recipe) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in columns]
         beside = [paper, difference(group.mean("overall"), number)] if group.origin.is_scratch else []
         method = stages_text(group.first.record.stages)
@@ -387,8 +401,9 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         )
     analyses = [analysis for group in groups if (analysis := read_analysis(group.first.folder)) is not None]
     for place, other in enumerate(analyses[1:], start=1):
-        if analyses[0].class_counts == other.class_counts:
-            for illustration in comparison_figures(analyses[0], other):
+        first = analyses[0]
+        if (first.class_counts, first.class_names) == (other.class_counts, other.class_names):
+            for illustration in comparison_figures(first, other):
                 section.figure(replace(illustration, name=f"{illustration.name}{suffix}-{place}"))
 
 

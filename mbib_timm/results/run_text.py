@@ -9,6 +9,7 @@ from mbib_timm.data.folders import in_words
 from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
+from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import EPOCH_METRICS, Epoch, RunRecord
 from mbib_timm.results.tables import accuracy_table, percent
 
@@ -115,3 +116,8 @@ def broken_lines(record: RunRecord) -> list[str]:
 def stages_text(stages: Sequence[str]) -> str:
     """Return the methods of a run's stages by their titles: ``CE, then cRT``."""
     return ", then ".join(method_title(stage) for stage in stages)
+
+
+def epochs_text(recipe: Recipe) -> str:
+    """Return the epochs of a recipe's stages: ``200 + 30``."""
+    return " + ".join(str(stage.epochs) for stage in recipe.chain())

@@ -263,11 +263,13 @@ class Run:
         done.part = None
         row = Epoch(epoch + 1, part.learning_rate, 0.0, losses)
         if row.epoch % recipe.val_interval == 0 or row.epoch == recipe.epochs:
-            # Answers for single images in the last epoch alone, where they are those of the result.
+            # Answers for single images in the last epoch alone, where they are those of the result; intervals by group
+            # need them in every epoch, since it may be the best.
             is_last = row.epoch == recipe.epochs and self._last_epoch_is_result()
-            answers = AnswerLog(self.splits.val.groups) if is_last else None
+            groups = self.splits.val.groups
+            answers = AnswerLog(groups) if is_last or groups is not None else None
             heads = self._evaluate(self.loaders.val, answers=answers)
-            self.result = None if answers is None else (heads, answers)
+            self.result = (heads, answers) if is_last and answers is not None else None
             row.val = epoch_metrics(heads["prediction"])
             if recipe.model_ema:
                 row.raw = epoch_metrics(self._evaluate(self.loaders.val, raw=True)["prediction"])
