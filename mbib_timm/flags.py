@@ -140,14 +140,15 @@ def add_recipe_flags(parser: Parser, keys: Iterable[str]) -> None:
         keys: which have an effect on it.
     """
     shown = parser.shown
+    stages = [] if shown is None else shown.chain()
     for title, names in itertools.groupby(keys, key=lambda name: KEYS[name].metadata["group"]):
         group = parser.add_argument_group(title, None if shown else UNCHANGED)
         for name in names:
-            value = None if shown is None else getattr(shown, name)
-            _add_flag(group, name, value["name"] if name == "method" and value else value)
-        if title == "method" and shown is not None:
-            for number, stage in enumerate(shown.chain(), start=1):
-                _add_method_flags(parser, f"stage{number}.method" if shown.stage else "method", stage.method)
+            values = [getattr(stage, name) for stage in stages]
+            _add_flag(group, name, [value["name"] for value in values] if name == "method" else values)
+        if title == "method":
+            for number, stage in enumerate(stages, start=1):
+                _add_method_flags(parser, f"stage{number}.method" if len(stages) > 1 else "method", stage.method)
 
 
 def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> None:
@@ -159,13 +160,13 @@ def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> Non
             f"--{place}.{item.name.replace('_', '-')}",
             metavar=type_name(expected[item.name]),
             default=argparse.SUPPRESS,
-            help=_described(item, method[item.name]),
+            help=_described(item, [method[item.name]]),
         )
 
 
-def _add_flag(group: Any, name: str, value: Any) -> None:
+def _add_flag(group: Any, name: str, values: Sequence[Any]) -> None:
     item, expected = KEYS[name], _not_none(TYPES[name])
-    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, value)}
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, values)}
     if expected is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif name == "method":
@@ -194,13 +195,17 @@ def type_name(expected: Any) -> str:
     return getattr(typing.get_origin(expected) or expected, "__name__", "VALUE").upper()
 
 
-def _described(item: dataclasses.Field, value: Any) -> str:
-    """Return an option's help: what it is, what it may be, and what it is now."""
+def _described(item: dataclasses.Field, values: Sequence[Any]) -> str:
+    """Return an option's help: what it is, what it may be, and what it is now, in each stage where stages differ."""
     text = item.metadata["help"]
     if item.metadata["choices"]:
         text += f" ({', '.join(item.metadata['choices'])})"
-    if value is not None and value != [] and value != {}:
-        text += f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
+    now = [" ".join(map(str, value)) if isinstance(value, list) else value for value in values]
+    if len(set(map(str, now))) > 1:
+        told = [f"stage{number} {value}" for number, value in enumerate(now, start=1) if value not in (None, "", {})]
+        text += f" [{', '.join(told)}]"
+    elif now and now[0] not in (None, "", {}):
+        text += f" [{now[0]}]"
     return text.replace("%", "%%")
 
 

@@ -380,6 +380,17 @@ def test_help_of_a_recipe_of_stages_shows_each_stages_method():
     assert "--stage2.method.tau FLOAT" in section(text, "stage2.method: tau_norm (tau-norm):")
 
 
+def test_help_of_a_recipe_of_stages_shows_the_values_of_each():
+    text = help_of("train", "cifar_resnet32.crt_cifar100_lt_if100")
+    optimisation = section(text, "optimisation:")
+    assert "[stage1 200, stage2 30]" in optimisation
+    assert "[stage1 161 181, stage2 11 21]" in optimisation
+    assert "learning rate [0.1] " in optimisation, "the same in both"
+    assert "[stage1 ce, stage2 crt]" in section(text, "method:")
+    assert "Values in [ ] are those of the recipe." in " ".join(text.split())
+    assert "Values in [ ]" not in " ".join(help_of("sweep").split()), "which shows none"
+
+
 def test_help_of_every_method_names_all_of_its_settings():
     for name in METHODS:
         start = ["--initial-checkpoint", "x"] if METHODS[name].needs_start else []
