@@ -37,6 +37,7 @@ from mbib_timm.recipe import (
     KEYS,
     OPENED_BY,
     Recipe,
+    check_given,
     find_recipe,
     list_sweeps,
     load_recipe,
@@ -139,7 +140,9 @@ def train(flags: Parser) -> Action:
         path = find_recipe(given.recipe)
         # Of several processes the first speaks.
         say = print if os.environ.get("RANK", "0") == "0" else None
-        recipe = load_recipe(path, recipe_overrides(given), say)
+        overrides = recipe_overrides(given)
+        recipe = load_recipe(path, overrides, say)
+        check_given([recipe], overrides)
         name = recipe_name(path, recipe.method["name"] if "method" in vars(given) else None)
         from mbib_timm.training import train
 

@@ -64,6 +64,7 @@ BAD_FLAGS = [
     (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is not a valid value"),
     (["train", "--method.observation-weights.5", "1"], "there is no element '5'"),
     (["train", "--methd.beta", "1"], "unknown recipe key 'methd': did you mean 'method'"),
+    (["train", "--clip-mode", "agc"], "recipe key 'clip_mode' has no effect without clip_grad"),
     (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
     (["train", "--method", "crt"], "method 'crt' starts from a trained model"),
     (["train", "--method", "tau_norm", "--epochs", "0"], "method 'tau_norm' starts from a trained model"),
@@ -121,6 +122,8 @@ BAD_RUNS = [
     (["train", "--device", "cuda:99"], "CUDA"),
     (["train", "--device", "tpu9"], "tpu9"),
     (["train", "--initial-checkpoint", "no/weights.safetensors"], "no weights at no/weights.safetensors"),
+    (["sweep", "mbib_resnet20.digits", "--clip-mode", "agc"], "recipe key 'clip_mode' has no effect without clip_grad"),
+    (["data", "mbib_resnet20.digits", "--imbalance", "none", "--subset-seed", "1"], "without imbalance: exp or step"),
     (
         ["sweep", "figure3_beta", "--method.betta", "1"],
         "unknown setting of method 'mbib': 'betta': did you mean 'beta'",
