@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import itertools
 import re
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 from mbib_timm.errors import MbibError, shown
 from mbib_timm.files import parse_yaml
-from mbib_timm.options import option_types
+from mbib_timm.options import option_types, without_none
 from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
 from mbib_timm.recipe.declared import find_method
 from mbib_timm.recipe.keys import LARGEST_SEED, MOST_WORKERS
@@ -165,7 +164,7 @@ def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> Non
 
 
 def _add_flag(group: Any, name: str, values: Sequence[Any]) -> None:
-    item, expected = KEYS[name], _not_none(TYPES[name])
+    item, expected = KEYS[name], without_none(TYPES[name])
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, values)}
     if expected is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -185,13 +184,8 @@ def _add_flag(group: Any, name: str, values: Sequence[Any]) -> None:
     group.add_argument(flag(name), **options)
 
 
-def _not_none(expected: Any) -> Any:
-    """Return a type, of ``X | None`` X."""
-    return typing.get_args(expected)[0] if typing.get_origin(expected) is types.UnionType else expected
-
-
 def type_name(expected: Any) -> str:
-    expected = _not_none(expected)
+    expected = without_none(expected)
     return getattr(typing.get_origin(expected) or expected, "__name__", "VALUE").upper()
 
 
@@ -216,7 +210,7 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         MbibError: a value of another type, or out of its key's range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    pairs = [name for name in given if typing.get_origin(_not_none(TYPES[name])) is dict and name != "method"]
+    pairs = [name for name in given if typing.get_origin(without_none(TYPES[name])) is dict and name != "method"]
     overrides = {name: _named(name, value) if name in pairs else value for name, value in given.items()}
     for name, value in overrides.items():
         check_key(name, {"name": value} if name == "method" else value)

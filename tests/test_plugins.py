@@ -486,6 +486,39 @@ MISFITS = {
 }
 
 
+SETTING = "@dataclass(frozen=True)\n    class Settings:\n        power: "
+UNUSABLE = {
+    "tuple[int, ...] = option((1, 2), 'of n')": "expected the type float, int, .* these | None; got tuple[int, ...]",
+    "tuple = option((1, 2), 'of n')": "got tuple",
+    "list = option([1], 'of n')": "got list",
+    "int | float = option(1, 'of n')": "got int | float",
+    "'Nowhere' = option(1, 'of n')": "its types cannot be read: name 'Nowhere' is not defined",
+    "float = option(None, 'of n')": "default: expected float, got None",
+    "int = option(0, 'of n', minimum=1)": "default: expected at least 1, got 0",
+    "list[int] = option([3, 0], 'of n', minimum=1)": "default: expected at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("declared", UNUSABLE)
+def test_settings_that_no_recipe_can_have_are_refused_when_they_are_registered(write, declared):
+    path = write("unusable.py", OWN.replace("{name}", "unusable").replace("{more}", SETTING + declared))
+    message = re.escape(UNUSABLE[declared]).replace(re.escape(".*"), ".*")
+    with pytest.raises(MbibError, match=f"method 'unusable': setting '(power|Settings)': .*{message}$"):
+        load_plugin(str(path))
+    assert "unusable" not in METHODS
+
+
+@pytest.mark.parametrize("kind", ["Optional[float]", "Union[None, float]", "float | None", "None | float"])
+def test_a_setting_may_be_left_out_however_that_is_written(write, tmp_path, kind):
+    name = f"optional{re.sub(r'[^a-z]', '', kind.lower())}"
+    declared = f"{SETTING}{kind} = option(None, 'of n')"
+    text = OWN.replace("{name}", name).replace("{more}", declared)
+    path = write(f"{name}.py", f"from typing import Optional, Union\n{text}")
+    assert short_recipe(tmp_path, path, name).method["power"] is None
+    keys = {"plugin": [str(path)], "method": name, "method.power": 2}
+    assert load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys).method["power"] == 2.0
+
+
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_what_cannot_be_used_as_a_method_is_refused_when_it_is_registered(write, misfit):
     more, message = MISFITS[misfit]
