@@ -424,6 +424,15 @@ MISTAKES = {
     "tensor": ("forward = lambda self, batch: self.trainable_module(batch.images).mean()", "got a Tensor"),
     "named": ("loss = lambda self, logits, targets: {'los': logits['logits'].mean()}", "among them, got 'los'"),
     "nothing": ("head_loss = lambda self, logits, targets: None", "head_loss: expected a scalar tensor, got None"),
+    "unreduced": (
+        "head_loss = lambda self, logits, targets: cross_entropy(logits, targets, reduction='none')",
+        "head_loss: expected a scalar tensor, got one of shape (32,)",
+    ),
+    "number": ("loss = lambda self, logits, targets: {'loss': logits['logits'].mean(), 'a': 0.3}", "got 0.3 for 'a'"),
+    "vector": (
+        "loss = lambda self, logits, targets: {'loss': logits['logits'].mean(dim=1)}",
+        "'loss' among them, got one of shape (32,) for 'loss'",
+    ),
     "nameless": (
         "trainable_parameters = lambda self: [*self.trainable_module.parameters()]",
         "trainable_parameters(): expected pairs of a name and a parameter, as named_parameters() gives them, got a Par",

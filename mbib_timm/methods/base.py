@@ -248,8 +248,8 @@ class Method(TrainingTask):
         """Return named scalars, ``loss`` first, for each head's logits (B, K) by name; by default the heads' mean."""
         losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
         for value in losses.values():
-            if not isinstance(value, Tensor):
-                raise MbibError(f"method {self.name!r}: head_loss: expected a scalar tensor, got {shown(value)}")
+            if found := no_scalar(value):
+                raise MbibError(f"method {self.name!r}: head_loss: expected a scalar tensor, got {found}")
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
 
@@ -465,6 +465,13 @@ class Method(TrainingTask):
         network.load_state_dict(given.get("network", {}), strict=False)
         if not ema:
             self.load_state_dict(given.get("method", {}), strict=False)
+
+
+def no_scalar(value: object) -> str | None:
+    """Return what a value is that is no scalar tensor; None for one, whose number nothing waits for."""
+    if isinstance(value, Tensor):
+        return f"one of shape {tuple(value.shape)}" if value.ndim else None
+    return shown(value)
 
 
 def reported_numbers(method: Method) -> dict[str, float]:
