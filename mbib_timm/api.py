@@ -32,7 +32,7 @@ from mbib_timm.inference.predictor import Predictor, ScoredBatch
 from mbib_timm.methods import METHODS, Facts, Method, head_names, resolve_method
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import load_model
-from mbib_timm.recipe import DEFAULT_RECIPE, Recipe, change_recipe, find_recipe, load_recipe, recipe_name
+from mbib_timm.recipe import DEFAULT_RECIPE, Recipe, change_recipe, check_given, find_recipe, load_recipe, recipe_name
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training import train as train_recipe
@@ -63,11 +63,14 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
     overrides = {key: _plain(value) for key, value in keys.items()}
     if isinstance(recipe, Recipe):
         changed = change_recipe(recipe, overrides, print)
+        check_given([changed], overrides)
         return train_recipe(changed, changed.experiment or _name_of(changed))
     path = find_recipe(str(recipe))
     method = overrides.get("method")
     method = method.get("name") if isinstance(method, dict) else method
-    return train_recipe(load_recipe(path, overrides, print), recipe_name(path, method))
+    changed = load_recipe(path, overrides, print)
+    check_given([changed], overrides)
+    return train_recipe(changed, recipe_name(path, method))
 
 
 def _plain(value: Any) -> Any:

@@ -37,6 +37,7 @@ from mbib_timm.recipe import (
     KEYS,
     OPENED_BY,
     Recipe,
+    check_given,
     find_recipe,
     list_sweeps,
     load_recipe,
@@ -60,10 +61,10 @@ DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
 EVALUATION_KEYS = [name for name, item in KEYS.items() if item.metadata["evaluation"]]
 # And that decide which images there are, and who decodes them.
 DATA_FLAGS = [*OPENED_BY, "workers"]
-TRAINING_EPILOG = (
+SETTINGS_EPILOG = (
     "The settings of a method are flags too, such as --method.beta 3; mbib train RECIPE --help lists them. In a recipe "
     "with several stages, a flag applies to every stage that does not set the key itself; --stage2.lr 0.1 sets it for "
-    "the second stage. Values in [ ] are those of the recipe."
+    "the second stage."
 )
 
 
@@ -129,7 +130,7 @@ def data(flags: Parser) -> Action:
     return run
 
 
-@command("[RECIPE] [flags]", TRAINING_EPILOG)
+@command("[RECIPE] [flags]", f"{SETTINGS_EPILOG} Values in [ ] are those of the recipe.")
 def train(flags: Parser) -> Action:
     """Train a recipe."""
     said = f"name of a recipe, or a YAML file; {DEFAULT_RECIPE} when not given"
@@ -140,7 +141,9 @@ def train(flags: Parser) -> Action:
         path = find_recipe(given.recipe)
         # Of several processes the first speaks.
         say = print if os.environ.get("RANK", "0") == "0" else None
-        recipe = load_recipe(path, recipe_overrides(given), say)
+        overrides = recipe_overrides(given)
+        recipe = load_recipe(path, overrides, say)
+        check_given([recipe], overrides)
         name = recipe_name(path, recipe.method["name"] if "method" in vars(given) else None)
         from mbib_timm.training import train
 
@@ -149,7 +152,7 @@ def train(flags: Parser) -> Action:
     return run
 
 
-@command("SWEEP | RECIPE [RECIPE ...] [flags]", TRAINING_EPILOG)
+@command("SWEEP | RECIPE [RECIPE ...] [flags]", SETTINGS_EPILOG)
 def sweep(flags: Parser) -> Action:
     """Train many recipes, one after another or several at once."""
     from mbib_timm.sweeps.sweep import PER_RUN, find_sweep

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import itertools
 import re
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 from mbib_timm.errors import MbibError, shown
 from mbib_timm.files import parse_yaml
-from mbib_timm.options import option_types
+from mbib_timm.options import option_types, without_none
 from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
 from mbib_timm.recipe.declared import find_method
 from mbib_timm.recipe.keys import LARGEST_SEED, MOST_WORKERS
@@ -140,14 +139,15 @@ def add_recipe_flags(parser: Parser, keys: Iterable[str]) -> None:
         keys: which have an effect on it.
     """
     shown = parser.shown
+    stages = [] if shown is None else shown.chain()
     for title, names in itertools.groupby(keys, key=lambda name: KEYS[name].metadata["group"]):
         group = parser.add_argument_group(title, None if shown else UNCHANGED)
         for name in names:
-            value = None if shown is None else getattr(shown, name)
-            _add_flag(group, name, value["name"] if name == "method" and value else value)
-        if title == "method" and shown is not None:
-            for number, stage in enumerate(shown.chain(), start=1):
-                _add_method_flags(parser, f"stage{number}.method" if shown.stage else "method", stage.method)
+            values = [getattr(stage, name) for stage in stages]
+            _add_flag(group, name, [value["name"] for value in values] if name == "method" else values)
+        if title == "method":
+            for number, stage in enumerate(stages, start=1):
+                _add_method_flags(parser, f"stage{number}.method" if len(stages) > 1 else "method", stage.method)
 
 
 def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> None:
@@ -159,13 +159,13 @@ def _add_method_flags(parser: Parser, place: str, method: dict[str, Any]) -> Non
             f"--{place}.{item.name.replace('_', '-')}",
             metavar=type_name(expected[item.name]),
             default=argparse.SUPPRESS,
-            help=_described(item, method[item.name]),
+            help=_described(item, [method[item.name]]),
         )
 
 
-def _add_flag(group: Any, name: str, value: Any) -> None:
-    item, expected = KEYS[name], _not_none(TYPES[name])
-    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, value)}
+def _add_flag(group: Any, name: str, values: Sequence[Any]) -> None:
+    item, expected = KEYS[name], without_none(TYPES[name])
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _described(item, values)}
     if expected is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif name == "method":
@@ -184,23 +184,22 @@ def _add_flag(group: Any, name: str, value: Any) -> None:
     group.add_argument(flag(name), **options)
 
 
-def _not_none(expected: Any) -> Any:
-    """Return a type, of ``X | None`` X."""
-    return typing.get_args(expected)[0] if typing.get_origin(expected) is types.UnionType else expected
-
-
 def type_name(expected: Any) -> str:
-    expected = _not_none(expected)
+    expected = without_none(expected)
     return getattr(typing.get_origin(expected) or expected, "__name__", "VALUE").upper()
 
 
-def _described(item: dataclasses.Field, value: Any) -> str:
-    """Return an option's help: what it is, what it may be, and what it is now."""
+def _described(item: dataclasses.Field, values: Sequence[Any]) -> str:
+    """Return an option's help: what it is, what it may be, and what it is now, in each stage where stages differ."""
     text = item.metadata["help"]
     if item.metadata["choices"]:
         text += f" ({', '.join(item.metadata['choices'])})"
-    if value is not None and value != [] and value != {}:
-        text += f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
+    now = [" ".join(map(str, value)) if isinstance(value, list) else value for value in values]
+    if len(set(map(str, now))) > 1:
+        told = [f"stage{number} {value}" for number, value in enumerate(now, start=1) if value not in (None, "", {})]
+        text += f" [{', '.join(told)}]"
+    elif now and now[0] not in (None, "", {}):
+        text += f" [{now[0]}]"
     return text.replace("%", "%%")
 
 
@@ -211,7 +210,7 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         MbibError: a value of another type, or out of its key's range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in TYPES}
-    pairs = [name for name in given if typing.get_origin(_not_none(TYPES[name])) is dict and name != "method"]
+    pairs = [name for name in given if typing.get_origin(without_none(TYPES[name])) is dict and name != "method"]
     overrides = {name: _named(name, value) if name in pairs else value for name, value in given.items()}
     for name, value in overrides.items():
         check_key(name, {"name": value} if name == "method" else value)

@@ -60,6 +60,42 @@ def option_types(declared: type) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in dataclasses.fields(declared)}
 
 
+def without_none(expected: Any) -> Any:
+    """Return a type, of ``X | None`` X."""
+    if typing.get_origin(expected) not in (types.UnionType, typing.Union):
+        return expected
+    others = [each for each in typing.get_args(expected) if each is not types.NoneType]
+    return others[0] if len(others) == 1 else expected
+
+
+def check_declared(declared: type, where: str) -> None:
+    """Raise MbibError for an option of a type that there is not, or whose default is not of its type and in its range.
+
+    Args:
+        declared: a dataclass of options.
+        where: names an option in messages, such as ``setting {!r}``.
+    """
+    try:
+        expected = option_types(declared)
+    except (NameError, TypeError) as error:  # of annotations in quotes
+        raise MbibError(f"{where.format(declared.__name__)}: its types cannot be read: {error}") from None
+    for item in dataclasses.fields(declared):
+        kind, place = expected[item.name], where.format(item.name)
+        if not _is_known(kind):
+            name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+            raise MbibError(
+                f"{place}: expected the type float, int, str, bool, list[...] of such a type, dict[str, ...], or "
+                f"one of these | None; got {name}"
+            )
+        check_option(item, kind, default_of(item), f"{place}: default")
+
+
+def _is_known(expected: Any) -> bool:
+    expected = without_none(expected)
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    return expected in (float, int, str, bool) or origin is dict or (origin is list and _is_known(arguments[0]))
+
+
 def default_of(item: dataclasses.Field) -> Any:
     """Return an option's default."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
@@ -139,11 +175,9 @@ def build_options(declared: type, values: Mapping[str, Any], owner: str) -> Any:
 
 def _typed(where: str, value: Any, expected: Any) -> Any:
     """Return `value` as the expected type, or raise MbibError."""
+    if (inner := without_none(expected)) is not expected:
+        return None if value is None else _typed(where, value, inner)
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _typed(where, value, arguments[0])
     if expected == list[str] and isinstance(value, str):
         value = [value]
     if origin is list and isinstance(value, list | tuple):

@@ -74,6 +74,8 @@ def test_train_takes_recipes_parts_of_keys_and_fewer_epochs(tmp_path, monkeypatc
     assert (second.method["name"], second.data_dir, other) == ("focal", "x", "cifar_resnet20.focal_digits")
     assert (third, given) == (recipe.replace(lr=0.5), "mbib_resnet20.mbib_digits")
     assert mine == "mine"
+    with pytest.raises(MbibError, match="'clip_mode' has no effect without clip_grad"):
+        train("mbib_resnet20.digits", clip_mode="agc")
     with pytest.raises(MbibError, match="'epoch': did you mean 'epochs'"):
         train("mbib_resnet20.digits", epoch=3)
     with pytest.raises(MbibError, match=r"did you mean 'mbib_resnet20\.digits'"):

@@ -185,10 +185,29 @@ def test_weights_are_no_part_of_a_checkpoint():
         ("bsce", "power:0.5", None),
         ("bsce", "power:0", "uniform"),  # which are no weights
         ("ce", "power:0", "train"),
+        ("bsce", "power:0.1", "uniform"),  # MBIB's own, which count as none
+        ("ce", "power:0.1", "train"),
+        ("bsce", "power:0.11", None),
     ],
 )
 def test_weights_change_the_frequencies_that_logits_are_for(name, given, prior):
     assert method_with(name, loss_weights(given, COUNTS, None)).result_prior == prior
+
+
+@pytest.mark.parametrize(
+    ("power", "adjusted", "weights", "prior"),
+    [
+        (0.1, True, "none", "uniform"),  # the paper's
+        (0.1, False, "none", "train"),
+        (1.0, False, "none", "uniform"),  # balanced weights of a plain loss
+        (1.0, True, "none", None),
+        (0.5, False, "power:0.5", "uniform"),  # the two square roots together
+        (0.1, True, "power:0.1", None),
+    ],
+)
+def test_mbibs_own_weights_change_the_frequencies_too(power, adjusted, weights, prior):
+    settings = dict(class_weight_power=power, logit_adjustment=adjusted)
+    assert method_with("mbib", loss_weights(weights, COUNTS, None), OBSERVATIONS, **settings).result_prior == prior
 
 
 @pytest.mark.parametrize(

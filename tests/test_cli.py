@@ -64,6 +64,7 @@ BAD_FLAGS = [
     (["train", "--method.beta", "[1"], "flag --method.beta: '[1' is not a valid value"),
     (["train", "--method.observation-weights.5", "1"], "there is no element '5'"),
     (["train", "--methd.beta", "1"], "unknown recipe key 'methd': did you mean 'method'"),
+    (["train", "--clip-mode", "agc"], "recipe key 'clip_mode' has no effect without clip_grad"),
     (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
     (["train", "--method", "crt"], "method 'crt' starts from a trained model"),
     (["train", "--method", "tau_norm", "--epochs", "0"], "method 'tau_norm' starts from a trained model"),
@@ -121,6 +122,8 @@ BAD_RUNS = [
     (["train", "--device", "cuda:99"], "CUDA"),
     (["train", "--device", "tpu9"], "tpu9"),
     (["train", "--initial-checkpoint", "no/weights.safetensors"], "no weights at no/weights.safetensors"),
+    (["sweep", "mbib_resnet20.digits", "--clip-mode", "agc"], "recipe key 'clip_mode' has no effect without clip_grad"),
+    (["data", "mbib_resnet20.digits", "--imbalance", "none", "--subset-seed", "1"], "without imbalance: exp or step"),
     (
         ["sweep", "figure3_beta", "--method.betta", "1"],
         "unknown setting of method 'mbib': 'betta': did you mean 'beta'",
@@ -378,6 +381,17 @@ def test_help_of_a_recipe_of_stages_shows_each_stages_method():
     text = help_of("train", "cifar_resnet32.tau_norm_digits", "--stage1.method", "focal")
     assert "--stage1.method.gamma FLOAT" in section(text, "stage1.method: focal (Focal):")
     assert "--stage2.method.tau FLOAT" in section(text, "stage2.method: tau_norm (tau-norm):")
+
+
+def test_help_of_a_recipe_of_stages_shows_the_values_of_each():
+    text = help_of("train", "cifar_resnet32.crt_cifar100_lt_if100")
+    optimisation = section(text, "optimisation:")
+    assert "[stage1 200, stage2 30]" in optimisation
+    assert "[stage1 161 181, stage2 11 21]" in optimisation
+    assert "learning rate [0.1] " in optimisation, "the same in both"
+    assert "[stage1 ce, stage2 crt]" in section(text, "method:")
+    assert "Values in [ ] are those of the recipe." in " ".join(text.split())
+    assert "Values in [ ]" not in " ".join(help_of("sweep").split()), "which shows none"
 
 
 def test_help_of_every_method_names_all_of_its_settings():

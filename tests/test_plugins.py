@@ -424,6 +424,15 @@ MISTAKES = {
     "tensor": ("forward = lambda self, batch: self.trainable_module(batch.images).mean()", "got a Tensor"),
     "named": ("loss = lambda self, logits, targets: {'los': logits['logits'].mean()}", "among them, got 'los'"),
     "nothing": ("head_loss = lambda self, logits, targets: None", "head_loss: expected a scalar tensor, got None"),
+    "unreduced": (
+        "head_loss = lambda self, logits, targets: cross_entropy(logits, targets, reduction='none')",
+        "head_loss: expected a scalar tensor, got one of shape (32,)",
+    ),
+    "number": ("loss = lambda self, logits, targets: {'loss': logits['logits'].mean(), 'a': 0.3}", "got 0.3 for 'a'"),
+    "vector": (
+        "loss = lambda self, logits, targets: {'loss': logits['logits'].mean(dim=1)}",
+        "'loss' among them, got one of shape (32,) for 'loss'",
+    ),
     "nameless": (
         "trainable_parameters = lambda self: [*self.trainable_module.parameters()]",
         "trainable_parameters(): expected pairs of a name and a parameter, as named_parameters() gives them, got a Par",
@@ -484,6 +493,39 @@ MISFITS = {
         "a setting cannot be called 'name': in a recipe, that is the method's name",
     ),
 }
+
+
+SETTING = "@dataclass(frozen=True)\n    class Settings:\n        power: "
+UNUSABLE = {
+    "tuple[int, ...] = option((1, 2), 'of n')": "expected the type float, int, .* these | None; got tuple[int, ...]",
+    "tuple = option((1, 2), 'of n')": "got tuple",
+    "list = option([1], 'of n')": "got list",
+    "int | float = option(1, 'of n')": "got int | float",
+    "'Nowhere' = option(1, 'of n')": "its types cannot be read: name 'Nowhere' is not defined",
+    "float = option(None, 'of n')": "default: expected float, got None",
+    "int = option(0, 'of n', minimum=1)": "default: expected at least 1, got 0",
+    "list[int] = option([3, 0], 'of n', minimum=1)": "default: expected at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("declared", UNUSABLE)
+def test_settings_that_no_recipe_can_have_are_refused_when_they_are_registered(write, declared):
+    path = write("unusable.py", OWN.replace("{name}", "unusable").replace("{more}", SETTING + declared))
+    message = re.escape(UNUSABLE[declared]).replace(re.escape(".*"), ".*")
+    with pytest.raises(MbibError, match=f"method 'unusable': setting '(power|Settings)': .*{message}$"):
+        load_plugin(str(path))
+    assert "unusable" not in METHODS
+
+
+@pytest.mark.parametrize("kind", ["Optional[float]", "Union[None, float]", "float | None", "None | float"])
+def test_a_setting_may_be_left_out_however_that_is_written(write, tmp_path, kind):
+    name = f"optional{re.sub(r'[^a-z]', '', kind.lower())}"
+    declared = f"{SETTING}{kind} = option(None, 'of n')"
+    text = OWN.replace("{name}", name).replace("{more}", declared)
+    path = write(f"{name}.py", f"from typing import Optional, Union\n{text}")
+    assert short_recipe(tmp_path, path, name).method["power"] is None
+    keys = {"plugin": [str(path)], "method": name, "method.power": 2}
+    assert load_recipe(find_recipe("cifar_resnet20.ce_digits"), keys).method["power"] == 2.0
 
 
 @pytest.mark.parametrize("misfit", MISFITS)

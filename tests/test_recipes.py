@@ -1,6 +1,7 @@
 """The packaged recipes against the paper's section 4.2, and the errors of those that cannot be."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import timm
 import torch
 import yaml
 from headers import header
+from timm.optim import get_optimizer_info, list_optimizers
 from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
@@ -21,6 +23,7 @@ from mbib_timm.recipe import (
     STAGES,
     Recipe,
     change_recipe,
+    check_given,
     dump_recipe,
     find_recipe,
     list_recipes,
@@ -28,6 +31,7 @@ from mbib_timm.recipe import (
     recipe_name,
     recipes_folder,
 )
+from mbib_timm.recipe.checks import WITHOUT_MOMENTUM
 from mbib_timm.training.optimization import create_optimizer, create_schedule
 from mbib_timm.training.setup import build_network
 
@@ -563,3 +567,46 @@ def test_fewer_epochs_shorten_what_counts_in_epochs(tmp_path, file, overrides, e
 def test_what_is_given_itself_is_not_shortened(given):
     with pytest.raises(MbibError, match=r"'warmup_epochs': .* leaves none of the"):
         load_recipe(find_recipe("mbib_resnet20.digits"), given)
+
+
+# Keys that nothing reads
+
+DIGITS, TAU_NORM = "mbib_resnet20.digits", "cifar_resnet32.tau_norm_digits"
+UNREAD = {
+    "factor": ("finetune/mbib_resnet32", {"imbalance_factor": 50.0}, "imbalance: exp or step"),
+    "largest class": ("finetune/mbib_resnet32", {"imbalance_max": 50}, "imbalance: exp or step"),
+    "subset": ("finetune/mbib_resnet32", {"subset_seed": 3}, "imbalance: exp or step"),
+    "average": (DIGITS, {"model_ema_decay": 0.99}, "model_ema"),
+    "clipping": (DIGITS, {"clip_mode": "norm"}, "clip_grad"),
+    "milestones": (DIGITS, {"decay_milestones": [10]}, "sched: multistep"),
+    "decay": (DIGITS, {"decay_rate": 0.1}, "sched: multistep or poly"),
+    "lowest rate": (
+        "cifar_resnet32.crt_cifar100_lt_if100",
+        {"min_lr": 1e-3},
+        "sched: cosine, tanh, poly, wsd or rsqrt",
+    ),
+    "momentum": (DIGITS, {"opt": "adamw", "momentum": 0.9}, "an optimizer that has one, unlike adamw"),
+    "precision": (DIGITS, {"amp": False, "amp_dtype": "float16"}, "mixed precision, and amp is false"),
+    "post-hoc stage": (TAU_NORM, {"stage2.lr": 0.3}, "epochs, and method 'tau_norm' trains for none"),
+    "its sampler": (TAU_NORM, {"stage2.sampler": "balanced"}, "epochs, and method 'tau_norm' trains for none"),
+    "its method's": (TAU_NORM, {"stage2.clip_mode": "agc"}, "epochs, and method 'tau_norm' trains for none"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_is_given_must_be_read(kind):
+    name, given, needed = UNREAD[kind]
+    recipe = load_recipe(find_recipe(name), given)
+    address = list(given)[-1]
+    with pytest.raises(MbibError, match=re.escape(f"recipe key {address!r} has no effect without {needed}")):
+        check_given([recipe], given)
+
+
+def test_what_one_stage_reads_may_be_given_for_all():
+    given = {"lr": 0.2, "mixup": 0.2, "stage2.epochs": 0, "stage2.warmup_epochs": 0, "stage2.method.tau": 1.0}
+    check_given([load_recipe(find_recipe(TAU_NORM), given)], given)
+
+
+def test_momentum_is_for_optimizers_that_have_one():
+    for name in set(WITHOUT_MOMENTUM) & set(list_optimizers()):
+        assert not get_optimizer_info(name).has_momentum

@@ -272,6 +272,17 @@ def test_the_rate_of_an_epoch_depends_on_the_epoch_alone(sched):
         assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
+def test_milestones_act_at_the_same_epochs_where_rates_change_after_updates():
+    keys = dict(epochs=8, warmup_epochs=0, sched="multistep", decay_milestones=[3, 6], decay_rate=0.1, lr=1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = create_schedule(load_recipe(DIGITS, {**keys, "sched_on_updates": True}), optimizer, 7)
+    rates = []
+    for update in range(1, 1 + 8 * 7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(update)
+    assert rates == pytest.approx(np.repeat([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01], 7))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sched", ["cosine", "multistep"])
 def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):

@@ -31,6 +31,8 @@ from mbib_timm.recipe.declared import resolve_settings
 from mbib_timm.registry import Registry, is_inside
 
 NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
+# Class weights up to n^-0.1, MBIB's own, leave logits for the frequencies that they would be for without.
+NEGLIGIBLE_POWER = 0.1
 
 
 class Facts(NamedTuple):
@@ -165,9 +167,9 @@ class Method(TrainingTask):
         title: name of the method in tables and on cards.
         citation: its paper, in one line.
         Settings: a frozen dataclass of `option` fields: its constants, which recipes and flags set.
-        logit_prior: the class frequencies that trained logits are for, with the method's own sampler and without class
-            weights: ``train`` after a plain loss, ``uniform`` after one that compensates for the class counts, or on
-            balanced classes, None for neither. May be a property.
+        logit_prior: the class frequencies that trained logits are for, with the method's own sampler, and without the
+            recipe's class weights and `own_weights`: ``train`` after a plain loss, ``uniform`` after one that
+            compensates for the class counts, or on balanced classes, None for neither. May be a property.
         sampler: default of the recipe key ``sampler``.
         part: default of the recipe key ``train``.
         reset: default of the recipe key ``reset``.
@@ -246,8 +248,8 @@ class Method(TrainingTask):
         """Return named scalars, ``loss`` first, for each head's logits (B, K) by name; by default the heads' mean."""
         losses = {name: self.head_loss(values, targets) for name, values in logits.items()}
         for value in losses.values():
-            if not isinstance(value, Tensor):
-                raise MbibError(f"method {self.name!r}: head_loss: expected a scalar tensor, got {shown(value)}")
+            if found := no_scalar(value):
+                raise MbibError(f"method {self.name!r}: head_loss: expected a scalar tensor, got {found}")
         parts = {f"loss_{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"loss": torch.stack([*losses.values()]).mean(), **parts}
 
@@ -270,13 +272,23 @@ class Method(TrainingTask):
         return weights if self.label_weights is None else weights * self.label_weights
 
     @property
+    def own_weights(self) -> Tensor | None:
+        """The method's own class weights (K,), where `logit_prior` leaves them out; None for none."""
+        return None
+
+    @property
     def result_prior(self) -> str | None:
         """The class frequencies that the result's logits are for, ``train`` or ``uniform``; None if they are neither.
 
         Raises MbibError where `logit_prior` is none of the three.
 
         Logits that are for frequencies p after sampling with frequencies q are for p q' w / q after sampling with q',
-        with class weights w: balanced samples or balanced weights make those of a plain loss uniform.
+        with class weights w, the recipe's times the method's own: balanced samples or balanced weights make those of a
+        plain loss uniform.
+
+        MBIB's weights n^-0.1 count as no weights, and so does whatever is as near to ``train`` or ``uniform``: with
+        balanced softmax its logits are uniform but for a factor of (n_max / n_min)^0.1, 1.6 at an imbalance factor of
+        100. The paper tests them as uniform, and to balanced softmax's argument weights are of second order.
         """
         declared, facts = self.logit_prior, self.facts
         if declared not in ("train", "uniform", None):
@@ -286,17 +298,22 @@ class Method(TrainingTask):
         if facts.epochs == 0 and not self.post_hoc:  # nothing is trained: they are for what they were for before
             return None
         sampler = facts.sampler or self.sampler
-        if self.post_hoc or (sampler == self.sampler and facts.class_weights is None):
+        given = [weights for weights in (facts.class_weights, self.own_weights) if weights is not None]
+        if self.post_hoc or (sampler == self.sampler and not given):
             return declared
         own, now = _sampled(self.sampler, facts), _sampled(sampler, facts)
         if own is None or now is None:
             return None
-        train = facts.class_counts / facts.class_counts.sum()
-        weights = 1.0 if facts.class_weights is None else facts.class_weights
-        found = (train if declared == "train" else 1.0) * now * weights / own
-        found = found / found.sum()
-        priors = {"uniform": np.full_like(train, 1 / len(train)), "train": train}
-        return next((name for name, prior in priors.items() if np.allclose(found, prior, rtol=1e-4, atol=0)), None)
+        counts = facts.class_counts
+        found = (counts if declared == "train" else 1.0) * now / own
+        for weights in given:
+            found = found * torch.as_tensor(weights).cpu().numpy()
+        most = (1 + 1e-4) * (counts.max() / counts.min()) ** NEGLIGIBLE_POWER
+        for name, frequencies in (("uniform", 1.0), ("train", counts)):
+            ratios = found / frequencies
+            if ratios.max() <= most * ratios.min():
+                return name
+        return None
 
     # When something happens beside the step. Nothing here may branch inside a step: it may have been captured.
 
@@ -448,6 +465,13 @@ class Method(TrainingTask):
         network.load_state_dict(given.get("network", {}), strict=False)
         if not ema:
             self.load_state_dict(given.get("method", {}), strict=False)
+
+
+def no_scalar(value: object) -> str | None:
+    """Return what a value is that is no scalar tensor; None for one, whose number nothing waits for."""
+    if isinstance(value, Tensor):
+        return f"one of shape {tuple(value.shape)}" if value.ndim else None
+    return shown(value)
 
 
 def reported_numbers(method: Method) -> dict[str, float]:

@@ -162,8 +162,13 @@ class Bottleneck(Method):
 
     @property
     def logit_prior(self) -> str:
-        """The class frequencies that trained logits are for."""
+        """The class frequencies that trained logits are for, without class weights."""
         return "uniform" if self.settings.logit_adjustment else "train"
+
+    @property
+    def own_weights(self) -> Tensor:
+        """The class weights of eq. 7, (K,)."""
+        return self.class_weights
 
     def graph(self, heads: Sequence[str]) -> list[Edge]:
         """Return the edges between a network's heads: observations in order of depth, then z."""

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from mbib_timm.errors import MbibError, nearest, shown
+from mbib_timm.options import check_declared
 
 # Names that are as alike as start_epoch and start_epochs.
 NEAR_MISS = 0.85
@@ -36,6 +37,7 @@ def require_fitting(name: str, method: type, base: type) -> None:
         raise MbibError(f"method {name!r}: its Settings must be a frozen dataclass of option() fields")
     if any(item.name == "name" for item in dataclasses.fields(settings)):
         raise MbibError(f"method {name!r}: a setting cannot be called 'name': in a recipe, that is the method's name")
+    check_declared(settings, f"method {name!r}: setting {{!r}}")
     for hook, expected in vars(base).items():
         if isinstance(expected, KINDS) and (hook == "__init__" or not hook.startswith("_")):
             own = inspect.getattr_static(method, hook)

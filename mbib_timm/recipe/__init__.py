@@ -16,7 +16,7 @@ stages:                                 # runs one after another, each from the 
 Nothing here imports torch or timm, unless a plugin does: the command line answers at once.
 """
 
-from mbib_timm.recipe.checks import WHOLE_IMAGES
+from mbib_timm.recipe.checks import WHOLE_IMAGES, check_given
 from mbib_timm.recipe.keys import (
     COMPUTING,
     DATA_KEYS,
@@ -66,6 +66,7 @@ __all__ = [
     "LoraSettings",
     "Recipe",
     "change_recipe",
+    "check_given",
     "check_key",
     "data_of",
     "dump_recipe",

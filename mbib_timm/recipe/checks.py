@@ -50,6 +50,10 @@ WHOLE_IMAGES: Mapping[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"}
 # Bytes of a batch of images in float32 that are too many for any device: activations take many times as much.
 LARGEST_INPUT = 2**33
 
+# timm's optimizers that pass over `momentum`, as far as many use them; and keys that matter to a stage without epochs.
+WITHOUT_MOMENTUM = ("adam", "adamw", "adamax", "nadam", "nadamw", "radam", "radamw", "adagrad", "adopt", "lamb", "lion")
+ALWAYS_READ = ("epochs", "warmup_epochs", "validation_batch_size")
+
 # Class weights by name, and the number that one takes after a colon where the name gives none.
 CLASS_WEIGHTS = {"none": None, "balanced": None, "effective": 0.9999, "power": 0.5}
 WEIGHT_FILES = (".csv", ".json", ".yaml", ".yml")
@@ -342,6 +346,45 @@ def _require_effect(recipe: "Recipe", needs: Mapping[str, tuple[str, bool]]) -> 
     for key, (needed, there) in needs.items():
         if not there and getattr(recipe, key) != default_of(keys[key]):
             raise MbibError(f"recipe key {key!r} has no effect without {needed}")
+
+
+def check_given(recipes: Iterable["Recipe"], addresses: Iterable[str]) -> None:
+    """Raise MbibError for a key that no stage reads. Recipes may hold such values for others; what is given is meant.
+
+    Args:
+        recipes: with what was given in them.
+        addresses: of what was given, see `load_recipe`.
+    """
+    stages = [(str(number), stage) for recipe in recipes for number, stage in enumerate(recipe.chain(), start=1)]
+    for address in addresses:
+        number, key = re.findall(r"^(?:stage(\d+)\.)?(\w+)", address)[0]
+        lacking = [_lacking(stage, key) for own, stage in stages if number in ("", own)]
+        if lacking and all(lacking):
+            raise MbibError(f"recipe key {address!r} has no effect without {lacking[0]}")
+
+
+def _lacking(stage: "Recipe", key: str) -> str | None:
+    """Return what a stage would need to read a key; None where it does."""
+    known: Mapping[str, Any] = {item.name: item.metadata for item in dataclasses.fields(stage)}.get(key, {})
+    if stage.epochs == 0 and (
+        key in ("sampler", "class_weights", "train", "frozen_bn")
+        or (known.get("group") in ("optimisation", "mixing") and key not in ALWAYS_READ)
+    ):
+        return f"epochs, and method {stage.method['name']!r} trains for none"
+    needs = {
+        **dict.fromkeys(
+            ("imbalance_factor", "imbalance_max", "subset_seed"), ("imbalance: exp or step", stage.imbalance != "none")
+        ),
+        "momentum": (f"an optimizer that has one, unlike {stage.opt}", stage.opt not in WITHOUT_MOMENTUM),
+        "clip_mode": ("clip_grad", stage.clip_grad is not None),
+        "min_lr": ("sched: cosine, tanh, poly, wsd or rsqrt", stage.sched not in ("multistep", "constant")),
+        "decay_milestones": ("sched: multistep", stage.sched == "multistep"),
+        "decay_rate": ("sched: multistep or poly", stage.sched in ("multistep", "poly")),
+        "model_ema_decay": ("model_ema", stage.model_ema),
+        "amp_dtype": ("mixed precision, and amp is false", stage.amp is not False),
+    }
+    needed, there = needs.get(key, ("", True))
+    return None if there else needed
 
 
 def _check_views(recipe: "Recipe", method: DeclaredMethod) -> None:

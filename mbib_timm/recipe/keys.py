@@ -13,8 +13,8 @@ from mbib_timm.recipe.declared import find_method, packaged_samplers, packaged_s
 from mbib_timm.recipe.plugins import load_plugin
 
 STAGES = "stages"
-# Of timm's learning-rate schedules those that step once an epoch.
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+# Of timm's learning-rate schedules those whose constants recipes have: not step, which multistep can do too.
+SCHEDULES = ("cosine", "tanh", "multistep", "poly", "wsd", "rsqrt", "constant")
 # What numpy's and torch's generators take; and more than any run has of the rest, so that a slip of the finger is found
 # before it fills the memory or never ends.
 LARGEST_SEED = 2**32 - 1
@@ -331,11 +331,13 @@ class Recipe:
     min_lr: float = _optimisation(0.0, "lowest learning rate of the schedule", minimum=0, maximum=LARGEST_RATE)
     decay_milestones: list[int] = _optimisation(
         [161, 181],
-        "milestones as timm counts them: multistep decays from the epoch before each",
+        "milestones as timm counts them: multistep decays from each of these epochs on, counted from 1",
         minimum=1,
         maximum=MOST_EPOCHS,
     )
-    decay_rate: float = _optimisation(0.1, "factor of each decay", above=0, maximum=100)
+    decay_rate: float = _optimisation(
+        0.1, "factor of each decay of multistep; the exponent of poly", above=0, maximum=100
+    )
     model_ema: bool = _optimisation(False, "keep an exponential moving average of the weights, and evaluate it")
     model_ema_decay: float = _optimisation(0.9998, "decay of that average", minimum=0, below=1)
 

@@ -19,6 +19,7 @@ from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe.checks import check_given
 from mbib_timm.recipe.recipe_files import change_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
@@ -80,6 +81,7 @@ def data_report(
         MbibError: data that are missing or malformed, or files that cannot be written.
     """
     recipe = find_data(target, overrides)
+    check_given([recipe], overrides)
     if split_file is not None and recipe.dataset not in IN_FILES:
         raise MbibError(f"--write-split: the images of dataset {recipe.dataset} are not in files that a table can name")
     if split_file is not None and LEFT_OUT in recipe.split_names:

@@ -29,6 +29,7 @@ from mbib_timm.recipe import (
     KEYS,
     STAGES,
     Recipe,
+    check_given,
     find_recipe,
     in_proportion,
     load_recipe,
@@ -181,6 +182,7 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
             f"sweep {sweep.name} has {number:,} runs; expected at most {MOST_RUNS:,}: fewer values, axes or seeds"
         )
     runs = list(_runs(sweep, {**sweep.set, **overrides}))
+    check_given((run.recipe for run in runs), overrides)
     for label, times in Counter(run.label for run in runs).items():
         if times > 1:
             raise MbibError(f"sweep {sweep.name} has two runs named {label}")

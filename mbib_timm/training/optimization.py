@@ -200,11 +200,15 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: i
         optimizer: whose learning rates it sets.
         updates: of an epoch, where they count.
     """
+    milestones: list[Any] = recipe.decay_milestones
+    if recipe.sched_on_updates:
+        # timm applies a milestone one step early: that of updates too is to act from the epoch before it on.
+        milestones = [milestone - 1 + 0.5 / updates for milestone in milestones]
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,
         num_epochs=max(1, recipe.epochs),  # of a stage without epochs nothing is read
-        decay_milestones=recipe.decay_milestones,
+        decay_milestones=milestones,
         decay_rate=recipe.decay_rate,
         min_lr=recipe.min_lr,
         warmup_epochs=recipe.warmup_epochs,

@@ -17,6 +17,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import Method
+from mbib_timm.methods.base import no_scalar
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, takes_tensor_rates
 
@@ -172,11 +173,15 @@ def training_step(
         The loss parts, detached scalars that are still on the device.
     """
     parts = compute(method, batches, precision.autocast_dtype)
+    expected = f"method {method.name!r}: expected named scalars from forward and loss, 'loss' among them, got"
     if not isinstance(parts, dict) or "loss" not in parts:
         raise MbibError(
-            f"method {method.name!r}: expected named scalars from forward and loss, 'loss' among them, got "
+            f"{expected} "
             f"{', '.join(map(repr, parts)) or 'none' if isinstance(parts, dict) else f'a {type(parts).__name__}'}"
         )
+    for name, value in parts.items():
+        if found := no_scalar(value):
+            raise MbibError(f"{expected} {found} for {name!r}")
     loss = parts["loss"] / accumulate
     parameters = list(method.get_clip_parameters(exclude_head=clip_mode == "agc")) if clip_grad else None
     if precision.scaler is not None:
