@@ -894,6 +894,20 @@ def test_any_backbone_with_a_classifier(backbone):
     torch.testing.assert_close(model(x), expected.float())
 
 
+@pytest.mark.parametrize("name", ["mbib", "with_classifier"])
+def test_a_model_takes_images_of_the_sizes_that_its_backbone_takes(name, tmp_path):
+    """timm's cfg of this backbone says one size, and the backbone takes any: so it is saved, and loaded."""
+    model = create(name, backbone="test_vit", img_size=48).eval()
+    save_for_hf(model, tmp_path, data_config={"input_size": (3, 64, 64)}, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.pretrained_cfg["input_size"] == (3, 64, 64)
+    fixed = create(name, backbone="test_vit", img_size=48, backbone_args={"dynamic_img_size": False})
+    with pytest.raises(ValueError, match=r"the model requires \(48, 48\)"):
+        save_for_hf(fixed, tmp_path, data_config={"input_size": (3, 64, 64)})
+
+
 # Weights.
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, get_model_traits
 
 # timm gives these two no public name: the feature net over `forward_intermediates`, of which ours is a subclass, and
 # how timm's models read the `indices` of that method. Whatever else needs them imports them from here.
@@ -239,6 +239,14 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
         classifier=classifier if isinstance(classifier, str) else tuple(classifier),
         first_conv=prefixed_names(cfg.first_conv),
     )
+
+
+def backbone_traits(backbone: nn.Module) -> dict[str, Any]:
+    """Return the traits that a model declares for its backbone, in whose layers alone timm could see them.
+
+    Whether it takes images of one size only: a cfg says so of many that take any.
+    """
+    return {"fixed_input_size": get_model_traits(backbone).get("fixed_input_size", False)}
 
 
 class StoredFeatures(nn.Module):

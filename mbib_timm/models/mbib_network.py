@@ -22,6 +22,7 @@ from mbib_timm.models.backbones import (
     MultiHeadModel,
     PooledModel,
     Taps,
+    backbone_traits,
     prefixed_levels,
     resolve_taps,
     set_token_pool,
@@ -128,6 +129,7 @@ class MBIB(PooledModel, MultiHeadModel):
         # With its classifier, so that a seed gives the weights that it gives the plain backbone.
         self.backbone = timm.create_model(backbone, in_chans=in_chans, **optional, **self.backbone_args, **dd)
         self.backbone.reset_classifier(0)
+        self._traits = backbone_traits(self.backbone)
         self.tapping.prune(self.backbone)
         levels = prefixed_levels(self.backbone.feature_info)
         last = self.taps[-1]

@@ -12,7 +12,14 @@ from timm.layers import get_device_dtype
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mbib_timm.models.backbones import FeatureNet, PooledModel, backbone_cfg, prefixed_levels, require_backbone
+from mbib_timm.models.backbones import (
+    FeatureNet,
+    PooledModel,
+    backbone_cfg,
+    backbone_traits,
+    prefixed_levels,
+    require_backbone,
+)
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -69,6 +76,7 @@ class WithClassifier(PooledModel):
         self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
+        self._traits = backbone_traits(self.backbone)
         # Here and not in the backbone, some of which drop nothing before the classifier, or cannot.
         self.drop = nn.Dropout(drop_rate)
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
