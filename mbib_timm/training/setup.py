@@ -105,8 +105,9 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
-    departure, given_keys = departures(recipe, network), _given_arguments(recipe)
+    given_keys = _given_arguments(recipe)
     recipe = settle(recipe, network)
+    departure = departures(recipe, network)
     size = input_size(recipe, network)
     _try_image(network, size, world.device, given_keys)
     views = recipe.augmentations()
