@@ -894,6 +894,17 @@ def test_any_backbone_with_a_classifier(backbone):
     torch.testing.assert_close(model(x), expected.float())
 
 
+@pytest.mark.parametrize(("backbone", "pool"), [("test_vit", "avg"), ("test_resnet", "max"), ("test_vit3", "avg")])
+@pytest.mark.parametrize("name", ["mbib", "with_classifier"])
+def test_another_pooling_is_saved_and_loaded(name, backbone, pool, tmp_path):
+    model = create(name, backbone=backbone)
+    model.reset_classifier(5, pool)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 160, 160)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
 @pytest.mark.parametrize("name", ["mbib", "with_classifier"])
 def test_a_model_takes_images_of_the_sizes_that_its_backbone_takes(name, tmp_path):
     """timm's cfg of this backbone says one size, and the backbone takes any: so it is saved, and loaded."""
