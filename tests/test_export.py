@@ -189,6 +189,19 @@ def test_the_file_is_named_after_the_model(finished_run, tmp_path, monkeypatch):
     assert export(str(finished_run), "torchscript").name == "mbib_resnet20.digits.torchscript.pt"
 
 
+@pytest.mark.parametrize(("place", "target"), [(".", "mine"), (".", "local-dir:mine"), ("mine", "."), ("mine/a", "..")])
+def test_a_model_in_a_folder_has_the_folders_name_however_that_is_written(
+    finished_run, tmp_path, monkeypatch, place, target
+):
+    (tmp_path / "mine" / "a").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(finished_run / name, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / place)
+    file = export(target, "torchscript")
+    assert file.name == "mine.torchscript.pt"
+    assert read_back("torchscript", file)[1]["model"] == "mine"
+
+
 def named_folder(root):
     (root / "out").mkdir()
     return root / "out"
