@@ -551,6 +551,19 @@ def test_pooling_that_changes_the_width_is_refused(pool, error):
     assert model.num_classes == 7
 
 
+@pytest.mark.parametrize(
+    ("backbone", "size", "taps"), [("crossvit_9_240", 240, (3, 4, 5)), ("efficientvim_m1", 64, (0, 1, 2))]
+)
+def test_features_that_are_several_maps_are_no_tap(backbone, size, taps):
+    model = create("mbib", backbone=backbone).eval()
+    assert model.taps == taps
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
+    with pytest.raises(MbibError, match="unknown tap of"):
+        create("mbib", backbone=backbone, taps=[1, "features"])
+    with pytest.raises(MbibError, match=r"forward_features of backbone .* is not its last tap"):
+        torch.jit.script(model)
+
+
 def test_a_backbone_that_timm_cannot_tap_is_refused():
     class Untapped(torch.nn.Module):
         feature_info = [dict(num_chs=4, reduction=2, module="conv")]  # noqa: RUF012

@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import timm
 import torch
@@ -144,7 +144,12 @@ def resolve_taps(backbone: str, taps: int | Sequence[int | str], backbone_args: 
     alike = len(levels) > 1 and len({(level["num_chs"], level["reduction"]) for level in levels}) == 1
     tokens = alike and isinstance(getattr(plain, "global_pool", None), str)
     names = [level["module"] for level in levels]
-    if not alike and plain.num_features != levels[-1]["num_chs"]:
+    if (
+        not alike
+        and plain.num_features != levels[-1]["num_chs"]
+        # Those of CrossViT and EfficientViM are several maps, as they must tell TorchScript.
+        and get_origin(inspect.signature(plain.forward_features).return_annotation) is not list
+    ):
         names.append(FEATURES)
     if isinstance(taps, int):
         if not 1 <= taps <= len(names):
