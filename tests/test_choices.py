@@ -53,6 +53,17 @@ def test_what_is_left_open_is_the_same_computation_as_any_choice(tmp_path):
     assert not same_computation(asked, chosen.replace(lr=0.3))
 
 
+def test_a_run_of_other_crops_is_compared_and_refused_by_its_crops(tmp_path):
+    asked = digits(tmp_path)
+    assert asked.train_crop_mode == "pad", "whole images alone"
+    other = asked.replace(train_crop_mode="rrc", views=None, crop_pct=0.875, crop_mode="center", amp=False)
+    found = asked.with_choices_of(other)
+    assert (found.crop_pct, found.crop_mode, found.amp) == (None, None, False)
+    train(other, "run")
+    with pytest.raises(CheckpointError, match=r"another recipe: .*train_crop_mode \('rrc' there, 'pad' asked for\)"):
+        train(asked.replace(resume="auto"), "run")
+
+
 @pytest.mark.slow
 def test_every_stage_of_a_run_is_recorded_as_it_was(tmp_path):
     keys = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tiny import previous_run
 
@@ -24,6 +24,7 @@ from mbib_timm.inference import export as export_module
 from mbib_timm.inference.export import FORMATS, export
 
 DOCS = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+(LINES,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "onnxruntime" in block]
 ENTRIES = (
     "model", "output", "class_names", "class_counts", "logit_prior", "mode", "input_size", "interpolation", "crop_pct",
     "crop_mode", "mean", "std", "license", "written_by",
@@ -109,19 +110,34 @@ def photos(folder):
     return sorted(folder.glob("*.png"))
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize(("side", "crop_pct"), [(36, 0.9), (32, 0.875), (16, 1.0)])  # 36 // 0.9 is 39
+def test_the_lines_in_the_docs_cut_images_as_timm_does(tmp_path, side, crop_pct, crop_mode):
+    about = {
+        "input_size": [3, side, side], "interpolation": "bicubic", "crop_pct": crop_pct, "crop_mode": crop_mode,
+        "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3],
+    }  # fmt: skip
+    transform = timm.data.create_transform(**about)
+    lines = LINES[LINES.index("channels,") : LINES.index("(probabilities")]
+    for photo in photos(tmp_path):
+        names = {"np": np, "Image": Image, "ImageOps": ImageOps, "about": {**about, "mode": "RGB"}}
+        exec(lines.replace("photo.jpg", str(photo)), names)
+        expected = transform(Image.open(photo).convert("RGB"))
+        torch.testing.assert_close(torch.from_numpy(names["batch"][0]), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_lines_in_the_docs_give_the_probabilities_of_predict(finished_run, tmp_path, capsys):
     """In a process that has only what the lines import, and no way to import torch, timm or this package."""
     pytest.importorskip("onnxscript")
     export(str(finished_run), "onnx", tmp_path / "model.onnx", softmax=True)
     capsys.readouterr()
-    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "onnxruntime" in block]
     given = photos(tmp_path)
     arguments = ["--format", "jsonl", "--workers", "0", "--batch-size", "1"]
     assert main(["predict", str(finished_run), *map(str, given), *arguments]) == 0
     expected = [json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines()]
     refuse = "import sys\nfor name in ('torch', 'torchvision', 'timm', 'mbib_timm'): sys.modules[name] = None\n"
-    loop = f"for photo in sys.argv[1:]: exec({lines!r}.replace('photo.jpg', photo))"
+    loop = f"for photo in sys.argv[1:]: exec({LINES!r}.replace('photo.jpg', photo))"
     call = [sys.executable, "-c", refuse + loop, *(photo.name for photo in given)]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -171,6 +187,19 @@ def test_onnx_without_its_packages_says_what_to_install(finished_run, tmp_path, 
 def test_the_file_is_named_after_the_model(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(str(finished_run), "torchscript").name == "mbib_resnet20.digits.torchscript.pt"
+
+
+@pytest.mark.parametrize(("place", "target"), [(".", "mine"), (".", "local-dir:mine"), ("mine", "."), ("mine/a", "..")])
+def test_a_model_in_a_folder_has_the_folders_name_however_that_is_written(
+    finished_run, tmp_path, monkeypatch, place, target
+):
+    (tmp_path / "mine" / "a").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(finished_run / name, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / place)
+    file = export(target, "torchscript")
+    assert file.name == "mine.torchscript.pt"
+    assert read_back("torchscript", file)[1]["model"] == "mine"
 
 
 def named_folder(root):

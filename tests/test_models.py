@@ -551,6 +551,19 @@ def test_pooling_that_changes_the_width_is_refused(pool, error):
     assert model.num_classes == 7
 
 
+@pytest.mark.parametrize(
+    ("backbone", "size", "taps"), [("crossvit_9_240", 240, (3, 4, 5)), ("efficientvim_m1", 64, (0, 1, 2))]
+)
+def test_features_that_are_several_maps_are_no_tap(backbone, size, taps):
+    model = create("mbib", backbone=backbone).eval()
+    assert model.taps == taps
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
+    with pytest.raises(MbibError, match="unknown tap of"):
+        create("mbib", backbone=backbone, taps=[1, "features"])
+    with pytest.raises(MbibError, match=r"forward_features of backbone .* is not its last tap"):
+        torch.jit.script(model)
+
+
 def test_a_backbone_that_timm_cannot_tap_is_refused():
     class Untapped(torch.nn.Module):
         feature_info = [dict(num_chs=4, reduction=2, module="conv")]  # noqa: RUF012
@@ -892,6 +905,31 @@ def test_any_backbone_with_a_classifier(backbone):
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
     expected = naive_logits("cosine", pooled, model.classifier.state_dict(), 16)
     torch.testing.assert_close(model(x), expected.float())
+
+
+@pytest.mark.parametrize(("backbone", "pool"), [("test_vit", "avg"), ("test_resnet", "max"), ("test_vit3", "avg")])
+@pytest.mark.parametrize("name", ["mbib", "with_classifier"])
+def test_another_pooling_is_saved_and_loaded(name, backbone, pool, tmp_path):
+    model = create(name, backbone=backbone)
+    model.reset_classifier(5, pool)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 160, 160)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["mbib", "with_classifier"])
+def test_a_model_takes_images_of_the_sizes_that_its_backbone_takes(name, tmp_path):
+    """timm's cfg of this backbone says one size, and the backbone takes any: so it is saved, and loaded."""
+    model = create(name, backbone="test_vit", img_size=48).eval()
+    save_for_hf(model, tmp_path, data_config={"input_size": (3, 64, 64)}, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.pretrained_cfg["input_size"] == (3, 64, 64)
+    fixed = create(name, backbone="test_vit", img_size=48, backbone_args={"dynamic_img_size": False})
+    with pytest.raises(ValueError, match=r"the model requires \(48, 48\)"):
+        save_for_hf(fixed, tmp_path, data_config={"input_size": (3, 64, 64)})
 
 
 # Weights.

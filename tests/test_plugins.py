@@ -421,6 +421,11 @@ MISTAKES = {
         "build_network = classmethod(lambda cls, settings, build: Wrap(build()))",
         "get_eval_model returns a Wrap, which is no model of timm's; expected the part of the network that is",
     ),
+    "unwritten": (
+        "build_network = classmethod(lambda cls, settings, build: "
+        "[model := build(), setattr(model, '_model_args', {'act_layer': nn.ReLU})][0])",
+        "cannot be saved: Model argument 'act_layer' is not serializable",
+    ),
     "tensor": ("forward = lambda self, batch: self.trainable_module(batch.images).mean()", "got a Tensor"),
     "named": ("loss = lambda self, logits, targets: {'los': logits['logits'].mean()}", "among them, got 'los'"),
     "nothing": ("head_loss = lambda self, logits, targets: None", "head_loss: expected a scalar tensor, got None"),
@@ -456,7 +461,7 @@ def test_mistakes_of_a_method_are_said_in_a_line(write, tmp_path, mistake):
     recipe = short_recipe(tmp_path, path, f"own_{mistake}", imbalance_factor=4)
     with pytest.raises(MbibError, match=re.escape(message)):
         train(recipe, "run")
-    if mistake in ("prior", "evaluated"):
+    if mistake in ("prior", "evaluated", "unwritten"):
         assert not (tmp_path / "runs").exists(), "before anything is trained"
 
 

@@ -92,6 +92,14 @@ def test_what_a_recipe_says_wins():
     assert own_preprocessing(nn.Identity())["input_size"] == (3, 224, 224), "no cfg: timm's defaults"
 
 
+@pytest.mark.parametrize(("given", "size"), [(96, (96, 96)), ([64, 96], (64, 96))])
+def test_a_size_among_the_models_arguments_is_that_of_the_images(given, size):
+    network = timm.create_model("mbib", backbone="test_vit", img_size=given, device="meta")
+    settled = settle(plain(model="mbib", model_kwargs={"backbone": "test_vit", "img_size": given}), network)
+    assert input_size(settled, network) == (3, *size)
+    assert settled.img_size == (96 if given == 96 else None)
+
+
 def test_padded_crops_are_of_whole_images():
     network = timm.create_model("tf_efficientnet_lite0", device="meta")
     settled = settle(plain(train_crop_mode="pad"), network)

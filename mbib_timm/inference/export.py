@@ -22,7 +22,7 @@ from mbib_timm.data.images import pil_mode
 from mbib_timm.errors import MbibError
 from mbib_timm.files import check_place
 from mbib_timm.licences import check_licence
-from mbib_timm.models.weights import LoadedModel, load_model
+from mbib_timm.models.weights import LoadedModel, Source, find_source, load_model
 from mbib_timm.registry import Registry
 
 Forward = Callable[[Tensor], Tensor]
@@ -131,7 +131,7 @@ def export(
     """
     kind = FORMATS[format]
     license = None if license is None else check_licence(license)
-    name = target.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace("@", "-")
+    name = name_of(find_source(target)).rpartition("/")[2].rpartition(":")[2].replace("@", "-")
     file = output or Path(f"{name}{kind.suffix}")
     check_place(file)
     model = load_model(target)
@@ -158,6 +158,11 @@ def export(
     return file
 
 
+def name_of(source: Source) -> str:
+    """Return the name of a trained model: that of its folder, however it was written, where it has one."""
+    return source.name if source.folder is None else Path(os.path.abspath(source.folder)).name
+
+
 def for_inference(module: nn.Module) -> nn.Module:
     """Return a copy of a model in evaluation mode, without the heads that serve training only."""
     bare: Any = copy.deepcopy(module).eval()
@@ -177,7 +182,7 @@ def describe(model: LoadedModel, softmax: bool, license: str | None = None) -> D
     given, cfg = model.preprocessing, getattr(model.module, "pretrained_cfg", {})
     channels, height, width = given["input_size"]
     return Description(
-        model=model.source.name.rpartition("/")[2] if model.source.folder is not None else model.source.name,
+        model=name_of(model.source),
         output=PROBABILITIES if softmax else LOGITS,
         class_names=model.class_names,
         class_counts=None if model.class_counts is None else tuple(model.class_counts.tolist()),

@@ -9,12 +9,12 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import timm
 import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, get_model_traits
 
 # timm gives these two no public name: the feature net over `forward_intermediates`, of which ours is a subclass, and
 # how timm's models read the `indices` of that method. Whatever else needs them imports them from here.
@@ -144,7 +144,12 @@ def resolve_taps(backbone: str, taps: int | Sequence[int | str], backbone_args: 
     alike = len(levels) > 1 and len({(level["num_chs"], level["reduction"]) for level in levels}) == 1
     tokens = alike and isinstance(getattr(plain, "global_pool", None), str)
     names = [level["module"] for level in levels]
-    if not alike and plain.num_features != levels[-1]["num_chs"]:
+    if (
+        not alike
+        and plain.num_features != levels[-1]["num_chs"]
+        # Those of CrossViT and EfficientViM are several maps, as they must tell TorchScript.
+        and get_origin(inspect.signature(plain.forward_features).return_annotation) is not list
+    ):
         names.append(FEATURES)
     if isinstance(taps, int):
         if not 1 <= taps <= len(names):
@@ -239,6 +244,14 @@ def backbone_cfg(backbone: str, classifier: str | Sequence[str]) -> PretrainedCf
         classifier=classifier if isinstance(classifier, str) else tuple(classifier),
         first_conv=prefixed_names(cfg.first_conv),
     )
+
+
+def backbone_traits(backbone: nn.Module) -> dict[str, Any]:
+    """Return the traits that a model declares for its backbone, in whose layers alone timm could see them.
+
+    Whether it takes images of one size only: a cfg says so of many that take any.
+    """
+    return {"fixed_input_size": get_model_traits(backbone).get("fixed_input_size", False)}
 
 
 class StoredFeatures(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
 from torch import nn
 
 from mbib_timm.errors import MbibError
@@ -26,13 +27,14 @@ def own_preprocessing(network: nn.Module) -> dict[str, Any]:
 def settle(recipe: Recipe, network: nn.Module) -> Recipe:
     """Return a recipe in which the keys that it leaves to the model have the model's own values.
 
-    `img_size` stays open where the model's images are not square; see `input_size`. With padded crops
+    `img_size` is that of `input_size`, and stays open where the images are not square. With padded crops
     nothing is cut off, whatever the model's own.
 
     Raises:
         MbibError: a value that a recipe cannot have.
     """
-    own = {**_own_keys(network), **(WHOLE_IMAGES if recipe.train_crop_mode == "pad" else {})}
+    side = {"img_size": _side(input_size(recipe, network))}
+    own = {**_own_keys(network), **side, **(WHOLE_IMAGES if recipe.train_crop_mode == "pad" else {})}
     try:
         return recipe.replace(**{key: own[key] for key in MODEL_KEYS if getattr(recipe, key) is None})
     except MbibError as error:
@@ -76,9 +78,10 @@ def inherited(recipe: Recipe) -> Recipe:
 
 def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
     """Return the size (C, H, W) of the images that a recipe feeds to its network."""
-    channels, height, width = own_preprocessing(network)["input_size"]
+    channels, *sides = own_preprocessing(network)["input_size"]
     channels = recipe.model_kwargs.get("in_chans", channels)
-    return (channels, recipe.img_size, recipe.img_size) if recipe.img_size else (channels, height, width)
+    height, width = to_2tuple(recipe.img_size or recipe.model_kwargs.get("img_size") or sides)
+    return channels, height, width
 
 
 def departures(recipe: Recipe, network: nn.Module) -> str | None:
@@ -98,9 +101,14 @@ def departures(recipe: Recipe, network: nn.Module) -> str | None:
 def _own_keys(network: nn.Module) -> Mapping[str, Any]:
     """Return the model's own values of `MODEL_KEYS`, as a recipe has them."""
     own = own_preprocessing(network)
-    _, height, width = own["input_size"]
     lists = {key: [float(value) for value in own[key]] for key in ("mean", "std")}
-    return {**own, **lists, "img_size": height if height == width else None}
+    return {**own, **lists, "img_size": _side(own["input_size"])}
+
+
+def _side(size: tuple[int, int, int]) -> int | None:
+    """Return the side of square images (C, H, W); None of others."""
+    _, height, width = size
+    return height if height == width else None
 
 
 def _text(value: Any) -> str:

