@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from made_up_results import made_up_record
 from safetensors.torch import load_file
 
 from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, part_of
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
+from mbib_timm.results.record import Inputs, read_record, write_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.stages import _described
+from mbib_timm.training.stages import _described, _finished
 
 TOY = str(Path(__file__).parent / "toy_method.py")
+KEPT = Path(__file__).parents[1] / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
 # 48 to 2 images of each class, in five steps an epoch.
 SHORT = dict(
     base="digits", model="cifar_resnet20", imbalance_max=48, epochs=3, warmup_epochs=1, device="cpu", workers=0,
@@ -376,6 +379,19 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     (ce.folder / "metrics.json").unlink()  # as if it had been killed
     train(recipe_of(tmp_path, CE_TAU), "not_taken")
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
+
+
+@pytest.mark.parametrize(("fields", "is_taken"), [({}, True), ({"epochs": 2}, False)])
+def test_a_finished_run_is_taken_for_a_stage_if_it_is_a_run_of_the_recipe(tmp_path, fields, is_taken):
+    kept = read_record(KEPT)
+    record = made_up_record(kept.result.heads, kept.class_counts, **{"inputs": [Inputs("data")], **fields})
+    wanted, folder = recipe_of(tmp_path, CE_CRT).previous, tmp_path / "runs" / "before"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_bytes(dump_recipe(wanted))
+    (folder / "model.safetensors").touch()
+    write_record(folder, record)
+    found = list(_finished(wanted, record.inputs, tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "stage1-ce"))
+    assert found == [folder] * is_taken
 
 
 # By hand

@@ -451,6 +451,23 @@ def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):
     assert {file.name for file in (folder / "figures").iterdir()} == {*kept}
 
 
+def test_a_run_that_ends_as_it_begins_to_train_on_has_no_result_of_another_recipe(tmp_path, monkeypatch):
+    run, killed = RunFolder(tmp_path / "run"), []
+    run.begin(digits(tmp_path), {})
+
+    def kill(path, content):
+        killed.append((path.name, (run.path / "metrics.json").exists()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mbib_timm.training.run_folder.write_bytes", kill)
+    for trains in (False, True):
+        (run.path / "metrics.json").touch()
+        with pytest.raises(KeyboardInterrupt):
+            run.begin(digits(tmp_path, epochs=4), {}, trains)
+    assert killed == [("recipe.yaml", True), ("recipe.yaml", False)]
+    run.end()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 1, step \d+"):
         train(digits(tmp_path, lr=1e12, warmup_epochs=0), "diverged")

@@ -221,9 +221,7 @@ class Run:
         if self.world.is_main:
             # Fails before anything is written.
             self.trackers = create_trackers(recipe, self.folder.path, resumed=done.epoch > 0)
-            self.folder.begin(recipe, describe_environment(self.world))
-            if done.epoch < recipe.epochs:
-                self.folder.forget_results()
+            self.folder.begin(recipe, describe_environment(self.world), trains=done.epoch < recipe.epochs)
             if done.epoch == 0 and done.part is None:
                 self._save()
         begun = 0 if done.part is None else done.part.steps

@@ -202,21 +202,25 @@ class RunFolder:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
 
-    def begin(self, recipe: Recipe, environment: Environment) -> None:
-        """Record what is about to run, in a folder that is this process's own; see `occupy`, which raises."""
+    def begin(self, recipe: Recipe, environment: Environment, trains: bool = True) -> None:
+        """Record what is about to run, in a folder that is this process's own; see `occupy`, which raises.
+
+        Args:
+            recipe: as it runs.
+            environment: in which.
+            trains: the weights train on: what was measured of them goes before the recipe is written, of which it would
+                be taken for the result.
+        """
         self.occupy()
         for path in self._unsound:
             set_aside(path)
         take_next(self.path)  # as the process would have done that wrote it, had it not been killed
         for part in ("", "figures", "analysis"):
             remove_debris(self.path / part)
+        for name in MEASURED if trains else ():
+            (self.path / name).unlink(missing_ok=True)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
-
-    def forget_results(self) -> None:
-        """Remove what was measured of weights that are about to train on; reports would take it for the new ones'."""
-        for name in MEASURED:
-            (self.path / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """Let other processes in."""

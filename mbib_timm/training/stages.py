@@ -137,8 +137,8 @@ def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Ite
         if not is_finished(folder) or not (folder / WEIGHTS).is_file():
             continue
         try:
-            there = RunFolder(folder).recipe(wanted.plugin)
-            if same_computation(wanted, there) and read_record(folder).inputs == given:
+            there, record = RunFolder(folder).recipe(wanted.plugin), read_record(folder)
+            if same_computation(wanted, there) and record.epochs == there.epochs and record.inputs == given:
                 yield folder
         except MbibError:  # another program's folder, or a run of a plugin that is not here
             continue
