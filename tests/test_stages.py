@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from made_up_results import made_up_record
 from safetensors.torch import load_file
 
 from mbib_timm.data import DataPool
+from mbib_timm.environment import World
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, part_of
@@ -24,7 +26,9 @@ from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import Inputs, read_record, write_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.stages import _described, _finished
+from mbib_timm.training.checkpoint import save_checkpoint
+from mbib_timm.training.run import TrainState
+from mbib_timm.training.stages import _described, _find_folder, _finished
 
 TOY = str(Path(__file__).parent / "toy_method.py")
 KEPT = Path(__file__).parents[1] / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
@@ -381,7 +385,7 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
 
 
-@pytest.mark.parametrize(("fields", "is_taken"), [({}, True), ({"epochs": 2}, False)])
+@pytest.mark.parametrize(("fields", "is_taken"), [({}, True), ({"epochs": 2}, False), ({"extended_from": [2]}, False)])
 def test_a_finished_run_is_taken_for_a_stage_if_it_is_a_run_of_the_recipe(tmp_path, fields, is_taken):
     kept = read_record(KEPT)
     record = made_up_record(kept.result.heads, kept.class_counts, **{"inputs": [Inputs("data")], **fields})
@@ -392,6 +396,18 @@ def test_a_finished_run_is_taken_for_a_stage_if_it_is_a_run_of_the_recipe(tmp_pa
     write_record(folder, record)
     found = list(_finished(wanted, record.inputs, tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "stage1-ce"))
     assert found == [folder] * is_taken
+
+
+def test_a_stage_does_not_go_on_in_a_run_that_was_extended(tmp_path):
+    wanted = recipe_of(tmp_path).previous.everywhere(resume="auto")
+    folder = tmp_path / "runs" / "before"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_bytes(dump_recipe(wanted))
+    save_checkpoint(folder, {"progress": asdict(TrainState(3, ends=[2, 3]))})
+    world = World(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"before holds a run that was extended, .*; remove the folder"):
+        _find_folder(wanted, "before", world, extend=False)
+    assert _find_folder(wanted, "before", world, extend=True)[1].path == folder
 
 
 # By hand

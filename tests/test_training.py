@@ -34,6 +34,7 @@ from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.optimization import Precision, create_schedule
+from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder, place_of
 from mbib_timm.training.step import training_step
 
@@ -291,6 +292,8 @@ def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     assert read_record(eight.folder) == eight.record
     assert (eight.record.epochs, eight.record.result.epoch) == (8, 8)
     assert eight.record.result.heads != four.record.result.heads
+    assert (four.record.extended_from, eight.record.extended_from, whole.record.extended_from) == ([], [4], [])
+    assert "\nTrained for 4 epochs, then extended to 8.\n" in printed
     assert not (four.folder / "analysis" / "analysis.json").exists(), "it was of the weights before"
     assert load_recipe(eight.folder / "recipe.yaml").epochs == 8
     with pytest.raises(CheckpointError, match=r"has begun 8 epochs, and 4 are asked for: expected at least 8, or"):
@@ -320,7 +323,25 @@ def test_an_extension_that_is_interrupted_resumes_bit_identically(tmp_path, monk
         left = {file.name for file in (tmp_path / "broken").iterdir()}
         assert not left & {"metrics.json", "predictions.csv", "confusion.csv", "classes.csv"}, "results of before"
     monkeypatch.undo()
-    assert same_weights(whole.folder, train(digits(tmp_path, **keys), "broken").folder)
+    again = train(digits(tmp_path, **keys), "broken")
+    assert same_weights(whole.folder, again.folder)
+    assert whole.record.extended_from == again.record.extended_from == [2]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "ends", "epochs", "then"),
+    [
+        (0, [2], 4, [4]),  # nothing has followed the other schedule
+        (1, [2], 2, [2]),
+        (2, [2], 4, [2, 4]),
+        (1, [2], 4, [1, 4]),
+        (3, [2, 4], 4, [2, 4]),
+        (3, [2, 4], 8, [2, 3, 8]),
+        (4, [8], 4, [4, 4]),
+    ],
+)
+def test_a_run_knows_after_which_epochs_it_was_extended(epoch, ends, epochs, then):
+    assert TrainState(epoch, ends=ends).ends_with(epochs) == then
 
 
 @pytest.mark.slow

@@ -31,7 +31,15 @@ from mbib_timm.results.columns import COLUMNS, INTERVALS
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
-from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text, time_text
+from mbib_timm.results.run_text import (
+    broken_lines,
+    chosen_text,
+    extended_text,
+    left_out_text,
+    raw_text,
+    stages_text,
+    time_text,
+)
 from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
     STARTED,
@@ -304,8 +312,9 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
 
 
 def epochs_text(run: FinishedRun) -> str:
-    """Return the epochs of a run's stages: ``200 + 30``."""
-    return " + ".join(str(stage.epochs) for stage in run.recipe.chain())
+    """Return the epochs of a run's stages: ``200 + 30``; and how it came by them, where not from the start."""
+    epochs, extended = " + ".join(str(stage.epochs) for stage in run.recipe.chain()), extended_text(run.record)
+    return f"{epochs} ({extended})" if extended else epochs
 
 
 def _beside_the_paper(group: RunGroup) -> Table:

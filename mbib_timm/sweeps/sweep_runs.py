@@ -44,7 +44,7 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import check_begun, check_done, code_of_stage, inputs_in
+from mbib_timm.training.provenance import check_begun, check_done, extended, inputs_in
 from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder
 
@@ -107,7 +107,8 @@ class PlannedRun:
             pool: opens the recipe's data, where they lie in another place than the run's.
 
         Raises:
-            CheckpointError: another recipe's run, or one of other data, another start or other code.
+            CheckpointError: another recipe's run, or one of other data, another start, other code or fewer epochs at
+                first.
         """
         folder = self.folder()
         if self.is_done():
@@ -117,23 +118,27 @@ class PlannedRun:
         stages = [RunFolder(path) for path in folder.path.glob("stage*-*")]
         if folder.has_checkpoint():
             folder.agree(self.recipe, instead="--name")
-        for place in (folder, *stages) if any(map(code_of_stage, self.recipe.chain())) else ():
-            check_begun(place.path, _begun(place), self.recipe)
+        for place in (folder, *stages):
+            reached, given = _begun(place)
+            check_begun(place.path, given, self.recipe)
+            if place is folder and len(reached.ends_with(self.recipe.epochs)) > 1:
+                raise extended(place.path)
         return "partial" if stages or folder.has_checkpoint() else "missing"
 
 
-def _begun(folder: RunFolder) -> list[Inputs]:
-    """Return what a run was given that goes on, or a stage; nothing where nothing says so: it begins, or fails by
-    itself."""
+def _begun(folder: RunFolder) -> tuple[TrainState, list[Inputs]]:
+    """Return how far a run has come that goes on, or a stage, and what it was given; nothing where nothing says so: it
+    begins, or fails by itself."""
     if is_finished(folder.path):
-        return read_record(folder.path).inputs  # in a moment, where a checkpoint takes its time
+        return TrainState(), read_record(folder.path).inputs  # in a moment, where a checkpoint takes its time
     if not folder.has_checkpoint():
-        return []
+        return TrainState(), []
     try:
         state = folder.newest(lambda text: None)
-        return inputs_in(state) if TrainState.of(state).has_trained else []
+        reached = TrainState.of(state)
+        return reached, inputs_in(state) if reached.has_trained else []
     except (CheckpointError, ValueError):
-        return []
+        return TrainState(), []
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:

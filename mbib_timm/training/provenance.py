@@ -19,6 +19,8 @@ from mbib_timm.recipe.declared import named_models
 from mbib_timm.recipe.plugins import code_behind
 from mbib_timm.results.record import Inputs, RunRecord
 
+ELSEWHERE = "choose another --name for the sweep, or remove the folder"
+
 
 def inputs_of(recipe: Recipe, pool: DataPool) -> list[Inputs]:
     """Return what each stage of a recipe is given.
@@ -124,9 +126,13 @@ def check_begun(folder: Path, begun: Sequence[Inputs], recipe: Recipe) -> None:
 
 
 def _changed(folder: Path, changed: Sequence[str]) -> CheckpointError:
+    return CheckpointError(f"{folder} holds a run from before {', '.join(changed)} changed; {ELSEWHERE}")
+
+
+def extended(folder: Path, advice: str = ELSEWHERE) -> CheckpointError:
+    """Return an error of a run whose epochs were not planned from the start where such a run is wanted."""
     return CheckpointError(
-        f"{folder} holds a run from before {', '.join(changed)} changed; choose another --name for the sweep, or "
-        "remove the folder"
+        f"{folder} holds a run that was extended, and so differs from one of as many epochs from the start; {advice}"
     )
 
 
@@ -136,8 +142,10 @@ def check_done(folder: Path, record: RunRecord, there: Recipe, recipe: Recipe, p
     Data are opened only where the recipe names another place than the run's recipe.
 
     Raises:
-        CheckpointError: it was given something else.
+        CheckpointError: it was given something else, or had fewer epochs at first.
     """
+    if record.extended_from:
+        raise extended(folder)
     if not record.inputs:
         return
     now = [

@@ -91,11 +91,17 @@ class TrainState:
     seconds: float = 0.0
     part: PartOfEpoch | None = None  # of the epoch after these
     other_seconds: float | None = None  # before the first epoch, of each process that went on, where that was recorded
+    ends: list[int] = field(default_factory=list)  # epochs after which it was extended, and its own
 
     @property
     def has_trained(self) -> bool:
         """Whether a step has been taken that a checkpoint holds."""
         return self.epoch > 0 or self.part is not None
+
+    def ends_with(self, epochs: int) -> list[int]:
+        """Return `ends` of the run where it goes on by the schedule of so many epochs."""
+        *earlier, planned = self.ends or [epochs]
+        return [*earlier, epochs] if planned == epochs or not self.has_trained else [*earlier, self.epoch, epochs]
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
@@ -169,7 +175,7 @@ class Run:
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
-        self.done = TrainState(other_seconds=0.0) if state is None else self._reached(state)
+        self.done = TrainState(other_seconds=0.0, ends=[recipe.epochs]) if state is None else self._reached(state)
         begins = type(self.method).begin is not Method.begin
         if (state is None or begins) and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
@@ -389,6 +395,8 @@ class Run:
             )
         with self._fitting():
             reached = TrainState.of(state)
+        reached.ends = reached.ends or [self.folder.recipe(self.recipe.plugin).epochs]  # of an older checkpoint
+        reached.ends = reached.ends_with(self.recipe.epochs)
         self._take_inputs(state, reached)
         if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
@@ -513,6 +521,7 @@ class Run:
             unread_classes=unread_classes(splits.train, replaced),
             unmeasured_classes=unread_classes(images, lost),
             other_seconds=other_seconds,
+            extended_from=done.ends[:-1],
         )
         if self.world.is_main:
             if self.frozen is not None:

@@ -14,7 +14,7 @@ from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, Inputs, is_finished, read_record
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
-from mbib_timm.training.provenance import inputs_of
+from mbib_timm.training.provenance import extended, inputs_of
 from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up
@@ -28,7 +28,8 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
 
     A run that is resumed may have other epochs than before, at least those that it has done. From the next epoch on
     everything is as in a run of that many: learning rate, sampler, mixing. What was done before stays as it was, so the
-    result is not that of a run which had as many from the start. Of several stages only the last may be extended.
+    result is not that of a run which had as many from the start, and no stage or sweep takes it for such a one. Of
+    several stages only the last may be extended.
 
     Args:
         recipe: what to train.
@@ -138,7 +139,8 @@ def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Ite
             continue
         try:
             there, record = RunFolder(folder).recipe(wanted.plugin), read_record(folder)
-            if same_computation(wanted, there) and record.epochs == there.epochs and record.inputs == given:
+            is_whole = record.epochs == there.epochs and not record.extended_from
+            if same_computation(wanted, there) and is_whole and record.inputs == given:
                 yield folder
         except MbibError:  # another program's folder, or a run of a plugin that is not here
             continue
@@ -174,6 +176,8 @@ def _find_folder(
     if conditions := folder.changed_conditions(describe_environment(world), recipe.amp):
         warn(conditions)
     before, reached = folder.recipe(recipe.plugin).epochs, TrainState.of(state)
+    if not extend and len(reached.ends_with(recipe.epochs)) > 1:
+        raise extended(folder.path, "remove the folder, and the stage is trained anew")
     done = reached.epoch + (reached.part is not None)  # those that have begun
     if done > recipe.epochs:
         raise CheckpointError(
