@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from made_up_results import made_up_record
+from made_up_results import ENVIRONMENT, made_up_record
 from safetensors.torch import load_file
 
 from mbib_timm.data import DataPool
@@ -385,16 +385,26 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
 
 
-@pytest.mark.parametrize(("fields", "is_taken"), [({}, True), ({"epochs": 2}, False), ({"extended_from": [2]}, False)])
+@pytest.mark.parametrize(
+    ("fields", "is_taken"),
+    [
+        ({}, True),
+        ({"epochs": 2}, False),
+        ({"extended_from": [2]}, False),
+        ({"inputs": []}, False),
+        ({"environment": replace(ENVIRONMENT, processes=2)}, False),
+    ],
+)
 def test_a_finished_run_is_taken_for_a_stage_if_it_is_a_run_of_the_recipe(tmp_path, fields, is_taken):
     kept = read_record(KEPT)
-    record = made_up_record(kept.result.heads, kept.class_counts, **{"inputs": [Inputs("data")], **fields})
+    given = [Inputs("data")]
+    record = made_up_record(kept.result.heads, kept.class_counts, **{"inputs": given, **fields})
     wanted, folder = recipe_of(tmp_path, CE_CRT).previous, tmp_path / "runs" / "before"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_bytes(dump_recipe(wanted))
     (folder / "model.safetensors").touch()
     write_record(folder, record)
-    found = list(_finished(wanted, record.inputs, tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "stage1-ce"))
+    found = list(_finished(wanted, given, 1, tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "stage1-ce"))
     assert found == [folder] * is_taken
 
 

@@ -12,20 +12,21 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from made_up_results import ENVIRONMENT
 from PIL import Image
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
 from mbib_timm.data import Batch
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
-from mbib_timm.files import to_json
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.recipe.keys import SCHEDULES
@@ -452,6 +453,12 @@ def test_a_run_that_goes_on_under_other_conditions_says_which(finished, tmp_path
     assert "has no environment.json" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"another recipe: amp \(False there, True asked for\)"):
         train(digits(tmp_path, resume="auto", amp=True), "whole")
+
+
+def test_another_number_of_processes_changes_the_batch_of_an_update(tmp_path):
+    write_bytes(tmp_path / "environment.json", to_json(replace(ENVIRONMENT, processes=2)))
+    said = RunFolder(tmp_path).changed_conditions(ENVIRONMENT, None)
+    assert "processes (2 there, 1 here); an update is of the batches of 1 process, and was of those of 2" in said
 
 
 def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):

@@ -30,7 +30,7 @@ from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
-from mbib_timm.files import check_folder, printable, read_json, remove_debris, to_json, write_bytes
+from mbib_timm.files import check_folder, counted, printable, read_json, remove_debris, to_json, write_bytes
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import data_set_of, split_tag
@@ -147,8 +147,13 @@ class RunFolder:
         changed = {name: f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in pairs.items() if a not in (None, b)}
         if not changed:
             return None
-        kept = f"; precision stays as it was (amp: {str(amp).lower()})" if "device" in changed else ""
-        return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
+        said = f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}"
+        if "device" in changed:
+            said += f"; precision stays as it was (amp: {str(amp).lower()})"
+        if "processes" in changed:
+            before, now = pairs["processes"]
+            said += f"; an update is of the batches of {counted(now, 'process')}, and was of those of {before}"
+        return said
 
     def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--experiment") -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: see `OPEN_CHOICES`.

@@ -118,7 +118,7 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
     number = wanted.stage + 1
     own = path / f"stage{number}-{wanted.method['name']}"
     given = inputs_of(wanted, pool)
-    found = [str(folder) for folder in _finished(wanted, given, path, own)] if world.is_main else []
+    found = [str(folder) for folder in _finished(wanted, given, world.world_size, path, own)] if world.is_main else []
     found = world.gather(found[:1])
     if found:
         if world.is_main:
@@ -131,8 +131,11 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
     return own
 
 
-def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders of finished runs that have computed the same of the same inputs, the run's own first."""
+def _finished(wanted: Recipe, given: list[Inputs], processes: int, path: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders of finished runs that have computed the same of the same inputs, the run's own first.
+
+    By as many processes: with their number the batch of an update changes.
+    """
     beside = sorted(path.parent.glob(f"*/{RECORD}")) + sorted(path.parent.glob(f"*/stage*-*/{RECORD}"))
     for folder in (own, *(file.parent for file in beside)):
         if not is_finished(folder) or not (folder / WEIGHTS).is_file():
@@ -140,7 +143,8 @@ def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Ite
         try:
             there, record = RunFolder(folder).recipe(wanted.plugin), read_record(folder)
             is_whole = record.epochs == there.epochs and not record.extended_from
-            if same_computation(wanted, there) and is_whole and record.inputs == given:
+            is_alike = record.inputs == given and record.environment.processes == processes
+            if same_computation(wanted, there) and is_whole and is_alike:
                 yield folder
         except MbibError:  # another program's folder, or a run of a plugin that is not here
             continue
