@@ -274,6 +274,22 @@ def test_the_rate_of_an_epoch_depends_on_the_epoch_alone(sched):
         assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("sched", SCHEDULES)
+def test_any_schedule_is_one_or_says_how_many_epochs_it_needs(sched):
+    recipe = load_recipe(DIGITS, dict(epochs=4, warmup_epochs=1, sched=sched, decay_milestones=[1]))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    untrained = recipe.replace(epochs=0, initial_checkpoint="run")
+    for stage in (recipe, recipe.replace(sched_on_updates=True), untrained):
+        create_schedule(stage, optimizer, updates=2)
+    assert optimizer.param_groups[0]["lr"] == recipe.lr, "of a stage without epochs"
+    for short, got in ((recipe.replace(epochs=3), 2), (recipe.replace(epochs=2, sched_on_updates=True), 2)):
+        if sched not in ("wsd", "rsqrt"):
+            create_schedule(short, optimizer, updates=2)
+            continue
+        with pytest.raises(MbibError, match=rf"'sched': {sched} falls .* at least 3 (epochs|updates) there, got {got}"):
+            create_schedule(short, optimizer, updates=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sched", ["cosine", "multistep"])
 def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
