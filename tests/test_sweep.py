@@ -183,6 +183,8 @@ def test_named_settings_set_several_keys_and_meet_flags():
     assert runs[0].coordinates == {"size": "wide one", "val_interval": "1"}
     assert runs[0].recipe.model_kwargs == {"drop_rate": 0.1, "bottleneck_features": 128}
     assert runs[2].recipe.model_kwargs == {"drop_rate": 0.1}
+    with pytest.raises(MbibError, match=r"'val_interval' has no effect: every value of axis 'val_interval' of sweep s"):
+        plan(sweep, {"val_interval": 3})
     assert [run.recipe.lr for run in runs] == [0.2, 0.2, 0.3, 0.3], "an axis is what the sweep is about"
 
 

@@ -175,11 +175,17 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
         overrides: of all runs, by address; the sweep's axes come after them.
 
     Raises:
-        MbibError: an unknown recipe, a value that a recipe does not take, or two runs of one name.
+        MbibError: an unknown recipe, a value that a recipe does not take, an override that an axis sets in every run,
+            or two runs of one name.
     """
     for address in overrides:
         if key_of(address) in PER_RUN:
             raise MbibError(f"recipe key {address!r} is set by the sweep itself; see --seeds")
+        for axis in sweep.axes:
+            if all(address in value.settings for value in sweep.values(axis)):
+                raise MbibError(
+                    f"recipe key {address!r} has no effect: every value of axis {axis!r} of sweep {sweep.name} sets it"
+                )
     number = len(sweep.seeds) * math.prod(len(values) for values in sweep.axes.values())
     if number > MOST_RUNS:
         raise MbibError(
