@@ -33,7 +33,7 @@ from mbib_timm.recipe.keys import SCHEDULES
 from mbib_timm.results.record import read_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.checkpoint import save_checkpoint
+from mbib_timm.training.checkpoint import load_checkpoint, save_checkpoint
 from mbib_timm.training.optimization import Precision, create_schedule
 from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder, place_of
@@ -517,6 +517,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         train(digits(tmp_path, lr=1e12, warmup_epochs=0), "diverged")
     assert (tmp_path / "diverged" / "last.ckpt").exists()
     assert not (tmp_path / "diverged" / "metrics.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Those of an epoch's last update, whose loss was finite; what is there before is there after."""
+    forward, calls = METHODS["mbib"].forward, []
+
+    def spoilt(self, *batches):
+        calls.append(len(batches))
+        parts = forward(self, *batches)
+        if len(calls) == 4:
+            parts["loss"] = parts["loss"] + next(self.trainable_module.parameters()).sum().mul(0).square().sqrt()
+        return parts
+
+    monkeypatch.setattr(METHODS["mbib"], "forward", spoilt)
+    with pytest.raises(
+        NonFiniteLossError, match=r"weights became infinite or nan in epoch 2: \S.*last good checkpoint"
+    ):
+        train(digits(tmp_path, batch_size=128, imbalance_max=48, val_interval=3), "run")
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert len(calls) == 4
+    assert TrainState.of(state).epoch == 1
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 def test_the_time_beside_the_epochs_is_recorded_of_every_process(tmp_path, monkeypatch):

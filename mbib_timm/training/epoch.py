@@ -9,11 +9,13 @@ from torch import Tensor
 
 from mbib_timm.data import Batch, TrainLoader
 from mbib_timm.environment import is_distributed, of_all
-from mbib_timm.errors import NonFiniteLossError
+from mbib_timm.errors import NonFiniteLossError, few
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.step import TrainingStep
+
+DIVERGED = "the last good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
 
 
 class LossLog:
@@ -68,10 +70,21 @@ class LossLog:
         if bad is None:
             return None
         where = f" in process {torch.distributed.get_rank()}" if is_distributed() else ""
-        return (
-            f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; the last good "
-            "checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
-        )
+        return f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; {DIVERGED}"
+
+
+def require_finite(method: Method, epoch: int) -> None:
+    """Raise NonFiniteLossError where a weight is not finite: each loss is that of before an update. This waits for the
+    device.
+
+    Args:
+        method: whose weights train.
+        epoch: that they are of, from 0.
+    """
+    named = list(method.trainable_parameters())
+    finite = torch.stack([weights.isfinite().all() for _, weights in named]).tolist() if named else []
+    if bad := [name for (name, _), good in zip(named, finite, strict=True) if not good]:
+        raise NonFiniteLossError(f"weights became infinite or nan in epoch {epoch + 1}: {few(bad)}; {DIVERGED}")
 
 
 def in_channels_last(batch: Batch) -> Batch:

@@ -50,7 +50,7 @@ from mbib_timm.results.record import (
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
-from mbib_timm.training.epoch import LossLog, train_one_epoch
+from mbib_timm.training.epoch import LossLog, require_finite, train_one_epoch
 from mbib_timm.training.optimization import (
     require_optimized,
     restore_optimizer,
@@ -362,6 +362,8 @@ class Run:
         Args:
             generators: states of each process's, within an epoch; none at its end, for the next one seeds them.
         """
+        if self.done.has_trained:
+            require_finite(self.method, self.done.epoch - (self.done.part is None))
         if self.best_weights is not None:
             whole = {} if self.frozen is None else self.frozen.state_dict()
             self.folder.write_weights(BEST_WEIGHTS, whole | self.best_weights)
