@@ -385,6 +385,20 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
 
 
+def test_all_stages_of_a_run_are_in_its_folder_where_others_find_them(tmp_path, monkeypatch):
+    epochs = trained_epochs(monkeypatch)
+    ce, bsce = {"method": "ce", "epochs": 1, "warmup_epochs": 0}, {"method": "bsce", "epochs": 0}
+    tau = {"method": {"name": "tau_norm", "tau": 1.0}, "epochs": 0}
+    run = train(recipe_of(tmp_path, [ce, bsce, tau]), "three")
+    assert {path.parent.relative_to(run.folder) for path in run.folder.rglob("metrics.json")} == {
+        Path("."), Path("stage1-ce"), Path("stage2-bsce")
+    }  # fmt: skip
+    assert run.record.stages == ["ce", "bsce", "tau_norm"]
+    assert len(epochs) == 1
+    train(recipe_of(tmp_path, [ce, tau]), "two")
+    assert len(epochs) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "is_taken"),
     [
@@ -525,7 +539,7 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
     folder = run.folder
     assert run.record.stages == ["mbib", "crt", "tau_norm"]
     second = next(folder.glob("stage2-*"))
-    first = next(second.glob("stage1-*"))
+    first = next(folder.glob("stage1-*"))
     changed = differing(first, second)
     import timm
 

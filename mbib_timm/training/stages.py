@@ -84,11 +84,14 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
             )
 
 
-def _train(recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool = False) -> FinishedRun:
+def _train(
+    recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool = False, whole: Path | None = None
+) -> FinishedRun:
+    """Train a run, or a stage of one whose whole is in another folder, which holds all its stages."""
     recipe, folder, state = _find_folder(recipe, name, world, extend)
     previous = None
     if recipe.previous is not None:
-        previous = _previous(recipe, folder.path, world, pool)
+        previous = _previous(recipe, whole or folder.path, world, pool)
         recipe = recipe.replace_previous(recipe.previous.with_choices_of(RunFolder(previous).recipe(recipe.plugin)))
     if previous is not None and world.is_main:
         print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
@@ -112,7 +115,7 @@ def _described(stage: Recipe) -> str:
 
 
 def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
-    """Return the folder of the finished stage before, trained now if need be."""
+    """Return the folder of the finished stage before, trained now in the run's if there is none."""
     wanted = recipe.previous
     assert wanted is not None
     number = wanted.stage + 1
@@ -127,7 +130,7 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
     if world.is_main:
         print(f"stage {number}: {_described(wanted)}", flush=True)
     wanted = wanted.everywhere(output=str(own.parent), resume="auto").replace(experiment=own.name)
-    _train(wanted, own.name, world, pool)
+    _train(wanted, own.name, world, pool, whole=path)
     return own
 
 
