@@ -177,6 +177,16 @@ def test_a_captured_step_gives_the_eager_losses_to_the_bit():
         assert torch.equal(one, other)
 
 
+def test_a_run_that_goes_on_before_a_short_last_batch_is_captured_for_whole_ones():
+    recipe = settings(opt_kwargs={"fused": True})
+    step, _, _, graphs = captured(recipe)
+    reference, plain = setup(recipe)
+    whole, *_, short = batches()
+    for streams in (short, *[whole] * (WARM_UP_CALLS + 2), short):
+        assert step(streams)["loss"] == training_step(reference, plain, FULL, streams)["loss"]
+    assert graphs.captures == 1
+
+
 def test_a_captured_step_follows_the_schedule():
     recipe = settings(opt_kwargs={"fused": True})
     step, optimizer, method, _ = captured(recipe)
