@@ -206,7 +206,8 @@ def _without_seed(recipe: Recipe) -> dict[str, Any]:
 
 
 def _given(run: FinishedRun, runs: Iterable[FinishedRun]) -> str:
-    """Return what a run was given beside its recipe and its start, and when, as far as all of some runs say so."""
+    """Return what a run was given beside its recipe and its start, as far as all of some runs have it recorded, and
+    after which epochs it was extended."""
     record = run.record
     inputs = record.inputs if all(each.record.inputs for each in runs) else []
     given = [

@@ -44,7 +44,7 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import check_begun, check_done, extended, inputs_in
+from mbib_timm.training.provenance import check_begun, check_done, code_of_stage, extended, inputs_in
 from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder
 
@@ -118,7 +118,8 @@ class PlannedRun:
         stages = [RunFolder(path) for path in folder.path.glob("stage*-*")]
         if folder.has_checkpoint():
             folder.agree(self.recipe, instead="--name")
-        for place in (folder, *stages):
+        has_code = any(map(code_of_stage, self.recipe.chain()))
+        for place in (folder, *stages) if has_code else (folder,):
             reached, given = _begun(place)
             check_begun(place.path, given, self.recipe)
             if place is folder and len(reached.ends_with(self.recipe.epochs)) > 1:
