@@ -19,8 +19,6 @@ from mbib_timm.recipe.declared import named_models
 from mbib_timm.recipe.plugins import code_behind
 from mbib_timm.results.record import Inputs, RunRecord
 
-ELSEWHERE = "choose another --name for the sweep, or remove the folder"
-
 
 def inputs_of(recipe: Recipe, pool: DataPool) -> list[Inputs]:
     """Return what each stage of a recipe is given.
@@ -126,13 +124,18 @@ def check_begun(folder: Path, begun: Sequence[Inputs], recipe: Recipe) -> None:
 
 
 def _changed(folder: Path, changed: Sequence[str]) -> CheckpointError:
-    return CheckpointError(f"{folder} holds a run from before {', '.join(changed)} changed; {ELSEWHERE}")
+    return CheckpointError(
+        f"{folder} holds a run from before {', '.join(changed)} changed; choose another --name for the sweep, or "
+        "remove the folder"
+    )
 
 
-def extended(folder: Path, advice: str = ELSEWHERE) -> CheckpointError:
+def extended(
+    folder: Path, instead: str = "choose another --name for the sweep, or remove the folder"
+) -> CheckpointError:
     """Return an error of a run whose epochs were not planned from the start where such a run is wanted."""
     return CheckpointError(
-        f"{folder} holds a run that was extended, and so differs from one of as many epochs from the start; {advice}"
+        f"{folder} holds a run that was extended, and so differs from one of as many epochs from the start; {instead}"
     )
 
 
