@@ -78,7 +78,7 @@ def _noted_waits() -> Iterator[list[str]]:
 
 
 class CapturedFunction:
-    """A function that is captured for the shapes of its first call, and replayed from then on.
+    """A function that is captured for the shapes of its largest call, and replayed from then on.
 
     A replay runs the captured kernels on the same memory: arguments are copied into it. Arguments of other shapes, such
     as a short last batch, go to `otherwise`: a second graph would cost more than it saves. A function that waits for
@@ -94,6 +94,7 @@ class CapturedFunction:
     def __init__(self, function: Function, otherwise: Function, graphs: Graphs, what: str) -> None:
         self.function, self.otherwise, self.graphs, self.what = function, otherwise, graphs, what
         self.shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self.size = -1  # of all arguments together, in elements
         self.calls = 0
         self.waits = False
         self.captured: tuple[Any, dict[str, Tensor], Replay] | None = None
@@ -102,7 +103,9 @@ class CapturedFunction:
         """Call the function; what it returns is not overwritten by the next call."""
         given = tree_leaves(arguments)
         shapes = [(tensor.shape, tensor.dtype) for tensor in given]
-        self.shapes = self.shapes or shapes
+        size = sum(tensor.numel() for tensor in given)
+        if size > self.size:  # the first call, or the whole batch after a short one, with which a resumed run may begin
+            self.shapes, self.size, self.calls, self.captured = shapes, size, 0, None
         if shapes != self.shapes:
             return self.otherwise(*arguments)
         if self.waits:

@@ -36,7 +36,7 @@ class LostDeviceError(MbibError):
 
 
 class NonFiniteLossError(MbibError):
-    """The training loss became infinite or not a number."""
+    """The training loss, or a weight, became infinite or not a number."""
 
     exit_status = 1
 

@@ -267,7 +267,7 @@ def test_runs_of_other_images_are_no_seeds_of_one_configuration(tmp_path):
     groups = group_runs([read_run(folder) for folder in folders])
     assert [len(group.runs) for group in groups] == [1, 1]
     assert [group.title for group in groups] == ["own.run (data high)", "own.run (data low)"]
-    with pytest.raises(MbibError, match="had other data or other code"):
+    with pytest.raises(MbibError, match="had other data, other code"):
         read_seeds(folders[0], folders[1:])
 
 

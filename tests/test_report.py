@@ -22,6 +22,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import Answers
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.metrics import wilson_interval
+from mbib_timm.publishing.card import render_card
 from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences
@@ -38,7 +39,7 @@ from mbib_timm.reporting.sections import (
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
-from mbib_timm.results.runs import RunGroup, group_runs, read_run
+from mbib_timm.results.runs import RunGroup, group_runs, read_run, read_seeds
 from mbib_timm.results.tables import Table
 from mbib_timm.sweeps.sweep import find_sweep
 
@@ -201,6 +202,31 @@ def test_of_a_shortened_schedule_no_difference_is_taken(tmp_path, undrawn):
     assert "Table 1" in text
     assert '<tr class="difference">' not in text
     assert '<tr class="difference">' in html_of(run_section(group_runs([read_run(MBIB)])[0]))
+
+
+def test_an_extended_run_is_told_from_one_of_the_whole_schedule(tmp_path, undrawn, capsys):
+    others = [changed(MBIB, tmp_path, "extended", seed=1, extended_from=[100])]
+    others.append(changed(MBIB, tmp_path, "cut", seed=2, extended_from=[200]))
+    runs = [read_run(folder) for folder in (MBIB, *others)]
+    whole, group, cut = group_runs(runs)
+    said, name = "trained for 100 epochs, then extended to 200", "mbib_resnet32.cifar100_lt_if100"
+    assert [each.title for each in (whole, group, cut)] == [
+        f"{name} (not extended)",
+        f"{name} ({said})",
+        f"{name} (trained for 200 epochs of a longer schedule)",
+    ]
+    assert (whole.is_papers, group.is_papers) == (True, False)
+    assert differences(group)[0].startswith(f"With 200 of 200 epochs ({said}) the schedule is not the paper's")
+    assert f"200 ({said}) of the 200 that the recipe asks for" in html_of(run_section(group))
+    card = render_card(group.first, "me/extended")
+    assert f"\nIt was {said}: the first epochs followed another schedule.\n" in card
+    assert "It differs from the packaged recipe in `epochs`." in card
+    assert "extended" not in render_card(whole.first, "me/whole")
+    assert [run.kept_name(0) for run in runs[:2]] == [f"{name}-200e-seed0", f"{name}-200e-extended-seed0"]
+    with pytest.raises(MbibError, match="another extension than"):
+        read_seeds(MBIB, others)
+    print_report(tmp_path, group.first.record)
+    assert f"\n{said.capitalize()}.\n" in capsys.readouterr().out
 
 
 def test_seeds_give_a_deviation(tmp_path):

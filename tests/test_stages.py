@@ -7,24 +7,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from made_up_results import ENVIRONMENT, made_up_record
 from safetensors.torch import load_file
 
 from mbib_timm.data import DataPool
+from mbib_timm.environment import World
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, part_of
-from mbib_timm.recipe import Recipe, load_recipe
+from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
+from mbib_timm.results.record import Inputs, read_record, write_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.stages import _described
+from mbib_timm.training.checkpoint import save_checkpoint
+from mbib_timm.training.run import TrainState
+from mbib_timm.training.stages import _described, _find_folder, _finished
 
 TOY = str(Path(__file__).parent / "toy_method.py")
+KEPT = Path(__file__).parents[1] / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
 # 48 to 2 images of each class, in five steps an epoch.
 SHORT = dict(
     base="digits", model="cifar_resnet20", imbalance_max=48, epochs=3, warmup_epochs=1, device="cpu", workers=0,
@@ -378,6 +385,55 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
 
 
+def test_all_stages_of_a_run_are_in_its_folder_where_others_find_them(tmp_path, monkeypatch):
+    epochs = trained_epochs(monkeypatch)
+    ce, bsce = {"method": "ce", "epochs": 1, "warmup_epochs": 0}, {"method": "bsce", "epochs": 0}
+    tau = {"method": {"name": "tau_norm", "tau": 1.0}, "epochs": 0}
+    run = train(recipe_of(tmp_path, [ce, bsce, tau]), "three")
+    assert {path.parent.relative_to(run.folder) for path in run.folder.rglob("metrics.json")} == {
+        Path("."), Path("stage1-ce"), Path("stage2-bsce")
+    }  # fmt: skip
+    assert run.record.stages == ["ce", "bsce", "tau_norm"]
+    assert len(epochs) == 1
+    train(recipe_of(tmp_path, [ce, tau]), "two")
+    assert len(epochs) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_taken"),
+    [
+        ({}, True),
+        ({"epochs": 2}, False),
+        ({"extended_from": [2]}, False),
+        ({"inputs": []}, False),
+        ({"environment": replace(ENVIRONMENT, processes=2)}, False),
+    ],
+)
+def test_a_finished_run_is_taken_for_a_stage_if_it_is_a_run_of_the_recipe(tmp_path, fields, is_taken):
+    kept = read_record(KEPT)
+    given = [Inputs("data")]
+    record = made_up_record(kept.result.heads, kept.class_counts, **{"inputs": given, **fields})
+    wanted, folder = recipe_of(tmp_path, CE_CRT).previous, tmp_path / "runs" / "before"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_bytes(dump_recipe(wanted))
+    (folder / "model.safetensors").touch()
+    write_record(folder, record)
+    found = list(_finished(wanted, given, 1, tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "stage1-ce"))
+    assert found == [folder] * is_taken
+
+
+def test_a_stage_does_not_go_on_in_a_run_that_was_extended(tmp_path):
+    wanted = recipe_of(tmp_path).previous.everywhere(resume="auto")
+    folder = tmp_path / "runs" / "before"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_bytes(dump_recipe(wanted))
+    save_checkpoint(folder, {"progress": asdict(TrainState(3, ends=[2, 3]))})
+    world = World(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"before holds a run that was extended, .*; remove the folder"):
+        _find_folder(wanted, "before", world, extend=False)
+    assert _find_folder(wanted, "before", world, extend=True)[1].path == folder
+
+
 # By hand
 
 
@@ -483,7 +539,7 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
     folder = run.folder
     assert run.record.stages == ["mbib", "crt", "tau_norm"]
     second = next(folder.glob("stage2-*"))
-    first = next(second.glob("stage1-*"))
+    first = next(folder.glob("stage1-*"))
     changed = differing(first, second)
     import timm
 

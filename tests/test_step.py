@@ -24,6 +24,7 @@ from mbib_timm.methods import Facts, resolve_method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.plugins import load_plugin
+from mbib_timm.training import epoch as epoch_module
 from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer, round_learning_rates
 from mbib_timm.training.step import compiled_loss_parts, create_step, find_graphs, training_step
@@ -176,6 +177,16 @@ def test_a_captured_step_gives_the_eager_losses_to_the_bit():
         assert torch.equal(one, other)
 
 
+def test_a_run_that_goes_on_before_a_short_last_batch_is_captured_for_whole_ones():
+    recipe = settings(opt_kwargs={"fused": True})
+    step, _, _, graphs = captured(recipe)
+    reference, plain = setup(recipe)
+    whole, *_, short = batches()
+    for streams in (short, *[whole] * (WARM_UP_CALLS + 2), short):
+        assert step(streams)["loss"] == training_step(reference, plain, FULL, streams)["loss"]
+    assert graphs.captures == 1
+
+
 def test_a_captured_step_follows_the_schedule():
     recipe = settings(opt_kwargs={"fused": True})
     step, optimizer, method, _ = captured(recipe)
@@ -273,3 +284,16 @@ def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
     loader = batches((8, 8, 8, 8, 5))
     train_one_epoch(method, loader, step, recipe, LossLog(0), Progress(5, visible=False), lambda steps: None)
     assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end
+
+
+def test_logged_losses_are_means_over_the_processes(monkeypatch):
+    def of_two(value):
+        problem, rows = value
+        return [value, (problem, [[10 * part for part in row] for row in rows])]
+
+    monkeypatch.setattr(epoch_module, "of_all", of_two)
+    log = LossLog(0, {"loss": 2.0, "loss_z": 1.0}, steps=2)
+    for loss in (1.0, 3.0):
+        log.add({"loss": torch.tensor(loss), "loss_z": torch.tensor(0.5)})
+    assert log.read_sums() == {"loss": 2.0 + 5.5 + 16.5, "loss_z": 1.0 + 2 * 2.75}
+    assert log.read() == {"loss": 6.0, "loss_z": 6.5 / 4}

@@ -10,25 +10,30 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from made_up_results import made_up_record
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
 from mbib_timm.data import DataPool
 from mbib_timm.errors import CheckpointError, MbibError, NonFiniteLossError
-from mbib_timm.recipe import find_recipe, in_proportion, load_recipe
+from mbib_timm.recipe import dump_recipe, find_recipe, in_proportion, load_recipe
+from mbib_timm.results.record import read_record, write_record
 from mbib_timm.sweeps import show_sweep, sweep_runs
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.sweeps.sweep_runs import on_recipe, plan, run_sweep
 from mbib_timm.training import run as run_module
+from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.optimization import create_schedule
+from mbib_timm.training.run import TrainState
 
 DIGITS = "mbib_resnet20.digits"
+KEPT = Path(__file__).parents[1] / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
 FLAGS = ["--epochs", "1", "--device", "cpu", "--workers", "0", "--batch-size", "64"]
 KEYS = dict(epochs=1, device="cpu", workers=0, batch_size=64)
 CIFAR = "{method}cifar100_lt_if{imbalance_factor}"
@@ -178,6 +183,8 @@ def test_named_settings_set_several_keys_and_meet_flags():
     assert runs[0].coordinates == {"size": "wide one", "val_interval": "1"}
     assert runs[0].recipe.model_kwargs == {"drop_rate": 0.1, "bottleneck_features": 128}
     assert runs[2].recipe.model_kwargs == {"drop_rate": 0.1}
+    with pytest.raises(MbibError, match=r"'val_interval' has no effect: every value of axis 'val_interval' of sweep s"):
+        plan(sweep, {"val_interval": 3})
     assert [run.recipe.lr for run in runs] == [0.2, 0.2, 0.3, 0.3], "an axis is what the sweep is about"
 
 
@@ -350,6 +357,25 @@ def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finishe
     monkeypatch.setattr(sweep_runs, "train", None)
     assert main([*arguments, "--lr", "1"]) == 2
     assert "holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in capsys.readouterr().err
+
+
+def test_an_extended_run_in_a_runs_folder_is_refused(tmp_path):
+    (run,) = plan(of_recipe("cifar_resnet20.ce_digits"), small(tmp_path, epochs=4))
+    folder, kept = run.folder().path, read_record(KEPT)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_bytes(dump_recipe(run.recipe))
+    for state, is_whole in ((TrainState(2, ends=[4]), True), (TrainState(2, ends=[2]), False)):
+        save_checkpoint(folder, {"progress": asdict(state)})
+        if is_whole:
+            assert run.status(DataPool()) == "partial"
+    with pytest.raises(CheckpointError, match=r"holds a run that was extended, .*choose another --name"):
+        run.status(DataPool())
+    record = made_up_record(kept.result.heads, kept.class_counts, epochs=4)
+    write_record(folder, record)
+    assert run.status(DataPool()) == "done"
+    write_record(folder, replace(record, extended_from=[2]))
+    with pytest.raises(CheckpointError, match=r"holds a run that was extended, .*choose another --name"):
+        run.status(DataPool())
 
 
 class CrashError(BaseException):

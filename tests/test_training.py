@@ -12,28 +12,30 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from made_up_results import ENVIRONMENT
 from PIL import Image
 from safetensors.torch import load_file
 
 from mbib_timm.cli import main
 from mbib_timm.data import Batch
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
-from mbib_timm.files import to_json
+from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.recipe import find_recipe, load_recipe
 from mbib_timm.recipe.keys import SCHEDULES
 from mbib_timm.results.record import read_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.checkpoint import save_checkpoint
+from mbib_timm.training.checkpoint import load_checkpoint, save_checkpoint
 from mbib_timm.training.optimization import Precision, create_schedule
+from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder, place_of
 from mbib_timm.training.step import training_step
 
@@ -283,6 +285,22 @@ def test_milestones_act_at_the_same_epochs_where_rates_change_after_updates():
     assert rates == pytest.approx(np.repeat([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01], 7))
 
 
+@pytest.mark.parametrize("sched", SCHEDULES)
+def test_any_schedule_is_one_or_says_how_many_epochs_it_needs(sched):
+    recipe = load_recipe(DIGITS, dict(epochs=4, warmup_epochs=1, sched=sched, decay_milestones=[1]))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    untrained = recipe.replace(epochs=0, initial_checkpoint="run")
+    for stage in (recipe, recipe.replace(sched_on_updates=True), untrained):
+        create_schedule(stage, optimizer, updates=2)
+    assert optimizer.param_groups[0]["lr"] == recipe.lr, "of a stage without epochs"
+    for short, got in ((recipe.replace(epochs=3), 2), (recipe.replace(epochs=2, sched_on_updates=True), 2)):
+        if sched not in ("wsd", "rsqrt"):
+            create_schedule(short, optimizer, updates=2)
+            continue
+        with pytest.raises(MbibError, match=rf"'sched': {sched} falls .* at least 3 (epochs|updates) there, got {got}"):
+            create_schedule(short, optimizer, updates=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sched", ["cosine", "multistep"])
 def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
@@ -302,6 +320,8 @@ def test_a_finished_run_can_be_extended(tmp_path, sched, capsys):
     assert read_record(eight.folder) == eight.record
     assert (eight.record.epochs, eight.record.result.epoch) == (8, 8)
     assert eight.record.result.heads != four.record.result.heads
+    assert (four.record.extended_from, eight.record.extended_from, whole.record.extended_from) == ([], [4], [])
+    assert "\nTrained for 4 epochs, then extended to 8.\n" in printed
     assert not (four.folder / "analysis" / "analysis.json").exists(), "it was of the weights before"
     assert load_recipe(eight.folder / "recipe.yaml").epochs == 8
     with pytest.raises(CheckpointError, match=r"has begun 8 epochs, and 4 are asked for: expected at least 8, or"):
@@ -331,7 +351,25 @@ def test_an_extension_that_is_interrupted_resumes_bit_identically(tmp_path, monk
         left = {file.name for file in (tmp_path / "broken").iterdir()}
         assert not left & {"metrics.json", "predictions.csv", "confusion.csv", "classes.csv"}, "results of before"
     monkeypatch.undo()
-    assert same_weights(whole.folder, train(digits(tmp_path, **keys), "broken").folder)
+    again = train(digits(tmp_path, **keys), "broken")
+    assert same_weights(whole.folder, again.folder)
+    assert whole.record.extended_from == again.record.extended_from == [2]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "ends", "epochs", "then"),
+    [
+        (0, [2], 4, [4]),  # nothing has followed the other schedule
+        (1, [2], 2, [2]),
+        (2, [2], 4, [2, 4]),
+        (1, [2], 4, [1, 4]),
+        (3, [2, 4], 4, [2, 4]),
+        (3, [2, 4], 8, [2, 3, 8]),
+        (4, [8], 4, [4, 4]),
+    ],
+)
+def test_a_run_knows_after_which_epochs_it_was_extended(epoch, ends, epochs, then):
+    assert TrainState(epoch, ends=ends).ends_with(epochs) == then
 
 
 @pytest.mark.slow
@@ -444,6 +482,12 @@ def test_a_run_that_goes_on_under_other_conditions_says_which(finished, tmp_path
         train(digits(tmp_path, resume="auto", amp=True), "whole")
 
 
+def test_another_number_of_processes_changes_the_batch_of_an_update(tmp_path):
+    write_bytes(tmp_path / "environment.json", to_json(replace(ENVIRONMENT, processes=2)))
+    said = RunFolder(tmp_path).changed_conditions(ENVIRONMENT, None)
+    assert "processes (2 there, 1 here); an update is of the batches of 1 process, and was of those of 2" in said
+
+
 def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -462,11 +506,50 @@ def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):
     assert {file.name for file in (folder / "figures").iterdir()} == {*kept}
 
 
+def test_a_run_that_ends_as_it_begins_to_train_on_has_no_result_of_another_recipe(tmp_path, monkeypatch):
+    run, killed = RunFolder(tmp_path / "run"), []
+    run.begin(digits(tmp_path), {})
+
+    def kill(path, content):
+        killed.append((path.name, (run.path / "metrics.json").exists()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mbib_timm.training.run_folder.write_bytes", kill)
+    for trains in (False, True):
+        (run.path / "metrics.json").touch()
+        with pytest.raises(KeyboardInterrupt):
+            run.begin(digits(tmp_path, epochs=4), {}, trains)
+    assert killed == [("recipe.yaml", True), ("recipe.yaml", False)]
+    run.end()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with pytest.raises(NonFiniteLossError, match=r"loss part '\w+' became (nan|inf|-inf) at epoch 1, step \d+"):
         train(digits(tmp_path, lr=1e12, warmup_epochs=0), "diverged")
     assert (tmp_path / "diverged" / "last.ckpt").exists()
     assert not (tmp_path / "diverged" / "metrics.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Those of an epoch's last update, whose loss was finite; what is there before is there after."""
+    forward, calls = METHODS["mbib"].forward, []
+
+    def spoilt(self, *batches):
+        calls.append(len(batches))
+        parts = forward(self, *batches)
+        if len(calls) == 4:
+            parts["loss"] = parts["loss"] + next(self.trainable_module.parameters()).sum().mul(0).square().sqrt()
+        return parts
+
+    monkeypatch.setattr(METHODS["mbib"], "forward", spoilt)
+    with pytest.raises(
+        NonFiniteLossError, match=r"weights became infinite or nan in epoch 2: \S.*last good checkpoint"
+    ):
+        train(digits(tmp_path, batch_size=128, imbalance_max=48, val_interval=3), "run")
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert len(calls) == 4
+    assert TrainState.of(state).epoch == 1
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 def test_the_time_beside_the_epochs_is_recorded_of_every_process(tmp_path, monkeypatch):

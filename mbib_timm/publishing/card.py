@@ -22,7 +22,15 @@ from mbib_timm.models.zoo import HEADS, split_tag
 from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.redact import last_part, redact_value
-from mbib_timm.results.run_text import broken_lines, chosen_text, left_out_text, raw_text, stages_text, time_text
+from mbib_timm.results.run_text import (
+    broken_lines,
+    chosen_text,
+    extended_text,
+    left_out_text,
+    raw_text,
+    stages_text,
+    time_text,
+)
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.results.tables import (
     NOTHING,
@@ -125,6 +133,7 @@ def render_card(
         duration=time_text([record]),
         left_out_files=left_out_text(record),
         broken="; ".join(broken_lines(record)),
+        extended=extended_text(record),
         last_stage_only=len(record.stages) > 1 and not record.inputs,
         environment=record.environment,
         train=_train_command(run),

@@ -5,6 +5,7 @@ import statistics
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.results.paper import PaperResult
+from mbib_timm.results.run_text import extended_text
 from mbib_timm.results.runs import RunGroup
 
 # Differences beyond this many points get a paragraph.
@@ -21,8 +22,10 @@ def differences(group: RunGroup) -> list[str]:
         group: runs of a recipe that the paper reports on.
     """
     if group.is_short:
-        epochs = f"{group.epochs} of {group.recipe_epochs}"
-        return [f"With {epochs} epochs the schedule is not the paper's: no difference is taken from its numbers."]
+        epochs = f"{group.epochs} of {group.recipe_epochs} epochs"
+        if extended := extended_text(group.first.record):
+            epochs += f" ({extended})"
+        return [f"With {epochs} the schedule is not the paper's: no difference is taken from its numbers."]
     paragraphs = []
     for result in group.paper:
         for column, number in result.accuracies.items():

@@ -35,12 +35,13 @@ from mbib_timm.results.run_text import (
     broken_lines,
     chosen_text,
     epochs_text,
+    extended_text,
     left_out_text,
     raw_text,
     stages_text,
     time_text,
 )
-from mbib_timm.results.runs import RunGroup
+from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
     STARTED,
     Table,
@@ -294,7 +295,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     environment = run.record.environment
     papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
     seeds = ", ".join(str(member.record.seed) for member in group.runs)
-    epochs = epochs_text(run.recipe)
+    epochs = _epochs(run)
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
@@ -320,6 +321,12 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
             f"{environment.versions}, commit {environment.commit or 'unknown'}",
         ),
     ]
+
+
+def _epochs(run: FinishedRun) -> str:
+    """Return the epochs of a run's stages, and how it came by them, where not from the start."""
+    epochs, extended = epochs_text(run.recipe), extended_text(run.record)
+    return f"{epochs} ({extended})" if extended else epochs
 
 
 def _beside_the_paper(group: RunGroup) -> Table:
@@ -372,7 +379,7 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
         result = group.paper[0] if group.is_papers else None
         number = None if result is None else result.accuracies.get("overall")
         paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
-        epochs = epochs_text(group.first.recipe) + (f" of {group.recipe_epochs}" if group.is_short else "")
+        epochs = _epochs(group.first) + (f" of {group.recipe_epochs}" if group.is_short else "")
         accuracies = [mean_and_deviation(group.values(column)) for column in columns]
         beside = [paper, difference(group.mean("overall"), number)] if group.origin.is_scratch else []
         method = stages_text(group.first.record.stages)

@@ -167,6 +167,8 @@ class RunRecord:
         unmeasured_classes: names of the classes whose evaluated images were all broken and left out of the result.
         other_seconds: time of what the stages computed before their first epochs and after their last: decoded images,
             features, class means, the result. What a cache gave took none. None if it was not recorded.
+        extended_from: epochs after which the last stage went on by the schedule of another number of epochs; none if it
+            had one schedule.
     """
 
     name: str
@@ -200,6 +202,7 @@ class RunRecord:
     unread_classes: list[str] = field(default_factory=list)
     unmeasured_classes: list[str] = field(default_factory=list)
     other_seconds: float | None = None
+    extended_from: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Raise ValueError where classes, their names and their accuracies are not equally many, or no accuracies."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mbib_timm.data.folders import in_words
+from mbib_timm.files import counted
 from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
@@ -32,7 +33,7 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
 
 
 def print_report(folder: Path, record: RunRecord) -> None:
-    """Print the result's table, what the method has chosen, the best epoch for what it is, and where everything lies.
+    """Print the result's table, what is particular about the run, the best epoch for what it is, and where all lies.
 
     Args:
         folder: the run's.
@@ -42,6 +43,8 @@ def print_report(folder: Path, record: RunRecord) -> None:
     print(accuracy_table(record.result.heads, np.array(record.class_counts)))
     if start := start_text(record.origin):
         print(start)
+    if extended := extended_text(record):
+        print(f"{extended.capitalize()}.")
     if chosen := chosen_text(record):
         print(chosen)
     if raw := raw_text(record):
@@ -67,6 +70,16 @@ def start_text(origin: Origin) -> str:
     if origin.is_scratch:
         return ""
     return f"Not from scratch: started from {origin_text(origin)}. No result from scratch compares with this one."
+
+
+def extended_text(record: RunRecord) -> str:
+    """Return how a run came by its epochs that had fewer at first: ``trained for 2 epochs, then extended to 4``; empty
+    for one that had them from the start."""
+    if not record.extended_from:
+        return ""
+    first, *later = dict.fromkeys([*record.extended_from, record.epochs])
+    rest = f", then extended to {', then to '.join(map(str, later))}" if later else " of a longer schedule"
+    return f"trained for {counted(first, 'epoch')}{rest}"
 
 
 def chosen_text(record: RunRecord) -> str:

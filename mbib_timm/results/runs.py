@@ -26,6 +26,7 @@ from mbib_timm.recipe import (
 )
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
 from mbib_timm.results.redact import last_part, redact_record, redact_value
+from mbib_timm.results.run_text import extended_text
 from mbib_timm.results.tables import mean_of
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ class FinishedRun:
     def kept_name(self, seed: int | str) -> str:
         """Return the name of the folder that keeps the run's results, or those of its repetition with another seed.
 
-        The epochs are those of the longest stage; mixed precision is named.
+        The epochs are those of the longest stage; an extension and mixed precision are named.
         """
+        extended = "-extended" * bool(self.record.extended_from)
         mixed = "" if self.precision == "float32" else f"-{self.precision}"
-        return f"{self.name}-{longest_epochs(self.recipe)}e-seed{seed}{mixed}"
+        return f"{self.name}-{longest_epochs(self.recipe)}e{extended}-seed{seed}{mixed}"
 
     @property
     def heads(self) -> Mapping[str, HeadMetrics]:
@@ -110,9 +112,14 @@ class FinishedRun:
         """What keeps a run from being the packaged recipe's: addresses of keys, or ``classes``; empty for any other."""
         if self.packaged is None or not is_published(self.name):
             return []
-        epochs = ["epochs"] if longest_epochs(self.recipe) != longest_epochs(self.packaged) else []
+        is_whole = longest_epochs(self.recipe) == longest_epochs(self.packaged) and not self.record.extended_from
         start = [] if self._has_packaged_start or {"model", "pretrained"} & _last_parts(self.settings) else ["start"]
-        return [*self.settings, *epochs, *start, *([] if self._has_named_classes else ["classes"])]
+        return [
+            *self.settings,
+            *([] if is_whole else ["epochs"]),
+            *start,
+            *([] if self._has_named_classes else ["classes"]),
+        ]
 
     @property
     def _has_packaged_start(self) -> bool:
@@ -187,7 +194,8 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> list[FinishedRun]:
             raise MbibError(f"{run.folder} is a run of a different recipe from {folder}: more than the seed differs")
         if _given(run, runs) != _given(first, runs):
             raise MbibError(
-                f"{run.folder} had other data or other code of plugins than {folder}: more than the seed differs"
+                f"{run.folder} had other data, other code of plugins or another extension than {folder}: more than the "
+                "seed differs"
             )
     _require_other_seeds(runs)
     return runs
@@ -198,10 +206,16 @@ def _without_seed(recipe: Recipe) -> dict[str, Any]:
 
 
 def _given(run: FinishedRun, runs: Iterable[FinishedRun]) -> str:
-    """Return what a run was given beside its recipe and its start, as far as all of some runs have it recorded."""
+    """Return what a run was given beside its recipe and its start, as far as all of some runs have it recorded, and
+    after which epochs it was extended."""
     record = run.record
     inputs = record.inputs if all(each.record.inputs for each in runs) else []
-    given = [record.class_counts, record.class_names, *([each.data, each.plugins] for each in inputs)]
+    given = [
+        record.class_counts,
+        record.class_names,
+        record.extended_from,
+        *([each.data, each.plugins] for each in inputs),
+    ]
     return json.dumps(given, sort_keys=True)
 
 
@@ -254,8 +268,9 @@ class RunGroup:
 
     @property
     def is_short(self) -> bool:
-        """True if the runs had other epochs than their recipe asks for."""
-        return self.recipe_epochs is not None and self.epochs != self.recipe_epochs
+        """True if the runs had other epochs than their recipe asks for, or not from the start."""
+        is_whole = self.epochs == self.recipe_epochs and not self.first.record.extended_from
+        return self.recipe_epochs is not None and not is_whole
 
     @property
     def is_papers(self) -> bool:
@@ -353,6 +368,9 @@ def _title(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
     alike = [other for other in runs if other.name == run.name and _without_seed(other.recipe) == recipe]
     if any(other.origin != run.origin for other in alike):
         said.append("from scratch" if run.origin.is_scratch else f"from {start_name(run.origin)}")
+    if any(other.record.extended_from != run.record.extended_from for other in alike):
+        said.append(extended_text(run.record) or "not extended")
+        alike = [other for other in alike if other.record.extended_from == run.record.extended_from]
     if any(_given(other, alike) != _given(run, alike) for other in alike):
         said.append(_other_inputs(run, alike))
     settings = ", ".join(said)

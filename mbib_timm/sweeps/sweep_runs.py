@@ -45,7 +45,7 @@ from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import PER_RUN, UNNAMED, Sweep, key_of
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
-from mbib_timm.training.provenance import check_begun, check_done, code_of_stage, inputs_in
+from mbib_timm.training.provenance import check_begun, check_done, code_of_stage, extended, inputs_in
 from mbib_timm.training.run import TrainState
 from mbib_timm.training.run_folder import RunFolder
 
@@ -108,7 +108,8 @@ class PlannedRun:
             pool: opens the recipe's data, where they lie in another place than the run's.
 
         Raises:
-            CheckpointError: another recipe's run, or one of other data, another start or other code.
+            CheckpointError: another recipe's run, or one of other data, another start, other code or fewer epochs at
+                first.
         """
         folder = self.folder()
         if self.is_done():
@@ -118,23 +119,28 @@ class PlannedRun:
         stages = [RunFolder(path) for path in folder.path.glob("stage*-*")]
         if folder.has_checkpoint():
             folder.agree(self.recipe, instead="--name")
-        for place in (folder, *stages) if any(map(code_of_stage, self.recipe.chain())) else ():
-            check_begun(place.path, _begun(place), self.recipe)
+        has_code = any(map(code_of_stage, self.recipe.chain()))
+        for place in (folder, *stages) if has_code else (folder,):
+            reached, given = _begun(place)
+            check_begun(place.path, given, self.recipe)
+            if place is folder and len(reached.ends_with(self.recipe.epochs)) > 1:
+                raise extended(place.path)
         return "partial" if stages or folder.has_checkpoint() else "missing"
 
 
-def _begun(folder: RunFolder) -> list[Inputs]:
-    """Return what a run was given that goes on, or a stage; nothing where nothing says so: it begins, or fails by
-    itself."""
+def _begun(folder: RunFolder) -> tuple[TrainState, list[Inputs]]:
+    """Return how far a run has come that goes on, or a stage, and what it was given; nothing where nothing says so: it
+    begins, or fails by itself."""
     if is_finished(folder.path):
-        return read_record(folder.path).inputs  # in a moment, where a checkpoint takes its time
+        return TrainState(), read_record(folder.path).inputs  # in a moment, where a checkpoint takes its time
     if not folder.has_checkpoint():
-        return []
+        return TrainState(), []
     try:
         state = folder.newest(lambda text: None)
-        return inputs_in(state) if TrainState.of(state).has_trained else []
+        reached = TrainState.of(state)
+        return reached, inputs_in(state) if reached.has_trained else []
     except (CheckpointError, ValueError):
-        return []
+        return TrainState(), []
 
 
 def on_recipe(sweep: Sweep, recipe: str) -> Sweep:
@@ -171,11 +177,17 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
         overrides: of all runs, by address; the sweep's axes come after them.
 
     Raises:
-        MbibError: an unknown recipe, a value that a recipe does not take, or two runs of one name.
+        MbibError: an unknown recipe, a value that a recipe does not take, an override that an axis sets in every run,
+            or two runs of one name.
     """
     for address in overrides:
         if key_of(address) in PER_RUN:
             raise MbibError(f"recipe key {address!r} is set by the sweep itself; see --seeds")
+        for axis in sweep.axes:
+            if all(address in value.settings for value in sweep.values(axis)):
+                raise MbibError(
+                    f"recipe key {address!r} has no effect: every value of axis {axis!r} of sweep {sweep.name} sets it"
+                )
     number = len(sweep.seeds) * math.prod(len(values) for values in sweep.axes.values())
     if number > MOST_RUNS:
         raise MbibError(

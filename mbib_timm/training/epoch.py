@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from mbib_timm.data import Batch, TrainLoader
 from mbib_timm.environment import is_distributed, of_all
-from mbib_timm.errors import NonFiniteLossError
+from mbib_timm.errors import NonFiniteLossError, few
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.step import TrainingStep
+
+DIVERGED = "the last good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
 
 
 class LossLog:
@@ -21,7 +24,7 @@ class LossLog:
 
     Args:
         epoch: counted from 0; the error message counts from 1, as all messages do.
-        sums: of the loss parts by name, of the steps before.
+        sums: of the loss parts by name, of the steps before; alike in all processes.
         steps: those.
     """
 
@@ -44,22 +47,22 @@ class LossLog:
         self.pending.append(torch.stack([value.float() for value in parts.values()]))
 
     def read(self) -> dict[str, float]:
-        """Fetch what was added and return the means so far. This waits for the device, and for the other processes.
+        """Fetch what was added and return the means so far, of all processes. This waits for them, and for the device.
 
         Raises:
             NonFiniteLossError: a loss part was infinite or not a number, in any process; names epoch, step and part.
         """
-        problem = None
-        if self.pending:
-            rows = torch.stack(self.pending).tolist()
-            problem = next(filter(None, map(self._problem, range(self.steps, self.steps + len(rows)), rows)), None)
-            for values in rows:
-                self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
-            self.steps += len(rows)
-            self.pending.clear()
+        rows = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        problem = next(filter(None, map(self._problem, count(self.steps), rows)), None)
+        problems, rows_of_all = zip(*of_all((problem, rows)), strict=True)
         # All stop here together: one that went on alone would wait for the others.
-        if (text := next(filter(None, of_all(problem)), None)) is not None:
+        if (text := next(filter(None, problems), None)) is not None:
             raise NonFiniteLossError(text)
+        for step in zip(*rows_of_all, strict=True):
+            values = [sum(part) / len(step) for part in zip(*step, strict=True)]
+            self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
+        self.steps += len(rows)
         return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
 
     def _problem(self, step: int, values: list[float]) -> str | None:
@@ -68,10 +71,21 @@ class LossLog:
         if bad is None:
             return None
         where = f" in process {torch.distributed.get_rank()}" if is_distributed() else ""
-        return (
-            f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; the last good "
-            "checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
-        )
+        return f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; {DIVERGED}"
+
+
+def require_finite(method: Method, epoch: int) -> None:
+    """Raise NonFiniteLossError where a weight is not finite: each loss is that of before an update. This waits for the
+    device.
+
+    Args:
+        method: whose weights train.
+        epoch: that they are of, from 0.
+    """
+    named = list(method.trainable_parameters())
+    finite = torch.stack([weights.isfinite().all() for _, weights in named]).tolist() if named else []
+    if bad := [name for (name, _), good in zip(named, finite, strict=True) if not good]:
+        raise NonFiniteLossError(f"weights became infinite or nan in epoch {epoch + 1}: {few(bad)}; {DIVERGED}")
 
 
 def in_channels_last(batch: Batch) -> Batch:

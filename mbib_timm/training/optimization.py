@@ -199,23 +199,35 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: i
         recipe: names it.
         optimizer: whose learning rates it sets.
         updates: of an epoch, where they count.
+
+    Raises:
+        MbibError: too few epochs, or updates, for a schedule that falls in the last ones.
     """
     milestones: list[Any] = recipe.decay_milestones
     if recipe.sched_on_updates:
         # timm applies a milestone one step early: that of updates too is to act from the epoch before it on.
         milestones = [milestone - 1 + 0.5 / updates for milestone in milestones]
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=recipe.sched,
-        num_epochs=max(1, recipe.epochs),  # of a stage without epochs nothing is read
-        decay_milestones=milestones,
-        decay_rate=recipe.decay_rate,
-        min_lr=recipe.min_lr,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.warmup_lr,
-        step_on_epochs=not recipe.sched_on_updates,
-        updates_per_epoch=updates,
-    )
+    trains = recipe.epochs > 0  # else nothing is read of the schedule, and not all can be that short
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched if trains else "constant",
+            num_epochs=recipe.epochs,
+            decay_milestones=milestones,
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            warmup_epochs=recipe.warmup_epochs if trains else 0,
+            warmup_lr=recipe.warmup_lr,
+            step_on_epochs=not recipe.sched_on_updates,
+            updates_per_epoch=updates,
+        )
+    except ValueError:
+        unit, number = ("updates", updates) if recipe.sched_on_updates else ("epochs", 1)
+        number *= recipe.epochs - recipe.warmup_epochs
+        raise MbibError(
+            f"recipe key 'sched': {recipe.sched} falls in the last fifth of what follows warmup_epochs: expected at "
+            f"least 3 {unit} there, got {number}, or another schedule, such as cosine"
+        ) from None
     return schedule
 
 

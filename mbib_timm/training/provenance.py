@@ -130,14 +130,25 @@ def _changed(folder: Path, changed: Sequence[str]) -> CheckpointError:
     )
 
 
+def extended(
+    folder: Path, instead: str = "choose another --name for the sweep, or remove the folder"
+) -> CheckpointError:
+    """Return an error of a run whose epochs were not planned from the start where such a run is wanted."""
+    return CheckpointError(
+        f"{folder} holds a run that was extended, and so differs from one of as many epochs from the start; {instead}"
+    )
+
+
 def check_done(folder: Path, record: RunRecord, there: Recipe, recipe: Recipe, pool: DataPool) -> None:
     """Check that a finished run was given what a recipe names.
 
     Data are opened only where the recipe names another place than the run's recipe.
 
     Raises:
-        CheckpointError: it was given something else.
+        CheckpointError: it was given something else, or had fewer epochs at first.
     """
+    if record.extended_from:
+        raise extended(folder)
     if not record.inputs:
         return
     now = [

@@ -50,7 +50,7 @@ from mbib_timm.results.record import (
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import epoch_line, print_report
 from mbib_timm.training.checkpoint import save_checkpoint
-from mbib_timm.training.epoch import LossLog, train_one_epoch
+from mbib_timm.training.epoch import LossLog, require_finite, train_one_epoch
 from mbib_timm.training.optimization import (
     require_optimized,
     restore_optimizer,
@@ -91,11 +91,17 @@ class TrainState:
     seconds: float = 0.0
     part: PartOfEpoch | None = None  # of the epoch after these
     other_seconds: float | None = None  # before the first epoch, of each process that went on, where that was recorded
+    ends: list[int] = field(default_factory=list)  # epochs after which it was extended, and its own
 
     @property
     def has_trained(self) -> bool:
         """Whether a step has been taken that a checkpoint holds."""
         return self.epoch > 0 or self.part is not None
+
+    def ends_with(self, epochs: int) -> list[int]:
+        """Return `ends` of the run where it goes on by the schedule of so many epochs."""
+        *earlier, planned = self.ends or [epochs]
+        return [*earlier, epochs] if planned == epochs or not self.has_trained else [*earlier, self.epoch, epochs]
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "TrainState":
@@ -169,7 +175,7 @@ class Run:
         self.store: FeatureStore | None = None
         if self.frozen is not None:
             self.store = FeatureStore(self.frozen, recipe, self.input_size, world, pool.features, pool.states)
-        self.done = TrainState(other_seconds=0.0) if state is None else self._reached(state)
+        self.done = TrainState(other_seconds=0.0, ends=[recipe.epochs]) if state is None else self._reached(state)
         begins = type(self.method).begin is not Method.begin
         if (state is None or begins) and recipe.choice("classifier_start") == CLASS_MEANS:
             start_from_class_means(self.method.result_model(), self._passes().train, self.splits.class_names)
@@ -221,9 +227,7 @@ class Run:
         if self.world.is_main:
             # Fails before anything is written.
             self.trackers = create_trackers(recipe, self.folder.path, resumed=done.epoch > 0)
-            self.folder.begin(recipe, describe_environment(self.world))
-            if done.epoch < recipe.epochs:
-                self.folder.forget_results()
+            self.folder.begin(recipe, describe_environment(self.world), trains=done.epoch < recipe.epochs)
             if done.epoch == 0 and done.part is None:
                 self._save()
         begun = 0 if done.part is None else done.part.steps
@@ -360,6 +364,8 @@ class Run:
         Args:
             generators: states of each process's, within an epoch; none at its end, for the next one seeds them.
         """
+        if self.done.has_trained:
+            require_finite(self.method, self.done.epoch - (self.done.part is None))
         if self.best_weights is not None:
             whole = {} if self.frozen is None else self.frozen.state_dict()
             self.folder.write_weights(BEST_WEIGHTS, whole | self.best_weights)
@@ -393,6 +399,8 @@ class Run:
             )
         with self._fitting():
             reached = TrainState.of(state)
+        reached.ends = reached.ends or [self.folder.recipe(self.recipe.plugin).epochs]  # of an older checkpoint
+        reached.ends = reached.ends_with(self.recipe.epochs)
         self._take_inputs(state, reached)
         if state.get("backbone") != (None if self.frozen is None else self.frozen.digest):
             raise CheckpointError(f"the heads in {self.folder.path} were trained on features of another backbone")
@@ -517,6 +525,7 @@ class Run:
             unread_classes=unread_classes(splits.train, replaced),
             unmeasured_classes=unread_classes(images, lost),
             other_seconds=other_seconds,
+            extended_from=done.ends[:-1],
         )
         if self.world.is_main:
             if self.frozen is not None:

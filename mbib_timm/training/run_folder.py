@@ -30,7 +30,7 @@ from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, first_line
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
-from mbib_timm.files import check_folder, printable, read_json, remove_debris, to_json, write_bytes
+from mbib_timm.files import check_folder, counted, printable, read_json, remove_debris, to_json, write_bytes
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import data_set_of, split_tag
@@ -147,8 +147,13 @@ class RunFolder:
         changed = {name: f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in pairs.items() if a not in (None, b)}
         if not changed:
             return None
-        kept = f"; precision stays as it was (amp: {str(amp).lower()})" if "device" in changed else ""
-        return f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}{kept}"
+        said = f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}"
+        if "device" in changed:
+            said += f"; precision stays as it was (amp: {str(amp).lower()})"
+        if "processes" in changed:
+            before, now = pairs["processes"]
+            said += f"; an update is of the batches of {counted(now, 'process')}, and was of those of {before}"
+        return said
 
     def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--experiment") -> Recipe:
         """Return a recipe with what the run here has chosen, where it leaves that open: see `OPEN_CHOICES`.
@@ -202,21 +207,25 @@ class RunFolder:
             self._lock.release()
             raise BusyFolderError(f"another process has trained in {self.path} in the meantime; run the command again")
 
-    def begin(self, recipe: Recipe, environment: Environment) -> None:
-        """Record what is about to run, in a folder that is this process's own; see `occupy`, which raises."""
+    def begin(self, recipe: Recipe, environment: Environment, trains: bool = True) -> None:
+        """Record what is about to run, in a folder that is this process's own; see `occupy`, which raises.
+
+        Args:
+            recipe: as it runs.
+            environment: in which.
+            trains: the weights train on: what was measured of them goes before the recipe is written, of which it would
+                be taken for the result.
+        """
         self.occupy()
         for path in self._unsound:
             set_aside(path)
         take_next(self.path)  # as the process would have done that wrote it, had it not been killed
         for part in ("", "figures", "analysis"):
             remove_debris(self.path / part)
+        for name in MEASURED if trains else ():
+            (self.path / name).unlink(missing_ok=True)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
-
-    def forget_results(self) -> None:
-        """Remove what was measured of weights that are about to train on; reports would take it for the new ones'."""
-        for name in MEASURED:
-            (self.path / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """Let other processes in."""

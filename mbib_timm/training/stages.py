@@ -14,7 +14,7 @@ from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import RECORD, Inputs, is_finished, read_record
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
-from mbib_timm.training.provenance import inputs_of
+from mbib_timm.training.provenance import extended, inputs_of
 from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import set_up
@@ -28,7 +28,8 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
 
     A run that is resumed may have other epochs than before, at least those that it has done. From the next epoch on
     everything is as in a run of that many: learning rate, sampler, mixing. What was done before stays as it was, so the
-    result is not that of a run which had as many from the start. Of several stages only the last may be extended.
+    result is not that of a run which had as many from the start, and no stage or sweep takes it for such a one. Of
+    several stages only the last may be extended.
 
     Args:
         recipe: what to train.
@@ -83,11 +84,14 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
             )
 
 
-def _train(recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool = False) -> FinishedRun:
+def _train(
+    recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool = False, whole: Path | None = None
+) -> FinishedRun:
+    """Train a run, or a stage of one whose whole is in another folder, which holds all its stages."""
     recipe, folder, state = _find_folder(recipe, name, world, extend)
     previous = None
     if recipe.previous is not None:
-        previous = _previous(recipe, folder.path, world, pool)
+        previous = _previous(recipe, whole or folder.path, world, pool)
         recipe = recipe.replace_previous(recipe.previous.with_choices_of(RunFolder(previous).recipe(recipe.plugin)))
     if previous is not None and world.is_main:
         print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
@@ -111,13 +115,13 @@ def _described(stage: Recipe) -> str:
 
 
 def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
-    """Return the folder of the finished stage before, trained now if need be."""
+    """Return the folder of the finished stage before, trained now in the run's if there is none."""
     wanted = recipe.previous
     assert wanted is not None
     number = wanted.stage + 1
     own = path / f"stage{number}-{wanted.method['name']}"
     given = inputs_of(wanted, pool)
-    found = [str(folder) for folder in _finished(wanted, given, path, own)] if world.is_main else []
+    found = [str(folder) for folder in _finished(wanted, given, world.world_size, path, own)] if world.is_main else []
     found = world.gather(found[:1])
     if found:
         if world.is_main:
@@ -126,19 +130,24 @@ def _previous(recipe: Recipe, path: Path, world: World, pool: DataPool) -> Path:
     if world.is_main:
         print(f"stage {number}: {_described(wanted)}", flush=True)
     wanted = wanted.everywhere(output=str(own.parent), resume="auto").replace(experiment=own.name)
-    _train(wanted, own.name, world, pool)
+    _train(wanted, own.name, world, pool, whole=path)
     return own
 
 
-def _finished(wanted: Recipe, given: list[Inputs], path: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders of finished runs that have computed the same of the same inputs, the run's own first."""
+def _finished(wanted: Recipe, given: list[Inputs], processes: int, path: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders of finished runs that have computed the same of the same inputs, the run's own first.
+
+    By as many processes: with their number the batch of an update changes.
+    """
     beside = sorted(path.parent.glob(f"*/{RECORD}")) + sorted(path.parent.glob(f"*/stage*-*/{RECORD}"))
     for folder in (own, *(file.parent for file in beside)):
         if not is_finished(folder) or not (folder / WEIGHTS).is_file():
             continue
         try:
-            there = RunFolder(folder).recipe(wanted.plugin)
-            if same_computation(wanted, there) and read_record(folder).inputs == given:
+            there, record = RunFolder(folder).recipe(wanted.plugin), read_record(folder)
+            is_whole = record.epochs == there.epochs and not record.extended_from
+            is_alike = record.inputs == given and record.environment.processes == processes
+            if same_computation(wanted, there) and is_whole and is_alike:
                 yield folder
         except MbibError:  # another program's folder, or a run of a plugin that is not here
             continue
@@ -174,6 +183,8 @@ def _find_folder(
     if conditions := folder.changed_conditions(describe_environment(world), recipe.amp):
         warn(conditions)
     before, reached = folder.recipe(recipe.plugin).epochs, TrainState.of(state)
+    if not extend and len(reached.ends_with(recipe.epochs)) > 1:
+        raise extended(folder.path, "remove the folder, and the stage is trained anew")
     done = reached.epoch + (reached.part is not None)  # those that have begun
     if done > recipe.epochs:
         raise CheckpointError(

@@ -121,7 +121,7 @@ class CapturedStep:
 
     Args:
         step: takes a batch per stream, updates the weights, returns scalars.
-        otherwise: the same for batches of other shapes than the first: of the short last one.
+        otherwise: the same for batches of other shapes: for the short last one.
         optimizer: whose learning rates the step reads; one that accepts them as tensors.
         graphs: of the run.
     """
