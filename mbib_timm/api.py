@@ -63,14 +63,14 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
     overrides = {key: _plain(value) for key, value in keys.items()}
     if isinstance(recipe, Recipe):
         changed = change_recipe(recipe, overrides, print)
-        check_given([changed], overrides)
-        return train_recipe(changed, changed.experiment or _name_of(changed))
-    path = find_recipe(str(recipe))
-    method = overrides.get("method")
-    method = method.get("name") if isinstance(method, dict) else method
-    changed = load_recipe(path, overrides, print)
+        name = changed.experiment or _name_of(changed)
+    else:
+        path = find_recipe(str(recipe))
+        changed = load_recipe(path, overrides, print)
+        method = overrides.get("method")
+        name = recipe_name(path, method.get("name") if isinstance(method, dict) else method)
     check_given([changed], overrides)
-    return train_recipe(changed, recipe_name(path, method))
+    return train_recipe(changed, name)
 
 
 def _plain(value: Any) -> Any:

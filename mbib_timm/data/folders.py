@@ -134,10 +134,8 @@ class ImageTree:
         """
         if not self.archive:
             return PathReader(self.path, Names.of(names))
-        places, contents = (
-            np.array([self.members.get(name, (0, 0)) for name in names], dtype=np.int64).reshape(-1, 2),
-            None,
-        )
+        places = np.array([self.members.get(name, (0, 0)) for name in names], dtype=np.int64).reshape(-1, 2)
+        contents = None
         if self.tar is not None:
             contents = b"".join(memoryview(self.tar)[start : start + size] for start, size in places.tolist())
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]

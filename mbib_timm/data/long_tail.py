@@ -108,10 +108,15 @@ def _check(num_classes: int, largest: int, imbalance_factor: float) -> None:
         raise DataError(f"an imbalance needs at least 2 classes, got {num_classes}")
     if not imbalance_factor >= 1:
         raise DataError(f"the imbalance factor must be at least 1, got {imbalance_factor:g}")
-    if int(largest / imbalance_factor) < 1:
+    if not _leaves_an_image(largest, imbalance_factor):
         raise DataError(
             f"imbalance factor {imbalance_factor:g} leaves the smallest class no image where the largest has {largest}"
         )
+
+
+def _leaves_an_image(largest: int, imbalance_factor: float) -> bool:
+    """Return whether the smallest class has an image where the largest has so many."""
+    return int(largest / imbalance_factor) >= 1
 
 
 PROFILES = {"exp": exponential_profile, "step": step_profile}
@@ -225,7 +230,7 @@ def largest_class(
         short = np.flatnonzero(counts > available)
         if not len(short):
             return largest
-        if int((largest - 1) / imbalance_factor) < 1:
+        if not _leaves_an_image(largest - 1, imbalance_factor):
             label = int(short[0])
             raise DataError(
                 f"class {named(class_names, len(available))[label]} has {counted(int(available[label]), 'image')}, and "

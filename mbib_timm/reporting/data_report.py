@@ -18,8 +18,7 @@ from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe
-from mbib_timm.recipe.checks import check_given
+from mbib_timm.recipe import Recipe, check_given, find_recipe, load_recipe
 from mbib_timm.recipe.recipe_files import change_recipe
 from mbib_timm.results.tables import NOTHING, Table
 

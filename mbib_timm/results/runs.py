@@ -112,14 +112,20 @@ class FinishedRun:
         """What keeps a run from being the packaged recipe's: addresses of keys, or ``classes``; empty for any other."""
         if self.packaged is None or not is_published(self.name):
             return []
-        is_whole = longest_epochs(self.recipe) == longest_epochs(self.packaged) and not self.record.extended_from
         start = [] if self._has_packaged_start or {"model", "pretrained"} & _last_parts(self.settings) else ["start"]
         return [
             *self.settings,
-            *([] if is_whole else ["epochs"]),
+            *([] if self.is_whole else ["epochs"]),
             *start,
             *([] if self._has_named_classes else ["classes"]),
         ]
+
+    @property
+    def is_whole(self) -> bool:
+        """False if its packaged recipe asks for other epochs, or the run did not have them from the start."""
+        if self.packaged is None:
+            return True
+        return longest_epochs(self.recipe) == longest_epochs(self.packaged) and not self.record.extended_from
 
     @property
     def _has_packaged_start(self) -> bool:
@@ -269,8 +275,7 @@ class RunGroup:
     @property
     def is_short(self) -> bool:
         """True if the runs had other epochs than their recipe asks for, or not from the start."""
-        is_whole = self.epochs == self.recipe_epochs and not self.first.record.extended_from
-        return self.recipe_epochs is not None and not is_whole
+        return not self.first.is_whole
 
     @property
     def is_papers(self) -> bool:
