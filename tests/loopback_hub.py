@@ -129,6 +129,7 @@ class TestHub:
 
 class Handler(BaseHTTPRequestHandler):
     hub: TestHub
+    disable_nagle_algorithm = True  # or each answer waits 40 ms, as headers and body are two packets
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *a):
