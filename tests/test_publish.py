@@ -538,6 +538,10 @@ def test_a_run_of_the_packaged_recipe_is_the_zoos(tmp_path):
         card = render_card(own, own.zoo_model.repository)
         assert "The paper reports 47.5 %" in card
         assert "not the published model" not in card
+        other = "has as many images of each class as one from `torch/cifar100`, but other images"
+        assert other in card
+    torchvisions = claimed(tmp_path / "torchvision", dict(dataset="torch/cifar100"))
+    assert other not in render_card(torchvisions, torchvisions.zoo_model.repository)
 
 
 def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished_run, tmp_path):

@@ -109,6 +109,7 @@ def render_card(
         name=run.name,
         what=_what(run, inference_only, stated),
         repository=repository,
+        run=run,
         record=record,
         result=record.result,
         when=stages_text(record.stages) if record.result.epoch is None else f"the last epoch ({epochs})",

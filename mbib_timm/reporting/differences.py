@@ -66,10 +66,10 @@ def _paragraph(group: RunGroup, column: str, mean: float, number: float, result:
 
 def known_differences(group: RunGroup) -> str:
     """Return what is known to differ from the paper, and what the paper leaves open."""
-    recipe, known = group.first.recipe, []
+    known = []
     if group.settings:
         known.append(f"the recipe was changed in {', '.join(f'`{key}`' for key in group.settings)}")
-    if recipe.dataset == "folder" and recipe.imbalance == "exp":
+    if group.first.has_other_subset:
         known.append(
             "the long-tailed subset holds as many images of each class as the paper's, but other images, since the "
             "files of a folder come in another order than those of the original release"

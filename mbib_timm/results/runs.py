@@ -96,6 +96,15 @@ class FinishedRun:
         return self.packaged is not None and not _last_parts(self.settings) & DATA
 
     @property
+    def has_other_subset(self) -> bool:
+        """True if the zoo's data set was made long-tailed from files, whose order is not that of its recipe's source.
+
+        The subset has as many images of each class, but other images.
+        """
+        drawn = self.recipe.dataset == "folder" and self.recipe.imbalance != "none"
+        return drawn and self.dataset is not None and self.packaged is not None and self.packaged.dataset != "folder"
+
+    @property
     def dataset(self) -> Dataset | None:
         """The zoo's data set that the run was trained on: its name says so, and its recipe and its classes agree."""
         if _last_parts(self.settings) & DATA:
