@@ -74,8 +74,10 @@ def known_differences(group: RunGroup) -> str:
             "the long-tailed subset holds as many images of each class as the paper's, but other images, since the "
             "files of a folder come in another order than those of the original release"
         )
+    if group.first.precision != "float32":
+        known.append(f"training was in {group.first.precision} mixed precision")
     if len(group.runs) == 1:
-        known.append("one seed was run, and how much another would differ has not been measured")
+        known.append(f"one seed was run in {group.first.precision}, and how much another would differ is not known")
     differing = f"What is known to differ: {'; '.join(known)}. " if known else ""
     text = (
         f"{differing}The paper leaves open how the layers are initialised, and whether the last epoch or the best is "
