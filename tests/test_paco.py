@@ -337,12 +337,6 @@ def test_a_cuda_graph_gives_the_eager_losses_and_state_to_the_bit():
 # Runs on the digits
 
 
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    """Nothing here looks at them, and they take most of a short run."""
-    monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
-
-
 class CrashError(Exception):
     """Stands for whatever ends a process."""
 
