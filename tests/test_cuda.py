@@ -555,7 +555,8 @@ def test_two_processes_on_one_device_keep_the_same_weights(device):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(two_processes, (port, device), nprocs=2)
+    method = "fork" if device == "cpu" else "spawn"
+    mp.start_processes(two_processes, (port, device), nprocs=2, start_method=method)
 
 
 # Synchronised batch normalisation
