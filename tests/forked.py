@@ -20,7 +20,7 @@ RUNNERS = multiprocessing.get_context("fork")
 
 def _child(work: Callable[[], int | None], out: str, error: str, folder: str, environment: Mapping[str, str]) -> None:
     # Pytest has put its own streams in the place of these.
-    sys.stdout, sys.stderr = (Path(file).open("a", buffering=1) for file in (out, error))  # noqa: SIM115
+    sys.stdout, sys.stderr = (Path(file).open("a", buffering=1, encoding="utf-8") for file in (out, error))  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stderr.fileno(), 2)
     os.environ.update(environment)
@@ -68,7 +68,8 @@ def run(work: Callable[[], int | None], folder: Any = ".", **environment: str) -
             process.join()
         finally:
             process.kill()
-        return CompletedProcess(["forked"], process.exitcode or 0, *(file.read_text("utf-8") for file in (out, error)))
+        printed, said = (file.read_text(encoding="utf-8") for file in (out, error))
+        return CompletedProcess(["forked"], process.exitcode or 0, printed, said)
 
 
 def mbib(*arguments: Any, folder: Any = ".", **environment: str) -> "CompletedProcess[str]":
