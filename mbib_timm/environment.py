@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import random
@@ -331,8 +332,12 @@ def has_bfloat16_instructions() -> bool | None:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
+@functools.cache
 def current_commit() -> str | None:
-    """Return the commit of the checkout that the package runs from, with ``-dirty``; None outside a checkout."""
+    """Return the commit of the checkout that the package runs from, with ``-dirty``; None outside a checkout.
+
+    As it is when a process first asks: what it has imported stays as it was.
+    """
     folder = Path(__file__).parents[1]
     return commit_of(folder) if (folder / ".git").exists() else None
 

@@ -59,16 +59,16 @@ def figures() -> Drawn:
         A context in which they draw them, as in tests that are marked ``figures``.
     """
     from mbib_timm.sweeps import show_sweep
-    from mbib_timm.training import run
+    from mbib_timm.training import stages
 
-    draw_figures, render = run.draw_figures, show_sweep.render
-    run.draw_figures = lambda *_: None
+    draw_figures, render = stages.draw_figures, show_sweep.render
+    stages.draw_figures = lambda *_: None
     show_sweep.render = lambda *_: {}
 
     @contextlib.contextmanager
     def drawn() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "draw_figures", draw_figures)
+            patch.setattr(stages, "draw_figures", draw_figures)
             patch.setattr(show_sweep, "render", render)
             yield
 

@@ -6,7 +6,6 @@ its third call of ``os.replace``. Other kinds are ``fsync``, ``step`` (of the op
 
 import csv
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,14 +15,14 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import matplotlib.figure  # noqa: F401  (so that the processes have it already)
 import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mbib_timm.training  # noqa: F401
-
-RUNNERS = multiprocessing.get_context("fork")  # a process that has torch already starts at once
+from mbib_timm.cli import main
 
 
 def die():
@@ -59,26 +58,14 @@ def put_in(fault):
         setattr(os, kind, dying)
 
 
-def _child(argv, rank, ranks, port, fault, log):
-    from mbib_timm.cli import main
+def _started(argv, rank, ranks, port, fault, log):
+    def work():
+        put_in(fault)
+        return main(argv)
 
-    sys.stdout = sys.stderr = Path(log).open("a", buffering=1)  # noqa: SIM115  (pytest has put its own in their place)
-    os.dup2(sys.stdout.fileno(), 1)
-    os.dup2(sys.stdout.fileno(), 2)
-    if ranks > 1:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }  # fmt: skip
-    torch.set_num_threads(1)
-    put_in(fault)
-    status = 1
-    try:
-        status = main(argv)
-    except BaseException as error:
-        print("Traceback:", repr(error))
-    sys.stdout.flush()
-    os._exit(status)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {name: str(value) for name, value in places.items()} if ranks > 1 else {}
+    return forked.start(work, log, log, environment=environment)
 
 
 def run(argv, log, ranks=1, fault="", grace=5.0):
@@ -97,9 +84,7 @@ def run(argv, log, ranks=1, fault="", grace=5.0):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [RUNNERS.Process(target=_child, args=(argv, r, ranks, port, fault, log)) for r in range(ranks)]
-    for process in processes:
-        process.start()
+    processes = [_started(argv, rank, ranks, port, fault, log) for rank in range(ranks)]
     told = None
     while any(process.is_alive() for process in processes):
         time.sleep(0.01)

@@ -156,15 +156,21 @@ def test_it_is_reset_pruned_and_scripted_as_any_model_of_timms(name):
     assert model(x).shape == (3, 3)
 
 
+# Their code is that of others here, with the same pooling.
+SAME_CODE = {
+    "convnext_tiny.dinov3_lvd1689m", "tf_efficientnet_lite0.in1k", "vit_small_patch14_dinov2.lvd142m",
+    "vit_base_patch32_clip_224.openai",
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("format", ["torch-export"])
-def test_it_is_exported_with_a_free_batch(name, format, tmp_path):
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SAME_CODE])
+def test_it_is_exported_with_a_free_batch(name, tmp_path):
     module, x = for_inference(create(name)), images(name, 2)
     described = type("Described", (), dict(entries=lambda self: {}, output="logits"))()
-    file = tmp_path / "model"
-    FORMATS[format].write(module, x, file, described)
-    assert largest_difference(module, FORMATS[format].read(file, "logits"), x.shape[1:]) < 1e-4
+    file, format = tmp_path / "model", FORMATS["torch-export"]
+    format.write(module, x, file, described)
+    assert largest_difference(module, format.read(file, "logits"), x.shape[1:]) < 1e-4
 
 
 # Pooling

@@ -348,7 +348,7 @@ def in_two_processes(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    mp.spawn(in_two_processes, (str(tmp_path),), nprocs=2)
+    mp.start_processes(in_two_processes, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = build()
     start_from_class_means(alone, photographs())

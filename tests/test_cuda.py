@@ -4,8 +4,10 @@ a GPU. Without one the same checks run on the CPU, where graphs are emulated and
 
 import copy
 import functools
+import gc
 import socket
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -33,8 +35,8 @@ from mbib_timm.sweeps import sweep_runs
 from mbib_timm.sweeps.sweep import load_sweep
 from mbib_timm.training import run as run_module
 from mbib_timm.training import setup as set_up_module
+from mbib_timm.training import stages, train
 from mbib_timm.training import step as step_module
-from mbib_timm.training import train
 from mbib_timm.training.optimization import (
     Precision,
     create_optimizer,
@@ -55,12 +57,6 @@ CONTENTLESS = pytest.mark.skipif(
 )
 # The first four batches are whole: the step is captured in the first epoch.
 SIZES = (8, 8, 8, 8, 5)
-
-
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    """Nothing here looks at them, and they take most of a short run."""
-    monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)
@@ -423,7 +419,6 @@ def test_a_run_resumes_on_another_device(tmp_path, monkeypatch, first, second):
             monkeypatch.setattr(set_up_module, "find_graphs", lambda *args: EmulatedGraphs())
         elif place == "eager":
             monkeypatch.undo()
-            monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
         return "cuda" if place == "cuda" else "cpu"
 
     whole = train(digits(tmp_path / "whole", device=on(second)), "run")
@@ -501,11 +496,10 @@ def test_a_device_that_vanishes_ends_a_sweep_too(tmp_path, monkeypatch):
     assert len(runs) == 1
 
 
-def test_nothing_of_a_run_stays_in_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("captured", [False, True])
+def test_nothing_of_a_run_stays_in_memory(tmp_path, monkeypatch, captured):
     """Not even where an exception that somebody keeps holds the frames that called it, as matplotlib's parser does."""
-    import weakref
-
-    methods, original = [], run_module.create_step
+    methods, kept, original = [], [], run_module.create_step
 
     def create_step(recipe, method, *args):
         methods.append(weakref.ref(method))
@@ -515,13 +509,20 @@ def test_nothing_of_a_run_stays_in_memory(tmp_path, monkeypatch):
         try:
             raise ValueError("kept")
         except ValueError as error:
-            kept = error
-            assert kept
+            kept.append(error)
 
     monkeypatch.setattr(run_module, "create_step", create_step)
-    monkeypatch.setattr(run_module, "draw_figures", draw)
-    train(digits(tmp_path, epochs=1, warmup_epochs=0), "run")
-    assert [method() for method in methods] == [None]
+    monkeypatch.setattr(stages, "draw_figures", draw)
+    if captured:
+        monkeypatch.setattr(set_up_module, "find_graphs", lambda *args: EmulatedGraphs())
+    monkeypatch.setattr(gc, "collect", None)
+    gc.disable()
+    try:
+        train(digits(tmp_path, epochs=1, warmup_epochs=0), "run")
+        assert kept
+        assert [method() for method in methods] == [None]
+    finally:
+        gc.enable()
 
 
 # Two processes
@@ -554,7 +555,8 @@ def test_two_processes_on_one_device_keep_the_same_weights(device):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(two_processes, (port, device), nprocs=2)
+    method = "fork" if device == "cpu" else "spawn"
+    mp.start_processes(two_processes, (port, device), nprocs=2, start_method=method)
 
 
 # Synchronised batch normalisation

@@ -1,9 +1,8 @@
 """Resident images: the cache on the disk, and the memory that they take."""
 
-import os
-import subprocess
-import sys
+import hashlib
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -142,21 +141,24 @@ def test_broken_images_are_remembered(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_decode_once_and_see_the_same(folder, popen):
-    program = (
-        "import sys, hashlib; from tests.test_decoding import *\n"
-        "import pathlib; import mbib_timm.data.decoding as c; w = c.write_entry\n"
-        "def write(*a): print('decoding'); w(*a)\n"
-        "c.write_entry = write\n"
-        "r = batches(cached(pathlib.Path(sys.argv[1])))\n"
-        "print(hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for x in r for t in x)).hexdigest())"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["PYTHONPATH"] = str(os.path.dirname(os.path.dirname(__file__))) + os.pathsep + environment["PYTHONPATH"]
-    command = [sys.executable, "-c", program, str(folder)]
-    processes = [popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+def test_two_processes_decode_once_and_see_the_same(folder, tmp_path, monkeypatch):
+    original = decoding.write_entry
+
+    def write(*arguments):
+        print("decoding")
+        original(*arguments)
+
+    def work():
+        read = [tensor for batch in batches(cached(folder)) for tensor in batch]
+        print(hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in read)).hexdigest())
+
+    monkeypatch.setattr(decoding, "write_entry", write)
+    files = [tmp_path / f"{number}.txt" for number in range(2)]
+    processes = [forked.start(work, file, file) for file in files]
+    for process in processes:
+        process.join()
+    outputs = [file.read_text().split() for file in files]
+    assert [process.exitcode for process in processes] == [0, 0], outputs
     assert sum(output.count("decoding") for output in outputs) == 2  # training and evaluation, once each
     assert outputs[0][-1] == outputs[1][-1]
 

@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_it_is_served_on_this_machine_alone(finished_run, tmp_path, popen):
         port = str(taken.getsockname()[1])
         call = [sys.executable, "-m", "mbib_timm", "demo", str(finished_run), "--device", "cpu"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(tmp_path)}
-        done = subprocess.run([*call, "--port", port], env=environment, capture_output=True, text=True, timeout=120)
+        done = forked.mbib(*call[3:], "--port", port, HF_HUB_OFFLINE="1")
         assert done.returncode == 2
         assert f"port {port} is taken" in done.stderr
     server = popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -239,6 +239,7 @@ def test_the_table_of_data_without_few_shot_classes():
 # Two processes
 
 
+@torch.enable_grad()
 def train_and_look(rank, folder, ema):
     """Train in one of two processes; keep the logits of fixed images that every evaluation would give."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -251,6 +252,7 @@ def train_and_look(rank, folder, ema):
 
     evaluate_module.head_logits = looking
     keys = dict(base="digits", model="cifar_resnet20", method="ce", epochs=2, warmup_epochs=0, device="cpu", workers=0)
+    keys["imbalance_max"] = 48
     (folder / f"own{rank}.yaml").write_text(yaml.safe_dump({**keys, "model_ema": ema, "model_ema_decay": 0.5}))
     train(load_recipe(folder / f"own{rank}.yaml", {"output": str(folder)}), "run")
     torch.save(seen, folder / f"{rank}.pt")
@@ -268,14 +270,14 @@ def test_all_processes_evaluate_the_weights_that_are_saved(tmp_path, monkeypatch
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(train_and_look, (tmp_path, ema), nprocs=2)
+    mp.start_processes(train_and_look, (tmp_path, ema), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     # An evaluation an epoch, of 170 images in one batch; with an average also of the raw weights, and at the end again.
     assert len(first) == len(second) == (5 if ema else 2)
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     saved = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
-    torch.testing.assert_close(saved(probe()), first[-3 if ema else -1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(saved(probe()), first[-3 if ema else -1], rtol=1e-5, atol=1e-5)
     if ema:  # and the raw weights after it
         raw = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
         saved.load_state_dict(raw)
-        torch.testing.assert_close(saved(probe()), first[-1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(saved(probe()), first[-1], rtol=1e-5, atol=1e-5)

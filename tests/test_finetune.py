@@ -47,7 +47,7 @@ def my_images(shared, tmp_path_factory):
 
 def train(my_images, folder, *flags):
     arguments = ["--data-dir", str(my_images), "--output", str(folder), "--device", "cpu", "--workers", "0"]
-    schedule = ["--epochs", "8"] if "--epochs" not in flags else ["--warmup-epochs", "0"]
+    schedule = ["--epochs", "8", "--val-interval", "8"] if "--epochs" not in flags else ["--warmup-epochs", "0"]
     assert main(["train", "finetune/mbib_resnet32", *arguments, *schedule, *flags]) == 0
     return folder / "mbib_resnet32.finetune"
 

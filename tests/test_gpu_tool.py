@@ -1,11 +1,10 @@
 """The tool for a machine with a GPU: its plan, its data, its clock, and what comes back; nothing here needs one."""
 
 import re
-import subprocess
+import runpy
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import gpu
 import numpy as np
@@ -88,7 +87,7 @@ def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, 
     monkeypatch.setattr(gpu, "GRACE", 2)
     begun = time.monotonic()
     status = gpu.run_phase(
-        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 8, gpu.Archives(tmp_path)
+        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 5, gpu.Archives(tmp_path)
     )  # time to start
     assert status is None
     assert time.monotonic() - begun < 60
@@ -127,9 +126,16 @@ def test_the_archives_hold_results_weights_and_what_is_not_finished(tmp_path):
         gpu.take_up(tmp_path / "nowhere", tmp_path / "next")
 
 
-def call(*arguments):
-    file = Path(gpu.__file__)
-    return subprocess.run([sys.executable, str(file), *arguments], capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the tool in this process; return what it prints."""
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+        gpu.main()
+        return capsys.readouterr().out
+
+    return called
 
 
 @pytest.mark.parametrize(
@@ -140,29 +146,27 @@ def call(*arguments):
         (["--only", "table2", "--list"], "there is no phase 'table2'; there are checks, benchmark, table1_if100"),
     ],
 )
-def test_what_cannot_be_is_an_error(arguments, message, tmp_path, monkeypatch):
+def test_what_cannot_be_is_an_error(arguments, message, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     with pytest.raises(MbibError, match=message):
-        gpu.main()
+        call(*arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_is_a_sentence(tmp_path):
-    done = call("-o", str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert "gpu: error: expected the packed images" in done.stderr
+def test_an_error_is_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(gpu.__file__, run_name="__main__")
+    assert end.value.code == 2
+    assert "gpu: error: expected the packed images" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_dry_run_goes_on_where_another_was_stopped(tmp_path):
+def test_a_dry_run_goes_on_where_another_was_stopped(tmp_path, call):
     """With the digits: the first call has no time for its last phase, the second skips what is done."""
-    first = call("--dry-run", "-o", str(tmp_path / "one"), "--minutes", "0.4", "--only", "digits")
-    assert first.returncode == 0, first.stderr
-    assert "not begun, the time is up" in first.stdout
-    second = call("--dry-run", "-o", str(tmp_path / "one"), "--only", "digits")
-    assert "digits: done," in second.stdout, second.stderr
-    third = call("--dry-run", "-o", str(tmp_path / "two"), "--only", "digits", "--from", str(tmp_path / "one"))
-    assert "digits: done before" in third.stdout
+    dry = ("--dry-run", "--only", "digits", "--jobs", "1", "-o")
+    assert "not begun, the time is up" in call(*dry, tmp_path / "one", "--minutes", "0.4")
+    assert "digits: done," in call(*dry, tmp_path / "one")
+    assert "digits: done before" in call(*dry, tmp_path / "two", "--from", tmp_path / "one")
     table = (tmp_path / "two" / "results" / "digits-1e" / "table.md").read_text()
     assert re.findall(r"\| (\S+) \| 2 \|", table) == ["cifar_resnet20.ce_digits", "mbib_resnet20.digits"]

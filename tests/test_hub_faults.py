@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from huggingface_hub import HfApi, close_session, constants
 from loopback_hub import FAULTS, TestHub
@@ -198,7 +199,7 @@ def test_commands_end_too(hub, tmp_path):
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
     for token in ("hf_käse", "hf_a\nb"):
-        done = subprocess.run(call, env={**environment, "HF_TOKEN": token}, capture_output=True, text=True, timeout=120)
+        done = forked.mbib("predict", f"hf-hub:{REPOSITORY}", __file__, HF_TOKEN=token)
         assert done.returncode == 2, done.stderr
         assert token not in done.stderr
         assert "Traceback" not in done.stderr

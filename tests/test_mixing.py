@@ -487,7 +487,6 @@ def test_a_run_that_mixes_resumes_bit_identically(tmp_path, monkeypatch, method,
     path = find_recipe("cifar_resnet20.ce_digits")
     changes = {**DIGITS, **keys, "method": method, "loader": loader, "output": str(tmp_path)}
     settings = load_recipe(path, changes)
-    monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
     whole = train(settings, "whole")
     original = run_module.train_one_epoch
 
@@ -508,8 +507,7 @@ def test_a_run_that_mixes_resumes_bit_identically(tmp_path, monkeypatch, method,
     assert whole.record.result == resumed.record.result
 
 
-def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
+def test_mbib_trains_on_mixed_digits_and_evaluates_on_labels(tmp_path):
     keys = {**DIGITS, "mixup": 1.0, "smoothing": 0.1, "output": str(tmp_path)}
     run = train(load_recipe(find_recipe("mbib_resnet20.digits"), keys), "mixed")
     losses = [row.losses["loss"] for row in read_history(tmp_path / "mixed")]

@@ -337,12 +337,6 @@ def test_a_cuda_graph_gives_the_eager_losses_and_state_to_the_bit():
 # Runs on the digits
 
 
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    """Nothing here looks at them, and they take most of a short run."""
-    monkeypatch.setattr(run_module, "draw_figures", lambda *args: None)
-
-
 class CrashError(Exception):
     """Stands for whatever ends a process."""
 
@@ -464,7 +458,7 @@ def in_two_processes(rank, folder):
 @pytest.mark.slow
 def test_two_processes_share_the_queue_and_the_table(tmp_path):
     shutil.copytree(previous_run(5), tmp_path / "teacher")
-    mp.spawn(in_two_processes, (str(tmp_path),), nprocs=2)
+    mp.start_processes(in_two_processes, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     features = torch.cat([run["keys"][i][0] for i in (0, 1) for run in (first, second)])[-20:]
     labels = torch.cat([run["keys"][i][1] for i in (0, 1) for run in (first, second)])[-20:]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -656,18 +657,18 @@ def test_a_run_may_move_with_its_plugin(write, tmp_path):
     """`report` and `validate` look for it in the current folder; a run goes on with the one that is given."""
     write("old/moving.py", METHOD.format(name="moving"))
     flags = ["--plugin", "moving.py", "--method", "moving", *SHORT, "--experiment", "run"]
-    done = run(tmp_path / "old", "train", "cifar_resnet20.ce_digits", *flags)
+    done = forked.mbib("train", "cifar_resnet20.ce_digits", *flags, folder=tmp_path / "old")
     assert done.returncode == 0, done.stderr
     (tmp_path / "old").rename(tmp_path / "new")
     for command in (["report", "runs/run"], ["validate", "runs/run"]):
-        done = run(tmp_path / "new", *command)
+        done = forked.mbib(*command, folder=tmp_path / "new")
         assert done.returncode == 0, done.stderr
     (tmp_path / "new/moving.py").rename(tmp_path / "moving.py")
-    done = run(tmp_path / "new", "report", "runs/run")
+    done = forked.mbib("report", "runs/run", folder=tmp_path / "new")
     assert done.returncode == 2
     assert f"plugin {tmp_path / 'old/moving.py'}: there is no such file" in done.stderr
     more = ["--resume", "auto", "--plugin", "../moving.py", "--epochs", "2"]
-    done = run(tmp_path / "new", "train", "cifar_resnet20.ce_digits", *flags[2:], *more)
+    done = forked.mbib("train", "cifar_resnet20.ce_digits", *flags[2:], *more, folder=tmp_path / "new")
     assert done.returncode == 0, done.stderr
 
 
@@ -772,7 +773,7 @@ def test_an_installed_package_makes_its_methods_known_by_itself(tmp_path):
     listed = run(tmp_path, "methods", PYTHONPATH=str(site))
     assert "\noutside " in f"\n{listed.stdout}"
     # Without it the name is unknown; a method of one's own name is not hidden by a package's.
-    unknown = run(tmp_path, *flags, "--output", str(tmp_path / "other"))
+    unknown = forked.mbib(*flags, "--output", str(tmp_path / "other"), folder=tmp_path)
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("mbib: error: unknown method 'outside'")
     assert not (tmp_path / "other").exists()
@@ -809,11 +810,11 @@ def test_the_documented_method_is_short_and_trains_in_two_stages(tmp_path):
         (tmp_path / name).write_text(content)
     flags = ["--stage1.epochs", "1", "--stage1.warmup_epochs", "0", "--stage2.epochs", "1", "--imbalance-max", "24"]
     flags += ["--stage2.warmup-epochs", "0", "--device", "cpu", "--output", "runs", "--experiment", "run"]
-    done = run(tmp_path, "train", "tempered.yaml", *flags)
+    done = forked.mbib("train", "tempered.yaml", *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
     assert metrics["stages"] == ["tempered", "crt"]
-    shown = run(tmp_path, "train", "tempered.yaml", "--help")
+    shown = forked.mbib("train", "tempered.yaml", "--help", folder=tmp_path)
     assert "stage1.method: tempered (Tempered LA):" in shown.stdout
     assert "--stage1.method.warm-up FLOAT" in shown.stdout
 

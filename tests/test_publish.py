@@ -9,11 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, close_session, constants
 from loopback_hub import TestHub
 from small_data import class_folders
 
@@ -66,19 +67,33 @@ def state(hub):
     return hub.load(REPOSITORY)
 
 
+def forked_command(hub, home, *arguments, **further):
+    """As `command`, in a forked process, whose client of the Hub is told what the environment says to a fresh one."""
+
+    def told():
+        constants.ENDPOINT = hub.url
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
+        constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, "HF_HUB_OFFLINE" in further
+        close_session()
+        return main([*map(str, arguments)])
+
+    return forked.run(told, **{"HF_TOKEN": hub.token, **further})
+
+
 LOAD = """
 import sys
 import mbib_timm, timm, torch
-model = timm.create_model(sys.argv[1], pretrained=True).eval()
 images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    torch.save(model(images), sys.argv[2])
+for name, file in zip(sys.argv[1::2], sys.argv[2::2]):
+    with torch.no_grad():
+        torch.save(timm.create_model(name, pretrained=True).eval()(images), file)
 """
 
 
-def load_elsewhere(hub, home, name, file, **further):
-    """Load in a fresh process, by `import mbib_timm` and timm alone."""
-    call = [sys.executable, "-c", LOAD, name, str(file)]
+def load_elsewhere(hub, home, files, **further):
+    """Load models in a fresh process, by `import mbib_timm` and timm alone; what they give goes into files."""
+    call = [sys.executable, "-c", LOAD, *(str(word) for pair in files.items() for word in pair)]
     return subprocess.run(call, env=environment(hub, home, **further), capture_output=True, text=True, timeout=120)
 
 
@@ -103,15 +118,16 @@ def test_round_trip(hub, finished_run, expected, tmp_path, xet):
     assert repo["tags"] == {"v1": repo["refs"]["main"]}
     assert len(repo["commits"]) == 2, "the initial commit, and one for everything"
 
-    for name in (f"hf-hub:{REPOSITORY}", f"hf-hub:{REPOSITORY}@v1"):
-        done = load_elsewhere(hub, tmp_path / "other home", name, tmp_path / "logits.pt", **switch)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    files = {f"hf-hub:{REPOSITORY}{revision}": tmp_path / f"logits{revision}.pt" for revision in ("", "@v1")}
+    done = load_elsewhere(hub, tmp_path / "other home", files, **switch)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(torch.equal(torch.load(file), expected) for file in files.values())
     assert hub.token not in done.stdout + done.stderr
-    offline = {"HF_HUB_OFFLINE": "1", **switch}
-    done = load_elsewhere(hub, tmp_path / "other home", f"hf-hub:{REPOSITORY}", tmp_path / "cached.pt", **offline)
-    assert done.returncode == 0, "what is in the cache needs no network"
-    assert torch.equal(torch.load(tmp_path / "cached.pt"), expected)
+    if not xet:
+        offline, files = {"HF_HUB_OFFLINE": "1", **switch}, {f"hf-hub:{REPOSITORY}": tmp_path / "cached.pt"}
+        done = load_elsewhere(hub, tmp_path / "other home", files, **offline)
+        assert done.returncode == 0, "what is in the cache needs no network"
+        assert torch.equal(torch.load(tmp_path / "cached.pt"), expected)
 
 
 def test_a_second_time_nothing_is_committed(hub, finished_run):
@@ -148,9 +164,10 @@ def test_figures_that_are_no_more_go_and_other_files_stay(hub, finished_run):
 @pytest.mark.slow
 def test_inference_only_loads_and_predicts_the_same(hub, finished_run, expected, tmp_path):
     publisher(hub, make_release(finished_run, REPOSITORY, inference_only=True)).publish(False, None)
-    done = load_elsewhere(hub, tmp_path / "home", f"hf-hub:{REPOSITORY}", tmp_path / "logits.pt")
+    file = tmp_path / "logits.pt"
+    done = load_elsewhere(hub, tmp_path / "home", {f"hf-hub:{REPOSITORY}": file})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    assert torch.equal(torch.load(file), expected)
 
 
 @pytest.mark.slow
@@ -214,14 +231,12 @@ def test_what_somebody_else_pushes_meanwhile_is_not_overwritten(hub, finished_ru
 
 @pytest.mark.slow
 def test_tokens(hub, finished_run, tmp_path):
-    done = command(hub, tmp_path, "publish", finished_run, "--repo-id", REPOSITORY, HF_TOKEN="hf_secret_but_wrong")
+    call = ["publish", finished_run, "--repo-id", REPOSITORY]
+    done = forked_command(hub, tmp_path, *call, HF_TOKEN="hf_secret_but_wrong")
     assert done.returncode == 1
     assert "does not accept the token" in done.stderr
     assert "hf_secret_but_wrong" not in done.stdout + done.stderr
-    nobody = environment(hub, tmp_path)
-    del nobody["HF_TOKEN"]
-    call = [sys.executable, "-m", "mbib_timm", "publish", str(finished_run), "--repo-id", REPOSITORY]
-    done = subprocess.run(call, env=nobody, capture_output=True, text=True, timeout=120)
+    done = forked_command(hub, tmp_path, *call, HF_TOKEN="")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert state(hub) is None
@@ -231,19 +246,22 @@ def test_tokens(hub, finished_run, tmp_path):
 def test_a_private_repository(hub, finished_run, expected, tmp_path):
     publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=True, revision=None)
     assert state(hub)["private"]
-    done = load_elsewhere(hub, tmp_path, f"hf-hub:{REPOSITORY}", tmp_path / "logits.pt")
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
-    done = command(hub, tmp_path / "new", "predict", f"hf-hub:{REPOSITORY}", __file__, HF_TOKEN="wrong")
+    file = tmp_path / "logits.pt"
+    load_elsewhere(hub, tmp_path, {f"hf-hub:{REPOSITORY}": file})
+    assert torch.equal(torch.load(file), expected)
+    call = ["predict", f"hf-hub:{REPOSITORY}", __file__]
+    done = forked_command(hub, tmp_path / "new", *call, HF_TOKEN="wrong")
     assert done.returncode == 2
     assert "is private and needs a token" in done.stderr
 
 
 @pytest.mark.slow
 def test_missing_repositories_and_no_network(hub, tmp_path):
-    done = command(hub, tmp_path, "predict", "hf-hub:tester/nothing", __file__)
+    call = ["predict", "hf-hub:tester/nothing", __file__]
+    done = forked_command(hub, tmp_path, *call)
     assert done.returncode == 2
     assert "there is no such repository" in done.stderr
-    done = command(hub, tmp_path, "predict", "hf-hub:tester/nothing", __file__, HF_HUB_OFFLINE="1")
+    done = forked_command(hub, tmp_path, *call, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert "cannot be reached, and there is no copy in the cache" in done.stderr
 
@@ -585,7 +603,7 @@ def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     recipe = load_recipe(run / "recipe.yaml")
-    held, published = set(), []
+    held, published, kept = set(), [], read_run(run)
     for key, item in KEYS.items():
         kind = type(item.default_factory()) if callable(item.default_factory) else str
         own_recipe = recipe
@@ -601,7 +619,7 @@ def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run
                 continue
             held.add(key)
             published.append(redact_recipe(changed))
-            own = replace(read_run(run), recipe=changed)
+            own = replace(kept, recipe=changed)
             published.append(render_card(own, REPOSITORY).encode())
             group, _ = group_runs([own, replace(own, recipe=recipe.replace(seed=5, epochs=7))])
             published.append(json.dumps([group.title, {k: str(v) for k, v in group.settings.items()}]).encode())

@@ -14,12 +14,12 @@ import mbib_timm  # noqa: F401 (registers the models)
 ROOT = Path(__file__).parents[1]
 IMPORTS = {
     "after timm": "import timm; import mbib_timm",
-    "before timm": "import mbib_timm; assert 'timm' not in sys.modules; import timm",
+    "by the command, before timm": (
+        "from mbib_timm.cli import main; main(['recipes']); assert 'timm' not in sys.modules; import timm"
+    ),
     "before a part of timm": "import mbib_timm; from timm.layers import SelectAdaptivePool2d; import timm",
     "after a look for timm": "import mbib_timm; from importlib.util import find_spec; find_spec('timm'); import timm",
-    "by the models, which import timm": "from mbib_timm.models import MBIB; import timm",
     "by the methods, which import timm": "from mbib_timm.methods import METHODS; import timm",
-    "by the command": "from mbib_timm.cli import main; main(['recipes']); import timm",
 }
 CREATE = """
 assert timm.is_model("mbib_resnet20")
@@ -43,7 +43,7 @@ def test_the_models_are_registered(imports):
 
 @pytest.mark.slow
 def test_a_model_that_was_pickled_brings_all_of_them():
-    """As a worker that is spawned gets what it works with."""
+    """As a worker that is spawned gets what it works with; its models, which import timm, come first."""
     content = pickle.dumps(timm.create_model("mbib_resnet20", num_classes=10))
     run(
         "import pickle, sys\npickle.load(sys.stdin.buffer)\nimport timm\nassert timm.is_model('mbib_resnet32')", content

@@ -259,14 +259,6 @@ def test_a_table_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
 # Runs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_figures():
-    """Nothing here looks at them, and they take most of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "draw_figures", lambda *args: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     path = tmp_path_factory.mktemp("taught")

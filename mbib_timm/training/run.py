@@ -45,10 +45,8 @@ from mbib_timm.results.record import (
     epoch_metrics,
     read_record,
     write_history,
-    write_record,
 )
-from mbib_timm.results.run_figures import draw_figures
-from mbib_timm.results.run_text import epoch_line, print_report
+from mbib_timm.results.run_text import epoch_line
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.epoch import LossLog, require_finite, train_one_epoch
 from mbib_timm.training.optimization import (
@@ -221,7 +219,7 @@ class Run:
     # The run
 
     def execute(self) -> RunRecord:
-        """Train what is left to train, and write the results."""
+        """Train what is left to train, and write the results but for the record, with which the run is finished."""
         recipe, done = self.recipe, self.done
         steps = len(self.loaders.train)
         if self.world.is_main:
@@ -542,9 +540,6 @@ class Run:
             )
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)
             write_errors(self.folder.path, answers, images, splits.class_names, recipe.data_dir)
-            draw_figures(self.folder.path, done.history, record)
-            write_record(self.folder.path, record)  # last: with it the run is finished
-            print_report(self.folder.path, record)
         return record
 
 

@@ -1,6 +1,5 @@
 """A run of one stage or several: each stage is a run of its own, and starts from the weights of the one before."""
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,9 @@ from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.files import counted
 from mbib_timm.recipe import Recipe
-from mbib_timm.results.record import RECORD, Inputs, is_finished, read_record
+from mbib_timm.results.record import RECORD, Epoch, Inputs, is_finished, read_record, write_record
+from mbib_timm.results.run_figures import draw_figures
+from mbib_timm.results.run_text import print_report
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.provenance import extended, inputs_of
@@ -96,17 +97,21 @@ def _train(
     if previous is not None and world.is_main:
         print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
 
-    def execute() -> FinishedRun:
+    def execute() -> tuple[FinishedRun, list[Epoch]]:
         run = Run(recipe, name, world, folder, state, pool, previous)
-        return FinishedRun(folder.path, run.execute(), run.recipe)
+        return FinishedRun(folder.path, run.execute(), run.recipe), run.done.history
 
     try:
-        finished = execute()
+        finished, history = execute()
+        # The model, its graphs and the checkpoint are gone by now: exceptions that matplotlib's parser keeps hold the
+        # frames that called it, and whatever runs next in this process needs the memory of what is in them.
+        state = None
+        if world.is_main:
+            draw_figures(folder.path, history, finished.record)
+            write_record(folder.path, finished.record)  # last: with it the run is finished
+            print_report(folder.path, finished.record)
     finally:
         folder.end()
-    # Exceptions that matplotlib's parser keeps hold the frames that called it, and with them the model and its graphs:
-    # whatever runs next in this process needs their memory.
-    gc.collect()
     return finished
 
 
