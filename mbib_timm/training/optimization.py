@@ -74,7 +74,9 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     for name, parameter in own.items():
         spared = recipe.filter_bias_and_bn and (parameter.ndim <= 1 or name.endswith(".bias"))  # timm's rule
         by_decay.setdefault(0.0 if spared else decays, []).append(parameter)
-    of_method = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
+    of_method: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()
+    ]
     if recipe.param_groups:
         parts = _parts(recipe, network, own)
         _require_decays(recipe, parts, [*optimizer.param_groups, *of_method])
