@@ -838,7 +838,7 @@ def documented():
 @pytest.mark.slow
 def test_the_documented_method_is_short_and_trains_in_two_stages(tmp_path):
     files = documented()
-    assert len(files["tempered.py"].splitlines()) < 30
+    assert len(files["tempered.py"].splitlines()) <= 30
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     flags = ["--stage1.epochs", "1", "--stage1.warmup_epochs", "0", "--stage2.epochs", "1", "--imbalance-max", "24"]
