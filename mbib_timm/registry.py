@@ -74,6 +74,10 @@ class Registry(Generic[T]):
         """Take an entry out."""
         del self._entries[name], self._modules[name]
 
+    def module_of(self, name: str) -> str:
+        """Return the module that has registered a name."""
+        return self._modules[name]
+
     def names_from(self, module: str) -> list[str]:
         """Return the names that a module, or one inside it, has registered."""
         return [name for name, where in self._modules.items() if is_inside(where, module)]

@@ -110,6 +110,34 @@ def test_parameters_of_the_method_have_the_recipes_settings(monkeypatch):
     assert (group["lr"], group["weight_decay"]) == (0.2, 0.01)
 
 
+def test_expressions_see_the_names_of_the_methods_parameters_too(monkeypatch):
+    own = {"bias_of_mine": torch.nn.Parameter(torch.ones(2)), "backbone_too": torch.nn.Parameter(torch.ones(2, 2))}
+    monkeypatch.setattr(METHODS["ce"], "own_parameters", lambda self: iter(own.items()))
+    names = {id(parameter): name for name, parameter in own.items()}
+    expected = {"bias_of_mine": (0.2, 0.01), "backbone_too": (0.2, 0.01)}
+    for parts, changed in (
+        ({"bias": {"weight_decay": 0}}, {}),
+        ({"of_mine$": {"weight_decay": 0, "lr_scale": 2}}, {"bias_of_mine": (0.4, 0.0)}),
+        ({"^backbone": {"lr_scale": 0.5}}, {"backbone_too": (0.1, 0.01)}),
+    ):
+        _, network, optimizer, _ = build(param_groups=parts, weight_decay=0.01)
+        found = {
+            names[id(parameter)]: (group["lr"], group["weight_decay"])
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in names
+        }
+        assert found == expected | changed
+        trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        assert sorted(trained) == sorted([*map(id, network.parameters()), *names]), "each is in one group"
+    with pytest.raises(MbibError, match=r"'zz' matches no parameter's name; .*, the method has bias_of_mine, backb"):
+        build(param_groups={"zz": {"lr_scale": 2}})
+    with pytest.raises(MbibError, match="backbone_too is in \\^backbone and in too; expected one part"):
+        build(param_groups={"^backbone": {"lr_scale": 2}, "too": {"lr_scale": 3}})
+    with pytest.raises(MbibError, match="of_mine: weight_decay has no effect"):
+        build(param_groups={"of_mine": {"weight_decay": 2}}, filter_bias_and_bn=True)
+
+
 @pytest.mark.parametrize(
     ("parts", "keys", "message"),
     [

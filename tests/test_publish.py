@@ -571,6 +571,17 @@ def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished
     assert "trained from scratch on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
 
 
+def test_a_recipe_whose_name_is_no_models_names_neither_model_nor_data(finished_run):
+    run = read_run(finished_run)
+    for name in ("anything.mytag", "own.folder", f"anything.{run.name.partition('.')[2]}"):
+        card = render_card(replace(run, record=replace(run.record, name=name)), REPOSITORY)
+        assert f"\n`{run.record.model}` trained from scratch on `digits` for 3 epochs" in card
+        assert "name: digits\n" in card
+    placed = replace(run.record, name="mbib_resnet20.mytag", model="hf-hub:me/it")
+    card = render_card(replace(run, record=placed), REPOSITORY)
+    assert "\n`mbib_resnet20` trained from scratch on `mytag` for 3 epochs" in card, "as it is called where it lies"
+
+
 CANARY = "canary"
 PATHS = (
     f"/home/{CANARY}/w.csv",

@@ -229,6 +229,23 @@ def test_an_extended_run_is_told_from_one_of_the_whole_schedule(tmp_path, undraw
     assert f"\n{said.capitalize()}.\n" in capsys.readouterr().out
 
 
+def test_what_was_measured_before_the_last_step_of_a_method_says_so(tmp_path, undrawn, capsys):
+    run = read_run(MBIB)
+    record = replace(run.record, best=run.record.result, raw=run.record.result)
+    for method, said in (("mbib", ""), ("tau_norm", ", before the last step of tau-norm")):
+        of_method = replace(run, record=replace(record, method=method))
+        print_report(tmp_path, of_method.record)
+        top1, printed = record.result.prediction.top1, capsys.readouterr().out
+        assert f"Best epoch on test, which is not the result: epoch 200, {top1:.2f} %{said}\n" in printed
+        raw = f"Weights without the moving average{said}: {top1:.2f}"
+        (group,) = group_runs([of_method])
+        section, card = html_of(run_section(group)), render_card(of_method, "me/it")
+        assert all(raw in text for text in (printed, section, card))
+        assert f"The best of the evaluated epochs was 200 with {top1:.1f} %{said}; it was chosen on" in section
+        result = "that after it" if said else "the last epoch's"
+        assert f"was epoch 200 with {top1:.2f} %{said}; the accuracy reported here is {result}." in card
+
+
 def test_seeds_give_a_deviation(tmp_path):
     folders = [changed(MBIB, tmp_path, f"seed{seed}", seed=seed, top1=30.0 + seed) for seed in range(3)]
     (group,) = group_runs([read_run(folder) for folder in folders])

@@ -17,7 +17,6 @@ from matplotlib.container import BarContainer
 
 from mbib_timm.drawing import DARK, METHOD_COLORS, render
 from mbib_timm.errors import MbibError
-from mbib_timm.methods import method_title
 from mbib_timm.sweeps.show_sweep import (
     markdown,
     mean_and_deviation,
@@ -105,7 +104,7 @@ def test_what_some_rows_had_more_of_is_said():
     first, *others = results.runs
     more = replace(first, stage_epochs=[200, 10], chosen={"tau": 0.5}, chosen_on="990 held-out images")
     said = what_was_run(replace(results, runs=[more, *(replace(run, stage_epochs=[200]) for run in others)]))
-    row = " ".join(method_title(value) for value in first.coordinates.values())
+    row = "factor 100 beta 0"
     assert f"Stages of 200 + 10 epochs: {row}." in said
     assert f"**Chosen with labels of further images**: tau of {row}, on 990 held-out images." in said
     untrained = replace(results, runs=[replace(run, stage_epochs=[200, 0]) for run in results.runs])
@@ -307,6 +306,14 @@ def test_lines_run_through_the_means():
             assert line.get_linestyle() == ("-" if method == "MBIB" else "--"), "as in the paper's Figure 3"
     assert len({line.get_color() for line in lines.values()}) == 3
     assert axes.get_xlabel() == "beta"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_line_needs_no_legend(caplog):
+    figure = {"kind": "lines", "x": "method.beta"}
+    (axes,) = draw(made_up(replace(SMALL, axes={**SMALL.axes, "imbalance_factor": [10]}, figure=figure))).axes
+    assert axes.get_legend() is None
+    assert not caplog.text
 
 
 @pytest.mark.filterwarnings("error")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jinja2
 import numpy as np
+import timm
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
@@ -23,6 +24,7 @@ from mbib_timm.recipe import Recipe, data_of
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, MODEL_COLUMNS
 from mbib_timm.results.redact import last_part, redact_value
 from mbib_timm.results.run_text import (
+    before_finish_text,
     broken_lines,
     chosen_text,
     extended_text,
@@ -120,6 +122,7 @@ def render_card(
         spread=table_by_head(runs[0].heads, spread, f"95 % interval, seed {runs[0].record.seed}"),
         definitions=f"{DEFINITIONS} {INTERVALS}",
         best=record.best,
+        before_finish=before_finish_text(record),
         paper=_paper_text(run) if run.zoo_model is not None else "",
         differing="" if run.zoo_model is not None else few([code_span(key) for key in run.differing]),
         figures=[(f"{figures}/{name}", FIGURES[name]) for name in figures_of(run)],
@@ -231,12 +234,21 @@ def _dataset(run: FinishedRun, stated: Stated) -> Markup:
 
 
 def _data_name(run: FinishedRun) -> str:
-    """Return what the data are called where nobody has stated it: as in the run's name, if they are what it says."""
+    """Return what the data are called where nobody has stated it: as in the run's name, if they are what it says.
+
+    A file of any other name than a model's says nothing of data.
+    """
     published = split_tag(run.name.partition(".")[2])[1]
     if run.dataset is not None:
         return published
     is_named = not published and (run.packaged is None or run.has_packaged_data)
-    return (is_named and data_of(run.name)) or str(redact_value(run.recipe.dataset))
+    return (is_named and _has_models_name(run) and data_of(run.name)) or str(redact_value(run.recipe.dataset))
+
+
+def _has_models_name(run: FinishedRun) -> bool:
+    """Return whether a run's name begins with its model's; of one that lies elsewhere, with any model's."""
+    start, model = run.name.partition(".")[0], run.record.model
+    return timm.is_model(start) if ":" in model else start == model.partition(".")[0]
 
 
 def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
@@ -249,7 +261,8 @@ def _what(run: FinishedRun, inference_only: bool, stated: Stated) -> Markup:
     data += "," * (", " in data)
     how = f"trained{from_scratch} on {data} for {epochs} with" if epochs else f"changed on {data} by"
     methods = markdown_text(stages_text(run.record.stages))
-    text = f"{code_span(run.name.partition('.')[0])}{start} {how} {methods}, by `mbib_timm`."
+    model = run.name.partition(".")[0] if _has_models_name(run) else run.record.model
+    text = f"{code_span(model)}{start} {how} {methods}, by `mbib_timm`."
     papers = _papers(run)
     if papers:
         listing = "; ".join(f"[{paper}]({PAPER})" if paper == CITATION else markdown_text(paper) for paper in papers)

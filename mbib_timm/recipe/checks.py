@@ -233,7 +233,7 @@ def _check_part(key: str, part: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """What a part of the network has of its own: a value of the recipe key ``param_groups``."""
+    """What a part of what trains has of its own: a value of the recipe key ``param_groups``."""
 
     lr_scale: float = option(1.0, "factor on the learning rate", above=0, maximum=1e6)
     weight_decay: float = option(0.0, "weight decay of what has any", minimum=0, maximum=1e12)

@@ -104,17 +104,20 @@ def imported_code(plugin: str) -> str:
     return _loaded[plugin] if plugin in _loaded else code_of(plugin)
 
 
-def code_behind(plugins: Sequence[str], module: str) -> dict[str, str]:
+def code_behind(plugins: Sequence[str], module: str, others: Iterable[str] = ()) -> dict[str, str]:
     """Return the digests of the code that a method comes from, by file or module.
 
-    That is its plugins', and its own module's where that is in none of them and not in this package: an installed
-    package's. What a notebook or a script defines has no digest.
+    That is the code of those plugins that the method uses, and its own module's where that is in none of them and not
+    in this package: an installed package's. What a notebook or a script defines has no digest.
 
     Args:
-        plugins: as recipes have them.
+        plugins: as recipes have them; those that none of the modules is in are for other stages.
         module: that defines the method.
+        others: modules that define what it trains with: its base classes, samplers, the network.
     """
-    found = {Path(each).name: imported_code(each) for each in plugins}
+    modules = {module, *others}
+    used = [each for each in plugins if any(is_inside(name, _place(each)[1]) for name in modules)]
+    found = {Path(each).name: imported_code(each) for each in used}
     told = ("mbib_timm", "__main__", *(_place(each)[1] for each in plugins))
     if not any(is_inside(module, each) for each in told):
         code = _loaded.get(module) or _code_by_now(module)

@@ -21,6 +21,8 @@ DEFAULT_RECIPE = "mbib_resnet20.digits"
 BASE = "base"
 RUN_RECIPE = "recipe.yaml"  # what a run leaves in its folder
 MOST_STAGES = 20
+# What can be done where a run's plugin is no more where it was.
+MOVED = "; if it has moved, run the command from the folder that it is in now, or resume with --plugin FILE"
 
 
 def recipes_folder() -> Path:
@@ -136,7 +138,8 @@ def load_recipe(
         return _overridden(content, overrides or {}, path.name, say)
     except MbibError as error:
         if of_run:
-            raise type(error)(f"{path}: {error}") from None
+            gone = any(each.endswith(".py") and not Path(each).is_file() for each in _plugins_in(content))
+            raise type(error)(f"{path}: {error}{MOVED * gone}") from None
         raise
 
 

@@ -32,6 +32,7 @@ from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import (
+    before_finish_text,
     broken_lines,
     chosen_text,
     epochs_text,
@@ -210,8 +211,8 @@ def run_section(group: RunGroup) -> Section:
     if best is not None:
         section.paragraphs(
             [
-                f"The best of the evaluated epochs was {best.epoch} with {best.prediction.top1:.1f} %; it was "
-                f"chosen on the split `{best.split}`, and is not the result."
+                f"The best of the evaluated epochs was {best.epoch} with {best.prediction.top1:.1f} %"
+                f"{before_finish_text(run.record)}; it was chosen on the split `{best.split}`, and is not the result."
             ]
         )
     if group.paper:

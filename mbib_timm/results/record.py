@@ -114,8 +114,8 @@ class Inputs:
     Attributes:
         data: of the images and their labels, wherever they lie; see `mbib_timm.data.Splits`.
         start: SHA-256 of the weights' file that the recipe names; None where it names none.
-        plugins: SHA-256 of each plugin's code, by the name of its file; of each version, separated by spaces, where it
-            changed before the run went on.
+        plugins: SHA-256 of the code of each plugin that it uses, by the name of its file; of each version, separated by
+            spaces, where it changed before the run went on.
         class_weights: SHA-256 of the file of class weights; None where the recipe names none.
         teachers: SHA-256 of the weights' file of each teacher that lies in a folder.
     """

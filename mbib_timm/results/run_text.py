@@ -7,7 +7,7 @@ import numpy as np
 
 from mbib_timm.data.folders import in_words
 from mbib_timm.files import counted
-from mbib_timm.methods import method_title
+from mbib_timm.methods import METHODS, Method, method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.recipe import Recipe
@@ -50,7 +50,8 @@ def print_report(folder: Path, record: RunRecord) -> None:
     if raw := raw_text(record):
         print(raw)
     if (best := record.best) is not None:
-        print(f"Best epoch on {best.split}, which is not the result: epoch {best.epoch}, {best.prediction.top1:.2f} %")
+        measured = f"epoch {best.epoch}, {best.prediction.top1:.2f} %{before_finish_text(record)}"
+        print(f"Best epoch on {best.split}, which is not the result: {measured}")
     for line in broken_lines(record):
         print(f"warning: {line}; see metrics.json")
     print(f"\n{folder}")
@@ -95,7 +96,17 @@ def raw_text(record: RunRecord) -> str:
         return ""
     overall, *groups = record.raw.prediction.accuracies().items()
     listed = ", ".join(f"{name} {value:.2f}" for name, value in groups if value is not None)
-    return f"Weights without the moving average: {overall[1]:.2f} ({listed})"
+    return f"Weights without the moving average{before_finish_text(record)}: {overall[1]:.2f} ({listed})"
+
+
+def before_finish_text(record: RunRecord) -> str:
+    """Return ``, before the last step of tau-norm`` where the method changes the network after training; else nothing.
+
+    The best epoch and the weights without the moving average are measured without that step.
+    """
+    if record.method not in METHODS or METHODS[record.method].finish is Method.finish:
+        return ""
+    return f", before the last step of {method_title(record.method)}"
 
 
 def left_out_text(record: RunRecord) -> str:

@@ -146,8 +146,12 @@ def what_was_run(results: SweepResults) -> list[str]:
 
 
 def _place(results: SweepResults, run: SweepRun) -> str:
-    """Return what tells a run's row from others, in words."""
-    return " ".join(method_title(run.coordinates[axis]) for axis in results.axes)
+    """Return what tells a run's row from others, in words; what is no method or recipe stands behind its axis."""
+    values = {axis: method_title(run.coordinates[axis]) for axis in results.axes}
+    return " ".join(
+        value if axis.rpartition(".")[2] in ("method", "recipe") else f"{_label(results, axis)} {value}"
+        for axis, value in values.items()
+    )
 
 
 def sweep_table(results: SweepResults, rows: Sequence[Cell]) -> Table:
@@ -302,7 +306,8 @@ def _lines(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
                 color=colors[method_title(value)], linestyle=line, marker="o", markersize=4, capsize=2, label=label,
             )  # fmt: skip
     axes.set(xlabel=_label(results, x), ylabel=ACCURACY)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if by or style:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure, axes
 
 

@@ -1,6 +1,7 @@
 """The optimizer side of a run, built from the recipe: timm's optimizer, schedule and gradient scaler."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from mbib_timm.errors import MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Method, part_of
-from mbib_timm.methods.base import parameters_that_train
+from mbib_timm.methods.base import PARTS, parameters_that_train
 from mbib_timm.recipe import Recipe
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
@@ -37,7 +38,7 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     trained = {id(parameter) for _, parameter in parameters_that_train(method)}
     for parameter in network.parameters():  # timm leaves out what requires no gradient
         parameter.requires_grad_(id(parameter) in trained)
-    own = [(name, parameter) for name, parameter in method.own_parameters() if id(parameter) in trained]
+    own = {name: parameter for name, parameter in method.own_parameters() if id(parameter) in trained}
     if not trained:
         raise MbibError(
             f"recipe key 'train': with {recipe.choice('train')} method {method.name!r} trains nothing of its network"
@@ -69,14 +70,20 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
             f"recipe key {'opt_kwargs' if recipe.opt_kwargs else 'opt'!r}: optimizer {recipe.opt!r} does not take what "
             f"it is given: {first_line(error)}"
         ) from None
-    if recipe.param_groups:
-        optimizer.param_groups = _divided(optimizer.param_groups, recipe, network)
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in own:
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in own.items():
         spared = recipe.filter_bias_and_bn and (parameter.ndim <= 1 or name.endswith(".bias"))  # timm's rule
-        groups.setdefault(0.0 if spared else recipe.weight_decay, []).append(parameter)
-    for decay, parameters in groups.items():
-        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
+        by_decay.setdefault(0.0 if spared else decays, []).append(parameter)
+    of_method: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()
+    ]
+    if recipe.param_groups:
+        parts = _parts(recipe, network, own)
+        _require_decays(recipe, parts, [*optimizer.param_groups, *of_method])
+        optimizer.param_groups = _divided(optimizer.param_groups, recipe, parts)
+        of_method = _divided(of_method, recipe, parts)
+    for group in of_method:
+        optimizer.add_param_group(group)
     return optimizer
 
 
@@ -91,62 +98,73 @@ def require_optimized(method: Method, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _divided(groups: list[dict[str, Any]], recipe: Recipe, network: nn.Module) -> list[dict[str, Any]]:
-    """Return timm's parameter groups, divided into those of the recipe's parts and the rest.
+def _divided(groups: Sequence[dict[str, Any]], recipe: Recipe, parts: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return parameter groups, divided into those of the recipe's parts and the rest.
 
     A part's `lr_scale` multiplies that of ``layer_decay``. Its weight decay is for those of its parameters that have
     any: not for biases and norms that ``filter_bias_and_bn`` excludes, nor for what the network itself does.
 
     Args:
-        groups: of all that trains; those that have weight decay have some above 0.
+        groups: of what trains; those that have weight decay have some above 0.
         recipe: has the parts.
-        network: whose parameters.
-
-    Raises:
-        MbibError: parts that cannot be, or a weight decay that none of a part's parameters may have.
+        parts: of the parameters, see `_parts`.
     """
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    parts = _parts(recipe, network)
     divided: list[dict[str, Any]] = []
-    decaying = set()
     for group in groups:
         members: dict[str, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            members.setdefault(parts.get(names[id(parameter)], ""), []).append(parameter)
+            members.setdefault(parts.get(id(parameter), ""), []).append(parameter)
         for part, parameters in members.items():
             own = recipe.param_groups.get(part, {})
             changed = {**group, "params": parameters}
             if "lr_scale" in own:
                 changed["lr_scale"] = group.get("lr_scale", 1.0) * own["lr_scale"]
             if group["weight_decay"] > 0:
-                decaying.add(part)
                 changed["weight_decay"] = own.get("weight_decay", recipe.weight_decay)
             divided.append(changed)
+    return divided
+
+
+def _require_decays(recipe: Recipe, parts: Mapping[int, str], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise MbibError for a part's weight decay that none of its parameters may have; see `_divided`."""
+    decaying = [group["params"] for group in groups if group["weight_decay"] > 0]
+    reached = {parts.get(id(parameter)) for parameters in decaying for parameter in parameters}
     for part, own in recipe.param_groups.items():
-        if "weight_decay" in own and part not in decaying:
+        if "weight_decay" in own and part not in reached:
             raise MbibError(
                 f"recipe key 'param_groups': {part}: weight_decay has no effect: filter_bias_and_bn or the network "
                 "itself excludes all of that part from weight decay"
             )
-    return divided
 
 
-def _parts(recipe: Recipe, network: nn.Module) -> dict[str, str]:
-    """Return the part of ``param_groups`` that a parameter is in, by the parameter's name, of those that train.
+def _parts(recipe: Recipe, network: nn.Module, own: Mapping[str, nn.Parameter]) -> dict[int, str]:
+    """Return the part of ``param_groups`` that a parameter is in, by the parameter's id, of those that train.
+
+    Args:
+        recipe: has the parts.
+        network: that trains.
+        own: the method's own parameters by name, which expressions for names see too.
 
     Raises:
         MbibError: a part without a parameter that trains, or two parts with one parameter.
     """
-    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    parts: dict[str, str] = {}
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    parts: dict[int, str] = {}
     for part in recipe.param_groups:
-        found = part_of(network, part, "param_groups") & trained
+        is_named = all(piece.strip() in PARTS for piece in part.split("+"))
+        of_method = [] if is_named else [(name, each) for name, each in own.items() if re.search(part, name)]
+        try:
+            names = part_of(network, part, "param_groups")
+        except MbibError as error:
+            if not of_method:
+                raise MbibError(f"{error}{f', the method has {few([*own])}' if own else ''}") from None
+            names = set()
+        found = [*((name, trained[name]) for name in sorted(names & trained.keys())), *of_method]
         if not found:
             raise MbibError(f"recipe key 'param_groups': {part} has no effect: no parameter of that part trains")
-        if shared := found & parts.keys():
-            first = min(shared)
-            raise MbibError(f"recipe key 'param_groups': {first} is in {parts[first]} and in {part}; expected one part")
-        parts |= dict.fromkeys(found, part)
+        for name, parameter in found:
+            if (first := parts.setdefault(id(parameter), part)) != part:
+                raise MbibError(f"recipe key 'param_groups': {name} is in {first} and in {part}; expected one part")
     return parts
 
 

@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mbib_timm.data import DataPool
+import timm
+
+from mbib_timm.data import SAMPLERS, DataPool, parse_sampler
 from mbib_timm.errors import CheckpointError
 from mbib_timm.files import from_plain
 from mbib_timm.methods import METHODS
@@ -44,8 +46,16 @@ def _inputs(stage: Recipe, data: str) -> Inputs:
 
 
 def code_of_stage(stage: Recipe) -> dict[str, str]:
-    """Return the digests of the code that a stage's method comes from; see `code_behind`."""
-    return code_behind(stage.plugin, METHODS[stage.method["name"]].__module__)
+    """Return the digests of the code that a stage's method, samplers and network come from; see `code_behind`."""
+    kind = METHODS[stage.method["name"]]
+    samplers = [*parse_sampler(stage.choice("sampler")), *filter(None, [stage.cutmix_sampler])]
+    models = [str(name).partition(".")[0] for name in (stage.model, stage.model_kwargs.get("backbone"))]
+    others = [
+        *(base.__module__ for base in kind.__mro__),
+        *(SAMPLERS.module_of(name.partition(":")[0]) for name in samplers),
+        *(timm.model_entrypoint(name).__module__ for name in models if timm.is_model(name)),
+    ]
+    return code_behind(stage.plugin, kind.__module__, others)
 
 
 def _digest(place: Path) -> str | None:

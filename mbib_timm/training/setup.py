@@ -107,11 +107,9 @@ def set_up(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     network.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = _synchronized(network, recipe, world)
-    given_keys = _given_arguments(recipe)
     recipe = settle(recipe, network)
     departure = departures(recipe, network)
     size = input_size(recipe, network)
-    _try_image(network, size, world.device, given_keys)
     views = recipe.augmentations()
     for number, view in enumerate(views, start=1):
         try:
@@ -213,19 +211,19 @@ def _given_arguments(recipe: Recipe) -> list[str]:
     return [key for key in ("img_size", "model_kwargs") if getattr(recipe, key)]
 
 
-def _try_image(network: nn.Module, size: tuple[int, int, int], device: torch.device, keys: Sequence[str]) -> None:
-    """Raise MbibError where a network fails with a first image: the `keys` that a recipe gives are at fault, if any."""
+def _try_image(model: nn.Module, size: tuple[int, int, int], keys: Sequence[str]) -> None:
+    """Raise MbibError where a model fails with a first image: the `keys` that a recipe gives are at fault, if any."""
     if not keys:
         return
     try:
         with torch.inference_mode():
-            network.eval()(torch.zeros(1, *size, device=device))
+            model.eval()(torch.zeros(1, *size, device=next(model.parameters()).device))
     except Exception as error:
         raise MbibError(
             f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: so the model takes no images "
             f"of {'x'.join(map(str, size))}: {first_line(error)}"
         ) from None
-    network.train()
+    model.train()
 
 
 def _check_memory(
@@ -279,9 +277,10 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
 
     def build(**kwargs: Any) -> nn.Module:
         model = _with_start(recipe, num_classes, previous, kwargs)
+        size = input_size(recipe, model)
+        # Here, and not of what a method builds around the model: its faults are no key's.
+        _try_image(model, size, _given_arguments(recipe))
         if (adapters := recipe.adapters) is not None:
-            size = input_size(recipe, model)  # a first image goes through the model, to find the layers that are called
-            _try_image(model, size, next(model.parameters()).device, _given_arguments(recipe))
             add_adapters(model, adapters, part_of(model, "heads"), size)
         return model
 
