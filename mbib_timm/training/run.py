@@ -392,7 +392,7 @@ class Run:
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
             "inputs": [asdict(each) for each in self.inputs],
-            "written": {name: unkept_buffers(self.method)[name] for name in self.written},
+            "written": {k: v for k, v in unkept_buffers(self.method).items() if k in self.written},
         }
         if generators is not None:
             state["generators"] = generators
