@@ -51,7 +51,9 @@ from mbib_timm.options import build_options, default_of, option_types
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe, load_recipe
 from mbib_timm.recipe.plugins import load_plugin
+from mbib_timm.results.record import read_history
 from mbib_timm.training import train
+from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.epoch import LossLog, train_one_epoch
 from mbib_timm.training.optimization import Precision, create_optimizer
 from mbib_timm.training.run_folder import RunFolder
@@ -390,6 +392,19 @@ def test_float32_inside_autocast(name):
     assert torch.equal(half, method.loss(rounded, targets)["loss"])
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_step_in_half_precision_is_finite(name):
+    method = make(name)
+    optimizer_of(method)
+    method.train()
+    method.start_epoch(EPOCHS - 1)
+    (streams,) = batches_for(name, (8,))
+    parts = loss_parts(method, streams, torch.bfloat16)
+    parts["loss"].backward()
+    assert all(value.isfinite() for value in parts.values())
+    assert all(each.grad is None or each.grad.isfinite().all() for each in method.parameters())
+
+
 # A run's epochs
 
 
@@ -442,6 +457,78 @@ def test_a_method_resumes_with_its_state(name, ema):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), resumed.buffers(), strict=True))
+
+
+class StoppedError(Exception):
+    """Stands for a crash."""
+
+
+def require_the_same_bits(name, folder, monkeypatch):
+    """Of a run that was never interrupted, of one that went on within its second epoch, and of that one once more."""
+    kind = METHODS[name]
+    keys = dict(base="digits", model="cifar_resnet20", method=name, epochs=2, val_interval=2, warmup_epochs=0,
+                imbalance_max=12, imbalance_factor=12, batch_size=16, checkpoint_steps=2, checkpoint_seconds=1e6,
+                plugin=[str(TOY)], device="cpu", workers=0, output=str(folder))  # fmt: skip
+    file = folder / "own.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    recipe = load_recipe(file)
+    runs = [train(recipe, "whole")]
+    after_step, left = kind.after_step, iter(range(4, -1, -1))
+
+    def stop(self):
+        after_step(self)
+        if next(left) == 0:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "after_step", stop)
+        with pytest.raises(StoppedError):
+            train(recipe, "broken")
+    progress = load_checkpoint(folder / "broken" / "last.ckpt")["progress"]
+    assert (progress["epoch"], progress["part"]["steps"]) == (1, 1)
+    runs += [train(recipe.replace(resume="auto"), "broken") for _ in range(2)]
+    first, *others = [load_file(run.folder / "model.safetensors") for run in runs]
+    for weights, run in zip(others, runs[1:], strict=True):
+        assert weights.keys() == first.keys()
+        assert [key for key in first if not torch.equal(weights[key], first[key])] == []
+        assert run.record.result == runs[0].record.result
+        assert read_history(run.folder)[-1].losses == read_history(runs[0].folder)[-1].losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in TRAINED if name == "toy" or (name not in OURS and not METHODS[name].needs_start)]
+)
+def test_a_run_of_a_method_goes_on_within_an_epoch_to_the_same_bits(tmp_path, monkeypatch, name):
+    """This package's are trained so in tests of their own."""
+    require_the_same_bits(name, tmp_path, monkeypatch)
+
+
+def test_a_run_goes_on_with_what_the_start_of_an_epoch_and_the_end_draw_and_read(tmp_path, monkeypatch):
+    class Drawn(Method):
+        title = "Drawn"
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            for buffer in ("noise", "lengths"):
+                self.register_buffer(buffer, torch.zeros(len(self.facts.class_counts)), persistent=False)
+
+        def start_epoch(self, epoch):
+            self.noise.copy_(torch.randn(len(self.noise)))
+            self.lengths.copy_(self.result_model().get_classifier().weight.detach().norm(dim=1))
+
+        def head_loss(self, logits, targets):
+            return F.cross_entropy(logits + self.noise + self.lengths, targets)
+
+        def finish(self, data):
+            bias = self.result_model().get_classifier().bias
+            bias += self.lengths * torch.randn(len(bias))
+
+    register("drawn")(Drawn)
+    try:
+        require_the_same_bits("drawn", tmp_path, monkeypatch)
+    finally:
+        METHODS.remove("drawn")
 
 
 def test_the_toys_state_is_kept_and_state_of_other_keys_is_refused():

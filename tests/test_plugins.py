@@ -507,6 +507,15 @@ MISFITS = {
         "@dataclass(frozen=True)\n    class S:\n        power: float = option(1.0, 'of n')\n    Settings = S()",
         "its Settings must be a frozen dataclass of option() fields",
     ),
+    "titled": ("title = 3", "title: expected a text, got 3"),
+    "sampler": ("sampler = ['balanced']", "sampler: expected str, got ['balanced']"),
+    "part": ("part = None", "part: expected str, got None"),
+    "reset": ("reset = '(classifier'", "reset: '(classifier' is no regular expression"),
+    "start": ("classifier_start = 'means'", "unknown value of classifier_start 'means': did you mean 'class_means'?"),
+    "frozen": ("frozen_bn = 'evl'", "unknown value of frozen_bn 'evl': did you mean 'eval'?"),
+    "views": ("views = {}", "views: expected a tuple with a mapping for each view of an image, as in ({}, {}), got {}"),
+    "view": ("views = ({}, {'rotatoin': 15})", "unknown key of view 2 'rotatoin': did you mean 'rotation'"),
+    "rotated": ("views = ({'rotation': 'far'},)", "views: rotation: expected float, got 'far'"),
     "name": (
         "@dataclass(frozen=True)\n    class Settings:\n        name: str = option('a', 'of it')",
         "a setting cannot be called 'name': in a recipe, that is the method's name",
@@ -568,12 +577,33 @@ def test_what_cannot_be_used_as_a_method_is_refused_when_it_is_registered(write,
         "def get_eval_model(self, module=None, *, ema=False): pass",
         "def get_clip_parameters(self, **kwargs): pass",
         "build_network = staticmethod(lambda settings, build: build())",
+        "sampler, views, frozen_bn = 'of_mine:2', [{'rotation': 15}], None",
         "finish = dict.fromkeys",  # of C: Python does not know what it takes
     ],
 )
 def test_what_can_be_called_as_it_will_be_is_registered(write, more):
     load_plugin(str(write("fitting.py", OWN.replace("{name}", "fitting").replace("{more}", more))))
     assert "fitting" in METHODS
+
+
+def test_a_sampler_that_no_plugin_registers_is_said_of_the_method(write, tmp_path):
+    path = write("drawing.py", OWN.replace("{name}", "drawing").replace("{more}", "sampler = 'balancd'"))
+    with pytest.raises(MbibError, match=r"^method 'drawing': unknown sampler 'balancd': did you mean 'balanced'"):
+        short_recipe(tmp_path, path, "drawing")
+
+
+def test_a_moving_average_that_is_not_evaluated_is_refused(write, tmp_path):
+    """Of a method that looks in its network whatever is asked for."""
+    more = (
+        "build_network = classmethod(lambda cls, settings, build: Wrap(build()))\n\n"
+        "    def get_eval_model(self, module=None, ema=False):\n        return self.trainable_module.model"
+    )
+    path = write("unmoved.py", OWN.replace("{name}", "unmoved").replace("{more}", more))
+    recipe = short_recipe(tmp_path, path, "unmoved", imbalance_factor=4, model_ema=True)
+    message = r"'model_ema': get_eval_model\(ema=True\) of method 'unmoved' returns no part of the moving average"
+    with pytest.raises(MbibError, match=message):
+        train(recipe, "run")
+    assert not (tmp_path / "runs").exists(), "before anything is trained"
 
 
 NEAR_MISSES = {

@@ -288,6 +288,16 @@ def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
     assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end
 
 
+def test_logged_losses_go_by_name_and_are_the_same_in_every_step():
+    log = LossLog(0)
+    log.add({"loss": torch.tensor(1.0), "a": torch.tensor(2.0)}, "mine")
+    log.add({"a": torch.tensor(4.0), "loss": torch.tensor(3.0)}, "mine")
+    for other in (("loss",), ("loss", "b"), ("loss", "a", "b")):
+        with pytest.raises(MbibError, match=f"method 'mine': .* in those before loss, a; got {', '.join(other)}"):
+            log.add(dict.fromkeys(other, torch.tensor(1.0)), "mine")
+    assert log.read() == {"loss": 2.0, "a": 3.0}
+
+
 def test_logged_losses_are_means_over_the_processes(monkeypatch):
     def of_two(value):
         problem, rows = value
@@ -296,6 +306,6 @@ def test_logged_losses_are_means_over_the_processes(monkeypatch):
     monkeypatch.setattr(epoch_module, "of_all", of_two)
     log = LossLog(0, {"loss": 2.0, "loss_z": 1.0}, steps=2)
     for loss in (1.0, 3.0):
-        log.add({"loss": torch.tensor(loss), "loss_z": torch.tensor(0.5)})
+        log.add({"loss": torch.tensor(loss), "loss_z": torch.tensor(0.5)}, "mbib")
     assert log.read_sums() == {"loss": 2.0 + 5.5 + 16.5, "loss_z": 1.0 + 2 * 2.75}
     assert log.read() == {"loss": 6.0, "loss_z": 6.5 / 4}

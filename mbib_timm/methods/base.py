@@ -330,7 +330,8 @@ class Method(TrainingTask):
     def start_epoch(self, epoch: int) -> None:
         """Prepare an epoch, counted from 0, once: write into buffers, in place.
 
-        Where a run is resumed within an epoch, buffers that the checkpoint holds then take their values from there.
+        Where a run is resumed within an epoch, this is called again, with the same random numbers, but of the network
+        as it starts. The buffers that it writes, persistent or not, then take their values from the checkpoint.
         """
 
     def synchronize(self) -> None:
@@ -343,7 +344,8 @@ class Method(TrainingTask):
     def finish(self, data: Passes) -> None:
         """Change the trained network (`result_model`) in place, before it is evaluated and saved.
 
-        It does so once, and again where a finished run is resumed, from the weights that training left.
+        It does so once, and again where a finished run is resumed, from the weights that training left, with the same
+        random numbers.
         The network is in evaluation mode, and there are no gradients but under ``torch.enable_grad()``.
 
         Args:
@@ -429,7 +431,12 @@ class Method(TrainingTask):
         return (parameter for name, parameter in self.trainable_parameters() if name not in excluded)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """Return the model that is evaluated and published: the network, unless `build_network` wraps the model."""
+        """Return the model that is evaluated and published: the network, unless `build_network` wraps the model.
+
+        Args:
+            module: the network to look in; None for the method's own.
+            ema: look in that of the weights' moving average; None is returned where there is no average.
+        """
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module)
 
@@ -472,6 +479,22 @@ def no_scalar(value: object) -> str | None:
     if isinstance(value, Tensor):
         return f"one of shape {tuple(value.shape)}" if value.ndim else None
     return shown(value)
+
+
+def require_average(method: Method) -> None:
+    """Raise MbibError where what is evaluated as the weights' moving average is no part of it."""
+    average, model = method.get_trainable_module(ema=True), method.get_eval_model(ema=True)
+    if average is None or all(each is not model for each in average.modules()):
+        raise MbibError(
+            f"recipe key 'model_ema': get_eval_model(ema=True) of method {method.name!r} returns no part of the moving "
+            "average; expected the part of super().get_eval_model(module, ema) that is evaluated"
+        )
+
+
+def unkept_buffers(method: Method) -> dict[str, Tensor]:
+    """Return a method's own buffers that its state does not hold, since they are not persistent, by name."""
+    inside, kept = (f"{NETWORK}.", f"{NETWORK_EMA}."), method.state_dict().keys()
+    return {k: v for k, v in method.named_buffers() if not k.startswith(inside) and k not in kept}
 
 
 def reported_numbers(method: Method) -> dict[str, float]:

@@ -5,16 +5,26 @@ Nothing is built, and nothing of a method is called.
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from inspect import Parameter, Signature
 from types import FunctionType
 from typing import Any
 
 from mbib_timm.errors import MbibError, nearest, shown
-from mbib_timm.options import check_declared
+from mbib_timm.options import check_declared, check_option, without_none
+from mbib_timm.recipe.checks import check_part, check_view_keys
+from mbib_timm.recipe.keys import KEYS, TYPES
 
 # Names that are as alike as start_epoch and start_epochs.
 NEAR_MISS = 0.85
+# Attributes that are defaults of recipe keys, and those keys.
+DEFAULTS = {
+    "sampler": "sampler",
+    "part": "train",
+    "reset": "reset",
+    "classifier_start": "classifier_start",
+    "frozen_bn": "frozen_bn",
+}
 KINDS = FunctionType | classmethod | staticmethod
 
 
@@ -38,11 +48,38 @@ def require_fitting(name: str, method: type, base: type) -> None:
     if any(item.name == "name" for item in dataclasses.fields(settings)):
         raise MbibError(f"method {name!r}: a setting cannot be called 'name': in a recipe, that is the method's name")
     check_declared(settings, f"method {name!r}: setting {{!r}}")
+    try:
+        _check_attributes(method)
+    except MbibError as error:
+        raise MbibError(f"method {name!r}: {error}") from None
     for hook, expected in vars(base).items():
         if isinstance(expected, KINDS) and (hook == "__init__" or not hook.startswith("_")):
             own = inspect.getattr_static(method, hook)
             if own is not expected and (problem := _misfit(hook, own, expected)):
                 raise MbibError(f"method {name!r}: {problem}")
+
+
+def _check_attributes(method: Any) -> None:
+    """Raise MbibError for class attributes that are no defaults of recipe keys, and for a title that is no text.
+
+    Which samplers there are is not known yet: a plugin may register its own after the method.
+    """
+    if not isinstance(method.title, str):
+        raise MbibError(f"title: expected a text, got {shown(method.title)}")
+    for attribute, key in DEFAULTS.items():
+        value, expected = getattr(method, attribute), TYPES[key]
+        check_option(KEYS[key], expected if attribute == "frozen_bn" else without_none(expected), value, attribute)
+        if attribute in ("part", "reset"):
+            check_part(attribute, value)
+    views: Any = method.views
+    if not (isinstance(views, tuple | list) and views and all(isinstance(view, Mapping) for view in views)):
+        raise MbibError(
+            f"views: expected a tuple with a mapping for each view of an image, as in ({{}}, {{}}), got {shown(views)}"
+        )
+    for number, view in enumerate(views, start=1):
+        check_view_keys(number, view, KEYS.values())
+        for key, value in view.items():
+            check_option(KEYS[key], TYPES[key], value, f"views: {key}")
 
 
 def _misfit(hook: str, own: Any, expected: Any) -> str | None:

@@ -101,7 +101,7 @@ def _check_data(recipe: "Recipe") -> None:
             "recipe key 'group_by': expected column, folder:N with N from 1, or pattern:REGEX, got "
             f"{shown(recipe.group_by)}"
         )
-    if _check_part("group_by", argument).groups == 0:
+    if check_part("recipe key 'group_by'", argument).groups == 0:
         raise MbibError(
             f"recipe key 'group_by': {shown(argument)} has no group in parentheses, for what the images of a group "
             "share; such as pattern:(site[0-9]+)"
@@ -109,9 +109,13 @@ def _check_data(recipe: "Recipe") -> None:
 
 
 def _check_sampler(recipe: "Recipe", method: DeclaredMethod) -> None:
+    try:
+        wanted = len(stream_names(method.sampler))
+    except MbibError as error:  # a plugin may register it after the method
+        raise MbibError(f"method {method.name!r}: {error}") from None
     if recipe.sampler is None:
         return
-    given, wanted = len(stream_names(recipe.sampler)), len(stream_names(method.sampler))
+    given = len(stream_names(recipe.sampler))
     if given != wanted:
         streams = {1: "one stream", 2: "two streams"}
         raise MbibError(
@@ -203,7 +207,7 @@ def _check_values(recipe: "Recipe") -> None:
     if recipe.experiment is not None and Path(recipe.experiment).name != recipe.experiment:
         raise MbibError(f"recipe key 'experiment': expected the name of a folder, got {shown(recipe.experiment)}")
     for name in ("train", "reset"):
-        _check_part(name, getattr(recipe, name) or "")
+        check_part(f"recipe key {name!r}", getattr(recipe, name) or "")
     for name in ("batch_size", "validation_batch_size"):
         needed = 12 * getattr(recipe, name) * (recipe.img_size or 1) ** 2
         if needed > LARGEST_INPUT:
@@ -224,11 +228,20 @@ def _check_values(recipe: "Recipe") -> None:
         )
 
 
-def _check_part(key: str, part: str) -> re.Pattern[str]:
+def check_part(where: str, part: str) -> re.Pattern[str]:
+    """Return the expression that names a part of a network, or of a path.
+
+    Args:
+        where: names the option in messages, such as ``recipe key 'train'``.
+        part: the expression.
+
+    Raises:
+        MbibError: it is none.
+    """
     try:
         return re.compile(part)
     except (re.error, OverflowError, RecursionError) as error:
-        raise MbibError(f"recipe key {key!r}: {shown(part)} is no regular expression: {error}") from None
+        raise MbibError(f"{where}: {shown(part)} is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -250,7 +263,7 @@ def checked_groups(groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         where = f"recipe key 'param_groups': {part}"
         if part in ("all", "none"):
             raise MbibError(f"{where} is not a part; what all have in common are the keys 'lr' and 'weight_decay'")
-        _check_part("param_groups", part)
+        check_part("recipe key 'param_groups'", part)
         if not isinstance(given, Mapping) or not given:
             raise MbibError(
                 f"{where}: expected a mapping such as {{lr_scale: 10, weight_decay: 0}}, got {shown(given)}"
@@ -394,19 +407,30 @@ def _check_views(recipe: "Recipe", method: DeclaredMethod) -> None:
             f"recipe key 'views': method {method.name!r} takes {len(method.views)} "
             f"view{'s' * (len(method.views) != 1)} of each image, got {len(recipe.views)}"
         )
-    allowed = [
-        item.name
-        for item in dataclasses.fields(recipe)
-        if item.name == "train_crop_mode" or (item.metadata.get("group") == "augmentation" and item.name != "views")
-    ]
     for number, differing in enumerate(recipe.choice("views"), start=1):
-        for key in differing:
-            if key not in allowed:
-                raise unknown_name(f"key of view {number}", str(key), allowed)
+        check_view_keys(number, differing, dataclasses.fields(recipe))
         try:
             view_of(recipe, differing)
         except MbibError as error:
             raise MbibError(f"view {number}: {error}") from None
+
+
+def check_view_keys(number: int, differing: Mapping[str, Any], keys: Iterable[dataclasses.Field]) -> None:
+    """Raise MbibError for a key in which no view of an image may differ.
+
+    Args:
+        number: of the view, from 1.
+        differing: values by key.
+        keys: of a recipe.
+    """
+    allowed = [
+        item.name
+        for item in keys
+        if item.name == "train_crop_mode" or (item.metadata.get("group") == "augmentation" and item.name != "views")
+    ]
+    for key in differing:
+        if key not in allowed:
+            raise unknown_name(f"key of view {number}", str(key), allowed)
 
 
 def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":

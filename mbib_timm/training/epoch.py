@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mbib_timm.data import Batch, TrainLoader
 from mbib_timm.environment import is_distributed, of_all
-from mbib_timm.errors import NonFiniteLossError, few
+from mbib_timm.errors import MbibError, NonFiniteLossError, few
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
@@ -41,10 +41,23 @@ class LossLog:
         self.read()
         return dict(zip(self.names, self.sums, strict=True))
 
-    def add(self, parts: dict[str, Tensor]) -> None:
-        """Add a step's scalars; nothing waits for the device."""
-        self.names = tuple(parts)
-        self.pending.append(torch.stack([value.float() for value in parts.values()]))
+    def add(self, parts: dict[str, Tensor], method: str) -> None:
+        """Add a step's scalars; nothing waits for the device.
+
+        Args:
+            parts: by name, in any order.
+            method: that gives them, for the message.
+
+        Raises:
+            MbibError: they have other names than those of the steps before.
+        """
+        self.names = self.names or tuple(parts)
+        if parts.keys() != set(self.names):
+            raise MbibError(
+                f"method {method!r}: expected the same loss parts in every step of an epoch, as in those before "
+                f"{', '.join(self.names)}; got {', '.join(parts)}"
+            )
+        self.pending.append(torch.stack([parts[name].float() for name in self.names]))
 
     def read(self) -> dict[str, float]:
         """Fetch what was added and return the means so far, of all processes. This waits for them, and for the device.
@@ -121,6 +134,7 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLossError: a loss part was infinite or not a number.
+        MbibError: the loss parts have other names than in the steps before.
     """
     method.train()
     first, steps = log.steps, len(loader)
@@ -135,7 +149,7 @@ def train_one_epoch(
         accumulate = min(group, steps - step // group * group)
         with nullcontext() if update else method.no_sync():
             parts = take_step(batches, accumulate, update)
-        log.add(parts)
+        log.add(parts, method.name)
         if update:
             after_update(step + 1)
         progress.step()

@@ -29,7 +29,7 @@ from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.trained_images import evaluated_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
-from mbib_timm.methods.base import reported_numbers
+from mbib_timm.methods.base import reported_numbers, require_average, unkept_buffers
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
@@ -182,10 +182,12 @@ class Run:
                 folder.occupy()  # it may take long
             with self._looking_on():
                 self.method.begin(self._passes())
+        self.written: list[str] = []  # buffers that the start of the epoch wrote, and no state of the method holds
         if self.done.part is not None:
-            self.method.start_epoch(self.done.epoch)
+            self._start_epoch(self.done.epoch)
         if recipe.model_ema:
             self.method.setup_ema(decay=recipe.model_ema_decay)
+            require_average(self.method)
         self.generators: dict[str, Any] | None = None  # of this process, where it goes on within an epoch
         self.updates_of_epoch = updates_of_epoch(recipe, len(self.splits.train), world)
         if state is not None:
@@ -242,9 +244,10 @@ class Run:
     def _train_epoch(self, epoch: int) -> None:
         recipe, done = self.recipe, self.done
         start = time.perf_counter()
-        seed_generators(recipe.seed, epoch, self.world.rank, recipe.stage)
         if done.part is None:  # else the epoch has begun
-            self.method.start_epoch(epoch)
+            self._start_epoch(epoch)
+        else:
+            self._seed(epoch)
         self.method.synchronize()
         part = done.part or PartOfEpoch(0, unscaled_rate(self.optimizer), {}, 0.0)
         start -= part.seconds
@@ -287,6 +290,17 @@ class Run:
             for tracker in self.trackers:
                 tracker.log(row)
             self.progress.say(epoch_line(row, recipe.epochs))
+
+    def _seed(self, epoch: int) -> None:
+        seed_generators(self.recipe.seed, epoch, self.world.rank, self.recipe.stage)
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Let the method prepare an epoch, and note which of its buffers it writes that are not persistent."""
+        self._seed(epoch)
+        before = {name: (id(value), value._version) for name, value in unkept_buffers(self.method).items()}
+        self.method.start_epoch(epoch)
+        after = unkept_buffers(self.method).items()
+        self.written = [name for name, value in after if before.get(name) != (id(value), value._version)]
 
     def _after_update(self, log: LossLog, learning_rate: float, start: float, steps: int) -> None:
         """Follow an update of the weights: moving average, learning rates, and a checkpoint where one is due.
@@ -376,6 +390,7 @@ class Run:
             "progress": asdict(self.done),
             "class_counts": self.splits.class_counts.tolist(),
             "inputs": [asdict(each) for each in self.inputs],
+            "written": {k: v for k, v in unkept_buffers(self.method).items() if k in self.written},
         }
         if generators is not None:
             state["generators"] = generators
@@ -407,6 +422,10 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         with self._fitting():
             self.method.load_checkpoint_state(state["state_dict"], state.get("task_state"))
+            buffers = unkept_buffers(self.method)
+            for name, value in state.get("written", {}).items():  # an older checkpoint has none
+                if name in buffers:  # else the start of the next epoch makes it
+                    buffers[name].copy_(value)
             restore_optimizer(self.optimizer, state["optimizer"])
             if self.recipe.model_ema:
                 self.method.load_checkpoint_state(state["state_dict_ema"], state.get("task_state_ema"), ema=True)
@@ -472,6 +491,7 @@ class Run:
         if type(self.method).finish is not Method.finish:
             share_buffers(self.method.result_model())
             self.graphs = None  # of the model as it was
+            self._seed(recipe.epochs)  # alike wherever a run goes on
             with self._looking_on():
                 self.method.finish(passes := self._passes())
             looked = passes.opened_held_out
