@@ -107,6 +107,7 @@ def data(flags: Parser) -> Action:
     """Check images before training: classes, sizes, unreadable files, duplicates, what is held out."""
     flags.add_argument(
         "target",
+        nargs="?",
         help="folder or .tar file of images, CSV or Parquet file that lists images, or a recipe",
     )
     flags.add_argument("--csv", type=place, metavar="FILE", help="write one line per image to this file")
@@ -123,6 +124,12 @@ def data(flags: Parser) -> Action:
 
     def run(given: Namespace) -> None:
         overrides = recipe_overrides(given)
+        if given.target is None:
+            words = [overrides.get("data_dir", "DIR")]
+            if "table" in overrides:
+                words = [overrides["table"], *(["--data-dir", *words] if "data_dir" in overrides else [])]
+            command = shlex.join(["mbib", "data", *words])
+            raise MbibError(f"the folder, table or recipe goes first, without a flag: {command}")
         from mbib_timm.reporting.data_report import data_report
 
         data_report(given.target, overrides, given.csv, given.figure, given.write_split)

@@ -114,6 +114,21 @@ def folder_around(root):
     return "data"
 
 
+def folder_around_with_a_space(root):
+    unpacked(root / "my data", {f"photos/{name}/{i}.png": png(i) for name in ("ant", "bee") for i in range(3)})
+    return "my data"
+
+
+def train_alone_with_a_space(root):
+    unpacked(root / "my data", {f"train/{name}/{i}.png": png(1) for name in ("ant", "bee") for i in range(3)})
+    return "my data"
+
+
+def only_unknown(root):
+    unpacked(root / "data", {"ant/IMG_1": png(1), "bee/2.jpg_large": png(2)})
+    return "data"
+
+
 def only_hidden(root):
     unpacked(root / "data", {".cache/ant/1.png": png(1), "__MACOSX/bee/._1.png": png(1), "ant/.DS_Store": b"x"})
     return "data"
@@ -245,6 +260,9 @@ PLACES = {
     "a file": (a_file, r"notes\.txt"),
     "one class": (one_class, r"data holds 1 class \(ant\); a classifier needs two or more$"),
     "a folder around the classes": (folder_around, r"data holds 1 class \(photos\); .* give --data-dir data/photos"),
+    "a space in a folder around": (folder_around_with_a_space, "give --data-dir 'my data/photos'$"),
+    "a space before train": (train_alone_with_a_space, "give --data-dir 'my data/train'$"),
+    "only unknown": (only_unknown, r"files of unknown kind: 2 \(ant/IMG_1, bee/2\.jpg_large\)"),
     "only hidden": (only_hidden, "no images in class folders under data"),
     "without classes": (without_classes, "no images in class folders under data.*images outside of class folders: 3"),
     "kinds that are not read": (kinds_not_read, r"kinds that are not read: 2 \(ant/1\.HEIC, bee/2\.nef\)"),
@@ -359,6 +377,10 @@ CASES = {
         r"t\.xlsx: expected a table whose name ends in \.csv",
     ),
     "table: missing": (folder("--dataset", "table", "--table", "gone.csv"), r"'table': no file gone\.csv"),
+    "table: in the place of images": (
+        with_file("my t.csv", ROWS, lambda root, run: train("--dataset", "folder", "--data-dir", "my t.csv")),
+        "a table is read with --dataset table --table 'my t.csv'$",
+    ),
     "table: none": (folder("--dataset", "table"), "'table': dataset: table needs"),
     "table: damaged parquet": (
         with_file("t.parquet", "PAR1", folder("--dataset", "table", "--table", "t.parquet")),

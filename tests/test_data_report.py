@@ -170,6 +170,16 @@ def test_of_images_in_two_splits_of_the_data_the_advice_is_what_can_be_done(caps
     assert "--group-by" not in text
 
 
+def test_classes_whose_names_differ_in_case_alone_are_noted(capsys, tmp_path):
+    labels = ("Fox", "fox", "hare", "a\x1b")
+    root = unpacked(
+        tmp_path / "data", {f"{label}/{year}/{i}.png": png(i) for label in labels for year in (1, 2) for i in (3, 4)}
+    )
+    text = said(capsys, root)
+    assert "\nnote: classes whose names differ in case or spaces alone: 'Fox' and 'fox'; if they are one, give" in text
+    assert "\nnote: no image lies right in a class folder, but all lie further down, as a\\x1b/1/3.png does" in text
+
+
 def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
     root = unpacked(
         tmp_path / "data", {f"{label}/{i}.png": png(i) for label in ("a\x1b[31m", "b\nc") for i in range(3)}
@@ -222,6 +232,9 @@ def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_pat
         (["pictures.zip"], "pictures.zip is an archive of a kind that is not read (.tar, .tar.gz, .tgz are); unpack"),
         (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1; --broken skip leaves them out\n  "),
         (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image a group"),
+        (["--dataset", "table", "--table", "my t.csv", "--data-dir", "D"], "mbib data 'my t.csv' --data-dir D\n"),
+        (["--data-dir", "D"], "the folder, table or recipe goes first, without a flag: mbib data D\n"),
+        ([], "without a flag: mbib data DIR\n"),
         (["PHOTOS", "--lr", "3"], "unknown flag of mbib data '--lr'"),
         (["mbib_resnet20.digits", "--write-split", "x.csv"], "the images of dataset digits are not in files"),
         (

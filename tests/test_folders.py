@@ -5,6 +5,7 @@ import io
 import lzma
 import multiprocessing
 import os
+import re
 import tarfile
 import unicodedata
 
@@ -176,6 +177,29 @@ def test_what_cannot_count_is_named(tmp_path):
         }
 
 
+def test_files_of_unknown_kind_are_counted_and_what_lies_beside_images_is_not(tmp_path):
+    files = ["fox/2.jpg_large", "fox/IMG_1", "hare/site A/3.img", "hare/clip.MP4", "fox/0.xmp", "labels.csv"]
+    for split in opened_both(tmp_path, [*CAMERA_TRAP, *files]):
+        assert split.left_out == {"files of unknown kind": ("fox/2.jpg_large", "fox/IMG_1", "hare/site A/3.img")}
+
+
+def notes_on(split):
+    return " ".join(split.notes)
+
+
+def test_folders_that_may_be_meant_otherwise_are_noted(tmp_path):
+    for split in opened_both(tmp_path / "usual", CAMERA_TRAP):
+        assert not split.notes
+    inside = [f"{label}/{part}/{i}.png" for label in ("ant", "bee") for part in ("train", "Val") for i in range(2)]
+    for split in opened_both(tmp_path / "inside", [*inside, "ant/0.png"]):
+        assert re.search("names of splits lie in those of the classes .*bee/Val.* turn the folders", notes_on(split))
+    above = [f"{year}/{label}/{i}.png" for year in (2023, 2024) for label in ("ant", "bee") for i in range(2)]
+    for split in opened_both(tmp_path / "above", above):
+        assert "all lie further down, as 2023/ant/0.png does; if the second folder is the class" in notes_on(split)
+    grouped = open_split(folder_recipe(tmp_path / "above" / "folder", group_by="folder:1"), "all")
+    assert not grouped.notes, "who groups by folders knows what they are"
+
+
 def test_images_beside_the_folders_of_splits_are_named(tmp_path):
     entries = [f"{split}/{name}/1.png" for split in ("train", "val") for name in ("ant", "bee")]
     files = {name: png(1) for name in [*entries, "stray.png", "notes.txt", ".hidden.png"]}
@@ -244,6 +268,17 @@ def test_a_split_beside_classes_is_an_error_that_says_what_to_do(tmp_path):
                 DataError, match=r"holds 'train', which has folders in it .*beside 'bus': put the splits"
             ):
                 open_data(folder_recipe(place))
+
+
+def test_classes_that_differ_in_case_beside_a_class_named_as_a_split_are_no_splits(tmp_path):
+    entries = {name: png(1) for name in ("train/site A/1.png", "Fox/1.png", "fox/2.png")}
+    for place in (unpacked(tmp_path / "folder", entries), write(tmp_path / "x.tar", tar_bytes(entries))):
+        with pytest.raises(DataError, match=r"holds 'train', which has folders in it .*beside 'Fox', 'fox': put"):
+            open_data(folder_recipe(place))
+    twins = {f"{split}/ant/1.png": png(1) for split in ("train", "Extra", "extra")}
+    for place in (unpacked(tmp_path / "twins", twins), write(tmp_path / "y.tar", tar_bytes(twins))):
+        with pytest.raises(DataError, match="holds 'Extra', 'extra', which are all split 'extra'"):
+            open_split(folder_recipe(place), "extra")
 
 
 def test_a_split_of_any_name_that_is_asked_for(tmp_path):

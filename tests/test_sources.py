@@ -15,6 +15,7 @@ from PIL import Image
 from small_data import PEAK_MEMORY, picture, save_image
 from small_data import normalized_recipe as recipe
 
+from mbib_timm.cli import main
 from mbib_timm.data import SOURCES, create_loaders, lists, open_data, open_split, summary
 from mbib_timm.data.lists import open_inaturalist, open_list
 from mbib_timm.data.loaders import timm_eval_loader
@@ -22,7 +23,7 @@ from mbib_timm.data.sources import open_digits
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.models.zoo import DATASETS
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import Recipe, list_recipes
 
 CPU = torch.device("cpu")
 SIZE = (3, 16, 16)
@@ -58,6 +59,16 @@ def test_digits():
     assert shown.shape == (1797, 16, 16)
     # Enlarging keeps the brightness of the original.
     assert shown.mean() == pytest.approx(load_digits().images.mean() * 255 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize("arguments", [["train", "--data-dir", "my photos"], ["train", "my photos"]])
+def test_the_command_for_images_of_ones_own_can_be_followed(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    save_image(tmp_path / "my photos" / "fox" / "0.png")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "mbib train finetune/mbib_resnet32 --data-dir 'my photos' (which is for small images; for " in said
+    assert re.search(r"for photographs take (\S+)\)", said)[1] in list_recipes()
 
 
 # Lists and json

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -40,6 +41,11 @@ UNREAD = {
     ".hif", ".ico", ".j2k", ".jp2", ".jxl", ".kdc", ".lif", ".mrxs", ".nd2", ".nef", ".nii", ".nrw", ".orf", ".pcx",
     ".pef", ".psd", ".raf", ".raw", ".rw2", ".sr2", ".srf", ".srw", ".svg", ".svs", ".tga", ".x3f", ".xcf",
 }  # fmt: skip
+# Nor are videos, and what lies beside images: tables, texts, settings of cameras and programs.
+NO_IMAGES = {
+    ".aae", ".avi", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".m4v", ".md", ".mkv", ".mov", ".mp4",
+    ".mpeg", ".mpg", ".mts", ".parquet", ".thm", ".tsv", ".txt", ".webm", ".wmv", ".xml", ".xmp", ".yaml", ".yml",
+}  # fmt: skip
 # Names, in lower case, under which systems and programs keep what is theirs; and all that begin with a dot.
 OF_SYSTEMS = {
     "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "desktop.ini", "lost+found",
@@ -57,6 +63,7 @@ ALL = "all"
 
 # Reasons for which a scan passes something over.
 NOT_READ = "images of kinds that are not read"
+UNKNOWN = "files of unknown kind"
 OUTSIDE = "images outside of class folders"
 BESIDE = "images beside the folders of the splits"
 WITHOUT_IMAGES = "class folders without images"
@@ -166,7 +173,30 @@ class ImageTree:
         if group_by is not None:
             groups = group_names(group_by, [self.inside(name) for name in names], labels)
         targets = np.array([number[label] for label in labels], dtype=np.int64)
-        return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out)
+        notes = tuple(filter(None, [self._about_levels(names, group_by)]))
+        return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out, notes=notes)
+
+    def _about_levels(self, names: Sequence[str], group_by: str | None) -> str:
+        """Return a line on folders that may be meant otherwise than as they are taken; empty where none are.
+
+        Args:
+            names: of images in class folders.
+            group_by: what puts them into groups; who says it knows what the folders are.
+        """
+        parts = [self.inside(folder).split("/") for folder in self.folders]
+        splits = {folder[1].casefold(): "/".join(folder[:2]) for folder in parts if len(folder) > 1}
+        splits = {name: folder for name, folder in splits.items() if name in SPLIT_NAMES}
+        if len({SYNONYMS[name][0] for name in splits}) > 1:
+            return (
+                f"folders with the names of splits lie in those of the classes ({few([*splits.values()], 3)}), and are "
+                "taken together; to keep these splits, turn the folders round: train/fox, not fox/train"
+            )
+        if group_by is not None or any(self.inside(name).count("/") == 1 for name in names):
+            return ""
+        return (
+            f"no image lies right in a class folder, but all lie further down, as {self.inside(names[0])} does; if "
+            "the second folder is the class, put all of a class into one folder of the first level"
+        )
 
 
 def class_order(labels: Collection[str]) -> tuple[str, ...]:
@@ -253,7 +283,7 @@ def _walk(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
 
 
 def _file(name: str) -> Iterator[tuple[str, str]]:
-    """Give a file, unless it has nothing to do with images."""
+    """Give a file, unless its name says that it is no image."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in READ:
         yield IMAGE, name
@@ -261,6 +291,8 @@ def _file(name: str) -> Iterator[tuple[str, str]]:
         yield NOT_READ, name
     elif name.lower().endswith(SUFFIXES):
         yield PACKED, name
+    elif suffix not in NO_IMAGES:
+        yield UNKNOWN, name
 
 
 def open_archive(path: Path) -> ImageTree:
@@ -329,26 +361,29 @@ def open_folder(
     path = Path(data_dir)
     if not path.exists():
         raise DataError(f"data_dir {path} does not exist; --data-dir says where the images are")
-    known = {name.casefold() for name in (*SPLIT_NAMES, *split_names)} - {ALL}
+    known = _known(split_names)
     if path.is_dir():
         if not any(path.iterdir()):
             raise DataError(f"{path} is empty; expected a folder of images for each class")
         places = _split_folders(path, known)
         if places is None:
             return scan_folder(path).read(group_by)
-        _refuse_twins(path, places, split_names)
-        return OwnSplits(places, partial(_open, path, places, known, group_by))
+        return OwnSplits(places, partial(_open, path, places, split_names, group_by))
     if not is_archive(path):
         refuse_packed(path)
         is_table = path.suffix.lower() in (".csv", ".tsv", ".parquet")
-        hint = f"; a table is read with --dataset table --table {path}" if is_table else ""
+        hint = f"; a table is read with --dataset table --table {quote(str(path))}" if is_table else ""
         raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}){hint}")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
             trees = {name: tree.folder(name) for name in tree.tops}
-            _refuse_twins(path, trees, split_names)
-            return OwnSplits(trees, partial(_open, tree, trees, known, group_by))
+            return OwnSplits(trees, partial(_open, tree, trees, split_names, group_by))
     return tree.read(group_by)
+
+
+def _known(split_names: Collection[str]) -> set[str]:
+    """Return the names of splits in lower case, with further ones."""
+    return {name.casefold() for name in (*SPLIT_NAMES, *split_names)} - {ALL}
 
 
 def _levels(tree: ImageTree) -> Iterator[ImageTree]:
@@ -392,7 +427,7 @@ def find_split(places: Mapping[str, T], split: str) -> T | None:
     return next((by_name[name] for name in (asked, *SYNONYMS.get(asked, ())) if name in by_name), None)
 
 
-def _refuse_twins(root: Path, places: Collection[str], split_names: Collection[str]) -> None:
+def _refuse_twins(root: Path | ImageTree, places: Collection[str], split_names: Collection[str]) -> None:
     """Raise DataError for folders of one split by their names, of which one would be read, unless each is asked for."""
     of_split: dict[str, list[str]] = defaultdict(list)
     for name in sorted(places):
@@ -448,7 +483,7 @@ def no_split(where: object, places: Collection[str], split: str, hint: str = "")
 def _open(
     root: Path | ImageTree,
     places: Mapping[str, Path | ImageTree],
-    known: set[str],
+    split_names: Collection[str],
     group_by: str | None,
     split: str,
 ) -> Split:
@@ -457,14 +492,14 @@ def _open(
     Args:
         root: for messages.
         places: folders with images, and archives, by name.
-        known: names of splits, in lower case.
+        split_names: further names of splits.
         group_by: what puts images into groups.
         split: to open.
 
     Raises:
-        DataError: no such split, or a folder that is neither a split nor, beside splits, a class.
+        DataError: no such split, several folders of one, or a folder that is no split beside others that are.
     """
-    asked = split.casefold()
+    known, asked = _known(split_names), split.casefold()
     if others := [name for name in places if name.casefold() not in known | {asked}]:
         name = next(name for name in places if name.casefold() in known)
         raise DataError(
@@ -472,11 +507,13 @@ def _open(
             f"{few([*map(repr, others)], 3)}: put the splits into a folder of their own; or, if {name!r} is a class, "
             "give it another name, or put its images right into it"
         )
+    _refuse_twins(root, places, split_names)
     place = find_split(places, split)
     if place is None:
         hint = ""
         if {*map(str.casefold, places)} <= {*SYNONYMS["train"]} and isinstance(root, Path):
-            hint = f"; to hold a part of it out for evaluation, give --data-dir {next(iter(places.values()))}"
+            training = quote(str(next(iter(places.values()))))
+            hint = f"; to hold a part of it out for evaluation, give --data-dir {training}"
         raise no_split(root, places, split, hint)
     if isinstance(place, Path):
         place = list(_levels(open_archive(place)))[-1] if is_archive(place) else scan_folder(place)

@@ -136,6 +136,7 @@ class Split:
         chosen: how the images were chosen, in words; empty for a split that the data have of their own.
         missing: a line on listed images that are not there; empty where all are.
         unused: a line on groups that the source names, and the recipe does not ask for; empty where there are none.
+        notes: lines on what of the source may be meant otherwise.
     """
 
     reader: Reader
@@ -147,6 +148,7 @@ class Split:
     chosen: str = ""
     missing: str = ""
     unused: str = ""
+    notes: tuple[str, ...] = ()
 
     def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
         """Return the split of the images at these places; `chosen` says how, where that is not as before."""

@@ -43,8 +43,20 @@ def summary(splits: Splits) -> list[str]:
             "note: evaluated images were drawn one by one; if some belong together, such as frames of one burst or "
             "images of one patient or place, --group-by keeps them on one side"
         )
+    lines += [printable(f"note: {line}") for line in (*_alike(splits.class_names or ()), *splits.train.notes)]
     lines += [f"warning: {line}" for line in splits.shared]
     return lines + warnings(splits.opened())
+
+
+def _alike(class_names: Sequence[str]) -> list[str]:
+    """Return a line on classes whose names are the same but for case and spaces at the ends, if there are any."""
+    spellings: dict[str, dict[str, None]] = {}
+    for name in class_names:
+        spellings.setdefault(name.strip().casefold(), {})[name] = None
+    alike = [" and ".join(map(repr, names)) for names in spellings.values() if len(names) > 1]
+    if not alike:
+        return []
+    return [f"classes whose names differ in case or spaces alone: {few(alike)}; if they are one, give it one name"]
 
 
 def warnings(splits: Sequence[Split]) -> list[str]:

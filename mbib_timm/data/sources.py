@@ -24,7 +24,7 @@ from mbib_timm.data.long_tail import count_classes, hold_out, left_out_indices, 
 from mbib_timm.data.shards import open_shards
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
-from mbib_timm.recipe import DATA_PLACES, Recipe
+from mbib_timm.recipe import DATA_PLACES, Recipe, train_command
 from mbib_timm.registry import Registry
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -245,7 +245,7 @@ def _digits(recipe: Recipe) -> Opened:
     if recipe.data_dir is not None:
         raise DataError(
             f"the digits come with scikit-learn, and data_dir {recipe.data_dir} would have no effect; images of your "
-            f"own train with: mbib train finetune/mbib_resnet32 --data-dir {recipe.data_dir}"
+            f"own train with: {train_command(recipe.data_dir)}"
         )
     return open_digits
 

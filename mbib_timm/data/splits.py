@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -251,7 +252,7 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
         hint = ""
         inner = Path(place, names)
         if recipe.dataset == "folder" and inner.is_dir() and any(entry.is_dir() for entry in inner.iterdir()):
-            hint = f"; if the folders in {names!r} are the classes, give --data-dir {inner}"
+            hint = f"; if the folders in {names!r} are the classes, give --data-dir {quote(str(inner))}"
         raise DataError(f"{place} holds {in_data} class ({names}); a classifier needs two or more{hint}")
     if recipe.num_classes is not None and recipe.num_classes != in_data:
         raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")

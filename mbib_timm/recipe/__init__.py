@@ -48,6 +48,7 @@ from mbib_timm.recipe.recipe_files import (
     read_recipe,
     recipe_name,
     recipes_folder,
+    train_command,
 )
 
 __all__ = [
@@ -81,4 +82,5 @@ __all__ = [
     "recipe_name",
     "recipes_folder",
     "require_key",
+    "train_command",
 ]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -58,8 +59,7 @@ def find_recipe(name: str) -> Path:
         MbibError: neither exists; the nearest names are given.
     """
     if name and Path(name).is_dir():
-        how = f"mbib train finetune/mbib_resnet32 --data-dir {name}"
-        raise MbibError(f"{name} is a folder, and no recipe; its images train with: {how}")
+        raise MbibError(f"{name} is a folder, and no recipe; its images train with: {train_command(name)}")
     if name and Path(name).exists():
         return Path(name)
     packaged = packaged_recipes()
@@ -68,6 +68,12 @@ def find_recipe(name: str) -> Path:
     if name.removesuffix(".yaml") not in packaged:
         raise unknown_name("recipe", name, packaged)
     return packaged[name.removesuffix(".yaml")]
+
+
+def train_command(images: str) -> str:
+    """Return the command that trains on a folder of somebody's own images, and what to change in it for photographs."""
+    small, large = "finetune/mbib_resnet32", "frozen/mbib_efficientnet_lite0"
+    return f"mbib train {small} --data-dir {quote(images)} (which is for small images; for photographs take {large})"
 
 
 def recipe_name(path: Path, method: str | None = None) -> str:
