@@ -6,7 +6,7 @@ Each is imported when it is first used, so that `import mbib_timm` alone stays q
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import IOBase
 from pathlib import Path
@@ -32,7 +32,16 @@ from mbib_timm.inference.predictor import Predictor, ScoredBatch
 from mbib_timm.methods import METHODS, Facts, Method, head_names, resolve_method
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import load_model
-from mbib_timm.recipe import DEFAULT_RECIPE, Recipe, change_recipe, check_given, find_recipe, load_recipe, recipe_name
+from mbib_timm.recipe import (
+    DEFAULT_RECIPE,
+    Recipe,
+    asks_for_epochs,
+    change_recipe,
+    check_given,
+    find_recipe,
+    load_recipe,
+    recipe_name,
+)
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training import train as train_recipe
@@ -60,7 +69,7 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
         NonFiniteLossError: training diverged; the last good checkpoint is kept.
     """
-    overrides = {key: _plain(value) for key, value in keys.items()}
+    overrides, epochs_asked = {key: _plain(value) for key, value in keys.items()}, True
     if isinstance(recipe, Recipe):
         changed = change_recipe(recipe, overrides, print)
         name = changed.experiment or _name_of(changed)
@@ -69,8 +78,9 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
         changed = load_recipe(path, overrides, print)
         method = overrides.get("method")
         name = recipe_name(path, method.get("name") if isinstance(method, dict) else method)
+        epochs_asked = asks_for_epochs(path, overrides)
     check_given([changed], overrides)
-    return train_recipe(changed, name)
+    return train_recipe(changed, name, epochs_asked=epochs_asked)
 
 
 def _plain(value: Any) -> Any:
@@ -224,6 +234,9 @@ class _Pictures:
 
 def _find(images: ImageLike | Iterable[ImageLike], class_names: Sequence[str]) -> Iterator[FoundImage]:
     """Give the images in order, with the names of their classes where folders or tables give them."""
+    if isinstance(images, Mapping) or hasattr(images, "columns"):  # which would give the names of columns
+        kind = type(images).__name__
+        raise MbibError(f"expected paths or PIL images, got {kind}; give the column of the paths, as in frame['path']")
     # A file and bytes give parts of themselves.
     single = isinstance(images, ImageLike | bytes | bytearray | IOBase) or not isinstance(images, Iterable)
     given: list[Any] = [images] if single else [*images]  # type: ignore[misc]

@@ -37,6 +37,7 @@ from mbib_timm.recipe import (
     KEYS,
     OPENED_BY,
     Recipe,
+    asks_for_epochs,
     check_given,
     find_recipe,
     list_sweeps,
@@ -154,7 +155,7 @@ def train(flags: Parser) -> Action:
         name = recipe_name(path, recipe.method["name"] if "method" in vars(given) else None)
         from mbib_timm.training import train
 
-        train(recipe, name)
+        train(recipe, name, epochs_asked=asks_for_epochs(path, overrides))
 
     return run
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,29 @@ def test_predict_refuses_what_its_flags_refuse(keys, message):
 def test_predict_says_which_images_it_takes(finished_run, images):
     with pytest.raises(MbibError, match=r"expected paths or PIL images, got \w+; PIL's"):
         predict(finished_run, images, device="cpu")
+
+
+def test_predict_asks_for_a_column_of_a_table(finished_run):
+    pandas = pytest.importorskip("pandas")
+    for images in ({"path": ["x.png"]}, pandas.DataFrame({"path": ["x.png"]})):
+        with pytest.raises(MbibError, match=r"got \w+; give the column of the paths, as in frame\['path'\]"):
+            predict(finished_run, images, device="cpu")
+
+
+def test_a_folder_beside_that_of_a_runs_table_is_asked_for(finished_run, tmp_path):
+    """Images of the table would be evaluated, and not those of the folder."""
+    for name in ("photos", "new"):
+        save_image(tmp_path / name / "fox" / "0.png")
+    table, run = tmp_path / "photos" / "split.csv", tmp_path / "run"
+    table.write_text("path,label\nfox/0.png,fox\n")
+    shutil.copytree(finished_run, run)
+    new, places = str(tmp_path / "new"), {"dataset": "table", "table": str(table)}
+    (run / "recipe.yaml").write_text("\n".join(f"{key}: {value}" for key, value in places.items()))
+    with pytest.raises(MbibError, match=r"on the table .*split\.csv, whose images .*: add --dataset folder .*--table"):
+        evaluate(run, data_dir=new)
+    assert find_target(str(run), overrides={"data_dir": str(tmp_path / "photos")}).recipe.table == str(table)
+    assert find_target(str(run), overrides={"data_dir": new, "table": str(table)}).recipe.data_dir == new
+    assert find_target(str(run), overrides={"data_dir": new, "dataset": "folder"}).recipe.table is None
 
 
 def test_batches_that_evaluate_does_not_take():

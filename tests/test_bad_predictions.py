@@ -100,6 +100,34 @@ CASES = {
         ),
         r"--resume: o\.csv does not hold .*\(the model has no class 'fox'\); repeat the flags",
     ),
+    "predict: over another table": (
+        with_file("labels.csv", "image,label\nx.png,fox\n", predict("--output", "labels.csv")),
+        r"--output labels\.csv: the file that is there holds no predictions of format csv, and is not replaced",
+    ),
+    "predict: over other lines": (
+        with_file("o.jsonl", '{"path": 1}\n', predict("--output", "o.jsonl")),
+        r"--output o\.jsonl: the file that is there holds no predictions of format jsonl",
+    ),
+    "predict: over another parquet": (
+        with_file("o.parquet", "PAR1", predict("--output", "o.parquet")),
+        r"--output o\.parquet: the file that is there holds no predictions of format parquet",
+    ),
+    "predict: over notes": (
+        with_file("notes.txt", "a\nb\n", predict("--output", "notes.txt", "--format", "table")),
+        r"--output notes\.txt: the file that is there holds no predictions of format table",
+    ),
+    "predict: a run's file": (
+        lambda root, run: ["predict", f"{run}/model.safetensors", "images"],
+        r"model\.safetensors is a file and no folder: give its run's, .*mbib_resnet20\.digits",
+    ),
+    "predict: a run's name": (
+        with_file("runs/first/config.json", "{}", lambda root, run: ["predict", "first", "images"]),
+        "unknown model or folder 'first': did you mean 'runs/first'",
+    ),
+    "export: suffix": (
+        of_model("export", "--format", "torchscript", "--output", "x.onnx"),
+        r"--output x\.onnx: expected a name that ends in \.pt, for --format torchscript",
+    ),
     "predict: one file for two": (
         predict("--output", "x.parquet", "--embeddings", "x.parquet"),
         r"--output and --embeddings are both x\.parquet",

@@ -123,6 +123,18 @@ def test_every_split_is_written_and_the_command_that_is_said_reads_them(capsys, 
             assert [*open_split(again, name).files()] == [*expected.files()]
 
 
+def test_tables_that_may_be_edited_by_hand_are_kept(photos, capsys, tmp_path):
+    files = {flag: tmp_path / f"{flag[2:]}.csv" for flag in ("--write-split", "--csv")}
+    for flag, file in files.items():
+        for _ in range(2):
+            said(capsys, photos, flag, file)
+        file.write_text("path,label,split\nfox/site A/0.png,hare,train\n")
+        before = file.read_bytes()
+        assert main(["data", str(photos), "--workers", "0", flag, str(file)]) == 2
+        assert f"{flag} {file}: the file that is there " in capsys.readouterr().err
+        assert file.read_bytes() == before
+
+
 def test_classes_that_share_a_name_stay_two(capsys, tmp_path):
     unpacked(tmp_path, {f"{label}/{i}.png": png(i) for label in range(3) for i in range(4)})
     for name, images in (("train", (0, 1)), ("val", (2, 3))):

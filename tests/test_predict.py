@@ -11,6 +11,7 @@ import sys
 import tarfile
 import types
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +426,26 @@ def test_below_the_threshold_the_answer_is_unsure(finished_run, labelled, tmp_pa
     assert told(out)["prediction"]["overall"] == f"{naive(plain)[0]:.2f}", "over all images"
     top1, _, images = naive([row for row in rows if row["predicted"] != "unsure"])
     assert f"without the unsure: {top1:.2f} on {images} images" in out
+
+
+def test_a_class_named_unsure_leaves_no_room_for_a_threshold(finished_run, photos, tmp_path, capsys, monkeypatch):
+    names = ("unsure", *map(str, range(1, 10)))
+    model = replace(load_model(str(finished_run)), class_names=names)
+    monkeypatch.setattr(predict_module, "load_model", lambda target: model)
+    assert write(finished_run, [photos], tmp_path / "out.csv", "--threshold", "0.5") == 2
+    assert "--threshold: the model has a class named 'unsure'" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+    assert write(finished_run, [photos], tmp_path / "out.csv") == 0
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet", "out.txt"])
+def test_predictions_replace_predictions(finished_run, photos, tmp_path, name):
+    """Of other flags too."""
+    if name == "out.parquet":
+        pytest.importorskip("pyarrow")
+    given = [photos / "image0.png"], tmp_path / name, "--format", {"out.txt": "table"}.get(name, name.split(".")[1])
+    for flags in (["--threshold", "1", "--top-k", "3"], ["--top-k", "1"]):
+        assert write(finished_run, *given, *flags) == 0
 
 
 def test_all_probabilities_on_request(finished_run, photos, tmp_path):

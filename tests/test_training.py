@@ -29,7 +29,7 @@ from mbib_timm.data import Batch
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import METHODS, Facts
-from mbib_timm.recipe import find_recipe, load_recipe
+from mbib_timm.recipe import asks_for_epochs, find_recipe, load_recipe
 from mbib_timm.recipe.keys import SCHEDULES
 from mbib_timm.results.record import read_record
 from mbib_timm.training import run as run_module
@@ -333,6 +333,28 @@ def test_a_finished_run_can_be_extended(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="another recipe: lr"):
         train(digits(tmp_path, **keys, epochs=9, resume="auto", lr=0.5), "run")
     assert read_record(eight.folder) == eight.record
+
+
+def test_a_run_is_extended_only_to_epochs_that_are_asked_for(finished_run, tmp_path, capsys):
+    """After a start with --epochs, the same command without them has the packaged recipe's."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    flags = ["--device", "cpu", "--workers", "0", "--output", str(tmp_path), "--experiment", "run", "--resume", "auto"]
+    epochs = load_recipe(DIGITS).epochs
+    assert main(["train", "mbib_resnet20.digits", *flags]) == 2
+    said = f"holds a run of 3 epochs, and the recipe has {epochs}: give --epochs {epochs} to train on, or --epochs 3 to"
+    assert said in capsys.readouterr().err
+    keys = dict(device="cpu", workers=0, output=tmp_path, experiment="run", resume="auto")
+    with pytest.raises(CheckpointError, match=said):
+        mbib_timm.train("mbib_resnet20.digits", **keys)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_epochs_are_asked_for_by_a_key_or_in_a_file_of_ones_own(tmp_path):
+    assert not asks_for_epochs(DIGITS, {"lr": 0.1, "warmup_epochs": 2})
+    for address in ("epochs", "stage2.epochs", "stages"):
+        assert asks_for_epochs(DIGITS, {address: 4})
+    assert asks_for_epochs(tmp_path / "own.yaml", {})
 
 
 @pytest.mark.slow

@@ -103,9 +103,25 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
         )
     own, asked = load_recipe(file), load_recipe(file, overrides)
     said = frozenset(overrides or ())
+    if recipe is None and "data_dir" in said and not said & {"dataset", "table"}:
+        _require_own_folder(name, own, asked)
     if "data_dir" in said and not said & {"dataset", "dataset_download"} and is_image_folder(asked):
         asked = load_recipe(file, {**(overrides or {}), "dataset": "folder"})
     return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=said)
+
+
+def _require_own_folder(name: str, own: Recipe, asked: Recipe) -> None:
+    """Raise MbibError for a folder beside the one that the paths of a run's table begin at.
+
+    Images of the table would be evaluated there, and not those of the folder.
+    """
+    if own.dataset != "table" or own.table is None or asked.data_dir is None:
+        return
+    if Path(asked.data_dir).resolve() != Path(own.data_dir or Path(own.table).parent).resolve():
+        raise MbibError(
+            f"{name} was trained on the table {own.table}, whose images lie in another folder than {asked.data_dir}: "
+            "add --dataset folder for all images there, or --table FILE for those that a table names"
+        )
 
 
 def _place(recipe: Recipe) -> tuple[str, ...]:

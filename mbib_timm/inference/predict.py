@@ -38,6 +38,7 @@ from mbib_timm.inference.prediction_files import (
     RowColumns,
     TableWriter,
     Writer,
+    check_replaced,
     read_continued,
     written,
 )
@@ -211,12 +212,19 @@ def predict(
     if cam is not None and (taken := next((each for each in images if _is_within(cam, each)), None)):
         # Overlays have the images' names: they would replace them, or be predicted the next time.
         raise MbibError(f"--cam {cam} lies in {taken}, whose images are predicted; choose a folder outside it")
+    if output is not None and not resume:
+        check_replaced(output, format)
     for each in found:
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
     with joined_world(device) as world:
         model = load_model(target)
         predictor = Predictor(model, head, None if prior == ESTIMATE else prior, world.device)
+        if threshold > 0 and UNSURE in predictor.names:
+            raise MbibError(
+                f"--threshold: the model has a class named {UNSURE!r}, which an answer below the threshold could not "
+                "be told from; omit the flag: the output has the probabilities"
+            )
         trained = predictor.trained_shares() if prior == ESTIMATE else None
         grad_cam = None if cam is None else GradCam(predictor.module, model.preprocessing["input_size"])
         todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -492,6 +493,35 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
             "was written with, or choose another --output"
         ) from None
     return Continued(images, length)
+
+
+def check_replaced(file: Path, format: str) -> None:
+    """Raise MbibError for a file that holds something else than predictions of a format: it would be lost."""
+    if not file.exists() or not file.stat().st_size:
+        return
+    if not _holds_predictions(file, format):
+        raise MbibError(
+            f"--output {file}: the file that is there holds no predictions of format {format}, and is not replaced; "
+            "choose another name, or remove it"
+        )
+
+
+def _holds_predictions(file: Path, format: str) -> bool:
+    first_columns = RowColumns([""], 1, False).header()[:-1]
+    if format == "parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            names: list[str] = parquet.read_schema(file).names
+        except (ArrowException, OSError):
+            return False
+        return names[: len(first_columns)] == first_columns
+    with file.open("rb") as opened:
+        if format == "table":
+            opened.readline()
+            return re.match(rb"  (unsure\n|[ \d]{3}\.\d\d %  )", opened.readline()) is not None
+        beginning = f"{','.join(first_columns)}," if format == "csv" else '{"image": "'
+        return _begin_alike(opened.read(len(beginning)), beginning.encode())
 
 
 def _begin_alike(one: bytes, other: bytes) -> bool:

@@ -7,6 +7,7 @@ any part is still as it was initialised.
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from mbib_timm.models.hub import hub_error, limited_sockets, prepare_hub, split_
 from mbib_timm.models.model_config import ModelConfig, read_config
 from mbib_timm.models.pip_weights import BACKBONE, packaged_weights
 from mbib_timm.models.zoo import ZooModel
+from mbib_timm.options import default_of
+from mbib_timm.recipe.keys import KEYS
 
 TRAINING_HEADS = "training_heads."
 # Files of a folder's weights, the first that is there: ours, and what timm writes without safetensors.
@@ -276,8 +279,10 @@ def find_source(target: str) -> Source:
         return Source(target, repository=repository)
     architecture, _, tag = target.partition(".")
     if not timm.is_model(architecture):
-        if "/" in target:
+        if "/" in target or os.path.isfile(place):
             raise MbibError(_no_folder(place))
+        if place and os.path.isdir(run := Path(default_of(KEYS["output"])) / place):
+            raise MbibError(f"unknown model or folder {shown!r}: did you mean {str(run)!r}?")
         raise unknown_name("model or folder", shown, timm.list_models())
     try:
         cfg = timm.get_pretrained_cfg(target, allow_unregistered=True)
@@ -290,8 +295,12 @@ def find_source(target: str) -> Source:
 
 
 def _no_folder(place: str) -> str:
-    """Return the text that there is no such folder, with the runs that are beside it."""
+    """Return the text that there is no such folder, with the runs that are beside it, or that of the file."""
     parent = Path(place).parent
+    if os.path.isfile(place):
+        is_run = (parent / "config.json").is_file()
+        instead = f"give its run's, {printable(str(parent))}" if is_run else "expected that of a run"
+        return f"{printable(place)[:200]} is a file and no folder: {instead}"
     try:
         runs = sorted(file.parent.name for file in parent.glob("*/config.json"))
     except (OSError, ValueError):  # a name that no folder can have

@@ -37,6 +37,7 @@ from mbib_timm.recipe.keys import (
 from mbib_timm.recipe.recipe_files import (
     BASE,
     DEFAULT_RECIPE,
+    asks_for_epochs,
     change_recipe,
     data_of,
     dump_recipe,
@@ -66,6 +67,7 @@ __all__ = [
     "WHOLE_IMAGES",
     "LoraSettings",
     "Recipe",
+    "asks_for_epochs",
     "change_recipe",
     "check_given",
     "check_key",

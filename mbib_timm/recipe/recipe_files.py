@@ -166,6 +166,12 @@ def _plugins_in(keys: Mapping[str, Any]) -> Iterator[str]:
             yield from (each for each in listed if isinstance(each, str) and each)
 
 
+def asks_for_epochs(file: Path, overrides: Mapping[str, Any]) -> bool:
+    """Return whether somebody says how many epochs: in overrides, or in a recipe file of their own."""
+    said = any(address == STAGES or re.fullmatch(r"(stage\d+\.)?epochs", address) for address in overrides)
+    return said or file not in packaged_recipes().values()
+
+
 def change_recipe(recipe: Recipe, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Recipe:
     """Apply overrides to a recipe, as `load_recipe` does to a file's. Raises MbibError as it does."""
     return _overridden(recipe.to_dict(), overrides, "the recipe", say)

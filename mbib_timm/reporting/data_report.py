@@ -27,6 +27,8 @@ SHOWN_CLASSES, SHOWN_SETS, SHOWN_SIZES = 60, 5, 3
 NAMED_CLASSES = 60  # as many names as can be read below bars
 LONGEST_NAME = 36  # characters of a class in the table and the figure
 FIGURES = ("png", "pdf", "svg")
+# Of the table of --csv.
+IMAGE_COLUMNS = ("path", "label", "split", "group", "kind", "width", "height", "error", "exact_set", "near_set")
 # Sources whose images a table can name.
 IN_FILES = ("folder", "table", "list", "inat2018")
 
@@ -77,7 +79,7 @@ def data_report(
         What was found.
 
     Raises:
-        MbibError: data that are missing or malformed, or files that cannot be written.
+        MbibError: data that are missing or malformed, or files that cannot be written or hold something else.
     """
     recipe = find_data(target, overrides)
     check_given([recipe], overrides)
@@ -94,6 +96,14 @@ def data_report(
             check_place(file)
     source = Source(recipe)
     splits = open_data(recipe, source)
+    if csv_file is not None and csv_file.exists():
+        _require_own(csv_file)
+    split_content = b"" if split_file is None else split_rows(recipe, source)
+    if split_file is not None and split_file.exists() and split_file.read_bytes() not in (b"", split_content):
+        raise MbibError(
+            f"--write-split {split_file}: the file that is there has other content, maybe edited by hand, and is not "
+            "replaced; choose another name, or remove it"
+        )
     names = label_names(splits.class_names, splits.num_classes)
     parts = list(zip(recipe.split_names, splits.opened(), strict=True))
     print("\n".join(summary(splits)))
@@ -108,11 +118,22 @@ def data_report(
         _write(figure, render(lambda: class_histogram(splits, names), (form,))[form])
         print(printable(str(figure)))
     if split_file is not None:
-        _write(split_file, split_rows(recipe, source))
+        _write(split_file, split_content)
         places = f"--table {quote(str(split_file))} --data-dir {quote(_root(recipe))}"
         groups = "" if recipe.group_by is None else " --group-by column"
         print(printable(f"{split_file}: train on this split with --dataset table {places}{groups}"))
     return found
+
+
+def _require_own(csv_file: Path) -> None:
+    """Raise MbibError for a file that is no table of `image_rows`: it would be lost."""
+    header = to_csv([IMAGE_COLUMNS])
+    with csv_file.open("rb") as opened:
+        if opened.read(len(header)) not in (b"", header):
+            raise MbibError(
+                f"--csv {csv_file}: the file that is there is no table of this command, and is not replaced; choose "
+                "another name, or remove it"
+            )
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -221,7 +242,6 @@ def _about(title: str, found: Duplicates, pictures: Sequence[Picture], advice: s
 def image_rows(found: Inspection) -> bytes:
     """Return a CSV with a line per image; duplicates have the number of their set."""
     exact, near = _numbers(found.exact), _numbers(found.near)
-    header = ["path", "label", "split", "group", "kind", "width", "height", "error", "exact_set", "near_set"]
     rows = (
         [
             *(picture.path, picture.label, picture.split, picture.group, picture.look.kind),
@@ -230,7 +250,7 @@ def image_rows(found: Inspection) -> bytes:
         ]
         for place, picture in enumerate(found.pictures)
     )
-    return to_csv([header, *rows])
+    return to_csv([IMAGE_COLUMNS, *rows])
 
 
 def _numbers(found: Duplicates | None) -> dict[int, int]:

@@ -21,7 +21,7 @@ from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_com
 from mbib_timm.training.setup import set_up
 
 
-def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRun:
+def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked: bool = True) -> FinishedRun:
     """Train a recipe to the end, stage by stage, and write its results.
 
     A stage before the last is trained in a folder inside the run's, unless a finished run beside it has computed the
@@ -36,6 +36,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
         recipe: what to train.
         name: name of the run, and of its folder unless the recipe names another.
         pool: holds opened data and resident images for the next run of this process.
+        epochs_asked: somebody asks for the recipe's epochs; a run of others that is there is not extended without.
 
     Returns:
         The run, with the record of its last stage.
@@ -51,7 +52,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None) -> FinishedRu
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _check_stages(recipe, pool, world, Path(folder))
-        return _train(recipe, name, world, pool, extend=True)
+        return _train(recipe, name, world, pool, extend=True, epochs_asked=epochs_asked)
 
 
 def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:
@@ -86,10 +87,16 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
 
 
 def _train(
-    recipe: Recipe, name: str, world: World, pool: DataPool, extend: bool = False, whole: Path | None = None
+    recipe: Recipe,
+    name: str,
+    world: World,
+    pool: DataPool,
+    extend: bool = False,
+    whole: Path | None = None,
+    epochs_asked: bool = True,
 ) -> FinishedRun:
     """Train a run, or a stage of one whose whole is in another folder, which holds all its stages."""
-    recipe, folder, state = _find_folder(recipe, name, world, extend)
+    recipe, folder, state = _find_folder(recipe, name, world, extend, epochs_asked)
     previous = None
     if recipe.previous is not None:
         previous = _previous(recipe, whole or folder.path, world, pool)
@@ -159,12 +166,12 @@ def _finished(wanted: Recipe, given: list[Inputs], processes: int, path: Path, o
 
 
 def _find_folder(
-    recipe: Recipe, name: str, world: World, extend: bool
+    recipe: Recipe, name: str, world: World, extend: bool, epochs_asked: bool = True
 ) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
     """Return the recipe, the run's folder and the state to resume from, or None to start from the beginning.
 
     A run that is resumed keeps the loader and the precision that it chose when it started; with `extend` it may have
-    other epochs.
+    other epochs, if they are `epochs_asked`.
     """
     folder = RunFolder(place_of(recipe.output, name if recipe.experiment is None else recipe.experiment))
     checkpoint = None
@@ -200,6 +207,12 @@ def _find_folder(
         raise CheckpointError(
             f"{folder.path} was stopped within epoch {done}, whose schedule is that of {before} epochs: go on with "
             f"--epochs {before} until it has ended, or choose another folder (--experiment)"
+        )
+    if before != recipe.epochs and not epochs_asked:
+        flag = "--epochs" if recipe.previous is None else f"--stage{recipe.stage + 1}.epochs"
+        raise CheckpointError(
+            f"{folder.path} holds a run of {before} epochs, and the recipe has {recipe.epochs}: give {flag} "
+            f"{recipe.epochs} to train on, or {flag} {before} to keep to the run's"
         )
     if before != recipe.epochs:
         schedule = f"epoch {done + 1} and later follow the schedule of {recipe.epochs}"
