@@ -64,7 +64,7 @@ def test_train_does_what_its_command_does(finished_run, tmp_path, capsys):
 
 def test_train_takes_recipes_parts_of_keys_and_fewer_epochs(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("mbib_timm.api.train_recipe", lambda recipe, name: seen.append((recipe, name)))
+    monkeypatch.setattr("mbib_timm.api.train_recipe", lambda recipe, name, **_: seen.append((recipe, name)))
     train("mbib_resnet20.digits", epochs=1, **{"method.beta": 3})
     train("cifar_resnet20.ce_digits", method="focal", data_dir=Path("x"), plugin=[])
     recipe = load_recipe(find_recipe("mbib_resnet20.digits"))

@@ -580,6 +580,7 @@ def test_a_file_of_another_kind_is_not_continued(finished_run, photos, tmp_path,
     )
     for content, flags, message in cases:
         if content is None:
+            output.unlink()
             write(finished_run, [photos], output)
         else:
             output.write_text(content)
