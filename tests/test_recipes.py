@@ -267,7 +267,7 @@ def test_optimisation_is_the_papers(suffix, epochs, batch_size, weight_decay, ra
 def test_the_strong_recipes_train_as_the_literature_does(name):
     """Crop, flip, AutoAugment, Cutout of half a side; Nesterov, weight decay 5e-4, a tenth at 80 and 90 %."""
     recipe = load(name)
-    epochs, warmup = (400, 10) if name.endswith("_400e") else (200, 5)
+    epochs, warmup = (400, 10) if "_400e_" in name else (200, 5)
     augmented = {key: getattr(recipe, key) for key in ("train_crop_mode", "hflip", "aa", "cutout", "model_ema")}
     assert augmented == {"train_crop_mode": "pad", "hflip": 0.5, "aa": "cifar10", "cutout": 16, "model_ema": True}
     (group,) = create_optimizer(recipe, small_method(recipe)).param_groups
@@ -275,7 +275,7 @@ def test_the_strong_recipes_train_as_the_literature_does(name):
     decays = (0.8 * epochs, 0.9 * epochs)
     expected = [0.1 * min((e + 1) / warmup, 1) * 0.1 ** sum(e >= m for m in decays) for e in range(epochs)]
     assert rates_of(recipe) == pytest.approx(expected, rel=1e-9)
-    plain = load(name.replace("strong_", "").removesuffix("_400e"))
+    plain = load(name.replace("strong_", "").replace("400e_", ""))
     assert (recipe.method, recipe.model) == (plain.method, plain.model)
     assert recipe.imbalance_factor == plain.imbalance_factor
 

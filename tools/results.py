@@ -62,7 +62,10 @@ SHOWN = {
     "bib_resnet32.cifar100_lt_if100": "BIB",
     "mbib_resnet32.cifar100_lt_if100": "MBIB",
 }
-STRONG = {"mbib_resnet32.strong_cifar100_lt_if100": "MBIB, 200 epochs"}
+STRONG = {
+    "mbib_resnet32.strong_cifar100_lt_if100": "MBIB, 200 epochs",
+    "mbib_resnet32.strong_400e_cifar100_lt_if100": "MBIB, 400 epochs",
+}
 PRETRAINED = {
     "mbib_efficientnet_lite0.frozen_cifar100_lt_if100": "MBIB heads, backbone frozen",
     "mbib_efficientnet_lite0.finetune_cifar100_lt_if100": "MBIB, all fine-tuned",
