@@ -156,7 +156,7 @@ def test_a_recipe_that_is_named_after_a_model_builds_that_model_by_that_method()
         method = recipe.method["name"]
         assert tag.startswith(f"{method}_") or architecture.startswith(f"{method}_")
         data = tag.removeprefix(f"{method}_")
-        for start in ("strong", "from_mbib", *STARTS):
+        for start in ("strong", "400e", "from_mbib", *STARTS):
             data = data.removeprefix(f"{start}_")
         assert data == "digits" or data.startswith(
             ("cifar100_lt_if", "fashion_mnist_lt_if", "imagenet_lt", "inat2018_")
