@@ -134,7 +134,7 @@ def export(
     name = name_of(find_source(target)).rpartition("/")[2].rpartition(":")[2].replace("@", "-")
     file = output or Path(f"{name}{kind.suffix}")
     check_place(file)
-    if file.suffix.lower() != (ending := Path(kind.suffix).suffix):
+    if file.suffix.lower() != (ending := Path(f"{name}{kind.suffix}").suffix):
         raise MbibError(f"--output {file}: expected a name that ends in {ending}, for --format {format}")
     model = load_model(target)
     described = describe(model, softmax, license)
