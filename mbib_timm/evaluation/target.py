@@ -117,7 +117,7 @@ def _require_own_folder(name: str, own: Recipe, asked: Recipe) -> None:
     """
     if own.dataset != "table" or own.table is None or asked.data_dir is None:
         return
-    if Path(asked.data_dir).resolve() != Path(own.data_dir or Path(own.table).parent).resolve():
+    if Path(asked.data_dir).resolve() != Path(own.root).resolve():
         raise MbibError(
             f"{name} was trained on the table {own.table}, whose images lie in another folder than {asked.data_dir}: "
             "add --dataset folder for all images there, or --table FILE for those that a table names"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mbib_timm.errors import unknown_name
@@ -416,6 +417,11 @@ class Recipe:
         """Names of the splits for training and validation, and of a further one for testing if there is one."""
         tests = self.test_split is not None or self.test_list is not None
         return [self.train_split, self.val_split, *([self.test_split or "test"] if tests else [])]
+
+    @property
+    def root(self) -> str:
+        """The folder or archive that the paths of images in a table begin at."""
+        return self.data_dir or str(Path(self.table or "").parent)
 
     @property
     def soft_targets(self) -> bool:

@@ -119,7 +119,7 @@ def data_report(
         print(printable(str(figure)))
     if split_file is not None:
         _write(split_file, split_content)
-        places = f"--table {quote(str(split_file))} --data-dir {quote(_root(recipe))}"
+        places = f"--table {quote(str(split_file))} --data-dir {quote(recipe.root)}"
         groups = "" if recipe.group_by is None else " --group-by column"
         print(printable(f"{split_file}: train on this split with --dataset table {places}{groups}"))
     return found
@@ -258,11 +258,6 @@ def _numbers(found: Duplicates | None) -> dict[int, int]:
     return {place: number for number, each in enumerate(sets, start=1) for place in each}
 
 
-def _root(recipe: Recipe) -> str:
-    """Return the folder or archive that the paths of a written split are relative to."""
-    return recipe.data_dir or str(Path(recipe.table or "").parent)
-
-
 def split_rows(recipe: Recipe, source: Source) -> bytes:
     """Return a CSV with path, class, split and group of every image, before a long-tailed subset is taken of them.
 
@@ -273,7 +268,7 @@ def split_rows(recipe: Recipe, source: Source) -> bytes:
     Raises:
         DataError: images in one of several archives, or a name that a table cannot hold.
     """
-    root, others = _root(recipe), source.others(recipe.split_names)
+    root, others = recipe.root, source.others(recipe.split_names)
     splits = zip(
         [*recipe.split_names, *others], [*source.splits(recipe.split_names), *source.splits(others)], strict=True
     )
