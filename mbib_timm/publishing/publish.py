@@ -116,7 +116,7 @@ class Publisher:
                 f"{self.repository} already has a revision {tag} with other content; choose another name"
             )
         if changes:
-            head = self._commit(changes, head)
+            head = self._commit(head)
         if tag not in tags:
             self._tag(tag, head)
         state = "published" if changes else "unchanged"
@@ -173,7 +173,7 @@ class Publisher:
         gone = [path for path in remote if path.startswith("figures/") and path not in self.release.files]
         return changes + [CommitOperationDelete(path) for path in gone]
 
-    def _commit(self, changes: list[CommitOperationAdd | CommitOperationDelete], parent: str) -> str:
+    def _commit(self, parent: str) -> str:
         """Make the commit; one whose answer was lost is found again by what it leaves."""
 
         def commit() -> str:
