@@ -70,8 +70,7 @@ def loader_of(settings, data=None, rank=0, world_size=1, epoch=0, **keys):
 
 def mixing_of(**keys):
     """The mixing of a stage of ten epochs of five classes."""
-    stage = {name: keys.pop(name) for name in ("rank", "stage") if name in keys}
-    return Mixing(Recipe(epochs=10, **keys), CLASSES, 10, **stage)
+    return Mixing(Recipe(epochs=10, **keys), CLASSES)
 
 
 def random_batch(size=9, views=1, seed=0):
@@ -343,8 +342,6 @@ def test_the_first_and_the_last_epochs_are_not_mixed(keys):
         assert targets.shape == (sum(COUNTS), CLASSES)
         soft.append(bool((targets.max(dim=1).values < 1).any()))
     assert soft == [False, False, False, True, True, False, False, False]
-    # Of a stage of other epochs than the recipe's, they are its own.
-    assert loader_of(settings, epochs=20).mixing.mixes(16)
 
 
 def test_epochs_and_batches_that_are_not_mixed_are_those_of_a_recipe_that_mixes_nothing():
@@ -398,7 +395,7 @@ def test_every_loader_mixes_alike_and_other_seeds_epochs_ranks_and_stages_otherw
     others = [
         mixes_of(settings.replace(seed=1)),
         mixes_of(settings, epoch=1),
-        mixes_of(settings, stage=1),
+        mixes_of(settings.replace_previous(settings)),
         mixes_of(settings, rank=1, world_size=2),
     ]
     assert len({str(each) for each in (first, *others)}) == 5

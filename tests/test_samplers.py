@@ -229,6 +229,7 @@ def test_a_further_sampler_is_one_decorated_function(monkeypatch):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_both_loaders_and_any_number_of_processes_have_the_same_plan(name, stage):
     data, settings = splits(small()), recipe(epochs=10)
+    settings = settings.replace_previous(settings) if stage else settings
     names = parse_sampler(name)
     for epoch in (0, 7):
         plans = [
@@ -237,13 +238,13 @@ def test_both_loaders_and_any_number_of_processes_have_the_same_plan(name, stage
         ]
         for kind in ("resident", "timm"):
             built = [
-                create_loaders(data, settings.replace(loader=kind), SIZE, CPU, rank, 2, sampler=name, stage=stage).train
+                create_loaders(data, settings.replace(loader=kind), SIZE, CPU, rank, 2, sampler=name).train
                 for rank in (0, 1)
             ]
             halves = [indices(loader, epoch) for loader in built]
             merged = [[i for pair in zip(*shares, strict=True) for i in pair] for shares in zip(*halves, strict=True)]
             assert merged == plans
-            alone = create_loaders(data, settings.replace(loader=kind), SIZE, CPU, sampler=name, stage=stage).train
+            alone = create_loaders(data, settings.replace(loader=kind), SIZE, CPU, sampler=name).train
             assert indices(alone, epoch) == plans
 
 
@@ -292,9 +293,9 @@ def test_two_streams_are_augmented_each_on_its_own(kind, workers):
     data = Splits(split, split, None, np.array([24]), None)
     settings = recipe(loader=kind, workers=workers, train_crop_mode="pad")
 
-    def epoch(sampler, stage=0):
+    def epoch(sampler, settings=settings):
         torch.manual_seed(0)
-        loader = create_loaders(data, settings, SIZE, CPU, sampler=sampler, stage=stage).train
+        loader = create_loaders(data, settings, SIZE, CPU, sampler=sampler).train
         loader.set_epoch(1)
         return [torch.cat(stream) for stream in zip(*([b.images for b in batch] for batch in loader), strict=True)]
 
@@ -303,7 +304,7 @@ def test_two_streams_are_augmented_each_on_its_own(kind, workers):
     assert not torch.equal(first, second)
     if kind == "resident":
         assert torch.equal(first, epoch("instance")[0]), "the first stream is that of an ordinary run"
-        assert not torch.equal(epoch("instance", stage=1)[0], first)
+        assert not torch.equal(epoch("instance", settings.replace_previous(settings))[0], first)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -320,8 +321,8 @@ def test_two_streams_share_the_workers():
 def test_progress_is_that_of_the_stage():
     data = splits(small())
     plans = [
-        indices(create_loaders(data, recipe(epochs=200), SIZE, CPU, sampler="progressive", epochs=epochs).train, 3)[0]
-        for epochs in (None, 200, 4)
+        indices(create_loaders(data, recipe(epochs=epochs), SIZE, CPU, sampler="progressive").train, 3)[0]
+        for epochs in (200, 200, 4)
     ]
     assert plans[0] == plans[1] != plans[2]
 

@@ -217,8 +217,6 @@ def create_loaders(
     pool: DataPool | None = None,
     *,
     sampler: str = "instance",
-    stage: int = 0,
-    epochs: int | None = None,
     views: Sequence[Recipe] = (),
     store: FeatureStore | None = None,
 ) -> Loaders:
@@ -226,15 +224,14 @@ def create_loaders(
 
     Args:
         splits: what `open_data` found.
-        recipe: loader, augmentation, mixing, batch sizes, workers.
+        recipe: loader, augmentation, mixing, batch sizes, workers; epochs, for samplers that change with the epoch; and
+            the stage, of which each has other orders and augmentations.
         input_size: (C, H, W) of the model.
         device: where the batches go.
         rank: this process.
         world_size: processes that share the data.
         pool: holds resident images for the next run.
         sampler: which training images an epoch sees: a name of `SAMPLERS`, or two joined by ``+`` for two streams.
-        stage: of the run, 0 for the first; another stage has other orders and augmentations.
-        epochs: of the stage, for samplers that change with the epoch; the recipe's when not given.
         views: the recipe of each view of a training image, see `Recipe.augmentations`; `recipe` alone when not given.
         store: the batches are of features, and these are they.
 
@@ -246,7 +243,6 @@ def create_loaders(
     pool = pool or DataPool()
     check_sampler(sampler, splits, recipe.cutmix_sampler)
     names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
-    epochs = recipe.epochs if epochs is None else epochs
     resident = store is None and choose_loader(splits, recipe, input_size, device, pool) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
     streams = len(names) + (foregrounds is not None)
@@ -259,8 +255,8 @@ def create_loaders(
             recipe,
             world,
             name,
-            epochs=epochs,
-            stage=stage,
+            epochs=recipe.epochs,
+            stage=recipe.stage,
             stream=number,
         )
         if store is not None:
@@ -284,9 +280,7 @@ def create_loaders(
             None if foregrounds is None else stream(len(names), foregrounds),
             recipe,
             splits.num_classes,
-            epochs=epochs,
-            rank=rank,
-            stage=stage,
+            rank,
         ),
         val=evaluated("val", splits.val),
         test=None if splits.test is None else evaluated("test", splits.test),

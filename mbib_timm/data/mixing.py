@@ -108,30 +108,27 @@ class Mixing:
     """How a stage's batches are mixed.
 
     Attributes:
-        recipe: of the stage: its mixing keys and its seed.
+        recipe: of the stage: its mixing keys, its epochs and its seed.
         num_classes: K.
-        epochs: of the stage.
         rank: of this process.
-        stage: of the run, 0 for the first.
     """
 
     recipe: Recipe
     num_classes: int
-    epochs: int
     rank: int = 0
-    stage: int = 0
 
     def mixes(self, epoch: int) -> bool:
         """Return whether batches of an epoch, counted from 0, are mixed."""
         off = self.recipe.mixup_off_epochs
-        return (self.recipe.mixup > 0 or self.recipe.cutmix > 0) and off <= epoch < self.epochs - off
+        return (self.recipe.mixup > 0 or self.recipe.cutmix > 0) and off <= epoch < self.recipe.epochs - off
 
     def generator(self, epoch: int, stream: int = 0) -> np.random.RandomState:
         """Return what the batches of an epoch's stream are drawn with, one after another.
 
         numpy has frozen this kind of generator, so that draws outlive numpy's versions.
         """
-        entropy = np.random.SeedSequence([self.recipe.seed, epoch, self.rank, self.stage, stream], spawn_key=SPAWN_KEY)
+        key = [self.recipe.seed, epoch, self.rank, self.recipe.stage, stream]
+        entropy = np.random.SeedSequence(key, spawn_key=SPAWN_KEY)
         return np.random.RandomState(np.random.MT19937(entropy))
 
     def draw(self, generator: np.random.RandomState, images: torch.Size) -> Mix | None:
@@ -246,27 +243,17 @@ class MixedTrainLoader(TrainLoader):
 
 
 def train_loader(
-    streams: Sequence[Loader],
-    foregrounds: Loader | None,
-    recipe: Recipe,
-    num_classes: int,
-    *,
-    epochs: int,
-    rank: int = 0,
-    stage: int = 0,
+    streams: Sequence[Loader], foregrounds: Loader | None, recipe: Recipe, num_classes: int, rank: int
 ) -> TrainLoader:
     """Build what a stage trains on: mixed, and with soft targets, where the recipe says so.
 
     Args:
         streams: as long as one another.
         foregrounds: drawn by the recipe's ``cutmix_sampler``, or None.
-        recipe: mixing, smoothing, seed.
+        recipe: mixing, smoothing, epochs, seed.
         num_classes: K.
-        epochs: of the stage.
         rank: this process.
-        stage: of the run, 0 for the first.
     """
     if not recipe.soft_targets:
         return TrainLoader(streams)
-    mixing = Mixing(recipe, num_classes, epochs, rank, stage)
-    return MixedTrainLoader(streams, mixing, foregrounds)
+    return MixedTrainLoader(streams, Mixing(recipe, num_classes, rank), foregrounds)

@@ -205,8 +205,6 @@ class Run:
             world.world_size,
             pool,
             sampler=recipe.choice("sampler"),
-            stage=recipe.stage,
-            epochs=recipe.epochs,
             views=recipe.augmentations(),
             store=self.store,
         )
