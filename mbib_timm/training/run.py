@@ -139,13 +139,12 @@ class Run:
         if world.is_main:
             for line in pool.introduce(recipe):
                 print(line, flush=True)
-        setup = set_up(recipe, self.splits, world, previous, pool)
+        self.setup = setup = set_up(recipe, self.splits, world, previous, pool)
         if world.is_main:
             for line in (*setup.notes, *pool.first_time(setup.advice)):
                 print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
-        self.frozen = setup.frozen
-        self.optimizer, self.schedule, self.origin = setup.optimizer, setup.schedule, setup.origin
+        self.frozen, self.optimizer, self.schedule = setup.frozen, setup.optimizer, setup.schedule
         # From here on, and in recipe.yaml, the recipe says which loader, precision and preprocessing it is: alike in
         # all processes.
         loader = "timm" if "timm" in world.gather([setup.loader]) else "resident"
@@ -534,7 +533,7 @@ class Run:
             left_out_images=lost,
             environment=describe_environment(self.world),
             held_out=(splits.test or splits.val).chosen or None,
-            origin=self.origin,
+            origin=self.setup.origin,
             inputs=self.inputs,
             trained_before=self.trained_before or None,
             left_out={why: names[:LISTED] for why, names in left_out(splits.opened()).items()},
@@ -544,18 +543,7 @@ class Run:
             extended_from=done.ends[:-1],
         )
         if self.world.is_main:
-            if self.frozen is not None:
-                self.frozen.put_back(self.method.result_model())
-            self.folder.write_model(
-                self.method.result_model(),
-                input_size=self.input_size,
-                recipe=recipe,
-                class_counts=splits.class_counts,
-                class_names=splits.class_names,
-                logit_prior=self.method.result_prior,
-                origin=self.origin,
-                tag=self.name.partition(".")[2],
-            )
+            self.setup.write_result(self.folder, splits, self.name.partition(".")[2])
             write_answers(self.folder.path, answers, images, splits.class_counts, splits.class_names, recipe.data_dir)
             write_errors(self.folder.path, answers, images, splits.class_names, recipe.data_dir)
         return record

@@ -40,7 +40,7 @@ from mbib_timm.models.weights import (
 )
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, precision_line
-from mbib_timm.training.run_folder import config_text
+from mbib_timm.training.run_folder import RunFolder, config_text
 from mbib_timm.training.step import find_graphs
 
 # Times its input, in float32, that a network keeps of an image for its gradients: 100 to 200 of timm's; never less than
@@ -79,6 +79,28 @@ class Setup:
     notes: tuple[str, ...]
     advice: str | None
     origin: Origin
+
+    def write_result(self, folder: RunFolder, splits: Splits, tag: str) -> None:
+        """Write the method's model, and around heads that trained on features their backbone.
+
+        Args:
+            folder: where to.
+            splits: the stage's data.
+            tag: of the run.
+        """
+        model = self.method.result_model()
+        if self.frozen is not None:
+            self.frozen.put_back(model)
+        folder.write_model(
+            model,
+            input_size=self.input_size,
+            recipe=self.recipe,
+            class_counts=splits.class_counts,
+            class_names=splits.class_names,
+            logit_prior=self.method.result_prior,
+            origin=self.origin,
+            tag=tag,
+        )
 
 
 def set_up(

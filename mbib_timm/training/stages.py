@@ -68,22 +68,11 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
     for stage in recipe.chain():
         splits = pool.open(stage)
         setup = set_up(stage.replace_previous(before), splits, world, previous, pool)
-        before, method = setup.recipe, setup.method
-        if setup.frozen is not None:
-            setup.frozen.put_back(method.result_model())
+        before = setup.recipe
         if stage is not recipe:
             previous = folder / f"stage {stage.stage + 1}"
             previous.mkdir()
-            RunFolder(previous).write_model(
-                method.result_model(),
-                input_size=setup.input_size,
-                recipe=before,
-                class_counts=splits.class_counts,
-                class_names=splits.class_names,
-                logit_prior=method.result_prior,
-                origin=setup.origin,
-                tag=previous.name,
-            )
+            setup.write_result(RunFolder(previous), splits, previous.name)
 
 
 def _train(
