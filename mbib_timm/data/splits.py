@@ -58,7 +58,7 @@ class Splits:
         return len(self.class_counts)
 
     def opened(self) -> list[Split]:
-        """Return the splits that there are: training, and what is evaluated."""
+        """Return the splits that there are: training, and what is evaluated; the result is on the last of them."""
         return [self.train, self.val, *([] if self.test is None else [self.test])]
 
     @cached_property

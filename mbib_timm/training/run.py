@@ -492,9 +492,8 @@ class Run:
             with self._looking_on():
                 self.method.finish(passes := self._passes())
             looked = passes.opened_held_out
-        loader, images, split = self.loaders.val, splits.val, recipe.val_split
-        if self.loaders.test is not None and splits.test is not None:
-            loader, images, split = self.loaders.test, splits.test, recipe.test_split or "test"
+        loader = self.loaders.val if self.loaders.test is None else self.loaders.test
+        images, split = splits.opened()[-1], recipe.split_names[-1]
         if self.result is None:  # or of a run that was resumed after its last epoch
             log = AnswerLog(images.groups)
             self.result = self._evaluate(loader, answers=log), log
@@ -532,7 +531,7 @@ class Run:
             replaced_images=replaced,
             left_out_images=lost,
             environment=describe_environment(self.world),
-            held_out=(splits.test or splits.val).chosen or None,
+            held_out=images.chosen or None,
             origin=self.setup.origin,
             inputs=self.inputs,
             trained_before=self.trained_before or None,
@@ -551,8 +550,7 @@ class Run:
 
 def _trained_before(recipe: Recipe, splits: Splits, pool: DataPool) -> str:
     """Return a line on the evaluated images that the run was trained on whose weights a recipe starts from."""
-    start, images = start_of(recipe), splits.test or splits.val
-    split = recipe.val_split if splits.test is None else recipe.test_split or "test"
+    start, images, split = start_of(recipe), splits.opened()[-1], recipe.split_names[-1]
     if start is None:
         return ""
     folder = start if start.is_dir() else start.parent
