@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,13 +227,9 @@ def _trained_line(recipe: Recipe, method: Method) -> str | None:
     return f"trains {share:.{2 if share < 10 else 3}g} % of {total / 1e6:.1f} M parameters: {what}"
 
 
-def _given_arguments(recipe: Recipe) -> list[str]:
-    """Return the keys by which a recipe asks for images that its model may not take."""
-    return [key for key in ("img_size", "model_kwargs") if getattr(recipe, key)]
-
-
-def _try_image(model: nn.Module, size: tuple[int, int, int], keys: Sequence[str]) -> None:
-    """Raise MbibError where a model fails with a first image: the `keys` that a recipe gives are at fault, if any."""
+def _try_image(model: nn.Module, size: tuple[int, int, int], recipe: Recipe) -> None:
+    """Raise MbibError where a model fails with a first image, and the recipe gives keys that may be at fault."""
+    keys = [key for key in ("img_size", "model_kwargs") if getattr(recipe, key)]
     if not keys:
         return
     try:
@@ -301,7 +296,7 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
         model = _with_start(recipe, num_classes, previous, kwargs)
         size = input_size(recipe, model)
         # Here, and not of what a method builds around the model: its faults are no key's.
-        _try_image(model, size, _given_arguments(recipe))
+        _try_image(model, size, recipe)
         if (adapters := recipe.adapters) is not None:
             add_adapters(model, adapters, part_of(model, "heads"), size)
         return model
