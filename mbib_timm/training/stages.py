@@ -52,7 +52,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked:
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _check_stages(recipe, pool, world, Path(folder))
-        return _train(recipe, name, world, pool, extend=True, epochs_asked=epochs_asked)
+        return _train(recipe, name, world, pool, epochs_asked=epochs_asked)
 
 
 def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:
@@ -76,16 +76,17 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
 
 
 def _train(
-    recipe: Recipe,
-    name: str,
-    world: World,
-    pool: DataPool,
-    extend: bool = False,
-    whole: Path | None = None,
-    epochs_asked: bool = True,
+    recipe: Recipe, name: str, world: World, pool: DataPool, whole: Path | None = None, epochs_asked: bool = True
 ) -> FinishedRun:
-    """Train a run, or a stage of one whose whole is in another folder, which holds all its stages."""
-    recipe, folder, state = _find_folder(recipe, name, world, extend, epochs_asked)
+    """Train a run, or a stage of one whose whole is in another folder, which holds all its stages.
+
+    A run may be extended, to epochs that are asked for; such a stage may not.
+    """
+    recipe, folder, state = _find_folder(recipe, name, world, extend=whole is None)
+    if state is not None:
+        changed = _check_epochs(recipe, folder, TrainState.of(state), epochs_asked)
+        if changed and world.is_main:
+            print(changed)
     previous = None
     if recipe.previous is not None:
         previous = _previous(recipe, whole or folder.path, world, pool)
@@ -155,12 +156,12 @@ def _finished(wanted: Recipe, given: list[Inputs], processes: int, path: Path, o
 
 
 def _find_folder(
-    recipe: Recipe, name: str, world: World, extend: bool, epochs_asked: bool = True
+    recipe: Recipe, name: str, world: World, extend: bool
 ) -> tuple[Recipe, RunFolder, dict[str, Any] | None]:
     """Return the recipe, the run's folder and the state to resume from, or None to start from the beginning.
 
     A run that is resumed keeps the loader and the precision that it chose when it started; with `extend` it may have
-    other epochs, if they are `epochs_asked`.
+    other epochs.
     """
     folder = RunFolder(place_of(recipe.output, name if recipe.experiment is None else recipe.experiment))
     checkpoint = None
@@ -183,27 +184,36 @@ def _find_folder(
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
     if conditions := folder.changed_conditions(describe_environment(world), recipe.amp):
         warn(conditions)
-    before, reached = folder.recipe(recipe.plugin).epochs, TrainState.of(state)
-    if not extend and len(reached.ends_with(recipe.epochs)) > 1:
+    if not extend and len(TrainState.of(state).ends_with(recipe.epochs)) > 1:
         raise extended(folder.path, "remove the folder, and the stage is trained anew")
+    return recipe, folder, state
+
+
+def _check_epochs(recipe: Recipe, folder: RunFolder, reached: TrainState, epochs_asked: bool) -> str:
+    """Return a line on a run that goes on for other epochs than it has had until now; empty for the same.
+
+    Raises:
+        CheckpointError: it has begun more of them, is within one, or nobody asks for others.
+    """
+    before = folder.recipe(recipe.plugin).epochs
     done = reached.epoch + (reached.part is not None)  # those that have begun
     if done > recipe.epochs:
         raise CheckpointError(
             f"{folder.path} has begun {done} epochs, and {recipe.epochs} are asked for: expected at least "
             f"{done}, or another folder (--experiment)"
         )
-    if before != recipe.epochs and reached.part is not None:
+    if before == recipe.epochs:
+        return ""
+    if reached.part is not None:
         raise CheckpointError(
             f"{folder.path} was stopped within epoch {done}, whose schedule is that of {before} epochs: go on with "
             f"--epochs {before} until it has ended, or choose another folder (--experiment)"
         )
-    if before != recipe.epochs and not epochs_asked:
+    if not epochs_asked:
         flag = "--epochs" if recipe.previous is None else f"--stage{recipe.stage + 1}.epochs"
         raise CheckpointError(
             f"{folder.path} holds a run of {before} epochs, and the recipe has {recipe.epochs}: give {flag} "
             f"{recipe.epochs} to train on, or {flag} {before} to keep to the run's"
         )
-    if before != recipe.epochs:
-        schedule = f"epoch {done + 1} and later follow the schedule of {recipe.epochs}"
-        warn(f"{folder.path}: from {before} to {recipe.epochs} epochs; {schedule}")
-    return recipe, folder, state
+    schedule = f"epoch {done + 1} and later follow the schedule of {recipe.epochs}"
+    return f"{folder.path}: from {before} to {recipe.epochs} epochs; {schedule}"
