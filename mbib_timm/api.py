@@ -23,7 +23,7 @@ from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.environment import find_device
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate as evaluate_batches
-from mbib_timm.evaluation.priors import ESTIMATE, estimate_prior
+from mbib_timm.evaluation.priors import ESTIMATE
 from mbib_timm.evaluation.validate import validate
 from mbib_timm.flags import check_prediction
 from mbib_timm.inference.inputs import FoundImage, find_images, label_by_folder
@@ -203,11 +203,7 @@ def predict(
         predictor = load(model, head=head, prior=None if prior == ESTIMATE else prior, device=device)
     scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
     if prior == ESTIMATE:
-        trained, scored = predictor.trained_shares(), [*scored]
-        if not scored:
-            return []
-        logits = torch.cat([batch.logits.double().cpu() for batch in scored])
-        predictor.set_prior(estimate_prior(logits.softmax(dim=-1).numpy(), trained).shares, trained)
+        scored, _ = predictor.estimate_prior(scored)
     items = [item for batch in scored for item in predictor.items(batch, top_k, threshold)]
     return [_typed(item, predictor.names) for item in items]
 

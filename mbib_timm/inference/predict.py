@@ -19,7 +19,7 @@ from mbib_timm.data.folders import in_words
 from mbib_timm.environment import joined_world
 from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
-from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior, estimate_prior
+from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior
 from mbib_timm.evaluation.trained_images import trained_on_line
 from mbib_timm.files import counted, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
@@ -225,7 +225,6 @@ def predict(
                 f"--threshold: the model has a class named {UNSURE!r}, which an answer below the threshold could not "
                 "be told from; omit the flag: the output has the probabilities"
             )
-        trained = predictor.trained_shares() if prior == ESTIMATE else None
         grad_cam = None if cam is None else GradCam(predictor.module, model.preprocessing["input_size"])
         todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
         layout = RowColumns(predictor.names, top_k, probabilities)
@@ -242,11 +241,8 @@ def predict(
         scores = predictor.score(todo, batch_size, workers, with_features=embeddings is not None)
         scored: Iterable[ScoredBatch] = _with_bar(scores, len(todo), visible)
         estimate = None
-        if trained is not None:
-            kept = [*scored]
-            estimate = estimate_prior(_softmax(kept), trained)
-            scored = kept
-            predictor.set_prior(estimate.shares, trained)
+        if prior == ESTIMATE:
+            scored, estimate = predictor.estimate_prior(scored)
         classes = []
         with _Outputs(format, layout, output, continued, embeddings, len(todo)) as outputs:
             for batch in scored:
@@ -370,11 +366,6 @@ def _with_bar(batches: Iterable[ScoredBatch], images: int, visible: bool) -> Ite
             progress.step(len(batch.images))
     finally:
         progress.close()
-
-
-def _softmax(batches: Sequence[ScoredBatch]) -> np.ndarray:
-    """Return the probabilities (N, K) of all images that can be read, without a prior."""
-    return np.concatenate([torch.softmax(batch.logits.double(), dim=-1).cpu().numpy() for batch in batches])
 
 
 class _Outputs:

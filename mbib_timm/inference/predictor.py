@@ -1,6 +1,6 @@
 """A trained model with everything between images and the probabilities of their classes, in batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from mbib_timm.data.class_values import label_names
 from mbib_timm.data.images import convert_image, pil_mode, why_unreadable
 from mbib_timm.environment import usable_cores
 from mbib_timm.errors import MbibError, unknown_name
-from mbib_timm.evaluation.priors import log_shift, trained_shares, wanted_shares
+from mbib_timm.evaluation.priors import EstimatedPrior, estimate_prior, log_shift, trained_shares, wanted_shares
 from mbib_timm.inference.inputs import FoundImage
 from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads, head_logits, logits_and_features, reported_heads
@@ -118,6 +118,27 @@ class Predictor:
     def set_prior(self, wanted: np.ndarray, trained: np.ndarray) -> None:
         """Let probabilities be for other class frequencies, (K,), than those that the logits are for."""
         self.shift = torch.from_numpy(log_shift(wanted, trained)).to(self.device)
+
+    def estimate_prior(self, batches: Iterable[ScoredBatch]) -> tuple[list[ScoredBatch], EstimatedPrior | None]:
+        """Let probabilities be for the class frequencies that make images most likely; return what was scored of them.
+
+        Args:
+            batches: of `score`.
+
+        Returns:
+            The batches, and the frequencies; None where there are no batches.
+
+        Raises:
+            MbibError: the model does not say which frequencies its logits are for; nothing is scored then.
+            DataError: no image can be read.
+        """
+        trained, scored = self.trained_shares(), [*batches]
+        if not scored:
+            return scored, None
+        logits = torch.cat([batch.logits.cpu().double() for batch in scored])
+        found = estimate_prior(logits.softmax(dim=-1).numpy(), trained)
+        self.set_prior(found.shares, trained)
+        return scored, found
 
     def transform(self, as_bytes: bool = False) -> Callable[..., Tensor]:
         """Return the preprocessing, from a PIL image to (C, H, W): normalised, or as bytes to be so on the device."""
