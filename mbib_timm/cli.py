@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mbib_timm
 from mbib_timm.errors import MbibError, first_line, shown, unknown_name
-from mbib_timm.files import printable, printable_lines
+from mbib_timm.files import counted, printable, printable_lines
 from mbib_timm.flags import (
     Parser,
     add_recipe_flags,
@@ -406,37 +406,25 @@ def predict(flags: Parser) -> Action:
     flags.add_argument("--device", help=DEVICE)
 
     def run(given: Namespace) -> int:
-        from mbib_timm.files import counted
         from mbib_timm.inference.prediction_files import OutputChoice
 
-        # Before the imports that take seconds.
-        OutputChoice(
-            given.format,
-            given.output,
-            given.probabilities,
-            given.embeddings,
-            given.cam,
-            given.resume,
-            given.prior == "estimate",
-        ).check()
+        choice = OutputChoice(
+            given.format, given.output, given.probabilities, given.embeddings, given.cam, given.resume
+        )
+        choice.check(given.prior == "estimate")  # before the imports that take seconds
         from mbib_timm.inference.inputs import Columns
         from mbib_timm.inference.predict import predict
 
         found = predict(
             given.model,
             given.images,
+            choice,
             top_k=given.top_k,
-            format=given.format,
-            output=given.output,
             head=given.head,
             prior=given.prior,
             threshold=given.threshold,
-            probabilities=given.probabilities,
-            embeddings=given.embeddings,
-            cam=given.cam,
             columns=Columns(given.path_column, given.label_column, given.data_dir),
             labels=given.labels,
-            resume=given.resume,
             batch_size=given.batch_size,
             workers=given.workers,
             device=given.device,

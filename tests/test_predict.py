@@ -27,7 +27,7 @@ from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import predict as predict_module
 from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import AGAIN, predict
-from mbib_timm.inference.prediction_files import Broken, Prediction
+from mbib_timm.inference.prediction_files import Broken, OutputChoice, Prediction
 from mbib_timm.inference.predictor import Predictor
 from mbib_timm.models.weights import LoadedModel, load_model
 
@@ -312,7 +312,7 @@ def test_folders_that_are_classes_give_the_accuracy(finished_run, labelled, tmp_
 
 
 def test_folders_that_are_no_classes_are_no_labels(finished_run, photos, tmp_path):
-    result = predict(str(finished_run), [str(photos)], output=tmp_path / "out.csv", device="cpu")
+    result = predict(str(finished_run), [str(photos)], OutputChoice(file=tmp_path / "out.csv"), device="cpu")
     assert result.metrics is None
     assert result.unknown == {}
 
@@ -320,8 +320,9 @@ def test_folders_that_are_no_classes_are_no_labels(finished_run, photos, tmp_pat
 def test_an_archive_with_one_common_folder_has_the_labels_of_its_folders(finished_run, labelled, tmp_path):
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(labelled, arcname="all of them")
-    packed = predict(str(finished_run), [str(tmp_path / "photos.tar")], output=tmp_path / "out.csv", device="cpu")
-    loose = predict(str(finished_run), [str(labelled)], output=tmp_path / "out.csv", device="cpu")
+    choice = OutputChoice(file=tmp_path / "out.csv")
+    packed = predict(str(finished_run), [str(tmp_path / "photos.tar")], choice, device="cpu")
+    loose = predict(str(finished_run), [str(labelled)], choice, device="cpu")
     assert packed.metrics == loose.metrics
     assert packed.unknown == loose.unknown
 
@@ -738,8 +739,8 @@ def test_embeddings_of_timm_models(photos):
 
 
 def test_an_estimated_prior_is_that_of_expectation_maximisation(finished_run, labelled, tmp_path, capsys):
-    flags = dict(prior="estimate", probabilities=True, device="cpu", batch_size=9)
-    result = predict(str(finished_run), [str(labelled)], output=tmp_path / "out.jsonl", **flags)
+    choice = OutputChoice(file=tmp_path / "out.jsonl", probabilities=True)
+    result = predict(str(finished_run), [str(labelled)], choice, prior="estimate", device="cpu", batch_size=9)
     plain = Predictor(load_model(str(finished_run)))
     (scored,) = plain.score(found_in(labelled))
     p = torch.softmax(scored.logits.double(), dim=1).numpy()

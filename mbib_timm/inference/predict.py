@@ -161,19 +161,14 @@ class Predicted:
 def predict(
     target: str,
     images: Sequence[str],
+    choice: OutputChoice | None = None,
     *,
     top_k: int = 5,
-    format: str | None = None,
-    output: Path | None = None,
     head: str = PREDICTION,
     prior: str | None = None,
     threshold: float = 0.0,
-    probabilities: bool = False,
-    embeddings: Path | None = None,
-    cam: Path | None = None,
     columns: Columns | None = None,
     labels: bool = True,
-    resume: bool = False,
     batch_size: int = 64,
     workers: int | None = None,
     device: str | None = None,
@@ -183,18 +178,13 @@ def predict(
     Args:
         target: a trained model by any name, see `find_source`.
         images: files, folders, archives and tables; ``-`` for names on standard input.
+        choice: what is written, and where; by default a table on standard output.
         top_k: classes of each image.
-        format: ``table``, ``csv``, ``jsonl`` or ``parquet``; by default that of the output's suffix, else ``table``.
-        output: file to write to; None for standard output.
         head: see `Predictor`.
         prior: see `Predictor`; or ``estimate``, for the frequencies that make the images most likely.
         threshold: probability of the first class below which the answer is unsure.
-        probabilities: write those of all classes.
-        embeddings: file for the features that the prediction rests on, side by side, ``.npy`` or ``.parquet``.
-        cam: folder for pictures of where the first class was seen (Grad-CAM).
         columns: of tables.
         labels: take folders and the tables' column of labels for the images' classes.
-        resume: leave out the images that the output holds already.
         batch_size: images at once.
         workers: processes that decode; found when None.
         device: where it runs; found when None.
@@ -202,8 +192,8 @@ def predict(
     Raises:
         MbibError: no such model, no such images, or choices that contradict one another.
     """
-    choice = OutputChoice(format, output, probabilities, embeddings, cam, resume, prior == ESTIMATE)
-    format = choice.check()
+    choice = choice or OutputChoice()
+    format, output, embeddings, cam = choice.check(prior == ESTIMATE), choice.file, choice.embeddings, choice.cam
     if cam is not None and head != PREDICTION:
         raise MbibError("--cam shows what the prediction rests on; omit --head")
     found = find_images(images, columns)
@@ -212,7 +202,7 @@ def predict(
     if cam is not None and (taken := next((each for each in images if _is_within(cam, each)), None)):
         # Overlays have the images' names: they would replace them, or be predicted the next time.
         raise MbibError(f"--cam {cam} lies in {taken}, whose images are predicted; choose a folder outside it")
-    if output is not None and not resume:
+    if output is not None and not choice.resume:
         check_replaced(output, format)
     for each in found:
         if each.left_out:
@@ -227,8 +217,8 @@ def predict(
             )
         grad_cam = None if cam is None else GradCam(predictor.module, model.preprocessing["input_size"])
         todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
-        layout = RowColumns(predictor.names, top_k, probabilities)
-        continued = read_continued(output, format, layout) if resume and output else Continued()
+        layout = RowColumns(predictor.names, top_k, choice.probabilities)
+        continued = read_continued(output, format, layout) if choice.resume and output else Continued()
         done: list[tuple[FoundImage, DoneImage]] = []
         if output is not None and continued.images:
             todo, done = _parted(todo, continued.images, format)
@@ -246,7 +236,7 @@ def predict(
         classes = []
         with _Outputs(format, layout, output, continued, embeddings, len(todo)) as outputs:
             for batch in scored:
-                items = predictor.items(batch, top_k, threshold, probabilities)
+                items = predictor.items(batch, top_k, threshold, choice.probabilities)
                 outputs.write(items, batch.features)
                 tally.count(items, predictor.adjust(batch.logits.to(world.device)))
                 classes += [None if isinstance(item, Broken) else item.classes[0][0] for item in items]

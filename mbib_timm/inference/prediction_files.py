@@ -74,10 +74,10 @@ class OutputChoice:
         format: one of `FORMATS`; None for that of the file's suffix, and else ``table``.
         file: None for standard output.
         probabilities: of all classes.
-        embeddings: file of the features; None for none.
-        cam: folder of Grad-CAM's overlays; None for none.
-        resume: continue the file of an interrupted run.
-        estimates: the prior is estimated, for which all images are needed.
+        embeddings: file for the features that the prediction rests on, side by side, ``.npy`` or ``.parquet``; None for
+            none.
+        cam: folder for pictures of where the first class was seen (Grad-CAM); None for none.
+        resume: leave out the images that the file of an interrupted run holds, and continue it.
     """
 
     format: str | None = None
@@ -86,10 +86,13 @@ class OutputChoice:
     embeddings: Path | None = None
     cam: Path | None = None
     resume: bool = False
-    estimates: bool = False
 
-    def check(self) -> str:
-        """Return the format. Raises MbibError for choices that contradict one another."""
+    def check(self, estimates: bool) -> str:
+        """Return the format. Raises MbibError for choices that contradict one another.
+
+        Args:
+            estimates: the prior is estimated, for which all images are needed.
+        """
         format = self.format or self._format_of_name()
         if format == "parquet" and self.file is None:
             raise MbibError("--format parquet needs --output FILE")
@@ -103,7 +106,7 @@ class OutputChoice:
             for flag, chosen in (
                 ("--embeddings", self.embeddings is not None),
                 ("--cam", self.cam is not None),
-                ("--prior estimate", self.estimates),
+                ("--prior estimate", estimates),
             ):
                 if chosen:
                     raise MbibError(f"{flag} needs all images at once; omit --resume")

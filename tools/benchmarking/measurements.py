@@ -49,6 +49,7 @@ from mbib_timm.evaluation.evaluate import AnswerLog
 from mbib_timm.evaluation.metrics import batch_statistics
 from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import predict
+from mbib_timm.inference.prediction_files import OutputChoice
 from mbib_timm.inference.predictor import Predictor
 from mbib_timm.methods import METHODS, Facts, Method
 from mbib_timm.models.weights import load_model
@@ -278,7 +279,7 @@ def prediction(subject: str, settings: Settings) -> Iterator[Record]:
                 predict(
                     str(folder / "model"),
                     [str(folder / "images")],
-                    output=folder / "out.csv",
+                    OutputChoice(file=folder / "out.csv"),
                     batch_size=PREDICTED_BATCH,
                     device=str(device),
                 )
