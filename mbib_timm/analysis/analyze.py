@@ -130,13 +130,12 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
             print(note)
         model, counts = opened.model, opened.class_counts
         _check_classes(classes, len(counts))
-        channels_last = found.recipe.channels_last
         outputs = collect_outputs(
             model,
             opened.loader,
             counts,
             device=world.device,
-            channels_last=channels_last,
+            channels_last=found.recipe.channels_last,
             groups=opened.images.groups,
         )
         described = _describe(found.source, opened, len(outputs.labels), world)

@@ -83,9 +83,7 @@ def collect_outputs(
     heads: dict[str, list[HeadOutputs]] = {}
     try:
         for batch in loader:
-            images, targets = batch.images.to(device), batch.targets.to(device)
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images, targets = batch.laid_out(channels_last).images.to(device), batch.targets.to(device)
             logits, embedded = logits_and_features(model, images)
             counted = batch_statistics(torch.stack([*logits.values()]), targets)
             sums = counted if sums is None else sums + counted

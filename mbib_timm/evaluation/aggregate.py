@@ -223,7 +223,7 @@ def aggregate(
         for note in opened.notes:
             print(note)
         test_sets = _draw(distributions, opened.images.targets, opened.class_counts, seed)
-        rows = _measure(opened, parts, test_sets, opened.recipe, seed)
+        rows = _measure(opened, parts, test_sets, seed)
         environment = redact_environment(describe_environment(world))
         results = Aggregation(target, opened.split, seed, rows, environment)
     print(f"{target} on {opened.split}, top-1, %:")
@@ -252,19 +252,13 @@ def _draw(
     return chosen
 
 
-def _measure(
-    opened: OpenTarget,
-    parts: Sequence[str],
-    test_sets: Mapping[str, np.ndarray],
-    recipe: Recipe,
-    seed: int,
-) -> list[TestSet]:
+def _measure(opened: OpenTarget, parts: Sequence[str], test_sets: Mapping[str, np.ndarray], seed: int) -> list[TestSet]:
     """Return the results on each test set, whose images stand in these places."""
     device = next(opened.model.parameters()).device
-    augmented = recipe.replace(seed=seed, batch_size=BATCH_SIZE)
+    augmented = opened.recipe.replace(seed=seed, batch_size=BATCH_SIZE)
+    views = view_recipes(augmented, opened.input_size[0])
     learnt = {}
     for name, places in test_sets.items():
-        views = view_recipes(augmented, opened.input_size[0])
         loader = build_views_loader(
             augmented, opened.images.subset(places), views, input_size=opened.input_size, device=device
         )
@@ -272,7 +266,7 @@ def _measure(
     equal = torch.full((len(parts),), 1 / len(parts))
     alone = dict(zip(parts, torch.eye(len(parts)), strict=True))
     weights = {**alone, "mean": equal, **{name: each.weights.cpu() for name, each in learnt.items()}}
-    correct = _correct(opened, parts, recipe.channels_last, weights)
+    correct = _correct(opened, parts, weights)
     return [
         TestSet(
             test_set=name,
@@ -293,10 +287,8 @@ def view_recipes(recipe: Recipe, channels: int) -> list[Recipe]:
 
 
 @torch.no_grad()
-def expert_logits(model: nn.Module, images: Tensor, parts: Sequence[str], channels_last: bool) -> Tensor:
+def expert_logits(model: nn.Module, images: Tensor, parts: Sequence[str]) -> Tensor:
     """Return the logits (E, B, K) of the named parts of a model in evaluation mode, for images (B, C, H, W)."""
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
     logits = head_logits(model, images)
     return torch.stack([logits[part] for part in parts])
 
@@ -309,21 +301,20 @@ def _epochs(
         seed_generators(recipe.seed, epoch, rank=0)
         loader.set_epoch(epoch)
         yield (
-            tuple(expert_logits(model, view, parts, recipe.channels_last) for view in batch.views)  # type: ignore[misc]
-            for batch in loader
+            tuple(expert_logits(model, view, parts) for view in views)  # type: ignore[misc]
+            for views in (batch.laid_out(recipe.channels_last).views for batch in loader)
         )
 
 
 @torch.no_grad()
-def _correct(
-    opened: OpenTarget, parts: Sequence[str], channels_last: bool, weights: Mapping[str, Tensor]
-) -> dict[str, np.ndarray]:
+def _correct(opened: OpenTarget, parts: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Return which of the split's images, (N,), are predicted correctly with each of several weights, by their name."""
     device = next(opened.model.parameters()).device
     rows = torch.stack([*weights.values()]).to(device)
     correct, index = [], []
     for batch in opened.loader:
-        logits = expert_logits(opened.model, batch.images, parts, channels_last).float()
+        images = batch.laid_out(opened.recipe.channels_last).images
+        logits = expert_logits(opened.model, images, parts).float()
         guesses = torch.stack([weighted_logits(logits, row).argmax(dim=-1) for row in rows])
         correct.append((guesses == batch.targets).cpu())
         index.append(batch.index.cpu())

@@ -145,10 +145,7 @@ def evaluate(
         # Around the batches' own: weights are cast once. Not where they are captured: a graph casts what is there then.
         with torch.autocast(device.type, enabled=False) if graphs is None else nullcontext():
             for batch in loader:
-                images = batch.images
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                fields = count(images, batch.targets)
+                fields = count(batch.laid_out(channels_last).images, batch.targets)
                 prediction = fields.pop(PREDICTION)
                 if prediction.shape[-1] != len(class_counts):
                     of_model, given = prediction.shape[-1], len(class_counts)

@@ -90,7 +90,6 @@ def validate(
     found = find_target(target, recipe, overrides)
     with joined_world(found.recipe.device) as world:
         opened = open_target(found, world, split)
-        channels_last = found.recipe.channels_last
         moved = None if prior is None else _move_prior(prior, found, opened, world)
         log = AnswerLog(opened.images.groups)
         heads = evaluate(
@@ -98,7 +97,7 @@ def validate(
             opened.loader,
             opened.class_counts,
             device=world.device,
-            channels_last=channels_last,
+            channels_last=opened.recipe.channels_last,
             shift=None if moved is None else moved.shift.to(world.device),
             answers=log,
         )
@@ -159,17 +158,17 @@ def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) ->
     elif world.world_size > 1:
         raise MbibError(f"--prior estimate runs in one process, not in {world.world_size}: omit torchrun")
     else:
-        found = estimate_prior(_probabilities(opened, target.recipe.channels_last), trained)
+        found = estimate_prior(_probabilities(opened), trained)
         shares, note = found.shares, found.describe(label_names(config.class_names, len(counts)))
     return MovedPrior(shares, torch.from_numpy(log_shift(shares, trained)), note)
 
 
 @torch.no_grad()
-def _probabilities(opened: OpenTarget, channels_last: bool) -> np.ndarray:
+def _probabilities(opened: OpenTarget) -> np.ndarray:
     """Return the prediction's probabilities of all images, without a prior, (N, K)."""
     found = []
     for batch in opened.loader:
-        images = batch.images.contiguous(memory_format=torch.channels_last) if channels_last else batch.images
+        images = batch.laid_out(opened.recipe.channels_last).images
         found.append(opened.model(images).double().softmax(dim=-1).cpu().numpy())
     return np.concatenate(found)
 

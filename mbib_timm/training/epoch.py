@@ -8,7 +8,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from mbib_timm.data import Batch, TrainLoader
+from mbib_timm.data import TrainLoader
 from mbib_timm.environment import is_distributed, of_all
 from mbib_timm.errors import MbibError, NonFiniteLossError, few
 from mbib_timm.methods import Method
@@ -101,12 +101,6 @@ def require_finite(method: Method, epoch: int) -> None:
         raise NonFiniteLossError(f"weights became infinite or nan in epoch {epoch + 1}: {few(bad)}; {DIVERGED}")
 
 
-def in_channels_last(batch: Batch) -> Batch:
-    """Return a batch with its images in the channels-last memory format."""
-    views = tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views)
-    return batch._replace(views=views)
-
-
 def train_one_epoch(
     method: Method,
     loader: TrainLoader,
@@ -142,8 +136,7 @@ def train_one_epoch(
     for step, batches in enumerate(loader, start=first):
         if step == first:
             before()
-        if recipe.channels_last:
-            batches = tuple(in_channels_last(batch) for batch in batches)
+        batches = tuple(batch.laid_out(recipe.channels_last) for batch in batches)
         update = (step + 1) % group == 0 or step + 1 == steps
         # The last group of an epoch may be shorter.
         accumulate = min(group, steps - step // group * group)
