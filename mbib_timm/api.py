@@ -32,16 +32,7 @@ from mbib_timm.inference.predictor import Predictor, ScoredBatch
 from mbib_timm.methods import METHODS, Facts, Method, head_names, resolve_method
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.models.weights import load_model
-from mbib_timm.recipe import (
-    DEFAULT_RECIPE,
-    Recipe,
-    asks_for_epochs,
-    change_recipe,
-    check_given,
-    find_recipe,
-    load_recipe,
-    recipe_name,
-)
+from mbib_timm.recipe import DEFAULT_RECIPE, Recipe, change_recipe, check_given, find_recipe, prepare_run
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training import train as train_recipe
@@ -69,17 +60,12 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
         MbibError: the recipe, the data or the output folder do not allow the run; nothing is written.
         NonFiniteLossError: training diverged; the last good checkpoint is kept.
     """
-    overrides, epochs_asked = {key: _plain(value) for key, value in keys.items()}, True
+    overrides = {key: _plain(value) for key, value in keys.items()}
     if isinstance(recipe, Recipe):
         changed = change_recipe(recipe, overrides, print)
-        name = changed.experiment or _name_of(changed)
-    else:
-        path = find_recipe(str(recipe))
-        changed = load_recipe(path, overrides, print)
-        method = overrides.get("method")
-        name = recipe_name(path, method.get("name") if isinstance(method, dict) else method)
-        epochs_asked = asks_for_epochs(path, overrides)
-    check_given([changed], overrides)
+        check_given([changed], overrides)
+        return train_recipe(changed, changed.experiment or _name_of(changed))
+    changed, name, epochs_asked = prepare_run(find_recipe(str(recipe)), overrides, print)
     return train_recipe(changed, name, epochs_asked=epochs_asked)
 
 

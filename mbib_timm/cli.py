@@ -37,13 +37,11 @@ from mbib_timm.recipe import (
     KEYS,
     OPENED_BY,
     Recipe,
-    asks_for_epochs,
-    check_given,
     find_recipe,
     list_sweeps,
     load_recipe,
     packaged_recipes,
-    recipe_name,
+    prepare_run,
 )
 from mbib_timm.recipe.declared import export_formats, known_methods, load_entry_points
 
@@ -149,13 +147,10 @@ def train(flags: Parser) -> Action:
         path = find_recipe(given.recipe)
         # Of several processes the first speaks.
         say = print if os.environ.get("RANK", "0") == "0" else None
-        overrides = recipe_overrides(given)
-        recipe = load_recipe(path, overrides, say)
-        check_given([recipe], overrides)
-        name = recipe_name(path, recipe.method["name"] if "method" in vars(given) else None)
+        recipe, name, epochs_asked = prepare_run(path, recipe_overrides(given), say)
         from mbib_timm.training import train
 
-        train(recipe, name, epochs_asked=asks_for_epochs(path, overrides))
+        train(recipe, name, epochs_asked=epochs_asked)
 
     return run
 

@@ -13,7 +13,7 @@ import yaml
 from mbib_timm.errors import MbibError, few, shown, unknown_name
 from mbib_timm.files import counted, read_yaml
 from mbib_timm.options import default_of
-from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS
+from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS, check_given
 from mbib_timm.recipe.declared import known_methods, resolve_settings
 from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
 from mbib_timm.recipe.plugins import load_plugin, moved_plugin, renew_plugin
@@ -164,6 +164,20 @@ def _plugins_in(keys: Mapping[str, Any]) -> Iterator[str]:
         elif address.rpartition(".")[2] == "plugin":
             listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             yield from (each for each in listed if isinstance(each, str) and each)
+
+
+def prepare_run(
+    file: Path, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None
+) -> tuple[Recipe, str, bool]:
+    """Return the recipe of a run to train, the run's name, and whether somebody says how many epochs.
+
+    Raises:
+        MbibError: as `load_recipe`; or an override that no stage reads.
+    """
+    recipe = load_recipe(file, overrides, say)
+    check_given([recipe], overrides)
+    name = recipe_name(file, recipe.method["name"] if "method" in overrides else None)
+    return recipe, name, asks_for_epochs(file, overrides)
 
 
 def asks_for_epochs(file: Path, overrides: Mapping[str, Any]) -> bool:
