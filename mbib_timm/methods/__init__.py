@@ -25,10 +25,10 @@ from mbib_timm.methods.base import (
     Method,
     head_names,
     method_title,
-    part_of,
     register,
     resolve_method,
 )
+from mbib_timm.models.parts import part_of
 from mbib_timm.options import option
 
 # A file in this folder is enough: it registers its method.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
-from mbib_timm.methods.base import part_of
 from mbib_timm.models.head_outputs import classifiers_of, head_logits
 from mbib_timm.models.heads import CosineClassifier
+from mbib_timm.models.parts import part_of
 
 CLASS_MEANS = "class_means"
 # Statistics that differ by less, in units of the features' standard deviation, are the same: of the same inputs, added

@@ -13,8 +13,9 @@ from timm.utils import NativeScaler, unwrap_model
 from torch import nn
 
 from mbib_timm.errors import MbibError, few, first_line, unknown_name
-from mbib_timm.methods import Method, part_of
-from mbib_timm.methods.base import PARTS, parameters_that_train
+from mbib_timm.methods import Method
+from mbib_timm.methods.base import parameters_that_train
+from mbib_timm.models.parts import PARTS, part_of
 from mbib_timm.recipe import Recipe
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.

@@ -20,13 +20,14 @@ from mbib_timm.data.decoding import free_memory
 from mbib_timm.data.samplers import batches_of, drops_last
 from mbib_timm.environment import World, has_bfloat16_instructions, seed_generators
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
-from mbib_timm.methods import Facts, Method, part_of, resolve_method
+from mbib_timm.methods import Facts, Method, resolve_method
 from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
 from mbib_timm.models.adapters import adapted_layers, add_adapters
 from mbib_timm.models.complexity import activation_bytes
 from mbib_timm.models.frozen_backbone import FrozenBackbone
 from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.parts import part_of
 from mbib_timm.models.preprocessing import departures, inherited, input_size, settle
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.weights import (
