@@ -13,7 +13,7 @@ from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import WHOLE, ZOO, ZooModel, split_tag
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.results.columns import COLUMNS
-from mbib_timm.results.record import read_record
+from mbib_timm.results.record import RunRecord, read_record
 from mbib_timm.results.tables import NOTHING, cells, markdown_by_start, tables_by_start
 
 HEADER = ("model", "params, M", "MACs, G", "input", "data", *COLUMNS, "weights")
@@ -35,6 +35,7 @@ class Entry:
         macs: operations of one prediction, as `count_macs` has them.
         input_size: (C, H, W).
         origin: where its training starts.
+        record: of its run; None for one that is not trained.
     """
 
     model: ZooModel
@@ -42,6 +43,7 @@ class Entry:
     macs: int
     input_size: tuple[int, int, int]
     origin: Origin
+    record: RunRecord | None
 
     def cells(self) -> list[str]:
         """Return the row of the table."""
@@ -52,14 +54,9 @@ class Entry:
             f"{self.macs / 1e9:.2f}",
             f"{height}x{width}",
             self.model.dataset.title,
-            *self._accuracies(),
+            *([NOTHING] * len(COLUMNS) if self.record is None else cells(self.record.result.prediction)),
             self._weights(),
         ]
-
-    def _accuracies(self) -> list[str]:
-        if not self.model.is_trained:
-            return [NOTHING] * len(COLUMNS)
-        return cells(read_record(self.model.folder).result.prediction)
 
     def _weights(self) -> str:
         if not self.model.is_trained:
@@ -84,11 +81,9 @@ def catalogue() -> list[Entry]:
             network = timm.create_model(model.name, device="meta", **recipe.model_kwargs).eval()
             size = input_size(recipe, network)
             sizes[key] = _Size(count_parameters(network), count_macs(network, size)["total"], size)
-        if model.is_trained:
-            origin = read_record(model.folder).origin
-        else:
-            origin = origin_of(recipe, OwnData(split_tag(model.tag)[1]))
-        entries.append(Entry(model, *sizes[key], origin))
+        record = read_record(model.folder) if model.is_trained else None
+        origin = origin_of(recipe, OwnData(split_tag(model.tag)[1])) if record is None else record.origin
+        entries.append(Entry(model, *sizes[key], origin, record))
     return entries
 
 
