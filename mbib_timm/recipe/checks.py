@@ -462,17 +462,14 @@ def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":
 
 def _check_stage(recipe: "Recipe", method: DeclaredMethod) -> None:
     starts = recipe.previous is not None or recipe.takes_weights
-    if recipe.previous is not None:
-        for key in ("initial_checkpoint", "pretrained"):
-            if getattr(recipe, key):
-                raise MbibError(f"recipe key {key!r}: stage {recipe.stage + 1} starts from the stage before")
-    if recipe.choice("reset") == "all":
-        for key in ("initial_checkpoint", "pretrained"):
-            if getattr(recipe, key):
-                hint = "; the model to learn from is its setting 'teacher'" if "teacher" in recipe.method else ""
-                raise MbibError(
-                    f"recipe key {key!r} has no effect: with method {method.name!r} the whole network starts anew{hint}"
-                )
+    given = [key for key in ("initial_checkpoint", "pretrained") if getattr(recipe, key)]
+    if given and recipe.previous is not None:
+        raise MbibError(f"recipe key {given[0]!r}: stage {recipe.stage + 1} starts from the stage before")
+    if given and recipe.choice("reset") == "all":
+        hint = "; the model to learn from is its setting 'teacher'" if "teacher" in recipe.method else ""
+        raise MbibError(
+            f"recipe key {given[0]!r} has no effect: with method {method.name!r} the whole network starts anew{hint}"
+        )
     if method.post_hoc and recipe.choice("classifier_start") != method.classifier_start:
         raise MbibError(
             f"recipe key 'classifier_start': method {method.name!r} trains nothing, and its classifiers are "
