@@ -194,6 +194,7 @@ def choose_loader(
     Raises:
         MbibError: the recipe asks for resident data, which its augmentation or the memory does not allow.
     """
+    pool = pool or DataPool()
     by_image = any(view.aa is not None and create_policy(view.aa) is None for view in recipe.augmentations())
     if recipe.loader == "resident" and by_image:
         raise MbibError(
@@ -201,10 +202,10 @@ def choose_loader(
             "images; use loader: timm"
         )
     if recipe.loader == "resident":
-        (pool or DataPool()).require_room(splits, recipe, input_size, device)
+        pool.require_room(splits, recipe, input_size, device)
     if recipe.loader != "auto":
         return recipe.loader
-    return "timm" if by_image or not (pool or DataPool()).fit(splits, recipe, input_size, device) else "resident"
+    return "timm" if by_image or not pool.fit(splits, recipe, input_size, device) else "resident"
 
 
 def create_loaders(
