@@ -10,6 +10,7 @@ import re
 import stat
 import types
 import typing
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,11 @@ def printable_lines(text: str) -> str:
 
 
 _JOINERS = "\u200c\u200d"
+
+
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form, as names are compared; macOS writes those of folders decomposed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def counted(number: int, noun: str) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 from mbib_timm.analysis.analysis_record import (
     FOLDER,
@@ -23,7 +22,7 @@ from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import read_json
+from mbib_timm.files import composed, read_json
 from mbib_timm.models.complexity import TABLE_6_SIZE
 from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
@@ -89,7 +88,7 @@ def _check_same_classes(first: Target, other: Target) -> None:
         )
     names, own_names = (each.source.config.class_names or () for each in (first, other))
     for label, (name, own) in enumerate(zip(names, own_names, strict=False)):  # of none, nothing is compared
-        if normalize("NFC", name) != normalize("NFC", own):
+        if composed(name) != composed(own):
             raise MbibError(
                 f"runs of different classes cannot be compared: class {label} is {name!r} in {first.name}, {own!r} in "
                 f"{other.name}"

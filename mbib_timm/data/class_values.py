@@ -8,7 +8,6 @@ JSON or YAML.
 import csv
 import io
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 
 from mbib_timm.data.long_tail import named
 from mbib_timm.errors import DataError, few, unknown_name
-from mbib_timm.files import parse_json, parse_yaml, read_text
+from mbib_timm.files import composed, parse_json, parse_yaml, read_text
 from mbib_timm.options import is_number
 
 DELIMITERS = ",;\t"
@@ -77,10 +76,10 @@ def read_class_values(file: Path, names: Sequence[str], of: ClassValues) -> np.n
         if len(given) != len(names):
             raise DataError(f"{where}: expected a {of.number} for each of the {len(names)} classes, got {len(given):,}")
         given = dict(zip(names, given, strict=True))
-    known = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
+    known = {composed(name): label for label, name in enumerate(names)}
     values = np.full(len(names), math.nan)
     for name, number in given.items():
-        key = unicodedata.normalize("NFC", str(name))
+        key = composed(str(name))
         key = key if key in known else key.strip()
         if key not in known:
             raise DataError(f"{where}: {unknown_name('class', str(name), names)}")
@@ -163,5 +162,5 @@ def _columns(first: Sequence[str], names: Sequence[str], of: ClassValues, where:
         raise DataError(
             f"{where}: expected two columns, or columns {CLASS!r} and {of.number!r}, got {few(first)[:80]!r}"
         )
-    is_class = unicodedata.normalize("NFC", first[0]) in {unicodedata.normalize("NFC", name) for name in names}
+    is_class = composed(first[0]) in {composed(name) for name in names}
     return (0, 1), "" if is_class or is_number(first[1]) else ",".join(first)

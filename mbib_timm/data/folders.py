@@ -10,7 +10,6 @@ tar in it stands for the folder of its name. Members are read by offset, and the
 
 import os
 import tarfile
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader
 from mbib_timm.errors import DataError, few
-from mbib_timm.files import printable
+from mbib_timm.files import composed, printable
 
 T = TypeVar("T")
 # Kinds of images that are read, by suffix; of several frames the first.
@@ -166,7 +165,7 @@ class ImageTree:
             raise DataError(f"no images in class folders under {self} (looked for {', '.join(READ)}){passed}")
         if empty := sorted({self.inside(folder).split("/")[0] for folder in self.folders} - self.tops.keys()):
             left_out[WITHOUT_IMAGES] = tuple(f"{self.prefix}{folder}" for folder in empty)
-        labels = [unicodedata.normalize("NFC", self.inside(name).split("/")[0]) for name in names]
+        labels = [composed(self.inside(name).split("/")[0]) for name in names]
         classes = class_order(labels)
         number = {name: label for label, name in enumerate(classes)}
         groups = None

@@ -6,13 +6,13 @@ without a group stands alone.
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from mbib_timm.errors import DataError
+from mbib_timm.files import composed
 from mbib_timm.recipe import Recipe
 
 # Random orders of the groups that are tried; fewer of many groups, which come out alike.
@@ -32,7 +32,7 @@ def group_names(group_by: str, names: Sequence[str], labels: Sequence[str]) -> n
         labels: class names of the images, in Unicode's composed form.
     """
     kind, _, argument = group_by.partition(":")
-    names = [unicodedata.normalize("NFC", name) for name in names]  # macOS decomposes those of folders
+    names = [composed(name) for name in names]
     if kind == "folder":
         groups = [_folder(name, label, int(argument)) for name, label in zip(names, labels, strict=True)]
     else:

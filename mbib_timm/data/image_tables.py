@@ -6,7 +6,6 @@ As labelling tools and camera-trap platforms export them. A CSV is UTF-8, with c
 import csv
 import io
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images, missing_images
 from mbib_timm.errors import DataError, few, first_line, nearest
-from mbib_timm.files import printable, read_content
+from mbib_timm.files import composed, printable, read_content
 from mbib_timm.recipe import Recipe
 
 PARQUET = (".parquet", ".pq")
@@ -238,10 +237,10 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
         )
     if not names:
         raise DataError(f"{file} is empty; expected a first line that names its columns, such as path,label")
-    composed = {unicodedata.normalize("NFC", name): name for name in names}  # macOS may write them decomposed
+    own_names = {composed(name): name for name in names}
 
     def own(name: str) -> str:
-        return name if name in names else composed.get(unicodedata.normalize("NFC", name), name)
+        return name if name in names else own_names.get(composed(name), name)
 
     wanted = {what: own(name) for what, name in wanted.items()}
     wanted |= {what: own(name) for what, name in optional.items() if own(name) in names}
@@ -264,7 +263,7 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
             raise DataError(f"{where}: column {wanted['path']!r} holds no path")
         if "\\" in path and "/" not in path:  # written on Windows
             path = path.replace("\\", "/")
-        yield Row(where, path, **{what: unicodedata.normalize("NFC", value) for what, value in row.items()})
+        yield Row(where, path, **{what: composed(value) for what, value in row.items()})
 
 
 def _csv(file: Path, wanted: set[str]) -> Columns:

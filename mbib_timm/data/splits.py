@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts
 from mbib_timm.data.paths import PathReader
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE, UNREADABLE, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
-from mbib_timm.files import counted
+from mbib_timm.files import composed, counted
 from mbib_timm.recipe import Recipe
 
 NAMES = 10_000  # of a split's images that its digest looks at, evenly spread
@@ -277,7 +276,7 @@ def match_classes(name: str, split: Split, class_names: Sequence[str] | None, nu
     """Return a split with the labels of training: classes of one name are one class, in whatever order they come.
 
     A split may lack classes; see `missing_classes`. Where names are not known on either side, the labels' numbers
-    decide. Names are compared in Unicode's composed form: macOS writes those of folders decomposed.
+    decide. Names are compared in Unicode's composed form.
 
     Args:
         name: of the split, for messages.
@@ -307,8 +306,8 @@ def match_classes(name: str, split: Split, class_names: Sequence[str] | None, nu
 
 def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
     """Return the labels (N,) of training for those of a split's own classes."""
-    known = [unicodedata.normalize("NFC", each) for each in class_names]
-    given = {int(label): unicodedata.normalize("NFC", own[label]) for label in np.unique(split.targets)}
+    known = [composed(each) for each in class_names]
+    given = {int(label): composed(own[label]) for label in np.unique(split.targets)}
     for names, where in ((known, "training"), ([*given.values()], f"split {name!r}")):
         if twice := next((each for each, number in Counter(names).items() if number > 1), None):
             raise DataError(f"{where} has two classes {twice!r}, and split {name!r} other classes: no match by name")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
 from mbib_timm.data.images import Reader
 from mbib_timm.data.paths import open_image
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import counted
+from mbib_timm.files import composed, counted
 
 # Among the arguments, what stands for names on standard input.
 STANDARD_INPUT = "-"
@@ -200,12 +199,10 @@ def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImag
     if not found.in_folders:
         return found
     folders = [PurePosixPath(image.name).parts[:-1] for image in found.images]
-    known = {unicodedata.normalize("NFC", name) for name in class_names}
+    known = {composed(name) for name in class_names}
     common = is_archive(Path(found.given)) and len({parts[:1] for parts in folders}) == 1
     for level in (0, 1) if common else (0,):
-        names = [
-            unicodedata.normalize("NFC", as_text(parts[level])) if len(parts) > level else None for parts in folders
-        ]
+        names = [composed(as_text(parts[level])) if len(parts) > level else None for parts in folders]
         if known & {name for name in names if name is not None}:
             images = [replace(image, label=name) for image, name in zip(found.images, names, strict=True)]
             return replace(found, images=images)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior
 from mbib_timm.evaluation.trained_images import trained_on_line
-from mbib_timm.files import counted, make_folder, printable
+from mbib_timm.files import composed, counted, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
 from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import (
@@ -73,8 +72,7 @@ class Tally:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        # macOS writes the names of folders in Unicode's decomposed form.
-        self.labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
+        self.labels = {composed(name): label for label, name in enumerate(names)}
         self.statistics: Statistics | None = None
         self.unknown: Counter[str] = Counter()
         self.broken: list[Broken] = []
@@ -112,7 +110,7 @@ class Tally:
                 items.append(Broken(image.image, image.error, image.label))
                 continue
             (name, probability), row = image.classes[0], next(rows)
-            best = self.labels[unicodedata.normalize("NFC", name)]
+            best = self.labels[composed(name)]
             rest = max(1 - probability, 1e-7) / max(len(self.names) - 1, 1)
             row.fill_(np.log(rest))
             row[best] = np.log(max(probability, 1.001 * rest))
@@ -121,7 +119,7 @@ class Tally:
 
     def label(self, name: str) -> int | None:
         """Return the label of a class; None where the model does not know it."""
-        return self.labels.get(unicodedata.normalize("NFC", name))
+        return self.labels.get(composed(name))
 
     def metrics(self, class_counts: np.ndarray | None) -> HeadMetrics | None:
         """Return the metrics of the images whose class the model knows, with their intervals; None without one.
