@@ -29,6 +29,7 @@ from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import AGAIN, predict
 from mbib_timm.inference.prediction_files import Broken, OutputChoice, Prediction
 from mbib_timm.inference.predictor import Predictor
+from mbib_timm.inference.tally import Tally
 from mbib_timm.models.weights import LoadedModel, load_model
 
 
@@ -403,7 +404,7 @@ def test_names_of_any_bytes_and_with_escapes_are_written(finished_run, photos, t
 
 
 def test_names_of_classes_are_compared_composed():
-    tally = predict_module.Tally(["Bär", "fox"])
+    tally = Tally(["Bär", "fox"])
     tally.count([Prediction("1", [(0, 1.0)], unicodedata.normalize("NFD", "Bär"))], torch.tensor([[1.0, 0.0]]))
     assert tally.unknown == {}
     assert tally.right == 1
