@@ -12,7 +12,6 @@ from mbib_timm.inference.export import FORMATS
 from mbib_timm.methods import METHODS
 from mbib_timm.options import default_of, option_types
 from mbib_timm.recipe import Recipe
-from mbib_timm.recipe.checks import POLICIES
 from mbib_timm.recipe.declared import (
     export_formats,
     find_method,
@@ -22,6 +21,7 @@ from mbib_timm.recipe.declared import (
     packaged_sources,
     stream_names,
 )
+from mbib_timm.recipe.policy_names import POLICIES
 
 OURS = [name for name in METHODS if METHODS[name].__module__.startswith("mbib_timm.methods.")]
 

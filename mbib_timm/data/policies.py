@@ -16,7 +16,7 @@ from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor
 
 from mbib_timm.data.pixels import NOTHING, NUMBER
-from mbib_timm.recipe.checks import parse_policy
+from mbib_timm.recipe.policy_names import parse_policy
 
 CIFAR10, CIFAR10_FILL = "cifar10", 128
 # Operation, probability in tenths and level 0 to 9, twice for each pair.
