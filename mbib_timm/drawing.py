@@ -203,6 +203,17 @@ def text_on(color: str) -> str:
     return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
+def outline(width: float = 2.5) -> list[Any]:
+    """Return the effect that sets lines and letters off from what is behind them by a rim of paper.
+
+    Args:
+        width: of the rim and what is inside it, in points.
+    """
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=width, foreground=background())]
+
+
 def mean_bar(
     axes: Any,
     at: float,

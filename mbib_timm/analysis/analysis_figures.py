@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbib_timm.analysis.class_figures import outline
 from mbib_timm.analysis.measures import GROUPS
 from mbib_timm.drawing import (
     BLUE,
@@ -19,6 +18,7 @@ from mbib_timm.drawing import (
     background,
     canvas,
     foreground,
+    outline,
     text_on,
 )
 from mbib_timm.files import counted

@@ -18,6 +18,7 @@ from mbib_timm.drawing import (
     background,
     canvas,
     foreground,
+    outline,
 )
 from mbib_timm.files import counted
 from mbib_timm.models.head_outputs import PREDICTION
@@ -65,17 +66,6 @@ def draw_posterior_change(first: "Analysis", other: "Analysis") -> Any:
     axes.set_title("\n".join([*title, f"mean of {classes_a_bar} neighbours"][: 2 + (classes_a_bar > 1)]))
     axes.set_ylabel("difference of the mean\nprobability of the true class")
     return figure
-
-
-def outline(width: float = 2.5) -> list[Any]:
-    """Return the effect that sets lines and letters off from what is behind them by a rim of paper.
-
-    Args:
-        width: of the rim and what is inside it, in points.
-    """
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=width, foreground=background())]
 
 
 def _posterior_bars(analysis: "Analysis", values: np.ndarray, form: str) -> tuple[Any, Any, int]:
