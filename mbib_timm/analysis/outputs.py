@@ -6,6 +6,7 @@ The logits of all images are never kept: iNaturalist's 24,426 images of 8,142 cl
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from mbib_timm.models.head_outputs import PREDICTION, logits_and_features
 from mbib_timm.results.record import HeadMetrics
 
 
-@dataclass(frozen=True)
-class HeadOutputs:
+class HeadOutputs(NamedTuple):
     """What a head, or the prediction, says of every image.
 
     Attributes:
@@ -102,7 +102,8 @@ def collect_outputs(
     broken = [name for name, values in metrics.items() if not math.isfinite(values.nll)]
     if broken:
         raise MbibError(f"analysis: logits of {', '.join(broken)} are not finite; the weights have diverged")
-    truth, joined = torch.cat(labels), {name: _concatenate(parts) for name, parts in heads.items()}
+    truth = torch.cat(labels)
+    joined = {name: HeadOutputs(*map(torch.cat, zip(*parts, strict=True))) for name, parts in heads.items()}
     guesses = joined[PREDICTION].predicted.numpy()
     grouped = None if groups is None else groups[torch.cat(places).numpy()]
     metrics = {name: by_group(values, grouped) for name, values in metrics.items()}
@@ -120,11 +121,3 @@ def _of_head(logits: Tensor, targets: Tensor) -> HeadOutputs:
     predicted = rank(logits)[:, 0]
     positive = log_probabilities.gather(-1, targets[:, None])[:, 0]
     return HeadOutputs(predicted.cpu(), log_probabilities.amax(dim=-1).exp().cpu(), positive.exp().cpu())
-
-
-def _concatenate(parts: list[HeadOutputs]) -> HeadOutputs:
-    return HeadOutputs(
-        torch.cat([part.predicted for part in parts]),
-        torch.cat([part.confidence for part in parts]),
-        torch.cat([part.positive_posterior for part in parts]),
-    )
