@@ -232,12 +232,9 @@ def _dynamic_batches() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim("batch", max=2**31 - 1)},)
 
 
-def _dynamic_batch(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(module, (images,), dynamic_shapes=_dynamic_batches())
-
-
 def _write_program(module: nn.Module, images: Tensor, file: Path, described: Description) -> None:
-    torch.export.save(_dynamic_batch(module, images), file, extra_files=described.entries())
+    program = torch.export.export(module, (images,), dynamic_shapes=_dynamic_batches())
+    torch.export.save(program, file, extra_files=described.entries())
 
 
 def _read_program(file: Path, output: str) -> Forward:
