@@ -23,7 +23,6 @@ from mbib_timm.recipe.keys import (
     DATA_PLACES,
     KEYS,
     MODEL_KEYS,
-    OPEN_CHOICES,
     OPENED_BY,
     STAGES,
     TYPES,
@@ -32,7 +31,6 @@ from mbib_timm.recipe.keys import (
     check_key,
     in_proportion,
     longest_epochs,
-    require_key,
 )
 from mbib_timm.recipe.recipe_files import (
     BASE,
@@ -62,7 +60,6 @@ __all__ = [
     "KEYS",
     "MODEL_KEYS",
     "OPENED_BY",
-    "OPEN_CHOICES",
     "STAGES",
     "TYPES",
     "WHOLE_IMAGES",
@@ -85,6 +82,5 @@ __all__ = [
     "read_recipe",
     "recipe_name",
     "recipes_folder",
-    "require_key",
     "train_command",
 ]

@@ -257,11 +257,6 @@ class RunGroup:
     runs: tuple[FinishedRun, ...]
 
     @property
-    def packaged(self) -> Recipe | None:
-        """The packaged recipe of the name; None where there is none."""
-        return self.first.packaged
-
-    @property
     def settings(self) -> Mapping[str, Any]:
         """Keys with other values than in that recipe that compute something else, beside the epochs, by address."""
         return self.first.settings
@@ -279,7 +274,7 @@ class RunGroup:
     @property
     def recipe_epochs(self) -> int | None:
         """Epochs that the packaged recipe asks for; None where there is no such recipe."""
-        return None if self.packaged is None else longest_epochs(self.packaged)
+        return None if self.first.packaged is None else longest_epochs(self.first.packaged)
 
     @property
     def is_short(self) -> bool:
