@@ -183,7 +183,8 @@ def sweep(flags: Parser) -> Action:
 
     def run(given: Namespace) -> int:
         overrides, sweep = recipe_overrides(given), find_sweep(given.sweep)
-        from mbib_timm.sweeps.sweep_runs import on_recipe, run_sweep
+        from mbib_timm.sweeps.sweep_plan import on_recipe
+        from mbib_timm.sweeps.sweep_runs import run_sweep
 
         if given.recipe is not None:
             sweep = on_recipe(sweep, given.recipe)

@@ -17,8 +17,8 @@ from mbib_timm.models.zoo import split_tag
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import Evaluation, HeadMetrics, RunRecord
 from mbib_timm.sweeps.sweep import Sweep
+from mbib_timm.sweeps.sweep_plan import plan
 from mbib_timm.sweeps.sweep_results import Curve, SweepResults, SweepRun
-from mbib_timm.sweeps.sweep_runs import plan
 
 ENVIRONMENT = Environment(
     mbib_timm="0", commit="0123456789ab", torch="2", timm="1", device="cpu", hardware="an abacus", processes=1,

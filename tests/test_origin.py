@@ -31,7 +31,7 @@ from mbib_timm.results.record import read_record, write_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.show_sweep import markdown, runs_csv
 from mbib_timm.sweeps.sweep import Sweep
-from mbib_timm.sweeps.sweep_runs import plan
+from mbib_timm.sweeps.sweep_plan import plan
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"

@@ -16,7 +16,7 @@ from mbib_timm.data import Batch
 from mbib_timm.methods import METHODS, Facts, head_names, method_title, resolve_method
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipes_folder
 from mbib_timm.sweeps.sweep import find_sweep, list_sweeps
-from mbib_timm.sweeps.sweep_runs import plan
+from mbib_timm.sweeps.sweep_plan import plan
 from mbib_timm.training.setup import build_network
 
 SWEEPS = list_sweeps()

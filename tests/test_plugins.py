@@ -25,7 +25,7 @@ from mbib_timm.recipe.declared import named_models
 from mbib_timm.recipe.plugins import code_behind, code_of, imported_code, load_plugin, moved_plugin, renew_plugin
 from mbib_timm.results.record import read_history
 from mbib_timm.sweeps.sweep import find_sweep
-from mbib_timm.sweeps.sweep_runs import plan
+from mbib_timm.sweeps.sweep_plan import plan
 from mbib_timm.training import train
 from mbib_timm.training.provenance import inputs_of
 from mbib_timm.training.setup import set_up

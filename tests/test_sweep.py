@@ -26,8 +26,9 @@ from mbib_timm.recipe import dump_recipe, find_recipe, in_proportion, load_recip
 from mbib_timm.results.record import read_record, write_record
 from mbib_timm.sweeps import show_sweep, sweep_runs
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
+from mbib_timm.sweeps.sweep_plan import PlannedRun, on_recipe, plan
 from mbib_timm.sweeps.sweep_results import read_results
-from mbib_timm.sweeps.sweep_runs import on_recipe, plan, run_sweep
+from mbib_timm.sweeps.sweep_runs import run_sweep
 from mbib_timm.training import run as run_module
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.optimization import create_schedule
@@ -758,7 +759,7 @@ def test_the_same_images_in_a_folder_are_the_same_data_and_others_are_not(tmp_pa
     (tmp_path / label / "metrics.json").write_text(json.dumps(record))
     recipe = load_recipe(find_recipe("cifar_resnet32.ce_cifar100_lt_if100")).replace(output=str(tmp_path))
     settings = {"dataset": "folder"}
-    planned = sweep_runs.PlannedRun(label, "ce", {}, label.rpartition("-200e")[0], recipe, 200, settings)
+    planned = PlannedRun(label, "ce", {}, label.rpartition("-200e")[0], recipe, 200, settings)
     assert sweep_runs._sweep_run(planned).settings == kept
 
 

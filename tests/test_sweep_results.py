@@ -26,8 +26,8 @@ from mbib_timm.sweeps.show_sweep import (
     write_results,
 )
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, list_sweeps
+from mbib_timm.sweeps.sweep_plan import on_recipe
 from mbib_timm.sweeps.sweep_results import read_results
-from mbib_timm.sweeps.sweep_runs import on_recipe
 
 pytestmark = pytest.mark.figures
 GROUPS = ("overall", "many", "medium", "few")

@@ -44,9 +44,9 @@ from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, m
 from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep import find_sweep
+from mbib_timm.sweeps.sweep_plan import on_recipe, plan
 from mbib_timm.sweeps.sweep_results import SweepResults, epochs_run, listed
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep
-from mbib_timm.sweeps.sweep_runs import on_recipe, plan
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
