@@ -111,8 +111,8 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
                 files, missing = _draw(draw, formats)
         if new := sorted(missing - _unreadable):
             print(
-                f"figures have boxes in place of {few(new)}, which no font of this machine has; a font such as Noto "
-                "Sans mends that"
+                f"figures have boxes in place of {few(new)}, which no font of this machine has; install one, such as "
+                "Noto Sans"
             )
             _unreadable.update(new)
         return files

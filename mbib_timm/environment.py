@@ -150,8 +150,8 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
         if world.world_size == 1 or not lost:
             raise
         raise LostProcessError(
-            f"another of the {world.world_size} processes has ended, so process {world.rank} does too; what ended it "
-            f"stands above or in its own output{advice}"
+            f"another of the {world.world_size} processes has ended, so process {world.rank} does too; the reason is "
+            f"above, or in that process's output{advice}"
         ) from None
     finally:
         leave_world()

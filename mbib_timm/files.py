@@ -109,7 +109,7 @@ def check_place(file: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raise MbibError where a folder cannot be made, for a file has its name or that of a folder above it."""
     if folder.parts[:1] == ("~",):
-        raise MbibError(f"cannot make the folder {folder}: ~ is not read as your home folder here; write its path")
+        raise MbibError(f"cannot make the folder {folder}: ~ is not expanded here; write the full path")
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir():
         raise MbibError(f"cannot make the folder {folder}: {above} is a file")
@@ -226,7 +226,7 @@ def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most
     try:
         with open(file, "rb", opener=_without_waiting) as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                raise error(f"cannot read the {what} {file}: it is no regular file")
+                raise error(f"cannot read the {what} {file}: it is not a regular file")
             content = opened.read(-1 if most is None else most + 1)
     except OSError as problem:
         raise error(f"cannot read the {what} {printable(str(file))}: {problem.strerror}") from None
@@ -247,7 +247,7 @@ def read_text(file: Path, what: str, error: type[MbibError] = MbibError, most: i
         return read_content(file, what, error, most).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(
-            f"cannot read the {what} {file}: byte {problem.start:,} is no text in UTF-8; save it in that encoding"
+            f"cannot read the {what} {file}: byte {problem.start:,} is not UTF-8; save it in that encoding"
         ) from None
 
 
@@ -265,7 +265,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def _plain_number(loader: Any, node: yaml.ScalarNode) -> float:
     text = str(node.value)
     if ":" in text or re.fullmatch("[-+]?0[0-9_]+", text):
         raise yaml.constructor.ConstructorError(
-            None, None, f"{text} is no plain number; write one without leading zeros or colons", node.start_mark
+            None, None, f"{text} is not a plain number; write one without leading zeros or colons", node.start_mark
         )
     is_whole = node.tag.endswith(":int")
     number: float = loader.construct_yaml_int(node) if is_whole else loader.construct_yaml_float(node)

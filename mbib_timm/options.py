@@ -241,7 +241,7 @@ def _check_plain(whole: str, content: Mapping[Any, Any]) -> None:
             return
         where, value, depth = waiting.pop()
         if depth > DEEPEST:
-            raise MbibError(f"{whole}: expected at most {DEEPEST} values within one another")
+            raise MbibError(f"{whole}: expected at most {DEEPEST} nested values")
         if isinstance(value, Mapping):
             for name in value:
                 if not isinstance(name, str):

@@ -63,7 +63,7 @@ class Registry(Generic[T]):
         if is_inside(where, __package__):
             return MbibError(f"{taken} {where}: choose another name")
         file = getattr(sys.modules.get(where), "__file__", None)
-        return MbibError(f"{taken} {file or where}: give one of them another name, or start Python anew")
+        return MbibError(f"{taken} {file or where}: give one of them another name, or restart Python")
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:

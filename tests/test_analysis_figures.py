@@ -261,7 +261,7 @@ def test_reliability_shows_the_prediction_and_the_heads_it_is_made_of(real):
     figure = figure_of(real, "reliability")
     shown = ["prediction", "v3", "z"]
     eces = [f"{name}: ECE {real.reliability[name].ece:.1f} %" for name in shown]
-    assert texts(figure)[:4] == [*eces, "as often right as claimed"]
+    assert texts(figure)[:4] == [*eces, "perfectly calibrated"]
     curves = {line.get_label(): line for line in figure.axes[0].lines}
     for name, label in zip(shown, eces, strict=True):
         bins = real.reliability[name]

@@ -137,7 +137,7 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     few = [i for i, n in enumerate(result.class_counts) if n < 20]
     first, other = (r.positive_posterior["prediction"] for r in results[:2])
     assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"
-    assert f"accuracy: {result.trend.slope:+.1f} points for ten times the training images" in text
+    assert f"accuracy: {result.trend.slope:+.1f} points per tenfold training images" in text
 
 
 def test_runs_with_different_numbers_of_classes_are_refused(run, tmp_path):

@@ -291,7 +291,7 @@ def test_what_images_have_no_use_for_is_refused_on_both_loaders(keys, size, mess
         (dict(views=[{"scale": [0.5, 1.0]}]), "view 1: recipe key 'scale' has no effect"),
         (
             dict(train_crop_mode="rrc", views=[{"train_crop_mode": "pad"}]),
-            "if it is rrc, it is so for all views of an image; got pad",
+            "rrc applies to all views of an image; got pad",
         ),
     ],
 )

@@ -264,7 +264,7 @@ PLACES = {
     "a space before train": (train_alone_with_a_space, "give --data-dir 'my data/train'$"),
     "only unknown": (only_unknown, r"files of unknown kind: 2 \(ant/IMG_1, bee/2\.jpg_large\)"),
     "only hidden": (only_hidden, "no images in class folders under data"),
-    "without classes": (without_classes, "no images in class folders under data.*images outside of class folders: 3"),
+    "without classes": (without_classes, "no images in class folders under data.*images outside class folders: 3"),
     "kinds that are not read": (kinds_not_read, r"kinds that are not read: 2 \(ant/1\.HEIC, bee/2\.nef\)"),
     "train beside classes": (train_beside_classes, "data holds 'train'.*beside 'ant', 'bee': put"),
     "train alone": (train_alone, "data has no split 'validation'; it has train; .*--data-dir data/train"),
@@ -279,7 +279,7 @@ PLACES = {
     "a zip named tar": (zip_named_tar, r"x\.tar is an archive of another kind \(zip\) than its name says; unpack it$"),
     "a bomb": (bomb, r"x\.tgz has 0\.\d MB and unpacks to more than 64, which are not held in memory; unpack it$"),
     "negative size": (back_and_forth, r"cannot read x\.tar as a tar archive: \w+"),
-    "a pipe": (pipe, r"x\.tar is (a file of another kind|no folder, and no archive)"),
+    "a pipe": (pipe, r"x\.tar is (a file of another kind|neither a folder nor a supported archive)"),
     "only pipes": (only_pipes, r"no images in .*devices, pipes and sockets: 1 \(ant/1\.png\)"),
     "not UTF-8": (not_text, r"'data_dir': expected text in UTF-8"),
     "empty file": (empty_file, r"x\.tar"),
@@ -311,7 +311,7 @@ CASES = {
     ),
     "list: class map not UTF-8": (
         with_file("map.txt", b"\xe4\n\xe4\n", listed(IMAGES, "--class-map", "map.txt")),
-        r"class map map\.txt: byte 0 is no text in UTF-8",
+        r"class map map\.txt: byte 0 is not UTF-8",
     ),
     "list: most missing": (
         listed(IMAGES + "".join(f"ant/gone{i}.png 0\n" for i in range(3))),
@@ -321,7 +321,7 @@ CASES = {
         with_link("images/ant/out.png", "/etc/passwd", listed(IMAGES + "ant/out.png 0\n")),
         r"train\.txt: ant/out\.png is a link, or below one, that leads out of data_dir images",
     ),
-    "list: UTF-16": (listed(IMAGES.encode("utf-16")), r"train\.txt, line 1 is no text in UTF-8; save"),
+    "list: UTF-16": (listed(IMAGES.encode("utf-16")), r"train\.txt, line 1 is not UTF-8; save"),
     "list: NUL": (listed(IMAGES + "ant/\0.png 0\n"), r"train\.txt, line 3: .* holds the control character"),
     "list: 65 bits": (
         listed(IMAGES + f"ant/1.png {2**64}\n"),
@@ -338,7 +338,7 @@ CASES = {
     "inat2018: not JSON": (inaturalist("images"), r"train\.json is not iNaturalist's json .*Expecting value"),
     "list: two labels": (
         listed(IMAGES + "./ant//0.png 1\n"),
-        r"train\.txt, line 3: \./ant//0\.png has label 1 here, and 0 in a line before",
+        r"train\.txt, line 3: \./ant//0\.png has label 1 here, and 0 on an earlier line",
     ),
     "list: long name": (
         listed(f"{'x' * 300}.png 0\n"),
@@ -410,7 +410,7 @@ CASES = {
         "'group_by': folder:3 gives no image a group, such as images/",
     ),
     "groups: kind": (folder("--group-by", "site"), "'group_by': expected column, folder:N .*'site'"),
-    "groups: expression": (folder("--group-by", "pattern:("), "'group_by': '\\(' is no regular expression"),
+    "groups: expression": (folder("--group-by", "pattern:("), "'group_by': '\\(' is not a regular expression"),
     "groups: parentheses": (folder("--group-by", "pattern:[0-9]+"), "'group_by'.*no group in parentheses"),
     "groups: nothing found": (folder("--group-by", "pattern:(site)"), r"'group_by': pattern:\(site\) gives no image"),
     "groups: column": (folder("--group-by", "column"), "'group_by'.*dataset: table"),
@@ -426,7 +426,7 @@ CASES = {
     "weights: class left out": (weights("ant,1\nbee,2\ncat,3\n"), r"weights\.csv has no weight for 'dog'"),
     "weights: unknown class": (weights("ant,1\nbee,2\ncat,3\ndogs,4\n"), r"weights\.csv.*'dogs': did you mean 'dog'"),
     "weights: negative": (weights("ant,1\nbee,-2\ncat,3\ndog,4\n"), r"weights\.csv: class 'bee'.*above 0, got '-2'"),
-    "weights: not UTF-8": (weights(b"\xe4,1\n"), r"class weights weights\.csv: byte 0 is no text in UTF-8"),
+    "weights: not UTF-8": (weights(b"\xe4,1\n"), r"class weights weights\.csv: byte 0 is not UTF-8"),
     "weights: nested": (weights("ant: {a: 1}\n", "w.yaml"), r"class weights w\.yaml: class 'ant': expected a number"),
     "weights: method": (
         with_file("w.yaml", "ant: 1\n", folder("--class-weights", "w.yaml", "--method", "paco")),

@@ -52,7 +52,7 @@ CASES = {
     "prior: no number": (prior(SHARES.replace("7,1\n", "7,many\n")), r"prior\.csv: class '7': .*got 'many'"),
     "prior: class twice": (prior(SHARES + "7,2\n"), r"prior\.csv, line 11: class '7' is listed twice"),
     "prior: length": (prior("1 2 3\n", "prior.txt"), r"prior\.txt: expected a share for each of the 10 classes, got 3"),
-    "prior: not UTF-8": (prior(b"\xe4,1\n"), r"prior\.csv: byte 0 is no text in UTF-8"),
+    "prior: not UTF-8": (prior(b"\xe4,1\n"), r"prior\.csv: byte 0 is not UTF-8"),
     "prior: long field": (prior("a" * 200_000 + ",1\n"), r"prior\.csv, line 1: field larger than"),
     "prior: JSON": (prior("{", "p.json"), r"p\.json: .*; expected a share for each class"),
     "prior: words": (prior("many foxes\n", "prior.yaml"), r"prior\.yaml: expected a share for each class"),
@@ -102,23 +102,23 @@ CASES = {
     ),
     "predict: over another table": (
         with_file("labels.csv", "image,label\nx.png,fox\n", predict("--output", "labels.csv")),
-        r"--output labels\.csv: the file that is there holds no predictions of format csv, and is not replaced",
+        r"--output labels\.csv: the existing file holds no predictions of format csv, and is not replaced",
     ),
     "predict: over other lines": (
         with_file("o.jsonl", '{"path": 1}\n', predict("--output", "o.jsonl")),
-        r"--output o\.jsonl: the file that is there holds no predictions of format jsonl",
+        r"--output o\.jsonl: the existing file holds no predictions of format jsonl",
     ),
     "predict: over another parquet": (
         with_file("o.parquet", "PAR1", predict("--output", "o.parquet")),
-        r"--output o\.parquet: the file that is there holds no predictions of format parquet",
+        r"--output o\.parquet: the existing file holds no predictions of format parquet",
     ),
     "predict: over notes": (
         with_file("notes.txt", "a\nb\n", predict("--output", "notes.txt", "--format", "table")),
-        r"--output notes\.txt: the file that is there holds no predictions of format table",
+        r"--output notes\.txt: the existing file holds no predictions of format table",
     ),
     "predict: a run's file": (
         lambda root, run: ["predict", f"{run}/model.safetensors", "images"],
-        r"model\.safetensors is a file and no folder: give its run's, .*mbib_resnet20\.digits",
+        r"model\.safetensors is a file, not a folder: give its run's, .*mbib_resnet20\.digits",
     ),
     "predict: a run's name": (
         with_file("runs/first/config.json", "{}", lambda root, run: ["predict", "first", "images"]),
@@ -149,7 +149,7 @@ CASES = {
     "predict: a device": (of_model("predict", "/dev/zero"), "no image, .* at /dev/zero"),
     "predict: a pipe for a prior": (
         with_pipe("p.csv", predict("--prior", "p.csv")),
-        r"cannot read the prior p\.csv: it is no regular file",
+        r"cannot read the prior p\.csv: it is not a regular file",
     ),
     "predict: a folder for a prior": (predict("--prior", "./images"), "cannot read the prior images: "),
     "predict: output to a pipe": (
@@ -176,7 +176,7 @@ CASES = {
     "predict: cam to an empty name": (predict("--cam="), "--cam: expected a path, got an empty text"),
     "predict: output to the home folder": (
         predict("--output", "~/out.csv"),
-        "cannot make the folder ~: ~ is not read as your home folder here; write its path",
+        "cannot make the folder ~: ~ is not expanded here; write the full path",
     ),
     "predict: output to -": (
         predict("--output", "-"),
@@ -215,7 +215,7 @@ CASES = {
     ),
     "predict: resume half a line of something else": (resumed("dear diary"), "its first line is another"),
     "predict: resume a short row": (resumed(HEADER + "x.png,,3\n"), "line 2 has 3 cells, the header 7"),
-    "predict: resume no probability": (resumed(HEADER + "x.png,,3,nan,3,nan,\n"), "nan is no probability"),
+    "predict: resume no probability": (resumed(HEADER + "x.png,,3,nan,3,nan,\n"), "nan is not a probability"),
     "predict: resume bytes": (resumed(HEADER.encode() + b"\xff\n"), "can't decode byte 0xff"),
     "predict: resume other images": (
         resumed(HEADER + "x.png,,3,0.9,3,0.9,\n"),
@@ -237,7 +237,7 @@ CASES = {
     "predict: resume a list of lines": (resumed("3\n", name="o.jsonl"), r"o\.jsonl does not hold predictions"),
     "predict: resume a line without text": (
         resumed('{"image": 3, "error": "x"}\n', name="o.jsonl"),
-        "an image, a label or an error is no text",
+        "an image, a label or an error is not text",
     ),
 }
 

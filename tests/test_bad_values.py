@@ -48,7 +48,7 @@ RECIPES = {
         f"model_kwargs:\n  a: &a [x, x, x, x, x, x, x, x]\n{LAUGHS}",
         "'model_kwargs': .* at most 10,000",
     ),
-    "inside itself": ("model_kwargs: &a {a: *a}\n", "'model_kwargs': expected at most 20 values within one another"),
+    "inside itself": ("model_kwargs: &a {a: *a}\n", "'model_kwargs': expected at most 20 nested values"),
     "date": ("model_kwargs: {a: 2024-01-01}\n", r"'model_kwargs': a: expected numbers, texts, .*, got datetime\.date"),
     "tag": ("model_ema: !!bool x\n", r"own\.yaml: not a YAML file \(a value does not fit its tag"),
     "class": ("lr: !!python/object:os.system x\n", "could not determine a constructor"),
@@ -62,9 +62,9 @@ RECIPES = {
     "stages": (f"stages: [{', '.join(['{lr: 0.1}'] * 10_000)}]\n", "'stages': expected at most 20 stages, got 10,000"),
     "no base": ("base: [a]\n", r"key 'base': expected the name of another file, got \['a'\]"),
     "list": (f"mean: [{', '.join(['0.5'] * 10_000)}]\n", "'mean': expected at most 1,000 values, got 10,000"),
-    "octal": ("epochs: 010\n", r"line 13: 010 is no plain number; write one without leading zeros"),
-    "base 60": ("lr: 1:30\n", "line 13: 1:30 is no plain number"),
-    "base 60 with a fraction": ("lr: 1:30.5\n", "line 13: 1:30.5 is no plain number"),
+    "octal": ("epochs: 010\n", r"line 13: 010 is not a plain number; write one without leading zeros"),
+    "base 60": ("lr: 1:30\n", "line 13: 1:30 is not a plain number"),
+    "base 60 with a fraction": ("lr: 1:30.5\n", "line 13: 1:30.5 is not a plain number"),
     "crop of none": ("crop_pct: 0.875\n", "'crop_pct' has no effect without train_crop_mode: rrc or none"),
     "crop mode of none": ("crop_mode: center\n", "'crop_mode' has no effect without train_crop_mode: rrc or none"),
     "list of none": ("class_map: names.txt\n", "'class_map' has no effect without dataset: list or wds"),
@@ -98,7 +98,7 @@ RECIPES = {
         "'model_kwargs': it gives no 'pretrained'",
     ),
     "features": ("model_kwargs: {features_only: yes}\n", "'model_kwargs': it gives no 'features_only'"),
-    "expression": ("train: (\n", r"'train': '\(' is no regular expression"),
+    "expression": ("train: (\n", r"'train': '\(' is not a regular expression"),
     "policy": ("aa: rand-m9-foo\n", "'aa': unknown policy 'rand-m9-foo': rand takes no 'foo'; expected m, mmax, n, p"),
     "operations": ("aa: rand-m9-tfoo\n", "'aa': unknown policy .*: rand takes no 'tfoo'.* or t with weights, 3a, 3aw"),
     "part twice": ("aa: rand-m9-m3\n", "'aa': unknown policy .*: rand takes no 'm3'.*once"),
@@ -134,7 +134,7 @@ def test_a_recipe_without_a_key_does_not_train_something_else(content, tmp_path)
 @pytest.mark.parametrize("content", [BASE.encode("utf-16"), BASE.encode() + b"val_split: \xe4\n"])
 def test_a_recipe_in_another_encoding(content, tmp_path):
     write(tmp_path / "own.yaml", content)
-    with pytest.raises(MbibError, match=r"cannot read the recipe .*own\.yaml: byte \d+ is no text in UTF-8"):
+    with pytest.raises(MbibError, match=r"cannot read the recipe .*own\.yaml: byte \d+ is not UTF-8"):
         load_recipe(tmp_path / "own.yaml")
 
 
@@ -147,7 +147,7 @@ def test_milestones_that_the_epochs_do_not_reach_are_said(tmp_path):
     write(tmp_path / "own.yaml", f"{BASE}sched: multistep\n".encode())
     said = []
     load_recipe(tmp_path / "own.yaml", say=said.append)
-    assert said == ["1 epoch: the learning rate does not come to decay_milestones 161, 181"]
+    assert said == ["1 epoch: training ends before decay_milestones 161, 181"]
 
 
 # What a model, an optimizer or the machine does not take: after BASE, where the images are read already.
@@ -167,7 +167,7 @@ SETUPS = {
         "model: densenet121\nimg_size: 8\n",
         "key 'img_size': so the model takes no images of 3x8x8: .*too small",
     ),
-    "home": ("output: ~/runs\n", "cannot make the folder ~/runs: ~ is not read as your home folder here"),
+    "home": ("output: ~/runs\n", "cannot make the folder ~/runs: ~ is not expanded here"),
     "tab": ('experiment: "a\\tb"\n', r"'experiment': expected the name of a folder in runs, .*, got 'a\\tb'"),
     "space": ('experiment: " "\n', "'experiment': expected the name of a folder in runs, .*, got ' '"),
     "device": ("device: meta\n", "unknown device 'meta': expected cpu, cuda"),
@@ -232,7 +232,7 @@ def test_flags_that_cannot_be(name, capsys):
         (["demo", "x", "--port", "70000"], "--port: expected a whole number from 1 to 65535, got '70000'"),
         (["predict", "x", "y", "--top-k", "9" * 5000], "--top-k: expected a whole number from 1 to 2147483647"),
         (["train", ""], "unknown recipe ''"),
-        (["train", "/dev/zero"], "cannot read the recipe /dev/zero: it is no regular file"),
+        (["train", "/dev/zero"], "cannot read the recipe /dev/zero: it is not a regular file"),
         (["train", "x" * 300], "File name too long: xxx"),
         (["train", "\udce4.yaml"], r"unknown recipe '\\udce4\.yaml'"),
     ],
@@ -315,7 +315,7 @@ def changed(place, value):
 
 
 RECORDS = {
-    "NaN": (changed("training_seconds", float("nan")), "NaN is no number of JSON"),
+    "NaN": (changed("training_seconds", float("nan")), "NaN is not a JSON number"),
     "nested": ("[" * 100_000, "it is nested too deep"),
     "key twice": ('{"name": 1, "name": 2}', "key 'name' occurs twice"),
     "cut": (to_json(RUN).decode()[:500], "does not hold the record of a run"),
@@ -355,7 +355,7 @@ HEADER = "epoch,lr,train_loss,seconds\n"
         (HEADER + '"1,0.1\n', "does not hold the epochs of a run"),
         (HEADER + "9" * 200_000, "field larger than"),
         ("a,b\n1,2\n", "there is no column epoch"),
-        (HEADER.encode() + b"\xff", r"summary\.csv: byte \d+ is no text in UTF-8"),
+        (HEADER.encode() + b"\xff", r"summary\.csv: byte \d+ is not UTF-8"),
     ],
 )
 def test_a_history_that_cannot_be(content, message, tmp_path):

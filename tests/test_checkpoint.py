@@ -136,7 +136,7 @@ def test_what_is_damaged_is_passed_over_with_a_warning_and_gives_way_to_the_next
         save_checkpoint(tmp_path, state(epoch))
     last = tmp_path / "last.ckpt"
     DAMAGE[damage](last)
-    with pytest.raises(CheckpointError, match=r"last\.ckpt( is|: it is no regular|: Is a dir|: Too many)"):
+    with pytest.raises(CheckpointError, match=r"last\.ckpt( is|: it is not a regular|: Is a dir|: Too many)"):
         load_checkpoint(last)
     assert not RAN
     run = RunFolder(tmp_path)

@@ -118,7 +118,9 @@ def test_a_run_that_stopped_within_an_epoch_has_the_epochs_that_it_had(tmp_path)
     recipe, (_, _, crash) = settings(tmp_path, name), RUNS[name]
     interrupted(recipe, crash)
     more = recipe.replace(resume="auto", epochs=recipe.epochs + 1)
-    with pytest.raises(CheckpointError, match=f"was stopped within epoch .* go on with --epochs {recipe.epochs} until"):
+    with pytest.raises(
+        CheckpointError, match=f"was stopped within epoch .* continue with --epochs {recipe.epochs} until"
+    ):
         train(more, "broken")
 
 

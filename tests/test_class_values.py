@@ -68,7 +68,7 @@ def test_classes_that_are_numbers_are_no_header(tmp_path):
         ("p.csv", 'fox,5\n"red deer,3\n', "FILE, line 2: unexpected end of data; see whether quotes are closed"),
         ("p.csv", "a" * 200_000 + ",1\n", "line 1: field larger than field limit"),
         ("p.csv", "", "FILE is empty; expected a share for each class: a CSV of class,share, or"),
-        ("p.csv", b"B\xe4r,1\n", "cannot read the prior FILE: byte 1 is no text in UTF-8"),
+        ("p.csv", b"B\xe4r,1\n", "cannot read the prior FILE: byte 1 is not UTF-8"),
         ("p.csv", None, "cannot read the prior FILE: No such file or directory"),
         ("p.txt", "1\n2\n", "the prior FILE: expected a share for each of the 4 classes, got 2"),
         ("p.txt", "1\n2\n3\n-4\n", "class 'no': expected a number of at least 0, got '-4'"),

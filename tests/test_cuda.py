@@ -475,7 +475,9 @@ def test_a_device_that_vanishes_ends_the_run_in_one_sentence_and_leaves_its_chec
         patch.setattr(step_module, "training_step", lost)
         capsys.readouterr()
         assert main([*argv, "--output", str(tmp_path / "cut")]) == 1
-    sentence = "mbib: error: device cpu has failed: CUDA error: unspecified launch failure; go on with --resume auto\n"
+    sentence = (
+        "mbib: error: device cpu has failed: CUDA error: unspecified launch failure; continue with --resume auto\n"
+    )
     assert capsys.readouterr().err.endswith(sentence)
     assert main([*argv, "--output", str(tmp_path / "cut"), "--resume", "auto"]) == 0
     one, other = (load_file(tmp_path / name / "run" / "model.safetensors") for name in ("whole", "cut"))

@@ -60,7 +60,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     assert "evaluation: 6 images of 2 classes: 20 % of each class, drawn with seed 0" in text
     assert "classes of one training image: 1 (lynx)" in text
     assert "classes without an evaluation image: 1 (lynx)" in text
-    assert "warning: left out: images outside of class folders: 1 (stray.png)" in text
+    assert "warning: left out: images outside class folders: 1 (stray.png)" in text
     assert "warning: left out: class folders without images: 1 (owl)" in text
     assert "kinds: PNG RGB: 26, JPEG RGB: 1" in text
     assert "sizes: 80 x 60: 26, 64 x 48: 1" in text
@@ -131,7 +131,7 @@ def test_tables_that_may_be_edited_by_hand_are_kept(photos, capsys, tmp_path):
         file.write_text("path,label,split\nfox/site A/0.png,hare,train\n")
         before = file.read_bytes()
         assert main(["data", str(photos), "--workers", "0", flag, str(file)]) == 2
-        assert f"{flag} {file}: the file that is there " in capsys.readouterr().err
+        assert f"{flag} {file}: the existing file " in capsys.readouterr().err
         assert file.read_bytes() == before
 
 
@@ -188,8 +188,8 @@ def test_classes_whose_names_differ_in_case_alone_are_noted(capsys, tmp_path):
         tmp_path / "data", {f"{label}/{year}/{i}.png": png(i) for label in labels for year in (1, 2) for i in (3, 4)}
     )
     text = said(capsys, root)
-    assert "\nnote: classes whose names differ in case or spaces alone: 'Fox' and 'fox'; if they are one, give" in text
-    assert "\nnote: no image lies right in a class folder, but all lie further down, as a\\x1b/1/3.png does" in text
+    assert "\nnote: classes whose names differ in case or spaces only: 'Fox' and 'fox'; if they are the" in text
+    assert "\nnote: no image lies directly in a class folder; all lie deeper, such as a\\x1b/1/3.png;" in text
 
 
 def test_names_do_not_speak_to_the_terminal(capsys, tmp_path):
@@ -241,7 +241,10 @@ def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_pat
         (["digitz"], "or a recipe; unknown recipe 'digitz'"),
         (["PHOTOS", "--figure", "x.jpg"], "--figure x.jpg: expected a name that ends in .png, .pdf, .svg"),
         (["PHOTOS", "--csv", "photos/stray.png/x.csv"], "cannot make the folder photos/stray.png: photos/stray.png is"),
-        (["pictures.zip"], "pictures.zip is an archive of a kind that is not read (.tar, .tar.gz, .tgz are); unpack"),
+        (
+            ["pictures.zip"],
+            "pictures.zip is an archive of an unsupported kind (supported: .tar, .tar.gz, .tgz); unpack",
+        ),
         (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1; --broken skip leaves them out\n  "),
         (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image a group"),
         (["--dataset", "table", "--table", "my t.csv", "--data-dir", "D"], "mbib data 'my t.csv' --data-dir D\n"),

@@ -83,7 +83,7 @@ def test_a_process_that_lost_another_says_so_by_itself(tmp_path):
     argv = ["train", str(tmp_path / "own.yaml"), "--output", str(tmp_path), "--experiment", "run"]
     assert faults.run(argv, tmp_path / "log", 2, "1 step 5", grace=60.0) == [1, -9]
     text = log(tmp_path)
-    assert "mbib: error: another of the 2 processes has ended, so process 0 does too; what ended it stands" in text
+    assert "mbib: error: another of the 2 processes has ended, so process 0 does too; the reason is above" in text
     assert "Traceback" not in text
 
 

@@ -352,7 +352,7 @@ def test_features_that_are_not_finite_are_an_error(images):
     ("keys", "message"),
     [
         ({"pretrained": False}, "the frozen backbone needs weights: expected pretrained: true"),
-        ({"cutmix": 1.0}, "features cannot be cut; mixup takes them"),
+        ({"cutmix": 1.0}, "CutMix cannot cut features; use mixup"),
         ({"method": {"name": "dive", "teacher": "mbib_resnet32.cifar100_lt_if100"}}, "'dive' looks at images"),
         (
             {"method": "paco", "train_crop_mode": "rrc"},

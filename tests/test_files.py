@@ -21,11 +21,11 @@ def test_text_is_read_without_its_byte_order_mark(tmp_path):
     [
         (lambda file: None, "No such file"),
         (lambda file: file.mkdir(), "Is a directory"),
-        (lambda file: os.mkfifo(file), "it is no regular file"),
+        (lambda file: os.mkfifo(file), "it is not a regular file"),
         (lambda file: file.write_bytes(b"x" * 101), "larger than"),
-        (lambda file: file.write_bytes(b"ab\xff"), "byte 2 is no text in UTF-8"),
+        (lambda file: file.write_bytes(b"ab\xff"), "byte 2 is not UTF-8"),
         (lambda file: file.symlink_to(file), "symbolic links"),
-        (lambda file: file.symlink_to("/dev/zero"), "it is no regular file"),
+        (lambda file: file.symlink_to("/dev/zero"), "it is not a regular file"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(make, said, tmp_path):

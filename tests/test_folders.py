@@ -171,8 +171,8 @@ def test_what_cannot_count_is_named(tmp_path):
     for split in opened_both(tmp_path, [*CAMERA_TRAP, *odd]):
         assert split.class_names == ("Bär", "fox", "hare")
         assert split.left_out == {
-            "images of kinds that are not read": ("fox/1.HEIC", "fox/site A/2.nef", "owl/3.heic"),
-            "images outside of class folders": ("stray.png",),
+            "images of unsupported kinds": ("fox/1.HEIC", "fox/site A/2.nef", "owl/3.heic"),
+            "images outside class folders": ("stray.png",),
             "class folders without images": ("owl", "rest"),
         }
 
@@ -192,10 +192,12 @@ def test_folders_that_may_be_meant_otherwise_are_noted(tmp_path):
         assert not split.notes
     inside = [f"{label}/{part}/{i}.png" for label in ("ant", "bee") for part in ("train", "Val") for i in range(2)]
     for split in opened_both(tmp_path / "inside", [*inside, "ant/0.png"]):
-        assert re.search("names of splits lie in those of the classes .*bee/Val.* turn the folders", notes_on(split))
+        assert re.search(
+            "class folders contain folders named like splits .*bee/Val.* put the classes inside them", notes_on(split)
+        )
     above = [f"{year}/{label}/{i}.png" for year in (2023, 2024) for label in ("ant", "bee") for i in range(2)]
     for split in opened_both(tmp_path / "above", above):
-        assert "all lie further down, as 2023/ant/0.png does; if the second folder is the class" in notes_on(split)
+        assert "all lie deeper, such as 2023/ant/0.png; if the second level is the class" in notes_on(split)
     grouped = open_split(folder_recipe(tmp_path / "above" / "folder", group_by="folder:1"), "all")
     assert not grouped.notes, "who groups by folders knows what they are"
 
@@ -228,7 +230,7 @@ def test_links_pipes_and_folders_that_cannot_be_opened_are_passed_over_by_name(t
     split = open_split(folder_recipe(root), "all")
     assert np.bincount(split.targets).tolist() == [1, 9, 3], "a link to another folder is followed"
     assert split.left_out == {
-        "links that lead round in circles": ("fox/round",),
+        "circular links": ("fox/round",),
         "links that lead nowhere": ("fox/itself.png", "fox/nowhere.png"),
         "devices, pipes and sockets": ("fox/elsewhere/pipe.png", "hare/pipe.png"),
     }
@@ -265,7 +267,7 @@ def test_a_split_beside_classes_is_an_error_that_says_what_to_do(tmp_path):
         folder = unpacked(tmp_path / f"folder {i}", entries)
         for place in (folder, write(tmp_path / f"{i}.tar", tar_bytes(entries))):
             with pytest.raises(
-                DataError, match=r"holds 'train', which has folders in it .*beside 'bus': put the splits"
+                DataError, match=r"holds 'train', which contains folders .*beside 'bus': put the splits"
             ):
                 open_data(folder_recipe(place))
 
@@ -273,11 +275,11 @@ def test_a_split_beside_classes_is_an_error_that_says_what_to_do(tmp_path):
 def test_classes_that_differ_in_case_beside_a_class_named_as_a_split_are_no_splits(tmp_path):
     entries = {name: png(1) for name in ("train/site A/1.png", "Fox/1.png", "fox/2.png")}
     for place in (unpacked(tmp_path / "folder", entries), write(tmp_path / "x.tar", tar_bytes(entries))):
-        with pytest.raises(DataError, match=r"holds 'train', which has folders in it .*beside 'Fox', 'fox': put"):
+        with pytest.raises(DataError, match=r"holds 'train', which contains folders .*beside 'Fox', 'fox': put"):
             open_data(folder_recipe(place))
     twins = {f"{split}/ant/1.png": png(1) for split in ("train", "Extra", "extra")}
     for place in (unpacked(tmp_path / "twins", twins), write(tmp_path / "y.tar", tar_bytes(twins))):
-        with pytest.raises(DataError, match="holds 'Extra', 'extra', which are all split 'extra'"):
+        with pytest.raises(DataError, match="holds 'Extra', 'extra', whose names all mean split 'extra'"):
             open_split(folder_recipe(place), "extra")
 
 
@@ -310,7 +312,7 @@ def test_a_damaged_tar_and_a_file_that_is_no_tar(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*train\.tar"):
         open_data(folder_recipe(tmp_path / "train.tar"))
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(DataError, match=r"notes\.txt is no folder, and no archive that is read"):
+    with pytest.raises(DataError, match=r"notes\.txt is neither a folder nor a supported archive"):
         open_data(folder_recipe(tmp_path / "notes.txt"))
 
 
@@ -385,7 +387,7 @@ def test_folders_of_one_split_by_their_names_are_refused(tmp_path, twins):
     folder = unpacked(tmp_path / "folder", entries)
     for place in (folder, write(tmp_path / "x.tar", tar_bytes(entries))):
         with pytest.raises(
-            DataError, match=f"holds '{twins[0]}', '{twins[1]}', which are all split '(train|validation)'"
+            DataError, match=f"holds '{twins[0]}', '{twins[1]}', whose names all mean split '(train|validation)'"
         ):
             opened(place)
     if twins[0] == "eval":

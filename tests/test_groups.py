@@ -193,7 +193,7 @@ def test_groups_on_both_sides_are_said(tmp_path):
     own |= {f"val/{name}": image for name, image in names.items() if "fox/site B" not in name}
     own |= {"val/fox/site C/0.png": png(0), "val/fox/alone.png": png(1)}
     recipe = Recipe(dataset="folder", data_dir=str(unpacked(tmp_path / "own", own)), group_by="folder:1")
-    assert "warning: split 'validation': 9 of its 11 images are of groups that are trained on" in summary(
+    assert "warning: split 'validation': 9 of its 11 images belong to groups that are trained on" in summary(
         open_data(recipe)
     )
     with pytest.raises(MbibError, match="'val_fraction' has no effect: the data have splits of their own"):
@@ -203,12 +203,12 @@ def test_groups_on_both_sides_are_said(tmp_path):
         imbalance_factor=3.0, imbalance_max=3,
     )  # fmt: skip
     assert "--group-by" not in "".join(summary(open_data(tail))), "which does not help there"
-    assert open_data(tail.replace(group_by="folder:1")).shared[0].endswith(" are of groups that are trained on")
+    assert open_data(tail.replace(group_by="folder:1")).shared[0].endswith(" belong to groups that are trained on")
 
 
 def test_groups_that_leave_nothing_to_hold_out(tmp_path):
     root = unpacked(tmp_path / "data", {f"{label}/{label}/{i}.png": png(i) for label in "ab" for i in range(3)})
-    with pytest.raises(DataError, match="with folder:1 nothing can be held out, for every group holds a class"):
+    with pytest.raises(DataError, match="with folder:1 nothing can be held out, because every group holds a"):
         open_data(Recipe(dataset="folder", data_dir=str(root), group_by="folder:1"))
 
 
@@ -217,7 +217,7 @@ def test_groups_that_leave_nothing_to_hold_out(tmp_path):
     [
         ({"group_by": "folder:0"}, "expected column, folder:N with N from 1, or pattern:REGEX, got 'folder:0'"),
         ({"group_by": "site"}, "expected column, folder:N"),
-        ({"group_by": "pattern:("}, "'\\(' is no regular expression: "),
+        ({"group_by": "pattern:("}, "'\\(' is not a regular expression: "),
         ({"group_by": "pattern:site"}, "'site' has no group in parentheses"),
         ({"group_by": "column"}, "'group_by' has no effect without dataset: table, whose column"),
         ({"group_column": "site"}, "'group_column' has no effect without dataset: table"),

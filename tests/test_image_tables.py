@@ -310,7 +310,7 @@ def test_more_that_is_no_table(images, tmp_path):
         open_data(recipe(images / "t.xlsx"))
     with pytest.raises(DataError, match=r"recipe key 'table': no file .*gone\.csv"):
         open_data(recipe(images / "gone.csv"))
-    with pytest.raises(DataError, match=r"data_dir .*gone is no folder, and no archive that is read"):
+    with pytest.raises(DataError, match=r"data_dir .*gone is neither a folder nor a supported archive"):
         open_data(recipe(file, data_dir=str(tmp_path / "gone")))
 
 

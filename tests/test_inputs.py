@@ -296,7 +296,9 @@ def test_predicted_images_that_were_trained_on_are_counted(tmp_path, capsys):
     output = str(tmp_path / "p.csv")
     assert main(["predict", str(run), str(data), "--output", output, "--workers", "0"]) == 0
     said = capsys.readouterr().out
-    assert f"warning: {number} of these 32 images were trained on; their accuracy says nothing of other images" in said
+    assert (
+        f"warning: {number} of these 32 images were trained on; their accuracy says nothing about other images" in said
+    )
     shutil.copytree(data, tmp_path / "others")
     assert main(["predict", str(run), str(tmp_path / "others"), "--output", output, "--workers", "0"]) == 0
     assert "trained on" not in capsys.readouterr().out
@@ -365,7 +367,7 @@ def test_an_evaluation_counts_images_that_were_trained_on(tmp_path, capsys, monk
     evaluated = [*open_data(first.replace(val_fraction=0.5)).val.files()]
     number, images = len(trained & {*evaluated}), len(evaluated)
     assert number > 0
-    line = f"{number} of the {images} evaluated images were trained on; their accuracy says nothing of other images"
+    line = f"{number} of the {images} evaluated images were trained on; their accuracy says nothing about other images"
     said, kept = validated("--val-fraction", "0.5")
     assert f"warning: {line}\n" in said
     assert kept == line
@@ -450,7 +452,7 @@ def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_
     number = len(evaluated & trained)
     assert number > 0
     line = f"{number} of the {len(evaluated)} evaluated images were trained on by the run that this one starts from; "
-    line += "their accuracy says nothing of other images"
+    line += "their accuracy says nothing about other images"
     assert f"warning: {line}" in capsys.readouterr().out
     assert read_record(folder).trained_before == line
 
@@ -491,7 +493,7 @@ def test_what_a_source_has_left_out_is_in_the_record_and_on_the_card(tmp_path, c
     capsys.readouterr()
     assert main(["publish", str(folder), "--repo-id", "me/run", "--dry-run"]) == 0
     card = capsys.readouterr().out
-    assert "Left out of the data: 1 (images of kinds that are not read), 1 (images that cannot be read)." in card
+    assert "Left out of the data: 1 (images of unsupported kinds), 1 (images that cannot be read)." in card
     assert str(tmp_path) not in card
 
 

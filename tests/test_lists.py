@@ -70,7 +70,7 @@ def test_blocks_end_where_lines_do(tmp_path, monkeypatch, block_bytes):
     assert [split.reader.name(i) for i in range(40)] == names
     assert split.targets.tolist() == [i % 3 for i in range(40)]
     (tmp_path / "list.txt").write_text(f"{lines}\n./{names[5]} 0\n")
-    with pytest.raises(DataError, match=rf"line 49: \./{names[5]} has label 0 here, and 2 in a line before"):
+    with pytest.raises(DataError, match=rf"line 49: \./{names[5]} has label 0 here, and 2 on an earlier line"):
         open_list("list.txt", str(tmp_path), "train_list", None)
 
 

@@ -84,10 +84,10 @@ REFUSED = {
     "architecture another's": (changed(architecture="cifar_resnet32"), "missing keys"),
     "model_args a list": (changed(model_args=["num_classes"]), "model_args: expected keys and values"),
     "model_args unknown": (changed(args__depth=20), "unexpected keyword argument 'depth'"),
-    "model_args lenient": (changed(args__pretrained_strict=False), "pretrained_strict is no argument"),
-    "model_args features": (changed(args__features_only=True), "features_only is no argument"),
-    "model_args device": (changed(args__device="meta"), "device is no argument"),
-    "model_args checkpoint": (changed(args__checkpoint_path="x.pt"), "checkpoint_path is no argument"),
+    "model_args lenient": (changed(args__pretrained_strict=False), "pretrained_strict is not an argument"),
+    "model_args features": (changed(args__features_only=True), "features_only is not an argument"),
+    "model_args device": (changed(args__device="meta"), "device is not an argument"),
+    "model_args checkpoint": (changed(args__checkpoint_path="x.pt"), "checkpoint_path is not an argument"),
     "model_args of wrong type": (changed(args__classifier=7), "unknown classifier"),
     "in_chans no number": (changed(args__in_chans="3"), "model_args.in_chans: expected a whole number"),
     "in_chans other": (changed(args__in_chans=1), "expected 1 numbers, one for each channel"),
@@ -142,7 +142,7 @@ REFUSED = {
     "a count null": (changed(class_counts=[4, None, 2, 1]), "class_counts[1]: expected a whole number"),
     "a count true": (changed(class_counts=[4, True, 2, 1]), "class_counts[1]: expected a whole number"),
     "a count huge": (changed(class_counts=[2**63, 3, 2, 1]), "class_counts[0]: expected a whole number"),
-    "a count not a number": (changed(class_counts=[float("nan"), 3, 2, 1]), "NaN is no number of JSON"),
+    "a count not a number": (changed(class_counts=[float("nan"), 3, 2, 1]), "NaN is not a JSON number"),
     "prior unknown": (changed(logit_prior="balanced"), "logit_prior: expected one of uniform, train"),
     "prior a list": (changed(logit_prior=["train"]), "logit_prior: expected one of uniform, train"),
     # Its preprocessing
@@ -170,7 +170,7 @@ REFUSED = {
     "mean too long": (changed(cfg__mean=[0.5] * 4), "pretrained_cfg.mean: expected 3 numbers"),
     "mean a number": (changed(cfg__mean=0.5), "pretrained_cfg.mean: expected a list of numbers"),
     "mean of texts": (changed(cfg__mean=["0.5"] * 3), 'pretrained_cfg.mean[0]: expected a number, got "0.5"'),
-    "mean infinite": (changed(cfg__mean=[float("inf"), 0, 0]), "Infinity is no number of JSON"),
+    "mean infinite": (changed(cfg__mean=[float("inf"), 0, 0]), "Infinity is not a JSON number"),
     "std zero": (changed(cfg__std=[0.2, 0, 0.2]), "pretrained_cfg.std[1]: expected a number above 0, got 0"),
     "std negative": (changed(cfg__std=[0.2, 0.2, -0.2]), "pretrained_cfg.std[2]: expected a number above 0"),
     "std too short": (changed(cfg__std=[0.2, 0.2]), "pretrained_cfg.std: expected 3 numbers"),
@@ -179,7 +179,7 @@ REFUSED = {
     "crop tiny": (changed(cfg__crop_pct=1e-9), "pretrained_cfg.crop_pct: expected"),
     "crop large": (changed(cfg__crop_pct=875), "pretrained_cfg.crop_pct: expected"),
     "crop a text": (changed(cfg__crop_pct="0.875"), "pretrained_cfg.crop_pct: expected"),
-    "crop not a number": (changed(cfg__crop_pct=float("nan")), "NaN is no number of JSON"),
+    "crop not a number": (changed(cfg__crop_pct=float("nan")), "NaN is not a JSON number"),
     "crop mode unknown": (changed(cfg__crop_mode="middle"), "crop_mode: expected one of center, squash, border"),
     "interpolation unknown": (changed(cfg__interpolation="cubic"), "interpolation: expected one of bilinear, bicubic"),
     "interpolation random": (changed(cfg__interpolation="random"), "interpolation: expected one of bilinear, bicubic"),
@@ -369,8 +369,8 @@ WEIGHTS = {
     "cut in the header": (lambda file: file.write_bytes(file.read_bytes()[:100]), "is not a weights file"),
     "longer": (lambda file: file.write_bytes(file.read_bytes() + b"x"), "is not a weights file"),
     "a text": (as_text, "is not a weights file"),
-    "a folder": (as_folder, "it is no regular file"),
-    "a pipe": (as_pipe, "it is no regular file"),
+    "a folder": (as_folder, "it is not a regular file"),
+    "a pipe": (as_pipe, "it is not a regular file"),
     "a link to nowhere": (to_nowhere, "no weights at"),
     "not a number": (filled("fc.weight", np.nan), "tensor 'fc.weight' holds numbers that are not finite"),
     "infinite": (filled("fc.bias", np.inf), "tensor 'fc.bias' holds numbers that are not finite"),
@@ -466,7 +466,7 @@ def test_a_backbones_weights_do_not_predict(tmp_path):
     model, plain = timm.create_model("mbib_resnet20", num_classes=5), timm.create_model("cifar_resnet20", num_classes=5)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"is there to start training from: its weights leave .* untrained"):
+    with pytest.raises(CheckpointError, match=r"is only a start for training: its weights leave .* untrained"):
         load_model(str(tmp_path))
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 5
 

@@ -529,12 +529,12 @@ def test_a_sweep_of_both_kinds_is_refused(tmp_path, capsys):
     with pytest.raises(MbibError, match=r"mbib_resnet50\.finetune-seed0 starts from trained weights and .* a sweep"):
         plan(BOTH, {})
     axis = Sweep("axis", "mbib_resnet32.cifar100_lt_if100", {"pretrained": [True, False]})
-    with pytest.raises(MbibError, match="never stand in one table"):
+    with pytest.raises(MbibError, match="never share a table"):
         plan(axis, {})
     start = ["--initial-checkpoint", "x.pt"]  # all of them
     assert main(["sweep", "table1_cifar100_lt", "--dry-run", *start, "--output", str(tmp_path)]) == 0
     assert main(["sweep", *BOTH.axes["recipe"], "--dry-run", "--output", str(tmp_path)]) == 2
-    assert "never stand in one table" in capsys.readouterr().err
+    assert "never share a table" in capsys.readouterr().err
 
 
 def test_a_sweep_from_weights_says_so_and_stands_beside_no_number_of_the_paper():

@@ -160,7 +160,7 @@ def test_a_share_and_the_same_data_are_evaluated_as_in_training(run, tmp_path, c
 
 def test_what_is_held_out_for_validation_is_no_test_split(run, capsys):
     assert main(["validate", str(run), "--split", "test"]) == 2
-    said = "there is no split 'test': the data have none of their own, and are cut into train and validation; all has"
+    said = "there is no split 'test': the data have none of their own, and are split into train and validation; all has"
     assert said in capsys.readouterr().err
     said = "the data have no test split of their own, and this is their validation split"
     for split in ((), ("--split", "test")):
@@ -193,7 +193,7 @@ def test_what_is_not_measured_is_named(run, tmp_path, capsys):
     (other / "bee" / "phone.heic").write_bytes(b"")
     status, out, _ = validated(run, capsys, "--data-dir", str(other), "--results", str(tmp_path / "r.json"))
     assert status == 0
-    assert "warning: left out: images of kinds that are not read: 1 (bee/phone.heic)\n" in out
+    assert "warning: left out: images of unsupported kinds: 1 (bee/phone.heic)\n" in out
     assert f"warning: left out: images that cannot be read: 1 ({other}/bee/broken.png)\n" in out
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["left_out_images"] == [f"{other}/bee/broken.png"]

@@ -171,7 +171,7 @@ REFUSED = {
     "classifier=10": "'param_groups': classifier: expected a mapping such as {lr_scale: 10, weight_decay: 0}, got 10",
     "all={lr_scale: 2}": "'param_groups': all is not a part; what all have in common are the keys 'lr' and 'weight_d",
     "({lr_scale: 2}": "expected name=value",
-    "(={lr_scale: 2}": "recipe key 'param_groups': '(' is no regular expression",
+    "(={lr_scale: 2}": "recipe key 'param_groups': '(' is not a regular expression",
     "zz={lr_scale: 2}": "recipe key 'param_groups': 'zz' matches no parameter's name",
 }
 

@@ -298,10 +298,10 @@ def test_an_edited_plugin_is_imported_anew_and_a_run_records_what_ran(write, tmp
     first, early = train(short_recipe(tmp_path, path, "edited"), "first"), short_recipe(tmp_path, path, "edited")
     write("edited.py", text.replace("return logits", "return 0 * logits"))
     digests.append(code_of(str(path)))
-    # A recipe that was read before the change trains with the code of then.
+    # A recipe that was read before the change trains with the earlier code.
     capsys.readouterr()
     runs = [first, train(early, "early")]
-    said = "warning: edited.py has changed since it was imported; this trains with the code of then"
+    said = "warning: edited.py has changed since it was imported; this trains with the earlier code"
     assert said in capsys.readouterr().out
     runs.append(train(short_recipe(tmp_path, path, "edited"), "later"))
     assert "since it was imported" not in capsys.readouterr().out
@@ -420,7 +420,7 @@ MISTAKES = {
     "prior": ("logit_prior = 'unifrom'", "logit_prior: expected train, uniform or None, got 'unifrom'"),
     "evaluated": (
         "build_network = classmethod(lambda cls, settings, build: Wrap(build()))",
-        "get_eval_model returns a Wrap, which is no model of timm's; expected the part of the network that is",
+        "get_eval_model returns a Wrap, which is not a timm model; expected the part of the network that is",
     ),
     "unwritten": (
         "build_network = classmethod(lambda cls, settings, build: "
@@ -510,7 +510,7 @@ MISFITS = {
     "titled": ("title = 3", "title: expected a text, got 3"),
     "sampler": ("sampler = ['balanced']", "sampler: expected str, got ['balanced']"),
     "part": ("part = None", "part: expected str, got None"),
-    "reset": ("reset = '(classifier'", "reset: '(classifier' is no regular expression"),
+    "reset": ("reset = '(classifier'", "reset: '(classifier' is not a regular expression"),
     "start": ("classifier_start = 'means'", "unknown value of classifier_start 'means': did you mean 'class_means'?"),
     "frozen": ("frozen_bn = 'evl'", "unknown value of frozen_bn 'evl': did you mean 'eval'?"),
     "views": ("views = {}", "views: expected a tuple with a mapping for each view of an image, as in ({}, {}), got {}"),
@@ -806,7 +806,7 @@ def test_two_plugins_of_one_name(write, tmp_path, capsys):
     assert main(["train", *flags]) == 2
     error = capsys.readouterr().err
     assert f"plugin {second} cannot be imported: method 'same' is registered already, by {first}: give one of" in error
-    assert error.endswith("another name, or start Python anew\n")
+    assert error.endswith("another name, or restart Python\n")
     assert not (tmp_path / "runs").exists()
 
 

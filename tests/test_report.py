@@ -196,7 +196,7 @@ def test_a_run_as_good_as_the_papers_needs_no_paragraph(tmp_path):
 def test_of_a_shortened_schedule_no_difference_is_taken(tmp_path, undrawn):
     group = group_runs([read_run(changed(MBIB, tmp_path, "short", epochs=20, top1=30.0))])[0]
     assert differences(group) == [
-        "With 20 of 200 epochs the schedule is not the paper's: no difference is taken from its numbers."
+        "With 20 of 200 epochs the schedule is not the paper's, so nothing is compared with its numbers."
     ]
     text = html_of(run_section(group))
     assert "Table 1" in text
@@ -257,17 +257,19 @@ def test_seeds_give_a_deviation(tmp_path):
 def test_a_difference_stands_beside_the_interval_of_the_test_images(tmp_path):
     text = differences(group_runs([read_run(MBIB)])[0])
     low, high = read_record(MBIB).result.prediction.intervals["top1"]
-    assert f"from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not hold that number." in text[0]
+    assert f"from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not contain that number." in text[0]
     assert "The 95 % interval from the 3,500 test images alone" in text[2]
     seeds = []
     for seed, top1 in {4: 43.0, 5: 46.9}.items():
         interval = {"top1": wilson_interval(100 * top1, 10_000)}
         seeds.append(read_run(changed(MBIB, tmp_path, f"seed{seed}", seed=seed, top1=top1, intervals=interval)))
     low, high = wilson_interval(4495, 10_000)  # of the mean share
-    said = f"The 95 % interval of this mean from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not hold"
+    said = (
+        f"The 95 % interval of this mean from the 10,000 test images alone, {low:.1f} to {high:.1f}, does not contain"
+    )
     assert said in differences(group_runs(seeds)[0])[0]
     wide = read_run(changed(MBIB, tmp_path, "wide", intervals={"top1": [40.0, 50.0]}))
-    assert "40.0 to 50.0, holds that number." in differences(group_runs([wide])[0])[0]
+    assert "40.0 to 50.0, contains that number." in differences(group_runs([wide])[0])[0]
     unknown = read_run(changed(MBIB, tmp_path, "unknown", intervals={}, measured={}))
     assert "interval" not in differences(group_runs([unknown])[0])[0]
 
@@ -435,7 +437,7 @@ def test_an_errors_file_that_loads_from_elsewhere_is_refused(tmp_path):
     folder = with_answers(tmp_path, 10)
     content = (folder / "errors.json").read_text()
     (folder / "errors.json").write_text(content.replace("data:image/png", "http://example.org/x", 1))
-    with pytest.raises(MbibError, match="a thumbnail is no image"):
+    with pytest.raises(MbibError, match="a thumbnail is not an image"):
         run_section(group_runs([read_run(folder)])[0])
 
 

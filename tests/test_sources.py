@@ -226,9 +226,9 @@ def test_lists_are_read_whatever_separates_and_with_spaces_in_names(tmp_path):
         (b"a.png 99999999999999999999\n", r"line 1: label 9+ is too large"),
         (b"a.png 0x1\n", r"line 1: label '0x1' is not an integer"),
         (b"\\\\host\\a.png 0\n", "line 1: .* must be a path below"),
-        (b"\xff\xd8\xff\xe0\n", r"list\.txt, line 1 is no text in UTF-8; save"),
-        ("a.png 0\n".encode("utf-16"), r"list\.txt, line 1 is no text in UTF-8; save"),
-        ("a.png 0\nä.png 1\n".encode("latin-1"), r"list\.txt, line 2 is no text in UTF-8; save"),
+        (b"\xff\xd8\xff\xe0\n", r"list\.txt, line 1 is not UTF-8; save"),
+        ("a.png 0\n".encode("utf-16"), r"list\.txt, line 1 is not UTF-8; save"),
+        ("a.png 0\nä.png 1\n".encode("latin-1"), r"list\.txt, line 2 is not UTF-8; save"),
         (b"a.png 0\na\0.png 1\n", r"line 2: .* holds the control character '\\x00'"),
         (b"a.png 0\ra.png 1\r", r"line 1: .* holds the control character '\\r'"),
         (b"a.png 0\n\x1b[2Ja.png 1\n", r"line 2: .* holds the control character '\\x1b'"),
@@ -372,7 +372,7 @@ def test_a_class_map_says_how_many_classes_there_are(tmp_path):
         open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
     for content, message in (
         (b"ant\n\nbee\n", r"names\.txt, line 2 is empty; expected the name of a class"),
-        ("ant\nbär\n".encode("latin-1"), r"class map .*names\.txt: byte 5 is no text in UTF-8"),
+        ("ant\nbär\n".encode("latin-1"), r"class map .*names\.txt: byte 5 is not UTF-8"),
     ):
         (tmp_path / "names.txt").write_bytes(content)
         with pytest.raises(DataError, match=message):

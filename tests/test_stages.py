@@ -538,7 +538,7 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
         ([{"method": "ce"}, {"method": {"name": "tau_norm", "taw": 1}}], {}, r"stage 2 .*'taw': did you mean 'tau'"),
         ([{"method": "ce"}, {"method": "crt", "sampler": "balance"}], {}, r"sampler 'balance': did you"),
         ([{"method": "ce"}, {"method": "crt", "train": "head"}], {}, r"'train': 'head' matches no parameter's name"),
-        ([{"method": "ce"}, {"method": "crt", "reset": "("}], {}, r"'reset': '\(' is no regular expression"),
+        ([{"method": "ce"}, {"method": "crt", "reset": "("}], {}, r"'reset': '\(' is not a regular expression"),
         ([{"method": "ce"}, {"method": "bsce", "train": "classifier"}], {}, r"'frozen_bn': with train: classifier"),
         ([{"method": "ce"}, {"method": "mbib"}], {}, r"method 'mbib' needs a model with observations"),
         ([{"method": "ce"}, {"method": "crt", "opt": "sdg"}], {}, r"unknown optimizer 'sdg': did you mean 'sgd'"),

@@ -463,7 +463,7 @@ def test_any_name_of_a_folder_will_do(tmp_path, name):
 
 
 def test_an_output_that_is_no_folders_name_is_an_error(tmp_path):
-    with pytest.raises(MbibError, match=r"recipe key 'output': '.*' is no folder's name"):
+    with pytest.raises(MbibError, match=r"recipe key 'output': '.*' is not the name of a folder"):
         place_of(f"{tmp_path}/a\0b", "run")
 
 
@@ -498,8 +498,8 @@ def test_a_run_that_goes_on_under_other_conditions_says_which(finished, tmp_path
     file.write_text(json.dumps({**there, "device": "cuda", "threads": 64, "numpy": None}))
     train(digits(tmp_path, resume="auto"), "whole")
     assert (
-        "goes on under other conditions, maybe to other bits: device ('cuda' there, 'cpu' here), threads (64 there, 1 "
-        "here); precision stays as it was (amp: false)\n"
+        "continues under other conditions, and may not give identical numbers: device ('cuda' there, 'cpu' here), "
+        "threads (64 there, 1 here); precision stays as it was (amp: false)\n"
     ) in capsys.readouterr().out
     file.unlink()
     train(digits(tmp_path, resume="auto"), "whole")
@@ -511,7 +511,7 @@ def test_a_run_that_goes_on_under_other_conditions_says_which(finished, tmp_path
 def test_another_number_of_processes_changes_the_batch_of_an_update(tmp_path):
     write_bytes(tmp_path / "environment.json", to_json(replace(ENVIRONMENT, processes=2)))
     said = RunFolder(tmp_path).changed_conditions(ENVIRONMENT, None)
-    assert "processes (2 there, 1 here); an update is of the batches of 1 process, and was of those of 2" in said
+    assert "processes (2 there, 1 here); an update takes the batches of 1 process, and before took those of 2" in said
 
 
 def test_what_killed_processes_left_goes_with_the_next_start(tmp_path):

@@ -102,7 +102,7 @@ def draw_reliability(analysis: "Analysis") -> Any:
     points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
     if any(0 < number < SURE_IMAGES for name in shown for number in heads[name].images):
         curve.plot([], [], "o", color=GREY, markerfacecolor=background(), label=f"fewer than {SURE_IMAGES} images")
-    curve.plot([0, 100], [0, 100], "--", color=GREY, label="as often right as claimed")
+    curve.plot([0, 100], [0, 100], "--", color=GREY, label="perfectly calibrated")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]
         color = foreground() if name == "prediction" else _part_color(parts.index(name))

@@ -173,14 +173,14 @@ class Analysis(Analyzed):
         lambda subject: subject.outputs.metrics,
         "accuracy_by_head",
         "Accuracy by shot group and head",
-        "Higher is better, and the closer the bars for few come to those for many, the better the tail is learnt.",
+        "Higher is better; the closer the bars for few come to those for many, the better the tail is learnt.",
         lambda analysis: shot_groups_figure(analysis.heads),
     )
     trend: Trend = _measured(
         _trend,
         "trend",
         "Accuracy of a class by its training images",
-        "A flat line high up is best: then accuracy does not depend on how often a class was seen in training.",
+        "A flat, high line is best: accuracy then does not depend on how often a class was seen in training.",
         draw_accuracy_trend,
     )
     confusion: Confusion = _measured(
@@ -188,37 +188,37 @@ class Analysis(Analyzed):
         "confusion",
         "Where errors go",
         "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
-        "evenly over all other classes, marks a shot group that draws errors to itself.",
+        "evenly over all other classes, marks a shot group that attracts errors.",
         draw_confusion,
     )
     positive_posterior: dict[str, list[float | None]] = _measured(
         _positive_posterior,
         "positive_posterior",
         "Mean positive posterior by class",
-        "A bar is the mean probability that the prediction gives to the true class of an image, and 1 is ideal.",
+        "A bar is the mean probability that the prediction gives to the true class of an image; 1 is ideal.",
         draw_positive_posterior,
     )
     reliability: dict[str, Reliability] = _measured(
         _reliability,
         "reliability",
         "Reliability",
-        "On the diagonal a confidence is right as often as it claims; below it the model is too sure, above it too "
-        "cautious, and of the expected calibration error (ECE) less is better.",
+        "On the diagonal, accuracy equals confidence; below it, the model is overconfident, above it "
+        "underconfident. A lower expected calibration error (ECE) is better.",
         draw_reliability,
     )
     distances: dict[str, dict[str, Distances]] = _measured(
         _distances,
         "distances",
         "Intra-class over inter-class distance",
-        "Lower is better: images of one class lie close together, and the centres of classes far apart; equation "
-        "15 takes all pairs of images, and the paper's Table 5 has the level of distances from the centre.",
+        "Lower is better: images of one class lie close together, and the centres of classes far apart. Equation 15 "
+        "takes all pairs of images, but the paper's Table 5 has the magnitude of distances from the centre.",
         draw_distances,
     )
     embedding: Embedding = _measured(
         _embedding,
         "embedding",
         "Features of some classes in the plane",
-        "Compact islands of one colour and shape are good; t-SNE keeps neighbours together, so the axes, the sizes "
+        "Compact islands of one colour and shape are good. t-SNE only keeps neighbours together: the axes, the sizes "
         "of islands and the distances between them have no meaning.",
         draw_embedding,
     )
@@ -226,8 +226,8 @@ class Analysis(Analyzed):
         lambda s: efficiency(s.model, s.input_size),
         "costs",
         "Costs of one image",
-        "Shorter is better: each bar is what a forward pass over one image takes, beside the paper's Table 6 where "
-        "the network is the paper's.",
+        "Shorter is better: each bar is the cost of a forward pass on one image, beside the paper's Table 6 if the "
+        "network is the paper's.",
         draw_costs,
     )
 

@@ -222,7 +222,7 @@ def summary_text(analysis: Analysis) -> str:
     trend = analysis.trend
     if trend.slope is not None:
         explained = "" if trend.r2 is None else f" (R^2 {trend.r2:.2f})"
-        lines.append(f"accuracy: {trend.slope:+.1f} points for ten times the training images{explained}")
+        lines.append(f"accuracy: {trend.slope:+.1f} points per tenfold training images{explained}")
     errors = [f"{head} {values.ece:.2f}" for head, values in analysis.reliability.items()]
     lines.append(f"calibration error, %: {', '.join(errors)}")
     size = "x".join(map(str, analysis.efficiency.input_size))

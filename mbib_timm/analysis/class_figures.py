@@ -125,7 +125,7 @@ def draw_accuracy_trend(analysis: "Analysis") -> Any:
         explained = "" if trend.r2 is None else f", $R^2$ = {trend.r2:.2f}"
         axes.plot(
             ends, trend.intercept + trend.slope * np.log10(ends), color=foreground(), linewidth=1.8,
-            label=f"{trend.slope:+.1f} points for ten times the images{explained}".replace("-", "−"),
+            label=f"{trend.slope:+.1f} points per tenfold training images{explained}".replace("-", "−"),
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = [step * 10**power for power in range(8) for step in ((1, 2, 5) if most < 5000 * least else (1,))]

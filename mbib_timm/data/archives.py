@@ -129,7 +129,7 @@ def is_archive(path: Path) -> bool:
 def refuse_packed(path: Path) -> None:
     """Raise DataError for an archive that is not read."""
     if path.name.lower().endswith(OTHER_ARCHIVES) and not is_archive(path):
-        raise DataError(f"{path} is an archive of a kind that is not read ({', '.join(SUFFIXES)} are); unpack it")
+        raise DataError(f"{path} is an archive of an unsupported kind (supported: {', '.join(SUFFIXES)}); unpack it")
 
 
 class OpenTar(NamedTuple):
@@ -175,7 +175,7 @@ def open_tar(path: Path, unzip: bool = True) -> Iterator[OpenTar]:
             contents.seek(0)
             yield OpenTar(contents, end, tar)
     except (MemoryError, RecursionError):
-        raise DataError(f"cannot read {path} as a tar archive: a damaged header claims what no memory holds") from None
+        raise DataError(f"cannot read {path} as a tar archive: a damaged header claims an impossible size") from None
     except DAMAGED as error:
         raise DataError(f"cannot read {path} as a tar archive: {first_line(error)}") from None
 

@@ -61,13 +61,13 @@ SPLIT_NAMES = {*SYNONYMS}
 ALL = "all"
 
 # Reasons for which a scan passes something over.
-NOT_READ = "images of kinds that are not read"
+NOT_READ = "images of unsupported kinds"
 UNKNOWN = "files of unknown kind"
-OUTSIDE = "images outside of class folders"
+OUTSIDE = "images outside class folders"
 BESIDE = "images beside the folders of the splits"
 WITHOUT_IMAGES = "class folders without images"
 PACKED = "archives within the folder, which are not opened (--dataset wds reads WebDataset shards)"
-CIRCLES = "links that lead round in circles"
+CIRCLES = "circular links"
 LINKS = "links in the archive, which are not followed"
 OUT = "names that lead out of the archive"
 NOWHERE = "links that lead nowhere"
@@ -187,14 +187,14 @@ class ImageTree:
         splits = {name: folder for name, folder in splits.items() if name in SPLIT_NAMES}
         if len({SYNONYMS[name][0] for name in splits}) > 1:
             return (
-                f"folders with the names of splits lie in those of the classes ({few([*splits.values()], 3)}), and are "
-                "taken together; to keep these splits, turn the folders round: train/fox, not fox/train"
+                f"class folders contain folders named like splits ({few([*splits.values()], 3)}), which are read "
+                "together; to keep these splits, put the classes inside them: train/fox, not fox/train"
             )
         if group_by is not None or any(self.inside(name).count("/") == 1 for name in names):
             return ""
         return (
-            f"no image lies right in a class folder, but all lie further down, as {self.inside(names[0])} does; if "
-            "the second folder is the class, put all of a class into one folder of the first level"
+            f"no image lies directly in a class folder; all lie deeper, such as {self.inside(names[0])}; if the second "
+            "level is the class, put all images of a class into one top-level folder"
         )
 
 
@@ -372,7 +372,7 @@ def open_folder(
         refuse_packed(path)
         is_table = path.suffix.lower() in (".csv", ".tsv", ".parquet")
         hint = f"; a table is read with --dataset table --table {quote(str(path))}" if is_table else ""
-        raise DataError(f"{path} is no folder, and no archive that is read ({', '.join(SUFFIXES)}){hint}")
+        raise DataError(f"{path} is neither a folder nor a supported archive ({', '.join(SUFFIXES)}){hint}")
     for tree in _levels(open_archive(path)):
         if any(inner and name.casefold() in known for name, inner in tree.tops.items()):
             trees = {name: tree.folder(name) for name in tree.tops}
@@ -436,8 +436,8 @@ def _refuse_twins(root: Path | ImageTree, places: Collection[str], split_names: 
         folded = {name.casefold() for name in names}
         if len(names) > 1 and not (len(folded) == len(names) and folded <= asked):
             raise DataError(
-                f"{root} holds {few([*map(repr, names)])}, which are all split {split!r} by their names: put their "
-                "images into one folder, or some elsewhere; or name each by --train-split, --val-split or --test-split"
+                f"{root} holds {few([*map(repr, names)])}, whose names all mean split {split!r}: put their images into "
+                "one folder, or some elsewhere; or assign each with --train-split, --val-split or --test-split"
             )
 
 
@@ -502,9 +502,9 @@ def _open(
     if others := [name for name in places if name.casefold() not in known | {asked}]:
         name = next(name for name in places if name.casefold() in known)
         raise DataError(
-            f"{root} holds {name!r}, which has folders in it as a split has, beside "
+            f"{root} holds {name!r}, which contains folders as a split does, beside "
             f"{few([*map(repr, others)], 3)}: put the splits into a folder of their own; or, if {name!r} is a class, "
-            "give it another name, or put its images right into it"
+            "give it another name, or put its images directly into it"
         )
     _refuse_twins(root, places, split_names)
     place = find_split(places, split)

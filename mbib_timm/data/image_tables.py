@@ -170,7 +170,7 @@ def _locate(recipe: Recipe) -> tuple[Path, Path]:
     root = None if recipe.data_dir is None else Path(recipe.data_dir)
     if root is not None and not (root.is_dir() or is_archive(root)):
         refuse_packed(root)
-        raise DataError(f"data_dir {root} is no folder, and no archive that is read ({', '.join(SUFFIXES)})")
+        raise DataError(f"data_dir {root} is neither a folder nor a supported archive ({', '.join(SUFFIXES)})")
     for candidate in (Path(recipe.table), *([] if root is None else [root / recipe.table])):
         if candidate.is_file():
             return candidate, root or candidate.parent

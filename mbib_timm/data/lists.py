@@ -168,7 +168,7 @@ def _require_one_label(reader: PathReader, targets: np.ndarray, file: Path) -> N
         if (other := label_of.setdefault(name, label)) != label:
             number = next(islice((number for number, _ in _all_lines(file)), place, None))
             raise DataError(
-                f"{file}, line {number}: {reader.name(place)} has label {label} here, and {other} in a line before"
+                f"{file}, line {number}: {reader.name(place)} has label {label} here, and {other} on an earlier line"
             )
 
 
@@ -186,7 +186,7 @@ def read_lines(lines: bytes, file: Path, first: int) -> Iterator[tuple[int, str]
         first: number of the first of them, from 1.
 
     Raises:
-        DataError: a line that is no text in UTF-8, has control characters, or is longer than any path.
+        DataError: a line that is not UTF-8, has control characters, or is longer than any path.
     """
     for number, line in enumerate(io.BytesIO(lines), start=first):
         where = f"{file}, line {number}"
@@ -195,7 +195,7 @@ def read_lines(lines: bytes, file: Path, first: int) -> Iterator[tuple[int, str]
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
-            raise DataError(f"{where} is no text in UTF-8; save the list in that encoding") from None
+            raise DataError(f"{where} is not UTF-8; save the list in that encoding") from None
         if found := CONTROL.search(text):
             raise DataError(f"{where}: {text[:80]!r} holds the control character {found[0]!r}")
         if text:
@@ -295,7 +295,7 @@ def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Pat
         raise DataError("recipe key 'data_dir' is needed: the folder that the listed paths are relative to")
     root = Path(data_dir)
     if not os.path.isdir(root):
-        raise DataError(f"data_dir {root} is no folder")
+        raise DataError(f"data_dir {root} is not a folder")
     for candidate in (Path(file), root / file):
         if os.path.isfile(candidate):
             return candidate, root

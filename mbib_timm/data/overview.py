@@ -56,7 +56,8 @@ def _alike(class_names: Sequence[str]) -> list[str]:
     alike = [" and ".join(map(repr, names)) for names in spellings.values() if len(names) > 1]
     if not alike:
         return []
-    return [f"classes whose names differ in case or spaces alone: {few(alike)}; if they are one, give it one name"]
+    advice = "if they are the same class, give it one name"
+    return [f"classes whose names differ in case or spaces only: {few(alike)}; {advice}"]
 
 
 def warnings(splits: Sequence[Split]) -> list[str]:

@@ -91,7 +91,7 @@ def open_shards(
         raise DataError("recipe key 'data_dir': the wds source needs the folder of the shards")
     root = Path(data_dir)
     if not root.is_dir():
-        raise DataError(f"data_dir {root} {'is no folder' if root.exists() else 'does not exist'}")
+        raise DataError(f"data_dir {root} {'is not a folder' if root.exists() else 'does not exist'}")
     class_file: Path | None = Path(class_map) if class_map is not None else root / CLASS_NAMES
     if class_map is None and not (root / CLASS_NAMES).is_file():
         class_file = None
@@ -195,7 +195,7 @@ def _find(root: Path, split_names: Collection[str]) -> dict[str, Shards]:
             by_split[_split_of(file.name, known)].append(file)
         if "" in by_split and len(by_split) > 1:
             file, (name, others) = by_split.pop("")[0], next(iter(by_split.items()))
-            raise DataError(f"{root}: the shard {file.name} is of no split, and {others[0].name} is of {name!r}")
+            raise DataError(f"{root}: the shard {file.name} belongs to no split, and {others[0].name} to {name!r}")
         inner = dict(by_split)
     for files in inner.values():
         _require_all(files)
@@ -213,7 +213,7 @@ def _shards_in(folder: Path) -> list[Path]:
             raise DataError(f"{entry} is compressed, and shards are read by offset; unpack it to a {SUFFIX}")
         if name.endswith(SUFFIX):
             if not entry.is_file():
-                raise DataError(f"{entry} is no regular file; expected a shard")
+                raise DataError(f"{entry} is not a regular file; expected a shard")
             found.append(entry)
     return sorted(found, key=lambda file: (natural_key(file.name), file.name))
 
@@ -240,8 +240,8 @@ def _require_all(files: Sequence[Path]) -> None:
         if missing is not None:
             width = len(next(iter(numbers.values())))
             raise DataError(
-                f"{files[0].parent}: the shard {before}{missing:0{width}d}{after} is missing; where the others are all "
-                "that is wanted, give them by patterns (--train-split, --val-split)"
+                f"{files[0].parent}: the shard {before}{missing:0{width}d}{after} is missing; if only the others are "
+                "wanted, name them by patterns (--train-split, --val-split)"
             )
 
 

@@ -72,7 +72,7 @@ class Source:
         for key in DATA_PLACES:
             if CONTROL.search(getattr(recipe, key) or ""):
                 # Records, caches and tables could not name it.
-                raise DataError(f"recipe key {key!r}: {getattr(recipe, key)!r} is no text in UTF-8; rename it")
+                raise DataError(f"recipe key {key!r}: {getattr(recipe, key)!r} is not UTF-8; rename it")
         name = "hfds/NAME" if recipe.dataset.startswith(HFDS_PREFIX) else recipe.dataset
         self._opened = SOURCES[name](recipe)
         self._splits: dict[tuple[str, ...], list[Split]] = {}
@@ -109,8 +109,8 @@ class Source:
         held_out = hold_out_groups(whole.targets, whole.groups, recipe.val_fraction, generator)
         if not held_out.any():
             raise DataError(
-                f"recipe key 'group_by': with {recipe.group_by} nothing can be held out, for every group holds a class "
-                "that no other group has; make the groups smaller"
+                f"recipe key 'group_by': with {recipe.group_by} nothing can be held out, because every group holds a "
+                "class that no other group has; make the groups smaller"
             )
         return held_out
 
@@ -134,8 +134,8 @@ class Source:
         recipe = self.recipe
         if recipe.imbalance == "none":
             raise DataError(
-                f"split {LEFT_OUT!r} is what a long-tailed subset leaves out of training, and the recipe takes none "
-                "(imbalance: none)"
+                f"split {LEFT_OUT!r} is what a long-tailed subset leaves out of training, and the recipe has no such "
+                "subset (imbalance: none)"
             )
         others = list(dict.fromkeys([recipe.train_split, *(name for name in names if name != LEFT_OUT)]))
         opened = dict(zip(others, self.splits(others), strict=True))
@@ -161,7 +161,7 @@ class Source:
         synonyms = set(SYNONYMS["validation"]) - {TEST}
         if not training and name not in (recipe.val_split, recipe.test_split, *synonyms):
             raise DataError(
-                f"there is no split {name!r}: the data have none of their own, and are cut into {recipe.train_split} "
+                f"there is no split {name!r}: the data have none of their own, and are split into {recipe.train_split} "
                 f"and {recipe.val_split}; {ALL} has every image"
             )
         chosen = f"{100 * recipe.val_fraction:g} % of each class, drawn with seed {recipe.subset_seed}"

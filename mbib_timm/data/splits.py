@@ -193,7 +193,7 @@ def trained_on(train: Split, evaluated: Split, name: str, training_name: str) ->
         return ""
     return (
         f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')} are trained on; their accuracy says "
-        "nothing of other images"
+        "nothing about other images"
     )
 
 
@@ -203,7 +203,7 @@ def _groups_trained_on(train: Split, evaluated: Split, name: str) -> str:
         return ""
     number = np.isin(evaluated.groups, train.groups[train.groups != ""]).sum()
     of = f"split {name!r}: {number:,} of its {counted(len(evaluated), 'image')}"
-    return f"{of} are of groups that are trained on" if number else ""
+    return f"{of} belong to groups that are trained on" if number else ""
 
 
 def _number_shared(first: Split, second: Split, one_name: bool) -> int:

@@ -224,5 +224,5 @@ def read_errors(folder: Path) -> list[ConfidentError]:
     file = folder / ERRORS
     errors = read_json(ConfidentErrors, file, "a model's errors").errors if file.is_file() else []
     if not all(error.thumbnail.startswith("data:image/") for error in errors):
-        raise MbibError(f"{file} does not hold a model's errors: a thumbnail is no image")
+        raise MbibError(f"{file} does not hold a model's errors: a thumbnail is not an image")
     return errors

@@ -182,7 +182,7 @@ def _open_images(
     if whole:
         notes = (
             f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
-            f"{recipe.val_split} takes only the share that training would hold out",
+            f"{recipe.val_split} takes only what training would hold out",
         )
     elif opened.chosen.endswith(NO_TEST):
         notes = (f"split {name!r}: {opened.chosen}",)

@@ -1,4 +1,4 @@
-"""Which images a run was trained on: their accuracy says nothing of other images."""
+"""Which images a run was trained on: their accuracy says nothing about other images."""
 
 import csv
 import io
@@ -84,7 +84,7 @@ def trained_on_line(
         return ""
     if not trained:
         return ""
-    return f"{trained:,} of {what} {perhaps}; their accuracy says nothing of other images"
+    return f"{trained:,} of {what} {perhaps}; their accuracy says nothing about other images"
 
 
 def _same_images(one: Recipe, other: Recipe) -> bool:

@@ -100,7 +100,7 @@ def _find_layer(module: Any, input_size: tuple[int, ...]) -> tuple[nn.Module | N
         if height * breadth == 1:
             raise MbibError(
                 f"Grad-CAM: the last map of {name} is a single point for images of {input_size[1]}x{input_size[2]}, "
-                "and says nothing of places"
+                "and shows no locations"
             )
         return None, (lambda maps: maps.permute(0, 3, 1, 2)) if channels_last else (lambda maps: maps)
     if isinstance(last, Tensor) and last.ndim == 3:
@@ -119,7 +119,7 @@ def _find_layer(module: Any, input_size: tuple[int, ...]) -> tuple[nn.Module | N
             block = inner.blocks[-1] if hasattr(inner, "blocks") else None
             if isinstance(getattr(block, "norm1", None), nn.Module):
                 return block.norm1, to_maps  # type: ignore[union-attr]
-    raise MbibError(f"Grad-CAM: {name} has no map of places at its end; {POSSIBLE}")
+    raise MbibError(f"Grad-CAM: {name} has no spatial map at its end; {POSSIBLE}")
 
 
 def _nothing(module: nn.Module, input_size: Sequence[int]) -> Tensor:

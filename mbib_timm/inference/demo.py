@@ -148,8 +148,8 @@ def build_page(target: str, device: str | None = None) -> Any:
     with gradio.Blocks(title=f"mbib_timm: {model.source.name}", analytics_enabled=False, delete_cache=cleaning) as page:
         counted = "" if model.class_counts is None else " n is the number of a class's training images."
         gradio.Markdown(
-            f"# {model.source.name}\n\nDrop an image. The model knows {model.num_classes:,} classes, and gives one of "
-            f"them whatever it sees.{counted}"
+            f"# {model.source.name}\n\nDrop an image. The model knows {model.num_classes:,} classes, and answers "
+            f"with one of them whatever it sees.{counted}"
         )
         with gradio.Row():
             image = gradio.Image(type="filepath", label="Image", height=320)

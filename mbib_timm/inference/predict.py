@@ -215,7 +215,7 @@ def _check_continued(
     threshold: float,
 ) -> None:
     """Raise MbibError where an interrupted run had other images, labels or another threshold."""
-    remedy = f"give those of before, or remove {file}"
+    remedy = f"repeat what was given before, or remove {file}"
     if not pairs:
         raise MbibError(f"--resume: {file} holds none of the images given, but {done[0].image}; {remedy}")
     for image, each in pairs:
@@ -255,8 +255,8 @@ def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundIma
                 if abs(found - before) > TOLERANCE + DEVIATION * before:
                     raise MbibError(
                         f"--resume: {file} was written by another model, or with another --head or --prior: of "
-                        f"{image.path} it has {before:g} for {name!r}, which is {found:g} now; give those of before, "
-                        f"or remove {file}"
+                        f"{image.path} it has {before:g} for {name!r}, which is {found:g} now; repeat what was given "
+                        f"before, or remove {file}"
                     )
 
 

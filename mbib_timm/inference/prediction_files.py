@@ -504,7 +504,7 @@ def check_replaced(file: Path, format: str) -> None:
         return
     if not _holds_predictions(file, format):
         raise MbibError(
-            f"--output {file}: the file that is there holds no predictions of format {format}, and is not replaced; "
+            f"--output {file}: the existing file holds no predictions of format {format}, and is not replaced; "
             "choose another name, or remove it"
         )
 
@@ -536,12 +536,12 @@ def _check_done(images: Sequence[DoneImage], names: Sequence[str]) -> None:
     known = set(names)
     for image in images:
         if not all(isinstance(text, str) for text in (image.image, image.label or "", image.error)):
-            raise ValueError("an image, a label or an error is no text")
+            raise ValueError("an image, a label or an error is not text")
         for name, probability in image.classes:
             if name not in known:
                 raise ValueError(f"the model has no class {name!r}")
             if not 0 <= probability <= 1:
-                raise ValueError(f"{probability} is no probability")
+                raise ValueError(f"{probability} is not a probability")
 
 
 def _read_csv(content: str, columns: RowColumns) -> list[DoneImage]:

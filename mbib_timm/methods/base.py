@@ -309,7 +309,7 @@ class Method(TrainingTask):
         if norms and frozen_bn is None:
             raise MbibError(
                 f"recipe key 'frozen_bn': with train: {part} the statistics of layer {next(iter(norms))} are frozen; "
-                "say whether they are updated all the same (train) or not (eval)"
+                "say whether they are still updated (train) or not (eval)"
             )
         self._frozen_norms = list(norms.values()) if frozen_bn == "eval" else []
 

@@ -140,7 +140,7 @@ def _check_cfg(cfg: Mapping[str, Any], args: Mapping[str, Any]) -> None:
             _require(f"pretrained_cfg.{key}", value, _CFG[key])
     for key in args:
         if key in _RESERVED:
-            raise ValueError(f"model_args: {key} is no argument of an architecture")
+            raise ValueError(f"model_args: {key} is not an argument of an architecture")
     for key, kind in _ARGS.items():
         if args.get(key) is not None:
             _require(f"model_args.{key}", args[key], kind)

@@ -194,7 +194,7 @@ def overlap_text(data: Sequence[str], dataset: str, class_names: Sequence[str] |
             seen = ", and the pretraining has seen all training images of that"
         said.append(
             f"ImageNet-LT is a subset of ImageNet-1k{seen}: the classes that are rare here were not rare in the "
-            "pretraining. This is no result of long-tailed learning."
+            "pretraining. This is not a result of long-tailed learning."
         )
         distinct = [name for name in distinct if name not in IMAGENETS]
     counted = False

@@ -39,7 +39,7 @@ def settle(recipe: Recipe, network: nn.Module) -> Recipe:
         return recipe.replace(**{key: own[key] for key in MODEL_KEYS if getattr(recipe, key) is None})
     except MbibError as error:
         raise MbibError(
-            f"model {recipe.model!r}: of its own preprocessing: {error}; a recipe may say another"
+            f"model {recipe.model!r}: of its own preprocessing: {error}; a recipe may override it"
         ) from None
 
 
@@ -63,7 +63,7 @@ def as_predicted(recipe: Recipe, network: nn.Module, said: Collection[str]) -> R
     try:
         return recipe.replace(**own)
     except MbibError as error:
-        raise MbibError(f"of the model's own preprocessing: {error}; a flag may say another") from None
+        raise MbibError(f"of the model's own preprocessing: {error}; a flag may override it") from None
 
 
 def inherited(recipe: Recipe) -> Recipe:

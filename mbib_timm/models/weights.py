@@ -214,7 +214,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise CheckpointError(f"no weights at {printable(str(file))}")
     if not file.is_file():  # a pipe would keep us waiting
-        raise CheckpointError(f"{file} is not a weights file: it is no regular file")
+        raise CheckpointError(f"{file} is not a weights file: it is not a regular file")
     try:
         weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # of safetensors, pickle, zip, the file system
@@ -300,7 +300,7 @@ def _no_folder(place: str) -> str:
     if os.path.isfile(place):
         is_run = (parent / "config.json").is_file()
         instead = f"give its run's, {printable(str(parent))}" if is_run else "expected that of a run"
-        return f"{printable(place)[:200]} is a file and no folder: {instead}"
+        return f"{printable(place)[:200]} is a file, not a folder: {instead}"
     try:
         runs = sorted(file.parent.name for file in parent.glob("*/config.json"))
     except (OSError, ValueError):  # a name that no folder can have
@@ -407,12 +407,12 @@ def create_trained(source: Source, **kwargs: Any) -> nn.Module:
     given = int(getattr(model, "num_classes", 0))
     known = getattr(model, "pretrained_cfg", {}).get("num_classes", given)
     if given == 0:
-        raise CheckpointError(f"{source.name} has no classifier: it is there to start training from")
+        raise CheckpointError(f"{source.name} has no classifier: it is only a start for training")
     if known != given:
         raise CheckpointError(f"{source.name}: its weights are for {known} classes, and {given} are asked for")
     if untrained := getattr(model, "untrained", ()):
         raise CheckpointError(
-            f"{source.name} is there to start training from: its weights leave {few(untrained, 3)} untrained"
+            f"{source.name} is only a start for training: its weights leave {few(untrained, 3)} untrained"
         )
     source.config.require_classes(given, source.name)
     return model

@@ -152,7 +152,7 @@ def _check_class_weights(recipe: "Recipe", method: DeclaredMethod) -> None:
     if kind != "none" and not method.takes_class_weights and not method.post_hoc:
         able = [name for name, known in known_methods().items() if known.takes_class_weights]
         raise MbibError(
-            f"recipe key 'class_weights': method {method.name!r} does not weigh its loss by class; methods that do: "
+            f"recipe key 'class_weights': method {method.name!r} does not weight its loss by class; methods that do: "
             f"{', '.join(able)}"
         )
 
@@ -168,7 +168,7 @@ def parse_class_weights(text: str) -> tuple[str, float]:
     name, colon, given = text.partition(":")
     if name not in CLASS_WEIGHTS:
         error = unknown_name("value of recipe key 'class_weights'", name, CLASS_WEIGHTS)
-        raise MbibError(f"{error} Weights of one's own come in a file: {', '.join(WEIGHT_FILES)}")
+        raise MbibError(f"{error} Give weights of your own in a file: {', '.join(WEIGHT_FILES)}")
     default = CLASS_WEIGHTS[name]
     if not colon:
         return name, 1.0 if default is None else default
@@ -230,7 +230,7 @@ def check_part(where: str, part: str) -> re.Pattern[str]:
     try:
         return re.compile(part)
     except (re.error, OverflowError, RecursionError) as error:
-        raise MbibError(f"{where}: {shown(part)} is no regular expression: {error}") from None
+        raise MbibError(f"{where}: {shown(part)} is not a regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":
     # Views are cut from the images that the run holds: whole ones after pad, of any size after rrc.
     if view.train_crop_mode != recipe.train_crop_mode != "pad":
         raise MbibError(
-            f"recipe key 'train_crop_mode': if it is {recipe.train_crop_mode}, it is so for all views of an image; "
+            f"recipe key 'train_crop_mode': {recipe.train_crop_mode} applies to all views of an image; "
             f"got {view.train_crop_mode}"
         )
     return view
@@ -455,7 +455,7 @@ def _check_features(recipe: "Recipe", method: DeclaredMethod) -> None:
             "recipe keys 'feature_passes' and 'lora': adapters change the backbone, and its features are stored"
         )
     if recipe.cutmix:
-        raise MbibError("recipe keys 'feature_passes' and 'cutmix': features cannot be cut; mixup takes them")
+        raise MbibError("recipe keys 'feature_passes' and 'cutmix': CutMix cannot cut features; use mixup")
     starts = recipe.previous is not None or recipe.takes_weights
     if not starts or recipe.choice("reset") == "all":
         raise MbibError(

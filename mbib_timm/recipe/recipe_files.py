@@ -59,7 +59,7 @@ def find_recipe(name: str) -> Path:
         MbibError: neither exists; the nearest names are given.
     """
     if name and Path(name).is_dir():
-        raise MbibError(f"{name} is a folder, and no recipe; its images train with: {train_command(name)}")
+        raise MbibError(f"{name} is a folder, not a recipe; train on its images with: {train_command(name)}")
     if name and Path(name).exists():
         return Path(name)
     packaged = packaged_recipes()
@@ -219,10 +219,8 @@ def _unreached(recipe: Recipe) -> Iterator[str]:
         beyond = [milestone for milestone in stage.decay_milestones if milestone > stage.epochs > 0]
         if stage.sched == "multistep" and beyond:
             of_stage = f"stage {number}, " if len(stages) > 1 else ""
-            yield (
-                f"{of_stage}{counted(stage.epochs, 'epoch')}: the learning rate does not come to "
-                f"decay_milestones {few(beyond)}"
-            )
+            epochs = counted(stage.epochs, "epoch")
+            yield f"{of_stage}{epochs}: training ends before decay_milestones {few(beyond)}"
 
 
 def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:

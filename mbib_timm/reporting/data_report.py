@@ -101,7 +101,7 @@ def data_report(
     split_content = b"" if split_file is None else split_rows(recipe, source)
     if split_file is not None and split_file.exists() and split_file.read_bytes() not in (b"", split_content):
         raise MbibError(
-            f"--write-split {split_file}: the file that is there has other content, maybe edited by hand, and is not "
+            f"--write-split {split_file}: the existing file has other content, maybe edited by hand, and is not "
             "replaced; choose another name, or remove it"
         )
     names = label_names(splits.class_names, splits.num_classes)
@@ -131,7 +131,7 @@ def _require_own(csv_file: Path) -> None:
     with csv_file.open("rb") as opened:
         if opened.read(len(header)) not in (b"", header):
             raise MbibError(
-                f"--csv {csv_file}: the file that is there is no table of this command, and is not replaced; choose "
+                f"--csv {csv_file}: the existing file is not a table of this command, and is not replaced; choose "
                 "another name, or remove it"
             )
 

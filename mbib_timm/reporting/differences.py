@@ -25,7 +25,7 @@ def differences(group: RunGroup) -> list[str]:
         epochs = f"{group.epochs} of {group.recipe_epochs} epochs"
         if extended := extended_text(group.first.record):
             epochs += f" ({extended})"
-        return [f"With {epochs} the schedule is not the paper's: no difference is taken from its numbers."]
+        return [f"With {epochs} the schedule is not the paper's, so nothing is compared with its numbers."]
     paragraphs = []
     for result in group.paper:
         for column, number in result.accuracies.items():
@@ -51,7 +51,7 @@ def _paragraph(group: RunGroup, column: str, mean: float, number: float, result:
     measured = predictions[0].measured.get(column)
     if len(intervals) == len(predictions) and measured is not None:
         low, high = (statistics.mean(ends) for ends in zip(*intervals, strict=True))
-        inside = "holds" if low <= number <= high else "does not hold"
+        inside = "contains" if low <= number <= high else "does not contain"
         of_mean = " of this mean" if len(predictions) > 1 else ""
         text += (
             f" The 95 % interval{of_mean} from the {measured[0]:,} test images alone, {low:.1f} to {high:.1f}, "
@@ -71,13 +71,13 @@ def known_differences(group: RunGroup) -> str:
         known.append(f"the recipe was changed in {', '.join(f'`{key}`' for key in group.settings)}")
     if group.first.has_other_subset:
         known.append(
-            "the long-tailed subset holds as many images of each class as the paper's, but other images, since the "
+            "the long-tailed subset has as many images of each class as the paper's, but other images, because the "
             "files of a folder come in another order than those of the original release"
         )
     if group.first.precision != "float32":
-        known.append(f"training was in {group.first.precision} mixed precision")
+        known.append(f"training used {group.first.precision} mixed precision")
     if len(group.runs) == 1:
-        known.append(f"one seed was run in {group.first.precision}, and how much another would differ is not known")
+        known.append(f"only one seed was run in {group.first.precision}, so the spread between seeds is unknown")
     differing = f"What is known to differ: {'; '.join(known)}. " if known else ""
     text = (
         f"{differing}The paper leaves open how the layers are initialised, and whether the last epoch or the best is "
@@ -88,4 +88,4 @@ def known_differences(group: RunGroup) -> str:
             "It also leaves open what an observation is, whether z is rectified, and which beta was used; the sweep "
             "`open_choices` varies these. "
         )
-    return f"{text}As long as they have not been compared in full, none is known to account for the difference."
+    return f"{text}Until these have been compared in full, none is known to account for the difference."

@@ -98,8 +98,8 @@ def _folder(name: str) -> Path:
 
 def _lead() -> str:
     return (
-        f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files that the runs left. Results are "
-        f"those of the last epoch, or of what a method makes of a trained model. {DEFINITIONS}"
+        f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files of the runs. Results are those "
+        f"of the last epoch, or of what a post-hoc method makes of a trained model. {DEFINITIONS}"
     )
 
 

@@ -256,9 +256,9 @@ def _errors(section: Section, group: RunGroup) -> None:
             Illustration(
                 "confusion_matrix",
                 f"Confusion matrix{of_seed}",
-                "A row holds the images of a class, and a cell how many of them are taken for the class below; the "
-                "diagonal is right, and the darker a cell the larger its share of the row. Classes go from the most to "
-                "the fewest training images.",
+                "Rows are true classes and columns predictions; a cell counts the images of its row that are predicted "
+                "as its column, and is darker the larger its share of the row. The diagonal is correct. Classes go "
+                "from the most to the fewest training images.",
                 partial(confusion_figure, matrix, np.array(run.record.class_counts)),
             )
         )
@@ -270,8 +270,8 @@ def _errors(section: Section, group: RunGroup) -> None:
         section.heading("Most confident errors")
         section.paragraphs(
             [
-                f"The wrong answers with the highest probability{of_seed}: what the model took an image for, and what "
-                "it is. All answers are in `predictions.csv`."
+                f"The wrong predictions with the highest probability{of_seed}, each with the true class. All "
+                "predictions are in `predictions.csv`."
             ]
         )
         section.gallery(errors)
@@ -403,7 +403,7 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
                 f"curves{suffix}",
                 "Accuracy over the epochs",
                 f"Each line is {'the first run of a colour' if _has_several_seeds(groups) else 'a run'}; where lines "
-                "cross, an earlier stop would have told another story.",
+                "cross, the ranking depends on when training stops.",
                 partial(comparison_curves, groups),
             )
         )
@@ -434,7 +434,7 @@ def _uncertainty(results: Sequence[HeadMetrics]) -> list[str]:
         return []
     return [
         f"The limited number of evaluated images alone leaves overall accuracy uncertain by up to {max(reaches):.1f} "
-        "points (95 % interval). How another training run would differ comes on top of that."
+        "points (95 % interval); the difference between training runs comes on top."
     ]
 
 
@@ -477,7 +477,7 @@ def _last_point(results: SweepResults) -> str:
     if all(point == [result] for point, result in last):
         return "the last point is the result"
     splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
-    return f"the result, on split {splits}, is another number than the last point"
+    return f"the last point is not the result, which is on split {splits}"
 
 
 def _command(environment: Environment) -> str:
@@ -488,12 +488,12 @@ def _how_to_read(results: SweepResults) -> str:
     seeds = "means over the seeds with their standard deviation" if len(results.seeds) > 1 else "of one seed"
     kind = results.figure["kind"]
     if kind == "heatmap":
-        return f"Each cell is the accuracy of a pair of values, {seeds}; the brighter the better."
+        return f"Each cell is the accuracy of a pair of values, {seeds}; brighter is better."
     if kind == "lines":
-        return f"Points are {seeds}; a line that rises and falls has its best value inside the range."
+        return f"Points are {seeds}; a line that rises and then falls has its best value inside the range."
     beside = ""
     if results.is_papers:
         beside = ", and diamonds are the paper's numbers"
     elif results.is_short or results.settings or results.paper is not None:
-        beside = ", and none of them compares with the paper"
+        beside = ", and none is comparable with the paper"
     return f"Bars are {seeds}{beside}; higher is better."

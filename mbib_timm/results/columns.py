@@ -45,6 +45,6 @@ FEW_IMAGES = 10
 INTERVALS = (
     "The 95 % intervals cover the uncertainty from the limited number of evaluated images, not how another training "
     "run would differ. They are Wilson's for overall, and from a bootstrap over the images (1,000 draws) for the "
-    f"others; where a class has fewer than {FEW_IMAGES} images, they are Wilson's for as many images as the mean over "
-    "the classes is worth. Where images were held out in groups, a group counts as one image."
+    f"others; where a class has fewer than {FEW_IMAGES} images, they are Wilson's with the effective number of images "
+    "behind the mean over classes. Where images were held out in groups, a group counts as one image."
 )

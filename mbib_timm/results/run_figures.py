@@ -64,8 +64,8 @@ def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustratio
     curves = Illustration(
         "training_curves",
         "Training",
-        "On the left the loss falls as the learning rate does; on the right the accuracy of each shot group is that on "
-        "the evaluated split, and that of the last epoch is reported.",
+        "Left: training loss and learning rate. Right: the accuracy of each shot group on the evaluated split; that of "
+        "the last epoch is reported.",
         lambda: training_curves(history),
     )
     return [
@@ -80,9 +80,9 @@ def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustratio
         Illustration(
             "shot_groups",
             "Accuracy by head and shot group",
-            "Each colour is a head of the network, and the prediction, in the colour of the text, is what the model "
-            "answers. Overall is over images, the others are means over classes; a balanced model has groups of one "
-            "height.",
+            "Each colour is a head of the network; the prediction, in the colour of the text, is the model's answer. "
+            "Overall is over images, the others are means over classes; in a balanced model, the groups are equally "
+            "high.",
             lambda: shot_groups_figure(heads),
         ),
     ]

@@ -123,7 +123,7 @@ def time_text(records: Sequence[RunRecord]) -> str:
     text = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     if seconds < 60:
         text = f"{seconds:.0f} second{'s' * (round(seconds) != 1)}"
-    return text if whole else f"{text}, the epochs and their evaluations alone"
+    return text if whole else f"{text} (epochs and their evaluations only)"
 
 
 def broken_lines(record: RunRecord) -> list[str]:

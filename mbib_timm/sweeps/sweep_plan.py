@@ -195,7 +195,7 @@ def plan(sweep: Sweep, overrides: Mapping[str, Any]) -> list[PlannedRun]:
         scratch = next(run for run in runs if run not in with_start)
         raise MbibError(
             f"sweep {sweep.name}: {with_start[0].label} starts from trained weights and {scratch.label} from scratch, "
-            "and results of the two never stand in one table; expected a sweep of each"
+            "and results of the two never share a table; run a sweep of each"
         )
     epochs = {run.epochs for run in runs}
     as_asked = all(run.epochs == run.recipe_epochs for run in runs)

@@ -130,7 +130,7 @@ class SweepResults:
                 raise ValueError(f"{where}.coordinates: expected a value for each of {', '.join(self.axes)}")
             for axis, value in run.coordinates.items():
                 if value not in self.axes[axis]:
-                    raise ValueError(f"{where}.coordinates: {shown(value)} is no value of axis {axis!r}")
+                    raise ValueError(f"{where}.coordinates: {shown(value)} is not a value of axis {axis!r}")
             if run.heads.get("prediction", {}).keys() < COLUMNS.keys():
                 raise ValueError(f"{where}.heads: expected a 'prediction' with {', '.join(COLUMNS)}")
             if not len(run.curve.epoch) == len(run.curve.train_loss) == len(run.curve.val_top1):

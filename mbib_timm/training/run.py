@@ -163,8 +163,8 @@ class Run:
             print(f"warning: {self.trained_before}", flush=True)
         if world.is_main and (outdated := outdated_plugins(recipe.plugin)):
             print(
-                f"warning: {few(outdated)} has changed since it was imported; this trains with the code of then: read "
-                "the recipe's file again, or start Python anew",
+                f"warning: {few(outdated)} has changed since it was imported; this trains with the earlier code: load "
+                "the recipe again, or restart Python",
                 flush=True,
             )
         self.pool = pool

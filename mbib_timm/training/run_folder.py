@@ -69,7 +69,7 @@ def place_of(output: str, name: str) -> Path:
             f"and without control characters, got {name[:40]!r}"
         )
     if "\0" in output:
-        raise MbibError(f"recipe key 'output': {output!r} is no folder's name")
+        raise MbibError(f"recipe key 'output': {output!r} is not the name of a folder")
     if Path(output).parts[:1] == ("~",):
         check_folder(Path(output))
     return Path(output) / name
@@ -141,18 +141,19 @@ class RunFolder:
         """
         file = self.path / "environment.json"
         if not os.path.lexists(file):
-            return f"{self.path} has no environment.json: under which conditions its run has come so far is unknown"
+            return f"{self.path} has no environment.json: the conditions of its run so far are unknown"
         there = read_json(Environment, file, "the environment of a run")
         pairs = {name: (getattr(there, name), getattr(environment, name)) for name in CONDITIONS}
         changed = {name: f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in pairs.items() if a not in (None, b)}
         if not changed:
             return None
-        said = f"{self.path} goes on under other conditions, maybe to other bits: {', '.join(changed.values())}"
+        listing = ", ".join(changed.values())
+        said = f"{self.path} continues under other conditions, and may not give identical numbers: {listing}"
         if "device" in changed:
             said += f"; precision stays as it was (amp: {str(amp).lower()})"
         if "processes" in changed:
             before, now = pairs["processes"]
-            said += f"; an update is of the batches of {counted(now, 'process')}, and was of those of {before}"
+            said += f"; an update takes the batches of {counted(now, 'process')}, and before took those of {before}"
         return said
 
     def agree(self, recipe: Recipe, extend: bool = False, instead: str = "--experiment") -> Recipe:

@@ -167,7 +167,7 @@ def _require_result(method: Method, size: tuple[int, int, int], recipe: Recipe, 
     model, _ = method.get_eval_model(), method.result_prior
     if model is None or not hasattr(model, "pretrained_cfg"):
         raise MbibError(
-            f"method {method.name!r}: get_eval_model returns a {type(model).__name__}, which is no model of timm's; "
+            f"method {method.name!r}: get_eval_model returns a {type(model).__name__}, which is not a timm model; "
             "expected the part of the network that is evaluated and published"
         )
     if frozen is not None:

@@ -47,7 +47,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked:
         LostProcessError: another process of the run has ended.
         LostDeviceError: the device has failed; the last good checkpoint is kept.
     """
-    with joined_world(recipe.device, "; go on with --resume auto") as world:
+    with joined_world(recipe.device, "; continue with --resume auto") as world:
         pool = pool or DataPool()
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +185,7 @@ def _find_folder(
     if conditions := folder.changed_conditions(describe_environment(world), recipe.amp):
         warn(conditions)
     if not extend and len(TrainState.of(state).ends_with(recipe.epochs)) > 1:
-        raise extended(folder.path, "remove the folder, and the stage is trained anew")
+        raise extended(folder.path, "remove the folder, and the stage is trained again")
     return recipe, folder, state
 
 
@@ -206,8 +206,8 @@ def _check_epochs(recipe: Recipe, folder: RunFolder, reached: TrainState, epochs
         return ""
     if reached.part is not None:
         raise CheckpointError(
-            f"{folder.path} was stopped within epoch {done}, whose schedule is that of {before} epochs: go on with "
-            f"--epochs {before} until it has ended, or choose another folder (--experiment)"
+            f"{folder.path} was stopped within epoch {done}, whose schedule is that of {before} epochs: continue "
+            f"with --epochs {before} until that epoch has ended, or choose another folder (--experiment)"
         )
     if not epochs_asked:
         flag = "--epochs" if recipe.previous is None else f"--stage{recipe.stage + 1}.epochs"
