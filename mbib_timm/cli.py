@@ -51,8 +51,8 @@ Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
 PRIOR = (
-    "class frequencies that the probabilities assume: train, uniform, a file of shares or counts, or estimate (found "
-    "from the images, without labels); those that the model was trained for when not given"
+    "class frequencies that the probabilities assume: train, uniform, a file of shares or counts, or estimate (from the "
+    "images, without labels); when not given, those that the model was trained for"
 )
 LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"
@@ -273,7 +273,7 @@ def aggregate(flags: Parser) -> Action:
 
 @command("MODEL [MODEL ...] [flags]")
 def analyze(flags: Parser) -> Action:
-    """Analyze trained models."""
+    """Analyze trained models: errors, calibration, distances, t-SNE, costs."""
     flags.add_argument(
         "runs",
         nargs="+",
@@ -373,7 +373,10 @@ def predict(flags: Parser) -> Action:
         help="write to this folder pictures of the image regions behind each prediction (Grad-CAM)",
     )
     flags.add_argument(
-        "--data-dir", type=place, metavar="DIR", help="folder that a table's paths are below; its own when not given"
+        "--data-dir",
+        type=place,
+        metavar="DIR",
+        help="folder that a table's paths are relative to; its own when not given",
     )
     flags.add_argument("--path-column", default="path", metavar="NAME", help="column of a table with the paths (path)")
     flags.add_argument(

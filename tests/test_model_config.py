@@ -466,7 +466,7 @@ def test_a_backbones_weights_do_not_predict(tmp_path):
     model, plain = timm.create_model("mbib_resnet20", num_classes=5), timm.create_model("cifar_resnet20", num_classes=5)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"is only a start for training: its weights leave .* untrained"):
+    with pytest.raises(CheckpointError, match=r"is only a starting point for training: its weights leave .* untrained"):
         load_model(str(tmp_path))
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 5
 

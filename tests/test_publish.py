@@ -411,9 +411,9 @@ def test_the_card_says_of_which_time_it_speaks(finished_run):
     run, alone = read_run(finished_run), "(epochs and their evaluations only)"
     known = replace(run.record, training_seconds=1.2, other_seconds=48.9)
     card = render_card(replace(run, record=known), REPOSITORY)
-    assert "It took 50 seconds (preparation and evaluations included) on " in card
+    assert "Training took 50 seconds (preparation and evaluations included) on " in card
     older = replace(known, other_seconds=None)
-    assert f"It took 1 second {alone} on " in render_card(replace(run, record=older), REPOSITORY)
+    assert f"Training took 1 second {alone} on " in render_card(replace(run, record=older), REPOSITORY)
     assert time_text([known, replace(known, other_seconds=148.9)]) == "1.7 minutes"
     assert time_text([known, older]) == f"1 second, {alone}"
 

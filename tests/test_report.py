@@ -219,7 +219,7 @@ def test_an_extended_run_is_told_from_one_of_the_whole_schedule(tmp_path, undraw
     assert differences(group)[0].startswith(f"With 200 of 200 epochs ({said}) the schedule is not the paper's")
     assert f"200 ({said}) of the 200 that the recipe asks for" in html_of(run_section(group))
     card = render_card(group.first, "me/extended")
-    assert f"\nIt was {said}: the first epochs followed another schedule.\n" in card
+    assert f"\nThe model was {said}: its first epochs followed another schedule.\n" in card
     assert "It differs from the packaged recipe in `epochs`." in card
     assert "extended" not in render_card(whole.first, "me/whole")
     assert [run.kept_name(0) for run in runs[:2]] == [f"{name}-200e-seed0", f"{name}-200e-extended-seed0"]

@@ -80,7 +80,7 @@ class Splits:
         """Return the images that are never trained on. Raises MbibError where there are none."""
         if self.held_out is None:
             raise MbibError(
-                "every image is trained or tested on, which leaves none to choose a constant on: set "
+                "every image is trained or tested on, which leaves none to choose a hyperparameter on: set "
                 "holdout: 0.1 to keep a tenth of each class's training images out of training"
             )
         return self.held_out

@@ -407,12 +407,12 @@ def create_trained(source: Source, **kwargs: Any) -> nn.Module:
     given = int(getattr(model, "num_classes", 0))
     known = getattr(model, "pretrained_cfg", {}).get("num_classes", given)
     if given == 0:
-        raise CheckpointError(f"{source.name} has no classifier: it is only a start for training")
+        raise CheckpointError(f"{source.name} has no classifier: it is only a starting point for training")
     if known != given:
         raise CheckpointError(f"{source.name}: its weights are for {known} classes, and {given} are asked for")
     if untrained := getattr(model, "untrained", ()):
         raise CheckpointError(
-            f"{source.name} is only a start for training: its weights leave {few(untrained, 3)} untrained"
+            f"{source.name} is only a starting point for training: its weights leave {few(untrained, 3)} untrained"
         )
     source.config.require_classes(given, source.name)
     return model

@@ -83,7 +83,7 @@ class Recipe:
     table: str | None = _data(
         None, "CSV or Parquet file with the paths and classes of the images (dataset: table)", location=True
     )
-    path_column: str = _data("path", "column with the images' paths, absolute or below data_dir")
+    path_column: str = _data("path", "column with the images' paths, absolute or relative to data_dir")
     label_column: str = _data("label", "column with the names of the classes")
     split_column: str | None = _data(None, "column with the names of the splits; when not given, split if there is one")
     group_column: str | None = _data(None, "column with the groups of group_by: column; group when not given")
@@ -104,16 +104,20 @@ class Recipe:
     num_classes: int | None = _data(
         None, "number of classes; taken from the data when not given", minimum=2, maximum=MOST_CLASSES
     )
-    imbalance: str = _data("none", "shape of the long-tailed training subset", choices=("none", "exp", "step"))
+    imbalance: str = _data(
+        "none",
+        "long-tailed training subset: none, exp (class counts fall exponentially), step (half of the classes are rare)",
+        choices=("none", "exp", "step"),
+    )
     imbalance_factor: float = _data(100.0, "images in the largest class over images in the smallest", minimum=1)
     imbalance_max: int | None = _data(
         None, "images in the largest class; as many as the data allow when not given", minimum=1
     )
     holdout: float = _data(
         0.0,
-        "fraction of each class's training images that is kept out of training, for methods that choose a constant; "
-        "without it they use the images that a long-tailed subset leaves out, or the validation split if a test split "
-        "is evaluated",
+        "fraction of each class's training images that is kept out of training, for methods that choose a "
+        "hyperparameter; without it, they use the images that a long-tailed subset leaves out, or the validation split "
+        "if a test split is evaluated",
         minimum=0,
         maximum=0.9,
         evaluation=False,
@@ -166,7 +170,7 @@ class Recipe:
     crop_mode: str | None = _input(
         None,
         "how test images are cropped: center (shorter side resized, centre cropped), squash (both sides resized), "
-        "border (longer side resized, the rest filled); when not given the model's own; with train_crop_mode: pad, "
+        "border (longer side resized, the rest filled); when not given, the model's own, or with train_crop_mode: pad, "
         "squash with a crop_pct of 1",
         choices=("center", "squash", "border"),
         evaluation=True,
@@ -273,8 +277,8 @@ class Recipe:
     train: str | None = _method(
         None,
         "the part that trains: all, none, classifier, heads (all but the backbone), norm, bias, several of these as in "
-        "heads+norm+bias, or a regular expression for parameter names; when not given the method's own, and with "
-        "lora the heads",
+        "heads+norm+bias, or a regular expression for parameter names; when not given, the method's own, or with lora "
+        "the heads",
     )
     reset: str | None = _method(
         None,
@@ -354,7 +358,7 @@ class Recipe:
     )
     amp: bool | None = _machine(
         None,
-        "mixed precision; when not given, only on CUDA and for images of 64 pixels or more (smaller ones take TF32)",
+        "mixed precision; when not given, only on CUDA and for images of 64 pixels or more (smaller ones use TF32)",
     )
     amp_dtype: str = _machine("bfloat16", "data type of mixed precision", choices=("bfloat16", "float16"))
     channels_last: bool = _machine(True, "channels-last memory format", evaluation=True)
