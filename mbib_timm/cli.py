@@ -51,8 +51,8 @@ Action = Callable[[Namespace], int | None]
 
 MODEL = "a run's folder, local-dir:FOLDER, hf-hub:REPO, or a timm model name"
 PRIOR = (
-    "class frequencies that the probabilities assume: train, uniform, a file of shares or counts, or estimate (from the "
-    "images, without labels); when not given, those that the model was trained for"
+    "class frequencies that the probabilities assume: train, uniform, a file of shares or counts, or estimate (from "
+    "the images, without labels); when not given, those that the model was trained for"
 )
 LICENCE = "licence of the weights, as the Hub spells it, such as cc-by-4.0"
 DEVICE = "cpu, cuda, cuda:1, mps; detected when not given"

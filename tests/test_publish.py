@@ -415,7 +415,7 @@ def test_the_card_says_of_which_time_it_speaks(finished_run):
     older = replace(known, other_seconds=None)
     assert f"Training took 1 second {alone} on " in render_card(replace(run, record=older), REPOSITORY)
     assert time_text([known, replace(known, other_seconds=148.9)]) == "1.7 minutes"
-    assert time_text([known, older]) == f"1 second, {alone}"
+    assert time_text([known, older]) == f"1 second {alone}"
 
 
 def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
