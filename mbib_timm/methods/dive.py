@@ -34,10 +34,11 @@ class DiveSettings(TeacherSettings):
 
 @register("dive")
 class Dive(Taught):
-    """``alpha T^2 KL(p_t || softmax(z/T)) + (1 - alpha) BSCE(z, y)``, mean over the student's heads.
+    """Distillation of a frozen teacher's flattened predictions, beside balanced softmax.
 
-    ``p_t`` is ``softmax(z_t/T)^p``, normalised: of the teacher's raw logits, without log n. The student starts anew. A
-    recipe's class weights are those of the balanced softmax.
+    The loss is ``alpha T^2 KL(p_t || softmax(z/T)) + (1 - alpha) BSCE(z, y)``, mean over the student's heads. ``p_t`` is
+    ``softmax(z_t/T)^p``, normalised: of the teacher's raw logits, without log n. The student starts anew. A recipe's
+    class weights are those of the balanced softmax.
 
     Raises:
         MbibError: no fitting teacher, see `Taught`, or a class without training images.

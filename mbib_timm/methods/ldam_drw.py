@@ -29,10 +29,11 @@ class LdamDrwSettings:
 
 @register("ldam_drw")
 class LdamDrw(Method):
-    """Cross-entropy of ``s (cos - m_y [j = y])``; late in training, weighted by effective numbers of images.
+    """Cross-entropy with larger margins for rarer classes; late in training, weighted by effective numbers of images.
 
-    The weighted mean divides by the sum of the batch's weights; a recipe's class weights multiply these. The class
-    weights are a buffer that an epoch's start writes, so a captured step stays valid.
+    The logits are ``s (cos - m_y [j = y])``. The weighted mean divides by the sum of the batch's weights; a recipe's
+    class weights multiply these. The class weights are a buffer that an epoch's start writes, so a captured step stays
+    valid.
     """
 
     title = "LDAM-DRW"
