@@ -36,8 +36,8 @@ class DiveSettings(TeacherSettings):
 class Dive(Taught):
     """Distillation of a frozen teacher's flattened predictions, beside balanced softmax.
 
-    The loss is ``alpha T^2 KL(p_t || softmax(z/T)) + (1 - alpha) BSCE(z, y)``, mean over the student's heads. ``p_t`` is
-    ``softmax(z_t/T)^p``, normalised: of the teacher's raw logits, without log n. The student starts anew. A recipe's
+    The loss is ``alpha T^2 KL(p_t || softmax(z/T)) + (1 - alpha) BSCE(z, y)``, mean over the student's heads. ``p_t``
+    is ``softmax(z_t/T)^p``, normalised: of the teacher's raw logits, without log n. The student starts anew. A recipe's
     class weights are those of the balanced softmax.
 
     Raises:

@@ -70,7 +70,7 @@ def start_text(origin: Origin) -> str:
     """Return what a run started from, and what its numbers do not compare with; empty for one from scratch."""
     if origin.is_scratch:
         return ""
-    return f"Not from scratch: started from {origin_text(origin)}. No result from scratch compares with this one."
+    return f"Not from scratch: started from {origin_text(origin)}. Do not compare it with results from scratch."
 
 
 def extended_text(record: RunRecord) -> str:
