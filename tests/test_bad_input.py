@@ -265,7 +265,7 @@ PLACES = {
     "only unknown": (only_unknown, r"files of unknown kind: 2 \(ant/IMG_1, bee/2\.jpg_large\)"),
     "only hidden": (only_hidden, "no images in class folders under data"),
     "without classes": (without_classes, "no images in class folders under data.*images outside class folders: 3"),
-    "kinds that are not read": (kinds_not_read, r"kinds that are not read: 2 \(ant/1\.HEIC, bee/2\.nef\)"),
+    "kinds that are not read": (kinds_not_read, r"images of unsupported kinds: 2 \(ant/1\.HEIC, bee/2\.nef\)"),
     "train beside classes": (train_beside_classes, "data holds 'train'.*beside 'ant', 'bee': put"),
     "train alone": (train_alone, "data has no split 'validation'; it has train; .*--data-dir data/train"),
     "single images": (single_images, "^data: every class has one image"),
@@ -274,7 +274,7 @@ PLACES = {
     "truncated": (truncated, r"cannot read x\.tar as a tar archive: truncated"),
     "truncated gzip": (truncated_gzip, r"cannot read x\.tar\.gz"),
     "not a tar": (not_a_tar, r"cannot read x\.tar"),
-    "a zip": (a_zip, r"x\.zip is an archive of a kind that is not read \(\.tar, .* are\); unpack it$"),
+    "a zip": (a_zip, r"x\.zip is an archive of an unsupported kind \(supported: \.tar, .*\); unpack it$"),
     "sparse": (sparse, r"cannot read x\.tar as a tar archive: ant/1\.png is a sparse member; pack"),
     "a zip named tar": (zip_named_tar, r"x\.tar is an archive of another kind \(zip\) than its name says; unpack it$"),
     "a bomb": (bomb, r"x\.tgz has 0\.\d MB and unpacks to more than 64, which are not held in memory; unpack it$"),
@@ -528,7 +528,7 @@ CASES = {
     ),
     "train: a folder for a recipe": (
         lambda root, run: ["train", "images"],
-        "images is a folder, and no recipe; .* --data-dir images",
+        "images is a folder, not a recipe; .* --data-dir images",
     ),
     "train: nothing to resume": (folder("--resume", "gone"), "nothing to resume at gone"),
     "train: output is a file": (
