@@ -17,8 +17,11 @@ from PIL import Image
 from mbib_timm.cli import main
 from mbib_timm.data import inspection, open_split
 from mbib_timm.data.inspection import Look, Picture, duplicates, near_pairs, perceptual_hash
-from mbib_timm.files import to_cell
+from mbib_timm.drawing import canvas, render
+from mbib_timm.errors import MbibError
+from mbib_timm.files import contains, require_own, to_cell
 from mbib_timm.recipe import Recipe
+from mbib_timm.reporting.data_report import FIGURE_TITLE, FIGURES
 
 
 def photo(seed):
@@ -56,6 +59,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     # In folders that are made.
     files = {name: tmp_path / "out" / "new" / name for name in ("images.csv", "classes.png")}
     text = said(capsys, photos, "--csv", files["images.csv"], "--figure", files["classes.png"])
+    assert said(capsys, photos, "--csv", files["images.csv"], "--figure", files["classes.png"]) == text
     assert "3 classes, 22 training images: 11 in the largest class, 1 in the smallest" in text
     assert "evaluation: 6 images of 2 classes: 20 % of each class, drawn with seed 0" in text
     assert "classes of one training image: 1 (lynx)" in text
@@ -270,6 +274,16 @@ def test_what_cannot_be_done_is_said(photos, capsys, tmp_path, monkeypatch, word
 
 def distance(one, other):
     return bin(one ^ other).count("1")
+
+
+@pytest.mark.parametrize("form", FIGURES)
+def test_a_figure_says_what_it_is_to_be_replaced_by_another(tmp_path, form):
+    content = render(lambda: canvas(1, 1)[0], (form,), title=FIGURE_TITLE)[form]
+    write(tmp_path / "own", content)
+    require_own("--figure", tmp_path / "own", contains(FIGURE_TITLE.encode()), "is another")
+    write(tmp_path / "other", render(lambda: canvas(1, 1)[0], (form,))[form])
+    with pytest.raises(MbibError, match="other: the file that is there is another"):
+        require_own("--figure", tmp_path / "other", contains(FIGURE_TITLE.encode()), "is another")
 
 
 def test_near_pairs_are_those_of_a_comparison_of_all():

@@ -17,7 +17,17 @@ from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
+from mbib_timm.files import (
+    begins_with,
+    check_place,
+    contains,
+    counted,
+    make_folder,
+    printable,
+    require_own,
+    to_csv,
+    write_bytes,
+)
 from mbib_timm.recipe import Recipe, check_given, find_recipe, load_recipe
 from mbib_timm.recipe.recipe_files import change_recipe
 from mbib_timm.results.tables import NOTHING, Table
@@ -27,6 +37,7 @@ SHOWN_CLASSES, SHOWN_SETS, SHOWN_SIZES = 60, 5, 3
 NAMED_CLASSES = 60  # as many names as can be read below bars
 LONGEST_NAME = 36  # characters of a class in the table and the figure
 FIGURES = ("png", "pdf", "svg")
+FIGURE_TITLE = "mbib data: training images of each class"  # in the file: another of this name is not replaced
 # Of the table of --csv.
 IMAGE_COLUMNS = ("path", "label", "split", "group", "kind", "width", "height", "error", "exact_set", "near_set")
 # Sources whose images a table can name.
@@ -96,14 +107,14 @@ def data_report(
             check_place(file)
     source = Source(recipe)
     splits = open_data(recipe, source)
-    if csv_file is not None and csv_file.exists():
-        _require_own(csv_file)
+    if csv_file is not None:
+        require_own("--csv", csv_file, begins_with(to_csv([IMAGE_COLUMNS])), "is no table of this command")
+    if figure is not None:
+        require_own("--figure", figure, contains(FIGURE_TITLE.encode()), "is no figure of this command")
     split_content = b"" if split_file is None else split_rows(recipe, source)
-    if split_file is not None and split_file.exists() and split_file.read_bytes() not in (b"", split_content):
-        raise MbibError(
-            f"--write-split {split_file}: the file that is there has other content, maybe edited by hand, and is not "
-            "replaced; choose another name, or remove it"
-        )
+    if split_file is not None:
+        otherwise = "has other content, maybe edited by hand"
+        require_own("--write-split", split_file, lambda file: file.read_bytes() == split_content, otherwise)
     names = label_names(splits.class_names, splits.num_classes)
     parts = list(zip(recipe.split_names, splits.opened(), strict=True))
     print("\n".join(summary(splits)))
@@ -115,7 +126,7 @@ def data_report(
         print(printable(str(csv_file)))
     if figure is not None:
         form = figure.suffix[1:].lower()
-        _write(figure, render(lambda: class_histogram(splits, names), (form,))[form])
+        _write(figure, render(lambda: class_histogram(splits, names), (form,), title=FIGURE_TITLE)[form])
         print(printable(str(figure)))
     if split_file is not None:
         _write(split_file, split_content)
@@ -123,17 +134,6 @@ def data_report(
         groups = "" if recipe.group_by is None else " --group-by column"
         print(printable(f"{split_file}: train on this split with --dataset table {places}{groups}"))
     return found
-
-
-def _require_own(csv_file: Path) -> None:
-    """Raise MbibError for a file that is no table of `image_rows`: it would be lost."""
-    header = to_csv([IMAGE_COLUMNS])
-    with csv_file.open("rb") as opened:
-        if opened.read(len(header)) not in (b"", header):
-            raise MbibError(
-                f"--csv {csv_file}: the file that is there is no table of this command, and is not replaced; choose "
-                "another name, or remove it"
-            )
 
 
 def _write(file: Path, content: bytes) -> None:
