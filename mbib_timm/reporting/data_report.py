@@ -14,6 +14,7 @@ from mbib_timm.data.class_values import label_names
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
+from mbib_timm.data.overview import SMALLEST_PHOTOGRAPH, median_of, shrunk_note
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
@@ -28,7 +29,8 @@ from mbib_timm.files import (
     to_csv,
     write_bytes,
 )
-from mbib_timm.recipe import Recipe, check_given, find_recipe, load_recipe
+from mbib_timm.models.preprocessing import declared_side
+from mbib_timm.recipe import FOR_SMALL_IMAGES, Recipe, check_given, find_recipe, load_recipe
 from mbib_timm.recipe.recipe_files import change_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
@@ -55,9 +57,9 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
         MbibError: nothing of the kind, or values that cannot be.
     """
     place = Path(target)
-    if place.is_dir() or is_archive(place):
+    if _is_images(place):
         return change_recipe(Recipe(dataset="folder", data_dir=target), overrides)
-    if place.suffix.lower() in (*DELIMITED, *PARQUET):
+    if _is_table(place):
         return change_recipe(Recipe(dataset="table", table=target), overrides)
     kinds = f"a folder or archive ({', '.join(SUFFIXES)}) of images, a table ({', '.join((*DELIMITED, *PARQUET))})"
     if place.exists() and place.suffix.lower() not in (".yaml", ".yml"):
@@ -68,6 +70,25 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
     except MbibError as error:
         raise MbibError(f"there is no {target}: expected {kinds}, or a recipe; {error}") from None
     return load_recipe(file, overrides)
+
+
+def _is_images(place: Path) -> bool:
+    return place.is_dir() or is_archive(place)
+
+
+def _is_table(place: Path) -> bool:
+    return place.suffix.lower() in (*DELIMITED, *PARQUET)
+
+
+def _shrunk_note(target: str, recipe: Recipe, found: Inspection) -> str | None:
+    """Return a line on images that are much larger than a model's input: that of the recipe given, or else of the one
+    that most begin with."""
+    size, by = median_of([picture.look.size for picture in found.pictures if not picture.look.error]), ""
+    if size is None or min(size) < SMALLEST_PHOTOGRAPH:
+        return None
+    if _is_images(Path(target)) or _is_table(Path(target)):
+        recipe, by = load_recipe(find_recipe(FOR_SMALL_IMAGES)), f" by the recipe {FOR_SMALL_IMAGES}"
+    return shrunk_note(size, declared_side(recipe), by)
 
 
 def data_report(
@@ -121,6 +142,8 @@ def data_report(
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
     print("\n".join(lines(found, source.has_splits, recipe.val_split == LEFT_OUT)))
+    if note := _shrunk_note(target, recipe, found):
+        print(note)
     if csv_file is not None:
         _write(csv_file, image_rows(found))
         print(printable(str(csv_file)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out, unread_classes
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.features import FeatureStore
+from mbib_timm.data.overview import SMALL_INPUT, median_size, shrunk_note
 from mbib_timm.environment import (
     World,
     describe_environment,
@@ -141,7 +142,8 @@ class Run:
                 print(line, flush=True)
         self.setup = setup = set_up(recipe, self.splits, world, previous, pool)
         if world.is_main:
-            for line in (*setup.notes, *pool.first_time(setup.advice)):
+            shrunk = self._shrunk_note(setup.input_size)
+            for line in (*setup.notes, *pool.first_time(shrunk), *pool.first_time(setup.advice)):
                 print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.frozen, self.optimizer, self.schedule = setup.frozen, setup.optimizer, setup.schedule
@@ -337,6 +339,10 @@ class Run:
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
         return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool, self.store)
+
+    def _shrunk_note(self, input_size: tuple[int, int, int]) -> str | None:
+        side = min(input_size[1:])
+        return None if side > SMALL_INPUT else shrunk_note(median_size(self.splits.train), side)
 
     def _last_epoch_is_result(self) -> bool:
         """Whether the result is what the last epoch's evaluation finds: on its split, of weights that stay."""
