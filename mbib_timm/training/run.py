@@ -30,7 +30,13 @@ from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.trained_images import evaluated_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
-from mbib_timm.methods.base import reported_numbers, require_average, unkept_buffers
+from mbib_timm.methods.base import (
+    attribute_marks,
+    reported_numbers,
+    require_average,
+    require_kept,
+    unkept_buffers,
+)
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
@@ -294,10 +300,16 @@ class Run:
         seed_generators(self.recipe.seed, epoch, self.world.rank, self.recipe.stage)
 
     def _start_epoch(self, epoch: int) -> None:
-        """Let the method prepare an epoch, and note which of its buffers it writes that are not persistent."""
+        """Let the method prepare an epoch, and note which of its buffers it writes that are not persistent.
+
+        What else it sets is refused where a checkpoint may lie within an epoch, which would not have it.
+        """
         self._seed(epoch)
+        marks = None if self.recipe.checkpoint_steps is None else attribute_marks(self.method)
         before = {name: (id(value), value._version) for name, value in unkept_buffers(self.method).items()}
         self.method.start_epoch(epoch)
+        if marks is not None:
+            require_kept(self.method, marks, epoch)
         after = unkept_buffers(self.method).items()
         self.written = [name for name, value in after if before.get(name) != (id(value), value._version)]
 
