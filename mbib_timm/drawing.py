@@ -83,7 +83,9 @@ NOT_FOR_TEXT = ("cm", "STIX", "Last Resort")
 _unreadable: set[str] = set()  # letters that no font has: each is said once
 
 
-def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Theme = LIGHT) -> dict[str, bytes]:
+def render(
+    draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Theme = LIGHT, title: str | None = None
+) -> dict[str, bytes]:
     """Draw a figure and return its files.
 
     Neither pyplot nor its backend is touched: a notebook that trains a model keeps its own.
@@ -92,6 +94,7 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
         draw: gives the figure, in the style that is set while it runs.
         formats: ``png``, ``pdf`` or ``svg``; the last has no background of its own.
         theme: colours in front and behind.
+        title: what the files are, in letters that any of them can have, beside the picture; None for nothing.
 
     Returns:
         The content of a file in each format.
@@ -104,11 +107,11 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
     except ImportError:
         raise MbibError("figures need matplotlib: pip install 'mbib-timm[train]'") from None
     with matplotlib.rc_context({**STYLE, **_colors(theme)}):
-        files, missing = _draw(draw, formats)
+        files, missing = _draw(draw, formats, title)
         fonts = _fonts_with(missing)
         if fonts:
             with matplotlib.rc_context({"font.family": [*matplotlib.rcParams["font.family"], *fonts]}):
-                files, missing = _draw(draw, formats)
+                files, missing = _draw(draw, formats, title)
         if new := sorted(missing - _unreadable):
             print(
                 f"figures have boxes in place of {few(new)}, which no font of this machine has; install one, such as "
@@ -118,12 +121,14 @@ def render(draw: Callable[[], Any], formats: Sequence[str] = ("png",), theme: Th
         return files
 
 
-def _draw(draw: Callable[[], Any], formats: Sequence[str]) -> tuple[dict[str, bytes], frozenset[str]]:
+def _draw(
+    draw: Callable[[], Any], formats: Sequence[str], title: str | None
+) -> tuple[dict[str, bytes], frozenset[str]]:
     """Draw a figure. Returns its files, and the letters that its fonts lack."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure = draw()
-        files = {form: _encode(figure, form) for form in formats}
+        files = {form: _encode(figure, form, title) for form in formats}
     missing = set()
     for warning in caught:
         glyph = re.match(r"Glyph (\d+) .*missing from", str(warning.message))
@@ -163,9 +168,10 @@ def _colors(theme: Theme) -> dict[str, str]:
     return dict.fromkeys(in_front, theme.foreground) | dict.fromkeys(behind, theme.background)
 
 
-def _encode(figure: Any, form: str) -> bytes:
+def _encode(figure: Any, form: str, title: str | None) -> bytes:
     # Without dates: a figure that is drawn again is the same file.
-    metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[form]
+    undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[form]
+    metadata = undated if title is None else {**undated, "Title": title}
     content = io.BytesIO()
     figure.savefig(content, format=form, dpi=150, metadata=metadata, transparent=form == "svg")
     return content.getvalue()

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import io
 import json
+import mmap
 import os
 import re
 import stat
@@ -104,6 +105,54 @@ def check_place(file: Path) -> None:
         raise MbibError(f"{file} is a folder; expected the name of a file")
     if not stat.S_ISREG(mode):
         raise MbibError(f"{file} is a pipe or a device; expected the name of a file")
+
+
+def require_own(flag: str, file: Path, is_own: Callable[[Path], bool], otherwise: str) -> None:
+    """Raise MbibError for a file that a command would replace, and that it does not write itself: it would be lost.
+
+    Args:
+        flag: that names the file.
+        file: to write; where there is none, or an empty one, nothing is lost.
+        is_own: whether a file looks like what the command writes.
+        otherwise: what one is that does not, such as ``holds no predictions``.
+    """
+    if file.exists() and file.stat().st_size and not is_own(file):
+        raise MbibError(
+            f"{flag} {file}: the existing file {otherwise}, and is not replaced; choose another name, or remove it"
+        )
+
+
+def begins_with(*beginnings: bytes) -> Callable[[Path], bool]:
+    """Return what tells `require_own` whether a file begins with one of several texts."""
+
+    def begins(file: Path) -> bool:
+        with file.open("rb") as opened:
+            return opened.read(max(map(len, beginnings))).startswith(beginnings)
+
+    return begins
+
+
+def contains(text: bytes) -> Callable[[Path], bool]:
+    """Return what tells `require_own` whether a file has a text somewhere in it."""
+
+    def is_in(file: Path) -> bool:
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(text) >= 0
+
+    return is_in
+
+
+def has_fields(*names: str) -> Callable[[Path], bool]:
+    """Return what tells `require_own` whether a file is JSON whose fields include several."""
+
+    def has(file: Path) -> bool:
+        try:
+            found = parse_json(read_content(file, "results"))
+        except (MbibError, ValueError):
+            return False
+        return isinstance(found, Mapping) and found.keys() >= {*names}
+
+    return has
 
 
 def check_folder(folder: Path) -> None:

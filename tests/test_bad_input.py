@@ -403,6 +403,14 @@ CASES = {
     "data: output is a folder": (lambda root, run: look("images", "--csv", "images"), "images is a folder"),
     "data: an image": (lambda root, run: look("images/ant/0.png"), r"ant/0\.png is a file of another kind"),
     "data: figure": (lambda root, run: look("images", "--figure", "x.gif"), r"--figure x\.gif.*\.png"),
+    "data: over another figure": (
+        with_file("x.png", png(1), lambda root, run: look("images", "--figure", "x.png")),
+        r"--figure x\.png: the existing file is not a figure of this command, and is not replaced; choose another",
+    ),
+    "data: over another table": (
+        with_file("t.csv", ROWS, lambda root, run: ["data", "images", "--workers", "0", "--csv", "t.csv"]),
+        r"--csv t\.csv: the existing file is not a table of this command, and is not replaced",
+    ),
     # Groups
     "groups: level": (folder("--group-by", "folder:0"), "'group_by'.*folder:N with N from 1.*'folder:0'"),
     "groups: too deep": (
@@ -455,11 +463,31 @@ CASES = {
         with_file("notes.txt", "", of_model("validate", "--results", "notes.txt/m.json")),
         r"cannot make the folder notes\.txt: notes\.txt is a file",
     ),
+    "validate: over other results": (
+        lambda root, run: ["validate", str(run), "--results", f"{run}/metrics.json"],
+        r"--results \S+/metrics\.json: the existing file holds no results of this command, and is not replaced",
+    ),
+    "validate: over no JSON": (
+        with_file("m.json", "notes", of_model("validate", "--results", "m.json")),
+        r"--results m\.json: the existing file holds no results",
+    ),
+    "validate: over predictions": (
+        with_file("m_predictions.csv", ROWS, of_model("validate", "--results", "m.json")),
+        r"--results m_predictions\.csv: the existing file holds something else, and is not replaced",
+    ),
+    "aggregate: over other results": (
+        with_file("m.json", '{"target": "x"}', of_model("aggregate", "--results", "m.json")),
+        r"--results m\.json: the existing file holds no results of this command",
+    ),
     "validate: data": (of_model("validate", "--dataset", "folder", "--data-dir", "gone"), "data_dir gone"),
     "validate: split": (of_model("validate", "--split", "dev"), "'dev'"),
     "validate: no model": (lambda root, run: ["validate", "gone"], "gone"),
     # Export, publish, report
     "export: licence": (of_model("export", "--format", "onnx", "--license", "cc-by-4"), "'cc-by-4'.*'cc-by-4.0'"),
+    "export: over another model": (
+        with_file("x.onnx", "somebody's", of_model("export", "--format", "onnx", "--output", "x.onnx")),
+        r"--output x\.onnx: the existing file is not an export of this package, and is not replaced",
+    ),
     "export: no model": (
         lambda root, run: ["export", "local-dir:gone", "--format", "onnx", "--output", "out/x.onnx"],
         "gone",
@@ -498,6 +526,10 @@ CASES = {
     "report: output is a folder": (
         with_file("r.html/x", "", of_model("report", "-o", "r.html")),
         r"r\.html is a folder",
+    ),
+    "report: over another page": (
+        with_file("r.html", "<html>Written by hand</html>", of_model("report", "-o", "r.html")),
+        r"--output r\.html: the existing file is not a report, and is not replaced",
     ),
     "report: damaged": (
         with_file("run/metrics.json", "{", lambda root, run: ["report", "run", "-o", "r.html"]),

@@ -1,7 +1,9 @@
 """Bad input to `mbib predict` and `--prior`: one message, exit status 2, nothing half-written or waited for."""
 
+import io
 import os
 
+import numpy as np
 import pytest
 from archive_images import write
 from test_bad_input import ROWS, a_zip, damaged, empty, of_model, refused, truncated, with_file
@@ -34,6 +36,12 @@ def with_pipe(name, arguments):
         return arguments(root, run)
 
     return made
+
+
+def saved(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def input_for_output(root, run):
@@ -115,6 +123,18 @@ CASES = {
     "predict: over notes": (
         with_file("notes.txt", "a\nb\n", predict("--output", "notes.txt", "--format", "table")),
         r"--output notes\.txt: the existing file holds no predictions of format table",
+    ),
+    "predict: embeddings over notes": (
+        with_file("e.npy", "a\n", predict("--embeddings", "e.npy")),
+        r"--embeddings e\.npy: the existing file holds no embeddings of this command, and is not replaced",
+    ),
+    "predict: embeddings over another array": (
+        with_file("e.npy", saved(np.zeros((3, 2), np.int64)), predict("--embeddings", "e.npy")),
+        r"--embeddings e\.npy: the existing file holds no embeddings",
+    ),
+    "predict: embeddings over another parquet": (
+        with_file("e.parquet", "PAR1", predict("--embeddings", "e.parquet")),
+        r"--embeddings e\.parquet: the existing file holds no embeddings",
     ),
     "predict: a run's file": (
         lambda root, run: ["predict", f"{run}/model.safetensors", "images"],

@@ -1,9 +1,11 @@
 """Checkpoints within an epoch: whatever gives the images, what goes on from one ends with the same bits."""
 
+import copy
 import csv
 from math import cos, pi
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from archive_images import tar_bytes
@@ -204,6 +206,44 @@ def test_a_run_that_goes_on_begins_as_it_did(tmp_path, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(called[0][1], start, strict=True))
     assert [epoch for name, _, _, *epoch in called if name == "start_epoch"] == [[0], [1], [2]]
     assert [looks_on for name, _, looks_on, *_ in called if name != "start_epoch"] == [True, True]
+
+
+def mean_weight(self):
+    return float(next(self.trainable_module.parameters()).detach().mean())
+
+
+SET = {
+    "number": (None, lambda self: mean_weight(self), True),
+    "list": ([0.0], lambda self: [*self.kept, mean_weight(self)], True),
+    "list, in place": ([0.0], lambda self: self.kept.append(mean_weight(self)) or self.kept, True),
+    "tensor": (torch.zeros(()), lambda self: self.kept.clone(), True),
+    "tensor, in place": (torch.zeros(()), lambda self: self.kept.fill_(mean_weight(self)), True),
+    "array": (np.zeros(1), lambda self: np.full(1, mean_weight(self)), True),
+    "a tensor without a version": (torch.inference_mode()(torch.zeros)(()), lambda self: self.kept, False),
+    "the same": (0.5, lambda self: 0.5, False),
+    "the epoch": (-1, lambda self: self.epoch, False),
+    "a layer": (None, lambda self: torch.nn.Identity(), False),
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_what_a_checkpoint_within_an_epoch_would_lack_is_refused(tmp_path, monkeypatch, name):
+    first, value, refused = SET[name]
+    own = {"begin": lambda self, data: setattr(self, "kept", copy.deepcopy(first))}
+
+    def start(self, epoch):
+        self.epoch = epoch
+        self.kept = value(self)
+
+    for hook, function in (own | {"start_epoch": start}).items():
+        monkeypatch.setattr(METHODS["ce"], hook, function)
+    recipe = settings(tmp_path, "resident, in the first epoch", epochs=1, warmup_epochs=0, val_interval=1)
+    if not refused:
+        train(recipe, "run")
+        return
+    with pytest.raises(MbibError, match=r"method 'ce': start_epoch sets kept, which no checkpoint has, .* in a buffer"):
+        train(recipe, "run")
+    train(recipe.replace(checkpoint_steps=None), "without")
 
 
 def test_a_run_that_has_its_last_epoch_behind_it_begins_too(tmp_path, monkeypatch):

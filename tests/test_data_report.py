@@ -17,8 +17,14 @@ from PIL import Image
 from mbib_timm.cli import main
 from mbib_timm.data import inspection, open_split
 from mbib_timm.data.inspection import Look, Picture, duplicates, near_pairs, perceptual_hash
-from mbib_timm.files import to_cell
-from mbib_timm.recipe import Recipe
+from mbib_timm.data.overview import SMALL_INPUT, median_size, shrunk_note
+from mbib_timm.data.sources import Source
+from mbib_timm.drawing import canvas, render
+from mbib_timm.errors import MbibError
+from mbib_timm.files import contains, require_own, to_cell
+from mbib_timm.models.preprocessing import declared_side
+from mbib_timm.recipe import FOR_PHOTOGRAPHS, FOR_SMALL_IMAGES, Recipe, find_recipe, load_recipe
+from mbib_timm.reporting.data_report import FIGURE_TITLE, FIGURES
 
 
 def photo(seed):
@@ -56,6 +62,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     # In folders that are made.
     files = {name: tmp_path / "out" / "new" / name for name in ("images.csv", "classes.png")}
     text = said(capsys, photos, "--csv", files["images.csv"], "--figure", files["classes.png"])
+    assert said(capsys, photos, "--csv", files["images.csv"], "--figure", files["classes.png"]) == text
     assert "3 classes, 22 training images: 11 in the largest class, 1 in the smallest" in text
     assert "evaluation: 6 images of 2 classes: 20 % of each class, drawn with seed 0" in text
     assert "classes of one training image: 1 (lynx)" in text
@@ -273,6 +280,81 @@ def test_what_cannot_be_done_is_said(photos, capsys, tmp_path, monkeypatch, word
 
 def distance(one, other):
     return bin(one ^ other).count("1")
+
+
+# Photographs and small inputs
+
+SHRUNK = "note: images of median size 320 x 240 are shrunk to {} px"
+
+
+def photographs(root):
+    """Six pictures of 320 x 240 pixels, one of which lies on its side, as cameras leave them, and a small one."""
+    for seed, (label, i) in enumerate(itertools.product(("fox", "hare"), range(3))):
+        image, exif = photo(seed).resize((320, 240)), Image.Exif()
+        exif[0x0112] = 6 if seed == 5 else 1
+        path = root / label / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (image.rotate(90, expand=True) if seed == 5 else image).save(path, exif=exif)
+    photo(9).save(root / "hare" / "small.jpg")
+    return root
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_photographs_that_a_small_input_loses_are_noted(tmp_path, capsys, table):
+    root = photographs(tmp_path / "photos")
+    given = [root]
+    if table:
+        files = sorted(path.relative_to(root) for path in root.glob("*/*.jpg"))
+        (root / "t.csv").write_text("path,label\n" + "".join(f"{file},{file.parent}\n" for file in files))
+        given = [root / "t.csv"]
+    recipes = "; recipes for photographs: frozen/mbib_efficientnet_lite0, finetune/mbib_efficientnet_lite0, "
+    assert f"{SHRUNK.format(32)} by the recipe finetune/mbib_resnet32{recipes}" in said(capsys, *given)
+    flags = ["--dataset", "folder", "--data-dir", root, "--imbalance", "none"]
+    assert f"{SHRUNK.format(16)}{recipes}" in said(capsys, "mbib_resnet20.digits", *flags)
+    assert "are shrunk to" not in said(capsys, FOR_PHOTOGRAPHS[0], *flags)
+
+
+def test_training_notes_them_once(tmp_path, capsys):
+    root = photographs(tmp_path / "photos")
+    flags = ["--dataset", "folder", "--data-dir", str(root), "--imbalance", "none", "--device", "cpu", "--workers", "0"]
+    flags += ["--stage1.epochs", "1", "--stage2.epochs", "1", "--warmup-epochs", "0", "--val-split", "validation"]
+    assert main(["train", "cifar_resnet32.crt_digits", *flags, "--output", str(tmp_path), "--image-cache", "none"]) == 0
+    assert capsys.readouterr().out.count(SHRUNK.format(16)) == 1
+
+
+def test_a_median_size_takes_headers_alone(tmp_path):
+    root = photographs(tmp_path / "photos")
+    for path in root.glob("fox/*.jpg"):
+        path.write_bytes(path.read_bytes()[:1000])  # more than the header, and no picture
+    (root / "fox" / "broken.jpg").write_bytes(b"none")
+    whole = Source(Recipe(dataset="folder", data_dir=str(root))).splits(["all"])[0]
+    assert median_size(whole) == (320, 240)
+    assert median_size(whole.subset(np.array([], dtype=np.int64))) is None
+
+
+NEITHER = [((32, 32), 32), ((100, 127), 16), ((250, 400), 64), ((1024, 768), 128), (None, 32), ((512, 512), None)]
+
+
+@pytest.mark.parametrize(("size", "side"), NEITHER)
+def test_what_is_no_photograph_or_no_small_input_is_not_noted(size, side):
+    assert shrunk_note(size, side) is None
+
+
+@pytest.mark.parametrize("name", [FOR_SMALL_IMAGES, *FOR_PHOTOGRAPHS])
+def test_the_recipes_named_are_for_images_of_ones_own(name):
+    recipe = load_recipe(find_recipe(name))
+    assert recipe.dataset == "folder"
+    assert (declared_side(recipe) > SMALL_INPUT) == (name != FOR_SMALL_IMAGES)
+
+
+@pytest.mark.parametrize("form", FIGURES)
+def test_a_figure_says_what_it_is_to_be_replaced_by_another(tmp_path, form):
+    content = render(lambda: canvas(1, 1)[0], (form,), title=FIGURE_TITLE)[form]
+    write(tmp_path / "own", content)
+    require_own("--figure", tmp_path / "own", contains(FIGURE_TITLE.encode()), "is another")
+    write(tmp_path / "other", render(lambda: canvas(1, 1)[0], (form,))[form])
+    with pytest.raises(MbibError, match="other: the existing file is another"):
+        require_own("--figure", tmp_path / "other", contains(FIGURE_TITLE.encode()), "is another")
 
 
 def test_near_pairs_are_those_of_a_comparison_of_all():

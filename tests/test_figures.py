@@ -96,6 +96,42 @@ def test_training_curves_show_the_loss_and_the_accuracy():
     drawn(lambda: figures.training_curves(rows))
 
 
+def history_of(seed, epochs=4):
+    return [
+        Epoch(e, 0.1, 1.0, {"loss": 6.0 - e + seed}, {"top1": 10.0 * e + seed, "many": 30.0 + seed, "few": 5.0})
+        for e in range(1, epochs + 1)
+    ]
+
+
+def test_training_curves_show_every_seed_and_their_mean():
+    left, right, _ = figures.training_curves(history_of(0), history_of(1), history_of(5, epochs=3)).axes
+    *thin, mean = left.lines
+    assert [line.get_ydata()[0] for line in thin] == [5.0, 6.0, 10.0]
+    assert mean.get_ydata().tolist() == [7.0, 6.0, 5.0], "after the epochs that all have"
+    overall = [line for line in right.lines if line.get_color() == figures.foreground()]
+    assert [line.get_ydata()[0] for line in overall] == [10.0, 11.0, 15.0, 12.0]
+    assert [line.get_label() for line in overall if not line.get_label().startswith("_")] == ["overall"]
+    assert overall[0].get_linewidth() < overall[-1].get_linewidth()
+    drawn(lambda: figures.training_curves(history_of(0), history_of(1)))
+
+
+def test_training_curves_of_an_average_say_so_and_show_the_raw_weights():
+    rows = history_of(0)
+    for row in rows:
+        row.raw = {"top1": 8.0 * row.epoch}
+    right = figures.training_curves(rows).axes[1]
+    assert "(moving average of the weights)" in right.get_title()
+    lines = {line.get_label(): line.get_ydata().tolist() for line in right.lines}
+    assert lines["overall,\nraw weights"] == [8.0, 16.0, 24.0, 32.0]
+    said = (
+        "Accuracies are of the moving average of the weights, but for the line of the raw weights. Thin lines are the"
+    )
+    assert f"{said} 2 seeds, and thick ones their mean." in run_figures(rows, RECORD, [history_of(1)])[0].reading
+    assert "average" not in run_figures(history_of(0), RECORD)[0].reading
+    assert "average" not in figures.training_curves(history_of(0)).axes[1].get_title()
+    drawn(lambda: figures.training_curves(rows))
+
+
 @pytest.mark.parametrize("rates", [[0.1, 0.05, 0.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.1, 0.001, 0.00001]])
 def test_learning_rates_of_any_schedule(rates):
     rows = [Epoch(e, lr, 1.0, {"loss": 1.0}) for e, lr in enumerate(rates)]

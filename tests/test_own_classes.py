@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import unicodedata
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from archive_images import png, tar_bytes, write
 from PIL import Image
 from small_data import CPU, arrays
 
@@ -209,3 +211,85 @@ def test_a_renamed_folder_is_an_error(run, tmp_path, capsys):
     assert err == (
         "mbib: error: split 'all' has 1 class not in training: 'Bees' (did you mean 'bee'?)\n"
     )  # fmt: skip
+
+
+# Runs whose images came from a list, or from shards
+
+
+def trained_from(run, folder, named, **keys):
+    """A copy of a run that says that its images came from elsewhere, with or without the names of their classes."""
+    shutil.copytree(run, folder)
+    (folder / "recipe.yaml").write_text("\n".join(f"{key}: {value}" for key, value in keys.items()))
+    if not named:
+        config = json.loads((folder / "config.json").read_text())
+        for key in ("label_names", "label_descriptions"):
+            config.pop(key, None)
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def of_list(run, place, named=True):
+    """A run from a list that lies beside its images."""
+    images = colored(place / "listed", {"bee": 2, "ant": 1})
+    labels = open_target(find_target(str(run), overrides={"device": "cpu"}), World(CPU)).class_names
+    files = sorted(images.glob("*/*.png"))
+    lines = [f"{file.parent.name}/{file.name} {labels.index(file.parent.name)}\n" for file in files]
+    (images / "val.txt").write_text("".join(lines))
+    places = dict(data_dir=images, train_list="val.txt", val_list="val.txt")
+    return trained_from(run, place / "of list", named, dataset="list", **places)
+
+
+def of_shards(run, place, named=True):
+    """A run from shards, of one image."""
+    write(place / "shards" / "train-0.tar", tar_bytes([("0.png", png(0)), ("0.cls", b"1")]))
+    return trained_from(run, place / "of shards", named, dataset="wds", data_dir=place / "shards")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A folder of class folders, whose images no list names."""
+    root = colored(tmp_path / "other", {"bee": 7, "red fox": 5, "Wölfe": 3}, seed=1)
+    for file in root.glob("*/*.png"):
+        file.rename(file.with_name(f"new {file.name}"))
+    return root
+
+
+def test_a_list_is_evaluated_where_a_folder_has_its_images(run, tmp_path, capsys):
+    trained, copy = of_list(run, tmp_path), tmp_path / "copy"
+    _, own, _ = validated(trained, capsys)
+    shutil.copytree(tmp_path / "listed", copy)
+    (copy / "val.txt").unlink()  # images alone: the list is that of before
+    shutil.copytree(copy / "ant", copy / "red fox")
+    note = f"evaluating the images that the run's list names, under {copy}; --dataset folder takes all that are there"
+    status, out, _ = validated(trained, capsys, "--data-dir", str(copy))
+    assert status == 0
+    assert note in out
+    assert note not in own
+    assert out.endswith(own[own.index(f"{trained} on validation") :])
+    _, out, _ = validated(trained, capsys, "--data-dir", str(copy), "--dataset", "folder")
+    assert "evaluating all 4 images there" in out
+
+
+@pytest.mark.parametrize("source", [of_list, of_shards])
+def test_class_folders_are_evaluated_where_nothing_is_of_a_list_or_of_shards(run, tmp_path, capsys, source, other):
+    trained = source(run, tmp_path)
+    status, out, err = validated(trained, capsys, "--data-dir", str(other))
+    assert (status, err) == (0, "")
+    assert "evaluating all 15 images there" in out
+    _, expected, _ = validated(run, capsys, "--data-dir", str(other))
+    assert out.partition(" on all:")[2] == expected.partition(" on all:")[2]
+
+
+@pytest.mark.parametrize(("source", "more"), [(of_list, []), (of_shards, ["--dataset", "list"])])
+def test_without_class_names_labels_are_asked_for(run, tmp_path, capsys, source, more, other):
+    trained = source(run, tmp_path, named=False)
+    status, out, err = validated(trained, capsys, "--data-dir", str(other))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"--data-dir {other}: the folder has no" in err
+    assert f"add {' '.join([*more, '--val-list FILE'])}, with lines '<relative path> <label>'" in err
+    (tmp_path / "new.txt").write_text("bee/new 0.png 1\nbee/new 1.png 1\n")
+    status, out, _ = validated(
+        trained, capsys, "--data-dir", str(other), *more, "--val-list", str(tmp_path / "new.txt")
+    )
+    assert status == 0
+    assert f"{trained} on validation:" in out

@@ -17,6 +17,7 @@ from mbib_timm.methods import METHODS, Facts, head_names, method_title, resolve_
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipes_folder
 from mbib_timm.sweeps.sweep import find_sweep, list_sweeps
 from mbib_timm.sweeps.sweep_plan import plan
+from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training.setup import build_network
 
 SWEEPS = list_sweeps()
@@ -179,6 +180,18 @@ def differing(recipe, other):
     return {key for key in mine if key not in PLACES and mine[key] != theirs[key]}
 
 
+def test_open_choices_go_on_from_the_kept_results():
+    recipe = (recipes_folder() / "sweeps" / "open_choices.yaml").read_text()
+    kept = read_results(recipes_folder().parent / "results" / "open_choices")
+    planned = {run.label: run for run in plan(find_sweep(["open_choices"]), {**kept.settings, "dataset": "folder"})}
+    assert all(planned[run.label].computed(run) for run in kept.runs)
+    assert "Nesterov, weight decay 5e-4 and rotation" in [run.coordinates["departure"] for run in kept.runs]
+    # Nesterov alone is the beginning of another name.
+    (command,) = re.findall("open_choices --only (.*)", recipe)
+    chosen = [run for run in planned.values() if any(part in run.label for part in re.findall('"(.*?)"', command))]
+    assert {run.coordinates["departure"] for run in chosen} == {"none", "Nesterov"}
+
+
 def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
     own = load_recipe(find_recipe("mbib_resnet32.cifar100_lt_if100"))
     departures = {name: differing(recipe, own) for (name,), recipe in runs_of("open_choices").items()}
@@ -186,7 +199,7 @@ def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
     # As SADE's code trains, in case the paper's did.
     sade = load_recipe(find_recipe("experts_resnet32.sade_cifar100_lt_if100"))
     together = {"opt", "weight_decay", "rotation"}
-    assert departures.pop("SADE's pipeline") == together
+    assert departures.pop("Nesterov, weight decay 5e-4 and rotation") == together
     assert differing(sade, own) == together | {"model", "method", "decay_rate"}
     assert all(len(keys) == 1 for keys in departures.values()), departures
     recipes = [recipe for (name,), recipe in runs_of("open_choices").items() if name != "none"]

@@ -700,7 +700,7 @@ def test_embeddings_are_the_features_that_the_prediction_rests_on(finished_run, 
     pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    for name in ("out.npy", "out.parquet"):
+    for name in ("out.npy", "out.parquet") * 2:  # its own files are replaced
         flags = ["--embeddings", str(tmp_path / name), "--batch-size", "16"]
         assert write(finished_run, [labelled], tmp_path / "out.csv", *flags) == 1
     rows, vectors = read_csv(tmp_path / "out.csv"), np.load(tmp_path / "out.npy")

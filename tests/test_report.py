@@ -12,6 +12,7 @@ import pytest
 import yaml
 from browser import open_page
 from headers import header
+from made_up_results import made_up
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_data import arrays
 
@@ -27,7 +28,7 @@ from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.differences import differences
 from mbib_timm.reporting.report import read_inputs
-from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
+from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves, sweep_curves
 from mbib_timm.reporting.sections import (
     Section,
     comparison_section,
@@ -166,7 +167,7 @@ def test_figures_side_by_side_say_what_is_in_them_and_nothing_else(tmp_path, und
     repeated = [str(MBIB), str(changed(MBIB, tmp_path, "second", seed=1))]
     text = unescape(html_of(comparison_section(read_inputs(repeated)[0])))
     assert "bars are means over its seeds with their standard deviation; diamonds are the paper's numbers" in text
-    assert "Each line is the first run of a colour;" in text
+    assert "Each line is a run, thin for each seed where there are several, and thick for their mean;" in text
 
 
 def test_every_difference_of_more_than_a_point_has_a_paragraph():
@@ -591,6 +592,49 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(DIGITS[0]), "-o", str(tmp_path / "r.html")]) == 2
     assert "pip install 'mbib-timm[train]'" in capsys.readouterr().err
+
+
+STRONG = ROOT / "results" / "mbib_resnet32.strong_cifar100_lt_if100-200e-seed0-bfloat16"
+
+
+def labelled(figure):
+    """The lines of a figure that its legend has, and those behind them."""
+    lines = figure.axes[0].lines
+    shown = {line.get_label(): line.get_ydata().tolist() for line in lines if not line.get_label().startswith("_")}
+    return shown, [line.get_ydata().tolist() for line in lines if line.get_label().startswith("_")]
+
+
+def test_curves_side_by_side_show_every_seed_and_which_weights(undrawn):
+    twins = [ROOT / "results" / f"bib_resnet32.cifar100_lt_if100-200e-seed{seed}-bfloat16" for seed in (0, 1)]
+    groups = group_runs([read_run(folder) for folder in (*twins, STRONG)])
+    shown, thin = labelled(comparison_curves(groups))
+    bib, strong = (group.title for group in groups)
+    label = f"{bib} (n = 2), raw weights"
+    assert {" ".join(name.split()) for name in shown} == {label, f"{strong}, moving average of the weights"}
+    expected = [[row.val["top1"] for row in run.history if row.val] for run in groups[0].runs]
+    assert thin == expected
+    assert shown[label] == pytest.approx(np.mean(expected, axis=0).tolist())
+    shown, thin = labelled(comparison_curves(groups[:1]))
+    assert [*shown] == [f"{bib} (n = 2)"]
+    page = html_of(comparison_section(groups))
+    assert "Each line is a run, thin for each seed where there are several, and thick for their mean; where" in page
+    assert "another story; the legend says which weights a line is of." in page
+
+
+def test_curves_of_a_sweep_show_every_seed_and_which_weights():
+    results = made_up(find_sweep(["table7_heads"]))
+    runs = [
+        replace(run, averaged=run.method == "bsce", curve=replace(run.curve, val_top1=[10.0, 40.0 + run.seed]))
+        for run in results.runs
+    ]
+    shown, thin = labelled(sweep_curves(replace(results, runs=runs)))
+    assert len(thin) == len(runs) == 9
+    assert set(map(tuple, shown.values())) == {(10.0, 41.0)}
+    assert all("(n = 3)" in label for label in shown)
+    averages = [label for label in shown if label.endswith(", moving average of the weights")]
+    assert 0 < len(averages) < len(shown)
+    assert all(label.endswith(", raw weights") for label in shown if label not in averages)
+    assert not any("weights" in label for label in labelled(sweep_curves(results))[0]), "of older results"
 
 
 @pytest.mark.parametrize("draw", [comparison_bars, comparison_curves])

@@ -426,6 +426,13 @@ def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_runs_say_whether_their_accuracies_are_of_averaged_weights(tmp_path):
+    sweep = Sweep("s", DIGITS, {"model_ema": [False, True]})
+    assert run_sweep(sweep, small(tmp_path), tmp_path / "results")
+    assert [run.averaged for run in read_results(tmp_path / "results" / "s-1e").runs] == [False, True]
+
+
+@pytest.mark.slow
 def test_a_sweep_over_named_recipes_has_the_seeds_that_it_is_given(tmp_path):
     sweep = find_sweep([DIGITS, "cifar_resnet20.ce_digits"])
     assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[1, 2])

@@ -75,6 +75,14 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     return image
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an opened image as it is seen, without decoding it."""
+    width, height = image.size
+    # Only of formats whose EXIF lies before the pixels: of others it is a rare guest, and PIL would decode them for it.
+    turned = image.format in ("JPEG", "MPO") and _orientation(image) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)

@@ -24,6 +24,7 @@ BLOCK_BYTES, LONGEST_LINE, LONGEST_LABEL = 1 << 22, 8192, 9
 PLAIN = bytes([*range(0x20, 0x7F), *b"\t\n"])
 INTEGER, CONTROL = re.compile(r"-?[0-9]+"), re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 LARGEST_JSON = 2**30  # bytes; iNaturalist's have 120 MB
+TRIED = 100  # images of a list, to see whether a folder is the one that it is of
 
 
 class ListedReader(PathReader):
@@ -79,6 +80,22 @@ def open_list(list_file: str | None, data_dir: str | None, key: str, class_map: 
     _require_one_label(reader, targets, file)
     missing = look_for_images(reader, file, confined=True)
     return Split(reader, targets, class_names=read_class_names(class_map), missing=missing)
+
+
+def has_listed(list_file: str, data_dir: str) -> bool:
+    """Return whether a folder has any of `TRIED` evenly spaced images of a list; False too where there is no list.
+
+    Raises:
+        DataError: the folder is none, or a line of the list is malformed.
+    """
+    root = Path(data_dir)
+    file = find_list(list_file, root)
+    if file is None:
+        return False
+    names, _ = _read_list(file)
+    reader = ListedReader(root, names)
+    places = np.unique(np.linspace(0, max(len(names) - 1, 0), min(TRIED, len(names))).astype(int))
+    return any(os.path.exists(reader.path(place)) for place in places.tolist())
 
 
 def _read_list(file: Path) -> tuple[Names, np.ndarray]:
@@ -296,10 +313,15 @@ def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Pat
     root = Path(data_dir)
     if not os.path.isdir(root):
         raise DataError(f"data_dir {root} is not a folder")
-    for candidate in (Path(file), root / file):
-        if os.path.isfile(candidate):
-            return candidate, root
-    raise DataError(f"recipe key {key!r}: no file {file}, here or in {root}")
+    found = find_list(file, root)
+    if found is None:
+        raise DataError(f"recipe key {key!r}: no file {file}, here or in {root}")
+    return found, root
+
+
+def find_list(file: str, root: Path) -> Path | None:
+    """Return a list file, as it is or under a folder; None where it is in neither place."""
+    return next((candidate for candidate in (Path(file), root / file) if os.path.isfile(candidate)), None)
 
 
 def check_path(name: str, where: str) -> None:

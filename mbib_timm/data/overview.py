@@ -5,12 +5,18 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from mbib_timm.data.folders import in_words
-from mbib_timm.data.images import Split
+from mbib_timm.data.images import Split, upright_size
 from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.sources import OF_LEFT_OUT
 from mbib_timm.data.splits import Splits
 from mbib_timm.errors import few
 from mbib_timm.files import counted, printable
+from mbib_timm.recipe import FOR_PHOTOGRAPHS
+
+MEASURED = 32  # images of a split
+# Pixels of a side: of a model's input that is for small images, and of what may be a photograph, if it is so many times
+# as large as the input.
+SMALL_INPUT, SMALLEST_PHOTOGRAPH, MUCH_LARGER = 64, 128, 4
 
 
 def summary(splits: Splits) -> list[str]:
@@ -91,6 +97,46 @@ def unread_classes(split: Split, broken: Collection[str]) -> list[str]:
     gone = np.setdiff1d(split.targets[rare], split.targets[readable])
     names = named(split.class_names, int(split.targets.max()) + 1)
     return [names[label] for label in gone]
+
+
+def shrunk_note(size: tuple[int, int] | None, side: int | None, by: str = "") -> str | None:
+    """Return a line on images that lose most of what is in them on their way into a model; None for others.
+
+    Models for photographs shrink these too, but to a size at which their weights have learnt to tell things.
+
+    Args:
+        size: median width and height of the images; None where it is not known.
+        side: of the model's input, the shorter one; None where it is not known.
+        by: what shrinks them, where that has to be said.
+    """
+    if size is None or side is None or side > SMALL_INPUT or min(size) < max(SMALLEST_PHOTOGRAPH, MUCH_LARGER * side):
+        return None
+    width, height = size
+    return (
+        f"note: images of median size {width:,} x {height:,} are shrunk to {side} px{by}; recipes for photographs: "
+        f"{', '.join(FOR_PHOTOGRAPHS)}"
+    )
+
+
+def median_size(split: Split) -> tuple[int, int] | None:
+    """Return the median width and height of up to `MEASURED` evenly spaced images, of which the headers are read; None
+    where none can be."""
+    sizes = []
+    for place in np.unique(np.linspace(0, len(split) - 1, min(MEASURED, len(split))).astype(np.int64)).tolist():
+        try:
+            with split.reader.read(split.index_of(place)) as image:
+                sizes.append(upright_size(image))
+        except Exception:  # of a broken image, which is counted elsewhere
+            continue
+    return median_of(sizes)
+
+
+def median_of(sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the median of widths and that of heights; None of nothing."""
+    if not sizes:
+        return None
+    width, height = np.median(sizes, axis=0)
+    return int(width), int(height)
 
 
 def _shots(counts: np.ndarray) -> str:

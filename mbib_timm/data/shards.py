@@ -101,6 +101,19 @@ def open_shards(
     return partial(_open, root, found, class_file, workers)
 
 
+def has_shards(root: Path) -> bool:
+    """Return whether there are shards in a folder, or in folders in it."""
+    try:
+        folders = [root, *(entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))]
+        return _described(root) is not None or any(
+            entry.name.lower().endswith(SUFFIX) or COMPRESSED.fullmatch(entry.name.lower())
+            for folder in folders
+            for entry in folder.iterdir()
+        )
+    except OSError:
+        return False
+
+
 def _open(root: Path, found: Mapping[str, Shards], class_file: Path | None, workers: int, split: str) -> Split:
     """Open a split of its own name, of a synonym, or of a pattern of shards."""
     if _is_pattern(split):

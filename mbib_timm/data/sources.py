@@ -19,9 +19,9 @@ from mbib_timm.data.folders import ALL, SYNONYMS, OwnSplits, has_images, open_fo
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.image_tables import open_table
 from mbib_timm.data.images import ArrayReader, Split, TimmReader, unreadable
-from mbib_timm.data.lists import CONTROL, open_inaturalist, open_list
+from mbib_timm.data.lists import CONTROL, has_listed, open_inaturalist, open_list
 from mbib_timm.data.long_tail import count_classes, hold_out, left_out_indices, long_tailed_counts
-from mbib_timm.data.shards import open_shards
+from mbib_timm.data.shards import has_shards, open_shards
 from mbib_timm.errors import DataError, first_line
 from mbib_timm.files import printable
 from mbib_timm.recipe import DATA_PLACES, Recipe, train_command
@@ -214,16 +214,23 @@ def without(split: Split, bad: Mapping[int, str]) -> Split:
 
 
 def is_image_folder(recipe: Recipe) -> bool:
-    """Return whether `data_dir` is of images in files, which the recipe's source, with data of its own, would not read.
+    """Return whether `data_dir` is of images in files that the recipe's source would not read.
 
     It is one that holds images, or an archive, where the source is the digits or torchvision's and its data are not
-    there.
+    there; or a folder that holds images but no shards, or none of those that the recipe's lists name.
     """
-    own = {"digits": None, **TORCHVISION_FOLDERS}
-    if recipe.data_dir is None or recipe.dataset not in own:
+    if recipe.data_dir is None:
         return False
-    place, folder = Path(recipe.data_dir), own[recipe.dataset]
-    return not (folder is not None and (place / folder).exists()) and has_images(place)
+    place, own = Path(recipe.data_dir), {"digits": None, **TORCHVISION_FOLDERS}
+    if recipe.dataset in own:
+        folder = own[recipe.dataset]
+        return not (folder is not None and (place / folder).exists()) and has_images(place)
+    if recipe.dataset == "wds":
+        return place.is_dir() and not has_shards(place) and has_images(place)
+    if recipe.dataset == "list":
+        lists = filter(None, (recipe.train_list, recipe.val_list, recipe.test_list))
+        return place.is_dir() and not any(has_listed(each, recipe.data_dir) for each in lists) and has_images(place)
+    return False
 
 
 def open_split(recipe: Recipe, split: str) -> Split:

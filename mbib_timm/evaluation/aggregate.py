@@ -22,7 +22,7 @@ from mbib_timm.data.long_tail import exponential_profile, largest_class, long_ta
 from mbib_timm.environment import Environment, describe_environment, joined_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
-from mbib_timm.files import to_json
+from mbib_timm.files import has_fields, require_own, to_json
 from mbib_timm.models.head_outputs import head_logits, predicting_parts
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.redact import redact_environment
@@ -209,6 +209,9 @@ def aggregate(
     for name in distributions or ():
         if name not in DISTRIBUTIONS:
             raise unknown_name("test distribution", name, DISTRIBUTIONS)
+    if results_file is not None:
+        own = has_fields("target", "split", "test_sets", "environment")
+        require_own("--results", results_file, own, "holds no results of this command")
     found = find_target(target, recipe, overrides)
     with joined_world(found.recipe.device) as world:
         if world.world_size > 1:

@@ -21,12 +21,15 @@ from mbib_timm.data.long_tail import named
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import Answers
 from mbib_timm.evaluation.metrics import class_accuracy, class_f1, independent, wilson_interval
-from mbib_timm.files import from_cell, read_json, read_text, to_csv, to_json, write_bytes
+from mbib_timm.files import begins_with, from_cell, read_json, read_text, require_own, to_csv, to_json, write_bytes
 
 PREDICTIONS, CONFUSION, CLASSES, ERRORS = "predictions.csv", "confusion.csv", "classes.csv", "errors.json"
 # A matrix of more classes is a list of its cells that are not empty: iNaturalist's would have 66 million.
 LARGEST_MATRIX = 500
 CORNER = "class \\ predicted"
+PREDICTION_COLUMNS = ("image", "class", "predicted", "probability")
+CELL_COLUMNS = ("class", "predicted", "images")
+CLASS_COLUMNS = ("class", "training_images", "evaluated_images", "accuracy", "accuracy_low", "accuracy_high", "f1")
 SHOWN_ERRORS = 24
 THUMBNAIL = 128  # pixels of the longer side
 
@@ -114,10 +117,21 @@ def write_answers(
     return [folder / f"{prefix}{name}" for name in contents]
 
 
+def require_own_answers(flag: str, folder: Path, prefix: str) -> None:
+    """Raise MbibError where `write_answers` would replace a file that is none of its own; the flag asks for them."""
+    headers = {
+        PREDICTIONS: [to_csv([PREDICTION_COLUMNS])],
+        CONFUSION: [f"{CORNER},".encode(), to_csv([CELL_COLUMNS])],
+        CLASSES: [to_csv([CLASS_COLUMNS])],
+    }
+    for name, beginnings in headers.items():
+        require_own(flag, folder / f"{prefix}{name}", begins_with(*beginnings), "holds something else")
+
+
 def _predictions(
     answers: Answers, images: Split, names: Sequence[str], data_dir: str | None
 ) -> Iterable[Sequence[object]]:
-    yield "image", "class", "predicted", "probability"
+    yield PREDICTION_COLUMNS
     for place, target, guess, probability in zip(
         answers.index, answers.targets, answers.predicted, answers.probability, strict=True
     ):
@@ -133,7 +147,7 @@ def _confusion(answers: Answers, names: Sequence[str]) -> Iterable[Sequence[obje
         for name, row in zip(names, matrix.reshape(len(names), -1).tolist(), strict=True):
             yield name, *row
     else:
-        yield "class", "predicted", "images"
+        yield CELL_COLUMNS
         for cell, number in zip(cells.tolist(), images.tolist(), strict=True):
             yield names[cell // len(names)], names[cell % len(names)], number
 
@@ -149,7 +163,7 @@ def _classes(
     groups = None if images.groups is None else images.groups[answers.index]
     worth = independent(answers.targets, len(names), groups)
     accuracy, f1 = class_accuracy(total, right), class_f1(total, right, taken)
-    yield "class", "training_images", "evaluated_images", "accuracy", "accuracy_low", "accuracy_high", "f1"
+    yield CLASS_COLUMNS
     for label, name in enumerate(names):
         measured: Sequence[float] = ()
         if total[label]:

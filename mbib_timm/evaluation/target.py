@@ -12,6 +12,7 @@ from mbib_timm.data import DataPool, match_classes, missing_classes, open_data
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
+from mbib_timm.data.lists import find_list
 from mbib_timm.data.loaders import timm_eval_loader
 from mbib_timm.data.overview import warnings
 from mbib_timm.data.sources import NO_TEST, is_image_folder
@@ -24,6 +25,10 @@ from mbib_timm.models.weights import create_trained, find_source
 from mbib_timm.models.zoo import is_published
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 
+# Sources whose labels are numbers, with names only where a file has them; and keys of lists.
+OF_NUMBERS = ("list", "wds")
+LISTS = ("train_list", "val_list", "test_list")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -35,6 +40,7 @@ class Target:
         recipe: names the data.
         elsewhere: the data are others than those that the model's own recipe names.
         said: recipe keys that whoever asked for it has given.
+        note: on which of the images in another folder those are; empty where nothing has to be said.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Target:
     recipe: Recipe
     elsewhere: bool = False
     said: frozenset[str] = frozenset()
+    note: str = ""
 
     def class_counts(self) -> np.ndarray:
         """Return the training images of each class: from the checkpoint, or from the training data."""
@@ -105,9 +112,42 @@ def find_target(name: str, recipe: str | None = None, overrides: Mapping[str, An
     said = frozenset(overrides or ())
     if recipe is None and "data_dir" in said and not said & {"dataset", "table"}:
         _require_own_folder(name, own, asked)
-    if "data_dir" in said and not said & {"dataset", "dataset_download"} and is_image_folder(asked):
-        asked = load_recipe(file, {**(overrides or {}), "dataset": "folder"})
-    return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=said)
+    note = ""
+    if "data_dir" in said and not said & {"dataset", "dataset_download", *LISTS}:
+        asked = _with_lists_of(own, asked)
+        if is_image_folder(asked):
+            if asked.dataset in OF_NUMBERS and source.config.class_names is None:
+                raise _nameless(name, asked)
+            asked = load_recipe(file, {**(overrides or {}), "dataset": "folder"})
+        elif recipe is None and asked.dataset == "list" and _place(own) != _place(asked):
+            note = (
+                f"evaluating the images that the run's list names, under {asked.data_dir}; --dataset folder takes all "
+                "that are there, by class folders"
+            )
+    return Target(name, source, asked, elsewhere=_place(own) != _place(asked), said=said, note=note)
+
+
+def _with_lists_of(own: Recipe, asked: Recipe) -> Recipe:
+    """Return a recipe for another folder, whose lists are those of the recipe's own folder where it has none."""
+    if asked.dataset != "list" or asked.data_dir is None or own.data_dir is None:
+        return asked
+    folder, lists = Path(asked.data_dir), {key: name for key in LISTS if (name := getattr(asked, key)) is not None}
+    gone = {key: Path(own.data_dir, name) for key, name in lists.items() if find_list(name, folder) is None}
+    return asked.replace(**{key: str(file) for key, file in gone.items() if file.is_file()})
+
+
+def _nameless(name: str, asked: Recipe) -> MbibError:
+    """Return the error for a folder of images of which a model without class names cannot know the labels."""
+    key = "test_list" if len(asked.split_names) > 2 else "val_list"
+    flags = f"--{key.replace('_', '-')} FILE, with lines '<relative path> <label>'"
+    if asked.dataset == "list":
+        found = f"has none of the images that the lists name, and {name} has no class names"
+    else:
+        found, flags = f"has no shards, and {name} has no class names", f"--dataset list {flags}"
+    return MbibError(
+        f"--data-dir {asked.data_dir}: the folder {found} to match class folders by: add {flags}; or --dataset folder, "
+        "if the class folders in the order of their names are labels 0, 1, ..."
+    )
 
 
 def _require_own_folder(name: str, own: Recipe, asked: Recipe) -> None:
@@ -178,7 +218,7 @@ def _open_images(
     whole = split is None and target.elsewhere and not data.has_splits
     name = ALL if whole else split or target.split()
     (opened,) = data.splits([name])
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = (target.note,) if target.note else ()
     if whole:
         notes = (
             f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "

@@ -15,7 +15,7 @@ from mbib_timm.data.folders import in_words
 from mbib_timm.data.sources import UNREADABLE
 from mbib_timm.environment import Environment, World, describe_environment, joined_world
 from mbib_timm.errors import MbibError
-from mbib_timm.evaluation.answer_files import write_answers
+from mbib_timm.evaluation.answer_files import require_own_answers, write_answers
 from mbib_timm.evaluation.evaluate import AnswerLog, evaluate
 from mbib_timm.evaluation.priors import (
     ESTIMATE,
@@ -25,7 +25,7 @@ from mbib_timm.evaluation.priors import (
     wanted_shares,
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import check_place, printable, to_json, write_bytes
+from mbib_timm.files import check_place, has_fields, printable, require_own, to_json, write_bytes
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_text import UNMEASURED, start_text
@@ -130,7 +130,7 @@ def validate(
                     opened.class_counts,
                     opened.class_names,
                     found.recipe.data_dir,
-                    prefix=f"{results_file.stem}_",
+                    prefix=_prefix(results_file),
                 )
                 print("\n".join(map(str, [results_file, *files])))
         return results
@@ -177,3 +177,11 @@ def _check(results_file: Path) -> None:
     if results_file.suffix != ".json" or results_file.is_dir():
         raise MbibError(f"--results {results_file}: expected the name of a JSON file, such as results/metrics.json")
     check_place(results_file)
+    own = has_fields("target", "split", "heads", "environment")
+    require_own("--results", results_file, own, "holds no results of this command")
+    require_own_answers("--results", results_file.parent, _prefix(results_file))
+
+
+def _prefix(results_file: Path) -> str:
+    """Return what the names of the files beside the results begin with."""
+    return f"{results_file.stem}_"

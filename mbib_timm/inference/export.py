@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mbib_timm
 from mbib_timm.data.images import pil_mode
 from mbib_timm.errors import MbibError
-from mbib_timm.files import check_place
+from mbib_timm.files import check_place, contains, require_own
 from mbib_timm.licences import check_licence
 from mbib_timm.models.weights import LoadedModel, Source, find_source, load_model
 from mbib_timm.registry import Registry
@@ -30,6 +30,7 @@ Forward = Callable[[Tensor], Tensor]
 # Largest difference that is accepted, relative to the largest output. Formats reorder sums, in float32.
 TOLERANCE = 1e-4
 LOGITS, PROBABILITIES = "logits", "probabilities"
+PACKAGE = "mbib_timm"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def export(
     Args:
         target: a trained model by any name, see `find_source`.
         format: one of `FORMATS`.
-        output: file to write; named after the model when None. It is replaced only by an export that passed the check.
+        output: file to write; named after the model when None. One that is there is replaced if it is an export too,
+            and only by one that passed the check.
         softmax: give probabilities instead of logits.
         license: of the weights, as the Hub spells it; the one that the model states when None.
 
@@ -136,6 +138,8 @@ def export(
     check_place(file)
     if file.suffix.lower() != (ending := Path(f"{name}{kind.suffix}").suffix):
         raise MbibError(f"--output {file}: expected a name that ends in {ending}, for --format {format}")
+    # Of its `Description`, which no format compresses.
+    require_own("--output", file, contains(f'"{PACKAGE} '.encode()), "is not an export of this package")
     model = load_model(target)
     described = describe(model, softmax, license)
     module = for_inference(model.module)
@@ -197,7 +201,7 @@ def describe(model: LoadedModel, softmax: bool, license: str | None = None) -> D
         mean=tuple(given["mean"]),
         std=tuple(given["std"]),
         license=license or cfg.get("license"),
-        written_by=f"mbib_timm {mbib_timm.__version__}",
+        written_by=f"{PACKAGE} {mbib_timm.__version__}",
     )
 
 

@@ -37,6 +37,7 @@ from mbib_timm.inference.prediction_files import (
     TableWriter,
     Writer,
     check_replaced,
+    check_replaced_embeddings,
     read_continued,
     written,
 )
@@ -123,6 +124,8 @@ def predict(
         raise MbibError(f"--cam {cam} lies in {taken}, whose images are predicted; choose a folder outside it")
     if output is not None and not choice.resume:
         check_replaced(output, format)
+    if embeddings is not None:
+        check_replaced_embeddings(embeddings)
     for each in found:
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mbib_timm.errors import DataError, MbibError, few, first_line
-from mbib_timm.files import check_folder, check_place, counted, from_cell, parse_json, printable, to_cell
+from mbib_timm.files import check_folder, check_place, counted, from_cell, parse_json, printable, require_own, to_cell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,7 @@ FILE_FORMATS = ("csv", "jsonl", "parquet")
 FORMATS = ("table", *FILE_FORMATS)
 RESUMABLE = ("csv", "jsonl")
 EMBEDDINGS = (".npy", ".parquet")
+EMBEDDING_COLUMNS = ["image", "label", "embedding"]
 # Of a probability in text.
 DIGITS = 6
 # In the place of a class whose probability is below the threshold.
@@ -399,8 +400,8 @@ class EmbeddingsWriter:
             if self.parquet is None:
                 import pyarrow
 
-                kinds = [("image", pyarrow.string()), ("label", pyarrow.string())]
-                schema = pyarrow.schema([*kinds, ("embedding", pyarrow.list_(pyarrow.float32()))])
+                kinds = (pyarrow.string(), pyarrow.string(), pyarrow.list_(pyarrow.float32()))
+                schema = pyarrow.schema([*zip(EMBEDDING_COLUMNS, kinds, strict=True)])
                 self.parquet = ParquetFile(self.path, schema)
             self.parquet.write([[item.image for item in items], [item.label for item in items], given])
             return
@@ -500,25 +501,43 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
 
 def check_replaced(file: Path, format: str) -> None:
     """Raise MbibError for a file that holds something else than predictions of a format: it would be lost."""
-    if not file.exists() or not file.stat().st_size:
-        return
-    if not _holds_predictions(file, format):
-        raise MbibError(
-            f"--output {file}: the existing file holds no predictions of format {format}, and is not replaced; "
-            "choose another name, or remove it"
-        )
+    otherwise = f"holds no predictions of format {format}"
+    require_own("--output", file, lambda there: _holds_predictions(there, format), otherwise)
+
+
+def check_replaced_embeddings(file: Path) -> None:
+    """Raise MbibError for a file that holds something else than embeddings; an array has nothing more to be told by
+    than its type and its two dimensions."""
+    require_own("--embeddings", file, _holds_embeddings, "holds no embeddings of this command")
+
+
+def _holds_embeddings(file: Path) -> bool:
+    if file.suffix.lower() == ".parquet":
+        return _parquet_columns(file) == EMBEDDING_COLUMNS
+    import numpy as np
+
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return False
+    return isinstance(array, np.memmap) and array.ndim == 2 and array.dtype == np.float32
+
+
+def _parquet_columns(file: Path) -> list[str]:
+    """Return the names of a Parquet file's columns; none of what is no such file."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        names: list[str] = parquet.read_schema(file).names
+    except (ArrowException, OSError):
+        return []
+    return names
 
 
 def _holds_predictions(file: Path, format: str) -> bool:
     first_columns = RowColumns([""], 1, False).header()[:-1]
     if format == "parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            names: list[str] = parquet.read_schema(file).names
-        except (ArrowException, OSError):
-            return False
-        return names[: len(first_columns)] == first_columns
+        return _parquet_columns(file)[: len(first_columns)] == first_columns
     with file.open("rb") as opened:
         if format == "table":
             opened.readline()

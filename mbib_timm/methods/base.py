@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data import Batch, Passes, class_probabilities, parse_sampler
-from mbib_timm.errors import MbibError, shown
+from mbib_timm.errors import MbibError, few, shown
 from mbib_timm.methods.method_checks import misspelt, require_fitting
 from mbib_timm.models.adapters import plain_names
 from mbib_timm.models.parts import part_of
@@ -243,7 +243,9 @@ class Method(TrainingTask):
         """Prepare an epoch, counted from 0, once: write into buffers, in place.
 
         Where a run is resumed within an epoch, this is called again, with the same random numbers, but of the network
-        as it starts. The buffers that it writes, persistent or not, then take their values from the checkpoint.
+        as it starts. The buffers that it writes, persistent or not, then take their values from the checkpoint. No
+        checkpoint has other attributes: a number, a list or a tensor that it sets there is an error in a run with
+        `checkpoint_steps`, unless it is the epoch's number.
         """
 
     def synchronize(self) -> None:
@@ -407,6 +409,46 @@ def unkept_buffers(method: Method) -> dict[str, Tensor]:
     """Return a method's own buffers that its state does not hold, since they are not persistent, by name."""
     inside, kept = (f"{NETWORK}.", f"{NETWORK_EMA}."), method.state_dict().keys()
     return {k: v for k, v in method.named_buffers() if not k.startswith(inside) and k not in kept}
+
+
+# Attributes of every module; and values that a loss may be computed with.
+_OF_MODULES = vars(nn.Module()).keys()
+_VALUES = (bool, int, float, str, Tensor, np.ndarray, np.generic, list, tuple, dict, set)
+
+
+def attribute_marks(method: Method) -> dict[str, object]:
+    """Return what differs once an attribute that no checkpoint has holds another value, by name: of numbers, texts,
+    tensors, arrays, and lists and the like of these. What lies in objects of other kinds is not looked at."""
+    return {k: _mark(v) for k, v in vars(method).items() if k not in _OF_MODULES and isinstance(v, _VALUES)}
+
+
+def _mark(value: Any) -> object:
+    if isinstance(value, Tensor):  # nothing waits for the device
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return [(repr(key), _mark(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_mark(item) for item in value]
+    return repr(value) if isinstance(value, _VALUES) else id(value)
+
+
+def require_kept(method: Method, before: Mapping[str, object], epoch: int) -> None:
+    """Raise MbibError where the start of an epoch has left something that a checkpoint within it would not have.
+
+    Args:
+        method: after `start_epoch`.
+        before: its `attribute_marks` then.
+        epoch: which it was; an attribute that holds it is right wherever a run goes on.
+    """
+    allowed = _mark(epoch)
+    changed = [name for name, mark in attribute_marks(method).items() if mark not in (before.get(name), allowed)]
+    if changed:
+        raise MbibError(
+            f"method {method.name!r}: start_epoch sets {few(changed)}, which no checkpoint has, and with "
+            "checkpoint_steps a run may go on within an epoch: keep it in a buffer (register_buffer), written in place"
+        )
 
 
 def reported_numbers(method: Method) -> dict[str, float]:

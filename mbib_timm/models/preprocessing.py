@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import timm
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from torch import nn
@@ -82,6 +83,18 @@ def input_size(recipe: Recipe, network: nn.Module) -> tuple[int, int, int]:
     channels = recipe.model_kwargs.get("in_chans", channels)
     height, width = to_2tuple(recipe.img_size or recipe.model_kwargs.get("img_size") or sides)
     return channels, height, width
+
+
+def declared_side(recipe: Recipe) -> int | None:
+    """Return the shorter side of the images that a recipe feeds to its network, without building it; None where only
+    the network says it."""
+    if given := recipe.img_size or recipe.model_kwargs.get("img_size"):
+        return min(to_2tuple(given))
+    name = str(recipe.model_kwargs.get("backbone", recipe.model))
+    if not timm.is_model(name.partition(".")[0]):
+        return None
+    cfg = timm.get_pretrained_cfg(name)
+    return None if cfg is None else min(cfg.input_size[1:])
 
 
 def departures(recipe: Recipe, network: nn.Module) -> str | None:

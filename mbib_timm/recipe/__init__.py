@@ -35,6 +35,8 @@ from mbib_timm.recipe.keys import (
 from mbib_timm.recipe.recipe_files import (
     BASE,
     DEFAULT_RECIPE,
+    FOR_PHOTOGRAPHS,
+    FOR_SMALL_IMAGES,
     asks_for_epochs,
     change_recipe,
     data_of,
@@ -57,6 +59,8 @@ __all__ = [
     "DATA_KEYS",
     "DATA_PLACES",
     "DEFAULT_RECIPE",
+    "FOR_PHOTOGRAPHS",
+    "FOR_SMALL_IMAGES",
     "KEYS",
     "MODEL_KEYS",
     "OPENED_BY",

@@ -22,6 +22,14 @@ DEFAULT_RECIPE = "mbib_resnet20.digits"
 BASE = "base"
 RUN_RECIPE = "recipe.yaml"  # what a run leaves in its folder
 MOST_STAGES = 20
+# For images of one's own: of about 32 pixels; and photographs, the quickest first.
+FOR_SMALL_IMAGES = "finetune/mbib_resnet32"
+FOR_PHOTOGRAPHS = (
+    "frozen/mbib_efficientnet_lite0",
+    "finetune/mbib_efficientnet_lite0",
+    "finetune/mbib_resnet50",
+    "finetune/mbib_vit_base",
+)
 # What can be done where a run's plugin is no more where it was.
 MOVED = "; if it has moved, run the command from the folder that it is in now, or resume with --plugin FILE"
 
@@ -72,8 +80,8 @@ def find_recipe(name: str) -> Path:
 
 def train_command(images: str) -> str:
     """Return the command that trains on a folder of somebody's own images, and what to change in it for photographs."""
-    small, large = "finetune/mbib_resnet32", "frozen/mbib_efficientnet_lite0"
-    return f"mbib train {small} --data-dir {quote(images)} (which is for small images; for photographs take {large})"
+    start = f"mbib train {FOR_SMALL_IMAGES} --data-dir {quote(images)}"
+    return f"{start} (which is for small images; for photographs take {FOR_PHOTOGRAPHS[0]})"
 
 
 def recipe_name(path: Path, method: str | None = None) -> str:

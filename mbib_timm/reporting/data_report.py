@@ -14,11 +14,23 @@ from mbib_timm.data.class_values import label_names
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
+from mbib_timm.data.overview import SMALLEST_PHOTOGRAPH, median_of, shrunk_note
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import check_place, counted, make_folder, printable, to_csv, write_bytes
-from mbib_timm.recipe import Recipe, check_given, find_recipe, load_recipe
+from mbib_timm.files import (
+    begins_with,
+    check_place,
+    contains,
+    counted,
+    make_folder,
+    printable,
+    require_own,
+    to_csv,
+    write_bytes,
+)
+from mbib_timm.models.preprocessing import declared_side
+from mbib_timm.recipe import FOR_SMALL_IMAGES, Recipe, check_given, find_recipe, load_recipe
 from mbib_timm.recipe.recipe_files import change_recipe
 from mbib_timm.results.tables import NOTHING, Table
 
@@ -27,6 +39,7 @@ SHOWN_CLASSES, SHOWN_SETS, SHOWN_SIZES = 60, 5, 3
 NAMED_CLASSES = 60  # as many names as can be read below bars
 LONGEST_NAME = 36  # characters of a class in the table and the figure
 FIGURES = ("png", "pdf", "svg")
+FIGURE_TITLE = "mbib data: training images of each class"  # in the file: another of this name is not replaced
 # Of the table of --csv.
 IMAGE_COLUMNS = ("path", "label", "split", "group", "kind", "width", "height", "error", "exact_set", "near_set")
 # Sources whose images a table can name.
@@ -44,9 +57,9 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
         MbibError: nothing of the kind, or values that cannot be.
     """
     place = Path(target)
-    if place.is_dir() or is_archive(place):
+    if _is_images(place):
         return change_recipe(Recipe(dataset="folder", data_dir=target), overrides)
-    if place.suffix.lower() in (*DELIMITED, *PARQUET):
+    if _is_table(place):
         return change_recipe(Recipe(dataset="table", table=target), overrides)
     kinds = f"a folder or archive ({', '.join(SUFFIXES)}) of images, a table ({', '.join((*DELIMITED, *PARQUET))})"
     if place.exists() and place.suffix.lower() not in (".yaml", ".yml"):
@@ -57,6 +70,25 @@ def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
     except MbibError as error:
         raise MbibError(f"there is no {target}: expected {kinds}, or a recipe; {error}") from None
     return load_recipe(file, overrides)
+
+
+def _is_images(place: Path) -> bool:
+    return place.is_dir() or is_archive(place)
+
+
+def _is_table(place: Path) -> bool:
+    return place.suffix.lower() in (*DELIMITED, *PARQUET)
+
+
+def _shrunk_note(target: str, recipe: Recipe, found: Inspection) -> str | None:
+    """Return a line on images that are much larger than a model's input: that of the recipe given, or else of the one
+    that most begin with."""
+    size, by = median_of([picture.look.size for picture in found.pictures if not picture.look.error]), ""
+    if size is None or min(size) < SMALLEST_PHOTOGRAPH:
+        return None
+    if _is_images(Path(target)) or _is_table(Path(target)):
+        recipe, by = load_recipe(find_recipe(FOR_SMALL_IMAGES)), f" by the recipe {FOR_SMALL_IMAGES}"
+    return shrunk_note(size, declared_side(recipe), by)
 
 
 def data_report(
@@ -96,26 +128,28 @@ def data_report(
             check_place(file)
     source = Source(recipe)
     splits = open_data(recipe, source)
-    if csv_file is not None and csv_file.exists():
-        _require_own(csv_file)
+    if csv_file is not None:
+        require_own("--csv", csv_file, begins_with(to_csv([IMAGE_COLUMNS])), "is not a table of this command")
+    if figure is not None:
+        require_own("--figure", figure, contains(FIGURE_TITLE.encode()), "is not a figure of this command")
     split_content = b"" if split_file is None else split_rows(recipe, source)
-    if split_file is not None and split_file.exists() and split_file.read_bytes() not in (b"", split_content):
-        raise MbibError(
-            f"--write-split {split_file}: the existing file has other content, maybe edited by hand, and is not "
-            "replaced; choose another name, or remove it"
-        )
+    if split_file is not None:
+        otherwise = "has other content, maybe edited by hand"
+        require_own("--write-split", split_file, lambda file: file.read_bytes() == split_content, otherwise)
     names = label_names(splits.class_names, splits.num_classes)
     parts = list(zip(recipe.split_names, splits.opened(), strict=True))
     print("\n".join(summary(splits)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
     print("\n".join(lines(found, source.has_splits, recipe.val_split == LEFT_OUT)))
+    if note := _shrunk_note(target, recipe, found):
+        print(note)
     if csv_file is not None:
         _write(csv_file, image_rows(found))
         print(printable(str(csv_file)))
     if figure is not None:
         form = figure.suffix[1:].lower()
-        _write(figure, render(lambda: class_histogram(splits, names), (form,))[form])
+        _write(figure, render(lambda: class_histogram(splits, names), (form,), title=FIGURE_TITLE)[form])
         print(printable(str(figure)))
     if split_file is not None:
         _write(split_file, split_content)
@@ -123,17 +157,6 @@ def data_report(
         groups = "" if recipe.group_by is None else " --group-by column"
         print(printable(f"{split_file}: train on this split with --dataset table {places}{groups}"))
     return found
-
-
-def _require_own(csv_file: Path) -> None:
-    """Raise MbibError for a file that is no table of `image_rows`: it would be lost."""
-    header = to_csv([IMAGE_COLUMNS])
-    with csv_file.open("rb") as opened:
-        if opened.read(len(header)) not in (b"", header):
-            raise MbibError(
-                f"--csv {csv_file}: the existing file is not a table of this command, and is not replaced; choose "
-                "another name, or remove it"
-            )
 
 
 def _write(file: Path, content: bytes) -> None:

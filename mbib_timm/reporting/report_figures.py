@@ -1,9 +1,8 @@
 """Figures of several runs side by side: accuracy by shot group, accuracy over the epochs; and the confusion matrix."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,10 +21,11 @@ from mbib_timm.drawing import (
 from mbib_timm.evaluation.answer_files import ConfusionMatrix
 from mbib_timm.methods import method_title
 from mbib_timm.results.columns import COLUMNS
-from mbib_timm.results.run_figures import shortened
+from mbib_timm.results.record import is_averaged
+from mbib_timm.results.run_figures import AVERAGE, RAW, THIN, mean_points, shortened
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.sweeps.show_sweep import PAPER
-from mbib_timm.sweeps.sweep_results import SweepResults
+from mbib_timm.sweeps.sweep_results import SweepResults, SweepRun
 
 CURVES = 12  # as many lines as can be told apart
 SHORT = 24  # letters of a title, three of which stand side by side
@@ -73,51 +73,79 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
     return figure
 
 
+class _Curve(NamedTuple):
+    """Accuracy over the epochs of runs that differ in the seed alone.
+
+    Attributes:
+        title: in the legend.
+        runs: epoch and accuracy in percent of each, by epoch.
+        color: of the lines.
+        style: of the lines.
+        averaged: the accuracies are of the weights' moving average; None where nothing says so.
+    """
+
+    title: str
+    runs: list[list[tuple[float, float]]]
+    color: str
+    style: str
+    averaged: bool | None
+
+
 def comparison_curves(groups: Sequence[RunGroup]) -> Any:
-    """Draw the accuracy after each evaluated epoch, of the first run of each group."""
-    curves = {}
-    for group in groups:
-        rows = [(row.epoch, row.val["top1"] or 0.0) for row in group.first.history if row.val is not None]
-        if rows:
-            curves[group.title] = rows
-    looks = {
-        group.title: (color, LINE_STYLES[sibling % len(LINE_STYLES)])
-        for group, (color, sibling) in zip(groups, group_colors(groups), strict=True)
-    }
-    return _curves(curves, looks)
+    """Draw the accuracy after each evaluated epoch, of every run of each group, and of several the mean."""
+    curves = []
+    for group, (color, sibling) in zip(groups, group_colors(groups), strict=True):
+        histories = [run.history for run in group.runs]
+        runs = [
+            [(float(row.epoch), row.val["top1"] or 0.0) for row in history if row.val is not None]
+            for history in histories
+        ]
+        if kept := [run for run in runs if run]:
+            style = LINE_STYLES[sibling % len(LINE_STYLES)]
+            curves.append(_Curve(group.title, kept, color, style, any(map(is_averaged, histories))))
+    return _curves(curves)
 
 
 def sweep_curves(results: SweepResults) -> Any:
-    """Draw the accuracy after each evaluated epoch of every configuration of a sweep, the mean over its seeds."""
-    collected: dict[str, dict[int, list[float]]] = {}
+    """Draw the accuracy after each evaluated epoch, of every run of each configuration, and of several the mean."""
+    collected: dict[str, list[SweepRun]] = {}
     for run in results.runs:
-        title = ", ".join(method_title(value) for value in run.coordinates.values())
-        points = collected.setdefault(title, {})
-        for epoch, value in zip(run.curve.epoch, run.curve.val_top1, strict=True):
-            if value is not None:
-                points.setdefault(epoch, []).append(value)
-    curves = {
-        title: [(epoch, statistics.mean(values)) for epoch, values in sorted(points.items())]
-        for title, points in collected.items()
-    }
-    free = [color for color in CYCLE if color not in {METHOD_COLORS.get(title) for title in curves}] or list(CYCLE)
-    looks = {
-        title: (METHOD_COLORS.get(title, free[i % len(free)]), LINE_STYLES[i // len(free) % len(LINE_STYLES)])
-        for i, title in enumerate(curves)
-    }
-    return _curves(curves, looks)
+        collected.setdefault(", ".join(method_title(value) for value in run.coordinates.values()), []).append(run)
+    free = [color for color in CYCLE if color not in {METHOD_COLORS.get(title) for title in collected}] or list(CYCLE)
+    curves = []
+    for i, (title, members) in enumerate(collected.items()):
+        points = [zip(run.curve.epoch, run.curve.val_top1, strict=True) for run in members]
+        runs = [[(float(epoch), value) for epoch, value in each if value is not None] for each in points]
+        color, style = METHOD_COLORS.get(title, free[i % len(free)]), LINE_STYLES[i // len(free) % len(LINE_STYLES)]
+        if kept := [run for run in runs if run]:
+            said = {run.averaged for run in members}
+            curves.append(_Curve(title, kept, color, style, said.pop() if len(said) == 1 else None))
+    return _curves(curves)
 
 
-def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], looks: Mapping[str, tuple[str, str]]) -> Any:
-    columns = 2 if len(curves) >= 6 and max(map(len, curves)) < WIDE / 2 else 1
-    labels = {title: fill(title, WIDE) for title in curves}
-    figure, axes = canvas(6.5, 3.6 + 0.2 * (len(curves) + sum(label.count("\n") for label in labels.values())))
-    for title, points in curves.items():
-        color, style = looks[title]
-        axes.plot(
-            *zip(*points, strict=True), color=color, linestyle=style,
-            marker="o" if len(points) < 30 else None, markersize=3.5, label=labels[title],
-        )  # fmt: skip
+def _curves(curves: Sequence[_Curve]) -> Any:
+    """Draw curves: of several runs each as a thin line, and their mean, after the epochs that all have, as a thick one.
+
+    Which weights are evaluated is said where any are a moving average.
+    """
+    labels = []
+    for curve in curves:
+        seeds = f" (n = {len(curve.runs)})" if len(curve.runs) > 1 else ""
+        weights = {True: f", {AVERAGE}", False: f", {RAW}", None: ""}[curve.averaged]
+        labels.append(f"{curve.title}{seeds}{weights if any(each.averaged for each in curves) else ''}")
+    columns = 2 if len(labels) >= 6 and max(map(len, labels)) < WIDE / 2 else 1
+    labels = [fill(label, WIDE) for label in labels]
+    figure, axes = canvas(6.5, 3.6 + 0.2 * (len(curves) + sum(label.count("\n") for label in labels)))
+    for curve, label in zip(curves, labels, strict=True):
+        look = {"color": curve.color, "linestyle": curve.style}
+        shown = curve.runs[0]
+        if len(curve.runs) > 1:
+            for run in curve.runs:
+                axes.plot(*zip(*run, strict=True), **look, **THIN)
+            shown = mean_points(curve.runs)
+        if shown:
+            marker = "o" if len(shown) < 30 else None
+            axes.plot(*zip(*shown, strict=True), **look, marker=marker, markersize=3.5, label=label)
     axes.set(xlabel="epochs done", ylabel="top-1 accuracy, %", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.legend(loc="outside lower center", ncols=columns)

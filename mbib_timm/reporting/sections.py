@@ -28,7 +28,7 @@ from mbib_timm.reporting.report_figures import (
     sweep_curves,
 )
 from mbib_timm.results.columns import COLUMNS, INTERVALS
-from mbib_timm.results.record import HeadMetrics
+from mbib_timm.results.record import HeadMetrics, is_averaged
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import (
@@ -58,6 +58,7 @@ from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, swee
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline, listed
 
 CONFUSED = 15  # pairs of classes in a table
+SEEDS = ", thin for each seed where there are several, and thick for their mean"  # of a line
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def run_section(group: RunGroup) -> Section:
         section.table(_beside_the_paper(group))
         section.paragraphs(differences(group))
     section.paragraphs(run.notes)
-    illustrations, analysis = run_figures(run.history, run.record), read_analysis(run.folder)
+    others = [member.history for member in group.runs[1:]]
+    illustrations, analysis = run_figures(run.history, run.record, others), read_analysis(run.folder)
     if analysis is not None:
         of_analysis = analysis_figures(analysis)
         found, reported = ({head: each.accuracies() for head, each in of.heads.items()} for of in (analysis, run))
@@ -397,13 +399,15 @@ def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
             partial(comparison_bars, groups),
         )
     )
-    if any(row.val is not None for group in groups for row in group.first.history):
+    histories = [run.history for group in groups for run in group.runs]
+    if any(row.val is not None for history in histories for row in history):
+        seeds = SEEDS * _has_several_seeds(groups)
+        said = "; the legend says which weights a line is of" * any(map(is_averaged, histories))
         section.figure(
             Illustration(
                 f"curves{suffix}",
                 "Accuracy over the epochs",
-                f"Each line is {'the first run of a colour' if _has_several_seeds(groups) else 'a run'}; where lines "
-                "cross, the ranking depends on when training stops.",
+                f"Each line is a run{seeds}; where lines cross, the ranking depends on when training stops{said}.",
                 partial(comparison_curves, groups),
             )
         )
@@ -456,12 +460,12 @@ def sweep_section(results: SweepResults) -> Section:
     section.paragraphs(f"Failed: {label}: {reason}" for label, reason in results.failed.items())
     configurations = {run.configuration for run in results.runs}
     if len(configurations) <= CURVES:
+        seeds = SEEDS * (len(results.runs) > len(configurations))
         section.figure(
             Illustration(
                 "curves",
                 "Accuracy over the epochs",
-                "Each line is a configuration, the mean over its seeds after each evaluated epoch; "
-                f"{_last_point(results)}.",
+                f"Each line is a configuration after each evaluated epoch{seeds}; {_last_point(results)}.",
                 partial(sweep_curves, results),
             )
         )

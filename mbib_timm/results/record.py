@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -260,6 +260,11 @@ class Epoch:
             **{f"raw_{name}": value for name, value in (self.raw or {}).items()},
             "seconds": self.seconds,
         }
+
+
+def is_averaged(history: Iterable[Epoch]) -> bool:
+    """Return whether the accuracies after epochs, and so the result, are of the weights' moving average."""
+    return any(row.raw is not None for row in history)
 
 
 def epoch_metrics(metrics: HeadMetrics) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """The figures of a run: training curves, accuracy by class, accuracy by shot group."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,12 +29,15 @@ from mbib_timm.errors import first_line
 from mbib_timm.files import counted, write_bytes
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS
-from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord
+from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, is_averaged
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
 SAME = 0.05  # points that no figure shows
 BARS = 150  # as many bars as can be told apart
+# Of single runs behind their mean; and which weights a curve is of.
+THIN: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45}
+AVERAGE, RAW = "moving average of the weights", "raw weights"
 
 
 def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> None:
@@ -53,20 +57,26 @@ def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> N
             print(f"no figure {illustration.name}.png: {first_line(error)}")
 
 
-def run_figures(history: Sequence[Epoch], record: RunRecord) -> list[Illustration]:
+def run_figures(
+    history: Sequence[Epoch], record: RunRecord, others: Sequence[Sequence[Epoch]] = ()
+) -> list[Illustration]:
     """Return the figures of a run; the curves where there is a history.
 
     Args:
         history: its epochs.
         record: of the run.
+        others: the epochs of runs that differ in the seed alone, which the curves show too.
     """
     heads, counts = record.result.heads, np.array(record.class_counts)
+    others = [each for each in others if each]
+    seeds = f" Thin lines are the {1 + len(others)} seeds, and thick ones their mean." if others else ""
+    weights = f" Accuracies are of the {AVERAGE}, but for the line of the raw weights." * is_averaged(history)
     curves = Illustration(
         "training_curves",
         "Training",
         "Left: training loss and learning rate. Right: the accuracy of each shot group on the evaluated split; that of "
-        "the last epoch is reported.",
-        lambda: training_curves(history),
+        f"the last epoch is reported.{weights}{seeds}",
+        lambda: training_curves(history, *others),
     )
     return [
         *([curves] if history else []),
@@ -96,24 +106,30 @@ def _second_axis(axes: Any, label: str, color: str) -> Any:
     return second
 
 
-def training_curves(history: Sequence[Epoch]) -> Any:
-    """Draw loss, learning rate and accuracy over the epochs.
+def training_curves(history: Sequence[Epoch], *others: Sequence[Epoch]) -> Any:
+    """Draw loss, learning rate and accuracy over the epochs; of several runs each, and their mean.
+
+    Where the weights have a moving average, the accuracies are its, and one line is the raw weights' overall accuracy.
 
     Args:
         history: the run's epochs, at least one.
+        others: those of runs that differ in the seed alone, whose learning rates are the same.
     """
+    histories = [history, *others]
     epochs = [row.epoch for row in history]
-    losses = [row.losses["loss"] for row in history]
     rates = [row.lr for row in history]
-    evaluated = [(row.epoch, row.val) for row in history if row.val is not None]
+    evaluated = [[(row.epoch, row.val) for row in each if row.val is not None] for each in histories]
+    raw = [[(row.epoch, row.raw) for row in each if row.raw is not None] for each in histories]
     figure, (left, right) = canvas(9.5, 3.5, columns=2)
     for axes in (left, right):
         # Half an epoch of room at each end, so that a single epoch has a width too.
         axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
-    left.plot(epochs, losses, color=foreground(), marker="o" if len(epochs) == 1 else None)
-    left.set(ylabel="training loss", ylim=(0, 1.05 * max(losses) or 1), title="Training loss and learning rate")
+    losses = [[(float(row.epoch), row.losses["loss"]) for row in each] for each in histories]
+    _plot_runs(left, losses, color=foreground())
+    highest = max(value for run in losses for _, value in run)
+    left.set(ylabel="training loss", ylim=(0, 1.05 * highest or 1), title="Training loss and learning rate")
     rate = _second_axis(left, "learning rate (dashed)", ORANGE)
     # An epoch's rate holds from half an epoch before its number to half an epoch after it.
     rate.stairs(rates, [epochs[0] - 0.5, *(e + 0.5 for e in epochs)], baseline=None, color=ORANGE, linestyle="--")
@@ -123,23 +139,43 @@ def training_curves(history: Sequence[Epoch]) -> Any:
     else:
         rate.set_ylim(0, 1.05 * max(rates) or 1)
 
-    right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title="Accuracy by shot group")
+    of_average = f"\n({AVERAGE})" if any(raw) else ""
+    right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title=f"Accuracy by shot group{of_average}")
     # Where all classes have equally many images, macro is overall.
-    pairs = [(values["top1"], values.get("macro")) for _, values in evaluated]
+    pairs = [(values["top1"], values.get("macro")) for run in evaluated for _, values in run]
     differs = any(abs(top1 - macro) > SAME for top1, macro in pairs if top1 is not None and macro is not None)
     labels = {name: name for name in GROUP_COLORS} | {"top1": "overall"} | ({"macro": "macro"} if differs else {})
     for name, label in labels.items():
-        points = [(epoch, values[name]) for epoch, values in evaluated if values.get(name) is not None]
-        if points:
-            right.plot(
-                *zip(*points, strict=True), color=GROUP_COLORS.get(name, foreground()), label=label, clip_on=False,
-                marker="o" if len(points) == 1 else None, linestyle=":" if name == "macro" else "-",
-            )  # fmt: skip
-    if evaluated:
+        style = {"color": GROUP_COLORS.get(name, foreground()), "linestyle": ":" if name == "macro" else "-"}
+        _plot_runs(right, [_points(run, name) for run in evaluated], label=label, clip_on=False, **style)
+    _plot_runs(right, [_points(run, "top1") for run in raw], label=f"overall,\n{RAW}", color=GREY, linestyle="-.")
+    if any(evaluated):
         right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
         right.text(0.5, 0.5, "not evaluated", ha="center", color=GREY, transform=right.transAxes)
     return figure
+
+
+def _points(rows: Sequence[tuple[int, Mapping[str, float | None]]], name: str) -> list[tuple[float, float]]:
+    return [(float(epoch), value) for epoch, values in rows if (value := values.get(name)) is not None]
+
+
+def _plot_runs(axes: Any, runs: Sequence[Sequence[tuple[float, float]]], label: str | None = None, **look: Any) -> None:
+    """Draw a line for a run; for several a thin one for each, and their mean. Runs without points are left out."""
+    runs = [run for run in runs if run]
+    if len(runs) > 1:
+        for run in runs:
+            axes.plot(*zip(*run, strict=True), **look, **THIN)
+        runs = [mean_points(runs)]
+    for points in filter(None, runs):
+        axes.plot(*zip(*points, strict=True), **look, label=label, marker="o" if len(points) == 1 else None)
+
+
+def mean_points(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Return the mean of several runs at each place along x that all of them have."""
+    values = [dict(run) for run in runs]
+    shared = sorted(set(values[0]).intersection(*values[1:]))
+    return [(place, statistics.mean(each[place] for each in values)) for place in shared]
 
 
 def class_accuracy(

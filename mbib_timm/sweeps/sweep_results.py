@@ -61,6 +61,7 @@ class SweepRun:
         computation: digest of all that decides what was computed, but for the inputs; empty if it was not recorded.
         stage_epochs: epochs of each stage; empty if they were not recorded.
         chosen_on: the images on which the method chose by itself; None where it did not, or was not recorded.
+        averaged: the curve's accuracies are of the weights' moving average; None where that was not recorded.
     """
 
     label: str
@@ -84,6 +85,7 @@ class SweepRun:
     computation: str = ""
     stage_epochs: list[int] = field(default_factory=list)
     chosen_on: str | None = None
+    averaged: bool | None = None
 
 
 @dataclass(frozen=True)

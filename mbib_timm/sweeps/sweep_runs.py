@@ -18,7 +18,7 @@ from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, few, f
 from mbib_timm.files import check_folder, printable_lines
 from mbib_timm.models.zoo import data_set_of
 from mbib_timm.recipe.plugins import load_plugin
-from mbib_timm.results.record import RECORD, read_history, read_record
+from mbib_timm.results.record import RECORD, is_averaged, read_history, read_record
 from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
@@ -261,4 +261,5 @@ def _sweep_run(planned: PlannedRun) -> SweepRun:
         computation=planned.computation,
         stage_epochs=[stage.epochs for stage in planned.recipe.chain()],
         chosen_on=record.chosen_on,
+        averaged=is_averaged(history),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from mbib_timm.data import DataPool, Loaders, Passes, Splits, create_loaders, left_out, unread_classes
 from mbib_timm.data.batch import Loader
 from mbib_timm.data.features import FeatureStore
+from mbib_timm.data.overview import SMALL_INPUT, median_size, shrunk_note
 from mbib_timm.environment import (
     World,
     describe_environment,
@@ -29,7 +30,13 @@ from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.trained_images import evaluated_line
 from mbib_timm.files import counted, from_plain
 from mbib_timm.methods import Method
-from mbib_timm.methods.base import reported_numbers, require_average, unkept_buffers
+from mbib_timm.methods.base import (
+    attribute_marks,
+    reported_numbers,
+    require_average,
+    require_kept,
+    unkept_buffers,
+)
 from mbib_timm.methods.class_means import CLASS_MEANS, start_from_class_means
 from mbib_timm.models.adapters import merged_weights
 from mbib_timm.models.head_outputs import prediction_heads
@@ -141,7 +148,8 @@ class Run:
                 print(line, flush=True)
         self.setup = setup = set_up(recipe, self.splits, world, previous, pool)
         if world.is_main:
-            for line in (*setup.notes, *pool.first_time(setup.advice)):
+            shrunk = self._shrunk_note(setup.input_size)
+            for line in (*setup.notes, *pool.first_time(shrunk), *pool.first_time(setup.advice)):
                 print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
         self.frozen, self.optimizer, self.schedule = setup.frozen, setup.optimizer, setup.schedule
@@ -292,10 +300,16 @@ class Run:
         seed_generators(self.recipe.seed, epoch, self.world.rank, self.recipe.stage)
 
     def _start_epoch(self, epoch: int) -> None:
-        """Let the method prepare an epoch, and note which of its buffers it writes that are not persistent."""
+        """Let the method prepare an epoch, and note which of its buffers it writes that are not persistent.
+
+        What else it sets is refused where a checkpoint may lie within an epoch, which would not have it.
+        """
         self._seed(epoch)
+        marks = None if self.recipe.checkpoint_steps is None else attribute_marks(self.method)
         before = {name: (id(value), value._version) for name, value in unkept_buffers(self.method).items()}
         self.method.start_epoch(epoch)
+        if marks is not None:
+            require_kept(self.method, marks, epoch)
         after = unkept_buffers(self.method).items()
         self.written = [name for name, value in after if before.get(name) != (id(value), value._version)]
 
@@ -337,6 +351,10 @@ class Run:
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
         return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool, self.store)
+
+    def _shrunk_note(self, input_size: tuple[int, int, int]) -> str | None:
+        side = min(input_size[1:])
+        return None if side > SMALL_INPUT else shrunk_note(median_size(self.splits.train), side)
 
     def _last_epoch_is_result(self) -> bool:
         """Whether the result is what the last epoch's evaluation finds: on its split, of weights that stay."""
