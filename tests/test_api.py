@@ -274,6 +274,14 @@ def test_evaluate_a_network_on_batches():
         evaluate(network, [], COUNTS, split="train", prior="train", lr=1)
 
 
+def test_evaluate_leaves_frozen_layers_frozen():
+    model, data = mbib().train(), [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))]
+    model.backbone.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, data, COUNTS)
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize("number", [5, 7])
 def test_class_counts_of_other_classes_are_an_error(number):
     model = timm.create_model("cifar_resnet20", num_classes=6)
