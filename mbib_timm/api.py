@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.utils import unwrap_model
+from timm.utils import ModelEmaV2, ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
@@ -41,6 +41,8 @@ __all__ = ["ClassProbability", "ImagePrediction", "Loss", "create_loss", "evalua
            "train"]  # fmt: skip
 
 PathLike = str | Path
+# Around a network, of which they give what it gives. Others, of a caller's own, may change the images.
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, ModelEmaV2, ModelEmaV3)
 
 
 def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRun:
@@ -257,7 +259,8 @@ def evaluate(
     Args:
         model: name or folder of a trained model; or a network that returns logits (B, K) in evaluation mode. The
             network is put into that mode for the measurement, and stays on its device.
-        data: for a network, batches of images (B, C, H, W) and labels (B,).
+        data: for a network, batches of images (B, C, H, W) and labels (B,). In a process group every process calls
+            this with images of its own, and each gets the metrics of all.
         class_counts: for a network, the training images of each class, (K,), which decide the shot groups.
         recipe: recipe that names the data, for a trained model that does not name them itself.
         split: split of a trained model's data; the one that its run reports when None.
@@ -281,11 +284,14 @@ def evaluate(
     given = {"recipe": recipe, "split": split, "prior": prior}
     if named := [*(name for name, value in given.items() if value is not None), *keys]:
         raise MbibError(f"{', '.join(named)}: only for a trained model that is given by name")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    network: nn.Module = model
+    while isinstance(network, _WRAPPERS):
+        network = network.module
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     counts = _whole_counts(class_counts)
-    classes = int(getattr(model, "num_classes", len(counts)))
+    classes = int(getattr(network, "num_classes", len(counts)))
     batches = (_checked_batch(batch, classes, device) for batch in data)
-    return evaluate_batches(model, batches, counts, device=device)
+    return evaluate_batches(network, batches, counts, device=device)
 
 
 def _whole_counts(class_counts: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -378,7 +384,7 @@ def create_loss(
         able = [other for other in METHODS if _is_loss(METHODS[other])]
         raise MbibError(f"method {name!r} trains by more than a loss of logits: use train(); losses: {', '.join(able)}")
     counts = _whole_counts(class_counts)
-    classes = getattr(model, "num_classes", 0)
+    classes = getattr(unwrap_model(model), "num_classes", 0)
     if classes and classes != len(counts):
         raise MbibError(f"the model has {classes} classes, and there are class counts of {len(counts)}")
     network = nn.Module() if model is None else _Heads(model)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_data import class_folders, save_image
+from timm.utils import ModelEmaV3
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -280,6 +281,30 @@ def test_evaluate_leaves_frozen_layers_frozen():
     modes = [module.training for module in model.modules()]
     evaluate(model, data, COUNTS)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_wrapped_network_is_the_one_in_it(tmp_path):
+    model, data = mbib(), [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert evaluate(wrapped, data, COUNTS) == evaluate(model, data, COUNTS)
+        with pytest.raises(MbibError, match="the model has 3 classes, and there are class counts of 2"):
+            create_loss("mbib", COUNTS[:2], wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert evaluate(ModelEmaV3(model), data, COUNTS) == evaluate(model, data, COUNTS)
+
+    class Normalized(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, images):
+            return self.module(10 * images)
+
+    alone = evaluate(Normalized(model), data, COUNTS)["prediction"]  # of a wrapper of the caller's nothing is known
+    assert alone.nll != evaluate(model, data, COUNTS)["prediction"].nll
 
 
 @pytest.mark.parametrize("number", [5, 7])
