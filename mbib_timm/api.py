@@ -315,9 +315,21 @@ def _checked_batch(given: Any, num_classes: int, device: torch.device) -> Batch:
         raise MbibError(f"{expected}, which are whole numbers, got labels of {labels.dtype}")
     labels = labels.long()
     # Waits for the device where labels are there already; out of range they would end it.
-    if len(wrong := labels[(labels < 0) | (labels >= num_classes)]):
-        raise MbibError(f"data: labels of {num_classes} classes lie in 0..{num_classes - 1}, got {int(wrong[0])}")
+    _check_labels(labels, num_classes, "data")
     return Batch((images.to(device),), labels.to(device), torch.arange(len(labels), device=device))
+
+
+def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
+    """Raise MbibError for labels out of range; `what` is for the message."""
+    if len(wrong := labels[(labels < 0) | (labels >= num_classes)]):
+        raise MbibError(f"{what}: labels of {num_classes} classes lie in 0..{num_classes - 1}, got {int(wrong[0])}")
+
+
+def _shape_of(given: Any) -> str:
+    """Return what a value is that should be another tensor."""
+    if isinstance(given, Tensor):
+        return f"a tensor of {given.dtype} and shape {tuple(given.shape)}"
+    return f"a {type(given).__name__}"
 
 
 class Loss(nn.Module):
@@ -336,12 +348,12 @@ class Loss(nn.Module):
 
         Args:
             outputs: logits (B, K), or the logits of every head, as the model returns them in training.
-            targets: labels (B,), int64; or soft targets (B, K), whose rows sum to 1.
+            targets: labels (B,), whole numbers; or soft targets (B, K), whose rows sum to 1.
 
         Raises:
-            MbibError: the number of heads is not the one that the loss is for.
+            MbibError: the number of heads or classes is not the one that the loss is for, or targets that are none.
         """
-        heads = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        heads = self._heads(outputs)
         names = self.method.head_names
         if len(heads) != len(names):
             if len(heads) == 1:
@@ -351,9 +363,35 @@ class Loss(nn.Module):
             raise MbibError(
                 f"this loss takes logits of {', '.join(names)} ({len(names)}), and got {len(heads)}; {hint}"
             )
+        targets = self._targets(targets, len(heads[0]))
         if any(buffer.device != targets.device for buffer in self.method.buffers()):
             self.method.to(targets.device)
         return self.method.loss(dict(zip(names, heads, strict=True)), targets)
+
+    def _heads(self, outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the logits of each head. Raises MbibError for what are none of the loss's classes."""
+        heads = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+        classes = len(self.method.facts.class_counts)
+        for head in heads:
+            if not isinstance(head, Tensor) or head.ndim != 2 or head.shape[1] != classes:
+                raise MbibError(f"this loss: expected logits (B, {classes}), got {_shape_of(head)}")
+        return heads
+
+    def _targets(self, targets: Tensor, images: int) -> Tensor:
+        """Return targets as losses take them. Raises MbibError for others, which torch would stretch to the logits."""
+        classes = len(self.method.facts.class_counts)
+        if isinstance(targets, Tensor) and targets.dtype != torch.bool and not targets.is_complex():
+            if targets.is_floating_point() and targets.shape == (images, classes):
+                return targets
+            if not targets.is_floating_point() and targets.shape == (images,):
+                # Elsewhere than on the CPU, and in compiled code, one would wait for the labels.
+                if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+                    _check_labels(targets, classes, "targets")
+                return targets.long()
+        raise MbibError(
+            f"targets: expected labels ({images},) of whole numbers or soft targets ({images}, {classes}), got "
+            f"{_shape_of(targets)}"
+        )
 
     def forward(self, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
         """Return the loss, a scalar; arguments as those of `parts`."""

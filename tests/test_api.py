@@ -452,6 +452,33 @@ def test_losses_that_cannot_be():
         create_loss("mbib", COUNTS, model)(model.eval()(torch.randn(2, 3, 32, 32)), labels)
 
 
+def test_targets_that_are_none():
+    """Many have a shape that torch stretches to that of the logits: the loss would be a number without a meaning."""
+    loss, outputs = create_loss("mbib", COUNTS, mbib()), tuple(torch.randn(4, 3, 3))  # 4 heads, 3 images, 3 classes
+    labels = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(loss(outputs, labels.to(torch.uint8)), loss(outputs, labels))
+    expected = r"expected labels \(3,\) of whole numbers or soft targets \(3, 3\), got "
+    for given, got in (
+        (labels.float(), r"a tensor of torch\.float32 and shape \(3,\)"),
+        (labels[:, None], r"a tensor of torch\.int64 and shape \(3, 1\)"),
+        (torch.nn.functional.one_hot(labels), r"a tensor of torch\.int64 and shape \(3, 3\)"),
+        (labels.bool(), r"a tensor of torch\.bool and shape \(3,\)"),
+        (labels[:1], r"a tensor of torch\.int64 and shape \(1,\)"),
+        (labels.numpy(), "a ndarray"),
+    ):
+        with pytest.raises(MbibError, match=expected + got):
+            loss(outputs, given)
+    with pytest.raises(MbibError, match=r"labels of 3 classes lie in 0\.\.2, got -100"):
+        loss(outputs, torch.tensor([0, -100, 2]))
+    for shape in ((3, 1), (3, 2), (3,)):
+        with pytest.raises(
+            MbibError, match=rf"expected logits \(B, 3\), got a tensor of torch\.float32 and shape \({shape[0]}"
+        ):
+            create_loss("bsce", COUNTS)(torch.randn(shape), labels)
+    with pytest.raises(MbibError, match=r"expected logits \(B, 3\), got a dict"):
+        create_loss("bsce", COUNTS)({"logits": outputs[0]}, labels)
+
+
 @pytest.mark.parametrize("when", ["created", "afterwards"])
 def test_a_plain_loop_of_cross_entropy_trains_an_mbib_model(when):
     model = mbib(training_logits="mean") if when == "created" else mbib()
