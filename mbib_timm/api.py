@@ -103,6 +103,10 @@ def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, d
     """
     if prior == ESTIMATE:
         raise MbibError("prior: class frequencies are estimated from images: give 'estimate' to predict()")
+    if not isinstance(model, PathLike):
+        raise MbibError(
+            f"expected the name or folder of a trained model, got {type(model).__name__}: call a network of your own"
+        )
     return Predictor(load_model(str(model)), head, prior, find_device(device))
 
 
@@ -273,6 +277,8 @@ def evaluate(
     Raises:
         MbibError: nothing to evaluate, data that do not fit the model, or arguments for the other kind of model.
     """
+    if isinstance(model, Predictor):
+        raise MbibError("evaluate takes the name or folder of a loaded model, or its network, model.model.module")
     if not isinstance(model, nn.Module):
         if data is not None or class_counts is not None:
             raise MbibError("data and class_counts go with a network; a trained model's data are named by recipe keys")

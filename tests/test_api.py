@@ -392,6 +392,19 @@ def test_batches_that_evaluate_does_not_take():
     assert metrics[0] == metrics[1]
 
 
+def test_models_that_are_given_to_the_wrong_function(finished_run):
+    loaded = load(finished_run, device="cpu")
+    with pytest.raises(
+        MbibError, match=r"evaluate takes the name or folder of a loaded model, or its network, model\."
+    ):
+        evaluate(loaded)
+    for call in (lambda: load(mbib()), lambda: predict(mbib(), "photos")):
+        with pytest.raises(
+            MbibError, match="expected the name or folder of a trained model, got MBIB: call a network of your own"
+        ):
+            call()
+
+
 def test_shot_groups():
     groups = {name: labels.tolist() for name, labels in shot_groups([500, 101, 100, 20, 19, 1]).items()}
     assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
