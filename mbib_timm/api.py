@@ -72,7 +72,9 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as a recipe takes it: paths as text."""
+    """Return a value as a recipe takes it: paths as text, numpy's numbers and arrays as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
@@ -423,7 +425,7 @@ def create_loss(
         MbibError: an unknown method or setting, a method that trains by more than a loss, a class without training
             images, or a model that does not have the heads.
     """
-    kind, given = resolve_method({"name": name, **settings})
+    kind, given = resolve_method({"name": name, **{key: _plain(value) for key, value in settings.items()}})
     if not _is_loss(kind):
         able = [other for other in METHODS if _is_loss(METHODS[other])]
         raise MbibError(f"method {name!r} trains by more than a loss of logits: use train(); losses: {', '.join(able)}")

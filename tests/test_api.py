@@ -405,6 +405,14 @@ def test_models_that_are_given_to_the_wrong_function(finished_run):
             call()
 
 
+def test_keys_and_settings_may_be_numpys(tmp_path):
+    with pytest.raises(MbibError, match="recipe key 'lr': expected more than 0, got -1"):
+        train("mbib_resnet20.digits", output=tmp_path, epochs=np.int64(1), seed=np.int64(2), lr=np.float32(-1))
+    weights = np.array([0.5, 0.25, 1.0])
+    loss = create_loss("mbib", COUNTS, mbib(), beta=np.float32(0.5), observation_weights=weights)
+    assert (loss.method.settings.beta, loss.method.settings.observation_weights) == (0.5, weights.tolist())
+
+
 def test_shot_groups():
     groups = {name: labels.tolist() for name, labels in shot_groups([500, 101, 100, 20, 19, 1]).items()}
     assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
