@@ -304,7 +304,8 @@ def evaluate(
 
 def _whole_counts(class_counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return class counts (K,) as an array. Raises MbibError for what is none."""
-    counts = np.asarray(class_counts)
+    # A copy, for torch warns of arrays that cannot be written to, such as pandas'.
+    counts = np.array(class_counts.cpu() if isinstance(class_counts, Tensor) else class_counts)
     if counts.ndim != 1 or len(counts) < 2 or counts.dtype.kind not in "iu":
         raise MbibError(f"class_counts: expected a whole number for each of two classes or more, got {class_counts!r}")
     return counts

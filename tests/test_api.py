@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,19 @@ def test_keys_and_settings_may_be_numpys(tmp_path):
     weights = np.array([0.5, 0.25, 1.0])
     loss = create_loss("mbib", COUNTS, mbib(), beta=np.float32(0.5), observation_weights=weights)
     assert (loss.method.settings.beta, loss.method.settings.observation_weights) == (0.5, weights.tolist())
+
+
+def test_class_counts_may_be_read_only():
+    """As those that pandas hands out."""
+    counts = np.array(COUNTS)
+    counts.flags.writeable = False
+    torch.set_warn_always(True)  # and not once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            create_loss("bsce", counts)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_shot_groups():
