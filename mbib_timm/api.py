@@ -258,6 +258,8 @@ def evaluate(
 ) -> dict[str, HeadMetrics]:
     """Measure every head of a model: accuracy over all images, by class and by shot group, and calibration.
 
+    For a trained model it also prints the table of `mbib validate`.
+
         evaluate("runs/birds")["prediction"].macro              # a trained model, on its own data
         evaluate("runs/birds", data_dir="more photos")          # or on other data, as `mbib validate` does
         evaluate(model, loader, class_counts)["prediction"].few # any network, on your own batches

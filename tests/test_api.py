@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +315,15 @@ def test_class_counts_of_other_classes_are_an_error(number):
     data = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 4, 5]))]
     with pytest.raises(MbibError, match=f"the model has 6 classes, and there are class counts of {number}"):
         evaluate(model, data, [10] * number)
+
+
+def test_threads_share_a_loaded_model(finished_run, photos):
+    model = load(finished_run, device="cpu")
+    expected = {prior: predict(model, photos, workers=0, prior=prior) for prior in (None, "estimate")}
+    with ThreadPoolExecutor(4) as pool:
+        priors = [None, "estimate", "estimate", None] * 2
+        found = list(pool.map(lambda prior: predict(model, photos, workers=0, prior=prior), priors))
+    assert found == [expected[prior] for prior in priors]
 
 
 def test_predictions_of_nothing(finished_run):
