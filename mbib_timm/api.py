@@ -258,7 +258,8 @@ def evaluate(
 ) -> dict[str, HeadMetrics]:
     """Measure every head of a model: accuracy over all images, by class and by shot group, and calibration.
 
-    For a trained model it also prints the table of `mbib validate`.
+    For a trained model it also prints the table of `mbib validate`. In a process group, every process calls this, and
+    each gets the metrics of all.
 
         evaluate("runs/birds")["prediction"].macro              # a trained model, on its own data
         evaluate("runs/birds", data_dir="more photos")          # or on other data, as `mbib validate` does
@@ -267,8 +268,7 @@ def evaluate(
     Args:
         model: name or folder of a trained model; or a network that returns logits (B, K) in evaluation mode. The
             network is put into that mode for the measurement, and stays on its device.
-        data: for a network, batches of images (B, C, H, W) and labels (B,). In a process group every process calls
-            this with images of its own, and each gets the metrics of all.
+        data: for a network, batches of images (B, C, H, W) and labels (B,); in a process group, this process's share.
         class_counts: for a network, the training images of each class, (K,), which decide the shot groups.
         recipe: recipe that names the data, for a trained model that does not name them itself.
         split: split of a trained model's data; the one that its run reports when None.

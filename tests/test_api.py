@@ -309,6 +309,22 @@ def test_a_wrapped_network_is_the_one_in_it(tmp_path):
     assert alone.nll != evaluate(model, data, COUNTS)["prediction"].nll
 
 
+@pytest.mark.parametrize("world_size", [None, "1", "2"], ids=["no launcher", "one process", "torchrun"])
+def test_a_process_group_of_the_callers_stays(finished_run, tmp_path, monkeypatch, world_size):
+    """What torchrun says is not asked again: the group is there, though here it is of one process."""
+    expected = evaluate(finished_run, device="cpu")
+    for name, value in {"WORLD_SIZE": world_size, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        if world_size is not None:
+            monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        assert evaluate(finished_run, device="cpu") == expected
+        assert torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("number", [5, 7])
 def test_class_counts_of_other_classes_are_an_error(number):
     model = timm.create_model("cifar_resnet20", num_classes=6)
