@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.utils import unwrap_model
+from timm.utils import ModelEmaV2, ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
@@ -41,6 +41,8 @@ __all__ = ["ClassProbability", "ImagePrediction", "Loss", "create_loss", "evalua
            "train"]  # fmt: skip
 
 PathLike = str | Path
+# Around a network, of which they give what it gives. Others, of a caller's own, may change the images.
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, ModelEmaV2, ModelEmaV3)
 
 
 def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRun:
@@ -70,7 +72,9 @@ def train(recipe: PathLike | Recipe = DEFAULT_RECIPE, **keys: Any) -> FinishedRu
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as a recipe takes it: paths as text."""
+    """Return a value as a recipe takes it: paths as text, numpy's numbers and arrays as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
@@ -101,6 +105,10 @@ def load(model: PathLike, *, head: str = PREDICTION, prior: str | None = None, d
     """
     if prior == ESTIMATE:
         raise MbibError("prior: class frequencies are estimated from images: give 'estimate' to predict()")
+    if not isinstance(model, PathLike):
+        raise MbibError(
+            f"expected the name or folder of a trained model, got {type(model).__name__}: call a network of your own"
+        )
     return Predictor(load_model(str(model)), head, prior, find_device(device))
 
 
@@ -250,6 +258,9 @@ def evaluate(
 ) -> dict[str, HeadMetrics]:
     """Measure every head of a model: accuracy over all images, by class and by shot group, and calibration.
 
+    For a trained model it also prints the table of `mbib validate`. In a process group, every process calls this, and
+    each gets the metrics of all.
+
         evaluate("runs/birds")["prediction"].macro              # a trained model, on its own data
         evaluate("runs/birds", data_dir="more photos")          # or on other data, as `mbib validate` does
         evaluate(model, loader, class_counts)["prediction"].few # any network, on your own batches
@@ -257,7 +268,7 @@ def evaluate(
     Args:
         model: name or folder of a trained model; or a network that returns logits (B, K) in evaluation mode. The
             network is put into that mode for the measurement, and stays on its device.
-        data: for a network, batches of images (B, C, H, W) and labels (B,).
+        data: for a network, batches of images (B, C, H, W) and labels (B,); in a process group, this process's share.
         class_counts: for a network, the training images of each class, (K,), which decide the shot groups.
         recipe: recipe that names the data, for a trained model that does not name them itself.
         split: split of a trained model's data; the one that its run reports when None.
@@ -270,6 +281,8 @@ def evaluate(
     Raises:
         MbibError: nothing to evaluate, data that do not fit the model, or arguments for the other kind of model.
     """
+    if isinstance(model, Predictor):
+        raise MbibError("evaluate takes the name or folder of a loaded model, or its network, model.model.module")
     if not isinstance(model, nn.Module):
         if data is not None or class_counts is not None:
             raise MbibError("data and class_counts go with a network; a trained model's data are named by recipe keys")
@@ -281,16 +294,20 @@ def evaluate(
     given = {"recipe": recipe, "split": split, "prior": prior}
     if named := [*(name for name, value in given.items() if value is not None), *keys]:
         raise MbibError(f"{', '.join(named)}: only for a trained model that is given by name")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    network: nn.Module = model
+    while isinstance(network, _WRAPPERS):
+        network = network.module
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     counts = _whole_counts(class_counts)
-    classes = int(getattr(model, "num_classes", len(counts)))
+    classes = int(getattr(network, "num_classes", len(counts)))
     batches = (_checked_batch(batch, classes, device) for batch in data)
-    return evaluate_batches(model, batches, counts, device=device)
+    return evaluate_batches(network, batches, counts, device=device)
 
 
 def _whole_counts(class_counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return class counts (K,) as an array. Raises MbibError for what is none."""
-    counts = np.asarray(class_counts)
+    # A copy, for torch warns of arrays that cannot be written to, such as pandas'.
+    counts = np.array(class_counts.cpu() if isinstance(class_counts, Tensor) else class_counts)
     if counts.ndim != 1 or len(counts) < 2 or counts.dtype.kind not in "iu":
         raise MbibError(f"class_counts: expected a whole number for each of two classes or more, got {class_counts!r}")
     return counts
@@ -309,9 +326,21 @@ def _checked_batch(given: Any, num_classes: int, device: torch.device) -> Batch:
         raise MbibError(f"{expected}, which are whole numbers, got labels of {labels.dtype}")
     labels = labels.long()
     # Waits for the device where labels are there already; out of range they would end it.
-    if len(wrong := labels[(labels < 0) | (labels >= num_classes)]):
-        raise MbibError(f"data: labels of {num_classes} classes lie in 0..{num_classes - 1}, got {int(wrong[0])}")
+    _check_labels(labels, num_classes, "data")
     return Batch((images.to(device),), labels.to(device), torch.arange(len(labels), device=device))
+
+
+def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
+    """Raise MbibError for labels out of range; `what` is for the message."""
+    if len(wrong := labels[(labels < 0) | (labels >= num_classes)]):
+        raise MbibError(f"{what}: labels of {num_classes} classes lie in 0..{num_classes - 1}, got {int(wrong[0])}")
+
+
+def _shape_of(given: Any) -> str:
+    """Return what a value is that should be another tensor."""
+    if isinstance(given, Tensor):
+        return f"a tensor of {given.dtype} and shape {tuple(given.shape)}"
+    return f"a {type(given).__name__}"
 
 
 class Loss(nn.Module):
@@ -330,12 +359,12 @@ class Loss(nn.Module):
 
         Args:
             outputs: logits (B, K), or the logits of every head, as the model returns them in training.
-            targets: labels (B,), int64; or soft targets (B, K), whose rows sum to 1.
+            targets: labels (B,), whole numbers; or soft targets (B, K), whose rows sum to 1.
 
         Raises:
-            MbibError: the number of heads is not the one that the loss is for.
+            MbibError: the number of heads or classes is not the one that the loss is for, or targets that are none.
         """
-        heads = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        heads = self._heads(outputs)
         names = self.method.head_names
         if len(heads) != len(names):
             if len(heads) == 1:
@@ -345,9 +374,35 @@ class Loss(nn.Module):
             raise MbibError(
                 f"this loss takes logits of {', '.join(names)} ({len(names)}), and got {len(heads)}; {hint}"
             )
+        targets = self._targets(targets, len(heads[0]))
         if any(buffer.device != targets.device for buffer in self.method.buffers()):
             self.method.to(targets.device)
         return self.method.loss(dict(zip(names, heads, strict=True)), targets)
+
+    def _heads(self, outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the logits of each head. Raises MbibError for what are none of the loss's classes."""
+        heads = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+        classes = len(self.method.facts.class_counts)
+        for head in heads:
+            if not isinstance(head, Tensor) or head.ndim != 2 or head.shape[1] != classes:
+                raise MbibError(f"this loss: expected logits (B, {classes}), got {_shape_of(head)}")
+        return heads
+
+    def _targets(self, targets: Tensor, images: int) -> Tensor:
+        """Return targets as losses take them. Raises MbibError for others, which torch would stretch to the logits."""
+        classes = len(self.method.facts.class_counts)
+        if isinstance(targets, Tensor) and targets.dtype != torch.bool and not targets.is_complex():
+            if targets.is_floating_point() and targets.shape == (images, classes):
+                return targets
+            if not targets.is_floating_point() and targets.shape == (images,):
+                # Elsewhere than on the CPU, and in compiled code, one would wait for the labels.
+                if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+                    _check_labels(targets, classes, "targets")
+                return targets.long()
+        raise MbibError(
+            f"targets: expected labels ({images},) of whole numbers or soft targets ({images}, {classes}), got "
+            f"{_shape_of(targets)}"
+        )
 
     def forward(self, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
         """Return the loss, a scalar; arguments as those of `parts`."""
@@ -373,12 +428,12 @@ def create_loss(
         MbibError: an unknown method or setting, a method that trains by more than a loss, a class without training
             images, or a model that does not have the heads.
     """
-    kind, given = resolve_method({"name": name, **settings})
+    kind, given = resolve_method({"name": name, **{key: _plain(value) for key, value in settings.items()}})
     if not _is_loss(kind):
         able = [other for other in METHODS if _is_loss(METHODS[other])]
         raise MbibError(f"method {name!r} trains by more than a loss of logits: use train(); losses: {', '.join(able)}")
     counts = _whole_counts(class_counts)
-    classes = getattr(model, "num_classes", 0)
+    classes = getattr(unwrap_model(model), "num_classes", 0)
     if classes and classes != len(counts):
         raise MbibError(f"the model has {classes} classes, and there are class counts of {len(counts)}")
     network = nn.Module() if model is None else _Heads(model)

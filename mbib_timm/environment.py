@@ -86,9 +86,14 @@ def find_device(name: str | None) -> str:
 
 
 def join_world(device: str | None) -> World:
-    """Set up this process: its device, its memory, and its group where torchrun started several."""
-    place = init_distributed_device_so(device=find_device(device))
-    world = World(torch.device(place["device"]), place["global_rank"], place["world_size"])
+    """Set up this process: its device, its memory, and its group, which torchrun started or the caller has."""
+    found = find_device(device)
+    if is_distributed():
+        here = f"cuda:{torch.cuda.current_device()}" if found == "cuda" else found
+        world = World(torch.device(here), torch.distributed.get_rank(), torch.distributed.get_world_size())
+    else:
+        place = init_distributed_device_so(device=found)
+        world = World(torch.device(place["device"]), place["global_rank"], place["world_size"])
     prepare(world.device)
     return world
 
@@ -130,7 +135,7 @@ def leave_world() -> None:
 
 @contextlib.contextmanager
 def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
-    """Join the group of processes, see `join_world`, and leave it at the end.
+    """Join the group of processes, see `join_world`, and leave it at the end; a group of the caller's stays.
 
     Args:
         device: of this process, see `join_world`.
@@ -140,6 +145,7 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
         LostProcessError: another process has ended, so that what this one waits for never comes.
         LostDeviceError: the device has failed.
     """
+    of_caller = is_distributed()
     world = join_world(device)
     try:
         yield world
@@ -154,7 +160,8 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
             f"above, or in that process's output{advice}"
         ) from None
     finally:
-        leave_world()
+        if not of_caller:
+            leave_world()
 
 
 def _is_lost_device(error: RuntimeError) -> bool:

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_data import class_folders, save_image
+from timm.utils import ModelEmaV3
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -274,12 +277,69 @@ def test_evaluate_a_network_on_batches():
         evaluate(network, [], COUNTS, split="train", prior="train", lr=1)
 
 
+def test_evaluate_leaves_frozen_layers_frozen():
+    model, data = mbib().train(), [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))]
+    model.backbone.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, data, COUNTS)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_wrapped_network_is_the_one_in_it(tmp_path):
+    model, data = mbib(), [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert evaluate(wrapped, data, COUNTS) == evaluate(model, data, COUNTS)
+        with pytest.raises(MbibError, match="the model has 3 classes, and there are class counts of 2"):
+            create_loss("mbib", COUNTS[:2], wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert evaluate(ModelEmaV3(model), data, COUNTS) == evaluate(model, data, COUNTS)
+
+    class Normalized(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, images):
+            return self.module(10 * images)
+
+    alone = evaluate(Normalized(model), data, COUNTS)["prediction"]  # of a wrapper of the caller's nothing is known
+    assert alone.nll != evaluate(model, data, COUNTS)["prediction"].nll
+
+
+@pytest.mark.parametrize("world_size", [None, "1", "2"], ids=["no launcher", "one process", "torchrun"])
+def test_a_process_group_of_the_callers_stays(finished_run, tmp_path, monkeypatch, world_size):
+    """What torchrun says is not asked again: the group is there, though here it is of one process."""
+    expected = evaluate(finished_run, device="cpu")
+    for name, value in {"WORLD_SIZE": world_size, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        if world_size is not None:
+            monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        assert evaluate(finished_run, device="cpu") == expected
+        assert torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("number", [5, 7])
 def test_class_counts_of_other_classes_are_an_error(number):
     model = timm.create_model("cifar_resnet20", num_classes=6)
     data = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 4, 5]))]
     with pytest.raises(MbibError, match=f"the model has 6 classes, and there are class counts of {number}"):
         evaluate(model, data, [10] * number)
+
+
+def test_threads_share_a_loaded_model(finished_run, photos):
+    model = load(finished_run, device="cpu")
+    expected = {prior: predict(model, photos, workers=0, prior=prior) for prior in (None, "estimate")}
+    with ThreadPoolExecutor(4) as pool:
+        priors = [None, "estimate", "estimate", None] * 2
+        found = list(pool.map(lambda prior: predict(model, photos, workers=0, prior=prior), priors))
+    assert found == [expected[prior] for prior in priors]
 
 
 def test_predictions_of_nothing(finished_run):
@@ -359,6 +419,40 @@ def test_batches_that_evaluate_does_not_take():
     assert metrics[0] == metrics[1]
 
 
+def test_models_that_are_given_to_the_wrong_function(finished_run):
+    loaded = load(finished_run, device="cpu")
+    with pytest.raises(
+        MbibError, match=r"evaluate takes the name or folder of a loaded model, or its network, model\."
+    ):
+        evaluate(loaded)
+    for call in (lambda: load(mbib()), lambda: predict(mbib(), "photos")):
+        with pytest.raises(
+            MbibError, match="expected the name or folder of a trained model, got MBIB: call a network of your own"
+        ):
+            call()
+
+
+def test_keys_and_settings_may_be_numpys(tmp_path):
+    with pytest.raises(MbibError, match="recipe key 'lr': expected more than 0, got -1"):
+        train("mbib_resnet20.digits", output=tmp_path, epochs=np.int64(1), seed=np.int64(2), lr=np.float32(-1))
+    weights = np.array([0.5, 0.25, 1.0])
+    loss = create_loss("mbib", COUNTS, mbib(), beta=np.float32(0.5), observation_weights=weights)
+    assert (loss.method.settings.beta, loss.method.settings.observation_weights) == (0.5, weights.tolist())
+
+
+def test_class_counts_may_be_read_only():
+    """As those that pandas hands out."""
+    counts = np.array(COUNTS)
+    counts.flags.writeable = False
+    torch.set_warn_always(True)  # and not once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            create_loss("bsce", counts)
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_shot_groups():
     groups = {name: labels.tolist() for name, labels in shot_groups([500, 101, 100, 20, 19, 1]).items()}
     assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
@@ -417,6 +511,33 @@ def test_losses_that_cannot_be():
         create_loss("ce", COUNTS)(outputs, labels)
     with pytest.raises(MbibError, match=r"takes logits of v1, v2, v3, z \(4\), and got 1; .*model\.train\(\)"):
         create_loss("mbib", COUNTS, model)(model.eval()(torch.randn(2, 3, 32, 32)), labels)
+
+
+def test_targets_that_are_none():
+    """Many have a shape that torch stretches to that of the logits: the loss would be a number without a meaning."""
+    loss, outputs = create_loss("mbib", COUNTS, mbib()), tuple(torch.randn(4, 3, 3))  # 4 heads, 3 images, 3 classes
+    labels = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(loss(outputs, labels.to(torch.uint8)), loss(outputs, labels))
+    expected = r"expected labels \(3,\) of whole numbers or soft targets \(3, 3\), got "
+    for given, got in (
+        (labels.float(), r"a tensor of torch\.float32 and shape \(3,\)"),
+        (labels[:, None], r"a tensor of torch\.int64 and shape \(3, 1\)"),
+        (torch.nn.functional.one_hot(labels), r"a tensor of torch\.int64 and shape \(3, 3\)"),
+        (labels.bool(), r"a tensor of torch\.bool and shape \(3,\)"),
+        (labels[:1], r"a tensor of torch\.int64 and shape \(1,\)"),
+        (labels.numpy(), "a ndarray"),
+    ):
+        with pytest.raises(MbibError, match=expected + got):
+            loss(outputs, given)
+    with pytest.raises(MbibError, match=r"labels of 3 classes lie in 0\.\.2, got -100"):
+        loss(outputs, torch.tensor([0, -100, 2]))
+    for shape in ((3, 1), (3, 2), (3,)):
+        with pytest.raises(
+            MbibError, match=rf"expected logits \(B, 3\), got a tensor of torch\.float32 and shape \({shape[0]}"
+        ):
+            create_loss("bsce", COUNTS)(torch.randn(shape), labels)
+    with pytest.raises(MbibError, match=r"expected logits \(B, 3\), got a dict"):
+        create_loss("bsce", COUNTS)({"logits": outputs[0]}, labels)
 
 
 @pytest.mark.parametrize("when", ["created", "afterwards"])

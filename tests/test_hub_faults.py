@@ -9,7 +9,7 @@ import time
 
 import forked
 import pytest
-from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub import HfApi, close_session, constants, get_session, set_client_factory
 from loopback_hub import FAULTS, TestHub
 
 from mbib_timm.errors import CheckpointError, MbibError
@@ -135,6 +135,26 @@ def test_a_revision_that_is_not_there(hub, release):
     assert Source("", repository=f"{REPOSITORY}@v1").file("config.json") is not None
     with pytest.raises(MbibError, match=f"^hf-hub:{REPOSITORY}@v9: the repository has no such revision"):
         load_model(f"hf-hub:{REPOSITORY}@v9")
+
+
+def test_after_silence_others_may_ask(hub, monkeypatch):
+    """A service that could not reach the Hub once asks it again hours later, through another library."""
+    with faulty(hub, [".*", ".*", "drop"], monkeypatch), pytest.raises(MbibError):
+        load_model(f"hf-hub:{REPOSITORY}")
+    monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 0)
+    assert HfApi(endpoint=hub.url).whoami()["name"] == "tester"
+
+
+def test_the_callers_client_stays(hub, release, monkeypatch):
+    """Of a proxy, of certificates, or, here, of a header."""
+    Publisher(HfApi(endpoint=hub.url), release).publish(False, None)
+    kind = type(get_session())
+    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", None)
+    set_client_factory(lambda: kind(headers={"X-Team": "traps"}, follow_redirects=True))
+    assert Source("", repository=REPOSITORY).file("config.json") is not None
+    session = get_session()
+    assert session.headers["X-Team"] == "traps"
+    assert hub_module._PATIENCE.before in session.event_hooks["request"]
 
 
 @pytest.mark.parametrize(("kind", "call"), cells(LOADING))

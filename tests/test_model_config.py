@@ -16,7 +16,11 @@ from tiny import previous_run
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models.model_config import _ARGS, _CFG, _TOP, read_config
+from mbib_timm.models.preprocessing import settle
+from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.weights import find_source, load_model
+from mbib_timm.recipe import Recipe
+from mbib_timm.training.run_folder import RunFolder
 
 CLASSES = 4
 NAMES = ("ant", "bee", "cat", "dog")
@@ -253,6 +257,23 @@ def test_what_timm_writes_itself_loads(tmp_path):
         loaded = load_model(str(tmp_path / str(safe)))
         assert loaded.num_classes == 5
         assert (loaded.class_names, loaded.class_counts, loaded.prior) == (None, None, None)
+
+
+def test_class_names_outlive_timm(folder, tmp_path):
+    """timm reads them at the top, and writes them into the cfg."""
+    timm.models.save_for_hf(timm.create_model(f"local-dir:{folder}", pretrained=True), tmp_path / "again")
+    assert load_model(str(tmp_path / "again")).class_names == NAMES
+
+
+def test_class_names_of_the_model_before_do_not_stay(folder, tmp_path):
+    """Its classes may be others, of which nobody knows the names."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    settings = dict(input_size=(3, 16, 16), recipe=settle(Recipe(), model), class_counts=np.arange(4, 0, -1))
+    RunFolder(tmp_path).write_model(
+        model, **settings, class_names=None, logit_prior=None, origin=Origin(), tag="made_up"
+    )
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg.get("label_names") is None
+    assert load_model(str(tmp_path)).class_names is None
 
 
 @pytest.mark.slow

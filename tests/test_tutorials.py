@@ -222,6 +222,11 @@ parts = loss.parts(model.train()(images), torch.zeros(8, dtype=torch.int64))
 assert set(parts) > {"loss"} and torch.isfinite(parts["loss"])
 """,
     """
+own = load("own")
+assert own.names == tuple(names) and own.model.class_counts.tolist() == counts.tolist() and own.model.prior == "uniform"
+assert first.name in set(names), first
+""",
+    """
 assert isinstance(model(images), torch.Tensor)
 """,
     """

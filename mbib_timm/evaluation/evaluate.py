@@ -109,7 +109,7 @@ def evaluate(
     All processes evaluate the first one's weights: its buffers go to the others.
 
     Args:
-        model: gives logits (B, K) in evaluation mode; set to it, and back to its own mode afterwards.
+        model: gives logits (B, K) in evaluation mode; set to it, and afterwards every layer back to its own mode.
         loader: gives batches on the device.
         class_counts: training images of each class, (K,).
         device: device of the model.
@@ -137,7 +137,8 @@ def evaluate(
         key = (model, amp_dtype, compile)
         count = graphs.function(key, lambda: CapturedFunction(whole, eager, graphs, "the evaluation"))
     names = (PREDICTION, *reported_heads(model))
-    was_training = model.training
+    # Of each layer: a loop may keep some in evaluation mode, such as frozen BatchNorm.
+    modes = [(module, module.training) for module in model.modules()]
     share_buffers(model)
     model.eval()
     sums: Statistics | None = None
@@ -155,7 +156,9 @@ def evaluate(
                 if answers is not None:
                     answers.add(prediction, batch)
     finally:
-        model.train(was_training)
+        model.train(modes[0][1])  # which a model may do in its own way
+        for module, mode in modes:
+            module.training = mode
     if is_distributed():
         if sums is None:  # this process had no share; it adds nothing, under the same names
             nothing = torch.zeros(len(names), 0, len(class_counts), device=device)

@@ -134,6 +134,8 @@ def find_images(given: Sequence[str], columns: Columns | None = None) -> list[Fo
 
 def _find(given: str, columns: Columns) -> FoundImages:
     path = Path(given)
+    if not given:  # which pathlib takes for the current folder
+        raise DataError("there is no image, folder, archive or table at ''")
     if path.is_dir() or is_archive(path):
         tree = scan_folder(path) if path.is_dir() else open_archive(path)
         if not tree.names:
@@ -143,7 +145,7 @@ def _find(given: str, columns: Columns) -> FoundImages:
         images = [FoundImage(reader, index, name) for index, name in enumerate(tree.names)]
         return FoundImages(given, images, in_folders=True, left_out=tree.left_out)
     if not path.is_file():
-        raise DataError(f"there is no image, folder, archive or table at {path}")
+        raise DataError(f"there is no image, folder, archive or table at {given}")
     if path.suffix.lower() in (*DELIMITED, *PARQUET):
         return FoundImages(given, _read_table(path, columns))
     refuse_packed(path)

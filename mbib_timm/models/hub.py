@@ -3,6 +3,7 @@
 import contextlib
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import _http, validate_repo_id
 
 from mbib_timm.errors import MbibError, first_line
 from mbib_timm.files import printable
@@ -51,12 +52,19 @@ def split_repository(name: str) -> tuple[str, str | None]:
 
 
 class _Patience:
-    """Hooks of the Hub's HTTP client: every request has a time limit, and a silent Hub is not asked for ever."""
+    """Hooks of the Hub's HTTP client: every request of ours has a time limit, and a silent Hub is not asked for ever.
+
+    The client is the whole process's. What others ask while we do not, is left as it is.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.asking = 0  # of our questions, in all threads, how many are open
         self.asked: float | None = None  # when the first request without an answer was made
 
     def before(self, request: Any) -> None:
+        if not self.asking:
+            return
         now = time.monotonic()
         if self.asked is None:
             self.asked = now
@@ -76,7 +84,9 @@ _PATIENCE = _Patience()
 
 
 def prepare_hub() -> None:
-    """Give the Hub's client, whose requests may wait for ever, time limits; call it before anything is asked.
+    """Give the Hub's client, whose requests may wait for ever, time limits; they hold within `patience`.
+
+    A client of the caller's own, with proxies or certificates, stays what it is.
 
     Raises:
         MbibError: a token that cannot be sent.
@@ -87,17 +97,35 @@ def prepare_hub() -> None:
             "the Hub's token holds characters that cannot be sent; set HF_TOKEN anew, or log in again with hf auth "
             "login"
         )
-    _PATIENCE.asked = None
     session: Any = get_session()
     if _PATIENCE.before in session.event_hooks["request"]:
         return
-    kind, hooks = type(session), session.event_hooks
+    create: Any = _http._GLOBAL_CLIENT_FACTORY  # which has no public name
 
     def limited() -> Any:
-        limits = {"request": [*hooks["request"], _PATIENCE.before], "response": [*hooks["response"], _PATIENCE.after]}
-        return kind(event_hooks=limits, follow_redirects=True, timeout=REQUEST_SECONDS)
+        client = create()
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], _PATIENCE.before],
+            "response": [*hooks["response"], _PATIENCE.after],
+        }
+        return client
 
     set_client_factory(limited)
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Limit how long the Hub is waited for, until the last of several questions at the same time has ended."""
+    with _PATIENCE.lock:
+        if not _PATIENCE.asking:
+            _PATIENCE.asked = None
+        _PATIENCE.asking += 1
+    try:
+        yield
+    finally:
+        with _PATIENCE.lock:
+            _PATIENCE.asking -= 1
 
 
 @contextlib.contextmanager

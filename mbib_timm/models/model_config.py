@@ -100,10 +100,13 @@ def _checked(content: Any) -> ModelConfig:
             "model_args.num_classes": args.get("num_classes"),
         }
     )
-    for key in ("label_names", "class_counts"):
-        if content.get(key) is not None and num_classes is not None and len(content[key]) != num_classes:
-            raise ValueError(f"{key}: expected {num_classes} entries, as num_classes says, got {len(content[key])}")
     names, counts = content.get("label_names"), content.get("class_counts")
+    if names is None and isinstance(cfg.get("label_names"), list):  # where timm puts those of a model that it has read
+        names = cfg["label_names"]
+        _require("pretrained_cfg.label_names", names, _TOP["label_names"])
+    for key, values in (("label_names", names), ("class_counts", counts)):
+        if values is not None and num_classes is not None and len(values) != num_classes:
+            raise ValueError(f"{key}: expected {num_classes} entries, as num_classes says, got {len(values)}")
     return ModelConfig(
         architecture=architecture,
         tag=cfg.get("tag"),

