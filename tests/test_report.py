@@ -46,6 +46,8 @@ from mbib_timm.sweeps.sweep import find_sweep
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
+STRONG = ROOT / "results" / "mbib_resnet32.strong_cifar100_lt_if100-200e-seed0-bfloat16"
+STRONG_400E = ROOT / "results" / "mbib_resnet32.strong_400e_cifar100_lt_if100-400e-seed0-bfloat16"
 BIB = ROOT / "results" / "bib_resnet32.cifar100_lt_if100-200e-seed0-bfloat16"
 CE = ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16"
 DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.digits", "cifar_resnet20.ce_digits")]
@@ -376,6 +378,21 @@ def test_a_figure_is_left_out_for_the_analysis_only_where_it_has_the_same_number
     ]  # fmt: skip
 
 
+def test_side_by_side_a_record_that_says_less_is_not_taken_for_one_of_other_images(undrawn):
+    said = "These runs were not evaluated on the same images"
+    strong, longer = (group_runs([read_run(folder)])[0] for folder in (STRONG, STRONG_400E))
+    counts = longer.first.record.result.prediction.class_images
+    assert len(counts) == 100
+    assert not strong.first.record.result.prediction.class_images, "written before they were recorded"
+    assert said not in html_of(comparison_section([strong, longer]))
+    twice = [longer, *group_runs([read_run(STRONG_400E)])]
+    assert said not in html_of(comparison_section(twice))
+    counts = twice[1].first.record.result.prediction.class_images
+    counts[0], counts[1] = counts[0] - 1, counts[1] + 1
+    assert said in html_of(comparison_section(twice))
+    assert said in html_of(comparison_section([strong, *twice]))
+
+
 def test_runs_side_by_side_stand_with_what_the_images_leave_uncertain(undrawn):
     groups, _ = read_inputs([str(MBIB), str(CE)])
     text = html_of(comparison_section(groups))
@@ -594,9 +611,6 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     assert "pip install 'mbib-timm[train]'" in capsys.readouterr().err
 
 
-STRONG = ROOT / "results" / "mbib_resnet32.strong_cifar100_lt_if100-200e-seed0-bfloat16"
-
-
 def labelled(figure):
     """The lines of a figure that its legend has, and those behind them."""
     lines = figure.axes[0].lines
@@ -618,7 +632,7 @@ def test_curves_side_by_side_show_every_seed_and_which_weights(undrawn):
     assert [*shown] == [f"{bib} (n = 2)"]
     page = html_of(comparison_section(groups))
     assert "Each line is a run, thin for each seed where there are several, and thick for their mean; where" in page
-    assert "another story; the legend says which weights a line is of." in page
+    assert "when training stops; the legend says which weights a line is of." in page
 
 
 def test_curves_of_a_sweep_show_every_seed_and_which_weights():

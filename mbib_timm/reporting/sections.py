@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -28,7 +29,7 @@ from mbib_timm.reporting.report_figures import (
     sweep_curves,
 )
 from mbib_timm.results.columns import COLUMNS, INTERVALS
-from mbib_timm.results.record import HeadMetrics, is_averaged
+from mbib_timm.results.record import HeadMetrics, RunRecord, is_averaged
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import (
@@ -172,8 +173,9 @@ def inline(text: str) -> Markup:
 
 
 def _breakable(text: str) -> Markup:
-    """Return a title as HTML that may break after the underscores and dots of names."""
-    return Markup(re.sub(r"([_.])(?=\w)", r"\1<wbr>", str(escape(printable(text)))))
+    """Return a text, or its HTML, as HTML that may break after the underscores and dots of names."""
+    html = text if isinstance(text, Markup) else escape(printable(text))
+    return Markup(re.sub(r"([_.])(?=[^\W\d])", r"\1<wbr>", str(html)))
 
 
 def _data_url(svg: bytes) -> str:
@@ -350,7 +352,7 @@ def _beside_the_paper(group: RunGroup) -> Table:
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
     """Return runs of several recipes side by side: those from scratch, then those that started from weights."""
     section = Section("Side by side")
-    if len({_evaluated(group) for group in groups}) > 1:
+    if not _evaluated_alike([run.record for group in groups for run in group.runs]):
         section.paragraphs(
             [
                 "These runs were not evaluated on the same images, and so their numbers do not compare: each run's own "
@@ -364,11 +366,15 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
     return section
 
 
-def _evaluated(group: RunGroup) -> str:
-    """Return which images a group's result is on, as far as its record says."""
-    record = group.first.record
-    result = record.result.prediction
-    return str([result.images, result.class_images, record.class_names, record.held_out])
+def _evaluated_alike(records: Sequence[RunRecord]) -> bool:
+    """Return whether results are on the same images, as far as their records say: older ones say less."""
+    results = [(record, record.result.prediction) for record in records]
+    said: list[list[Any]] = [
+        [(result.images, record.held_out) for record, result in results],
+        [result.class_images for _, result in results if result.class_images],
+        [record.class_names for record in records if record.class_names],
+    ]
+    return all(each == values[0] for values in said for each in values)
 
 
 def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
