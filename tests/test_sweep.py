@@ -246,6 +246,13 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
     assert on_recipe(of_recipe(DIGITS, paper=numbers), "cifar_resnet20.ce_digits").paper is None
 
 
+def test_only_takes_values_as_tables_have_them(capsys, tmp_path):
+    for text in ("departure=beta 1-", "departure=beta_1-"):
+        assert main(["sweep", "open_choices", "--only", text, "--dry-run", "--output", str(tmp_path)]) == 0
+        labels = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+        assert labels == [f"mbib_resnet32.cifar100_lt_if100-departure=beta_1-seed{seed}" for seed in (0, 1, 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -257,7 +264,10 @@ def test_the_papers_numbers_stay_on_the_papers_recipe():
         (["mbib_resnet2.digits"], "unknown sweep or recipe 'mbib_resnet2.digits': did you mean"),
         ([DIGITS, "--seed", "1"], "unknown flag of mbib sweep '--seed': did you mean"),
         ([DIGITS, "--stage2.seed", "1"], "recipe key 'stage2.seed' is set by the sweep itself; see --seeds"),
-        ([DIGITS, "--only", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
+        (
+            [DIGITS, "--only", "resnet50", "--seeds", "0"],
+            "sweep sweep has no run whose name contains 'resnet50'; its runs: mbib_resnet20.digits-seed0",
+        ),
         ([DIGITS, "--only", "resnet20", "resnet50"], "sweep sweep has no run whose name contains 'resnet50'"),
         (
             [DIGITS, "--only", "seed1", "--seeds", "0"],

@@ -217,7 +217,7 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
             own = load_recipe(path, {STAGES: given_all[STAGES]} if STAGES in given_all else {})
             recipe = load_recipe(path, _with_epochs(path, own, given_all))
             name = recipe_name(path)
-            values = [f"{axis}={_in_a_path(each.name)}" for axis, each in by_axis.items() if axis not in places]
+            values = [f"{axis}={in_a_path(each.name)}" for axis, each in by_axis.items() if axis not in places]
             configuration = "-".join([name, *values])
             label = f"{configuration}-seed{seed}"
             yield PlannedRun(
@@ -274,6 +274,6 @@ def _at(stage: Recipe, address: str) -> Any:
     return value
 
 
-def _in_a_path(value: str) -> str:
+def in_a_path(value: str) -> str:
     """Return a value as part of a folder's name."""
     return printable("_".join(value.replace("/", "_").split()))

@@ -23,7 +23,7 @@ from mbib_timm.results.redact import redact_record, redact_text
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.side_by_side import Outcome, Task, side_by_side
 from mbib_timm.sweeps.sweep import UNNAMED, Sweep
-from mbib_timm.sweeps.sweep_plan import PlannedRun, plan
+from mbib_timm.sweeps.sweep_plan import PlannedRun, in_a_path, plan
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
 
@@ -86,7 +86,7 @@ def run_sweep(
         results: folder of all results; the sweep's own is in it, and holds the runs of all seeds that there are. Runs
             whose folders are gone keep their rows there until they have been trained again.
         seeds: run these in the place of the sweep's own.
-        only: run only those whose label contains one of these.
+        only: run only those whose label contains one of these, in which spaces are as good as underscores.
         jobs: runs that are trained at once, in processes of their own when more than one.
         dry_run: list the runs, and stop.
 
@@ -109,9 +109,10 @@ def run_sweep(
         whole = plan(replace(sweep, seeds=[*asked, *further]), overrides)
     of_seeds = [run for run in whole if run.recipe.seed in chosen]
     for part in only:
-        if not any(part in run.label for run in of_seeds):
-            raise MbibError(f"sweep {sweep.name} has no run whose name contains {part!r}")
-    runs = [run for run in of_seeds if any(part in run.label for part in only)]
+        if not any(in_a_path(part) in run.label for run in of_seeds):
+            there = few([run.label for run in of_seeds])
+            raise MbibError(f"sweep {sweep.name} has no run whose name contains {part!r}; its runs: {there}")
+    runs = [run for run in of_seeds if any(in_a_path(part) in run.label for part in only)]
     pool = DataPool()
     states = [run.status(pool) for run in whole]
     done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
