@@ -70,7 +70,10 @@ def test_the_largest_exponent_leaves_the_rarest_class():
     ("given", "message"),
     [
         ("balancd", r"unknown value of recipe key 'class_weights' 'balancd': did you mean 'balanced'\?.*\.csv"),
-        ("weights.txt", r"unknown value of recipe key 'class_weights' 'weights\.txt'.*come in a file: \.csv"),
+        (
+            "weights.txt",
+            r"unknown value of recipe key 'class_weights' 'weights\.txt'.*weights of your own in a file: \.csv",
+        ),
         ("balanced:2", r"balanced takes no number, got 'balanced:2'"),
         ("effective:1", r"effective takes a beta of at least 0 and below 1, got 'effective:1'"),
         ("effective:x", r"effective takes a beta"),

@@ -467,8 +467,8 @@ def test_a_copy_of_the_images_is_known_by_names_and_labels(tmp_path, capsys):
     evaluated = {*open_data(other).val.files()}
     number = len(evaluated & trained)
     assert number > 0
-    perhaps = "their folder has images of the same names and labels as its own; their accuracy says nothing of "
-    perhaps += "other images"
+    perhaps = "their folder has images of the same names and labels as its own; their accuracy says nothing "
+    perhaps += "about other images"
     line = f"{number} of the {len(evaluated)} evaluated images may have been trained on by the run that this one "
     assert read_record(train(other, "other").folder).trained_before == f"{line}starts from: {perhaps}"
     capsys.readouterr()

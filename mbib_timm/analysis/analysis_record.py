@@ -203,14 +203,14 @@ class Analysis(Analyzed):
         "reliability",
         "Reliability",
         "On the diagonal, accuracy equals confidence; below it, the model is overconfident, above it "
-        "underconfident. A lower expected calibration error (ECE) is better.",
+        "underconfident; of the expected calibration error (ECE), less is better.",
         draw_reliability,
     )
     distances: dict[str, dict[str, Distances]] = _measured(
         _distances,
         "distances",
         "Intra-class over inter-class distance",
-        "Lower is better: images of one class lie close together, and the centres of classes far apart. Equation 15 "
+        "Lower is better: images of one class lie close together, and the centres of classes far apart; equation 15 "
         "takes all pairs of images, but the paper's Table 5 has the magnitude of distances from the centre.",
         draw_distances,
     )
@@ -218,7 +218,7 @@ class Analysis(Analyzed):
         _embedding,
         "embedding",
         "Features of some classes in the plane",
-        "Compact islands of one colour and shape are good. t-SNE only keeps neighbours together: the axes, the sizes "
+        "Compact islands of one colour and shape are good; t-SNE only keeps neighbours together: the axes, the sizes "
         "of islands and the distances between them have no meaning.",
         draw_embedding,
     )
