@@ -22,7 +22,7 @@ from mbib_timm.evaluation.answer_files import ConfusionMatrix
 from mbib_timm.methods import method_title
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import is_averaged
-from mbib_timm.results.run_figures import AVERAGE, RAW, THIN, mean_points, shortened
+from mbib_timm.results.run_figures import AVERAGE, RAW, plot_runs, shortened
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.sweeps.show_sweep import PAPER
 from mbib_timm.sweeps.sweep_results import SweepResults, SweepRun
@@ -137,15 +137,7 @@ def _curves(curves: Sequence[_Curve]) -> Any:
     labels = [fill(label, WIDE) for label in labels]
     figure, axes = canvas(6.5, 3.6 + 0.2 * (len(curves) + sum(label.count("\n") for label in labels)))
     for curve, label in zip(curves, labels, strict=True):
-        look = {"color": curve.color, "linestyle": curve.style}
-        shown = curve.runs[0]
-        if len(curve.runs) > 1:
-            for run in curve.runs:
-                axes.plot(*zip(*run, strict=True), **look, **THIN)
-            shown = mean_points(curve.runs)
-        if shown:
-            marker = "o" if len(shown) < 30 else None
-            axes.plot(*zip(*shown, strict=True), **look, marker=marker, markersize=3.5, label=label)
+        plot_runs(axes, curve.runs, label, marked=29, color=curve.color, linestyle=curve.style, markersize=3.5)
     axes.set(xlabel="epochs done", ylabel="top-1 accuracy, %", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.legend(loc="outside lower center", ncols=columns)

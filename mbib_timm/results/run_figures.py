@@ -127,7 +127,7 @@ def training_curves(history: Sequence[Epoch], *others: Sequence[Epoch]) -> Any:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
     losses = [[(float(row.epoch), row.losses["loss"]) for row in each] for each in histories]
-    _plot_runs(left, losses, color=foreground())
+    plot_runs(left, losses, color=foreground())
     highest = max(value for run in losses for _, value in run)
     left.set(ylabel="training loss", ylim=(0, 1.05 * highest or 1), title="Training loss and learning rate")
     rate = _second_axis(left, "learning rate (dashed)", ORANGE)
@@ -146,9 +146,12 @@ def training_curves(history: Sequence[Epoch], *others: Sequence[Epoch]) -> Any:
     differs = any(abs(top1 - macro) > SAME for top1, macro in pairs if top1 is not None and macro is not None)
     labels = {name: name for name in GROUP_COLORS} | {"top1": "overall"} | ({"macro": "macro"} if differs else {})
     for name, label in labels.items():
-        style = {"color": GROUP_COLORS.get(name, foreground()), "linestyle": ":" if name == "macro" else "-"}
-        _plot_runs(right, [_points(run, name) for run in evaluated], label=label, clip_on=False, **style)
-    _plot_runs(right, [_points(run, "top1") for run in raw], label=f"overall,\n{RAW}", color=GREY, linestyle="-.")
+        style: dict[str, Any] = {
+            "color": GROUP_COLORS.get(name, foreground()),
+            "linestyle": ":" if name == "macro" else "-",
+        }
+        plot_runs(right, [_points(run, name) for run in evaluated], label=label, clip_on=False, **style)
+    plot_runs(right, [_points(run, "top1") for run in raw], label=f"overall,\n{RAW}", color=GREY, linestyle="-.")
     if any(evaluated):
         right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
@@ -160,18 +163,28 @@ def _points(rows: Sequence[tuple[int, Mapping[str, float | None]]], name: str) -
     return [(float(epoch), value) for epoch, values in rows if (value := values.get(name)) is not None]
 
 
-def _plot_runs(axes: Any, runs: Sequence[Sequence[tuple[float, float]]], label: str | None = None, **look: Any) -> None:
-    """Draw a line for a run; for several a thin one for each, and their mean. Runs without points are left out."""
+def plot_runs(
+    axes: Any, runs: Sequence[Sequence[tuple[float, float]]], label: str | None = None, marked: int = 1, **look: Any
+) -> None:
+    """Draw a line for a run; for several a thin one for each, and a thick one for their mean.
+
+    Args:
+        axes: to draw in.
+        runs: points of each; a run without any is left out.
+        label: of the line, or of the mean.
+        marked: points up to which a line shows each of them.
+        look: of all lines.
+    """
     runs = [run for run in runs if run]
     if len(runs) > 1:
         for run in runs:
             axes.plot(*zip(*run, strict=True), **look, **THIN)
-        runs = [mean_points(runs)]
+        runs = [_mean_points(runs)]
     for points in filter(None, runs):
-        axes.plot(*zip(*points, strict=True), **look, label=label, marker="o" if len(points) == 1 else None)
+        axes.plot(*zip(*points, strict=True), **look, label=label, marker="o" if len(points) <= marked else None)
 
 
-def mean_points(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def _mean_points(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
     """Return the mean of several runs at each place along x that all of them have."""
     values = [dict(run) for run in runs]
     shared = sorted(set(values[0]).intersection(*values[1:]))
