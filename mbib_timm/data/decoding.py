@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mbib_timm.data.archives import ArchiveReader
-from mbib_timm.data.images import ImageDataset, Split, in_order, pil_mode
+from mbib_timm.data.images import ImageDataset, Split, evenly_spaced, in_order, pil_mode
 from mbib_timm.data.transforms import fixed_preprocessing, longest_side, resident_transform
 from mbib_timm.environment import World
 from mbib_timm.recipe import Recipe
@@ -362,7 +362,7 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
         return len(split) * channels * height * width
     indices = np.arange(len(split)) if split.indices is None else split.indices
     areas, longest = [], longest_side(height, width)
-    for index in indices[np.linspace(0, len(indices) - 1, num=min(SAMPLED_IMAGES, len(indices)), dtype=np.int64)]:
+    for index in indices[evenly_spaced(len(indices), SAMPLED_IMAGES)]:
         try:
             image_width, image_height = split.reader.read(int(index)).size  # reads the header alone
         except Exception:  # a broken image does not matter here

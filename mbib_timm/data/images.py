@@ -45,6 +45,11 @@ TRANSPOSED = {
 }
 
 
+def evenly_spaced(number: int, most: int) -> np.ndarray:
+    """Return up to `most` places among so many images, from the first on to the last: (M,), int64."""
+    return np.linspace(0, number - 1, min(most, number), dtype=np.int64)
+
+
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """Return an opened image as a model sees it: the first frame, upright, 8 bits a channel, nothing transparent.
 

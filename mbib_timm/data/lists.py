@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.data.images import Split
+from mbib_timm.data.images import Split, evenly_spaced
 from mbib_timm.data.paths import Names, PathReader, look_for_images
 from mbib_timm.errors import DataError
 from mbib_timm.files import parse_json, read_content, read_text
@@ -94,8 +94,7 @@ def has_listed(list_file: str, data_dir: str) -> bool:
         return False
     names, _ = _read_list(file)
     reader = ListedReader(root, names)
-    places = np.unique(np.linspace(0, max(len(names) - 1, 0), min(TRIED, len(names))).astype(int))
-    return any(os.path.exists(reader.path(place)) for place in places.tolist())
+    return any(os.path.exists(reader.path(place)) for place in evenly_spaced(len(names), TRIED).tolist())
 
 
 def _read_list(file: Path) -> tuple[Names, np.ndarray]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from mbib_timm.data.folders import in_words
-from mbib_timm.data.images import Split, upright_size
+from mbib_timm.data.images import Split, evenly_spaced, upright_size
 from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.sources import OF_LEFT_OUT
 from mbib_timm.data.splits import Splits
@@ -122,7 +122,7 @@ def median_size(split: Split) -> tuple[int, int] | None:
     """Return the median width and height of up to `MEASURED` evenly spaced images, of which the headers are read; None
     where none can be."""
     sizes = []
-    for place in np.unique(np.linspace(0, len(split) - 1, min(MEASURED, len(split))).astype(np.int64)).tolist():
+    for place in evenly_spaced(len(split), MEASURED).tolist():
         try:
             with split.reader.read(split.index_of(place)) as image:
                 sizes.append(upright_size(image))

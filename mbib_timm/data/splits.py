@@ -16,7 +16,7 @@ import numpy as np
 from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.folders import in_words
 from mbib_timm.data.groups import hold_out_groups, require_groups
-from mbib_timm.data.images import ArrayReader, Split
+from mbib_timm.data.images import ArrayReader, Split, evenly_spaced
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE, UNREADABLE, Source
@@ -87,8 +87,7 @@ class Splits:
 
 
 def _some_names(split: Split) -> list[bytes]:
-    places = np.linspace(0, len(split) - 1, min(NAMES, len(split))).astype(np.int64)
-    return [os.path.normpath(name) for name in split.files(places)]
+    return [os.path.normpath(name) for name in split.files(evenly_spaced(len(split), NAMES))]
 
 
 def _common_folder(names: Sequence[bytes]) -> bytes:

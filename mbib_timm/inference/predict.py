@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mbib_timm.data import DataPool
 from mbib_timm.data.folders import in_words
+from mbib_timm.data.images import evenly_spaced
 from mbib_timm.environment import joined_world
 from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior
@@ -247,7 +247,7 @@ def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundIma
     pairs = [(image, each) for image, each in pairs if each.classes]
     if not pairs:
         return
-    some = [pairs[place] for place in np.unique(np.linspace(0, len(pairs) - 1, AGAIN).astype(int))]
+    some = [pairs[place] for place in evenly_spaced(len(pairs), AGAIN)]
     labels = {name: label for label, name in enumerate(predictor.names)}
     readable = {id(image): each for image, each in some}
     for batch in predictor.score([image for image, _ in some], AGAIN, workers=0):
