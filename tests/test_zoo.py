@@ -170,6 +170,9 @@ def test_what_the_package_knows_of_its_models(model):
     assert loaded.class_counts.tolist() == record.class_counts
     assert record.name == model.name
     assert model.weights.stat().st_size < 8 << 20
+    assert loaded.module.pretrained_cfg["label_names"] == loaded.class_names
+    for other in (dict(pretrained=True, num_classes=3), dict(pretrained=False)):  # which nobody has named
+        assert timm.create_model(model.name, **other).pretrained_cfg.get("label_names") is None
 
 
 @pytest.fixture(scope="module")

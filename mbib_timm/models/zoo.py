@@ -270,7 +270,9 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     model_args = dict(config.model_args)
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)
-    given = {**config.preprocessing, **(kwargs.pop("pretrained_cfg_overlay", None) or {})} or None
+    names = config.class_names if pretrained else None  # where timm puts those of a model from the Hub
+    labels = {"label_names": names} if names and kwargs.get("num_classes") in (None, len(names)) else {}
+    given = {**config.preprocessing, **labels, **(kwargs.pop("pretrained_cfg_overlay", None) or {})} or None
     with packaged_weights(cfg, given) if pretrained else nullcontext(given) as overlay:
         arguments = {**model_args, **kwargs, "pretrained_cfg_overlay": overlay}
         model = build_model_with_cfg(build, architecture, pretrained, **arguments)
