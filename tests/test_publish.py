@@ -433,7 +433,7 @@ def test_the_card_gives_the_spread_between_seeds(finished_run, tmp_path):
     assert "n = 3 runs (seeds 0, 1, 2)" in card
     assert "One run" not in card
     alone = render_card(read_run(finished_run), REPOSITORY)
-    assert "These weights come from one run" in alone
+    assert "This is one run" in alone
     with pytest.raises(MbibError, match="same seed"):
         read_seeds(finished_run, [finished_run])
     other = tmp_path / "one" / "recipe.yaml"
