@@ -16,7 +16,7 @@ from mbib_timm.data import Batch
 from mbib_timm.methods import METHODS, Facts, head_names, method_title, resolve_method
 from mbib_timm.recipe import find_recipe, list_recipes, load_recipe, recipes_folder
 from mbib_timm.sweeps.sweep import find_sweep, list_sweeps
-from mbib_timm.sweeps.sweep_plan import plan
+from mbib_timm.sweeps.sweep_plan import in_a_path, plan
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training.setup import build_network
 
@@ -186,10 +186,12 @@ def test_open_choices_go_on_from_the_kept_results():
     planned = {run.label: run for run in plan(find_sweep(["open_choices"]), {**kept.settings, "dataset": "folder"})}
     assert all(planned[run.label].computed(run) for run in kept.runs)
     assert "Nesterov, weight decay 5e-4 and rotation" in [run.coordinates["departure"] for run in kept.runs]
-    # Nesterov alone is the beginning of another name.
-    (command,) = re.findall("open_choices --only (.*)", recipe)
-    chosen = [run for run in planned.values() if any(part in run.label for part in re.findall('"(.*?)"', command))]
-    assert {run.coordinates["departure"] for run in chosen} == {"none", "Nesterov"}
+    # The commands choose as the first step's do, never on the test set.
+    first, second = re.findall("#     mbib sweep open_choices (.*)", recipe)
+    assert "--val-split left_out" in first and "--val-split left_out" in second
+    parts = [in_a_path(part) for part in re.findall('"(.*?)"', second)]
+    chosen = [run for run in planned.values() if any(part in run.label for part in parts)]
+    assert {run.coordinates["departure"] for run in chosen} == {"none", "beta 1"}
 
 
 def test_open_choices_depart_from_the_defaults_in_one_thing_at_a_time():
