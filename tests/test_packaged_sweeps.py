@@ -188,7 +188,8 @@ def test_open_choices_go_on_from_the_kept_results():
     assert "Nesterov, weight decay 5e-4 and rotation" in [run.coordinates["departure"] for run in kept.runs]
     # The commands choose as the first step's do, never on the test set.
     first, second = re.findall("#     mbib sweep open_choices (.*)", recipe)
-    assert "--val-split left_out" in first and "--val-split left_out" in second
+    assert "--val-split left_out" in first
+    assert "--val-split left_out" in second
     parts = [in_a_path(part) for part in re.findall('"(.*?)"', second)]
     chosen = [run for run in planned.values() if any(part in run.label for part in parts)]
     assert {run.coordinates["departure"] for run in chosen} == {"none", "beta 1"}
