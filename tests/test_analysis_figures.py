@@ -209,12 +209,21 @@ def test_difference_is_other_minus_first(real):
 
 def test_distances_are_rho_with_the_papers_beside_it(real):
     figure = figure_of(real, "distances")
-    for axes, intra in zip(figure.axes, ("centre", "pairs"), strict=True):
-        rhos = [real.distances[name][group].rho(intra) for name in ("v", "z") for group in GROUPS]
+    readings = [("centre", "inter"), ("pairs", "inter"), ("centre", "inter_within"), ("pairs", "inter_within")]
+    for axes, of in zip(figure.axes, readings, strict=True):
+        rhos = [real.distances[name][group].rho(*of) for name in ("v", "z") for group in GROUPS]
         assert bars(axes) == pytest.approx(rhos)
         assert [text.get_text() for text in axes.texts] == [f"{rho:.2f}" for rho in rhos]
         assert not axes.lines
-    assert (texts(figure), len(figure.axes[0].lines)) == (["v", "z"], 0)
+        title = axes.get_title()
+        assert ("centre" in title, "pairs" in title) == (of[0] == "centre", of[0] == "pairs")
+        assert ("all classes" in title, "group" in title) == (of[1] == "inter", of[1] == "inter_within")
+    assert texts(figure) == ["v", "z"]
+    assert {name: sum(map(len, table.values())) for name, table in TABLE_5.items()} == {
+        "cifar_resnet32.bsce_cifar100_lt_if100": 4,
+        "bib_resnet32.cifar100_lt_if100": 7,
+        "mbib_resnet32.cifar100_lt_if100": 7,
+    }
     for name, table in TABLE_5.items():
         short = figure_of(replace(real, name=name), "distances")
         assert not any(axes.lines for axes in short.axes), "the paper's numbers are not for three epochs"
@@ -232,10 +241,10 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
             positive_posterior={"prediction": [0.5] * 100},
         )
         figure = figure_of(own, "distances")
-        markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
-        assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
-        assert len(markers) == 7
-        assert not figure.axes[1].lines, "the paper's level is that of distances from the centre"
+        papers = [table[f][group] for f in table for group in GROUPS if group in table[f]]
+        for axes, (intra, _) in zip(figure.axes, readings, strict=True):
+            markers = [float(line.get_ydata()[0]) for line in axes.lines if len(line.get_ydata())]
+            assert markers == (papers if intra == "centre" else []), "its level is that of distances from the centre"
         assert texts(figure) == ["v", "z", "paper (Table 5)"]
 
 

@@ -210,8 +210,10 @@ class Analysis(Analyzed):
         _distances,
         "distances",
         "Intra-class over inter-class distance",
-        "Lower is better: images of one class lie close together, and the centres of classes far apart; equation 15 "
-        "takes all pairs of images, but the paper's Table 5 has the magnitude of distances from the centre.",
+        "Lower is better: images of one class lie close together, and the centres of classes far apart; the paper's "
+        "Table 5 has the magnitude of distances from the centre (left) and not of those over pairs of its equation 15 "
+        "(right), and leaves open whether a class is compared with all others (above) or with those of its shot group "
+        "(below).",
         draw_distances,
     )
     embedding: Embedding = _measured(
