@@ -42,7 +42,7 @@ SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 def draw_distances(analysis: "Analysis") -> Any:
     """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5), by all readings.
 
-    The paper's numbers stand beside both with distances from the centre, whose level is theirs.
+    The paper's numbers stand beside every reading: none fits all of its rows.
     """
     # The paper's numbers are for the whole schedule, and for its data.
     is_papers = analysis.epochs == TABLE_5_EPOCHS and data_set_of(
@@ -52,7 +52,7 @@ def draw_distances(analysis: "Analysis") -> Any:
     figure, panels = canvas(9.6, 6.4, columns=2, rows=2)
     readings = [(intra, inter) for inter in BETWEEN for intra in WITHIN]
     highest = max(
-        _draw_rho(axes, analysis, intra, inter, published if intra == "centre" else {})
+        _draw_rho(axes, analysis, intra, inter, published)
         for axes, (intra, inter) in zip(panels.flat, readings, strict=True)
     )
     for axes, (intra, inter) in zip(panels.flat, readings, strict=True):
