@@ -219,7 +219,8 @@ def test_distances_against_naive_loops(absent, block, monkeypatch):
         pairs, centre, between, beside = expected
         assert values.rho() == pytest.approx(pairs / between, rel=1e-9)
         assert values.rho("centre") == pytest.approx(centre / between, rel=1e-9)
-        assert values.rho("centre", "inter_within") == (pytest.approx(centre / beside, rel=1e-9) if beside else None)
+        for name, within in (("pairs", pairs), ("centre", centre)):
+            assert values.rho(name, "inter_within") == (pytest.approx(within / beside, rel=1e-9) if beside else None)
     assert ("few" in [g for g, v in result.items() if v.rho() is None]) == (absent == (5, 6))
 
 

@@ -1,9 +1,11 @@
 """Figures of an analysis hold its numbers, and can be drawn from every shape that it takes."""
 
 import json
+import math
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from mbib_timm.models.complexity import Cost, Efficiency
 from mbib_timm.results.paper import TABLE_5, TABLE_6
 from mbib_timm.results.record import HeadMetrics
 
+ROOT = Path(__file__).parents[1]
 GROUPS = ["all", "many", "medium", "few"]
 FIGURES = [
     "accuracy_by_head", "trend", "confusion", "positive_posterior", "reliability", "distances", "embedding", "costs",
@@ -209,12 +212,21 @@ def test_difference_is_other_minus_first(real):
 
 def test_distances_are_rho_with_the_papers_beside_it(real):
     figure = figure_of(real, "distances")
-    for axes, intra in zip(figure.axes, ("centre", "pairs"), strict=True):
-        rhos = [real.distances[name][group].rho(intra) for name in ("v", "z") for group in GROUPS]
+    readings = [("centre", "inter"), ("pairs", "inter"), ("centre", "inter_within"), ("pairs", "inter_within")]
+    for axes, of in zip(figure.axes, readings, strict=True):
+        rhos = [real.distances[name][group].rho(*of) for name in ("v", "z") for group in GROUPS]
         assert bars(axes) == pytest.approx(rhos)
         assert [text.get_text() for text in axes.texts] == [f"{rho:.2f}" for rho in rhos]
         assert not axes.lines
-    assert (texts(figure), len(figure.axes[0].lines)) == (["v", "z"], 0)
+        title = axes.get_title()
+        assert ("centre" in title, "pairs" in title) == (of[0] == "centre", of[0] == "pairs")
+        assert ("all classes" in title, "group" in title) == (of[1] == "inter", of[1] == "inter_within")
+    assert texts(figure) == ["v", "z"]
+    assert {name: sum(map(len, table.values())) for name, table in TABLE_5.items()} == {
+        "cifar_resnet32.bsce_cifar100_lt_if100": 4,
+        "bib_resnet32.cifar100_lt_if100": 7,
+        "mbib_resnet32.cifar100_lt_if100": 7,
+    }
     for name, table in TABLE_5.items():
         short = figure_of(replace(real, name=name), "distances")
         assert not any(axes.lines for axes in short.axes), "the paper's numbers are not for three epochs"
@@ -232,11 +244,31 @@ def test_distances_are_rho_with_the_papers_beside_it(real):
             positive_posterior={"prediction": [0.5] * 100},
         )
         figure = figure_of(own, "distances")
-        markers = [float(line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_ydata())]
-        assert markers == [table[f][group] for f in ("v", "z") for group in GROUPS if group in table[f]]
-        assert len(markers) == 7
-        assert not figure.axes[1].lines, "the paper's level is that of distances from the centre"
+        papers = [table[f][group] for f in table for group in GROUPS if group in table[f]]
+        for axes in figure.axes:
+            markers = [float(line.get_ydata()[0]) for line in axes.lines if len(line.get_ydata())]
+            assert markers == papers, "beside every reading"
         assert texts(figure) == ["v", "z", "paper (Table 5)"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(file.parent for file in (ROOT / "results").glob("*/analysis.json")), ids=lambda folder: folder.name
+)
+def test_the_page_says_how_far_each_reading_is_from_table_5(folder):
+    analysis = read_analysis(folder)
+    if analysis.name not in TABLE_5:
+        pytest.skip("the paper's table has no such run")
+    row = []
+    for intra in ("centre", "pairs"):
+        for inter in ("inter", "inter_within"):
+            cells = [
+                analysis.distances[name][group].rho(intra, inter) - paper
+                for name, groups in TABLE_5[analysis.name].items()
+                for group, paper in groups.items()
+            ]
+            row.append(f"{math.sqrt(sum(cell**2 for cell in cells) / len(cells)):.2f}")
+    method = analysis.name.removeprefix("cifar_resnet32.").partition("_")[0].upper()
+    assert f"\n| {method} | {len(cells)} | {' | '.join(row)} |\n" in (ROOT / "docs/sweeps.md").read_text()
 
 
 def test_embedding_has_a_panel_for_v_and_z(real):

@@ -33,45 +33,54 @@ if TYPE_CHECKING:
 
 # Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
 PARTS = (SKY, ORANGE, GREEN, PURPLE, VERMILION)
+# The two distances within classes and the two between them, as titles say them.
+WITHIN = {"centre": r"$D_{intra}$ from the class centre", "pairs": r"$D_{intra}$ over pairs (eq. 15)"}
+BETWEEN = {"inter": r"$D_{inter}$ over all classes", "inter_within": r"$D_{inter}$ within the shot group"}
 SURE_IMAGES = 10  # fewer in a bin say little of its accuracy
 
 
 def draw_distances(analysis: "Analysis") -> Any:
-    """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5), by both readings.
+    """Draw rho, the ratio of intra- to inter-class distance, by shot group (equation 17 and Table 5), by all readings.
 
-    The paper's numbers stand beside distances from the centre, whose level is theirs.
+    The paper's numbers stand beside every reading: none fits all of its rows.
     """
     # The paper's numbers are for the whole schedule, and for its data.
     is_papers = analysis.epochs == TABLE_5_EPOCHS and data_set_of(
         analysis.name, analysis.class_counts, analysis.class_names
     )
     published = TABLE_5.get(analysis.name, {}) if is_papers else {}
-    figure, panels = canvas(9.6, 3.6, columns=2)
-    highest = max(_draw_rho(panels[0], analysis, "centre", published), _draw_rho(panels[1], analysis, "pairs", {}))
-    for axes, title in zip(panels, ("from the class centre", "over pairs of images (eq. 15)"), strict=True):
+    figure, panels = canvas(9.6, 6.4, columns=2, rows=2)
+    readings = [(intra, inter) for inter in BETWEEN for intra in WITHIN]
+    highest = max(
+        _draw_rho(axes, analysis, intra, inter, published)
+        for axes, (intra, inter) in zip(panels.flat, readings, strict=True)
+    )
+    for axes, (intra, inter) in zip(panels.flat, readings, strict=True):
         axes.set_xticks(range(len(GROUPS)), GROUPS)
         axes.grid(axis="x", visible=False)
-        axes.set(title=f"Distances within classes {title}", ylim=(0, 1.12 * highest or 1))
-    panels[0].set_ylabel(r"$\rho$ = $D_{intra}$ / $D_{inter}$")
+        axes.set(title=f"{WITHIN[intra]}, {BETWEEN[inter]}", ylim=(0, 1.12 * highest or 1))
+    for axes in panels[:, 0]:
+        axes.set_ylabel(r"$\rho$ = $D_{intra}$ / $D_{inter}$")
+    first = panels[0, 0]
     if published:
-        panels[0].plot(
-            [], [], "D", color=foreground(), markerfacecolor=background(), markersize=5, label="paper (Table 5)"
-        )
-    handles, labels = panels[0].get_legend_handles_labels()
+        first.plot([], [], "D", color=foreground(), markerfacecolor=background(), markersize=5, label="paper (Table 5)")
+    handles, labels = first.get_legend_handles_labels()
     bars_first = sorted(zip(handles, labels, strict=True), key=lambda entry: not hasattr(entry[0], "patches"))
     figure.legend(*zip(*bars_first, strict=True), loc="outside lower center", ncols=3)
     return figure
 
 
-def _draw_rho(axes: Any, analysis: "Analysis", intra: str, published: Mapping[str, Mapping[str, float]]) -> float:
-    """Draw rho with one of the two distances within classes, and the paper's diamonds; return the highest of all."""
+def _draw_rho(
+    axes: Any, analysis: "Analysis", intra: str, inter: str, published: Mapping[str, Mapping[str, float]]
+) -> float:
+    """Draw rho by one of its readings, and the paper's diamonds; return the highest of all."""
     features = analysis.distances
     share = 0.8 / max(2, len(features))
     highest = 0.0
     for i, (name, groups) in enumerate(features.items()):
         for place, group in enumerate(GROUPS):
             at = place + (i - (len(features) - 1) / 2) * share
-            rho, number = groups[group].rho(intra), published.get(name, {}).get(group)
+            rho, number = groups[group].rho(intra, inter), published.get(name, {}).get(group)
             axes.bar(at, rho or 0.0, share * 0.92, color=_part_color(i), label=name if place == 0 else None)
             # The paper's diamond stands to the right of the number, so that neither covers the other.
             shift = -0.12 * share if published else 0.0

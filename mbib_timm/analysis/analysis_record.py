@@ -210,8 +210,9 @@ class Analysis(Analyzed):
         _distances,
         "distances",
         "Intra-class over inter-class distance",
-        "Lower is better: images of one class lie close together, and the centres of classes far apart; equation 15 "
-        "takes all pairs of images, but the paper's Table 5 has the magnitude of distances from the centre.",
+        "Lower is better: images of one class lie close together, and the centres of classes far apart; distances in a "
+        "class are from its centre (left) or over pairs of its images, as in equation 15 (right), and its centre is "
+        "compared with those of all other classes (above) or of its shot group (below), which the paper leaves open.",
         draw_distances,
     )
     embedding: Embedding = _measured(

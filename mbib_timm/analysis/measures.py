@@ -61,9 +61,10 @@ class Distances:
 
     A class with one image has no distance within: its 0 would make every group that holds it look compact.
 
-    The paper's equations and its Table 5 do not agree: over pairs, as eq. 15 has it, rho comes out about sqrt(2) times
-    as large as from the centre, whose level is the table's. And it does not say which other classes count for a shot
-    group. So there are two distances within, two between, and rho is named by those that it is made of.
+    Over pairs, as eq. 15 of the paper has it, rho comes out about sqrt(2) times as large as from the centre. In our
+    runs the first has the level of BSCE in its Table 5, the second that of BIB and MBIB. And it does not say which
+    other classes count for a shot group. So there are two distances within, two between, and rho is named by those that
+    it is made of.
 
     Attributes:
         pairs: D_intra over all pairs of a class's images (eq. 15).
