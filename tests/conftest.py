@@ -48,6 +48,8 @@ def shared() -> Path:
     return folder
 
 
+# Files with the longest tests, which come first: at the end only short ones are left, and no process waits for another.
+LONGEST = ("test_zoo.py", "test_docs.py", "test_tutorials.py", "test_analysis.py", "test_readme.py")
 Drawn = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -137,7 +139,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs the Hub on loopback; leave out what is not asked for, and skip what needs a missing GPU."""
+    """Longest files first; mark what needs the Hub on loopback; leave out what is not asked for or lacks its GPU."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--faults"):
         items[:] = [item for item in items if not item.get_closest_marker("all_faults")]
     for item in items:
