@@ -2,48 +2,56 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import forked
 import numpy as np
+from huggingface_hub import constants
 from PIL import Image
+
+from mbib_timm.cli import main
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search(r'^Repository = "(\S+)"$', PROJECT, re.MULTILINE)[1]
-# Runs what it is given on a line each, in one process: torch is imported once.
-RUNNER = """
-import shlex, subprocess, sys
-from mbib_timm.cli import main
-for command in sys.stdin.read().splitlines():
-    print("$", command, flush=True)
-    words = shlex.split(command)
-    if words[0] == "mbib":
-        try:
-            status = main(words[1:])
-        except SystemExit as end:  # of --help
-            status = end.code
-    elif words[0] == "python":
-        status = subprocess.run([sys.executable, *words[1:]]).returncode
-    else:
-        status = subprocess.run(command, shell=True).returncode
-    if status:
-        sys.exit(f"{command}: exit status {status}")
-    sys.stdout.flush()
-"""
 
 
 def run_commands(commands, folder):
-    """Run commands in a folder, without a network and on one thread; return what each of them prints."""
+    """Run commands in a folder, without a network and on one thread; return what each of them prints.
+
+    They run in one process, forked from this one: torch is imported already, and runs draw no figures.
+    """
     commands = list(commands)
+
+    def work():
+        os.dup2(1, 2)
+        sys.stderr = sys.stdout
+        warnings.simplefilter("ignore")
+        constants.HF_HUB_OFFLINE = True
+        for command in commands:
+            print("$", command, flush=True)
+            words = shlex.split(command)
+            if words[0] == "mbib":
+                try:
+                    status = main(words[1:])
+                except SystemExit as end:  # of --help
+                    status = end.code
+            elif words[0] == "python":
+                status = subprocess.run([sys.executable, *words[1:]]).returncode
+            else:
+                status = subprocess.run(command, shell=True).returncode
+            if status:
+                print(f"{command}: exit status {status}")
+                return status
+        return 0
+
     here = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
-    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input="\n".join(commands), cwd=folder, env={**os.environ, **here, **alone},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = forked.run(work, folder, **here, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     printed, rest = [], done.stdout
     for command in reversed(commands):
         rest, _, own = rest.rpartition(f"$ {command}\n")

@@ -75,10 +75,10 @@ SHORT = {
 
 COMMANDS = [(page, command) for page in PAGES for block in blocks(page, "sh") for command in lines_of(block)]
 LISTED = [command for commands in NEEDS.values() for command in commands]
-RUN_HERE = [
+RUN_HERE = dict.fromkeys(  # once, where several pages have it
     command for page, command in COMMANDS
     if page.name not in ELSEWHERE and command not in ELSEWHERE and command not in LISTED
-]  # fmt: skip
+)  # fmt: skip
 
 
 def test_no_command_is_listed_that_is_on_no_page():
