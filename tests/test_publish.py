@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub import HfApi
 from loopback_hub import TestHub
 from small_data import class_folders
 
@@ -65,20 +65,6 @@ def publisher(hub, release, waits=None):
 
 def state(hub):
     return hub.load(REPOSITORY)
-
-
-def forked_command(hub, home, *arguments, **further):
-    """As `command`, in a forked process, whose client of the Hub is told what the environment says to a fresh one."""
-
-    def told():
-        constants.ENDPOINT = hub.url
-        constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
-        constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, "HF_HUB_OFFLINE" in further
-        close_session()
-        return main([*map(str, arguments)])
-
-    return forked.run(told, **{"HF_TOKEN": hub.token, **further})
 
 
 LOAD = """
@@ -232,11 +218,11 @@ def test_what_somebody_else_pushes_meanwhile_is_not_overwritten(hub, finished_ru
 @pytest.mark.slow
 def test_tokens(hub, finished_run, tmp_path):
     call = ["publish", finished_run, "--repo-id", REPOSITORY]
-    done = forked_command(hub, tmp_path, *call, HF_TOKEN="hf_secret_but_wrong")
+    done = forked.mbib_and_hub(hub, tmp_path, *call, HF_TOKEN="hf_secret_but_wrong")
     assert done.returncode == 1
     assert "does not accept the token" in done.stderr
     assert "hf_secret_but_wrong" not in done.stdout + done.stderr
-    done = forked_command(hub, tmp_path, *call, HF_TOKEN="")
+    done = forked.mbib_and_hub(hub, tmp_path, *call, HF_TOKEN="")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert state(hub) is None
@@ -250,7 +236,7 @@ def test_a_private_repository(hub, finished_run, expected, tmp_path):
     load_elsewhere(hub, tmp_path, {f"hf-hub:{REPOSITORY}": file})
     assert torch.equal(torch.load(file), expected)
     call = ["predict", f"hf-hub:{REPOSITORY}", __file__]
-    done = forked_command(hub, tmp_path / "new", *call, HF_TOKEN="wrong")
+    done = forked.mbib_and_hub(hub, tmp_path / "new", *call, HF_TOKEN="wrong")
     assert done.returncode == 2
     assert "is private and needs a token" in done.stderr
 
@@ -258,10 +244,10 @@ def test_a_private_repository(hub, finished_run, expected, tmp_path):
 @pytest.mark.slow
 def test_missing_repositories_and_no_network(hub, tmp_path):
     call = ["predict", "hf-hub:tester/nothing", __file__]
-    done = forked_command(hub, tmp_path, *call)
+    done = forked.mbib_and_hub(hub, tmp_path, *call)
     assert done.returncode == 2
     assert "there is no such repository" in done.stderr
-    done = forked_command(hub, tmp_path, *call, HF_HUB_OFFLINE="1")
+    done = forked.mbib_and_hub(hub, tmp_path, *call, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert "cannot be reached, and there is no copy in the cache" in done.stderr
 

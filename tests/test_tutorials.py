@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from loopback_hub import TestHub
@@ -82,13 +83,14 @@ def without_numbers(line):
     return " ".join(re.sub(r"\d+(\.\d+)?", "#", line).split())
 
 
-def run(command, folder, **variables):
-    """Run a command as a reader would, and return what it writes to the terminal."""
+def run(program, folder):
+    """Run a Python program as a reader would."""
     python = {"PYTHONPATH": str(DOCS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **python, **variables}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env={**os.environ, **python}, capture_output=True, text=True,
+        encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
 
 
 def run_shell(page, folder):
@@ -191,12 +193,12 @@ def test_your_own_images(tmp_path):
 
     # The same without --dry-run, and a colleague's use of it
     hub = TestHub(tmp_path / "hub", user="me").start()
-    there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "home")}
     commands = "".join(text for _, text in blocks_of("your_own_images.md")).replace("\\\n", " ").splitlines()
     (publish,) = [line for line in commands if "--dry-run" in line]
-    run([sys.executable, "-m", *shlex.split(publish.replace("mbib", "mbib_timm", 1))[:-1]], tmp_path, **there)
-    given = ["new", "--probabilities", "--threshold", "0.6", "--output", "theirs.csv"]
-    run([sys.executable, "-m", "mbib_timm", "predict", "hf-hub:me/traps", *given], tmp_path, **there)
+    predict = ["predict", "hf-hub:me/traps", "new", "--probabilities", "--threshold", "0.6", "--output", "theirs.csv"]
+    for words in (shlex.split(publish)[1:-1], predict):
+        done = forked.mbib_and_hub(hub, tmp_path / "home", *words, folder=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
     hub.stop()
     for mine, theirs in zip(predicted, rows(tmp_path / "theirs.csv"), strict=True):
         assert {name: theirs[name] for name in mine} == mine
@@ -247,7 +249,7 @@ def test_from_python(tmp_path):
     make_photographs(tmp_path)
     code = blocks(DOCS / "from_python.md", "python")
     program = "\n".join(f"{block}\n{check}" for block, check in zip(code, CHECKS, strict=True))
-    run([sys.executable, "-c", program], tmp_path)
+    run(program, tmp_path)
 
 
 def test_which_backbone(tmp_path):
@@ -257,10 +259,10 @@ def test_which_backbone(tmp_path):
 spread = timm.create_model("mbib", backbone="vit_small_patch14_dinov2.lvd142m", img_size=224, device="meta")
 assert spread.taps == (3, 7, 11) and spread.pool_type == "token"
 """
-    run([sys.executable, "-c", code + check], tmp_path)
+    run(code + check, tmp_path)
 
 
 def test_trained_models(tmp_path):
     (code,) = blocks(DOCS / "trained_models.md", "python")
     image = "from PIL import Image\nimage = Image.new('RGB', (40, 30))\n"
-    run([sys.executable, "-c", f"{image}{code}\nassert logits.shape == (1, 100)"], tmp_path)
+    run(f"{image}{code}\nassert logits.shape == (1, 100)", tmp_path)
