@@ -621,9 +621,15 @@ def test_of_two_seeds_both_are_said_and_their_mean_is_drawn(undrawn):
     assert group.first.heads["prediction"].few == predictions[0]["few"]
 
 
-def test_a_network_of_one_head_has_no_figure_of_heads_and_heads_say_what_they_see(undrawn):
+def test_a_network_of_one_head_has_no_figure_of_heads_and_heads_say_what_they_see(tmp_path, undrawn):
     (ce,), (bib,), (mbib,) = (group_runs([read_run(folder)]) for folder in (CE, BIB, MBIB))
     assert "shot_groups" not in run_section(ce).figures
+    analyzed, content = changed(CE, tmp_path, "analyzed"), json.loads((MBIB / "analysis.json").read_text())
+    content["heads"] = {"prediction": content["heads"]["prediction"]}
+    (analyzed / "analysis.json").write_text(json.dumps(content))
+    section = run_section(group_runs([read_run(analyzed)])[0])
+    assert "trend" in section.figures
+    assert not {"shot_groups", "accuracy_by_head"} & section.figures.keys()
     rows = [[row[0] for row in tables_of(run_section(group))[0].rows] for group in (bib, mbib)]
     assert [name for name in rows[0] if "(" in name] == ["v1 (last map)", "z (bottleneck)"]
     assert [name for name in rows[1] if "(" in name] == [

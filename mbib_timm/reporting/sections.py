@@ -242,10 +242,10 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section
             replace(each, reading=f"{each.reading} {said}") if each.name in of_result else each
             for each in illustrations
         ]
-    if len(group.heads) == 1:  # whose accuracies the table has
-        illustrations = [each for each in illustrations if each.name != "shot_groups"]
+    of_heads = ("shot_groups", "accuracy_by_head") * (len(group.heads) == 1)  # whose accuracies the table has
+    illustrations = [each for each in illustrations if each.name not in of_heads]
     if analysis is not None:
-        of_analysis = analysis_figures(analysis)
+        of_analysis = [each for each in analysis_figures(analysis) if each.name not in of_heads]
         found, reported = ({head: each.accuracies() for head, each in of.heads.items()} for of in (analysis, group))
         if found == six_digits(reported):
             # The analysis has the same figure, of the same numbers.
