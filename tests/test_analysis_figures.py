@@ -365,4 +365,6 @@ def test_costs_are_ours_beside_table_6(real):
 
 def test_accuracy_by_head_has_every_head(real):
     legend = figure_of(real, "accuracy_by_head").axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["v1", "v2", "v3", "z", "prediction"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "v1 (map 1 of 3)", "v2 (map 2 of 3)", "v3 (last map)", "z (bottleneck)", "prediction",
+    ]  # fmt: skip

@@ -24,8 +24,9 @@ from mbib_timm.models.zoo import DATASETS, PUBLISHED, ZOO, ZooModel, is_start_ta
 from mbib_timm.publishing.card import card_metadata, render_card
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe
+from mbib_timm.reporting.comparison import comparison_section
 from mbib_timm.reporting.report import read_inputs
-from mbib_timm.reporting.sections import comparison_section, run_section
+from mbib_timm.reporting.sections import run_section
 from mbib_timm.results import catalogue
 from mbib_timm.results.record import read_record, write_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
@@ -480,7 +481,7 @@ def test_a_report_of_both_kinds_has_a_table_of_each(tmp_path, undrawn):  # noqa:
     groups, _ = read_inputs([str(MBIB), str(other), str(CE)])
     section = comparison_section(groups)
     scratch, tuned = [block.content for block in section.blocks if block.kind == "table"]
-    assert [row[0].partition(" ")[0] for row in scratch.rows] == [read_run(MBIB).name, read_run(CE).name]
+    assert [row[0] for row in scratch.rows] == ["MBIB", "CE"]
     assert "started from" not in scratch.header
     assert scratch.header[-2:] == ["paper", "difference"]
     assert [row[1] for row in tuned.rows] == ["resnet50.a1_in1k (ImageNet-1k)"]
@@ -488,10 +489,10 @@ def test_a_report_of_both_kinds_has_a_table_of_each(tmp_path, undrawn):  # noqa:
     assert "paper" not in tuned.header
     said = [block.content for block in section.blocks if block.kind == "paragraph"]
     assert said[0] == "From scratch:"
-    assert "never with models trained from scratch" in said[2]
+    assert any("never with models trained from scratch" in each for each in said)
     assert list(section.figures) == ["accuracy-1", "curves-1", "accuracy-2", "curves-2"]
     alone = comparison_section([group for group in groups if group.origin.is_scratch])
-    assert [block.kind for block in alone.blocks if block.kind in ("table", "paragraph")] == ["table", "paragraph"]
+    assert "From scratch:" not in [block.content for block in alone.blocks]
     facts = dict(next(block.content for block in run_section(groups[1]).blocks if block.kind == "facts"))
     assert facts["started from"].startswith("resnet50.a1_in1k (ImageNet-1k). 25 of the 100 class names")
     assert "started from" not in dict(run_section(groups[0]).blocks[0].content)

@@ -10,7 +10,8 @@ from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
 
 @register("bsce")
 class BalancedSoftmax(Method):
-    """Balanced softmax cross-entropy on every head. Raises MbibError for a class without training images."""
+    """Balanced softmax cross-entropy on every head: in training, the log of a class's number of images is added to its
+    logit, so that frequent classes are not preferred. Raises MbibError for a class without training images."""
 
     title = "BSCE"
     citation = "Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020"

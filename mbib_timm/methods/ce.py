@@ -8,7 +8,7 @@ from mbib_timm.methods.functional import adjusted_cross_entropy
 
 @register("ce")
 class CrossEntropy(Method):
-    """Plain cross-entropy on every head."""
+    """Plain cross-entropy on every head: the baseline, which does nothing about the imbalance."""
 
     title = "CE"
     soft_targets = True

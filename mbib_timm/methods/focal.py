@@ -18,7 +18,7 @@ class FocalSettings:
 
 @register("focal")
 class Focal(Method):
-    """Softmax focal loss on every head."""
+    """Softmax focal loss on every head: images that are already classified well count less."""
 
     title = "Focal"
     citation = "Lin et al., Focal Loss for Dense Object Detection, ICCV 2017"

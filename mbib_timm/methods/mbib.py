@@ -246,7 +246,8 @@ class Bottleneck(Method):
 
 @register("bib")
 class BIB(Bottleneck):
-    """Balanced information bottleneck: one observation teaches z (eq. 9, figure 1)."""
+    """Balanced information bottleneck: one observation, the pooled last map, teaches z, a bottleneck behind it
+    (eq. 9, figure 1)."""
 
     title = "BIB"
 
@@ -257,7 +258,7 @@ class BIB(Bottleneck):
 
 @register("mbib")
 class MBIB(Bottleneck):
-    """Mixture of balanced information bottlenecks: every observation teaches z (eq. 11, figure 2)."""
+    """Mixture of balanced information bottlenecks: observations at several depths each teach z (eq. 11, figure 2)."""
 
     title = "MBIB"
     Settings = MbibSettings

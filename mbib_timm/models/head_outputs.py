@@ -4,6 +4,7 @@ A network of several heads names them in `head_names`, in `prediction_heads` tho
 where it has experts in `expert_heads` the heads of each. Any other network has a prediction alone.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,32 @@ def head_titles(model: nn.Module) -> dict[str, str]:
         name: f"Expert {name.removeprefix('expert')}" if name in experts else f"Head {name}"
         for name in reported_heads(model)
     }
+
+
+# What the heads of MBIB's networks are, for a reader who has only their names.
+HEADS_TEXT = (
+    "Classifiers at several places of one network: v1, v2, ... on maps of the backbone from shallow to deep, the last "
+    "of them on its last map, and z on the bottleneck, a layer behind that map. The same number can be another map in "
+    "another network."
+)
+
+
+def labelled_heads(names: Iterable[str]) -> dict[str, str]:
+    """Return names of heads with what each sees, as far as they say it: ``v2 (map 2 of 3)``, ``v3 (last map)``."""
+    names = list(names)
+    maps = {name: re.fullmatch(r"(.*_|)v(\d+)", name) for name in names}
+    last: dict[str, int] = {}
+    for place in filter(None, maps.values()):
+        last[place[1]] = max(last.get(place[1], 0), int(place[2]))
+    labels = {}
+    for name in names:
+        if found := maps[name]:
+            deepest = last[found[1]]
+            said = " (last map)" if int(found[2]) == deepest else f" (map {found[2]} of {deepest})"
+        else:
+            said = " (bottleneck)" * bool(re.fullmatch(r"(.*_|)z", name))
+        labels[name] = f"{name}{said}"
+    return labels
 
 
 def _experts(model: nn.Module) -> dict[str, list[str]]:

@@ -140,22 +140,13 @@ def render_card(
         extended=extended_text(record),
         last_stage_only=len(record.stages) > 1 and not record.inputs,
         environment=record.environment,
-        train=_train_command(run),
+        train=run.command_today,
         few=len(shot_groups(counts)["few"]),
         licence=licence_of(run, stated),
         data_licence=run.dataset.licence if run.dataset is not None else "",
         start_licence=_start_licence(run),
         citations=citations,
     )
-
-
-def _train_command(run: FinishedRun) -> str:
-    """Return the command that trains a packaged recipe, where the run's own, of a sweep or of older names, is another.
-
-    Empty for other runs.
-    """
-    recipe = "" if run.zoo_model is None else run.zoo_model.recipe
-    return "" if recipe in ("", *run.record.environment.command.split()) else f"mbib train {recipe}"
 
 
 def _template() -> jinja2.Template:

@@ -7,15 +7,9 @@ import mbib_timm
 from mbib_timm.errors import MbibError
 from mbib_timm.files import check_place, contains, counted, require_own, write_bytes
 from mbib_timm.models.zoo import ZOO
-from mbib_timm.reporting.sections import (
-    Section,
-    comparison_section,
-    give_unique_anchors,
-    render_page,
-    run_section,
-    sweep_section,
-)
-from mbib_timm.results.columns import DEFINITIONS
+from mbib_timm.reporting.comparison import comparison_section, short_titles
+from mbib_timm.reporting.sections import Section, give_unique_anchors, render_page, run_section, sweep_section
+from mbib_timm.reporting.terms import terms_section
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, read_run
 from mbib_timm.sweeps.sweep_results import FILE, SweepResults, read_results
@@ -40,8 +34,14 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     check_place(output)
     require_own("--output", output, contains(b"Written by <code>mbib report</code>"), "is not a report")
     groups, sweeps = read_inputs(names)
-    sections = [comparison_section(groups)] if len(groups) > 1 else []
-    sections += [run_section(group) for group in groups]
+    sections = [terms_section(groups)] if groups else []
+    if len(groups) > 1:
+        sections.append(comparison_section(groups))
+        sections += [
+            run_section(group, title, alone=False) for group, title in zip(groups, short_titles(groups), strict=True)
+        ]
+    else:
+        sections += [run_section(group) for group in groups]
     sections += [sweep_section(results) for results in sweeps]
     give_unique_anchors(sections)
     titles = [*(group.title for group in groups), *(results.name for results in sweeps)]
@@ -100,7 +100,7 @@ def _folder(name: str) -> Path:
 def _lead() -> str:
     return (
         f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files of the runs. Results are those "
-        f"of the last epoch, or of what a post-hoc method makes of a trained model. {DEFINITIONS}"
+        "of the last epoch, or of what a post-hoc method makes of a trained model."
     )
 
 

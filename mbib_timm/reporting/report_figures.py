@@ -1,5 +1,6 @@
 """Figures of several runs side by side: accuracy by shot group, accuracy over the epochs; and the confusion matrix."""
 
+import statistics
 from collections.abc import Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -10,12 +11,11 @@ from mbib_timm.drawing import (
     BLUE,
     CYCLE,
     GREY,
-    HATCHES,
     LINE_STYLES,
     METHOD_COLORS,
     background,
     canvas,
-    mean_bar,
+    foreground,
     text_on,
 )
 from mbib_timm.evaluation.answer_files import ConfusionMatrix
@@ -28,7 +28,7 @@ from mbib_timm.sweeps.show_sweep import PAPER
 from mbib_timm.sweeps.sweep_results import SweepResults, SweepRun
 
 CURVES = 12  # as many lines as can be told apart
-SHORT = 24  # letters of a title, three of which stand side by side
+NARROW = 26  # letters of a title beside its bars
 WIDE = 80  # letters of a title that fit beside its colour
 MATRIX = 30  # classes whose cells have room for a number
 
@@ -40,36 +40,50 @@ def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
 
 
 def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> Any:
-    """Draw the mean accuracy of each group of runs by shot group; the paper's numbers as diamonds.
+    """Draw the mean accuracy of each group of runs, a row each, by shot group; the paper's numbers as diamonds.
 
     Args:
         groups: of which recipe each.
-        titles: of the groups in the legend; their own when empty.
+        titles: of the groups; their own when empty.
     """
     titles = titles or [group.title for group in groups]
-    columns = 3 if max(map(len, titles)) < SHORT else 1
-    titles = [fill(f"{title} (n = {len(group.runs)})", WIDE) for title, group in zip(titles, groups, strict=True)]
-    lines = -(-len(groups) // columns) + sum(title.count("\n") for title in titles)
-    figure, axes = canvas(max(6.5, 1.4 * len(groups)), 3.6 + 0.22 * lines)
-    share = 0.84 / len(groups)
-    legend: dict[str, Any] = {}
-    looks = zip(groups, titles, group_colors(groups), strict=True)
-    for place, (group, title, (color, sibling)) in enumerate(looks):
-        for column_place, column in enumerate(COLUMNS):
-            at = column_place + (place - (len(groups) - 1) / 2) * share
+    titles = [fill(f"{title} (n = {len(group.runs)})", NARROW) for title, group in zip(titles, groups, strict=True)]
+    columns = [name for name in COLUMNS if any(group.mean(name) is not None for group in groups)]
+    lines = sum(max(1.8, 0.8 + title.count("\n")) for title in titles)
+    figure, panels = canvas(7.5, 1.1 + 0.19 * lines, columns=len(columns))
+    mark: Any = None
+    for column, axes in zip(columns, np.atleast_1d(panels), strict=True):
+        for row, (group, (color, _)) in enumerate(zip(groups, group_colors(groups), strict=True)):
+            values = [value for value in group.values(column) if value is not None]
+            if not values:
+                continue
+            mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+            axes.barh(row, mean, 0.72, color=color, xerr=deviation, ecolor=foreground(), capsize=2)
+            end = mean + (deviation or 0.0)
             marked = group.paper[0].accuracies.get(column) if group.is_papers else None
-            hatch = HATCHES[sibling % len(HATCHES)]
-            bar, mark = mean_bar(axes, at, group.values(column), share * 0.9, color, hatch, marked)
-            legend |= {title: bar} if bar is not None else {}
-            legend |= {PAPER: mark} if mark is not None else {}
-    if PAPER in legend:  # last
-        legend[PAPER] = legend.pop(PAPER)
-    axes.set_xticks(range(len(COLUMNS)), [*COLUMNS])
-    axes.tick_params(axis="x", length=0)
-    axes.grid(axis="x", visible=False)
-    axes.set(ylabel="top-1 accuracy, %")
-    axes.margins(y=0.12)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns)
+            if marked is not None:
+                (mark,) = axes.plot(
+                    marked,
+                    row,
+                    marker="D",
+                    linestyle="",
+                    color=foreground(),
+                    markerfacecolor=background(),
+                    markersize=5,
+                )
+                end = max(end, marked)
+            # To the right of all that could be in its way.
+            axes.annotate(f"{mean:.1f}", (end, row), (7, 0), textcoords="offset points", va="center")
+        axes.set(title=column, ylim=(len(groups) - 0.5, -0.5), yticks=[])
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.get_major_locator().set_params(nbins=3)
+    widest = max(axes.get_xlim()[1] for axes in np.atleast_1d(panels))
+    for axes in np.atleast_1d(panels):
+        axes.set_xlim(0, 1.3 * widest)
+    np.atleast_1d(panels)[0].set_yticks(range(len(groups)), titles)
+    figure.supxlabel("top-1 accuracy, %", fontsize=9)
+    if mark is not None:
+        figure.legend([mark], [PAPER], loc="outside upper right")
     return figure
 
 
@@ -91,10 +105,16 @@ class _Curve(NamedTuple):
     averaged: bool | None
 
 
-def comparison_curves(groups: Sequence[RunGroup]) -> Any:
-    """Draw the accuracy after each evaluated epoch, of every run of each group, and of several the mean."""
+def comparison_curves(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> Any:
+    """Draw the accuracy after each evaluated epoch, of every run of each group, and of several the mean.
+
+    Args:
+        groups: of which recipe each.
+        titles: of the groups; their own when empty.
+    """
+    titles = titles or [group.title for group in groups]
     curves = []
-    for group, (color, sibling) in zip(groups, group_colors(groups), strict=True):
+    for group, title, (color, sibling) in zip(groups, titles, group_colors(groups), strict=True):
         histories = [run.history for run in group.runs]
         runs = [
             [(float(row.epoch), row.val["top1"] or 0.0) for row in history if row.val is not None]
@@ -102,7 +122,7 @@ def comparison_curves(groups: Sequence[RunGroup]) -> Any:
         ]
         if kept := [run for run in runs if run]:
             style = LINE_STYLES[sibling % len(LINE_STYLES)]
-            curves.append(_Curve(group.title, kept, color, style, any(map(is_averaged, histories))))
+            curves.append(_Curve(title, kept, color, style, any(map(is_averaged, histories))))
     return _curves(curves)
 
 

@@ -2,34 +2,27 @@
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis, six_digits
+from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, six_digits
 from mbib_timm.drawing import DARK, Illustration, render
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError, first_line
 from mbib_timm.evaluation.answer_files import ConfidentError, ConfusionMatrix, read_confusion, read_errors
 from mbib_timm.files import printable
 from mbib_timm.methods import METHODS, method_title
+from mbib_timm.models.head_outputs import labelled_heads
 from mbib_timm.models.origin import origin_text
-from mbib_timm.reporting.differences import differences
-from mbib_timm.reporting.report_figures import (
-    CURVES,
-    MATRIX,
-    comparison_bars,
-    comparison_curves,
-    confusion_figure,
-    sweep_curves,
-)
-from mbib_timm.results.columns import COLUMNS, INTERVALS
-from mbib_timm.results.record import HeadMetrics, RunRecord, is_averaged
+from mbib_timm.reporting.differences import differences, known_differences
+from mbib_timm.reporting.report_figures import CURVES, MATRIX, confusion_figure, sweep_curves
+from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.record import RunRecord
 from mbib_timm.results.redact import redact_text
 from mbib_timm.results.run_figures import run_figures
 from mbib_timm.results.run_text import (
@@ -45,15 +38,13 @@ from mbib_timm.results.run_text import (
 )
 from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
+    NOTHING,
     STARTED,
     Table,
     difference,
     mean_and_deviation,
     percent,
-    shown_columns,
-    split_by_start,
     table_by_head,
-    tables_by_start,
 )
 from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline, listed
@@ -190,12 +181,22 @@ def give_unique_anchors(sections: Sequence[Section]) -> None:
             section.anchor += f"-{place}"
 
 
-def run_section(group: RunGroup) -> Section:
-    """Return what is to be said of runs of one recipe: what they were, results, distance from the paper, figures."""
-    section = Section(group.title)
+def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section:
+    """Return what is to be said of runs of one recipe: what they were, results, distance from the paper, figures.
+
+    Args:
+        group: the runs.
+        title: of the section; the group's by default.
+        alone: no other section says what is known to differ from the paper.
+    """
+    section = Section(title or group.title)
     run = group.first
     section.facts(_facts(group))
-    section.command(run.record.environment.command)
+    for command in dict.fromkeys(member.record.environment.command for member in group.runs):
+        section.command(command)
+    if run.command_today:
+        said = f"The command is as that version recorded it. Today, `{run.command_today}` trains this recipe."
+        section.paragraphs([said])
 
     section.heading("Result")
     result, best = run.record.result, run.record.best
@@ -203,38 +204,56 @@ def run_section(group: RunGroup) -> Section:
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
     section.paragraphs([f"In percent on {images:,} images of the split `{result.split}` after {when}{spread}."])
-    label = f"95 % interval, seed {run.record.seed}" if len(group.runs) > 1 else ""
-    section.table(table_by_head(run.heads, lambda head, column: mean_and_deviation(group.values(column, head)), label))
-    section.paragraphs([INTERVALS])
+    titles = labelled_heads(group.heads)
+
+    def cell(head: str, column: str) -> str:
+        return mean_and_deviation(group.values(column, head))
+
+    section.table(table_by_head(group.heads, cell, titles=titles))
     for member in group.runs:
         if chosen := chosen_text(member.record):
             section.paragraphs([f"{chosen} (seed {member.record.seed})."])
         if raw := raw_text(member.record):
             section.paragraphs([f"{raw} (seed {member.record.seed})."])
     if best is not None:
+        epochs = _by_seed(
+            group,
+            lambda record: f"{record.best.epoch} with {record.best.prediction.top1:.1f} %" if record.best else NOTHING,
+        )
         section.paragraphs(
             [
-                f"The best of the evaluated epochs was {best.epoch} with {best.prediction.top1:.1f} %"
-                f"{before_finish_text(run.record)}; it was chosen on the split `{best.split}`, and is not the result."
+                f"The best of the evaluated epochs was {epochs}{before_finish_text(run.record)}; it was chosen on the "
+                f"split `{best.split}`, and is not the result."
             ]
         )
     if group.paper:
         section.heading("Beside the paper")
         section.table(_beside_the_paper(group))
         section.paragraphs(differences(group))
+        section.paragraphs(known_differences([group]) if alone else [])
     section.paragraphs(run.notes)
     others = [member.history for member in group.runs[1:]]
-    illustrations, analysis = run_figures(run.history, run.record, others), read_analysis(run.folder)
+    mean = replace(run.record, result=replace(result, heads=dict(group.heads)))
+    illustrations, analysis = run_figures(run.history, mean, others), read_analysis(run.folder)
+    if len(group.runs) > 1:
+        said = f"Numbers are means over the {len(group.runs)} seeds."
+        of_result = ("class_accuracy", "shot_groups")
+        illustrations = [
+            replace(each, reading=f"{each.reading} {said}") if each.name in of_result else each
+            for each in illustrations
+        ]
+    of_heads = ("shot_groups", "accuracy_by_head") * (len(group.heads) == 1)  # whose accuracies the table has
+    illustrations = [each for each in illustrations if each.name not in of_heads]
     if analysis is not None:
-        of_analysis = analysis_figures(analysis)
-        found, reported = ({head: each.accuracies() for head, each in of.heads.items()} for of in (analysis, run))
+        of_analysis = [each for each in analysis_figures(analysis) if each.name not in of_heads]
+        found, reported = ({head: each.accuracies() for head, each in of.heads.items()} for of in (analysis, group))
         if found == six_digits(reported):
             # The analysis has the same figure, of the same numbers.
             illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
         else:
             section.paragraphs(
                 [
-                    f"The figures from `{of_analysis[0].title}` on are of the analysis, in float32 on "
+                    f"The figures from `{of_analysis[0].title}` on are of the analysis{_of_seed(group)}, in float32 on "
                     f"{analysis.images:,} images of the split `{analysis.split}`; those before, and the tables, are of "
                     f"the result, in {run.precision} on {images:,} images of the split `{result.split}`."
                 ]
@@ -250,10 +269,23 @@ def run_section(group: RunGroup) -> Section:
     return section
 
 
+def _of_seed(group: RunGroup) -> str:
+    """Return which seed what only the first run has is of; empty where there is one run."""
+    return f" (seed {group.first.record.seed})" if len(group.runs) > 1 else ""
+
+
+def _by_seed(group: RunGroup, say: Callable[[RunRecord], str]) -> str:
+    """Return what is to be said of each run's record, with its seed where that is not the same for all."""
+    said = [say(run.record) for run in group.runs]
+    if len(set(said)) == 1:
+        return said[0]
+    return "; ".join(f"{text} (seed {run.record.seed})" for text, run in zip(said, group.runs, strict=True))
+
+
 def _errors(section: Section, group: RunGroup) -> None:
     """Add which classes the first run takes for one another, and its most confident errors, where it has left them."""
     run = group.first
-    of_seed = f" (seed {run.record.seed})" if len(group.runs) > 1 else ""
+    of_seed = _of_seed(group)
     matrix, errors = read_confusion(run.folder), read_errors(run.folder)
     if matrix is not None and len(run.record.class_counts) <= MATRIX and len(matrix.names) > 1:
         section.figure(
@@ -297,14 +329,15 @@ def _confused(matrix: ConfusionMatrix) -> list[list[str]]:
 def _facts(group: RunGroup) -> list[tuple[str, str]]:
     run = group.first
     counts = np.array(run.record.class_counts)
-    environment = run.record.environment
     papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
     seeds = ", ".join(str(member.record.seed) for member in group.runs)
     epochs = _epochs(run)
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
+    average = ", the mean of the seeds" * (len(group.runs) > 1)
     settings = ", ".join(f"`{key}` {value}" for key, value in group.settings.items())
     return [
+        ("run", f"`{run.name}`"),
         ("model", f"`{run.record.model}`"),
         ("method", stages_text(run.record.stages) + (f" ({'; '.join(papers)})" if papers else "")),
         (
@@ -319,19 +352,26 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
         *([] if run.origin.is_scratch else [(STARTED, f"{origin_text(run.origin)}. {run.overlap}".strip())]),
         *([("changed from the recipe", settings)] if settings else []),
         ("seeds", f"{seeds} (n = {len(group.runs)})"),
-        ("time", time_text([member.record for member in group.runs])),
-        ("hardware", environment.machine),
-        (
-            "software",
-            f"{environment.versions}, commit {environment.commit or 'unknown'}",
-        ),
+        ("precision", run.precision),
+        ("time", time_text([member.record for member in group.runs]) + average),
+        ("hardware", _by_seed(group, lambda record: record.environment.machine)),
+        ("software", _by_seed(group, lambda record: _software(record.environment))),
     ]
+
+
+def _software(environment: Environment) -> str:
+    return f"{environment.versions}, commit {environment.commit or 'unknown'}"
 
 
 def _epochs(run: FinishedRun) -> str:
     """Return the epochs of a run's stages, and how it came by them, where not from the start."""
     epochs, extended = epochs_text(run.recipe), extended_text(run.record)
     return f"{epochs} ({extended})" if extended else epochs
+
+
+def epochs_of(group: RunGroup) -> str:
+    """Return the epochs of runs, and those of their recipe where these are others: ``20 of 200``."""
+    return _epochs(group.first) + (f" of {group.recipe_epochs}" if group.is_short else "")
 
 
 def _beside_the_paper(group: RunGroup) -> Table:
@@ -347,105 +387,6 @@ def _beside_the_paper(group: RunGroup) -> Table:
             rows.append(["difference", *map(difference, means, numbers)])
             kinds.append("difference")
     return Table(["", *COLUMNS], rows, kinds)
-
-
-def comparison_section(groups: Sequence[RunGroup]) -> Section:
-    """Return runs of several recipes side by side: those from scratch, then those that started from weights."""
-    section = Section("Side by side")
-    if not _evaluated_alike([run.record for group in groups for run in group.runs]):
-        section.paragraphs(
-            [
-                "These runs were not evaluated on the same images, and so their numbers do not compare: each run's own "
-                "section says on which."
-            ]
-        )
-    kinds = split_by_start(groups, lambda group: group.origin)
-    for place, (said, kind) in enumerate(kinds):
-        section.paragraphs([said] if said else [])
-        _compare(section, kind, f"-{place + 1}" if len(kinds) > 1 else "")
-    return section
-
-
-def _evaluated_alike(records: Sequence[RunRecord]) -> bool:
-    """Return whether results are on the same images, as far as their records say: older ones say less."""
-    results = [(record, record.result.prediction) for record in records]
-    said: list[list[Any]] = [
-        [(result.images, record.held_out) for record, result in results],
-        [result.class_images for _, result in results if result.class_images],
-        [record.class_names for record in records if record.class_names],
-    ]
-    return all(each == values[0] for values in said for each in values)
-
-
-def _compare(section: Section, groups: Sequence[RunGroup], suffix: str) -> None:
-    """Add a table and the figures of runs of one kind, which end in a suffix: all from scratch, or none."""
-    results = [run.record.result.prediction for group in groups for run in group.runs]
-    # Where classes have equally many images, overall and macro are one number, and the table is as wide as the page.
-    balanced = all(each.macro is not None and abs(each.macro - each.top1) < 1e-3 for each in results)
-    columns = [*COLUMNS] if balanced else shown_columns(results)
-    rows = []
-    for group in groups:
-        result = group.paper[0] if group.is_papers else None
-        number = None if result is None else result.accuracies.get("overall")
-        paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
-        epochs = _epochs(group.first) + (f" of {group.recipe_epochs}" if group.is_short else "")
-        accuracies = [mean_and_deviation(group.values(column)) for column in columns]
-        beside = [paper, difference(group.mean("overall"), number)] if group.origin.is_scratch else []
-        method = stages_text(group.first.record.stages)
-        rows.append((group.origin, [group.title, method, epochs, str(len(group.runs)), *accuracies, *beside]))
-    papers = ["paper", "difference"] if groups[0].origin.is_scratch else []
-    for _, table in tables_by_start(["run", "method", "epochs", "n", *columns, *papers], rows):
-        section.table(table)
-    section.paragraphs(_uncertainty(results))
-    section.figure(
-        Illustration(
-            f"accuracy{suffix}",
-            "Accuracy by shot group",
-            _how_to_read_bars(groups),
-            partial(comparison_bars, groups),
-        )
-    )
-    histories = [run.history for group in groups for run in group.runs]
-    if any(row.val is not None for history in histories for row in history):
-        seeds = SEEDS * _has_several_seeds(groups)
-        said = "; the legend says which weights a line is of" * any(map(is_averaged, histories))
-        section.figure(
-            Illustration(
-                f"curves{suffix}",
-                "Accuracy over the epochs",
-                f"Each line is a run{seeds}; where lines cross, the ranking depends on when training stops{said}.",
-                partial(comparison_curves, groups),
-            )
-        )
-    analyses = [analysis for group in groups if (analysis := read_analysis(group.first.folder)) is not None]
-    for place, other in enumerate(analyses[1:], start=1):
-        first = analyses[0]
-        if (first.class_counts, first.class_names) == (other.class_counts, other.class_names):
-            for illustration in comparison_figures(first, other):
-                section.figure(replace(illustration, name=f"{illustration.name}{suffix}-{place}"))
-
-
-def _has_several_seeds(groups: Sequence[RunGroup]) -> bool:
-    return any(len(group.runs) > 1 for group in groups)
-
-
-def _how_to_read_bars(groups: Sequence[RunGroup]) -> str:
-    means = ", and bars are means over its seeds with their standard deviation" if _has_several_seeds(groups) else ""
-    papers = any(group.is_papers for group in groups)
-    diamonds = "; diamonds are the paper's numbers, where recipe and schedule are the paper's" if papers else ""
-    return f"Each colour is a run{means}{diamonds}."
-
-
-def _uncertainty(results: Sequence[HeadMetrics]) -> list[str]:
-    """Return a sentence on how far overall accuracy's widest interval reaches; none where there is none."""
-    intervals = [(result.top1, interval) for result in results if (interval := result.interval("overall")) is not None]
-    reaches = [max(top1 - low, high - top1) for top1, (low, high) in intervals]
-    if not reaches:
-        return []
-    return [
-        f"The limited number of evaluated images alone leaves overall accuracy uncertain by up to {max(reaches):.1f} "
-        "points (95 % interval); the difference between training runs comes on top."
-    ]
 
 
 def sweep_section(results: SweepResults) -> Section:

@@ -27,7 +27,7 @@ from mbib_timm.drawing import (
 )
 from mbib_timm.errors import first_line
 from mbib_timm.files import counted, write_bytes
-from mbib_timm.models.head_outputs import heads_of_expert
+from mbib_timm.models.head_outputs import heads_of_expert, labelled_heads
 from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, is_averaged
 
@@ -357,6 +357,9 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
         results: metrics by head.
     """
     columns = {name: column.metric for name, column in MODEL_COLUMNS.items() if column.kind == "accuracy"}
+    if all(each.macro is not None and abs(each.macro - each.top1) < SAME for each in results.values()):
+        del columns["macro"]  # where all classes have equally many images, it is overall
+    labels_of = labelled_heads(results)
     heads = [*drawn_heads(name for name in results if name != "prediction"), "prediction"]
     bar = 0.84 / len(heads)
     # A number over each bar takes almost a third of an inch.
@@ -366,7 +369,7 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
         for place, metric in enumerate(columns.values()):
             value = getattr(results[head], metric)
             x = place + (i - (len(heads) - 1) / 2) * bar
-            axes.bar(x, value or 0.0, bar * 0.92, color=color, label=head if place == 0 else None)
+            axes.bar(x, value or 0.0, bar * 0.92, color=color, label=labels_of[head] if place == 0 else None)
             number = "–" if value is None else f"{value:.1f}".replace("100.0", "100")
             axes.annotate(
                 number, (x, value or 0.0), (0, 1), textcoords="offset points", ha="center", va="bottom", fontsize=7

@@ -36,6 +36,16 @@ if TYPE_CHECKING:
 SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
 # Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
 DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
+# Keys that say how long a run is trained; and those that say how, whatever its method, its data and that length.
+LENGTH = {"epochs", "warmup_epochs", "warmup_lr", "decay_milestones", "mixup_off_epochs", "model_ema_decay"}
+TRAINING = [
+    name
+    for name, item in KEYS.items()
+    if (item.metadata["group"] in ("augmentation", "mixing", "optimisation") or name == "train_crop_mode")
+    and name not in LENGTH | SAME_RESULT
+]
+# Metrics of a head that are one number each.
+NUMBERS = ("top1", "top5", "macro", "many", "medium", "few", "ece", "nll", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,20 @@ class FinishedRun:
     @property
     def _has_named_classes(self) -> bool:
         return data_set_of(self.name, self.record.class_counts, self.record.class_names) is not None
+
+    @cached_property
+    def training(self) -> Mapping[str, Any]:
+        """Augmentation and optimisation of the longest stage, beside its length: runs that differ in these are not
+        compared."""
+        longest = max(self.recipe.chain(), key=lambda stage: stage.epochs)
+        return {key: redact_value(getattr(longest, key)) for key in TRAINING}
+
+    @property
+    def command_today(self) -> str:
+        """The command that trains its packaged recipe where its own, of a sweep or of older names, is another; empty
+        for other runs."""
+        recipe = "" if self.zoo_model is None else self.zoo_model.recipe
+        return "" if recipe in ("", *self.record.environment.command.split()) else f"mbib train {recipe}"
 
     @property
     def has_packaged_data(self) -> bool:
@@ -290,6 +314,16 @@ class RunGroup:
         """Return a head's number in percent of each run: a column of `MODEL_COLUMNS`."""
         return [run.heads[head].numbers()[column] for run in self.runs]
 
+    @cached_property
+    def heads(self) -> Mapping[str, HeadMetrics]:
+        """The metrics by head: of several runs the means of all accuracies, and of the intervals' ends.
+
+        All runs see the same images: their mean is as uncertain as one of them.
+        """
+        if len(self.runs) == 1:
+            return self.first.heads
+        return {head: _mean_metrics([run.heads[head] for run in self.runs]) for head in self.first.heads}
+
     def mean(self, column: str) -> float | None:
         """Return the prediction's mean accuracy in percent; None for a group without classes."""
         return mean_of(self.values(column))
@@ -303,6 +337,18 @@ class RunGroup:
     def origin(self) -> Origin:
         """Where the runs started."""
         return self.first.origin
+
+
+def _mean_metrics(metrics: Sequence[HeadMetrics]) -> HeadMetrics:
+    shared = set.intersection(*(set(each.intervals) for each in metrics))
+    intervals: dict[str, Any] = {
+        name: tuple(map(mean_of, zip(*(each.intervals[name] for each in metrics), strict=True)))
+        for name in metrics[0].intervals
+        if name in shared
+    }
+    numbers: dict[str, Any] = {name: mean_of([getattr(each, name) for each in metrics]) for name in NUMBERS}
+    per_class = [mean_of(values) for values in zip(*(each.per_class for each in metrics), strict=True)]
+    return dataclasses.replace(metrics[0], **numbers, per_class=per_class, intervals=intervals)
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:

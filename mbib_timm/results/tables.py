@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -188,7 +189,12 @@ def interval_row(metrics: HeadMetrics, columns: Sequence[str], label: str = "95 
     return [[f"  {label}", *(NOTHING if each is None else f"{each[0]:.1f}-{each[1]:.1f}" for each in intervals)]]
 
 
-def table_by_head(heads: Mapping[str, HeadMetrics], cell: Callable[[str, str], str], label: str = "") -> Table:
+def table_by_head(
+    heads: Mapping[str, HeadMetrics],
+    cell: Callable[[str, str], str],
+    label: str = "",
+    titles: Mapping[str, str] = MappingProxyType({}),
+) -> Table:
     """Return a table with a row per head, the prediction's first, and a column for each of `shown_columns`.
 
     The prediction's row is followed by its intervals, and the last rows say what the numbers come from.
@@ -197,10 +203,11 @@ def table_by_head(heads: Mapping[str, HeadMetrics], cell: Callable[[str, str], s
         heads: metrics by head: of one of the runs, where a cell is of several.
         cell: gives the text for a head and a column.
         label: of the intervals, where they are of one of several runs.
+        titles: of the heads; their names by default.
     """
     columns = shown_columns(heads.values())
     names = [PREDICTION, *(head for head in heads if head != PREDICTION)]
-    rows = [[name, *(cell(name, column) for column in columns)] for name in names]
+    rows = [[titles.get(name, name), *(cell(name, column) for column in columns)] for name in names]
     intervals = interval_row(heads[PREDICTION], columns, label or "95 % interval")
     measured = measured_rows(heads[PREDICTION], columns)
     kinds = ["", *["note"] * len(intervals), *[""] * (len(rows) - 1), *["note"] * len(measured)]
@@ -232,7 +239,8 @@ def mean_and_deviation(values: Sequence[float | None], digits: int = 1) -> str:
 
 
 def difference(ours: float | None, theirs: float | None) -> str:
-    """Return how far a percentage is from another in points, with its sign; a dash where there are not both."""
+    """Return how far a percentage is from another in points, as the two are printed, with its sign; a dash where there
+    are not both."""
     if ours is None or theirs is None:
         return NOTHING
-    return f"{ours - theirs:+.1f}".replace("-", "−")
+    return f"{float(percent(ours)) - float(percent(theirs)):+.1f}".replace("-", "−")

@@ -1,0 +1,74 @@
+"""What the words of a report mean, as far as its runs need them."""
+
+import re
+from collections.abc import Sequence
+
+from mbib_timm.methods import METHODS, method_title
+from mbib_timm.methods.mbib import CITATION
+from mbib_timm.models.head_outputs import HEADS_TEXT, labelled_heads
+from mbib_timm.reporting.sections import Section
+from mbib_timm.results.columns import DEFINITIONS, INTERVALS
+from mbib_timm.results.record import is_averaged
+from mbib_timm.results.run_figures import AVERAGE, RAW
+from mbib_timm.results.run_text import stages_text
+from mbib_timm.results.runs import FinishedRun, RunGroup
+
+
+def terms_section(groups: Sequence[RunGroup]) -> Section:
+    """Return what was trained on which data by which methods, and how its numbers are to be read."""
+    section = Section("What the words mean")
+    runs = [run for group in groups for run in group.runs]
+    terms = [*_data_terms(groups), ("overall, macro, many, medium, few", DEFINITIONS)]
+    stages = [stage for stage in dict.fromkeys(each for run in runs for each in run.record.stages) if stage in METHODS]
+    terms += [(method_title(stage), _method_text(stage)) for stage in stages]
+    several = {stages_text(run.record.stages): run for run in runs if len(run.heads) > 1}
+    if several:
+        answers = [f"for {method} of {answer}" for method, run in several.items() if (answer := _answer(run))]
+        of = f" The prediction, a model's answer, is the mean of the logits {', '.join(answers)}." if answers else ""
+        terms.append(("heads", f"{HEADS_TEXT}{of}"))
+    if any(is_averaged(run.history) for run in runs):
+        text = (
+            f"The mean of the weights after many steps, in which late ones weigh most; those of the last are the {RAW}."
+        )
+        terms.append((AVERAGE, text))
+    terms.append(("n, ±", "n is the number of runs, with a seed each, behind a mean; ± their standard deviation."))
+    terms.append(("95 % interval", f"{INTERVALS} That of several seeds is the mean of theirs."))
+    if any(run.precision != "float32" for run in runs):
+        text = "The numbers that training computes with: float32, or in large part shorter ones, such as bfloat16."
+        terms.append(("precision", text))
+    if any(group.paper for group in groups) or CITATION in {METHODS[stage].citation for stage in stages}:
+        terms.append(("the paper", f"{CITATION}. Its numbers are its authors', of runs of their own."))
+    section.facts(terms)
+    return section
+
+
+def _answer(run: FinishedRun) -> str:
+    labels = labelled_heads(run.heads)
+    return " and ".join(labels[head] for head in run.record.prediction_heads if head in labels)
+
+
+def _data_terms(groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
+    terms = {}
+    for group in groups:
+        run = group.first
+        counts, prediction = run.record.class_counts, run.record.result.prediction
+        tail = ""
+        if max(counts) > min(counts):
+            factor = f"an imbalance factor (IF) of {max(counts)} / {min(counts)} = {max(counts) / min(counts):g}"
+            tail = f"; the largest class has {max(counts):,}, the smallest {min(counts):,}: {factor}"
+        equal = ", equally many of each class" * (len({*prediction.class_images}) == 1)
+        name = run.dataset.title if run.dataset is not None else f"data of {run.name}"
+        long_tailed = "Long-tailed (LT): few classes have most of the images. " if tail else ""
+        terms[name] = (
+            f"{long_tailed}{sum(counts):,} training images in {len(counts):,} classes{tail}. Evaluated on "
+            f"{prediction.images:,} images of the split `{run.record.result.split}`{equal}."
+        )
+    return [*terms.items()]
+
+
+def _method_text(name: str) -> str:
+    """Return the first sentence of a method's documentation, and its paper."""
+    text = " ".join((METHODS[name].__doc__ or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    citation = "the paper" if METHODS[name].citation == CITATION else METHODS[name].citation
+    return f"{sentence} From {citation}." if citation else sentence
