@@ -19,6 +19,7 @@ from mbib_timm.evaluation import AnswerLog, batch_statistics, evaluate, summariz
 from mbib_timm.evaluation.metrics import wilson_interval
 from mbib_timm.files import to_json
 from mbib_timm.models import MBIB
+from mbib_timm.models.frozen_backbone import FrozenBackbone
 from mbib_timm.models.head_outputs import head_logits
 from mbib_timm.recipe import load_recipe
 from mbib_timm.results.tables import accuracy_table
@@ -48,9 +49,8 @@ def test_every_head_and_the_prediction(model):
     loader, x, y = batches()
     results = evaluate(model, loader, COUNTS, device=CPU)
     assert list(results) == ["prediction", "v1", "v2", "v3", "z"]
-    model.eval()
     with torch.no_grad():
-        heads = {"prediction": model(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
+        heads = named_heads(model, x)
     for name, logits in heads.items():
         expected = summarize(batch_statistics(logits, y), COUNTS)
         assert results[name].per_class == expected.per_class
@@ -71,6 +71,30 @@ def test_a_shift_moves_the_logits_of_every_head(model):
         assert results[name].nll == pytest.approx(expected.nll, rel=1e-5)
         assert results[name].per_class[3] == 0  # an excluded class
         to_json(results[name])
+
+
+@pytest.mark.parametrize(("pixels", "sizes"), [(65, [16, 16, 8]), (64, [40])])
+@torch.no_grad()
+def test_on_a_cpu_photographs_are_evaluated_in_small_batches_with_the_same_result(model, pixels, sizes):
+    x = torch.randn(40, 3, 32, pixels, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(40) % 7
+    expected = {name: summarize(batch_statistics(logits, y), COUNTS) for name, logits in named_heads(model, x).items()}
+    pooled = torch.cat(model.pool_features(x), dim=1)
+    seen = []
+    handle = model.backbone.conv1.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    results = evaluate(model, [Batch((x,), y, torch.arange(40))], COUNTS, device=CPU)
+    assert seen == sizes
+    for name, metrics in results.items():
+        assert metrics.per_class == expected[name].per_class
+        assert metrics.nll == pytest.approx(expected[name].nll, rel=1e-5)
+    frozen = FrozenBackbone(model)
+    assert torch.allclose(frozen(x), pooled, atol=1e-5)
+    assert seen == 2 * sizes
+    handle.remove()
+
+
+def named_heads(model, x):
+    return {"prediction": model.eval()(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
 
 
 @pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])

@@ -84,6 +84,19 @@ def test_a_tar_gives_what_its_files_give(finished_run, photos, tmp_path):
     assert all("photos.tar.gz/" in item.image for item in packed)
 
 
+@pytest.mark.parametrize("with_features", [False, True])
+def test_photographs_of_a_large_batch_get_what_each_gets_alone(finished_run, with_features):
+    predictor = Predictor(load_model(str(finished_run)))
+    images = torch.randn(20, 3, 16, 80, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole, each = predictor._forward(images, with_features), predictor._forward(images[17:18], with_features)
+    for of_all, of_one in zip(whole, each, strict=True):
+        assert (of_one is None) is (of_all is None)
+        if of_one is not None:
+            assert len(of_all) == 20
+            torch.testing.assert_close(of_all[17:18], of_one, rtol=1e-4, atol=1e-6)
+
+
 def test_another_prior_weighs_the_probabilities_by_its_frequencies(finished_run, photos, tmp_path):
     """Bayes: p'(y|x) is in proportion to p(y|x) n_y, since training with log n leaves logits for equal frequencies."""
     model = load_model(str(finished_run))

@@ -584,7 +584,7 @@ def test_rows_and_figures_are_named_by_method_and_precision_and_not_by_folder(ta
     assert len(set(titles)) == len(groups)
     assert titles[0] == "CE, setup 1, 200 epochs, bfloat16"
     assert titles[-1] == "MBIB, setup 2, 400 epochs, bfloat16"
-    assert "MBIB, float32 (seed 0) minus BIB, bfloat16 (seed 0)" in text
+    assert "MBIB, float32 (seed 0) minus BSCE, bfloat16 (seed 0)" in text
     assert "single runs, one in float32 and one in bfloat16, so that the difference is not of the method alone" in text
 
 

@@ -16,7 +16,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed, of_all, share_buffers
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, by_group, rank, summarize, with_intervals
-from mbib_timm.models.head_outputs import PREDICTION, head_logits, reported_heads
+from mbib_timm.models.head_outputs import PREDICTION, cache_sized, head_logits, reported_heads
 from mbib_timm.results.record import HeadMetrics
 
 # One for the process, as that of the training step.
@@ -74,6 +74,12 @@ class AnswerLog:
         return Answers(index, targets, predicted, joined[3].astype(np.float64))
 
 
+def _logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return `head_logits`, of as many images at once as suit the device."""
+    parts = [head_logits(model, batch) for batch in cache_sized(images)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def _counted(
     model: nn.Module,
     forward: Callable[[nn.Module, Tensor], dict[str, Tensor]],
@@ -129,7 +135,7 @@ def evaluate(
         DataError: no image at all, or what the loader raises for a broken one.
         MbibError: logits that are infinite or not a number, or of another number of classes than the counts.
     """
-    eager = partial(_counted, model, head_logits, amp_dtype, shift)
+    eager = partial(_counted, model, _logits, amp_dtype, shift)
     whole = partial(_counted, model, compiled_head_logits.on(device), amp_dtype, shift) if compile else eager
     count: Callable[[Tensor, Tensor], dict[str, Tensor]] = whole
     if graphs is not None:

@@ -16,7 +16,14 @@ from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.evaluation.priors import EstimatedPrior, estimate_prior, log_shift, trained_shares, wanted_shares
 from mbib_timm.inference.inputs import FoundImage
 from mbib_timm.inference.prediction_files import Broken, Prediction
-from mbib_timm.models.head_outputs import PREDICTION, expert_heads, head_logits, logits_and_features, reported_heads
+from mbib_timm.models.head_outputs import (
+    PREDICTION,
+    cache_sized,
+    expert_heads,
+    head_logits,
+    logits_and_features,
+    reported_heads,
+)
 from mbib_timm.models.weights import LoadedModel
 
 USUAL_WORKERS = 8
@@ -163,6 +170,10 @@ class Predictor:
         return torch.softmax(self.adjust(self._forward(images.to(self.device), False)[0]), dim=-1)
 
     def _forward(self, images: Tensor, with_features: bool) -> tuple[Tensor, Tensor | None]:
+        logits, features = zip(*(self._outputs(batch, with_features) for batch in cache_sized(images)), strict=True)
+        return torch.cat(logits), torch.cat(features) if with_features else None
+
+    def _outputs(self, images: Tensor, with_features: bool) -> tuple[Tensor, Tensor | None]:
         if with_features:
             logits, features = logits_and_features(self.module, images)
             joined = torch.cat([part.flatten(1) for part in features.values()], dim=1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
 from mbib_timm.models.backbones import PooledModel, StoredFeatures, weights_digest
+from mbib_timm.models.head_outputs import cache_sized
 
 
 class FrozenBackbone:
@@ -47,7 +48,10 @@ class FrozenBackbone:
         """Return the features (B, D) of images (B, C, H, W)."""
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return torch.cat([pooled.float() for pooled in self._observer.pool_features(images)], dim=1)
+            return torch.cat([self._observed(batch) for batch in cache_sized(images)])
+
+    def _observed(self, images: Tensor) -> Tensor:
+        return torch.cat([pooled.float() for pooled in self._observer.pool_features(images)], dim=1)
 
     def put_back(self, model: nn.Module) -> None:
         """Give the backbone back to a model that has the stand-in."""
