@@ -513,12 +513,16 @@ def publish(flags: Parser) -> Action:
 
 @command()
 def models(flags: Parser) -> Action:
-    """List the models of the zoo: accuracy, size, weights."""
+    """List the models that have weights: accuracy, size, where the weights are."""
+    flags.add_argument("--all", action="store_true", help="list the names without weights too, and their recipes")
 
     def run(given: Namespace) -> None:
+        from mbib_timm.models.zoo import ZOO
         from mbib_timm.results.catalogue import catalogue, text_table
 
-        print(text_table(catalogue()))
+        print(text_table(entries := catalogue(trained_only=not given.all)))
+        if others := len(ZOO) - len(entries):
+            print(f"\n{others} names have no weights yet, but a recipe: mbib models --all")
 
     return run
 

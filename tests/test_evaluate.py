@@ -22,6 +22,8 @@ from mbib_timm.models import MBIB
 from mbib_timm.models.frozen_backbone import FrozenBackbone
 from mbib_timm.models.head_outputs import head_logits
 from mbib_timm.recipe import load_recipe
+from mbib_timm.results.record import Epoch
+from mbib_timm.results.run_text import epoch_line
 from mbib_timm.results.tables import accuracy_table
 from mbib_timm.training import train
 
@@ -244,12 +246,27 @@ def test_the_table_shows_groups_counts_and_heads():
     images = np.bincount(y, minlength=7)
     assert lines[5].split() == ["evaluated", "classes", *["7"] * 3, "2", "3", "2"]
     assert lines[6].split()[2:] == [*["25"] * 3, *(str(images[group].sum()) for group in ([0, 1], [2, 3, 4], [5, 6]))]
+    *lines, last = lines
+    assert last == "v3 and z are single heads of the network; prediction is its answer"
     assert [line.split()[0] for line in lines[8:]] == ["v3", "z", "prediction", "95"]
     low, high = result.intervals["top1"]
     assert lines[8].split()[1:4] == [f"{result.top1:.2f}", f"{result.macro:.2f}", f"{result.macro_f1:.2f}"]
     assert lines[9].split()[-1] == "–"
     assert lines[11].split()[3:] == [f"{low:.1f}-{high:.1f}", *["–"] * 5]
     assert len({len(line) for line in lines}) == 1
+    alone = accuracy_table({"prediction": result}, COUNTS).splitlines()
+    assert alone[8:] == lines[10:], "nothing to explain"
+    experts = dict.fromkeys(("prediction", "expert1_v3", "expert1_z", "expert1"), result)
+    assert accuracy_table(experts, COUNTS).splitlines()[-1] == (
+        "expert1_v3 to expert1 are single heads and experts of the network; prediction is its answer"
+    )
+
+
+def test_the_line_of_an_epoch_has_the_names_of_the_tables_columns():
+    val = dict.fromkeys(("top1", "macro", "macro_f1", "many", "medium"), 50.0)
+    line = epoch_line(Epoch(3, 0.1, 1.25, {"loss": 2.0}, {**val, "few": None}), 200)
+    accuracies = "overall 50.0  macro 50.0  macro F1 50.0  many 50.0  medium 50.0  few –"
+    assert line == f"epoch   3/200  lr 1.00e-01  loss 2.000  {accuracies}  1.2 s"
 
 
 def test_the_table_of_data_without_few_shot_classes():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mbib_timm.data import DataPool
 from mbib_timm.data.long_tail import (
     count_classes,
     exponential_profile,
@@ -16,6 +17,7 @@ from mbib_timm.data.long_tail import (
     shot_groups,
     step_profile,
 )
+from mbib_timm.data.overview import held_out_line, summary
 from mbib_timm.data.sources import SOURCES, Source, open_digits, without
 from mbib_timm.data.splits import open_data
 from mbib_timm.errors import DataError, MbibError
@@ -133,6 +135,18 @@ def test_images_that_the_subset_leaves_out():
     assert data.held_out_from == f"the {len(data.held_out):,} training images that the long-tailed subset leaves out"
     assert (data.held_out.targets == source.targets[data.held_out.indices]).all()
     assert len(data.held_out) == 990
+
+
+def test_what_no_method_uses_is_not_said_of_the_data():
+    """It is said by runs whose method chooses a constant, and of what a recipe keeps back for that."""
+    data = digits()
+    assert not [line for line in summary(data) if "leaves out" in line or line.startswith("for choosing")]
+    where = "the 990 training images that the long-tailed subset leaves out (9 of 10 classes)"
+    assert held_out_line(data) == f"for choosing a constant of the method: {where}"
+    kept_back = digits_recipe(holdout=0.1)
+    (said,) = [line for line in DataPool().introduce(kept_back) if line.startswith("for choosing")]
+    where = "10 % of each class's training images, which are not trained on (10 of 10 classes)"
+    assert said == f"for choosing a constant of the method: {where}"
 
 
 def test_settings_can_be_chosen_on_images_that_the_subset_leaves_out():

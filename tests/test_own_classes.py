@@ -136,7 +136,8 @@ def test_other_data_in_another_order_are_matched_by_name_and_evaluated_whole(run
     file = tmp_path / "metrics.json"
     status, out, _ = validated(run, capsys, "--data-dir", str(other), "--results", str(file))
     assert status == 0
-    assert "evaluating all 15 images there" in out
+    assert f"evaluating all 15 images of {other}\n" in out
+    assert "training would hold out" not in out, "where the model was trained on none of them"
     assert "no images of 1 of the 4 classes, which are not measured: ant" in out
     results = json.loads(file.read_text())
     prediction = results["heads"]["prediction"]
@@ -254,6 +255,19 @@ def other(tmp_path):
     return root
 
 
+def test_of_images_that_were_trained_on_it_says_how_to_take_the_others(run, tmp_path, capsys):
+    table, images = tmp_path / "ants.csv", run.parent / "images"
+    table.write_text("path,label\n" + "".join(f"ant/{i}.png,ant\n" for i in range(40)))
+    where = ["--dataset", "table", "--table", str(table), "--data-dir", str(images)]
+    _, out, _ = validated(run, capsys, *where)
+    hint = "--split validation takes only the images that training would hold out\n"
+    assert f"evaluating all 40 images of {table}\n" in out
+    assert "warning: 32 of the 40 evaluated images" in out
+    assert hint in out
+    _, out, _ = validated(run, capsys, *where, "--split", "all")
+    assert hint not in out, "who names a split knows it"
+
+
 def test_a_list_is_evaluated_where_a_folder_has_its_images(run, tmp_path, capsys):
     trained, copy = of_list(run, tmp_path), tmp_path / "copy"
     _, own, _ = validated(trained, capsys)
@@ -267,7 +281,7 @@ def test_a_list_is_evaluated_where_a_folder_has_its_images(run, tmp_path, capsys
     assert note not in own
     assert out.endswith(own[own.index(f"{trained} on validation") :])
     _, out, _ = validated(trained, capsys, "--data-dir", str(copy), "--dataset", "folder")
-    assert "evaluating all 4 images there" in out
+    assert f"evaluating all 4 images of {copy}\n" in out
 
 
 @pytest.mark.parametrize("source", [of_list, of_shards])
@@ -275,7 +289,7 @@ def test_class_folders_are_evaluated_where_nothing_is_of_a_list_or_of_shards(run
     trained = source(run, tmp_path)
     status, out, err = validated(trained, capsys, "--data-dir", str(other))
     assert (status, err) == (0, "")
-    assert "evaluating all 15 images there" in out
+    assert f"evaluating all 15 images of {other}\n" in out
     _, expected, _ = validated(run, capsys, "--data-dir", str(other))
     assert out.partition(" on all:")[2] == expected.partition(" on all:")[2]
 

@@ -323,7 +323,7 @@ def test_folders_that_are_classes_give_the_accuracy(finished_run, labelled, tmp_
     assert out == output.read_text()
     assert told(err)["prediction"]["overall"] == f"{top1:.2f}"
     assert write(finished_run, [labelled], output, "--no-labels") == 1
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{output}: 61 images\n"
     assert {row["label"] for row in read_csv(output)} == {""}
 
 

@@ -554,7 +554,35 @@ def test_other_data_under_the_name_of_a_recipe_are_called_what_they_are(finished
     assert "trained from scratch on `digits` for 3 epochs" in render_card(read_run(run), REPOSITORY)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": "folder"}))
-    assert "trained from scratch on `folder` for 3 epochs" in render_card(read_run(run), REPOSITORY)
+    card = render_card(read_run(run), REPOSITORY)
+    assert "trained from scratch on custom images for 3 epochs" in card
+    assert "name: custom images\n      type: folder\n" in card
+    stated = render_card(read_run(run), REPOSITORY, stated=Stated("Scans of 1998"))
+    assert "trained from scratch on Scans of 1998 for 3 epochs" in stated
+
+
+def test_images_of_ones_own_are_not_called_what_a_recipe_for_them_is(finished_run):
+    """The recipe is finetune/mbib_resnet32, and the data are no data set called finetune."""
+    run = read_run(finished_run)
+    model, recipe = "mbib_resnet32", run.recipe.replace(model="mbib_resnet32", dataset="folder", data_dir="photos")
+
+    def named(name):
+        return replace(run, recipe=recipe, record=replace(run.record, name=name, model=model, dataset="folder"))
+
+    card = render_card(named("mbib_resnet32.finetune"), REPOSITORY)
+    assert "trained from scratch on custom images for" in card
+    assert "\ncustom images: 467 training images" in card
+    assert "name: custom images\n      type: folder\n" in card
+    assert "on `birds` for" in render_card(named("mbib_resnet32.birds"), REPOSITORY), "a recipe of one's own says it"
+
+
+def test_a_commit_that_is_not_known_is_not_mentioned(finished_run):
+    run = read_run(finished_run)
+    for commit in (None, "0123456789ab"):
+        environment = replace(run.record.environment, commit=commit)
+        card = render_card(replace(run, record=replace(run.record, environment=environment)), REPOSITORY)
+        assert (", at commit 0123456789ab:\n\n```sh\n" in card) == (commit is not None)
+        assert ("at commit" in card) == (commit is not None)
 
 
 def test_a_recipe_whose_name_is_no_models_names_neither_model_nor_data(finished_run):

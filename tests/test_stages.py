@@ -458,7 +458,7 @@ class Forbidden:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"holdout": 0.2, "imbalance": "none"}], ids=["left out", "holdout"])
-def test_choosing_tau_reads_no_image_that_the_result_is_measured_on(tmp_path, monkeypatch, keys):
+def test_choosing_tau_reads_no_image_that_the_result_is_measured_on(tmp_path, monkeypatch, capsys, keys):
     state = {"chosen": True, "reads": 0}
     original_loaders, original_finish = run_module.create_loaders, METHODS["tau_norm"].finish
 
@@ -481,6 +481,7 @@ def test_choosing_tau_reads_no_image_that_the_result_is_measured_on(tmp_path, mo
     monkeypatch.setattr(METHODS["tau_norm"], "finish", finish)
     recipe = recipe_of(tmp_path, CE_TAU, **keys)
     run = train(recipe, "tau")
+    assert capsys.readouterr().out.count("\nfor choosing a constant of the method: ") == 1
     assert state["reads"] > 0
     assert run.record.chosen.keys() == {"tau"}
     assert run.record.chosen["tau"] in [i / 10 for i in range(21)]
@@ -563,6 +564,21 @@ def test_a_later_stage_that_cannot_be_stops_the_run_before_the_first(tmp_path, m
     assert "\n" not in str(caught.value)
     assert epochs == []
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("stages", [[{"method": "ce"}], CE_CRT], ids=["one stage", "two"])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": "cifar_resnet3"}, "unknown model 'cifar_resnet3': did you mean 'cifar_resnet32'"),
+        ({"model": "local-dir:nowhere"}, "nowhere"),
+        ({"class_weights": "nothing.csv"}, r"cannot read the class weights nothing\.csv: No such file"),
+    ],
+)
+def test_names_that_lead_nowhere_are_found_before_the_data_are_opened(tmp_path, monkeypatch, stages, keys, message):
+    monkeypatch.setattr(DataPool, "open", lambda pool, recipe: pytest.fail("the data were opened"))
+    with pytest.raises(MbibError, match=message):
+        train(recipe_of(tmp_path, stages, **keys), "run")
 
 
 def test_a_changed_key_of_a_stage_alone_and_of_all(tmp_path):

@@ -79,8 +79,8 @@ def blocks_of(page):
 
 
 def without_numbers(line):
-    """Return a line of a table without its numbers, and without the spaces that align them."""
-    return " ".join(re.sub(r"\d+(\.\d+)?", "#", line).split())
+    """Return a line of a table without its numbers, the spaces that align them and the length of a rule."""
+    return " ".join(re.sub(r"-{3,}", "---", re.sub(r"\d+(\.\d+)?", "#", line)).split())
 
 
 def run(program, folder):

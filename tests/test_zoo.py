@@ -323,6 +323,11 @@ def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys):
     page = markdown_table(entries)
     assert all(page.count(f"`{entry.model.name}`") >= 1 for entry in entries)
     assert main(["models"]) == 0
+    trained = [entry for entry in entries if entry.model.is_trained]
+    more = f"{len(entries) - len(trained)} names have no weights yet, but a recipe: mbib models --all"
+    assert capsys.readouterr().out == f"{text_table(trained)}\n\n{more}\n"
+    assert entries[: len(trained)] == trained
+    assert main(["models", "--all"]) == 0
     printed = capsys.readouterr().out
     assert printed == text_table(entries) + "\n"
     for entry in entries:

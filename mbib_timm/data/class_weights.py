@@ -6,9 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from mbib_timm.data.class_values import ClassValues, label_names, read_class_values
+from mbib_timm.errors import DataError
+from mbib_timm.files import read_text
 from mbib_timm.recipe.checks import parse_class_weights
 
 WEIGHTS = ClassValues("class weights", "weight", zero=False, missing="every class needs one")
+
+
+def require_file(given: str) -> None:
+    """Raise DataError where the recipe key ``class_weights`` names a file that is missing or cannot be read."""
+    if parse_class_weights(given)[0] == "file":
+        read_text(Path(given), WEIGHTS.file, DataError)
 
 
 def loss_weights(given: str, class_counts: np.ndarray, class_names: Sequence[str] | None) -> np.ndarray | None:

@@ -64,7 +64,7 @@ class DataPool:
 
     def introduce(self, recipe: Recipe) -> list[str]:
         """Return what the recipe's data are, in lines, when first asked; see `summary`."""
-        return summary(self.open(recipe)) if self.first_time(data_key(recipe)) else []
+        return summary(self.open(recipe), recipe.holdout > 0) if self.first_time(data_key(recipe)) else []
 
     def first_time(self, line: str | None) -> list[str]:
         """Return a line, unless there is none or it was asked for before."""

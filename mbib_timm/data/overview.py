@@ -19,20 +19,26 @@ MEASURED = 32  # images of a split
 SMALL_INPUT, SMALLEST_PHOTOGRAPH, MUCH_LARGER = 64, 128, 4
 
 
-def summary(splits: Splits) -> list[str]:
-    """Return what a run trains on and is evaluated on, a line each; what was left out comes last, as warnings."""
+def summary(splits: Splits, keeps_back: bool = False) -> list[str]:
+    """Return what a run trains on and is evaluated on, a line each; what was left out comes last, as warnings.
+
+    Args:
+        splits: the run's data.
+        keeps_back: whether the recipe keeps images out of training for methods that choose a constant (`holdout`).
+    """
     counts = splits.class_counts
     names = named(splits.class_names, len(counts))
     lines = [
         f"{counted(len(counts), 'class')}, {counted(len(splits.train), 'training image')}: "
         f"{int(counts.max()):,} in the largest class, {int(counts.min()):,} in the smallest; {_shots(counts)}"
     ]
-    for title, split in (("evaluation", splits.val), ("test", splits.test), ("held out", splits.held_out)):
-        if split is not None and not (title == "held out" and split is splits.val):
+    for title, split in (("evaluation", splits.val), ("test", splits.test)):
+        if split is not None:
             classes = len(np.unique(split.targets))
-            chosen = splits.held_out_from if title == "held out" else split.chosen
             found = f"{counted(len(split), 'image')} of {counted(classes, 'class')}"
-            lines.append(f"{title}: {found}{f': {chosen}' if chosen else ''}")
+            lines.append(f"{title}: {found}{f': {split.chosen}' if split.chosen else ''}")
+    if keeps_back:
+        lines.append(held_out_line(splits))
     if splits.train.groups is not None:
         (training, alone), (evaluated, more) = _groups(splits.train), _groups(splits.val)
         without = f"; ungrouped: {alone:,} in training, {more:,} in evaluation" if alone + more else ""
@@ -52,6 +58,13 @@ def summary(splits: Splits) -> list[str]:
     lines += [printable(f"note: {line}") for line in (*_alike(splits.class_names or ()), *splits.train.notes)]
     lines += [f"warning: {line}" for line in splits.shared]
     return lines + warnings(splits.opened())
+
+
+def held_out_line(splits: Splits) -> str:
+    """Return on which images a method may choose a constant; of a run that does, or that keeps images back for it."""
+    images = splits.require_held_out()
+    of = f"{len(np.unique(images.targets)):,} of {counted(splits.num_classes, 'class')}"
+    return f"for choosing a constant of the method: {splits.held_out_from} ({of})"
 
 
 def _alike(class_names: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from mbib_timm.data.sources import NO_TEST, is_image_folder
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.trained_images import evaluated_line
+from mbib_timm.files import counted
 from mbib_timm.models.preprocessing import as_predicted, input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
@@ -193,7 +194,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     recipe = settle(recipe, model)
     size = input_size(recipe, model)
     names = source.config.class_names
-    pool = DataPool()
+    pool, asked = DataPool(), split is not None
     split, images, notes = _open_images(target, split, names, num_classes, pool)
     loader = timm_eval_loader(images, recipe, size, world)
     notes = (*notes, *warnings([images]))
@@ -202,6 +203,9 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     trained_on = "" if source.folder is None else evaluated_line(source.folder, split, images, target.recipe, pool)
     if trained_on:
         notes = (*notes, f"warning: {trained_on}")
+    if not asked and split == ALL and (trained_on or source.folder is None or not images.in_files):
+        # Or it is not known which the model was trained on.
+        notes = (*notes, f"--split {recipe.val_split} takes only the images that training would hold out")
     names = images.class_names if names is None else names
     return OpenTarget(model.to(world.device), recipe, counts, names, size, split, images, loader, notes, trained_on)
 
@@ -220,10 +224,8 @@ def _open_images(
     (opened,) = data.splits([name])
     notes: tuple[str, ...] = (target.note,) if target.note else ()
     if whole:
-        notes = (
-            f"evaluating all {len(opened):,} images there, including any that the model was trained on; --split "
-            f"{recipe.val_split} takes only what training would hold out",
-        )
+        place = recipe.table or recipe.data_dir or recipe.dataset
+        notes = (f"evaluating all {counted(len(opened), 'image')} of {place}",)
     elif opened.chosen.endswith(NO_TEST):
         notes = (f"split {name!r}: {opened.chosen}",)
     return name, match_classes(name, opened, names, num_classes), notes

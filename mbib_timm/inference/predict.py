@@ -176,8 +176,13 @@ def predict(
     read = [image for image in todo if image.path not in broken] + [image for image, each in done if each.classes]
     measured = [image for image in read if image.label is not None and tally.label(image.label) is not None]
     seen = _trained_on(model, measured) if measured else ""
+    said_to = sys.stderr if output is None else sys.stdout  # the predictions stand there alone
     for line in _summary(result, tally, model, threshold, seen):
-        print(line, file=sys.stderr if output is None else sys.stdout)
+        print(line, file=said_to)
+    if output is not None:
+        print(printable(f"{output}: {counted(result.images, 'image')}"), file=said_to)
+    for place in filter(None, (embeddings, cam)):
+        print(printable(str(place)), file=said_to)
     return result
 
 

@@ -49,6 +49,8 @@ FIGURES = {
     "shot_groups.png": "Accuracy by head and shot group.",
     "training_curves.png": "Training loss, learning rate, and accuracy after each evaluated epoch.",
 }
+# Images of one's own, by the key `dataset`, and what they are called where nobody says it.
+OWN_IMAGES, CUSTOM = ("folder", "table", "list", "wds"), "custom images"
 # Rows of the table of classes; of more the largest and the smallest are listed.
 LISTED_CLASSES = 200
 PAPER = "https://openreview.net/forum?id=9eiALSuZGA"
@@ -68,7 +70,7 @@ class Stated:
     """What whoever publishes a model says of it, and no run can know.
 
     Attributes:
-        dataset_name: what people call the training data; the recipe's name for them when None.
+        dataset_name: what people call the training data; when None what the run calls them, if it does.
         license: of the weights, as the Hub spells it; None for the zoo's own, and for none elsewhere.
     """
 
@@ -214,13 +216,14 @@ def card_metadata(run: FinishedRun, stated: Stated = NOTHING_STATED) -> ModelCar
 
 def dataset_title(run: FinishedRun, stated: Stated = NOTHING_STATED) -> str:
     """Return what people call the data set of a run; images of one's own are called as stated, or as the recipe is."""
-    return printable(stated.dataset_name or (run.dataset.title if run.dataset is not None else _data_name(run)))
+    title = run.dataset.title if run.dataset is not None else CUSTOM if _is_custom(run) else _data_name(run)
+    return printable(stated.dataset_name or title)
 
 
 def _dataset(run: FinishedRun, stated: Stated) -> Markup:
     """Return the data set's title as Markdown; a name that is only the recipe's as code."""
     title = dataset_title(run, stated)
-    is_title = stated.dataset_name is not None or run.dataset is not None
+    is_title = stated.dataset_name is not None or run.dataset is not None or _is_custom(run)
     return Markup(markdown_text(title) if is_title else code_span(title))
 
 
@@ -229,11 +232,24 @@ def _data_name(run: FinishedRun) -> str:
 
     A file of any other name than a model's says nothing of data.
     """
-    published = split_tag(run.name.partition(".")[2])[1]
     if run.dataset is not None:
-        return published
-    is_named = not published and (run.packaged is None or run.has_packaged_data)
-    return (is_named and _has_models_name(run) and data_of(run.name)) or str(redact_value(run.recipe.dataset))
+        return split_tag(run.name.partition(".")[2])[1]
+    return _named_data(run) or str(redact_value(run.recipe.dataset))
+
+
+def _named_data(run: FinishedRun) -> str:
+    """Return what a run's name says of its data; empty where it says nothing."""
+    if split_tag(run.name.partition(".")[2])[1] or not _has_models_name(run):
+        return ""
+    # Packaged recipes for images of one's own, such as finetune/mbib_resnet32, are named after how they train.
+    packaged = run.packaged
+    named = packaged is None or (run.has_packaged_data and packaged.dataset not in OWN_IMAGES)
+    return data_of(run.name) if named else ""
+
+
+def _is_custom(run: FinishedRun) -> bool:
+    """Return whether a run was trained on images of somebody's own, and nothing says what they are called."""
+    return run.dataset is None and run.recipe.dataset in OWN_IMAGES and not _named_data(run)
 
 
 def _has_models_name(run: FinishedRun) -> bool:

@@ -36,7 +36,7 @@ class Release:
     def listing(self) -> str:
         """Return every file with its size in bytes."""
         width = max(map(len, self.files))
-        return "\n".join(f"{path.ljust(width)}  {len(content):>12,}" for path, content in self.files.items())
+        return "\n".join(f"{path.ljust(width)}  {len(content):>12,} bytes" for path, content in self.files.items())
 
 
 def git_oid(content: bytes) -> str:

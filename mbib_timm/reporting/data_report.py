@@ -138,7 +138,7 @@ def data_report(
         require_own("--write-split", split_file, lambda file: file.read_bytes() == split_content, otherwise)
     names = label_names(splits.class_names, splits.num_classes)
     parts = list(zip(recipe.split_names, splits.opened(), strict=True))
-    print("\n".join(summary(splits)))
+    print("\n".join(summary(splits, recipe.holdout > 0)))
     print(f"\n{class_table(splits, names)}\n", flush=True)
     found = inspect(parts, names, recipe.workers)
     print("\n".join(lines(found, source.has_splits, recipe.val_split == LEFT_OUT)))

@@ -67,10 +67,16 @@ class Entry:
         return "in the package" if weights.name == WHOLE else "heads in the package, beside the pretrained backbone"
 
 
-def catalogue() -> list[Entry]:
-    """Return every model of the zoo; sizes are counted without memory for weights."""
+def catalogue(trained_only: bool = False) -> list[Entry]:
+    """Return the models of the zoo, those with weights first; sizes are counted without memory for weights.
+
+    Args:
+        trained_only: leave out those without.
+    """
     entries, sizes = [], dict[str, _Size]()
-    for model in ZOO:
+    for model in sorted(ZOO, key=lambda model: not model.is_trained):
+        if trained_only and not model.is_trained:
+            break
         recipe = Recipe() if model.is_trained else load_recipe(find_recipe(model.recipe))
         # Networks that agree in these are of one size; a trained one is built as its config.json says.
         config = model.config

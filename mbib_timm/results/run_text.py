@@ -11,7 +11,8 @@ from mbib_timm.methods import METHODS, Method, method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.recipe import Recipe
-from mbib_timm.results.record import EPOCH_METRICS, Epoch, RunRecord
+from mbib_timm.results.columns import MODEL_COLUMNS
+from mbib_timm.results.record import Epoch, RunRecord
 from mbib_timm.results.tables import accuracy_table, percent
 
 # What broken images can mean for classes.
@@ -28,7 +29,7 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
     """
     line = f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  lr {epoch.lr:.2e}  loss {epoch.losses['loss']:.3f}"
     if epoch.val is not None:
-        line += "".join(f"  {name} {percent(epoch.val.get(name))}" for name in EPOCH_METRICS)
+        line += "".join(f"  {name} {percent(epoch.val.get(each.metric))}" for name, each in MODEL_COLUMNS.items())
     return f"{line}  {epoch.seconds:.1f} s"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.files import printable
-from mbib_timm.models.head_outputs import PREDICTION
+from mbib_timm.models.head_outputs import PREDICTION, heads_of_expert
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
@@ -140,6 +140,8 @@ def code_span(text: str) -> str:
 def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -> str:
     """Return the numbers of `MODEL_COLUMNS` by head as text, with the images and classes that they come from.
 
+    Where there are other heads than the prediction, a line below says what their rows are.
+
     Args:
         heads: metrics by head, as `evaluate` returns them.
         class_counts: training images of each class, (K,).
@@ -160,7 +162,17 @@ def accuracy_table(heads: Mapping[str, HeadMetrics], class_counts: np.ndarray) -
     ]
     lines = Table(["%", *columns], [*above, *below]).lines()
     rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1 : len(above) + 1], rule, *lines[len(above) + 1 :]])
+    table = [lines[0], rule, *lines[1 : len(above) + 1], rule, *lines[len(above) + 1 :]]
+    return "\n".join([*table, *_heads_line([head for head in heads if head != PREDICTION])])
+
+
+def _heads_line(names: Sequence[str]) -> list[str]:
+    """Return a line on the rows of a network's heads, and of experts that are the mean of several; none without any."""
+    if not names:
+        return []
+    rows = " and ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
+    what = "single heads and experts" if any(heads_of_expert(name, names) for name in names) else "single heads"
+    return [f"{rows} are {what} of the network; prediction is its answer"]
 
 
 def shown_columns(metrics: Iterable[HeadMetrics]) -> list[str]:

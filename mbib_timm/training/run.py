@@ -64,7 +64,7 @@ from mbib_timm.training.optimization import (
 )
 from mbib_timm.training.provenance import continued, inputs_in, inputs_of, start_of
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
-from mbib_timm.training.setup import set_up, updates_of_epoch
+from mbib_timm.training.setup import require_named, set_up, updates_of_epoch
 from mbib_timm.training.step import create_step
 from mbib_timm.training.trackers import Tracker, create_trackers
 
@@ -142,6 +142,7 @@ class Run:
         previous: Path | None = None,
     ) -> None:
         self.name, self.recipe, self.world, self.folder = name, recipe, world, folder
+        require_named(recipe)
         self.splits: Splits = pool.open(recipe)
         if world.is_main:
             for line in pool.introduce(recipe):

@@ -18,7 +18,7 @@ from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.provenance import extended, inputs_of
 from mbib_timm.training.run import Run, TrainState
 from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
-from mbib_timm.training.setup import set_up
+from mbib_timm.training.setup import require_named, set_up
 
 
 def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked: bool = True) -> FinishedRun:
@@ -66,6 +66,7 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
     previous: Path | None = None
     before: Recipe | None = None
     for stage in recipe.chain():
+        require_named(stage)
         splits = pool.open(stage)
         setup = set_up(stage.replace_previous(before), splits, world, previous, pool)
         before = setup.recipe
