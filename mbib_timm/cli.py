@@ -625,7 +625,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mbib: error:", printable_lines(str(error)), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        place = {"train": "from the last checkpoint ", "sweep": "from the last checkpoint "}
+        place = dict.fromkeys(("train", "sweep"), "from the last checkpoint, or from the beginning without one, ")
         if argv[0] == "predict" and any(word.endswith((".csv", ".jsonl")) for word in argv):
             place["predict"] = ""
         resume = {"train": ["--resume", "auto"], "predict": ["--resume"]}.get(argv[0], [])

@@ -1,6 +1,7 @@
 """Errors a user can mend: one short sentence each, naming the file, key or class at fault."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 
@@ -70,7 +71,11 @@ def few(names: Sequence[object], most: int = 5) -> str:
     return f"{', '.join(map(str, names[:most]))}{more}"
 
 
-def nearest(name: str, valid: Iterable[str], most: int = 3, alike: float = 0.5) -> list[str]:
+# Share of letters by which a name is behind the nearest one that is not named beside it.
+FAR_BEHIND = 0.15
+
+
+def nearest(name: str, valid: Iterable[str], most: int = 3, alike: float = 0.65) -> list[str]:
     """Return the valid names that a name may be a slip of, the nearest first, whatever the case of their letters.
 
     Args:
@@ -79,8 +84,29 @@ def nearest(name: str, valid: Iterable[str], most: int = 3, alike: float = 0.5) 
         most: names to return.
         alike: share of the letters of both names together that stand in the same order.
     """
-    folded = {each.casefold(): each for each in valid}
-    return [folded[each] for each in difflib.get_close_matches(name.casefold(), folded, n=most, cutoff=alike)]
+    own, folded = name.casefold(), {each.casefold(): each for each in valid}
+    near = difflib.get_close_matches(own, folded, n=most, cutoff=alike)
+    how_alike = {each: difflib.SequenceMatcher(None, each, own).ratio() for each in near}
+    return [folded[each] for each in near if how_alike[each] > how_alike[near[0]] - FAR_BEHIND]
+
+
+def _whole_of(part: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """Return the names that begin or end with a name, as words: ``class_means`` of ``means``."""
+    word = re.escape(part)
+    whole = re.compile(rf"{word}[^a-z].*|.*[^a-z]{word}", re.IGNORECASE | re.DOTALL)
+    return [each for each in names if part and whole.fullmatch(each)][:most]
+
+
+# What lists the valid names of some kind.
+LISTED = {
+    "recipe": "mbib recipes lists them",
+    "sweep or recipe": "mbib recipes lists them",
+    "method": "mbib methods lists them",
+    "model": "mbib models lists this package's",
+    "model or folder": "mbib models lists this package's",
+    "recipe key": "mbib train --help lists them",
+    "key": "mbib train --help lists them",
+}
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
@@ -92,12 +118,13 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
         valid: the names that are.
     """
     names = sorted(valid)
-    if near := nearest(name, names):
+    if near := nearest(name, names) or _whole_of(name, names):
         hint = f"did you mean {' or '.join(map(repr, near))}?"
     elif not names:
         hint = "there are none."
     elif len(names) <= 20:
         hint = f"choose from {', '.join(names)}."
     else:
-        hint = f"there are {len(names)} valid names, e.g. {', '.join(names[:3])}."
+        listed = f"; {LISTED[kind]}" if kind in LISTED else ""
+        hint = f"there are {len(names)} valid names, e.g. {', '.join(names[:3])}{listed}."
     return MbibError(f"unknown {kind} {shown(name)}: {hint}")

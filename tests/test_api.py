@@ -161,7 +161,7 @@ def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
     assert (first.image, second.image, third.image) == ("image 0", str(path), "image 1")
     assert first.classes == second.classes
     assert (broken.image, broken.name, broken.classes) == (str(photos / "broken.png"), None, ())
-    assert "no image of a kind that is read" in broken.error
+    assert "not an image, or damaged, or of a kind" in broken.error
     (alone,) = predict(model, picture)
     assert (alone.image, alone.name, alone.probability) == ("image 0", first.name, pytest.approx(first.probability))
     with pytest.raises(MbibError, match="expected paths or PIL images, got int"):
@@ -496,7 +496,10 @@ def test_losses_that_cannot_be():
     model, labels = mbib(), torch.tensor([0, 1])
     for arguments, message in (
         (("mbibb", COUNTS), "unknown method 'mbibb': did you mean 'mbib'"),
-        (("mbib", COUNTS), r"give the model: create_loss\('mbib', class_counts, model\)"),
+        (
+            ("mbib", COUNTS),
+            r"such as mbib_resnet50; give the model: create_loss\('mbib', class_counts, model\)",
+        ),
         (("paco", COUNTS, model), r"'paco' trains by more than a loss of logits: use train\(\); losses: bsce, ce"),
         (("tau_norm", COUNTS, model), "trains by more than a loss"),
         (("bsce", (3, 0, 1)), r"classes without: \[1\]"),

@@ -86,7 +86,7 @@ RECIPES = {
     "crop_mode": ("crop_mode: centre\n", "'crop_mode' 'centre': did you mean 'center'"),
     "interpolation": ("interpolation: lanczos\n", "'interpolation' 'lanczos'"),
     "sched": ("sched: cosin\n", "'sched' 'cosin': did you mean 'cosine'"),
-    "warmup": ("warmup_epochs: 1\n", "'warmup_epochs': 1 leaves none of the 1 epochs"),
+    "warmup": ("warmup_epochs: 1\n", "'warmup_epochs': a warm-up of 1 epoch does not fit into a run of 1 epoch"),
     "rsqrt": ("sched: rsqrt\n", "'warmup_epochs': sched: rsqrt is measured in epochs of warm-up; expected 1"),
     "milestones": ("decay_milestones: [0]\n", "'decay_milestones': expected at least 1, got 0"),
     "min_lr": ("min_lr: 1\n", "'min_lr': expected at most lr, 0.1, got 1"),
@@ -234,7 +234,7 @@ def test_flags_that_cannot_be(name, capsys):
         (["train", ""], "unknown recipe ''"),
         (["train", "/dev/zero"], "cannot read the recipe /dev/zero: it is not a regular file"),
         (["train", "x" * 300], "File name too long: xxx"),
-        (["train", "\udce4.yaml"], r"unknown recipe '\\udce4\.yaml'"),
+        (["train", "\udce4.yaml"], r"recipe \\udce4\.yaml: there is no such file; mbib recipes lists those"),
     ],
 )
 def test_arguments_that_cannot_be(words, message, capsys):

@@ -289,7 +289,7 @@ def test_what_cannot_go_on_within_an_epoch_says_so(tmp_path):
     interrupted(recipe, 9)
     with pytest.raises(CheckpointError, match=r"checkpoint_steps \('given' there, None asked for\)"):
         train(recipe.replace(resume="auto", checkpoint_steps=None), "broken")
-    with pytest.raises(CheckpointError, match="has begun 2 epochs, and 1 are asked for: expected at least 2"):
+    with pytest.raises(CheckpointError, match="has begun 2 epochs, more than the 1 asked for: expected at least 2"):
         train(recipe.replace(resume="auto", epochs=1, warmup_epochs=0), "broken")
     checkpoint = tmp_path / "broken" / "last.ckpt"
     state = load_checkpoint(checkpoint)

@@ -72,7 +72,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     assert "kinds: PNG RGB: 26, JPEG RGB: 1" in text
     assert "sizes: 80 x 60: 26, 64 x 48: 1" in text
     assert "shorter side: 48 to 60 pixels, median 60" in text
-    assert f"unreadable: 1:\n  {photos / 'fox' / 'site C' / '9.png'}: no image of a kind that is read" in text
+    assert f"unreadable: 1:\n  {photos / 'fox' / 'site C' / '9.png'}: not an image, or damaged, or of a kind" in text
     assert "exact duplicates: 2 images in one set" in text
     assert "further near duplicates: 3 images in one set\n  sets with images of several classes: 1" in text
     table = [line.split() for line in text.splitlines() if line.startswith(("fox", "hare", "lynx"))]
@@ -86,7 +86,7 @@ def test_a_folder_alone_is_enough(photos, capsys, tmp_path):
     assert near["exact_set"] == ""
     assert near["near_set"] == same[0]["near_set"] != ""
     assert (near["width"], near["height"], near["kind"], near["label"]) == ("64", "48", "PNG RGB", "hare")
-    assert "no image of a kind" in by_path[str(photos / "fox" / "site C" / "9.png")]["error"]
+    assert "not an image, or damaged, or of a kind" in by_path[str(photos / "fox" / "site C" / "9.png")]["error"]
     assert Image.open(files["classes.png"]).size[1] > 300
 
 

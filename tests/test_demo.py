@@ -77,7 +77,10 @@ def test_why_an_image_cannot_be_read(tmp_path, picture, monkeypatch):
     file = tmp_path / "image.png"
     picture.save(file)
     content = file.read_bytes()
-    for broken, message in ((b"text", "no image of a kind that is read"), (content[:200], "image file is truncated")):
+    for broken, message in (
+        (b"text", "not an image, or damaged, or of a kind"),
+        (content[:200], "image file is truncated"),
+    ):
         file.write_bytes(broken)
         with pytest.raises(DataError, match=f"This file cannot be read: {message}"):
             open_upload(file)

@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import CheckpointError, MbibError, nearest, unknown_name
 from mbib_timm.files import parse_json, parse_yaml, read_content, read_text, write_bytes
 
 
@@ -88,3 +88,23 @@ def test_a_file_that_is_replaced_keeps_its_rights_and_a_link_stays_one(tmp_path)
     write_bytes(tmp_path / "gone", b"made")
     assert (tmp_path / "far" / "made.html").read_text() == "made"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["far", "gone", "link.html", "made.html", "real.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "valid", "near"),
+    [
+        ("animal", ("snail", "horse"), []),
+        ("--epoch", ("--epochs", "--warmup-epochs", "--sched"), ["--epochs"]),
+        ("sdg", ("sgd", "adamw"), ["sgd"]),
+        ("resnet33", ("resnet32", "resnet34", "vit"), ["resnet34", "resnet32"]),
+        ("Bees", ("bee", "ant"), ["bee"]),
+        ("", ("bee",), []),
+    ],
+)
+def test_names_that_a_slip_may_stand_for(name, valid, near):
+    assert nearest(name, valid) == near
+
+
+def test_a_part_of_a_name_is_known():
+    assert str(unknown_name("start", "means", ("class_means", "demeanour", "x"))).endswith("mean 'class_means'?")
+    assert "choose from" in str(unknown_name("class", "ant", ("antelope", "elephant")))

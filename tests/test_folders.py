@@ -93,7 +93,7 @@ def test_a_validation_split_with_an_unknown_class_is_refused(folder, tmp_path):
     for label in ("ant", "eel"):
         (root / "val" / label).mkdir(parents=True)
         picture(1).save(root / "val" / label / "0.png")
-    with pytest.raises(DataError, match=r"split 'validation' has 1 class not in training: 'eel' \(did you mean"):
+    with pytest.raises(DataError, match=r"split 'val' has 1 class not in training: 'eel' \(did you mean"):
         open_data(Recipe(dataset="folder", data_dir=str(root)))
 
 
@@ -198,8 +198,18 @@ def test_folders_that_may_be_meant_otherwise_are_noted(tmp_path):
     above = [f"{year}/{label}/{i}.png" for year in (2023, 2024) for label in ("ant", "bee") for i in range(2)]
     for split in opened_both(tmp_path / "above", above):
         assert "all lie deeper, such as 2023/ant/0.png; if the second level is the class" in notes_on(split)
+    splits = [name.replace("2023", "training_set").replace("2024", "test_set") for name in above]
+    for split in opened_both(tmp_path / "splits", splits):
+        assert "if these are splits: --train-split training_set --val-split test_set; if" in notes_on(split)
     grouped = open_split(folder_recipe(tmp_path / "above" / "folder", group_by="folder:1"), "all")
     assert not grouped.notes, "who groups by folders knows what they are"
+
+
+def test_the_folder_of_a_class_is_not_the_data(tmp_path):
+    root = unpacked(tmp_path / "data", {name: png(1) for name in ("ant/1.png", "ant/2.png", "bee/1.png")})
+    message = rf"class folders under {root}/ant; --data-dir is the folder that .*; perhaps {root}\?; left out: .*ant|2"
+    with pytest.raises(DataError, match=message):
+        open_split(folder_recipe(root / "ant"), "all")
 
 
 def test_images_beside_the_folders_of_splits_are_named(tmp_path):
@@ -323,7 +333,10 @@ def test_a_broken_image_in_a_tar_is_named_with_the_tar(tmp_path):
             info.size = 9
             tar.addfile(info, io.BytesIO(b"no image."))
     split = open_split(folder_recipe(tmp_path), "validation")
-    with pytest.raises(DataError, match=r"^none of the 2 images can be read; .*val\.tar/bee/2\.png: "):
+    with pytest.raises(
+        DataError,
+        match=r"^none of the 2 images of split 'val' can .*val\.tar/bee/2\.png: .*; mbib data FOLDER lists them",
+    ):
         list(timm_eval_loader(split, folder_recipe(tmp_path), (3, 16, 16), World(CPU)))
 
 

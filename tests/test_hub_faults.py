@@ -1,6 +1,7 @@
 """What the Hub may do wrong, at every request that publishing and loading make: an end in time, and one sentence."""
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 import forked
 import pytest
 from huggingface_hub import HfApi, close_session, constants, get_session, set_client_factory
+from huggingface_hub.utils import _http
 from loopback_hub import FAULTS, TestHub
 
 from mbib_timm.errors import CheckpointError, MbibError
@@ -135,6 +137,71 @@ def test_a_revision_that_is_not_there(hub, release):
     assert Source("", repository=f"{REPOSITORY}@v1").file("config.json") is not None
     with pytest.raises(MbibError, match=f"^hf-hub:{REPOSITORY}@v9: the repository has no such revision"):
         load_model(f"hf-hub:{REPOSITORY}@v9")
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A Hub whose name does not resolve, the client as it comes, and the lines that it logs."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    template = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+    monkeypatch.setattr(hub_module._PATIENCE, "may_have_proxies", True)
+    close_session()
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("huggingface_hub").addHandler(handler)
+    yield lines
+    logging.getLogger("huggingface_hub").removeHandler(handler)
+    close_session()
+
+
+@pytest.mark.parametrize("name", [f"hf-hub:{REPOSITORY}", "resnet50.a1_in1k"])
+def test_a_name_that_does_not_resolve_is_asked_once_again(nowhere, name, monkeypatch):
+    """And no second file is asked for, nor is there a line on every attempt."""
+    waits, asked = [], []
+    own = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (asked.append(a), own(*a, **k))[1])
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    with pytest.raises(
+        MbibError, match=r"^hf-hub:\S+: the Hub cannot be reached, .* is there a network\? .*mbib models"
+    ):
+        load_model(name)
+    assert waits == []
+    assert len(asked) == 2
+    assert nowhere == []
+
+
+def test_publishing_to_a_name_that_does_not_resolve(nowhere, release):
+    waits = []
+    message = (
+        "^cannot create the repository: the Hub cannot be reached: the name hub.invalid is not found; publish again"
+    )
+    with pytest.raises(PublishError, match=message):
+        Publisher(HfApi(endpoint="http://hub.invalid"), release, wait=waits.append).publish(False, None)
+    assert waits == [1]
+
+
+def test_others_have_the_clients_lines_and_attempts(nowhere, monkeypatch):
+    """What is asked while this package asks nothing is left as it is, and so are names that a proxy resolves."""
+    waits = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    hub_module.prepare_hub()
+    with pytest.raises(Exception, match=r"Name or service|Temporary failure|not known"):
+        _http.http_backoff("GET", "http://hub.invalid/api", max_retries=1)
+    assert waits == [1]
+    assert any("Retrying in" in line for line in nowhere)
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid")
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+    close_session()
+    hub_module.prepare_hub()
+    assert hub_module._PATIENCE.may_have_proxies
 
 
 def test_after_silence_others_may_ask(hub, monkeypatch):

@@ -219,9 +219,9 @@ def test_parquet(images):
         ("path,label\nBär/0.png,\n", "lists no image with a class"),
         (
             "file,label\nBär/0.png,Bär\n",
-            r"t\.csv has no column 'path', but file, label\. Another one is named by --path-column",
+            r"t\.csv has no column 'path'; its columns are: file, label\. --path-column names another",
         ),
-        ("path,class\nBär/0.png,Bär\n", r"'label'.* Another one is named by --label-column"),
+        ("path,class\nBär/0.png,Bär\n", r"'label'.* --label-column names another"),
         ("path,path,label\na,b,c\n", "has 2 columns 'path'"),
         (
             "path,label\nBär/0.png,Bär\n\nBär/1.png,Bär,more\n",

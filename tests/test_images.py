@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archive_images import tar_bytes, unpacked, write
 from PIL import Image, ImageOps
 from small_data import picture
 
-from mbib_timm.data.images import ArrayReader, ImageDataset, Split, convert_image
+from mbib_timm.data import open_split
+from mbib_timm.data.images import ArrayReader, ImageDataset, Split, convert_image, unreadable
 from mbib_timm.data.paths import Names, PathReader
 from mbib_timm.errors import DataError
+from mbib_timm.recipe import Recipe
 
 RAMP = np.arange(256, dtype=np.float64).reshape(16, 16)
 
@@ -39,6 +42,16 @@ def test_exif_orientation_is_applied(orientation, form, mode):
     assert expected.size == ((20, 12) if orientation < 5 else (12, 20))
     assert converted.mode == mode
     assert np.array_equal(converted, expected)
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    unpacked(tmp_path / "data", {"ant/1.png": b"", "bee/1.png": b"text"})
+    write(tmp_path / "x.tar", tar_bytes({"ant/1.png": b"", "bee/1.png": b"text"}))
+    for place in (tmp_path / "data", tmp_path / "x.tar"):
+        split = open_split(Recipe(dataset="folder", data_dir=str(place)), "all")
+        empty, text = unreadable(split, 0).values()
+        assert empty.startswith("empty file")
+        assert text == "not an image, or damaged, or of a kind that is not read"
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nothing that can be read", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])

@@ -147,7 +147,9 @@ def test_a_batch_of_broken_images_alone_is_no_batch(build, folder, workers):
     batches = list(build(bees, settings.replace(validation_batch_size=2), SIZE, CPU, training=False))
     assert torch.cat([batch.index for batch in batches]).tolist() == [5, 6, 7, 8]
     assert min(len(batch.targets) for batch in batches) > 0
-    with pytest.raises(DataError, match=r"^none of the 5 images can be read; the last error: .*bee/4\.png: [^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"^none of the 5 images of split 'all' can be read; the last error: .*bee/4\.png: [^\n]*$"
+    ):
         list(build(split.subset(np.flatnonzero(split.targets == 1)), settings, SIZE, CPU, training=False))
 
 

@@ -57,6 +57,18 @@ def test_an_unknown_name_is_an_error_that_says_which_and_the_nearest():
         match_classes("test", split(("bee", "Red Fox", "zzzz"), [0, 1, 2]), NAMES, 4)
 
 
+def test_names_of_which_training_has_none():
+    learn = "; the model knows other classes"
+    with pytest.raises(
+        DataError, match=r"not in training: 'antt', 'Bee'; training has .*'Wölfe'; the model knows other"
+    ):
+        match_classes("test", split(("antt", "Bee"), [0, 1]), NAMES, 4, learn)
+    with pytest.raises(
+        DataError, match=r"1 class not in training: 'Bee' \(did you mean 'bee'\?\); rename it, or leave it"
+    ):
+        match_classes("test", split(("ant", "Bee"), [0, 1]), NAMES, 4, learn)
+
+
 def test_an_unknown_name_without_images_is_none():
     assert match_classes("test", split(("bee", "eel", "ant"), [0, 2]), NAMES, 4).targets.tolist() == [1, 0]
 
@@ -210,7 +222,8 @@ def test_a_renamed_folder_is_an_error(run, tmp_path, capsys):
     assert status == 2
     assert out == ""
     assert err == (
-        "mbib: error: split 'all' has 1 class not in training: 'Bees' (did you mean 'bee'?)\n"
+        "mbib: error: split 'all' has 1 class not in training: 'Bees' (did you mean 'bee'?); rename it, or leave it "
+        "out\n"
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_heads_that_a_model_has_not(finished_run):
     plain = type(model)(model.source, timm.create_model("cifar_resnet20").eval(), model.preprocessing, None, None, None)
     with pytest.raises(MbibError, match=r"unknown head of .* 'z': choose from prediction"):
         Predictor(plain, "z")
-    with pytest.raises(MbibError, match=r"unknown head of .* 'v4': did you mean 'v3'"):
+    with pytest.raises(MbibError, match=r"unknown head of .* 'v4': choose from prediction, v1"):
         Predictor(model, "v4")
 
 
@@ -304,7 +304,7 @@ def test_folders_that_are_classes_give_the_accuracy(finished_run, labelled, tmp_
     (broken,) = [row for row in rows if row["error"]]
     assert broken["image"] == str(labelled / "1" / "no.png")
     assert (broken["label"], broken["predicted"]) == ("1", "")
-    assert "no image of a kind that is read" in broken["error"]
+    assert "not an image, or damaged, or of a kind" in broken["error"]
     top1, macro, images = naive(rows)
     of = told(out)
     assert (of["prediction"]["overall"], of["prediction"]["macro"]) == (f"{top1:.2f}", f"{macro:.2f}")
@@ -373,7 +373,7 @@ def test_a_table_gives_paths_and_labels(finished_run, labelled, tmp_path, kind):
     ("text", "message"),
     [
         ("", "is empty"),
-        ("pth,label\n1.png,a\n", "list.csv has no column 'path', but pth, label"),
+        ("pth,label\n1.png,a\n", "list.csv has no column 'path'; its columns are: pth, label"),
         ("path,label\n", "names no images"),
         ("path,label\n1.png,a\n2.png,b\n", "names 2 images, and none is there"),
         ("path,label\n1.png\n", "line 2: expected 2 columns, got 1"),

@@ -299,9 +299,13 @@ def test_loss_is_the_papers(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate: 0.1\nmodle: resnet18", r"unknown key in own\.yaml 'learning_rate': did you mean .*"),
-        ("modle: resnet18", r"unknown key in own\.yaml 'modle': did you mean 'model'"),
-        ("1: 2", r"unknown key in own\.yaml '1'"),
+        ("lr: [0.1]", r"^own\.yaml: recipe key 'lr': expected float, got \[0\.1\]$"),
+        (
+            "learning_rate: 0.1\nmodle: resnet18",
+            r"own\.yaml: unknown key 'learning_rate': .*; mbib train --help lists",
+        ),
+        ("modle: resnet18", r"own\.yaml: unknown key 'modle': did you mean 'model'"),
+        ("1: 2", r"own\.yaml: unknown key '1'"),
         ("epochs: many", r"'epochs': expected int, got 'many'"),
         ("epochs: 1.5", r"'epochs': expected int, got 1\.5"),
         ("epochs: true", r"'epochs': expected int, got True"),
@@ -322,20 +326,20 @@ def test_loss_is_the_papers(name):
         ("method: {name: mbib, beta: much}", r"setting 'beta' of method 'mbib': expected float, got 'much'"),
         ("method: {name: mbib, beta: -1}", r"setting 'beta' of method 'mbib': expected at least 0, got -1"),
         ("method: {name: mbib, observation_weights: 1}", r"'observation_weights' of .*: expected list of float, got 1"),
-        ("beta: 5.0", r"unknown key in own\.yaml 'beta'"),
-        ("loss: mbib", r"unknown key in own\.yaml 'loss'"),
+        ("beta: 5.0", r"own\.yaml: unknown key 'beta'"),
+        ("loss: mbib", r"own\.yaml: unknown key 'loss'"),
         ("frozen_bn: evil", r"'frozen_bn' 'evil': did you mean 'eval'"),
         ("holdout: 0.95", r"'holdout': expected at most 0.9, got 0.95"),
         ("plugin: [none.py]", r"plugin none\.py: there is no such file"),
-        ("base: cifar", r"unknown base in own\.yaml 'cifar': did you mean 'cifar100_lt'"),
+        ("base: cifar", r"own\.yaml: unknown base 'cifar': did you mean 'cifar100_lt'"),
         ("base: [digits]", r"own\.yaml: key 'base': expected the name of another file"),
         ("stages: {}", r"'stages': expected a list of stages, got {}"),
         ("stages: []", r"'stages': expected a list of stages, got \[\]"),
         ("stages: [ce]", r"stage 1: expected keys and values, got 'ce'"),
-        ("stages: [{lr: 0.1}, {modle: x}]", r"unknown key in stage 2 of own\.yaml 'modle': did you mean 'model'"),
-        ("stages: [{lr: 0.1}, {stages: []}]", r"unknown key in stage 2 of own\.yaml 'stages'"),
+        ("stages: [{lr: 0.1}, {modle: x}]", r"stage 2 of own\.yaml: unknown key 'modle': did you mean 'model'"),
+        ("stages: [{lr: 0.1}, {stages: []}]", r"stage 2 of own\.yaml: unknown key 'stages'"),
         ("stages: [{lr: 0.1}, {lr: -1}]", r"stage 2 of own\.yaml: recipe key 'lr': expected more than 0, got -1"),
-        ("previous: {}", r"unknown key in own\.yaml 'previous'"),
+        ("previous: {}", r"own\.yaml: unknown key 'previous'"),
         ("imbalance_factor: -10", r"'imbalance_factor': expected at least 1, got -10"),
         ("lr: 0", r"'lr': expected more than 0, got 0"),
         ("lr: .nan", r"'lr': expected a finite number, got nan"),
@@ -344,7 +348,10 @@ def test_loss_is_the_papers(name):
         ("amp_dtype: float61", r"'amp_dtype' 'float61': did you mean 'float16'.*\?"),
         ("scale: [1.0, 0.1]", r"'scale': expected two numbers, 0 < low <= high"),
         ("std: [0.2, 0.2]", r"'std': expected 1 or 3 numbers"),
-        ("epochs: 3\nwarmup_epochs: 3", r"'warmup_epochs': 3 leaves none of the 3 epochs"),
+        (
+            "epochs: 3\nwarmup_epochs: 3",
+            r"^own\.yaml: recipe key 'warmup_epochs': a warm-up of 3 epochs does not fit into a run of 3 epochs$",
+        ),
         ("sched: multistep\ndecay_milestones: [20, 10]", r"'decay_milestones': expected ascending epochs"),
         ("- lr: 0.1", r"own\.yaml: expected 'key: value' lines, got a list"),
         ("lr: [0.1", r"own\.yaml: not a YAML file"),
@@ -355,6 +362,23 @@ def test_a_recipe_that_cannot_be_is_refused_by_name(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(MbibError, match=message):
         load_recipe(path)
+
+
+def test_a_file_is_named_for_what_it_says_alone(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("lr: [0.1]")
+    with pytest.raises(MbibError, match=r"^own\.yaml: recipe key 'lr'"):
+        load_recipe(path, {"epochs": 2})
+    path.write_text("lr: 0.1")
+    with pytest.raises(MbibError, match=r"^recipe key 'epochs'"):
+        load_recipe(path, {"epochs": -2})
+    for name in ("nosuch.yaml", str(tmp_path / "nosuch.yaml")):
+        with pytest.raises(MbibError, match=rf"^recipe {name}: there is no such file; mbib recipes lists"):
+            find_recipe(name)
+    with pytest.raises(MbibError, match=r"no such file; did you mean 'mbib_resnet20\.digits'\?$"):
+        find_recipe("mbib_resnet20.digit.yaml")
+    with pytest.raises(MbibError, match=r"^unknown recipe 'qqq': there are .*; mbib recipes lists them\.$"):
+        find_recipe("qqq")
 
 
 def test_overrides_replace_the_files_values_and_are_checked_alike():
@@ -423,7 +447,7 @@ def test_a_base_holds_where_a_file_says_nothing(tmp_path):
     with pytest.raises(MbibError, match=r"mine\.yaml: a base has no 'base' of its own"):
         load_recipe(tmp_path / "own.yaml")
     (tmp_path / "mine.yaml").write_text("learning_rate: 0.1\n")
-    with pytest.raises(MbibError, match=r"unknown key in mine\.yaml 'learning_rate'"):
+    with pytest.raises(MbibError, match=r"mine\.yaml: unknown key 'learning_rate'"):
         load_recipe(tmp_path / "own.yaml")
 
 
@@ -567,7 +591,7 @@ def test_fewer_epochs_shorten_what_counts_in_epochs(tmp_path, file, overrides, e
 
 @pytest.mark.parametrize("given", [{"epochs": 3, "warmup_epochs": 3}, {"warmup_epochs": 60}])
 def test_what_is_given_itself_is_not_shortened(given):
-    with pytest.raises(MbibError, match=r"'warmup_epochs': .* leaves none of the"):
+    with pytest.raises(MbibError, match=r"'warmup_epochs': a warm-up of .* does not fit into"):
         load_recipe(find_recipe("mbib_resnet20.digits"), given)
 
 

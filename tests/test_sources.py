@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -306,9 +307,7 @@ def test_a_class_that_is_lost_with_its_unreadable_images_is_said(tmp_path):
     with pytest.raises(DataError, match=f"no training images of class 1; labels count from 0 without gaps{why}"):
         open_data(Recipe(**lists, broken="skip", workers=0))
     folders = Recipe(dataset="folder", data_dir=str(tmp_path / "folders"), broken="skip", workers=0)
-    with pytest.raises(
-        DataError, match=f"split 'validation' has 1 class not in training: '1'.*{why}.*; classes without"
-    ):
+    with pytest.raises(DataError, match=f"split 'val' has 1 class not in training: '1'.*{why}.*; classes without"):
         open_data(folders)
 
 
@@ -463,6 +462,25 @@ def test_torchvisions_cifar(tmp_path):
         patch.undo()
     with pytest.raises(DataError, match=r"cannot open CIFAR100 .*--dataset-download fetches it"):
         open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path / "no")), "train")
+
+
+@pytest.mark.parametrize(
+    "error", [URLError(OSError(-2, "Name or service not known")), RuntimeError("Error downloading x:\n")]
+)
+def test_data_that_cannot_be_downloaded(error, tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    with pytest.raises(
+        DataError, match=rf"^CIFAR100 cannot be downloaded .*network.*into {tmp_path}, or .* --data-dir FOLDER$"
+    ):
+        open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path), dataset_download=True), "train")
+
+
+def test_a_folder_of_listed_images_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"^data_dir \S+/none does not exist$"):
+        open_list("train.txt", str(tmp_path / "none"), "train_list", None)
 
 
 def test_torchvisions_fashion_mnist(tmp_path):

@@ -535,7 +535,7 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
         ([{"method": "ce", "epochs": 0, "warmup_epochs": 0}], {}, r"'epochs': 0 trains nothing, and there are no"),
         ([{"method": "ce"}, {"method": "tau_norm"}], {}, r"stage 2 of own\.yaml: .*'tau_norm' trains nothing"),
         ([{"method": "ce"}, {"method": "crtt"}], {}, r"stage 2 of own\.yaml: unknown method 'crtt': did you"),
-        ([{"method": "ce"}, {"method": "crt", "epoch": 3}], {}, r"unknown key in stage 2 of own\.yaml 'epoch'"),
+        ([{"method": "ce"}, {"method": "crt", "epoch": 3}], {}, r"stage 2 of own\.yaml: unknown key 'epoch'"),
         ([{"method": "ce"}, {"method": {"name": "tau_norm", "taw": 1}}], {}, r"stage 2 .*'taw': did you mean 'tau'"),
         ([{"method": "ce"}, {"method": "crt", "sampler": "balance"}], {}, r"sampler 'balance': did you"),
         ([{"method": "ce"}, {"method": "crt", "train": "head"}], {}, r"'train': 'head' matches no parameter's name"),

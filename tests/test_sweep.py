@@ -58,7 +58,7 @@ def of_recipe(recipe, **fields):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("recipe: a\nseed: [1]", "unknown key in x.yaml 'seed': did you mean 'seeds'"),
+        ("recipe: a\nseed: [1]", "x.yaml: unknown key of a sweep 'seed': did you mean 'seeds'"),
         ("recipe: a\naxes: {bach_size: [1]}", "unknown axis of sweep x 'bach_size': did you mean 'batch_size'"),
         ("recipe: a\naxes: {model_kwrgs.taps: [1]}", "unknown axis of sweep x 'model_kwrgs.taps'"),
         ("recipe: a\naxes: {lr: 1}", "axis 'lr' needs a list of values"),
@@ -93,7 +93,7 @@ def of_recipe(recipe, **fields):
         ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: lines, x: group}", "sweep x: unknown axis in the figure"),
         ("recipe: a\naxes: {lr: [1]}\nfigure: {kind: bars, x: head}", "sweep x: unknown axis in the figure 'head'"),
         ("recipe: a\npaper: {source: T, numbers: [{bta: 1}]}", "unknown axis in the paper's numbers of sweep x 'bta'"),
-        ("recipe: a\npaper: {sorce: T}", "unknown key in x.yaml 'sorce': did you mean 'source'"),
+        ("recipe: a\npaper: {sorce: T}", "x.yaml: unknown key of a sweep 'sorce': did you mean 'source'"),
         ("- 1", "expected 'key: value' lines, got a list"),
         ("recipe: [", "not a YAML file"),
     ],

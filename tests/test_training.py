@@ -29,7 +29,7 @@ from mbib_timm.data import Batch
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import METHODS, Facts
-from mbib_timm.recipe import asks_for_epochs, find_recipe, load_recipe
+from mbib_timm.recipe import asks_for_epochs, dump_recipe, find_recipe, load_recipe
 from mbib_timm.recipe.keys import SCHEDULES
 from mbib_timm.results.record import read_record
 from mbib_timm.training import run as run_module
@@ -328,7 +328,7 @@ def test_a_finished_run_can_be_extended(tmp_path, capsys):
     assert "\nTrained for 4 epochs, then extended to 8.\n" in printed
     assert not (four.folder / "analysis" / "analysis.json").exists(), "it was of the weights before"
     assert load_recipe(eight.folder / "recipe.yaml").epochs == 8
-    with pytest.raises(CheckpointError, match=r"has begun 8 epochs, and 4 are asked for: expected at least 8, or"):
+    with pytest.raises(CheckpointError, match="has begun 8 epochs, more than the 4 asked for: expected at least 8, or"):
         train(digits(tmp_path, **keys, epochs=4, resume="auto"), "run")
     with pytest.raises(CheckpointError, match="another recipe: lr"):
         train(digits(tmp_path, **keys, epochs=9, resume="auto", lr=0.5), "run")
@@ -483,7 +483,7 @@ def test_a_run_folder_of_garbage_is_an_error_in_one_sentence(finished, tmp_path,
     out, err = capsys.readouterr()
     assert status == 2
     assert re.fullmatch(
-        rf"mbib: error: .*(whole/{name}|recipe key|key in {name}|another recipe|no recipe\.yaml).*\n", err
+        rf"mbib: error: .*(whole/{name}|recipe key|{name}: unknown key|another recipe|no recipe\.yaml).*\n", err
     )
     assert "epoch" not in out
 
@@ -600,6 +600,13 @@ def test_the_time_beside_the_epochs_is_recorded_of_every_process(tmp_path, monke
     assert run.record.training_seconds == float(row["seconds"])
 
 
+def test_methods_that_differ_are_named(tmp_path):
+    recipe = digits(tmp_path, method="ce")
+    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
+    with pytest.raises(CheckpointError, match=r"another recipe: method \(ce there, bsce asked for\)"):
+        RunFolder(tmp_path).agree(recipe.replace(method={"name": "bsce"}))
+
+
 def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -607,7 +614,10 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "train_one_epoch", interrupt)
     status = main(["train", "--epochs", "3", "--warmup-epochs", "1", "--output", str(tmp_path), "--device", "cpu"])
     assert status == 130
-    assert "Continue from the last checkpoint with: mbib train --epochs 3" in capsys.readouterr().err
+    assert (
+        "Continue from the last checkpoint, or from the beginning without one, with: mbib train --epochs 3"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "mbib_resnet20.digits" / "last.ckpt").exists()
 
 

@@ -87,6 +87,8 @@ class ArchiveReader:
     def read(self, index: int) -> Image.Image:
         """Open an image."""
         start, size = self.places[index].tolist()
+        if size == 0:
+            raise OSError("empty file, or none in the archive")
         if self.contents is not None:
             return Image.open(io.BytesIO(self.contents[start : start + size]))
         file = self._file(self._archive_of(index))

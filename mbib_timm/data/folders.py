@@ -9,6 +9,7 @@ tar in it stands for the folder of its name. Members are read by offset, and the
 """
 
 import os
+import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -147,11 +148,12 @@ class ImageTree:
             places[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
         return ArchiveReader([self.path], [0], Names.of(names), places, contents)
 
-    def read(self, group_by: str | None = None) -> Split:
+    def read(self, group_by: str | None = None, hint: str = "") -> Split:
         """Return the images with labels: the first folder is the class.
 
         Args:
             group_by: what puts images into groups, see `mbib_timm.data.groups`.
+            hint: what to do where images lie in no folder.
 
         Raises:
             DataError: there are no images in folders.
@@ -162,7 +164,8 @@ class ImageTree:
             left_out[OUTSIDE] = strays
         if not names:
             passed = f"; left out: {in_words(left_out)}" if left_out else ""
-            raise DataError(f"no images in class folders under {self} (looked for {', '.join(READ)}){passed}")
+            looked = hint if strays else f" (looked for {', '.join(READ)})"
+            raise DataError(f"no images in class folders under {self}{looked}{passed}")
         if empty := sorted({self.inside(folder).split("/")[0] for folder in self.folders} - self.tops.keys()):
             left_out[WITHOUT_IMAGES] = tuple(f"{self.prefix}{folder}" for folder in empty)
         labels = [composed(self.inside(name).split("/")[0]) for name in names]
@@ -192,10 +195,26 @@ class ImageTree:
             )
         if group_by is not None or any(self.inside(name).count("/") == 1 for name in names):
             return ""
+        flags = _split_flags(self.tops)
         return (
-            f"no image lies directly in a class folder; all lie deeper, such as {self.inside(names[0])}; if the second "
-            "level is the class, put all images of a class into one top-level folder"
+            f"no image lies directly in a class folder; all lie deeper, such as {self.inside(names[0])}; "
+            + (f"if these are splits: {flags}; " if flags else "")
+            + "if the second level is the class, put all images of a class into one top-level folder"
         )
+
+
+def _split_flags(names: Collection[str]) -> str:
+    """Return the flags that name folders as splits, which their names suggest; empty without two of them."""
+    found: dict[str, str] = {}
+    for name in names:
+        for part in ("train", "val", "test"):
+            if any(word.startswith(part) for word in re.findall("[a-z]+", name.casefold())):
+                found.setdefault(part, name)
+    evaluated = [found[part] for part in ("val", "test") if part in found]
+    if "train" not in found or not evaluated or found["train"] in evaluated or len({*evaluated}) < len(evaluated):
+        return ""
+    flags = zip(("--train-split", "--val-split", "--test-split"), (found["train"], *evaluated), strict=False)
+    return " ".join(f"{flag} {quote(name)}" for flag, name in flags)
 
 
 def class_order(labels: Collection[str]) -> tuple[str, ...]:
@@ -366,7 +385,7 @@ def open_folder(
             raise DataError(f"{path} is empty; expected a folder of images for each class")
         places = _split_folders(path, known)
         if places is None:
-            return scan_folder(path).read(group_by)
+            return scan_folder(path).read(group_by, _one_level_up(path))
         return OwnSplits(places, partial(_open, path, places, split_names, group_by))
     if not is_archive(path):
         refuse_packed(path)
@@ -378,6 +397,12 @@ def open_folder(
             trees = {name: tree.folder(name) for name in tree.tops}
             return OwnSplits(trees, partial(_open, tree, trees, split_names, group_by))
     return tree.read(group_by)
+
+
+def _one_level_up(path: Path) -> str:
+    """Return what to say of a folder that holds images, and may be that of a class."""
+    up = path.resolve().parent if path.name in ("", "..") else path.parent
+    return f"; --data-dir is the folder that holds one folder per class; perhaps {quote(str(up))}?"
 
 
 def _known(split_names: Collection[str]) -> set[str]:
@@ -507,7 +532,7 @@ def _open(
             "give it another name, or put its images directly into it"
         )
     _refuse_twins(root, places, split_names)
-    place = find_split(places, split)
+    place = found = find_split(places, split)
     if place is None:
         hint = ""
         if {*map(str.casefold, places)} <= {*SYNONYMS["train"]} and isinstance(root, Path):
@@ -516,7 +541,8 @@ def _open(
         raise no_split(root, places, split, hint)
     if isinstance(place, Path):
         place = list(_levels(open_archive(place)))[-1] if is_archive(place) else scan_folder(place)
-    opened = place.read(group_by)
+    own = next(name for name, each in places.items() if each is found)
+    opened = replace(place.read(group_by), called=own)
     beside = _beside(root)
     return replace(opened, left_out={**opened.left_out, BESIDE: beside}) if beside else opened
 

@@ -246,10 +246,10 @@ def read_rows(file: Path, wanted: Mapping[str, str], optional: Mapping[str, str]
     wanted |= {what: own(name) for what, name in optional.items() if own(name) in names}
     for what, name in wanted.items():
         if name not in names:
-            hint = f"Another one is named by --{what}-column"
+            hint = f"--{what}-column names another"
             if len(names) == 1:
                 hint += "; commas, semicolons or tabs separate columns"
-            raise DataError(f"{file} has no column {name!r}, but {few([*map(printable, names)])}. {hint}")
+            raise DataError(f"{file} has no column {name!r}; its columns are: {few([*map(printable, names)])}. {hint}")
         if names.count(name) > 1:
             raise DataError(f"{file} has {names.count(name)} columns {name!r}")
     for where, values in rows(list(wanted.values())):

@@ -120,7 +120,7 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
 def why_unreadable(error: Exception) -> str:
     """Return why an image cannot be read, in a line without its path."""
     if isinstance(error, UnidentifiedImageError):
-        return "no image of a kind that is read, or damaged from its beginning"
+        return "not an image, or damaged, or of a kind that is not read"
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
@@ -150,6 +150,7 @@ class Split:
         missing: a line on listed images that are not there; empty where all are.
         unused: a line on groups that the source names, and the recipe does not ask for; empty where there are none.
         notes: lines on what of the source may be meant otherwise.
+        called: its own name, or that by which it was asked for; empty where it has none.
     """
 
     reader: Reader
@@ -162,6 +163,12 @@ class Split:
     missing: str = ""
     unused: str = ""
     notes: tuple[str, ...] = ()
+    called: str = ""
+
+    @property
+    def said(self) -> str:
+        """Which split it is, for messages on its images."""
+        return f"of split {self.called!r}" if self.called else "of the split"
 
     def subset(self, kept: np.ndarray, chosen: str = "") -> "Split":
         """Return the split of the images at these places; `chosen` says how, where that is not as before."""
@@ -258,7 +265,11 @@ class ImageDataset(Dataset[tuple[Tensor, np.ndarray] | None]):
                     return None
             else:
                 return self.transform(image), np.array([self.split.targets[place], place], dtype=np.int64)
-        raise DataError(f"none of the {len(self)} images can be read; the last error: cannot read image {reason}")
+        hint = "; mbib data FOLDER lists them" if self.split.in_files else ""
+        raise DataError(
+            f"none of the {len(self)} images {self.split.said} can be read; the last error: cannot read image "
+            f"{reason}{hint}"
+        )
 
     def broken(self) -> list[str]:
         """Return the paths of the images that could not be read so far, in any worker."""

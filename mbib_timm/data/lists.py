@@ -311,7 +311,7 @@ def _locate(file: str | None, data_dir: str | None, key: str) -> tuple[Path, Pat
         raise DataError("recipe key 'data_dir' is needed: the folder that the listed paths are relative to")
     root = Path(data_dir)
     if not os.path.isdir(root):
-        raise DataError(f"data_dir {root} is not a folder")
+        raise DataError(f"data_dir {root} {'is not a folder' if root.exists() else 'does not exist'}")
     found = find_list(file, root)
     if found is None:
         raise DataError(f"recipe key {key!r}: no file {file}, here or in {root}")

@@ -150,9 +150,12 @@ class PathReader:
 
 
 def open_image(path: str) -> Image.Image:
-    """Open an image file. Raises OSError for what is no file: a pipe would keep the reader waiting."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """Open an image file. Raises OSError for an empty one, and for what is no file: a pipe would keep us waiting."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError("no regular file")
+    if status.st_size == 0:
+        raise OSError("empty file")
     return Image.open(path)
 
 

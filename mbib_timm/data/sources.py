@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 from PIL import Image
@@ -89,7 +90,7 @@ class Source:
     @cached_property
     def _whole(self) -> Split:
         assert isinstance(self._opened, Split)
-        (whole,) = usable([self._opened], self.recipe)
+        (whole,) = usable([replace(self._opened, called=ALL)], self.recipe)
         return whole
 
     @cached_property
@@ -126,7 +127,9 @@ class Source:
         if isinstance(self._opened, Split):
             return [self._part(name) for name in names]
         if tuple(names) not in self._splits:
-            self._splits[tuple(names)] = usable([self._opened(name) for name in names], self.recipe)
+            opened = [(name, self._opened(name)) for name in names]
+            named = [replace(split, called=split.called or name) for name, split in opened]
+            self._splits[tuple(names)] = usable(named, self.recipe)
         return self._splits[tuple(names)]
 
     def _with_left_out(self, names: Sequence[str]) -> list[Split]:
@@ -149,13 +152,13 @@ class Source:
                 f"split {LEFT_OUT!r}: with imbalance factor {recipe.imbalance_factor:g} every image is trained on"
             )
         said = f"up to {MOST_LEFT_OUT} of each class {OF_LEFT_OUT} of split {recipe.train_split!r}"
-        opened[LEFT_OUT] = train.subset(chosen, said)
+        opened[LEFT_OUT] = replace(train.subset(chosen, said), called=LEFT_OUT)
         return [opened[name] for name in names]
 
     def _part(self, name: str) -> Split:
         recipe = self.recipe
         if name == ALL or (name == recipe.train_split and recipe.split_names[1:] == [LEFT_OUT]):
-            return self._whole
+            return replace(self._whole, called=name)
         training = name in (recipe.train_split, *SYNONYMS["train"])
         # Whoever asks for a test split does not mean what has been looked at during training.
         synonyms = set(SYNONYMS["validation"]) - {TEST}
@@ -170,7 +173,7 @@ class Source:
         if name == recipe.val_split == TEST:  # as in recipes for data that have one
             chosen = f"{chosen}; {NO_TEST}"
         kept = np.flatnonzero(~self._held_out if training else self._held_out)
-        return self._whole.subset(kept, f"all but {chosen}" if training else chosen)
+        return replace(self._whole.subset(kept, f"all but {chosen}" if training else chosen), called=name)
 
 
 def usable(splits: Sequence[Split], recipe: Recipe) -> list[Split]:
@@ -197,7 +200,9 @@ def without(split: Split, bad: Mapping[int, str]) -> Split:
         return split
     if len(bad) == len(split):
         place, why = next(iter(bad.items()))
-        raise DataError(f"none of the {len(split):,} images can be read; the first is {split.path(place)}: {why}")
+        raise DataError(
+            f"none of the {len(split):,} images {split.said} can be read; the first is {split.path(place)}: {why}"
+        )
     kept = replace(split.subset(np.setdiff1d(np.arange(len(split)), list(bad))), missing="")
     left_out = {**split.left_out, UNREADABLE: tuple(f"{split.path(place)}: {why}" for place, why in bad.items())}
     if split.class_names is None:
@@ -312,6 +317,11 @@ def _open_torchvision(kind: Callable[..., Any], recipe: Recipe, split: str) -> S
     try:
         found = kind(str(root), train=split == "train", download=recipe.dataset_download)
     except (RuntimeError, OSError) as error:
+        if isinstance(error, URLError) or first_line(error).startswith("Error downloading"):
+            raise DataError(
+                f"{name} cannot be downloaded (is there a network?): put it into {root}, or train on images of your "
+                "own with --dataset folder --data-dir FOLDER"
+            ) from None
         reason = first_line(error) if recipe.dataset_download else "missing or damaged; --dataset-download fetches it"
         raise DataError(f"cannot open {name} under {root}: {reason}") from None
     return Split(ArrayReader(np.asarray(found.data), name), np.array(found.targets), class_names=tuple(found.classes))

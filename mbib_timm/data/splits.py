@@ -271,7 +271,9 @@ def _hold_out(recipe: Recipe, train: Split) -> tuple[Split, Split]:
     return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
 
 
-def match_classes(name: str, split: Split, class_names: Sequence[str] | None, num_classes: int) -> Split:
+def match_classes(
+    name: str, split: Split, class_names: Sequence[str] | None, num_classes: int, instead: str = ""
+) -> Split:
     """Return a split with the labels of training: classes of one name are one class, in whatever order they come.
 
     A split may lack classes; see `missing_classes`. Where names are not known on either side, the labels' numbers
@@ -282,6 +284,7 @@ def match_classes(name: str, split: Split, class_names: Sequence[str] | None, nu
         split: its labels are those of its own classes.
         class_names: of training, in label order; None where they are not known.
         num_classes: classes K of training.
+        instead: what to do where training has none of the classes.
 
     Raises:
         DataError: no images, labels out of range, a name that training has not, or one that stands for two classes.
@@ -290,7 +293,9 @@ def match_classes(name: str, split: Split, class_names: Sequence[str] | None, nu
         raise DataError(f"split {name!r} has no images")
     own = split.class_names
     if own is not None and class_names is not None and tuple(own) != tuple(class_names):
-        return replace(split, targets=_renumbered(name, split, own, class_names), class_names=tuple(class_names))
+        return replace(
+            split, targets=_renumbered(name, split, own, class_names, instead), class_names=tuple(class_names)
+        )
     if own is not None and len(own) != num_classes:
         raise DataError(
             f"split {name!r} has {counted(len(own), 'class')}, training has {num_classes}, without names to match"
@@ -303,7 +308,9 @@ def match_classes(name: str, split: Split, class_names: Sequence[str] | None, nu
     return split
 
 
-def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+def _renumbered(
+    name: str, split: Split, own: Sequence[str], class_names: Sequence[str], instead: str = ""
+) -> np.ndarray:
     """Return the labels (N,) of training for those of a split's own classes."""
     known = [composed(each) for each in class_names]
     given = {int(label): composed(own[label]) for label in np.unique(split.targets)}
@@ -312,12 +319,16 @@ def _renumbered(name: str, split: Split, own: Sequence[str], class_names: Sequen
             raise DataError(f"{where} has two classes {twice!r}, and split {name!r} other classes: no match by name")
     labels = {each: label for label, each in enumerate(known)}
     if unknown := [each for each in given.values() if each not in labels]:
-        near = [nearest(each, known, most=1) for each in unknown]
+        foreign = bool(instead) and len(unknown) == len(given)
+        near = [[] if foreign else nearest(each, known, most=1) for each in unknown]
         hints = [f" (did you mean {found[0]!r}?)" if found else "" for found in near]
         had = "" if any(hints) else f"; training has {few([*map(repr, known)])}"
+        if not foreign:
+            which = "it" if len(unknown) == 1 else "them"
+            instead = f"; rename {which}, or leave {which} out"
         raise DataError(
-            f"split {name!r} has {counted(len(unknown), 'class')} not in training: "
-            f"{few([f'{each!r}{hint}' for each, hint in zip(unknown, hints, strict=True)])}{had}"
+            f"split {split.called or name!r} has {counted(len(unknown), 'class')} not in training: "
+            f"{few([f'{each!r}{hint}' for each, hint in zip(unknown, hints, strict=True)])}{had}{instead}"
         )
     to_label = np.full(len(own), -1, dtype=np.int64)
     to_label[[*given]] = [labels[each] for each in given.values()]

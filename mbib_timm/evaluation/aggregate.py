@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mbib_timm.data import build_views_loader
 from mbib_timm.data.batch import Loader
-from mbib_timm.data.long_tail import exponential_profile, largest_class, long_tailed_indices
+from mbib_timm.data.long_tail import exponential_profile, largest_class, long_tailed_indices, named
 from mbib_timm.environment import Environment, describe_environment, joined_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
@@ -105,7 +105,13 @@ def learn_weights(
     return Learnt(a.detach().softmax(dim=0), done)
 
 
-def draw_test_set(distribution: str, targets: np.ndarray, class_counts: np.ndarray, seed: int) -> np.ndarray:
+def draw_test_set(
+    distribution: str,
+    targets: np.ndarray,
+    class_counts: np.ndarray,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+) -> np.ndarray:
     """Choose the images of a test set with another class distribution.
 
     Args:
@@ -115,6 +121,7 @@ def draw_test_set(distribution: str, targets: np.ndarray, class_counts: np.ndarr
         targets: labels (N,) of the test images.
         class_counts: training images of each class, (K,).
         seed: chooses the images.
+        class_names: names for the error message.
 
     Returns:
         Their places, ascending.
@@ -131,7 +138,8 @@ def draw_test_set(distribution: str, targets: np.ndarray, class_counts: np.ndarr
     order = np.argsort(-class_counts, kind="stable")[::direction]
     available = np.bincount(targets, minlength=len(class_counts))[order]
     counts = np.empty(len(order), dtype=np.int64)
-    largest = largest_class(available, "exp", factor, [*map(str, order)])
+    names = named(class_names, len(order))
+    largest = largest_class(available, "exp", factor, [names[label] for label in order])
     counts[order] = exponential_profile(len(order), largest, factor)
     return np.sort(long_tailed_indices(targets, counts.tolist(), seed))
 
@@ -225,7 +233,7 @@ def aggregate(
             )
         for note in opened.notes:
             print(note)
-        test_sets = _draw(distributions, opened.images.targets, opened.class_counts, seed)
+        test_sets = _draw(distributions, opened.images.targets, opened.class_counts, seed, opened.class_names)
         rows = _measure(opened, parts, test_sets, seed)
         environment = redact_environment(describe_environment(world))
         results = Aggregation(target, opened.split, seed, rows, environment)
@@ -241,15 +249,19 @@ def aggregate(
 
 
 def _draw(
-    distributions: Sequence[str] | None, targets: np.ndarray, class_counts: np.ndarray, seed: int
+    distributions: Sequence[str] | None,
+    targets: np.ndarray,
+    class_counts: np.ndarray,
+    seed: int,
+    names: Sequence[str] | None,
 ) -> dict[str, np.ndarray]:
     """Return the places of each test set's images; where nothing was asked for, of all test sets that can be drawn."""
     if distributions:
-        return {name: draw_test_set(name, targets, class_counts, seed) for name in distributions}
+        return {name: draw_test_set(name, targets, class_counts, seed, names) for name in distributions}
     chosen = {}
     for name in DISTRIBUTIONS:
         try:
-            chosen[name] = draw_test_set(name, targets, class_counts, seed)
+            chosen[name] = draw_test_set(name, targets, class_counts, seed, names)
         except DataError as error:
             print(f"left out: {name}: {error}")
     return chosen

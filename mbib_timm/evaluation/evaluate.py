@@ -14,7 +14,7 @@ from mbib_timm.capturing import CapturedFunction, Graphs
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.data.batch import Batch
 from mbib_timm.environment import is_distributed, of_all, share_buffers
-from mbib_timm.errors import DataError, MbibError
+from mbib_timm.errors import DataError, MbibError, few
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, by_group, rank, summarize, with_intervals
 from mbib_timm.models.head_outputs import PREDICTION, cache_sized, head_logits, reported_heads
 from mbib_timm.results.record import HeadMetrics
@@ -177,8 +177,9 @@ def evaluate(
     broken = [name for name, metrics in results.items() if not math.isfinite(metrics.nll)]
     if broken:
         raise MbibError(
-            f"evaluation: logits of {', '.join(broken)} are not finite; the weights have diverged, or "
-            f"{amp_dtype or torch.float32} cannot hold them"
+            f"evaluation: logits of {few(broken, 1)} are not finite; the weights have diverged, or "
+            f"{str(amp_dtype or torch.float32).removeprefix('torch.')} cannot hold them; in training, lower --lr, or "
+            "add --clip-grad 1"
         )
     if answers is not None:
         found = answers.read()

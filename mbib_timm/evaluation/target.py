@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mbib_timm.models.preprocessing import as_predicted, input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
 from mbib_timm.models.zoo import is_published
-from mbib_timm.recipe import Recipe, find_recipe, load_recipe
+from mbib_timm.recipe import FOR_SMALL_IMAGES, Recipe, find_recipe, load_recipe
 
 # Sources whose labels are numbers, with names only where a file has them; and keys of lists.
 OF_NUMBERS = ("list", "wds")
@@ -228,4 +229,6 @@ def _open_images(
         notes = (f"evaluating all {counted(len(opened), 'image')} of {place}",)
     elif opened.chosen.endswith(NO_TEST):
         notes = (f"split {name!r}: {opened.chosen}",)
-    return name, match_classes(name, opened, names, num_classes), notes
+    learn = f"mbib train {FOR_SMALL_IMAGES} --model {quote(target.source.name)} --data-dir FOLDER"
+    instead = f"; the model knows other classes; to learn these: {learn}"
+    return name, match_classes(name, opened, names, num_classes, instead), notes

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Method, register
@@ -148,10 +148,10 @@ class Bottleneck(Method):
 
     def unfit(self, needed: str, example: str) -> MbibError:
         """Return the error for a network that is not what is needed."""
-        return MbibError(
-            f"method {self.name!r} needs {needed}, such as {example}; this one returns only "
-            f"{', '.join(self.head_names)}"
-        )
+        # A bare module stands for no model, where a loss alone is asked for.
+        is_given = type(self.get_eval_model()) is not nn.Module
+        returned = f"; this one returns only {', '.join(self.head_names)}" if is_given else ""
+        return MbibError(f"method {self.name!r} needs {needed}, such as {example}{returned}")
 
     def head_offsets(self) -> Tensor:
         """Return what is added to logits (eq. 4), (K,); or for each head of `head_weights`, (H, 1, K)."""

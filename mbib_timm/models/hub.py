@@ -1,18 +1,21 @@
 """The Hub as this package asks it: names that can be, requests that end, and one sentence for what goes wrong."""
 
 import contextlib
+import logging
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.request import getproxies
 
 from huggingface_hub import constants, get_session, get_token, set_client_factory
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # that of the HTTP client that the Hub's uses
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -61,6 +64,8 @@ class _Patience:
         self.lock = threading.Lock()
         self.asking = 0  # of our questions, in all threads, how many are open
         self.asked: float | None = None  # when the first request without an answer was made
+        self.unknown: set[str] = set()  # hosts whose names do not resolve
+        self.may_have_proxies = True  # which would resolve them
 
     def before(self, request: Any) -> None:
         if not self.asking:
@@ -70,6 +75,10 @@ class _Patience:
             self.asked = now
         elif now - self.asked > PATIENCE_SECONDS:
             raise MbibError(f"the Hub at {request.url.host} has not answered for {now - self.asked:.0f} seconds")
+        elif not self.may_have_proxies and self._is_unknown(request.url.host):
+            # As the Hub's client says it of itself where it is set to be offline: it looks into its cache, and asks no
+            # more. It would ask six times for each file.
+            raise OfflineModeIsEnabled(f"the Hub cannot be reached: the name {request.url.host} is not found")
         limits = request.extensions.get("timeout", {})
         request.extensions["timeout"] = {
             phase: min(limits.get(phase) or REQUEST_SECONDS, REQUEST_SECONDS)
@@ -79,8 +88,29 @@ class _Patience:
     def after(self, response: Any) -> None:
         self.asked = None
 
+    def _is_unknown(self, host: str) -> bool:
+        """Return whether the name of a host does not resolve, which is asked once."""
+        if host not in self.unknown:
+            try:
+                socket.getaddrinfo(host, None)
+            except (socket.gaierror, UnicodeError):
+                self.unknown.add(host)
+        return host in self.unknown
+
 
 _PATIENCE = _Patience()
+
+
+class _Retries(logging.Filter):
+    """Lines of the Hub's client on each of its attempts: what comes of them, one sentence says."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_retry = "thrown while requesting" in text or text.startswith("Retrying in")
+        return not (is_retry and _PATIENCE.asking)
+
+
+_RETRIES = _Retries()
 
 
 def prepare_hub() -> None:
@@ -97,6 +127,7 @@ def prepare_hub() -> None:
             "the Hub's token holds characters that cannot be sent; set HF_TOKEN anew, or log in again with hf auth "
             "login"
         )
+    logging.getLogger(_http.__name__).addFilter(_RETRIES)  # once, however often
     session: Any = get_session()
     if _PATIENCE.before in session.event_hooks["request"]:
         return
@@ -111,6 +142,8 @@ def prepare_hub() -> None:
         }
         return client
 
+    own = getattr(_http, "default_client_factory", None)
+    _PATIENCE.may_have_proxies = create is not own or bool(getproxies())
     set_client_factory(limited)
 
 
@@ -120,6 +153,7 @@ def patience() -> Iterator[None]:
     with _PATIENCE.lock:
         if not _PATIENCE.asking:
             _PATIENCE.asked = None
+            _PATIENCE.unknown.clear()
         _PATIENCE.asking += 1
     try:
         yield
@@ -150,7 +184,10 @@ def hub_error(repository: str, error: Exception) -> MbibError:
     if isinstance(error, RevisionNotFoundError):
         return MbibError(f"hf-hub:{repository}: the repository has no such revision: no branch, tag or commit")
     if isinstance(error, LocalEntryNotFoundError):
-        return MbibError(f"hf-hub:{repository}: the Hub cannot be reached, and there is no copy in the cache")
+        return MbibError(
+            f"hf-hub:{repository}: the Hub cannot be reached, and there is no copy in the cache; is there a network? "
+            "Without one, `mbib models` lists what comes with the package, and the folder of a run is a model too"
+        )
     return MbibError(f"hf-hub:{repository}: {what_went_wrong(error)}")
 
 
@@ -159,5 +196,7 @@ def what_went_wrong(error: Exception) -> str:
     # Anything else is of whatever took the answer apart: JSON, a key, a header.
     known = isinstance(error, HTTPError | OSError | RuntimeError)
     text = first_line(error) if known else "the answer is not the Hub's; is HF_ENDPOINT right, or a proxy in between?"
+    if isinstance(error, HTTPError) and text.startswith("[Errno"):  # of the connection
+        text = f"the Hub cannot be reached ({text.partition('] ')[2]})"
     token = get_token()
     return text.replace(token, "***") if token else text

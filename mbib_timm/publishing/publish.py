@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from mbib_timm.errors import MbibError, few
+from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.licences import check_licence
 from mbib_timm.models.hub import patience, prepare_hub, split_repository, what_went_wrong
 from mbib_timm.publishing.card import Stated
@@ -205,6 +205,10 @@ class Publisher:
                 raise
             except MbibError as error:  # the Hub has been silent for long
                 raise PublishError(f"cannot {what}: {error}; publish again later") from None
+            except OfflineModeIsEnabled as error:
+                raise PublishError(
+                    f"cannot {what}: {first_line(error)}; publish again where there is a network"
+                ) from None
             except Exception as error:  # of the connection, and whatever the Hub's client makes of an answer
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status == 412:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbib_timm.errors import MbibError, shown, unknown_name
+from mbib_timm.files import counted
 from mbib_timm.options import build_options, check_options, default_of, option
 from mbib_timm.recipe.declared import DeclaredMethod, known_methods, stream_names
 from mbib_timm.recipe.policy_names import parse_policy
@@ -208,7 +209,10 @@ def _check_values(recipe: "Recipe") -> None:
     if recipe.min_lr > recipe.lr:
         raise MbibError(f"recipe key 'min_lr': expected at most lr, {recipe.lr:g}, got {recipe.min_lr:g}")
     if recipe.warmup_epochs >= recipe.epochs > 0 and recipe.warmup_epochs > 0:
-        raise MbibError(f"recipe key 'warmup_epochs': {recipe.warmup_epochs} leaves none of the {recipe.epochs} epochs")
+        raise MbibError(
+            f"recipe key 'warmup_epochs': a warm-up of {counted(recipe.warmup_epochs, 'epoch')} does not fit into a "
+            f"run of {counted(recipe.epochs, 'epoch')}"
+        )
     if recipe.sched == "rsqrt" and recipe.warmup_epochs == 0:
         raise MbibError("recipe key 'warmup_epochs': sched: rsqrt is measured in epochs of warm-up; expected 1 or more")
     if recipe.sched == "multistep" and sorted(recipe.decay_milestones) != recipe.decay_milestones:

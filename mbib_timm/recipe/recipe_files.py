@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mbib_timm.errors import MbibError, few, shown, unknown_name
+from mbib_timm.errors import MbibError, few, nearest, shown, unknown_name
 from mbib_timm.files import counted, read_yaml
 from mbib_timm.options import default_of
 from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS, check_given
@@ -71,8 +71,10 @@ def find_recipe(name: str) -> Path:
     if name and Path(name).exists():
         return Path(name)
     packaged = packaged_recipes()
-    if name.endswith(".yaml") and name.removesuffix(".yaml") not in packaged and Path(name).name != name:
-        raise MbibError(f"recipe {name}: there is no such file")
+    if name.endswith(".yaml") and name.removesuffix(".yaml") not in packaged:
+        near = nearest(name.removesuffix(".yaml"), packaged, most=1)
+        hint = f"did you mean {near[0]!r}?" if near else "mbib recipes lists those of the package"
+        raise MbibError(f"recipe {name}: there is no such file; {hint}")
     if name.removesuffix(".yaml") not in packaged:
         raise unknown_name("recipe", name, packaged)
     return packaged[name.removesuffix(".yaml")]
@@ -148,13 +150,25 @@ def load_recipe(
     if not of_run:  # which is read while runs go on, with the code that they began with
         for plugin in [*_plugins_in(content), *_plugins_in(overrides or {})]:
             renew_plugin(plugin)
+    alone = copy.deepcopy(content)
     try:
         return _overridden(content, overrides or {}, path.name, say)
     except MbibError as error:
         if of_run:
             gone = any(each.endswith(".py") and not Path(each).is_file() for each in _plugins_in(content))
             raise type(error)(f"{path}: {error}{MOVED * gone}") from None
+        if path.name not in str(error) and str(error) == _error_of(alone, path.name):
+            raise type(error)(f"{path.name}: {error}") from None
         raise
+
+
+def _error_of(content: Mapping[str, Any], where: str) -> str:
+    """Return what is wrong with a file's content alone; empty where nothing is."""
+    try:
+        _resolve(content, where)
+    except MbibError as error:
+        return str(error)
+    return ""
 
 
 def _beside(folder: Path, plugin: str) -> str:
@@ -273,7 +287,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     files = [file for file in (Path(base), beside, packaged) if file.is_file()]
     if not files:
         names = [file.stem for file in packaged.parent.glob("*.yaml")]
-        raise unknown_name(f"base in {path.name}", base, names)
+        raise MbibError(f"{path.name}: {unknown_name('base', base, names)}")
     below = _read_mapping(files[0])
     for key in (BASE, STAGES):
         if key in below:
@@ -307,7 +321,7 @@ def _check_stages(stages: Any, where: str) -> None:
 def _check_keys(content: Mapping[str, Any], where: str, others: tuple[str, ...] = ()) -> None:
     for name in content:
         if name not in KEYS and name not in others:
-            raise unknown_name(f"key in {where}", str(name), [*KEYS, *others])
+            raise MbibError(f"{where}: {unknown_name('key', str(name), [*KEYS, *others])}")
 
 
 def _resolve(content: Mapping[str, Any], where: str) -> Recipe:

@@ -314,7 +314,7 @@ def _checked(content: Any, kinds: Mapping[str, type | tuple[type, ...]], where: 
         raise MbibError(f"{where}: expected 'key: value' lines, got a {type(content).__name__}")
     for key, value in content.items():
         if key not in kinds:
-            raise unknown_name(f"key in {Path(where).name}", str(key), kinds)
+            raise MbibError(f"{Path(where).name}: {unknown_name('key of a sweep', str(key), kinds)}")
         if not isinstance(value, kinds[key]):
             kind = kinds[key]
             expected = " or a ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))

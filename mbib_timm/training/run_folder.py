@@ -56,6 +56,13 @@ def same_computation(recipe: Recipe, run: Recipe) -> bool:
     return recipe.with_choices_of(run).computation() == run.computation()
 
 
+def _in_short(there: Any, asked: Any) -> tuple[str, str]:
+    """Return two values of a key that differ, in text: two methods, which are mappings, by their names."""
+    if isinstance(there, Mapping) and isinstance(asked, Mapping) and there.get("name") != asked.get("name"):
+        return str(there.get("name")), str(asked.get("name"))
+    return repr(there), repr(asked)
+
+
 def place_of(output: str, name: str) -> Path:
     """Return the folder of a run inside the folder of all.
 
@@ -176,9 +183,10 @@ class RunFolder:
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
             listing = ", ".join(
-                f"{key} ({before.get(key)!r} there, {now.get(key)!r} asked for)"
+                f"{key} ({there} there, {asked} asked for)"
                 for key in changed[:4]
                 if key != "stages"
+                for there, asked in [_in_short(before.get(key), now.get(key))]
             )
             listing = listing or "its stages differ"
             raise CheckpointError(

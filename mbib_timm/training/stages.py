@@ -200,8 +200,8 @@ def _check_epochs(recipe: Recipe, folder: RunFolder, reached: TrainState, epochs
     done = reached.epoch + (reached.part is not None)  # those that have begun
     if done > recipe.epochs:
         raise CheckpointError(
-            f"{folder.path} has begun {done} epochs, and {recipe.epochs} are asked for: expected at least "
-            f"{done}, or another folder (--experiment)"
+            f"{folder.path} has begun {counted(done, 'epoch')}, more than the {recipe.epochs} asked for: expected at "
+            f"least {done}, or another folder (--experiment)"
         )
     if before == recipe.epochs:
         return ""
