@@ -32,6 +32,7 @@ from mbib_timm.results.run_text import (
     epochs_text,
     extended_text,
     left_out_text,
+    other_best,
     raw_text,
     stages_text,
     time_text,
@@ -199,7 +200,7 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section
         section.paragraphs([said])
 
     section.heading("Result")
-    result, best = run.record.result, run.record.best
+    result, best = run.record.result, other_best(run.record)
     when = method_title(run.record.method) if result.epoch is None else f"epoch {result.epoch}, the last"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
