@@ -581,13 +581,25 @@ def test_names_that_lead_nowhere_are_found_before_the_data_are_opened(tmp_path, 
         train(recipe_of(tmp_path, stages, **keys), "run")
 
 
+def test_stages_that_keep_their_epochs_are_said(tmp_path):
+    stages = [{"method": "ce"}, {"method": "crt", "epochs": 10}, {"method": "crt", "epochs": 5}]
+    path, said = write(tmp_path, [*stages, {"method": "tau_norm", "epochs": 0}]), []
+    load_recipe(path, {"epochs": 2, "stage3.epochs": 4}, said.append)
+    assert said == ["stage 2 keeps its 10 epochs; --stage2.epochs N changes them"]
+    load_recipe(path, {"stage1.epochs": 2}, said.append)
+    load_recipe(path, {"lr": 0.1}, said.append)
+    assert len(said) == 1
+
+
 def test_a_changed_key_of_a_stage_alone_and_of_all(tmp_path):
     path = write(tmp_path, CE_CRT)
     both = load_recipe(path, {"lr": 0.3, "stage2.epochs": 7, "stage1.method.name": "bsce"})
     assert [stage.lr for stage in both.chain()] == [0.3, 0.3]
     assert [stage.epochs for stage in both.chain()] == [3, 7]
     assert [stage.method["name"] for stage in both.chain()] == ["bsce", "crt"]
-    with pytest.raises(MbibError, match=r"every stage of own.yaml sets 'method' itself; say which: stage1\.method or"):
+    with pytest.raises(
+        MbibError, match=r"every stage of own.yaml sets 'method' itself; say which: --stage1\.method VALUE or"
+    ):
         load_recipe(path, {"method": "ce"})
     with pytest.raises(MbibError, match=r"stage3\.lr: own\.yaml has 2 stages"):
         load_recipe(path, {"stage3.lr": 0.1})
