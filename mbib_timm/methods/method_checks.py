@@ -25,10 +25,12 @@ DEFAULTS = {
     "classifier_start": "classifier_start",
     "frozen_bn": "frozen_bn",
 }
+# What a step computes: a method that trains defines one of these.
+STEPS = ("head_loss", "loss", "forward")
 KINDS = FunctionType | classmethod | staticmethod
 
 
-def require_fitting(name: str, method: type, base: type) -> None:
+def require_fitting(name: str, method: Any, base: type) -> None:
     """Raise MbibError where a class cannot be used as a method.
 
     Args:
@@ -57,6 +59,10 @@ def require_fitting(name: str, method: type, base: type) -> None:
             own = inspect.getattr_static(method, hook)
             if own is not expected and (problem := _misfit(hook, own, expected)):
                 raise MbibError(f"method {name!r}: {problem}")
+    if not method.post_hoc and all(inspect.getattr_static(method, hook) is vars(base)[hook] for hook in STEPS):
+        slips = [(own, near[0]) for own in vars(method) if (near := nearest(own, STEPS, 1, NEAR_MISS))]
+        instead = f", but {slips[0][0]}: did you mean {slips[0][1]}?" if slips else ""
+        raise MbibError(f"method {name!r}: defines none of head_loss, loss and forward{instead}")
 
 
 def _check_attributes(method: Any) -> None:
