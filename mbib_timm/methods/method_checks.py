@@ -5,6 +5,8 @@ Nothing is built, and nothing of a method is called.
 
 import dataclasses
 import inspect
+import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, Signature
 from types import FunctionType
@@ -14,6 +16,7 @@ from mbib_timm.errors import MbibError, nearest, shown
 from mbib_timm.options import check_declared, check_option, without_none
 from mbib_timm.recipe.checks import check_part, check_view_keys
 from mbib_timm.recipe.keys import KEYS, TYPES
+from mbib_timm.registry import is_inside
 
 # Names that are as alike as start_epoch and start_epochs.
 NEAR_MISS = 0.85
@@ -137,6 +140,17 @@ def _binds(signature: Signature, number: int, named: Iterable[str] = ()) -> bool
 def _plain(signature: Signature) -> str:
     """Return the parameters of a function as they are written, without types."""
     return str(Signature([each.replace(annotation=Parameter.empty) for each in signature.parameters.values()]))
+
+
+def name_error_in(method: type, error: NameError) -> str | None:
+    """Return what an error says of a name that a method from outside the package uses and nothing defines, and where.
+
+    None where it comes from elsewhere than a file that the method's class, or one that it inherits from, is in.
+    """
+    modules = (each.__module__ for each in method.__mro__ if not is_inside(each.__module__, "mbib_timm"))
+    files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error} ({place.filename}, line {place.lineno})" if place.filename in files else None
 
 
 def misspelt(method: type, base: type) -> list[str]:

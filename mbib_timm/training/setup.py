@@ -114,7 +114,7 @@ def require_named(recipe: Recipe) -> None:
         MbibError: an unknown model, or one of a folder or of the Hub that cannot be had.
         DataError: a file of class weights that is missing or cannot be read.
     """
-    if ":" in recipe.model:
+    if ":" in recipe.model or "/" in recipe.model:
         _ = find_source(recipe.model).config
     elif not timm.is_model(recipe.model.partition(".")[0]) and not os.path.exists(recipe.model):
         raise unknown_name("model", recipe.model, timm.list_models())
