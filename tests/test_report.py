@@ -623,9 +623,11 @@ def test_of_two_seeds_both_are_said_and_their_mean_is_drawn(undrawn):
         metrics = metrics_of(folder)
         assert f"<code>{metrics['environment']['command']}</code>" in text
         assert metrics["environment"]["commit"] in text
-        best = metrics["best"]
-        top1 = best["heads"]["prediction"]["top1"]
-        assert f"{best['epoch']} with {top1:.1f} % (seed {metrics['seed']})" in text
+    assert "best of the evaluated epochs" not in text, "the last was the best of both"
+    best = replace(group.runs[1].record.best, epoch=180, heads={"prediction": group.first.heads["prediction"]})
+    earlier = replace(group.runs[1], record=replace(group.runs[1].record, best=best))
+    said = f"was the last (seed 0); 180 with {best.prediction.top1:.1f} % (seed 1); it was chosen on"
+    assert said in html_of(run_section(group_runs([group.first, earlier])[0]))
     seconds = np.mean([metrics_of(folder)["training_seconds"] for folder in folders])
     assert f"{seconds / 3600:.1f} hours (epochs and their evaluations only), the mean of the seeds" in text
     assert "the better the tail is learnt. Numbers are means over the 2 seeds." in text
