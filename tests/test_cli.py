@@ -68,7 +68,10 @@ BAD_FLAGS = [
     (["train", "--stage2.lr", "1"], "mbib_resnet20.digits.yaml has no stages"),
     (["train", "--method", "crt"], "method 'crt' starts from a trained model"),
     (["train", "--method", "tau_norm", "--epochs", "0"], "method 'tau_norm' starts from a trained model"),
-    (["train", "cifar_resnet32.crt_digits", "--method", "ce"], "say which: stage1.method or stage2.method"),
+    (
+        ["train", "cifar_resnet32.crt_digits", "--method", "ce"],
+        "say which: --stage1.method VALUE or --stage2.method VALUE",
+    ),
     (["train", "cifar_resnet32.crt_digits", "--stage2.methd", "ce"], "unknown recipe key 'methd'"),
     (["train", "cifar_resnet32.crt_digits", "--stage3.lr", "1"], "crt_digits.yaml has 2 stages"),
     (["train", "cifar_resnet32.crt_digits", "--stage2.method.tau", "1"], "unknown setting 'tau': method 'crt' has"),

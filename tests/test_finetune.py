@@ -1,6 +1,7 @@
 """Fine-tuning the packaged weights on a folder of one's own, as a user would: by the commands, on photographs."""
 
 import json
+import shutil
 import tarfile
 from pathlib import PurePosixPath
 
@@ -8,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import previous_run
 
 from mbib_timm.cli import main
-from mbib_timm.errors import CheckpointError
+from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.models.zoo import ZooModel
 from mbib_timm.publishing.release import make_release
 from mbib_timm.recipe import Recipe
@@ -130,6 +132,20 @@ def test_classifiers_that_start_anew_may_be_of_another_kind(start):
     assert all(torch.equal(weights[key], packaged[key]) == (key not in anew) for key in weights)
     with pytest.raises(CheckpointError, match=r"classifier\.bias"):
         build_network(recipe.replace(reset="none"), 100)
+
+
+def test_a_models_folder_is_named_as_in_other_commands(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(previous_run(5), tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(method="ce", model="runs/mine", pretrained=True)
+    assert recipe == Recipe(method="ce", model="local-dir:runs/mine", pretrained=True)
+    weights, kept = build_network(recipe, 5).state_dict(), load_file("runs/mine/model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in kept.items())
+    with pytest.raises(MbibError, match=r"^there is no folder runs/gone; runs has mine$"):
+        build_network(recipe.replace(model="runs/gone"), 5)
+    with pytest.raises(MbibError, match=r"^unknown model 'runs'; the folder of that name is './runs'$"):
+        build_network(recipe.replace(model="runs"), 5)
 
 
 @pytest.mark.parametrize("reset", ["none", "classifier", "heads"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,7 +385,8 @@ def test_an_evaluation_counts_images_that_were_trained_on(tmp_path, capsys, monk
         shutil.copy(data / "ant" / "val0.png", data / "ant" / f"new{i}.png")
     now = {*open_data(first).val.files()}
     said, kept = validated()
-    assert f"warning: {len(now - before)} of the {len(now)} evaluated images may have been trained on: they lie" in said
+    perhaps = f"{len(now - before)} of the {len(now)} evaluated images may have been trained on: they lie in the folder"
+    assert f"warning: {perhaps} that run was trained from" in said
 
 
 def test_a_split_beside_that_of_the_training_has_been_trained_on_by_nobody(tmp_path, capsys):
@@ -433,8 +435,40 @@ def test_data_of_which_a_run_skipped_images_have_not_changed(tmp_path, capsys):
     run = train(recipe(tmp_path, data, val_split="validation", broken="skip"), "run").folder
     main(["predict", str(run), str(data), "--output", str(tmp_path / "p.csv"), "--workers", "0"])
     said = capsys.readouterr().out
-    assert "images may have been trained on: they lie in its folder; their accuracy" in said
+    assert "images may have been trained on: they lie in the folder that run was trained from; their accuracy" in said
     assert "changed since" not in said
+
+
+@pytest.mark.parametrize("broken", ["replace", "skip"])
+def test_images_that_a_run_could_not_read_were_not_trained_on(tmp_path, capsys, broken, monkeypatch):
+    """Whichever split they were for; they are readable by now, and a run of a table of the same images is evaluated."""
+    monkeypatch.chdir(tmp_path)
+    data, table = one_folder(tmp_path / "data"), Path("tables") / "split.csv"
+    table.parent.mkdir()
+    files = sorted(data.rglob("*.png"))
+    whole = {file: file.read_bytes() for file in files if file.name in ("val0.png", "image0.png", "image1.png")}
+    for file in whole:
+        file.write_bytes(b"no image")
+    run = train(recipe(tmp_path, "data", val_split="validation", broken=broken, output="runs"), "traps").folder
+    for file, content in whole.items():
+        file.write_bytes(content)
+    kept = read_predictions_of(run)
+    others = [file for file in files if file in whole or file.relative_to(data).as_posix() in kept]
+    new = data / "ant" / "new.png"
+    shutil.copy(data / "ant" / "val1.png", new)
+    keys = dict(dataset="table", data_dir=None, table=str(table), model="runs/traps", val_split="val", output="runs")
+    train_on = [f"{file},{file.parent.name},train" for file in files if file not in others]
+    for evaluated, said in ((others, None), ([*others, new], f"1 of the {len(others) + 1} evaluated images may have ")):
+        rows = [*train_on, *(f"{file},{file.parent.name},val" for file in evaluated)]
+        table.write_text("\n".join(["path,label,split", *rows]))
+        line = read_record(train(recipe(tmp_path, data, **keys), f"of {len(evaluated)}").folder).trained_before
+        since = "" if broken == "skip" else ", whose images have changed since"
+        by = "been trained on by the run that this one starts from: it lies in the folder that traps was trained from"
+        assert line == (said and f"{said}{by}{since}; its accuracy says nothing about other images")
+
+
+def read_predictions_of(run):
+    return {row.split(",")[0] for row in (Path(run) / "predictions.csv").read_text().splitlines()[1:]}
 
 
 def test_a_run_from_another_says_which_evaluated_images_that_was_trained_on(tmp_path, capsys):

@@ -1244,6 +1244,16 @@ def test_a_method_that_defines_no_loss_says_so():
         make(Method, ("logits",)).loss(*random_logits(("logits",)))
 
 
+@pytest.mark.parametrize("own", ["headloss", "Forward", "start_epoch"])
+def test_a_method_that_defines_no_loss_is_refused_when_it_is_registered(own):
+    meant = {"headloss": ", but headloss: did you mean head_loss?", "Forward": ", but Forward: did you mean forward?"}
+    message = f"method 'wrong': defines none of head_loss, loss and forward{meant.get(own, '')}"
+    with pytest.raises(MbibError) as caught:
+        register("wrong")(type("Wrong", (Method,), {own: lambda self, epoch: None}))
+    assert str(caught.value) == message
+    assert "wrong" not in METHODS
+
+
 def test_a_setting_of_a_method_that_is_not_settable_is_refused_when_it_is_registered():
     class NotSettings:
         pass
@@ -1253,7 +1263,7 @@ def test_a_setting_of_a_method_that_is_not_settable_is_refused_when_it_is_regist
     with pytest.raises(MbibError, match=r"method 'wrong': expected a subclass of mbib_timm\.methods\.Method"):
         register("wrong")(NotSettings)
     with pytest.raises(MbibError, match=r"method 'ce' is registered already, by mbib_timm\.methods\.ce"):
-        register("ce")(type("Wrong", (Method,), {}))
+        register("ce")(type("Wrong", (Method,), {"head_loss": lambda self, logits, targets: logits.mean()}))
     assert "wrong" not in METHODS
 
 

@@ -223,6 +223,8 @@ def test_a_run_inherits_the_start_of_the_run_that_it_started_from(tmp_path):
         assert renamed.data == ["in22k", "digits"]
         steps[str(start)] = other
     assert len(set(map(str, steps.values()))) == 1
+    assert origin_text(same) == "cifar_resnet20.made_up (ImageNet-22k, then the same data)"
+    assert origin_text(other) == "cifar_resnet20.made_up (ImageNet-22k, then other data (digits))"
     stage = origin_of(Recipe(method="ce"), OwnData(), tmp_path / "run")
     assert [each.name for each in stage.weights] == ["x.fb_in22k"], "of several stages the first one's start counts"
 

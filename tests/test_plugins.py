@@ -466,6 +466,27 @@ def test_mistakes_of_a_method_are_said_in_a_line(write, tmp_path, mistake):
         assert not (tmp_path / "runs").exists(), "before anything is trained"
 
 
+def test_a_command_is_given_again_once_its_plugin_is_mended(write, tmp_path, capsys):
+    """Of a name that nothing defines, the method, the file and the line are said; the run has taken no step."""
+    text = OWN.replace("{name}", "slip").replace("{more}", "")
+    path = write("slip.py", text.replace("cross_entropy(logits", "cross_entrpy(logits"))
+    line = next(i for i, each in enumerate(path.read_text().splitlines(), start=1) if "entrpy" in each)
+    command = ["train", "cifar_resnet20.ce_digits", "--plugin", str(path), "--method", "slip", *SHORT]
+    command += ["--output", str(tmp_path / "runs"), "--experiment", "run"]
+    assert main(command) == 2
+    said = f"mbib: error: method 'slip': name 'cross_entrpy' is not defined ({path}, line {line})\n"
+    assert capsys.readouterr().err == said
+    left = {file.name for file in (tmp_path / "runs" / "run").iterdir()} - {".lock"}
+    assert left == {"environment.json", "last.ckpt", "recipe.yaml"}
+    write("slip.py", text.replace("return cross_entropy", "return float('nan') * cross_entropy"))
+    assert main(command) == 1
+    assert "loss part 'loss' became nan" in capsys.readouterr().err
+    write("slip.py", text)
+    assert main([*command, "--lr", "0.01"]) == 0
+    assert main([*command, "--lr", "0.01"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
 def test_a_network_around_the_model_is_not_taken_for_a_wrong_size(write, tmp_path):
     more = (
         "build_network = classmethod(lambda cls, settings, build: Faulty(build()))\n\n"

@@ -505,8 +505,8 @@ def test_addresses_reach_keys_settings_elements_and_stages(tmp_path):
     for address, message in {
         "stage4.lr": r"stage4\.lr: own\.yaml has 3 stages",
         "stage2.lrr": r"unknown recipe key 'lrr': did you mean 'lr'",
-        "epochs": r"every stage of own\.yaml sets 'epochs' itself; say which: stage1\.epochs or stage2\.epochs",
-        "method.gamma": r"every stage of own\.yaml sets 'method' itself; say which: stage1\.method\.gamma or",
+        "epochs": r"every stage of own\.yaml sets 'epochs' itself; say which: --stage1\.epochs N or --stage2\.epochs N",
+        "method.gamma": r"every stage of own\.yaml sets 'method' itself; say which: --stage1\.method\.gamma VALUE or",
         "stage1.method.gamma": r"stage 1 of own\.yaml: unknown setting 'gamma': method 'ce' has none",
         "lr.0": r"lr\.0: there is no element '0' in 0\.3",
     }.items():
@@ -573,7 +573,10 @@ def test_every_key_is_documented_and_belongs_to_a_group():
             "warmup_epochs: 4\nepochs: 9\nstages: [{method: ce}, {method: crt, epochs: 8, warmup_epochs: 0}]\n",
             {"epochs": 2},
             [(2, 1, 0), (8, 0, 0)],
-            ["stage 1, 2 epochs: warmup_epochs shortened from 4 to 1"],
+            [
+                "stage 1, 2 epochs: warmup_epochs shortened from 4 to 1",
+                "stage 2 keeps its 8 epochs; --stage2.epochs N changes them",
+            ],
         ),
     ],
 )

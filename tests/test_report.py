@@ -230,19 +230,35 @@ def test_an_extended_run_is_told_from_one_of_the_whole_schedule(tmp_path, undraw
 
 def test_what_was_measured_before_the_last_step_of_a_method_says_so(tmp_path, undrawn, capsys):
     run = read_run(MBIB)
-    record = replace(run.record, best=run.record.result, raw=run.record.result)
+    best = replace(run.record.result, epoch=180, heads={"prediction": replace(run.record.result.prediction, top1=47.0)})
+    record = replace(run.record, best=best, raw=run.record.result)
     for method, said in (("mbib", ""), ("tau_norm", ", before the last step of tau-norm")):
         of_method = replace(run, record=replace(record, method=method))
         print_report(tmp_path, of_method.record)
         top1, printed = record.result.prediction.top1, capsys.readouterr().out
-        assert f"Best epoch on test, which is not the result: epoch 200, {top1:.2f} %{said}\n" in printed
+        assert f"Best epoch on test, which is not the result: epoch 180, 47.00 %{said}\n" in printed
         raw = f"Weights without the moving average{said}: {top1:.2f}"
         (group,) = group_runs([of_method])
         section, card = html_of(run_section(group)), render_card(of_method, "me/it")
         assert all(raw in text for text in (printed, section, card))
-        assert f"The best of the evaluated epochs was 200 with {top1:.1f} %{said}; it was chosen on" in section
+        assert f"The best of the evaluated epochs was 180 with 47.0 %{said}; it was chosen on" in section
         result = "that after it" if said else "the last epoch's"
-        assert f"was epoch 200 with {top1:.2f} %{said}; the accuracy reported here is {result}." in card
+        assert f"was epoch 180 with 47.00 %{said}; the accuracy reported here is {result}." in card
+
+
+def test_the_best_epoch_is_not_spoken_of_where_it_is_the_result(tmp_path, undrawn, capsys):
+    run = read_run(MBIB)
+    result = run.record.result
+    worse = replace(result, heads={"prediction": replace(result.prediction, top1=result.prediction.top1 - 1)})
+    elsewhere = {"same": result, "rounded": worse, "as accurate": replace(result, epoch=180)}
+    elsewhere |= {"on other images": replace(result, epoch=180, split="val"), "earlier": replace(worse, epoch=180)}
+    for name, best in elsewhere.items():
+        of_best = replace(run, record=replace(run.record, best=best))
+        print_report(tmp_path, of_best.record)
+        (group,) = group_runs([of_best])
+        texts = [capsys.readouterr().out, html_of(run_section(group)), render_card(of_best, "me/it")]
+        said = name in ("on other images", "earlier")
+        assert [re.search("[Bb]est (of the evaluated )?epoch", text) is not None for text in texts] == [said] * 3, name
 
 
 def test_seeds_give_a_deviation(tmp_path):
@@ -322,7 +338,7 @@ def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn
     out = capsys.readouterr().out
     assert "\nEpoch 3 (the last), on test:\n" in out
     assert "Chosen" not in out
-    assert "Best epoch on test" in out
+    assert "Best epoch" not in out, "it is the last"
 
 
 def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_their_own(tmp_path, undrawn):
@@ -607,9 +623,11 @@ def test_of_two_seeds_both_are_said_and_their_mean_is_drawn(undrawn):
         metrics = metrics_of(folder)
         assert f"<code>{metrics['environment']['command']}</code>" in text
         assert metrics["environment"]["commit"] in text
-        best = metrics["best"]
-        top1 = best["heads"]["prediction"]["top1"]
-        assert f"{best['epoch']} with {top1:.1f} % (seed {metrics['seed']})" in text
+    assert "best of the evaluated epochs" not in text, "the last was the best of both"
+    best = replace(group.runs[1].record.best, epoch=180, heads={"prediction": group.first.heads["prediction"]})
+    earlier = replace(group.runs[1], record=replace(group.runs[1].record, best=best))
+    said = f"was the last (seed 0); 180 with {best.prediction.top1:.1f} % (seed 1); it was chosen on"
+    assert said in html_of(run_section(group_runs([group.first, earlier])[0]))
     seconds = np.mean([metrics_of(folder)["training_seconds"] for folder in folders])
     assert f"{seconds / 3600:.1f} hours (epochs and their evaluations only), the mean of the seeds" in text
     assert "the better the tail is learnt. Numbers are means over the 2 seeds." in text

@@ -21,7 +21,7 @@ from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
 from mbib_timm.results.record import Inputs, read_record, write_record
 from mbib_timm.training import run as run_module
 from mbib_timm.training import train
-from mbib_timm.training.checkpoint import save_checkpoint
+from mbib_timm.training.checkpoint import load_checkpoint, save_checkpoint
 from mbib_timm.training.run import TrainState
 from mbib_timm.training.stages import _described, _find_folder, _finished
 
@@ -280,14 +280,43 @@ def test_a_run_that_was_interrupted_in_any_stage_gives_the_same_weights(
         train(recipe, "whole")
     assert not (tmp_path / "runs" / "whole" / "metrics.json").exists()
     monkeypatch.undo()
-    with pytest.raises(MbibError, match=r"already holds a run.*--resume auto"):
-        train(recipe, "whole")
+    if (stage, epoch) != (0, 0):  # nothing is lost where nothing was kept
+        with pytest.raises(MbibError, match=r"already holds a run.*--resume auto"):
+            train(recipe, "whole")
     epochs = trained_epochs(monkeypatch)
     resumed = train(recipe.everywhere(resume="auto"), "whole")
     done = epoch  # that epoch is lost, since its checkpoint was not yet written
     rest = [("ce", 0, e) for e in range(done, 3)] if stage == 0 else []
     assert epochs == rest + [("crt", 1, e) for e in range(done if stage == 1 else 0, 3)]
     same_runs(crt[0] / "runs" / "whole", resumed.folder)
+
+
+def test_a_run_that_ended_before_its_first_update_begins_anew(tmp_path, monkeypatch):
+    """In its first stage, and by another recipe than before."""
+    keys = dict(epochs=1, warmup_epochs=0, val_interval=1)
+    crash(monkeypatch, 0, 0, after=False)
+    with pytest.raises(CrashError):
+        train(recipe_of(tmp_path, lr=9.0, **keys), "whole")
+    first = tmp_path / "runs" / "whole" / "stage1-ce"
+    assert (first / "last.ckpt").is_file()
+    monkeypatch.undo()
+    crash(monkeypatch, 1, 0, after=False)
+    recipe = recipe_of(tmp_path, lr=0.1, **keys)
+    with pytest.raises(CrashError):
+        train(recipe, "whole")
+    monkeypatch.undo()
+    assert [load_recipe(folder / "recipe.yaml").lr for folder in with_stages(first.parent)] == [0.1, 0.1]
+    assert load_checkpoint(first / "previous.ckpt")["optimizer"]["param_groups"][0]["lr"] == 0.1
+    with pytest.raises(
+        MbibError, match=r"already holds a run: resume it with --resume auto, .*, or remove the folder$"
+    ):
+        train(recipe, "whole")  # whose first stage has trained
+    with pytest.raises(
+        CheckpointError, match=r"another recipe: lr .*choose another --experiment, or remove the folder$"
+    ):
+        train(recipe_of(tmp_path, lr=0.2, resume="auto", **keys), "whole")
+    resumed = train(recipe.everywhere(resume="auto"), "whole")
+    same_runs(resumed.folder, train(recipe_of(tmp_path / "other", lr=0.1, **keys), "whole").folder)
 
 
 @pytest.mark.slow
@@ -581,13 +610,25 @@ def test_names_that_lead_nowhere_are_found_before_the_data_are_opened(tmp_path, 
         train(recipe_of(tmp_path, stages, **keys), "run")
 
 
+def test_stages_that_keep_their_epochs_are_said(tmp_path):
+    stages = [{"method": "ce"}, {"method": "crt", "epochs": 10}, {"method": "crt", "epochs": 5}]
+    path, said = write(tmp_path, [*stages, {"method": "tau_norm", "epochs": 0}]), []
+    load_recipe(path, {"epochs": 2, "stage3.epochs": 4}, said.append)
+    assert said == ["stage 2 keeps its 10 epochs; --stage2.epochs N changes them"]
+    load_recipe(path, {"stage1.epochs": 2}, said.append)
+    load_recipe(path, {"lr": 0.1}, said.append)
+    assert len(said) == 1
+
+
 def test_a_changed_key_of_a_stage_alone_and_of_all(tmp_path):
     path = write(tmp_path, CE_CRT)
     both = load_recipe(path, {"lr": 0.3, "stage2.epochs": 7, "stage1.method.name": "bsce"})
     assert [stage.lr for stage in both.chain()] == [0.3, 0.3]
     assert [stage.epochs for stage in both.chain()] == [3, 7]
     assert [stage.method["name"] for stage in both.chain()] == ["bsce", "crt"]
-    with pytest.raises(MbibError, match=r"every stage of own.yaml sets 'method' itself; say which: stage1\.method or"):
+    with pytest.raises(
+        MbibError, match=r"every stage of own.yaml sets 'method' itself; say which: --stage1\.method VALUE or"
+    ):
         load_recipe(path, {"method": "ce"})
     with pytest.raises(MbibError, match=r"stage3\.lr: own\.yaml has 2 stages"):
         load_recipe(path, {"stage3.lr": 0.1})

@@ -3,18 +3,28 @@
 import csv
 import io
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool, Split
+from mbib_timm.data.sources import UNREADABLE
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import PREDICTIONS
-from mbib_timm.files import counted, from_cell, read_text
+from mbib_timm.files import counted, from_cell, printable, read_text
 from mbib_timm.recipe import DATA_PLACES, OPENED_BY, Recipe, load_recipe
-from mbib_timm.results.record import RECORD, read_record
+from mbib_timm.results.record import RECORD, RunRecord, read_record
 
 COPY = "their folder has images of the same names and labels as its own"
+# How a line about several images speaks of one.
+SINGULAR = {
+    "were trained": "was trained",
+    "their folder": "its folder",
+    "as its own": "as the run's own",
+    "they are": "it is",
+    "they lie": "it lies",
+}
 
 
 def evaluated_line(run: Path, split: str, images: Split, recipe: Recipe, pool: DataPool, by: str = "") -> str:
@@ -63,6 +73,7 @@ def trained_on_line(
         if not inside and evaluated is not None and evaluated.dataset == recipe.dataset:
             recipe, copied = recipe.replace(**{key: getattr(evaluated, key) for key in DATA_PLACES}), True
             inside = _inside(recipe, files, pool)
+        inside -= _unread(record, start)
         if not inside or (copied and not record.inputs):
             return ""
         has_splits, splits = pool.source(recipe).has_splits, pool.open(recipe)
@@ -79,12 +90,18 @@ def trained_on_line(
             perhaps = f"may have been trained on{by}: they are in its training split{since}"
         else:
             trained = len(inside - _evaluated(run, recipe, start))
-            perhaps = f"may have been trained on{by}: they lie in its folder{since}"
+            name = printable(os.path.basename(os.path.abspath(run)))
+            perhaps = f"may have been trained on{by}: they lie in the folder that {name} was trained from{since}"
     except (MbibError, OSError):  # a run of data or of a plugin that are not here
         return ""
     if not trained:
         return ""
-    return f"{trained:,} of {what} {perhaps}; their accuracy says nothing about other images"
+    their = "their"
+    if trained == 1:
+        their = "its"
+        for plural, singular in SINGULAR.items():
+            perhaps = perhaps.replace(plural, singular)
+    return f"{trained:,} of {what} {perhaps}; {their} accuracy says nothing about other images"
 
 
 def _same_images(one: Recipe, other: Recipe) -> bool:
@@ -124,6 +141,16 @@ def _inside(recipe: Recipe, files: Collection[bytes], pool: DataPool) -> set[byt
         return set()
     root = os.path.join(os.path.abspath(os.fsencode(recipe.data_dir)), b"")
     return {file for file in found if file.startswith(root)}
+
+
+def _unread(record: RunRecord, start: Path) -> set[bytes]:
+    """Return the images that a run which was started in a folder could not read, and so has not trained on."""
+    # Those that it has skipped are recorded with why, after a colon: of several the path may end at any.
+    skipped = [
+        entry[: colon.start()] for entry in record.left_out.get(UNREADABLE, ()) for colon in re.finditer(": ", entry)
+    ]
+    names = [*record.replaced_images, *record.left_out_images, *skipped]
+    return {os.path.abspath(os.path.join(os.fsencode(start), os.fsencode(name))) for name in names}
 
 
 def _evaluated(run: Path, recipe: Recipe, start: Path) -> set[bytes]:

@@ -501,7 +501,8 @@ def register(name: str) -> Callable[[M], M]:
     Of a class from outside the package, a line on stderr says which of its attributes look misspelt.
 
     Raises:
-        MbibError: the name is taken, or the class is no method, or overrides what it cannot be called as.
+        MbibError: the name is taken, or the class is no method, defines no loss, or overrides what it cannot be called
+            as.
     """
 
     def decorate(method: M) -> M:

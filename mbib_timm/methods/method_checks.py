@@ -5,6 +5,8 @@ Nothing is built, and nothing of a method is called.
 
 import dataclasses
 import inspect
+import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, Signature
 from types import FunctionType
@@ -14,6 +16,7 @@ from mbib_timm.errors import MbibError, nearest, shown
 from mbib_timm.options import check_declared, check_option, without_none
 from mbib_timm.recipe.checks import check_part, check_view_keys
 from mbib_timm.recipe.keys import KEYS, TYPES
+from mbib_timm.registry import is_inside
 
 # Names that are as alike as start_epoch and start_epochs.
 NEAR_MISS = 0.85
@@ -25,10 +28,12 @@ DEFAULTS = {
     "classifier_start": "classifier_start",
     "frozen_bn": "frozen_bn",
 }
+# What a step computes: a method that trains defines one of these.
+STEPS = ("head_loss", "loss", "forward")
 KINDS = FunctionType | classmethod | staticmethod
 
 
-def require_fitting(name: str, method: type, base: type) -> None:
+def require_fitting(name: str, method: Any, base: type) -> None:
     """Raise MbibError where a class cannot be used as a method.
 
     Args:
@@ -57,6 +62,10 @@ def require_fitting(name: str, method: type, base: type) -> None:
             own = inspect.getattr_static(method, hook)
             if own is not expected and (problem := _misfit(hook, own, expected)):
                 raise MbibError(f"method {name!r}: {problem}")
+    if not method.post_hoc and all(inspect.getattr_static(method, hook) is vars(base)[hook] for hook in STEPS):
+        slips = [(own, near[0]) for own in vars(method) if (near := nearest(own, STEPS, 1, NEAR_MISS))]
+        instead = f", but {slips[0][0]}: did you mean {slips[0][1]}?" if slips else ""
+        raise MbibError(f"method {name!r}: defines none of head_loss, loss and forward{instead}")
 
 
 def _check_attributes(method: Any) -> None:
@@ -131,6 +140,17 @@ def _binds(signature: Signature, number: int, named: Iterable[str] = ()) -> bool
 def _plain(signature: Signature) -> str:
     """Return the parameters of a function as they are written, without types."""
     return str(Signature([each.replace(annotation=Parameter.empty) for each in signature.parameters.values()]))
+
+
+def name_error_in(method: type, error: NameError) -> str | None:
+    """Return what an error says of a name that a method from outside the package uses and nothing defines, and where.
+
+    None where it comes from elsewhere than a file that the method's class, or one that it inherits from, is in.
+    """
+    modules = (each.__module__ for each in method.__mro__ if not is_inside(each.__module__, "mbib_timm"))
+    files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error} ({place.filename}, line {place.lineno})" if place.filename in files else None
 
 
 def misspelt(method: type, base: type) -> list[str]:

@@ -14,7 +14,7 @@ from mbib_timm.files import printable
 from mbib_timm.models import pip_weights
 from mbib_timm.models.hub import split_repository
 from mbib_timm.models.model_config import ModelConfig
-from mbib_timm.models.pretraining import PRETRAINING, UNKNOWN, Origin, Weights, data_of_tag
+from mbib_timm.models.pretraining import PRETRAINING, UNKNOWN, Origin, Weights, data_of_tag, in_order
 from mbib_timm.models.weights import Source, find_source
 from mbib_timm.models.zoo import DATASETS, ZooModel
 from mbib_timm.recipe import Recipe
@@ -26,6 +26,7 @@ TIMM = "timm"
 BACKBONE = "backbone_"
 # Of timm's lists of ImageNet's classes those that weights are trained on.
 IMAGENETS = {"in1k": "imagenet-1k", "in12k": "imagenet-12k", "in21k": "imagenet-21k", "in22k": "imagenet-22k"}
+SAME = "the same data"
 PREVIOUS = "previous"  # of teachers: the stage before
 
 
@@ -162,10 +163,15 @@ def data_text(data: Sequence[str]) -> str:
 
 
 def origin_text(origin: Origin) -> str:
-    """Return where a run started in a few words, for a cell or a line: ``resnet50.a1_in1k (ImageNet-1k)``."""
+    """Return where a run started in a few words, for a cell or a line: ``resnet50.a1_in1k (ImageNet-1k)``.
+
+    Of weights that were trained on the run's own data after others it says so: ``(ImageNet-1k, then the same data)``.
+    """
     if origin.is_scratch:
         return "from scratch"
-    return f"{start_name(origin)} ({data_text(origin.data) or 'the same data'})"
+    seen = [title for step in origin.weights for title in (map(data_title, step.data) if step.data else [SAME])]
+    seen += [data_title(name) for teacher in origin.teachers for name in teacher.data]
+    return f"{start_name(origin)} ({', then '.join(in_order(seen))})"
 
 
 def start_name(origin: Origin) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -242,7 +243,9 @@ class Recipe:
     smoothing: float = _mixing(0.0, "label smoothing: fraction of a target spread over all classes", minimum=0, below=1)
 
     # Model
-    model: str = _model("mbib_resnet20", "any timm model name, e.g. mbib_resnet32; hf-hub:REPO; local-dir:FOLDER")
+    model: str = _model(
+        "mbib_resnet20", "any timm model name, e.g. mbib_resnet32; a run's folder; hf-hub:REPO; local-dir:FOLDER"
+    )
     model_kwargs: dict[str, Any] = _model({}, "further keyword arguments of the model, as name=value", evaluation=True)
     pretrained: bool = _model(False, "start from the model's published weights")
     initial_checkpoint: str | None = _model(None, "start from this weights file, or a run's folder", location=True)
@@ -397,6 +400,7 @@ class Recipe:
         if isinstance(self.method, str):
             object.__setattr__(self, "method", {"name": self.method})
         check_options(self, "recipe key {!r}")
+        object.__setattr__(self, "model", _as_model(self.model))
         object.__setattr__(self, "plugin", [load_plugin(plugin) for plugin in self.plugin])
         declared, settings = resolve_settings(self.method)
         object.__setattr__(self, "method", {"name": declared.name, **settings})
@@ -525,6 +529,11 @@ DATA_KEYS = tuple(name for name, item in KEYS.items() if item.metadata["group"] 
 OPENED_BY = tuple(
     name for name, item in KEYS.items() if item.metadata["group"] == "data" and name not in ("loader", "image_cache")
 )
+
+
+def _as_model(name: str) -> str:
+    """Return a model as timm knows it: a folder is ``local-dir:FOLDER``. No name of timm's has a slash."""
+    return f"local-dir:{name}" if "/" in name and ":" not in name and os.path.isdir(name) else name
 
 
 def require_key(name: str) -> None:

@@ -12,10 +12,10 @@ import yaml
 
 from mbib_timm.errors import MbibError, few, nearest, shown, unknown_name
 from mbib_timm.files import counted, read_yaml
-from mbib_timm.options import default_of
+from mbib_timm.options import default_of, without_none
 from mbib_timm.recipe.checks import KEYS_OF_SOURCES, TABLE_KEYS, check_given
 from mbib_timm.recipe.declared import known_methods, resolve_settings
-from mbib_timm.recipe.keys import KEYS, STAGES, Recipe, require_key
+from mbib_timm.recipe.keys import KEYS, STAGES, TYPES, Recipe, require_key
 from mbib_timm.recipe.plugins import load_plugin, moved_plugin, renew_plugin
 
 DEFAULT_RECIPE = "mbib_resnet20.digits"
@@ -227,11 +227,19 @@ def _overridden(
         _override(content, address, overrides[address], where)
     lines = list(_shorten(content, overrides))
     recipe = _resolve(content, where)
-    lines += _unreached(recipe)
+    lines += [*_keeping(recipe, content, overrides), *_unreached(recipe)]
     if say is not None:
         for line in lines:
             say(line)
     return recipe
+
+
+def _keeping(recipe: Recipe, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each stage that keeps epochs of its own where others take those of an override."""
+    for number, (stage, given) in enumerate(zip(recipe.chain(), content.get(STAGES, [{}]), strict=True), start=1):
+        address = f"stage{number}.epochs"
+        if "epochs" in overrides and "epochs" in given and address not in overrides and stage.epochs:
+            yield f"stage {number} keeps its {counted(stage.epochs, 'epoch')}; --{address} N changes them"
 
 
 def _unreached(recipe: Recipe) -> Iterator[str]:
@@ -362,7 +370,9 @@ def _override(content: dict[str, Any], address: str, value: Any, where: str) -> 
         first, *rest = rest
     require_key(first)
     if target is content and stages and all(first in stage for stage in stages):
-        flags = " or ".join(f"stage{i}.{'.'.join([first, *rest])}" for i in range(1, len(stages) + 1))
+        value_of = "N" if not rest and without_none(TYPES[first]) in (int, float) else "VALUE"
+        key = ".".join([first, *rest]).replace("_", "-")
+        flags = " or ".join(f"--stage{i}.{key} {value_of}" for i in range(1, len(stages) + 1))
         raise MbibError(f"every stage of {where} sets {first!r} itself; say which: {flags}")
     if not rest:
         target[first] = value

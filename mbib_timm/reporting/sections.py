@@ -32,13 +32,13 @@ from mbib_timm.results.run_text import (
     epochs_text,
     extended_text,
     left_out_text,
+    other_best,
     raw_text,
     stages_text,
     time_text,
 )
 from mbib_timm.results.runs import FinishedRun, RunGroup
 from mbib_timm.results.tables import (
-    NOTHING,
     STARTED,
     Table,
     difference,
@@ -199,7 +199,8 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section
         section.paragraphs([said])
 
     section.heading("Result")
-    result, best = run.record.result, run.record.best
+    result = run.record.result
+    best = next(filter(None, (other_best(member.record) for member in group.runs)), None)
     when = method_title(run.record.method) if result.epoch is None else f"epoch {result.epoch}, the last"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
@@ -218,7 +219,9 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section
     if best is not None:
         epochs = _by_seed(
             group,
-            lambda record: f"{record.best.epoch} with {record.best.prediction.top1:.1f} %" if record.best else NOTHING,
+            lambda record: (
+                f"{own.epoch} with {own.prediction.top1:.1f} %" if (own := other_best(record)) else "the last"
+            ),
         )
         section.paragraphs(
             [

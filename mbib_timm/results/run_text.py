@@ -12,7 +12,7 @@ from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.columns import MODEL_COLUMNS
-from mbib_timm.results.record import Epoch, RunRecord
+from mbib_timm.results.record import Epoch, Evaluation, RunRecord
 from mbib_timm.results.tables import accuracy_table, percent
 
 # What broken images can mean for classes.
@@ -50,7 +50,7 @@ def print_report(folder: Path, record: RunRecord) -> None:
         print(chosen)
     if raw := raw_text(record):
         print(raw)
-    if (best := record.best) is not None:
+    if (best := other_best(record)) is not None:
         measured = f"epoch {best.epoch}, {best.prediction.top1:.2f} %{before_finish_text(record)}"
         print(f"Best epoch on {best.split}, which is not the result: {measured}")
     for line in broken_lines(record):
@@ -98,6 +98,15 @@ def raw_text(record: RunRecord) -> str:
     overall, *groups = record.raw.prediction.accuracies().items()
     listed = ", ".join(f"{name} {value:.2f}" for name, value in groups if value is not None)
     return f"Weights without the moving average{before_finish_text(record)}: {overall[1]:.2f} ({listed})"
+
+
+def other_best(record: RunRecord) -> Evaluation | None:
+    """Return the best of the evaluated epochs; None where it is the result, or only as accurate on the same images."""
+    best, result = record.best, record.result
+    if best is None or before_finish_text(record):  # the result is measured after another step
+        return best
+    is_as_accurate = best.split == result.split and best.prediction.top1 == result.prediction.top1
+    return None if best.epoch == result.epoch or is_as_accurate else best
 
 
 def before_finish_text(record: RunRecord) -> str:

@@ -93,7 +93,7 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
         self._seen = self._checkpoints()
-        self._unsound: tuple[Path, ...] = ()
+        self._unwanted: tuple[Path, ...] = ()  # checkpoints that the next one is not to stand beside
 
     def _checkpoints(self) -> list[tuple[str, int]]:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
@@ -111,15 +111,19 @@ class RunFolder:
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any]:
         """Return the state of the newest sound checkpoint; see `load_newest`. `begin` removes those that are not."""
         newest = load_newest(self.path, warn)
-        self._unsound = newest.unsound
+        self._unwanted = newest.unsound
         return newest.state
 
-    def require_free(self) -> None:
-        """Raise MbibError if another run lives here."""
-        if (self.path / "recipe.yaml").exists() or self.has_checkpoint() or any(self.path.glob("stage*-*")):
+    def start_anew(self) -> None:
+        """Let `begin` remove the checkpoints that there are."""
+        self._unwanted = tuple(self.path / name for name, _ in self._seen)
+
+    def require_free(self, has_begun: bool) -> None:
+        """Raise MbibError if a run cannot begin here, as where another one has begun."""
+        if has_begun:
             raise MbibError(
-                f"{self.path} already holds a run: resume it with --resume auto, or choose another folder with "
-                "--experiment NAME or --output DIR"
+                f"{self.path} already holds a run: resume it with --resume auto, choose another folder with "
+                "--experiment NAME or --output DIR, or remove the folder"
             )
         there = next(place for place in (self.path, *self.path.parents) if place.exists())
         if not there.is_dir():
@@ -190,8 +194,8 @@ class RunFolder:
             )
             listing = listing or "its stages differ"
             raise CheckpointError(
-                f"{self.path} holds a run of another recipe: {listing}; resume it as it began, or choose another "
-                f"{instead}"
+                f"{self.path} holds a run of another recipe: {listing}; resume it as it began, choose another "
+                f"{instead}, or remove the folder"
             )
         return recipe
 
@@ -226,7 +230,7 @@ class RunFolder:
                 be taken for the result.
         """
         self.occupy()
-        for path in self._unsound:
+        for path in self._unwanted:
             set_aside(path)
         take_next(self.path)  # as the process would have done that wrote it, had it not been killed
         for part in ("", "figures", "analysis"):

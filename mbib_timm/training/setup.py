@@ -21,7 +21,7 @@ from mbib_timm.data.decoding import free_memory
 from mbib_timm.data.overview import held_out_line
 from mbib_timm.data.samplers import batches_of, drops_last
 from mbib_timm.environment import World, has_bfloat16_instructions, seed_generators
-from mbib_timm.errors import CheckpointError, MbibError, few, first_line, unknown_name
+from mbib_timm.errors import CheckpointError, MbibError, few, first_line, shown, unknown_name
 from mbib_timm.methods import Facts, Method, resolve_method
 from mbib_timm.methods.class_means import CLASS_MEANS, require_class_means
 from mbib_timm.models import plain_resnets
@@ -114,7 +114,7 @@ def require_named(recipe: Recipe) -> None:
         MbibError: an unknown model, or one of a folder or of the Hub that cannot be had.
         DataError: a file of class weights that is missing or cannot be read.
     """
-    if ":" in recipe.model:
+    if ":" in recipe.model or "/" in recipe.model:
         _ = find_source(recipe.model).config
     elif not timm.is_model(recipe.model.partition(".")[0]) and not os.path.exists(recipe.model):
         raise unknown_name("model", recipe.model, timm.list_models())
@@ -402,6 +402,10 @@ def _create_model(
         if source.config.model_args.get("training_heads") is False:
             kwargs.setdefault("training_heads", True)  # it was published for inference; training needs them
     elif not timm.is_model(name.partition(".")[0]):
+        if "/" in name:
+            find_source(name)  # says which folders there are
+        if os.path.isdir(name):
+            raise MbibError(f"unknown model {shown(name)}; the folder of that name is './{name}'")
         raise unknown_name("model", name, timm.list_models())
     else:
         architecture, _, tag = name.partition(".")

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ from mbib_timm.data import DataPool
 from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import CheckpointError, MbibError
 from mbib_timm.files import counted
+from mbib_timm.methods import METHODS
+from mbib_timm.methods.method_checks import name_error_in
 from mbib_timm.recipe import Recipe
-from mbib_timm.results.record import RECORD, Epoch, Inputs, is_finished, read_record, write_record
+from mbib_timm.results.record import HISTORY, RECORD, Epoch, Inputs, is_finished, read_record, write_record
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import print_report
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.provenance import extended, inputs_of
 from mbib_timm.training.run import Run, TrainState
-from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
+from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import require_named, set_up
 
 
@@ -68,7 +71,8 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
     for stage in recipe.chain():
         require_named(stage)
         splits = pool.open(stage)
-        setup = set_up(stage.replace_previous(before), splits, world, previous, pool)
+        with _places_of_names(stage):
+            setup = set_up(stage.replace_previous(before), splits, world, previous, pool)
         before = setup.recipe
         if stage is not recipe:
             previous = folder / f"stage {stage.stage + 1}"
@@ -96,8 +100,9 @@ def _train(
         print(f"stage {recipe.stage + 1}: {_described(recipe)}, from {previous}", flush=True)
 
     def execute() -> tuple[FinishedRun, list[Epoch]]:
-        run = Run(recipe, name, world, folder, state, pool, previous)
-        return FinishedRun(folder.path, run.execute(), run.recipe), run.done.history
+        with _places_of_names(recipe):
+            run = Run(recipe, name, world, folder, state, pool, previous)
+            return FinishedRun(folder.path, run.execute(), run.recipe), run.done.history
 
     try:
         finished, history = execute()
@@ -111,6 +116,17 @@ def _train(
     finally:
         folder.end()
     return finished
+
+
+@contextmanager
+def _places_of_names(stage: Recipe) -> Iterator[None]:
+    """Say in which line of a plugin a stage's method uses a name that nothing defines, which is all that it takes."""
+    try:
+        yield
+    except NameError as error:
+        if (said := name_error_in(METHODS[stage.method["name"]], error)) is None:
+            raise
+        raise MbibError(f"method {stage.method['name']!r}: {said}") from None
 
 
 def _described(stage: Recipe) -> str:
@@ -174,7 +190,12 @@ def _find_folder(
         folder = RunFolder(path.parent if path.is_file() else path)
     if recipe.resume is None:
         if world.is_main:
-            folder.require_free()
+            stages = map(RunFolder, folder.path.glob("stage*-*"))
+            folder.require_free(any(map(_has_begun, (folder, *stages))))
+        folder.start_anew()
+        return recipe, folder, None
+    if not extend and not _has_begun(folder):  # a stage, perhaps of what is asked for no more
+        folder.start_anew()
         return recipe, folder, None
     if not folder.has_checkpoint():
         if recipe.resume != "auto" and not any(folder.path.glob("stage*-*")):
@@ -188,6 +209,18 @@ def _find_folder(
     if not extend and len(TrainState.of(state).ends_with(recipe.epochs)) > 1:
         raise extended(folder.path, "remove the folder, and the stage is trained again")
     return recipe, folder, state
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    """Return whether a folder holds more of a run than how it started: a step, or what cannot be read."""
+    if any((folder.path / name).exists() for name in (RECORD, HISTORY, WEIGHTS, BEST_WEIGHTS)):
+        return True
+    if not folder.has_checkpoint():
+        return (folder.path / "recipe.yaml").exists()
+    try:
+        return TrainState.of(folder.newest(lambda text: None)).has_trained
+    except CheckpointError:
+        return True
 
 
 def _check_epochs(recipe: Recipe, folder: RunFolder, reached: TrainState, epochs_asked: bool) -> str:
