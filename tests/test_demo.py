@@ -123,7 +123,7 @@ def test_the_page_says_it_and_shows_where_a_class_is_seen(finished_run, picture,
     assert overlay.size == (224, 224)
     file.write_bytes(b"no image")
     reason, *heads, overlay = call.fn(upload.preprocess(payload))
-    assert reason.value.startswith("This file cannot be read: no image")
+    assert reason.value.startswith("This file cannot be read: not an image")
     assert heads == [{}, {}, {}]
     assert overlay is None
     assert call.fn(upload.preprocess(None))[1:] == [{}, {}, {}, None]

@@ -183,7 +183,7 @@ def test_a_sweep_does_not_go_on_with_other_code(tmp_path, capsys):
     data, plugin = images(tmp_path / "data"), tmp_path / "two.py"
     text = PLUGIN.format(name="inputs_begun", factor=1, comment="as it was")
     plugin.write_text(
-        text + "\n    def start_epoch(self, epoch):\n        if epoch:\n            raise MbibError('stop')\n"
+        text + "\n    def start_epoch(self, epoch):\n        if epoch:\n            raise RuntimeError('stop')\n"
     )
     file = recipe_file(tmp_path, data, plugin=[str(plugin)], method="inputs_begun", epochs=2, checkpoint_seconds=0)
     status, said = sweep(capsys, file)

@@ -597,10 +597,14 @@ def test_keys_that_cannot_be_are_refused_by_name(keys, message):
 
 
 def test_a_method_that_needs_labels_or_two_streams_is_refused():
-    class NeedsLabels(Method):
+    class Any(Method):
+        def head_loss(self, logits, targets):
+            raise AssertionError("of a method that does not train")
+
+    class NeedsLabels(Any):
         title = "Needs labels"
 
-    class TwoStreams(Method):
+    class TwoStreams(Any):
         title, sampler, soft_targets = "Two streams", "instance+reverse", True
 
     register("needs_labels")(NeedsLabels)

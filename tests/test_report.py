@@ -26,7 +26,7 @@ from mbib_timm.evaluation.metrics import wilson_interval
 from mbib_timm.publishing.card import render_card
 from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
-from mbib_timm.reporting.comparison import NOT_ALIKE, comparison_section, short_titles
+from mbib_timm.reporting.comparison import NOT_ALIKE, comparison_section, findings, short_titles
 from mbib_timm.reporting.differences import differences, known_differences
 from mbib_timm.reporting.report import read_inputs
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves, sweep_curves
@@ -573,8 +573,36 @@ def test_what_was_found_is_what_the_files_say(table_1):
     assert said[1].endswith(
         f"MBIB, float32 (n = 1) with {mbib:.1f} %; their 95 % intervals ({of_bsce}, and {of_mbib}) overlap."
     )
-    assert said[2].endswith("do not overlap.")
-    assert len(said) == 4
+    assert len(said) == 2, "strong runs of one length are of one method"
+
+
+def test_only_runs_of_the_same_data_network_and_length_are_ranked():
+    def said(*folders):
+        groups = read_inputs([str(ROOT / "results" / folder) for folder in folders])[0]
+        return findings(groups, [group.title for group in groups])
+
+    rival = "cifar_resnet32.bsce_strong_cifar100_lt_if100-200e-seed0-bfloat16"
+    overall, few = said(rival, STRONG.name, STRONG_400E.name)
+    assert (
+        "bsce_strong_cifar100_lt_if100 (n = 1) is best with 51.0 %, 0.1 points above the best other method" in overall
+    )
+    assert "mbib_resnet32.strong_cifar100_lt_if100 (n = 1) with 50.9 %" in overall
+    assert "strong_cifar100_lt_if100 (n = 1) is best with 34.3 %, 1.4 points above" in few
+    bfloat16 = [
+        f"{name}_cifar100_lt_if100-200e-seed0-bfloat16" for name in ("cifar_resnet32.ce", "cifar_resnet32.bsce")
+    ]
+    other_data = "mbib_resnet32.cifar100_lt_if10-200e-seed0-bfloat16"
+    assert "if10 " not in " ".join(said(*bfloat16, other_data))
+    assert len(said(*bfloat16, other_data)) == 2
+    assert said(bfloat16[0], other_data) == []
+    tuned, frozen = (f"mbib_efficientnet_lite0.{how}_cifar100_lt_if100-20e-seed0" for how in ("finetune", "frozen"))
+    assert said(tuned, frozen) == []
+
+
+def test_equal_accuracies_are_level():
+    groups = read_inputs([str(CE), str(BIB)])[0]
+    same = [replace(groups[0], runs=groups[1].runs), groups[1]]
+    assert findings(same, ["A", "B"])[0] == "On all classes, A (n = 1) and B (n = 1) are level with 42.4 %."
 
 
 def test_printed_differences_are_those_of_the_printed_numbers(table_1, undrawn):

@@ -291,21 +291,26 @@ def test_a_run_that_was_interrupted_in_any_stage_gives_the_same_weights(
     same_runs(crt[0] / "runs" / "whole", resumed.folder)
 
 
-def test_a_run_that_ended_before_its_first_update_begins_anew(tmp_path, monkeypatch):
-    """In its first stage, and by another recipe than before."""
+def test_a_run_that_fails_before_its_first_update_is_not_in_the_way_of_the_next(tmp_path, monkeypatch):
+    """In its first stage, and by another recipe than before; one that was killed there is."""
     keys = dict(epochs=1, warmup_epochs=0, val_interval=1)
     crash(monkeypatch, 0, 0, after=False)
     with pytest.raises(CrashError):
         train(recipe_of(tmp_path, lr=9.0, **keys), "whole")
     first = tmp_path / "runs" / "whole" / "stage1-ce"
-    assert (first / "last.ckpt").is_file()
+    assert {file.name for file in first.iterdir()} <= {".lock"}
+    save_checkpoint(first, {})
+    with pytest.raises(MbibError, match="already holds a run"):
+        train(recipe_of(tmp_path, lr=0.1, **keys), "whole")
+    (first / "last.ckpt").unlink()
     monkeypatch.undo()
     crash(monkeypatch, 1, 0, after=False)
     recipe = recipe_of(tmp_path, lr=0.1, **keys)
     with pytest.raises(CrashError):
         train(recipe, "whole")
     monkeypatch.undo()
-    assert [load_recipe(folder / "recipe.yaml").lr for folder in with_stages(first.parent)] == [0.1, 0.1]
+    assert load_recipe(first / "recipe.yaml").lr == 0.1
+    assert not (first.parent / "recipe.yaml").exists()
     assert load_checkpoint(first / "previous.ckpt")["optimizer"]["param_groups"][0]["lr"] == 0.1
     with pytest.raises(
         MbibError, match=r"already holds a run: resume it with --resume auto, .*, or remove the folder$"

@@ -99,8 +99,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         if heading:
             section.heading(heading)
         titles = short_titles(members, groups)
-        trained_alike = len({numbers[groups.index(group)] for group in members}) == 1
-        if alike and trained_alike:
+        if alike:
             section.paragraphs(findings(members, titles))
         _compare(section, members, groups, f"-{place}" if len(parts) > 1 else "")
     if known := known_differences(groups):
@@ -127,6 +126,19 @@ def _value(value: Any) -> str:
 
 
 def findings(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
+    """Return what was found among the groups of each frame: see `FinishedRun.frame`."""
+    frames: list[Any] = []
+    for group in groups:
+        if group.first.frame not in frames:
+            frames.append(group.first.frame)
+    said = []
+    for frame in frames:
+        own = [place for place, group in enumerate(groups) if group.first.frame == frame]
+        said += _best([groups[place] for place in own], [titles[place] for place in own])
+    return said
+
+
+def _best(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
     """Return which group has the best mean accuracy on all classes and on few-shot classes, and how far ahead it is."""
     said = []
     named = {id(group): f"{title} (n = {len(group.runs)})" for group, title in zip(groups, titles, strict=True)}
@@ -140,6 +152,9 @@ def findings(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
         others = [pair for pair in rest if pair[1].first.record.stages != best.first.record.stages]
         number, other = (others or rest)[0]
         gap = difference(mean, number).lstrip("+−")
+        if float(gap) == 0:
+            said.append(f"On {where}, {named[id(best)]} and {named[id(other)]} are level with {percent(mean)} %.")
+            continue
         text = (
             f"On {where}, {named[id(best)]} is best with {percent(mean)} %, {gap} points above "
             f"{'the best other method, ' * bool(others)}{named[id(other)]} with {percent(number)} %"

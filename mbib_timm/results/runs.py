@@ -4,6 +4,7 @@ seeds put together. Nothing here says where on a machine a run was made."""
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
 # Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
 DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
-# Keys that say how long a run is trained; and those that say how, whatever its method, its data and that length.
+# Keys that say how long a run is trained; and those of augmentation and optimisation, apart from that.
 LENGTH = {"epochs", "warmup_epochs", "warmup_lr", "decay_milestones", "mixup_off_epochs", "model_ema_decay"}
 TRAINING = [
     name
@@ -44,6 +45,8 @@ TRAINING = [
     if (item.metadata["group"] in ("augmentation", "mixing", "optimisation") or name == "train_crop_mode")
     and name not in LENGTH | SAME_RESULT
 ]
+# What a model's name begins with before that of its network, which a method builds on.
+BUILT_ON = re.compile("^(mbib_experts|experts|mbib|bib|cifar|tf)_")
 # Metrics of a head that are one number each.
 NUMBERS = ("top1", "top5", "macro", "many", "medium", "few", "ece", "nll", "macro_f1")
 
@@ -106,6 +109,15 @@ class FinishedRun:
         compared."""
         longest = max(self.recipe.chain(), key=lambda stage: stage.epochs)
         return {key: redact_value(getattr(longest, key)) for key in TRAINING}
+
+    @cached_property
+    def frame(self) -> tuple[Any, ...]:
+        """What runs share whose difference says which method is better: training data, network, where training started,
+        and length, augmentation and optimisation of every stage."""
+        given = str(self.recipe.model_kwargs.get("backbone") or self.recipe.model).partition(".")[0]
+        stages = [{key: getattr(stage, key) for key in (*TRAINING, *LENGTH)} for stage in self.recipe.chain()]
+        record = self.record
+        return record.class_counts, record.class_names, BUILT_ON.sub("", given), record.origin, stages
 
     @property
     def command_today(self) -> str:

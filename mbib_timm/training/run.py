@@ -218,7 +218,8 @@ class Run:
         )
         if self.done.other_seconds is not None:
             self.done.other_seconds += time.perf_counter() - start
-        self.checked = False  # whether all that has a gradient is updated
+        self.is_new = state is None
+        self.checked = False  # whether all that has a gradient is updated, as the first update shows
         self.trackers: list[Tracker] = []
         self.saved_at = time.monotonic()
         self.result: tuple[dict[str, HeadMetrics], AnswerLog] | None = None  # where the last epoch has given it
@@ -241,6 +242,11 @@ class Run:
         try:
             for epoch in range(done.epoch, recipe.epochs):
                 self._train_epoch(epoch)
+        except Exception:
+            # Nothing is lost, and the command can be given again once it is mended.
+            if self.is_new and not self.checked and self.world.is_main:
+                self.folder.clear()
+            raise
         finally:
             self.progress.close()
             for tracker in self.trackers:

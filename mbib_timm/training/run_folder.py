@@ -93,7 +93,7 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
         self._seen = self._checkpoints()
-        self._unwanted: tuple[Path, ...] = ()  # checkpoints that the next one is not to stand beside
+        self._unsound: tuple[Path, ...] = ()
 
     def _checkpoints(self) -> list[tuple[str, int]]:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
@@ -111,16 +111,13 @@ class RunFolder:
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any]:
         """Return the state of the newest sound checkpoint; see `load_newest`. `begin` removes those that are not."""
         newest = load_newest(self.path, warn)
-        self._unwanted = newest.unsound
+        self._unsound = newest.unsound
         return newest.state
 
-    def start_anew(self) -> None:
-        """Let `begin` remove the checkpoints that there are."""
-        self._unwanted = tuple(self.path / name for name, _ in self._seen)
-
-    def require_free(self, has_begun: bool) -> None:
-        """Raise MbibError if a run cannot begin here, as where another one has begun."""
-        if has_begun:
+    def require_free(self) -> None:
+        """Raise MbibError if another run lives here."""
+        places = (self, *map(RunFolder, self.path.glob("stage*-*")))
+        if any((place.path / "recipe.yaml").exists() or place.has_checkpoint() for place in places):
             raise MbibError(
                 f"{self.path} already holds a run: resume it with --resume auto, choose another folder with "
                 "--experiment NAME or --output DIR, or remove the folder"
@@ -230,7 +227,7 @@ class RunFolder:
                 be taken for the result.
         """
         self.occupy()
-        for path in self._unwanted:
+        for path in self._unsound:
             set_aside(path)
         take_next(self.path)  # as the process would have done that wrote it, had it not been killed
         for part in ("", "figures", "analysis"):
@@ -239,6 +236,11 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         write_bytes(self.path / "recipe.yaml", dump_recipe(recipe))
         write_bytes(self.path / "environment.json", to_json(environment))
+
+    def clear(self) -> None:
+        """Remove what a run wrote here as it began, for the next one to begin."""
+        for name in (NEXT, LAST, PREVIOUS, "recipe.yaml", "environment.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """Let other processes in."""

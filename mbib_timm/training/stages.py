@@ -13,14 +13,14 @@ from mbib_timm.files import counted
 from mbib_timm.methods import METHODS
 from mbib_timm.methods.method_checks import name_error_in
 from mbib_timm.recipe import Recipe
-from mbib_timm.results.record import HISTORY, RECORD, Epoch, Inputs, is_finished, read_record, write_record
+from mbib_timm.results.record import RECORD, Epoch, Inputs, is_finished, read_record, write_record
 from mbib_timm.results.run_figures import draw_figures
 from mbib_timm.results.run_text import print_report
 from mbib_timm.results.runs import FinishedRun
 from mbib_timm.training.checkpoint import load_checkpoint
 from mbib_timm.training.provenance import extended, inputs_of
 from mbib_timm.training.run import Run, TrainState
-from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder, place_of, same_computation
+from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_computation
 from mbib_timm.training.setup import require_named, set_up
 
 
@@ -190,12 +190,7 @@ def _find_folder(
         folder = RunFolder(path.parent if path.is_file() else path)
     if recipe.resume is None:
         if world.is_main:
-            stages = map(RunFolder, folder.path.glob("stage*-*"))
-            folder.require_free(any(map(_has_begun, (folder, *stages))))
-        folder.start_anew()
-        return recipe, folder, None
-    if not extend and not _has_begun(folder):  # a stage, perhaps of what is asked for no more
-        folder.start_anew()
+            folder.require_free()
         return recipe, folder, None
     if not folder.has_checkpoint():
         if recipe.resume != "auto" and not any(folder.path.glob("stage*-*")):
@@ -209,18 +204,6 @@ def _find_folder(
     if not extend and len(TrainState.of(state).ends_with(recipe.epochs)) > 1:
         raise extended(folder.path, "remove the folder, and the stage is trained again")
     return recipe, folder, state
-
-
-def _has_begun(folder: RunFolder) -> bool:
-    """Return whether a folder holds more of a run than how it started: a step, or what cannot be read."""
-    if any((folder.path / name).exists() for name in (RECORD, HISTORY, WEIGHTS, BEST_WEIGHTS)):
-        return True
-    if not folder.has_checkpoint():
-        return (folder.path / "recipe.yaml").exists()
-    try:
-        return TrainState.of(folder.newest(lambda text: None)).has_trained
-    except CheckpointError:
-        return True
 
 
 def _check_epochs(recipe: Recipe, folder: RunFolder, reached: TrainState, epochs_asked: bool) -> str:
