@@ -625,7 +625,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mbib: error:", printable_lines(str(error)), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        place = dict.fromkeys(("train", "sweep"), "from the last checkpoint, or from the beginning without one, ")
+        place = dict.fromkeys(("train", "sweep"), "from the last checkpoint, if there is one, ")
         if argv[0] == "predict" and any(word.endswith((".csv", ".jsonl")) for word in argv):
             place["predict"] = ""
         resume = {"train": ["--resume", "auto"], "predict": ["--resume"]}.get(argv[0], [])

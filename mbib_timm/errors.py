@@ -102,8 +102,8 @@ LISTED = {
     "recipe": "mbib recipes lists them",
     "sweep or recipe": "mbib recipes lists them",
     "method": "mbib methods lists them",
-    "model": "mbib models lists this package's",
-    "model or folder": "mbib models lists this package's",
+    "model": "mbib models --all lists this package's",
+    "model or folder": "mbib models --all lists this package's",
     "recipe key": "mbib train --help lists them",
     "key": "mbib train --help lists them",
 }

@@ -207,7 +207,7 @@ def test_folders_that_may_be_meant_otherwise_are_noted(tmp_path):
 
 def test_the_folder_of_a_class_is_not_the_data(tmp_path):
     root = unpacked(tmp_path / "data", {name: png(1) for name in ("ant/1.png", "ant/2.png", "bee/1.png")})
-    message = rf"class folders under {root}/ant; --data-dir is the folder that .*; perhaps {root}\?; left out: .*ant|2"
+    message = rf"class folders under {root}/ant; --data-dir is the folder that .*; perhaps {root}\?; left out: .*: 2"
     with pytest.raises(DataError, match=message):
         open_split(folder_recipe(root / "ant"), "all")
 

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import forked
 import pytest
 from huggingface_hub import HfApi, close_session, constants, get_session, set_client_factory
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import _http
 from loopback_hub import FAULTS, TestHub
 
@@ -197,11 +199,27 @@ def test_others_have_the_clients_lines_and_attempts(nowhere, monkeypatch):
         _http.http_backoff("GET", "http://hub.invalid/api", max_retries=1)
     assert waits == [1]
     assert any("Retrying in" in line for line in nowhere)
+    assert not hub_module._PATIENCE.may_have_proxies
     monkeypatch.setenv("http_proxy", "http://proxy.invalid")
-    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
-    close_session()
-    hub_module.prepare_hub()
+    close_session()  # as the Hub's client does itself where no connection is made
+    _http.get_session()
     assert hub_module._PATIENCE.may_have_proxies
+
+
+def test_a_name_that_does_not_resolve_for_a_moment_is_asked_again(nowhere):
+    """Where the Hub has answered, its client's attempts go on, as a publication's do."""
+    hub_module.prepare_hub()
+    _http.get_session()
+    request = SimpleNamespace(url=SimpleNamespace(host="hub.invalid"), extensions={})
+    with hub_module.patience():
+        hub_module._PATIENCE.before(request)
+        hub_module._PATIENCE.after(None)
+        for _ in range(3):
+            hub_module._PATIENCE.before(request)
+    with hub_module.patience():
+        hub_module._PATIENCE.before(request)
+        with pytest.raises(OfflineModeIsEnabled, match=r"the name hub\.invalid is not found"):
+            hub_module._PATIENCE.before(request)
 
 
 def test_after_silence_others_may_ask(hub, monkeypatch):

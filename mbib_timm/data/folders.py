@@ -401,7 +401,7 @@ def open_folder(
 
 def _one_level_up(path: Path) -> str:
     """Return what to say of a folder that holds images, and may be that of a class."""
-    up = path.resolve().parent if path.name in ("", "..") else path.parent
+    up = path.resolve().parent if path.name in ("", "..") or path.parent == Path() else path.parent
     return f"; --data-dir is the folder that holds one folder per class; perhaps {quote(str(up))}?"
 
 

@@ -64,6 +64,7 @@ class _Patience:
         self.lock = threading.Lock()
         self.asking = 0  # of our questions, in all threads, how many are open
         self.asked: float | None = None  # when the first request without an answer was made
+        self.answered = False  # once, since the first of them
         self.unknown: set[str] = set()  # hosts whose names do not resolve
         self.may_have_proxies = True  # which would resolve them
 
@@ -75,7 +76,7 @@ class _Patience:
             self.asked = now
         elif now - self.asked > PATIENCE_SECONDS:
             raise MbibError(f"the Hub at {request.url.host} has not answered for {now - self.asked:.0f} seconds")
-        elif not self.may_have_proxies and self._is_unknown(request.url.host):
+        elif not (self.answered or self.may_have_proxies) and self._is_unknown(request.url.host):
             # As the Hub's client says it of itself where it is set to be offline: it looks into its cache, and asks no
             # more. It would ask six times for each file.
             raise OfflineModeIsEnabled(f"the Hub cannot be reached: the name {request.url.host} is not found")
@@ -87,6 +88,7 @@ class _Patience:
 
     def after(self, response: Any) -> None:
         self.asked = None
+        self.answered = True
 
     def _is_unknown(self, host: str) -> bool:
         """Return whether the name of a host does not resolve, which is asked once."""
@@ -132,9 +134,12 @@ def prepare_hub() -> None:
     if _PATIENCE.before in session.event_hooks["request"]:
         return
     create: Any = _http._GLOBAL_CLIENT_FACTORY  # which has no public name
+    own = getattr(_http, "default_client_factory", None)
 
     def limited() -> Any:
         client = create()
+        # The client reads them from the environment as it is made.
+        _PATIENCE.may_have_proxies = create is not own or bool(getproxies())
         hooks = client.event_hooks
         client.event_hooks = {
             "request": [*hooks["request"], _PATIENCE.before],
@@ -142,8 +147,6 @@ def prepare_hub() -> None:
         }
         return client
 
-    own = getattr(_http, "default_client_factory", None)
-    _PATIENCE.may_have_proxies = create is not own or bool(getproxies())
     set_client_factory(limited)
 
 
@@ -153,6 +156,7 @@ def patience() -> Iterator[None]:
     with _PATIENCE.lock:
         if not _PATIENCE.asking:
             _PATIENCE.asked = None
+            _PATIENCE.answered = False
             _PATIENCE.unknown.clear()
         _PATIENCE.asking += 1
     try:
