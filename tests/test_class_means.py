@@ -276,7 +276,7 @@ def test_a_run_that_is_resumed_is_bit_identical_and_starts_its_classifiers_once(
     random.seed(7)
     torch.manual_seed(7)
     resumed = train(recipe.replace(resume="auto"), "broken")
-    assert len(starts) == 2
+    assert len(starts) == (2 if stop_at else 3), "what fails before its first update leaves nothing to go on from"
     one, other = (load_file(run.folder / "model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -22,7 +22,7 @@ for tool in ("build", "hatchling", "twine"):
 
 VERSION = mbib_timm.__version__
 # In megabytes; PyPI takes 100. The largest file is the report in results/, which packs to a sixth.
-LARGEST_WHEEL, LARGEST_SOURCE, LARGEST_SOURCE_FILE = 10, 20, 8
+LARGEST_WHEEL, LARGEST_SOURCE, LARGEST_SOURCE_FILE = 10, 20, 9
 # What git has, and only a clone needs.
 LEFT_OUT = {".pre-commit-config.yaml"}
 DIST_INFO = f"mbib_timm-{VERSION}.dist-info"
