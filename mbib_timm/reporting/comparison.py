@@ -34,11 +34,16 @@ NOT_ALIKE = (
 
 def setups(groups: Sequence[RunGroup]) -> list[int]:
     """Return for each group the number of its training setup, from 1: groups of a number were trained alike."""
+    return _numbered([group.first.training for group in groups])
+
+
+def _numbered(values: Sequence[Any]) -> list[int]:
+    """Return for each value, which need not hash, the number of those that equal it, from 1 in order of appearance."""
     kinds: list[Any] = []
-    for group in groups:
-        if group.first.training not in kinds:
-            kinds.append(group.first.training)
-    return [1 + kinds.index(group.first.training) for group in groups]
+    for value in values:
+        if value not in kinds:
+            kinds.append(value)
+    return [1 + kinds.index(value) for value in values]
 
 
 def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_columns: Sequence[str] = ()) -> list[str]:
@@ -101,7 +106,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         titles = short_titles(members, groups)
         if alike:
             section.paragraphs(findings(members, titles))
-        _compare(section, members, groups, f"-{place}" if len(parts) > 1 else "")
+        _compare(section, members, titles, groups, f"-{place}" if len(parts) > 1 else "")
     if known := known_differences(groups):
         section.heading("What is known to differ from the paper")
         section.paragraphs(known)
@@ -127,13 +132,10 @@ def _value(value: Any) -> str:
 
 def findings(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
     """Return what was found among the groups of each frame: see `FinishedRun.frame`."""
-    frames: list[Any] = []
-    for group in groups:
-        if group.first.frame not in frames:
-            frames.append(group.first.frame)
+    frames = _numbered([group.first.frame for group in groups])
     said = []
-    for frame in frames:
-        own = [place for place, group in enumerate(groups) if group.first.frame == frame]
+    for frame in dict.fromkeys(frames):
+        own = [place for place, number in enumerate(frames) if number == frame]
         said += _best([groups[place] for place in own], [titles[place] for place in own])
     return said
 
@@ -182,9 +184,10 @@ def _evaluated_alike(records: Sequence[RunRecord]) -> bool:
     return all(each == values[0] for values in said for each in values)
 
 
-def _compare(section: Section, groups: Sequence[RunGroup], of: Sequence[RunGroup], suffix: str) -> None:
+def _compare(
+    section: Section, groups: Sequence[RunGroup], titles: Sequence[str], of: Sequence[RunGroup], suffix: str
+) -> None:
     """Add a table and the figures of runs of one kind, which end in a suffix; `of` are all groups of the section."""
-    titles = short_titles(groups, of)
     results = [run.record.result.prediction for group in groups for run in group.runs]
     # Where classes have equally many images, overall and macro are one number, and the table is as wide as the page.
     balanced = all(each.macro is not None and abs(each.macro - each.top1) < 1e-3 for each in results)
