@@ -116,9 +116,15 @@ def require_named(recipe: Recipe) -> None:
     """
     if ":" in recipe.model or "/" in recipe.model:
         _ = find_source(recipe.model).config
-    elif not timm.is_model(recipe.model.partition(".")[0]) and not os.path.exists(recipe.model):
-        raise unknown_name("model", recipe.model, timm.list_models())
+    elif not timm.is_model(recipe.model.partition(".")[0]):
+        raise _unknown_model(recipe.model)
     require_file(recipe.class_weights)
+
+
+def _unknown_model(name: str) -> MbibError:
+    if os.path.isdir(name):
+        return MbibError(f"unknown model {shown(name)}; the folder of that name is './{name}'")
+    return unknown_name("model", name, timm.list_models())
 
 
 def set_up(
@@ -404,9 +410,7 @@ def _create_model(
     elif not timm.is_model(name.partition(".")[0]):
         if "/" in name:
             find_source(name)  # says which folders there are
-        if os.path.isdir(name):
-            raise MbibError(f"unknown model {shown(name)}; the folder of that name is './{name}'")
-        raise unknown_name("model", name, timm.list_models())
+        raise _unknown_model(name)
     else:
         architecture, _, tag = name.partition(".")
         try:
