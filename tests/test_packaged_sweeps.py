@@ -45,7 +45,7 @@ def test_the_issues_sweeps_are_there():
     assert {
         "table1_cifar100_lt", "table4_observations", "figure3_beta", "figure4_weights", "figure6_components",
         "table7_heads", "figure9_structures", "table9_rebalancing", "open_choices", "experts_views_teachers", "methods",
-        "frozen_heads", "frozen_imbalance", "strong_recipe",
+        "frozen_heads", "frozen_imbalance", "strong_recipe", "strong_last_stage",
     } == set(SWEEPS)  # fmt: skip
 
 
@@ -56,7 +56,13 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
     assert sweep.title
     assert len(runs) == 3 * len(runs_of(name)), "three seeds"
     # 400 are PaCo's; of class means there are none.
-    others = {"methods": {60}, "experts_views_teachers": {200, 400}, "frozen_heads": {0, 20}, "frozen_imbalance": {20}}
+    others = {
+        "methods": {60},
+        "experts_views_teachers": {200, 400},
+        "frozen_heads": {0, 20},
+        "frozen_imbalance": {20},
+        "strong_last_stage": {20},
+    }
     assert {run.epochs for run in runs} == others.get(name, {200})
     assert f"sweeps/{name}" not in list_recipes()
     path = recipes_folder() / "sweeps" / f"{name}.yaml"
@@ -69,7 +75,7 @@ def test_every_sweep_plans_and_says_what_it_yields(name):
 def create_method(recipe):
     """The method of a recipe with its network; as for a first stage, whatever it starts from."""
     kind, settings = resolve_method(recipe.method)
-    network = build_network(recipe.replace(reset="none"), CLASSES)
+    network = build_network(recipe if recipe.pretrained else recipe.replace(reset="none"), CLASSES)
     facts = Facts(np.arange(CLASSES, 0, -1), 1, previous_run(CLASSES))
     return kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
 

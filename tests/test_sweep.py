@@ -209,6 +209,13 @@ def test_a_fraction_of_the_epochs_moves_warm_up_and_milestones_and_names_the_fol
     assert (hundred.warmup_epochs, hundred.decay_milestones) == (2, [81, 91])
 
 
+def test_epochs_that_a_sweep_sets_are_its_schedule_and_others_shorten_it():
+    sweep = Sweep("heads", "mbib_resnet32.cifar100_lt_if100", set={"epochs": 20})
+    own, short = (plan(sweep, keys)[0] for keys in ({}, {"epochs": 5}))
+    assert (own.epochs, own.recipe_epochs, Path(own.recipe.output).name) == (20, 20, "heads")
+    assert (short.epochs, short.recipe_epochs, Path(short.recipe.output).name) == (5, 20, "heads-5e")
+
+
 @pytest.mark.parametrize("epochs", [10, 20, 40, 100, 200, 400])
 def test_the_learning_rate_falls_after_the_same_shares_of_any_number_of_epochs(epochs):
     recipe = load_recipe(find_recipe("cifar_resnet32.ce_cifar100_lt_if100"))

@@ -22,8 +22,8 @@ NOTHING = "–"
 # Above tables, and the column that says it.
 FROM_SCRATCH = "From scratch:"
 FROM_WEIGHTS = (
-    "These models, or their teachers, started from weights trained on other data. Compare them only with models "
-    "that started from the same weights, never with models trained from scratch."
+    "These models, or their teachers, started from trained weights. Compare them only with models that started from "
+    "the same weights, never with models trained from scratch."
 )
 STARTED = "started from"
 

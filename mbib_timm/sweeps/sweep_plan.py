@@ -50,7 +50,7 @@ class PlannedRun:
         coordinates: the value of each axis, by the axis's name.
         name: of the recipe, as `recipe_name` has it.
         recipe: resolved, with the folder that it writes to.
-        recipe_epochs: epochs that the sweep's recipes ask for by themselves, of the longest stage.
+        recipe_epochs: epochs that the sweep or its recipe asks for by itself, of the longest stage.
         settings: what was set from outside and computes something else, by address; without the epochs.
     """
 
@@ -226,7 +226,7 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
                 {axis: each.name for axis, each in by_axis.items()},
                 name,
                 recipe.everywhere(seed=seed, resume="auto").replace(experiment=label),
-                longest_epochs(recipe if "epochs" in of_axes else own),
+                longest_epochs(recipe) if "epochs" in of_axes else sweep.set.get("epochs", longest_epochs(own)),
                 _changed(own, recipe, {address: overrides[address] for address in overrides if address not in of_axes}),
             )
 
