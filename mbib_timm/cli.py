@@ -175,8 +175,8 @@ def sweep(flags: Parser) -> Action:
         type=positive,
         default=1,
         metavar="N",
-        help="runs at once, each in a process with one thread or OMP_NUM_THREADS threads (1: no further processes); "
-        "on one CUDA device they share its memory and time, and each has its own context, images and compiled code",
+        help="runs at once (1); above 1, each in a process of its own with one thread, or OMP_NUM_THREADS threads; on "
+        "one CUDA device they share memory and time, and each has its own context, images and compiled code",
     )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and which of them are done, then stop")
     add_recipe_flags(flags, [key for key in KEYS if key not in PER_RUN])
@@ -198,7 +198,7 @@ def sweep(flags: Parser) -> Action:
 
 def add_data_flags(flags: Parser, split: str) -> None:
     """Add the flags that say which data a trained model is looked at on; `split` is the help of the second."""
-    flags.add_argument("--recipe", help="recipe that names the data, for targets other than a run's folder")
+    flags.add_argument("--recipe", help="recipe that names the data, for models other than a run's folder")
     flags.add_argument("--split", help=split)
 
 

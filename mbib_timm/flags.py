@@ -18,7 +18,7 @@ from mbib_timm.recipe import KEYS, TYPES, Recipe, check_key
 from mbib_timm.recipe.declared import find_method
 from mbib_timm.recipe.keys import LARGEST_SEED, MOST_WORKERS
 
-UNCHANGED = "when not given, taken from the recipe or the model's own recipe"
+UNCHANGED = "when not given, as in the recipe, or in the one that the model was trained with"
 LONGEST_ERROR = 500  # characters of an error of argparse, which cuts no value
 DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.DOTALL)
 
