@@ -353,30 +353,20 @@ CASES = {
         r"--csv t\.csv: the existing file is not a table of this command, and is not replaced",
     ),
     # Groups
-    "groups: level": (folder("--group-by", "folder:0"), "'group_by'.*folder:N with N from 1.*'folder:0'"),
     "groups: too deep": (
         folder("--group-by", "folder:3"),
         "'group_by': folder:3 gives no image a group, such as images/",
     ),
-    "groups: kind": (folder("--group-by", "site"), "'group_by': expected column, folder:N .*'site'"),
-    "groups: expression": (folder("--group-by", "pattern:("), "'group_by': '\\(' is not a regular expression"),
-    "groups: parentheses": (folder("--group-by", "pattern:[0-9]+"), "'group_by'.*no group in parentheses"),
     "groups: nothing found": (folder("--group-by", "pattern:(site)"), r"'group_by': pattern:\(site\) gives no image"),
-    "groups: column": (folder("--group-by", "column"), "'group_by'.*dataset: table"),
     "groups: no such column": (
         with_file("t.csv", ROWS, folder("--dataset", "table", "--table", "t.csv", "--group-by", "column")),
         r"t\.csv has no groups: there is no column 'group', .*--group-column",
     ),
     "groups: one of each class": (folder("--group-by", "pattern:([a-z]+)/"), "'group_by'.*nothing can be held out"),
     # Class weights
-    "weights: name": (folder("--class-weights", "balancd"), "'class_weights' 'balancd'.*'balanced'"),
-    "weights: number": (folder("--class-weights", "effective:1"), "'class_weights': effective takes a beta.*below 1"),
     "weights: no file": (folder("--class-weights", "gone.csv"), r"class weights gone\.csv"),
     "weights: class left out": (weights("ant,1\nbee,2\ncat,3\n"), r"weights\.csv has no weight for 'dog'"),
     "weights: unknown class": (weights("ant,1\nbee,2\ncat,3\ndogs,4\n"), r"weights\.csv.*'dogs': did you mean 'dog'"),
-    "weights: negative": (weights("ant,1\nbee,-2\ncat,3\ndog,4\n"), r"weights\.csv: class 'bee'.*above 0, got '-2'"),
-    "weights: not UTF-8": (weights(b"\xe4,1\n"), r"class weights weights\.csv: byte 0 is not UTF-8"),
-    "weights: nested": (weights("ant: {a: 1}\n", "w.yaml"), r"class weights w\.yaml: class 'ant': expected a number"),
     "weights: method": (
         with_file("w.yaml", "ant: 1\n", folder("--class-weights", "w.yaml", "--method", "paco")),
         "'class_weights': method 'paco'",
