@@ -128,13 +128,6 @@ def test_the_last_stages_result_is_the_result_and_each_stage_is_a_run(crt):
     assert priors == ["train", "uniform"]
 
 
-@pytest.mark.slow
-def test_a_stage_alone_is_the_same_as_the_first_of_two(crt, tmp_path):
-    path, _ = crt
-    alone = train(recipe_of(tmp_path, [{"method": "ce"}]), "alone")
-    assert not differing(alone.folder, path / "runs" / "whole" / "stage1-ce")
-
-
 # What is frozen, trained, and started anew
 
 
@@ -585,9 +578,6 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
         ([{"method": "ce"}, {"method": "crt", "aa": "v0", "loader": "resident"}], {}, r"'aa'. works on single"),
         (CE_TAU, {"imbalance": "none", "imbalance_max": None}, r"every image is trained or tested on.*holdout: 0\.1"),
         ([{"method": "ce"}, {"method": "ce", "cuda_graph": True}], {}, r"'cuda_graph': a step cannot be captured with"),
-        ([{"method": "ce"}, "crt"], {}, r"stage 2: expected keys and values, got 'crt'"),
-        ([], {}, r"'stages': expected a list of stages"),
-        ({"method": "ce"}, {}, r"'stages': expected a list of stages"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip

@@ -255,13 +255,6 @@ def test_kill_9_and_resume_auto(finished, tmp_path):
     assert same_weights(folder, tmp_path / "killed")
 
 
-@pytest.mark.slow
-def test_a_finished_run_resumes_to_the_same_result(finished, tmp_path):
-    folder, record = finished
-    again = train(digits(folder.parent, resume=str(folder)), "whole")
-    assert again.record.result == record.result
-
-
 @pytest.mark.parametrize("sched", SCHEDULES)
 def test_the_rate_of_an_epoch_depends_on_the_epoch_alone(sched):
     """So a run may go on from anywhere by the schedule of any recipe."""
@@ -405,15 +398,6 @@ def test_a_resumed_run_keeps_the_loader_that_it_chose(finished, monkeypatch):
     assert train(digits(folder.parent, resume="auto"), "whole").record.loader == "resident"
     with pytest.raises(CheckpointError, match=r"another recipe: loader \('resident' there, 'timm' asked for\)"):
         train(digits(folder.parent, resume="auto", loader="timm"), "whole")
-
-
-@pytest.mark.slow
-def test_an_occupied_folder_is_refused(finished):
-    folder, _ = finished
-    with pytest.raises(MbibError, match=r"already holds a run.*--resume auto"):
-        train(digits(folder.parent), "whole")
-    with pytest.raises(CheckpointError, match=r"another recipe: lr \(.* there, 0\.5 asked for\)"):
-        train(digits(folder.parent, resume="auto", lr=0.5), "whole")
 
 
 @pytest.mark.slow
