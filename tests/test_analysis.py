@@ -340,12 +340,6 @@ def test_every_kind_of_features_shows_the_same_images():
     assert embed(features, labels, counts).classes == spread_classes(labels, counts)
 
 
-def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
-        tsne(np.eye(5), seed=0)
-
-
 # Calibration.
 
 
