@@ -767,35 +767,6 @@ def test_invariance_to_a_constant_in_the_logits_and_to_the_order_of_the_classes(
 # Cross-entropy, balanced softmax, focal loss: numbers computed elsewhere
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "expected"),
-    [
-        ("ce", {}, 2.014641),
-        ("crt", {}, 2.014641),
-        ("bsce", {}, 3.841869),
-        ("focal", {"gamma": 0.0}, 2.014641),
-        ("focal", {"gamma": 1.0}, 1.783562),
-        ("focal", {}, 1.641801),
-        ("ldam_drw", {"max_margin": 0.0}, 2.014641),
-    ],
-)
-def test_losses_on_three_classes(name, settings, expected):
-    loss = loss_of(name, {"logits": LOGITS}, TARGETS, counts=FEW, **settings)
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_neutral_constants_give_the_cross_entropy():
-    logits, targets = random_logits(("logits",))
-    expected = F.cross_entropy(logits["logits"], targets)
-    equal = [40] * 5
-    for name, settings in {"ce": {}, "focal": {"gamma": 0}, "bsce": {}, "ldam_drw": {"max_margin": 0}}.items():
-        torch.testing.assert_close(loss_of(name, logits, targets, counts=equal, **settings), expected)
-    uniform = {"logits": torch.zeros(4, 5, dtype=torch.float64)}
-    for name in ("ce", "bsce"):
-        loss = loss_of(name, uniform, torch.arange(4), counts=equal)
-        assert loss.item() == pytest.approx(math.log(5))
-
-
 # LDAM-DRW
 
 
@@ -1138,13 +1109,6 @@ def test_without_logit_adjustment_the_terms_are_plain_cross_entropies(name):
     # Plain logits are for the frequencies of the training images; adjusted ones for uniform frequencies.
     assert method.logit_prior == "train"
     assert make(name, OBSERVATIONS).logit_prior == "uniform"
-
-
-def test_plain_losses_without_class_weights_or_distillation_are_cross_entropies():
-    logits, targets = random_logits()
-    expected = sum(F.cross_entropy(logits[head], targets) for head in ("v3", "z"))
-    loss = loss_of("bib", logits, targets, logit_adjustment=False, class_weight_power=0.0, beta=0.0)
-    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.1, 1.0])
