@@ -51,6 +51,15 @@ def epoch(loader, number):
     return tuple(torch.cat(parts) for parts in zip(*((b.images, b.targets, b.index) for b in batches), strict=True))
 
 
+def noise_batches(images=25, batch=10):
+    """Batches of noise with labels of seven classes, and all their images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 3, 16, 16, generator=generator)
+    y = torch.randint(0, 7, (images,), generator=generator)
+    parts = zip(x.split(batch), y.split(batch), torch.arange(images).split(batch), strict=True)
+    return [Batch((views,), targets, index) for views, targets, index in parts], x, y
+
+
 def image_folder(root):
     """Class folders of 6 and 4 images, of different sizes."""
     rng = np.random.RandomState(0)

@@ -13,7 +13,7 @@ import torch
 from sklearn import linear_model, metrics
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
-from small_data import PEAK_MEMORY
+from small_data import PEAK_MEMORY, noise_batches
 from torch import nn
 
 from mbib_timm.analysis.analysis_record import six_digits
@@ -30,7 +30,6 @@ from mbib_timm.analysis.measures import (
     reliability,
 )
 from mbib_timm.analysis.outputs import collect_outputs
-from mbib_timm.data import Batch
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import AnswerLog, batch_statistics, evaluate
@@ -54,20 +53,12 @@ def mbib(**kwargs):
     return model
 
 
-def batches(images=25, batch=10):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, 3, 16, 16, generator=generator)
-    y = torch.randint(0, 7, (images,), generator=generator)
-    parts = zip(x.split(batch), y.split(batch), torch.arange(images).split(batch), strict=True)
-    return [Batch((views,), targets, index) for views, targets, index in parts], x, y
-
-
 # Outputs.
 
 
 @pytest.mark.parametrize("prediction", ["mean", "v", "z"])
 def test_metrics_are_those_of_evaluate(prediction):
-    model, (loader, _, y) = mbib(prediction=prediction), batches()
+    model, (loader, _, y) = mbib(prediction=prediction), noise_batches()
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog())
     assert list(outputs.metrics) == list(outputs.heads)
@@ -78,7 +69,7 @@ def test_metrics_are_those_of_evaluate(prediction):
 @torch.no_grad()
 def test_features_are_those_that_the_modules_give(prediction):
     """Dropout of one half stands between features and classifiers; it must not touch them."""
-    model, (loader, x, _) = mbib(prediction=prediction), batches()
+    model, (loader, x, _) = mbib(prediction=prediction), noise_batches()
     features = collect_outputs(model, loader, COUNTS, device=CPU).features
     model.eval()
     pooled = model.backbone.forward_intermediates(x, indices=model.taps)[0].mean(dim=(2, 3))
@@ -95,7 +86,7 @@ def test_features_are_those_that_the_modules_give(prediction):
 
 
 def test_heads_are_those_of_forward_heads():
-    model, (loader, x, y) = mbib(), batches()
+    model, (loader, x, y) = mbib(), noise_batches()
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     assert list(outputs.heads) == ["prediction", "v1", "v2", "v3", "z"]
     with torch.no_grad():
@@ -109,7 +100,7 @@ def test_heads_are_those_of_forward_heads():
 
 
 def test_equal_logits_are_ranked_as_evaluate_ranks_them():
-    model, (loader, _, _) = mbib(taps=(9,)), batches()
+    model, (loader, _, _) = mbib(taps=(9,)), noise_batches()
     with torch.no_grad():
         for layer in model.get_classifier():
             layer.weight.zero_()
@@ -122,7 +113,7 @@ def test_equal_logits_are_ranked_as_evaluate_ranks_them():
 
 @torch.no_grad()
 def test_a_plain_model_gives_its_pooled_features():
-    model, (loader, x, _) = timm.create_model("cifar_resnet20", num_classes=7, drop_rate=0.5), batches()
+    model, (loader, x, _) = timm.create_model("cifar_resnet20", num_classes=7, drop_rate=0.5), noise_batches()
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     assert list(outputs.heads) == ["prediction"]
     assert model.training
@@ -133,7 +124,7 @@ def test_a_plain_model_gives_its_pooled_features():
 
 
 def test_channels_last_changes_nothing():
-    model, (loader, _, _) = mbib(), batches()
+    model, (loader, _, _) = mbib(), noise_batches()
     plain = collect_outputs(model, loader, COUNTS, device=CPU)
     seen = []
     model.backbone.conv1.register_forward_pre_hook(
@@ -145,7 +136,7 @@ def test_channels_last_changes_nothing():
 
 
 def test_what_cannot_be_collected():
-    loader, _, _ = batches()
+    loader, _, _ = noise_batches()
     with pytest.raises(DataError, match="no image"):
         collect_outputs(mbib(), [], COUNTS, device=CPU)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
@@ -340,17 +331,11 @@ def test_every_kind_of_features_shows_the_same_images():
     assert embed(features, labels, counts).classes == spread_classes(labels, counts)
 
 
-def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[analyze\]'"):
-        tsne(np.eye(5), seed=0)
-
-
 # Calibration.
 
 
 def test_reliability_against_a_naive_loop_and_the_metrics():
-    model, (loader, x, y) = mbib(), batches(images=200, batch=50)
+    model, (loader, x, y) = mbib(), noise_batches(images=200, batch=50)
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     with torch.no_grad():
         logits = head_logits(model.eval(), x)

@@ -13,7 +13,6 @@ from sklearn import metrics as reference
 from small_data import arrays, class_folders
 
 from mbib_timm.data import open_split
-from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import Answers, answer_files
 from mbib_timm.evaluation.answer_files import read_confusion, read_errors, write_answers, write_errors
 from mbib_timm.recipe import Recipe
@@ -90,14 +89,6 @@ def test_classes_without_names_are_numbers(tmp_path):
     split, answers = made_up()
     write_answers(tmp_path, answers, split, COUNTS, None, None)
     assert read_confusion(tmp_path).names == ("0", "1", "2", "3")
-
-
-@pytest.mark.parametrize("content", ["", "a,b\n1\n", "class \\ predicted,a\na,x\n", "class \\ predicted,a,b\na,1,2\n"])
-def test_another_file_is_no_confusion_matrix(tmp_path, content):
-    assert read_confusion(tmp_path) is None
-    (tmp_path / "confusion.csv").write_text(content)
-    with pytest.raises(MbibError, match=r"confusion\.csv does not hold a confusion matrix"):
-        read_confusion(tmp_path)
 
 
 def test_paths_are_below_the_folder_of_the_data(tmp_path):

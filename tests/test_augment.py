@@ -11,7 +11,7 @@ from small_data import cut, settled
 from timm.data import auto_augment as timms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from mbib_timm.data import choose_loader, create_loaders, open_data
+from mbib_timm.data import create_loaders, open_data
 from mbib_timm.data.augment import (
     Augmentation,
     ColorJitter,
@@ -370,35 +370,3 @@ def test_views_have_policies_of_their_own(kind):
     _, evaluated = loader_of(kind, dict(train_crop_mode="none", crop_pct=1.0))
     expected = {int(i): image for b in epoch(evaluated) for i, image in zip(b.index, b.images, strict=True)}
     assert all(torch.equal(image, expected[int(i)]) for i, image in zip(batch.index, whole, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["resident", "timm"])
-def test_an_epoch_is_a_function_of_seed_and_number(kind):
-    (one, two, later, other) = (
-        torch.cat([batch.images for batch in epoch(loader_of(kind, STRONG, seed=seed)[1], number)])
-        for seed, number in ((0, 1), (0, 1), (0, 2), (1, 1))
-    )
-    assert torch.equal(one, two)
-    assert not torch.equal(one, later)
-    if kind == "resident":
-        assert not torch.equal(one, other)
-
-
-def test_resident_epochs_do_not_depend_on_pieces(monkeypatch):
-    from mbib_timm.data import loaders
-
-    whole = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
-    monkeypatch.setattr(loaders, "PIECE_BYTES", 1)
-    pieces = [batch.views for batch in epoch(loader_of("resident", STRONG, [{}, {"cutout": 0}])[1])]
-    assert all(torch.equal(*pair) for both in zip(whole, pieces, strict=True) for pair in zip(*both, strict=True))
-
-
-def test_policies_of_timms_take_timms_loader():
-    settings = load_recipe(find_recipe("mbib_resnet20.digits"), dict(aa="augmix-m3-w3", workers=0, device="cpu"))
-    splits = open_data(settings)
-    assert choose_loader(splits, settings, (3, 16, 16), CPU) == "timm"
-    with pytest.raises(
-        MbibError, match=r"a policy of timm's .recipe key 'aa'. works on single images; use loader: timm"
-    ):
-        choose_loader(splits, settings.replace(loader="resident"), (3, 16, 16), CPU)
-    assert choose_loader(splits, settings.replace(aa="cifar10"), (3, 16, 16), CPU) == "resident"

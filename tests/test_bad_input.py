@@ -1,11 +1,9 @@
 """Bad input to the commands: one message that names what is at fault, exit status 2, and nothing half-written."""
 
-import gzip
 import os
 import re
 import shutil
 import sys
-import tarfile
 from functools import partial
 
 import pytest
@@ -176,64 +174,15 @@ def truncated(root):
     return "x.tar"
 
 
-def truncated_gzip(root):
-    with tarfile.open(root / "x.tar.gz", "w:gz") as tar:
-        tar.add(root / "images", "images")
-    content = (root / "x.tar.gz").read_bytes()
-    write(root / "x.tar.gz", content[: len(content) // 2])
-    return "x.tar.gz"
-
-
-def not_a_tar(root):
-    write(root / "x.tar", b"no archive " * 1000)
-    return "x.tar"
-
-
 def a_zip(root):
     shutil.make_archive(str(root / "x"), "zip", root / "images")
     return "x.zip"
-
-
-def sparse(root):
-    header = tarfile.TarInfo("ant/1.png")
-    header.size, header.pax_headers = 512, {"GNU.sparse.map": "0,512", "GNU.sparse.size": "1024"}
-    write(root / "x.tar", header.tobuf(tarfile.PAX_FORMAT) + bytes(512) + bytes(1024))
-    return "x.tar"
-
-
-def empty_file(root):
-    write(root / "x.tar", b"")
-    return "x.tar"
-
-
-def empty_tar(root):
-    write(root / "x.tar", tar_bytes({}))
-    return "x.tar"
 
 
 def broken_images(root):
     names = ("ant/1.png", "ant/2.png", "bee/1.png", "bee/2.png")
     unpacked(root / "data", dict.fromkeys(names, b"no image"))
     return "data"
-
-
-def zip_named_tar(root):
-    shutil.make_archive(str(root / "x"), "zip", root / "images")
-    (root / "x.zip").rename(root / "x.tar")
-    return "x.tar"
-
-
-def bomb(root):
-    write(root / "x.tgz", gzip.compress(tar_bytes(CLASSES) + bytes(80 * 2**20), 1))
-    return "x.tgz"
-
-
-def back_and_forth(root):
-    header = tarfile.TarInfo("ant/1.png").tobuf(tarfile.GNU_FORMAT)
-    header = header[:124] + b"\xff" * 10 + b"\xfe\0" + header[136:]  # a size of -512
-    total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
-    write(root / "x.tar", header[:148] + b"%06o\0 " % total + header[156:] + bytes(1024))
-    return "x.tar"
 
 
 def pipe(root):
@@ -272,18 +221,10 @@ PLACES = {
     "unknown class in validation": (unknown_class_in_validation, "'Bees'.*did you mean 'bee'"),
     "not permitted": (not_permitted, "data"),
     "truncated": (truncated, r"cannot read x\.tar as a tar archive: truncated"),
-    "truncated gzip": (truncated_gzip, r"cannot read x\.tar\.gz"),
-    "not a tar": (not_a_tar, r"cannot read x\.tar"),
     "a zip": (a_zip, r"x\.zip is an archive of an unsupported kind \(supported: \.tar, .*\); unpack it$"),
-    "sparse": (sparse, r"cannot read x\.tar as a tar archive: ant/1\.png is a sparse member; pack"),
-    "a zip named tar": (zip_named_tar, r"x\.tar is an archive of another kind \(zip\) than its name says; unpack it$"),
-    "a bomb": (bomb, r"x\.tgz has 0\.\d MB and unpacks to more than 64, which are not held in memory; unpack it$"),
-    "negative size": (back_and_forth, r"cannot read x\.tar as a tar archive: \w+"),
     "a pipe": (pipe, r"x\.tar is (a file of another kind|neither a folder nor a supported archive)"),
     "only pipes": (only_pipes, r"no images in .*devices, pipes and sockets: 1 \(ant/1\.png\)"),
     "not UTF-8": (not_text, r"'data_dir': expected text in UTF-8"),
-    "empty file": (empty_file, r"x\.tar"),
-    "empty tar": (empty_tar, r"x\.tar"),
 }
 
 IMAGES = "ant/0.png 0\nbee/0.png 1\n"
@@ -412,30 +353,20 @@ CASES = {
         r"--csv t\.csv: the existing file is not a table of this command, and is not replaced",
     ),
     # Groups
-    "groups: level": (folder("--group-by", "folder:0"), "'group_by'.*folder:N with N from 1.*'folder:0'"),
     "groups: too deep": (
         folder("--group-by", "folder:3"),
         "'group_by': folder:3 gives no image a group, such as images/",
     ),
-    "groups: kind": (folder("--group-by", "site"), "'group_by': expected column, folder:N .*'site'"),
-    "groups: expression": (folder("--group-by", "pattern:("), "'group_by': '\\(' is not a regular expression"),
-    "groups: parentheses": (folder("--group-by", "pattern:[0-9]+"), "'group_by'.*no group in parentheses"),
     "groups: nothing found": (folder("--group-by", "pattern:(site)"), r"'group_by': pattern:\(site\) gives no image"),
-    "groups: column": (folder("--group-by", "column"), "'group_by'.*dataset: table"),
     "groups: no such column": (
         with_file("t.csv", ROWS, folder("--dataset", "table", "--table", "t.csv", "--group-by", "column")),
         r"t\.csv has no groups: there is no column 'group', .*--group-column",
     ),
     "groups: one of each class": (folder("--group-by", "pattern:([a-z]+)/"), "'group_by'.*nothing can be held out"),
     # Class weights
-    "weights: name": (folder("--class-weights", "balancd"), "'class_weights' 'balancd'.*'balanced'"),
-    "weights: number": (folder("--class-weights", "effective:1"), "'class_weights': effective takes a beta.*below 1"),
     "weights: no file": (folder("--class-weights", "gone.csv"), r"class weights gone\.csv"),
     "weights: class left out": (weights("ant,1\nbee,2\ncat,3\n"), r"weights\.csv has no weight for 'dog'"),
     "weights: unknown class": (weights("ant,1\nbee,2\ncat,3\ndogs,4\n"), r"weights\.csv.*'dogs': did you mean 'dog'"),
-    "weights: negative": (weights("ant,1\nbee,-2\ncat,3\ndog,4\n"), r"weights\.csv: class 'bee'.*above 0, got '-2'"),
-    "weights: not UTF-8": (weights(b"\xe4,1\n"), r"class weights weights\.csv: byte 0 is not UTF-8"),
-    "weights: nested": (weights("ant: {a: 1}\n", "w.yaml"), r"class weights w\.yaml: class 'ant': expected a number"),
     "weights: method": (
         with_file("w.yaml", "ant: 1\n", folder("--class-weights", "w.yaml", "--method", "paco")),
         "'class_weights': method 'paco'",

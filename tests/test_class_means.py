@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from crashes import crash, differing, weights
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 from torch import nn
@@ -248,38 +248,21 @@ def recipe_of(path, recipe="mbib_resnet20.digits", **keys):
 COSINE = {"model_kwargs": {"classifier": "cosine", "drop_rate": 0.2}, "classifier_start": "class_means"}
 
 
-class CrashError(Exception):
-    """Stands for a crash."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [0, 1])
 def test_a_run_that_is_resumed_is_bit_identical_and_starts_its_classifiers_once(tmp_path, monkeypatch, stop_at):
     groups = {"classifier": {"lr_scale": 3.0, "weight_decay": 0.0}}
     recipe = recipe_of(tmp_path, **COSINE, param_groups=groups, model_ema=True, checkpoint_seconds=0)
     starts = []
-    original_start, original_epoch = run_module.start_from_class_means, run_module.train_one_epoch
-    monkeypatch.setattr(
-        run_module, "start_from_class_means", lambda *args: (starts.append(args[0]), original_start(*args))
-    )
+    original = run_module.start_from_class_means
+    monkeypatch.setattr(run_module, "start_from_class_means", lambda *args: (starts.append(args[0]), original(*args)))
     whole = train(recipe, "whole")
-
-    def crash(*args, **kwargs):
-        if args[4].epoch == stop_at:
-            raise CrashError
-        return original_epoch(*args, **kwargs)
-
-    monkeypatch.setattr(run_module, "train_one_epoch", crash)
-    with pytest.raises(CrashError):
-        train(recipe, "broken")
-    monkeypatch.setattr(run_module, "train_one_epoch", original_epoch)
+    crash(recipe, "broken", stop_at)
     random.seed(7)
     torch.manual_seed(7)
     resumed = train(recipe.replace(resume="auto"), "broken")
     assert len(starts) == (2 if stop_at else 3), "what fails before its first update leaves nothing to go on from"
-    one, other = (load_file(run.folder / "model.safetensors") for run in (whole, resumed))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not differing(whole.folder, resumed.folder)
     assert whole.record.result == resumed.record.result
     saved = load_recipe(whole.folder / "recipe.yaml")
     assert (saved.classifier_start, saved.param_groups) == ("class_means", groups)
@@ -290,7 +273,7 @@ def test_the_first_epochs_classifiers_are_class_means_of_the_training_images(tmp
     """At next to no learning rate the result is what it started from, the moving average included."""
     keys = dict(epochs=1, warmup_epochs=0, lr=1e-12, model_ema=True)
     run = train(recipe_of(tmp_path, **COSINE, **keys), "run")
-    rows = load_file(run.folder / "model.safetensors")["observation.classifier.weight"]
+    rows = weights(run.folder)["observation.classifier.weight"]
     random_start = train(recipe_of(tmp_path, model_kwargs=COSINE["model_kwargs"], **keys), "random")
     assert run.heads["v3"].top1 > random_start.heads["v3"].top1 + 20
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(10))
@@ -305,7 +288,7 @@ def test_ncm_as_a_stage_after_linear_classifiers(tmp_path, capsys):
     config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
     assert config["model_args"]["classifier"] == "cosine"
     assert (config["logit_prior"], metrics["stages"]) == ("uniform", ["ce", "ncm"])
-    first, second = (load_file(each / "model.safetensors") for each in (folder / "stage1-ce", folder))
+    first, second = (weights(each) for each in (folder / "stage1-ce", folder))
     assert first.keys() - second.keys() == {"fc.bias"}
     assert {key for key in second if not torch.equal(first[key], second[key])} == {"fc.weight"}
 

@@ -234,21 +234,8 @@ def test_nor_does_the_command_itself_import_them(tmp_path, words):
 def test_every_recipe_key_is_a_flag():
     for key in TYPES:
         assert flag(key) == f"--{key.replace('_', '-')}"
-    arguments = parse(
-        [
-            "train",
-            "--lr",
-            "0.5",
-            "--no-amp",
-            "--mean",
-            "0.1",
-            "0.2",
-            "0.3",
-            "--model-kwargs",
-            "taps=[1,2]",
-            "in_chans=1",
-        ]
-    )
+    flags = "--lr 0.5 --no-amp --mean 0.1 0.2 0.3 --model-kwargs taps=[1,2] in_chans=1"
+    arguments = parse(["train", *flags.split()])
     assert recipe_overrides(arguments) == {
         "lr": 0.5, "amp": False, "mean": [0.1, 0.2, 0.3], "model_kwargs": {"taps": [1, 2], "in_chans": 1},
     }  # fmt: skip

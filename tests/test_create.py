@@ -99,6 +99,7 @@ def test_single_image_policies_take_timms_loader():
     assert choose_loader(data, recipe(loader="auto", **policy), SIZE, CPU) == "timm"
     with pytest.raises(MbibError, match=r"loader: resident .* 'aa'.* use loader: timm"):
         choose_loader(data, recipe(**policy), SIZE, CPU)
+    assert choose_loader(data, recipe(loader="auto", aa="cifar10"), SIZE, CPU) == "resident"
 
 
 def test_runs_of_one_process_share_opened_data_and_images(tmp_path):

@@ -246,14 +246,6 @@ def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_pat
             "there is no ./nowhere: expected a folder or archive (.tar, .tar.gz, .tgz) of images, a table",
         ),
         (["digitz"], "or a recipe; unknown recipe 'digitz'"),
-        (["PHOTOS", "--figure", "x.jpg"], "--figure x.jpg: expected a name that ends in .png, .pdf, .svg"),
-        (["PHOTOS", "--csv", "photos/stray.png/x.csv"], "cannot make the folder photos/stray.png: photos/stray.png is"),
-        (
-            ["pictures.zip"],
-            "pictures.zip is an archive of an unsupported kind (supported: .tar, .tar.gz, .tgz); unpack",
-        ),
-        (["PHOTOS", "--broken", "stop"], "images that cannot be read: 1; --broken skip leaves them out\n  "),
-        (["PHOTOS", "--group-by", "folder:2"], "folder:2 gives no image a group"),
         (["--dataset", "table", "--table", "my t.csv", "--data-dir", "D"], "mbib data 'my t.csv' --data-dir D\n"),
         (["--data-dir", "D"], "the folder, table or recipe goes first, without a flag: mbib data D\n"),
         ([], "without a flag: mbib data DIR\n"),
@@ -267,7 +259,6 @@ def test_names_of_any_bytes_go_through_tables_figures_and_splits(capsys, tmp_pat
 )
 def test_what_cannot_be_done_is_said(photos, capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "pictures.zip", b"PK")
     before = sorted(tmp_path.rglob("*"))
     given = [str(photos) if word == "PHOTOS" else word for word in words]
     assert main(["data", *given, *([] if "--lr" in words else ["--workers", "0"])]) == 2

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.multiprocessing as mp
 import yaml
+from small_data import noise_batches
 
 from mbib_timm.analysis.outputs import collect_outputs
 from mbib_timm.data import Batch
@@ -39,16 +40,8 @@ def model():
     return MBIB("cifar_resnet20", taps=(3, 6, 9), num_classes=7)
 
 
-def batches(images=25, batch=10):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, 3, 16, 16, generator=generator)
-    y = torch.randint(0, 7, (images,), generator=generator)
-    parts = zip(x.split(batch), y.split(batch), torch.arange(images).split(batch), strict=True)
-    return [Batch((views,), targets, index) for views, targets, index in parts], x, y
-
-
 def test_every_head_and_the_prediction(model):
-    loader, x, y = batches()
+    loader, x, y = noise_batches()
     results = evaluate(model, loader, COUNTS, device=CPU)
     assert list(results) == ["prediction", "v1", "v2", "v3", "z"]
     with torch.no_grad():
@@ -62,7 +55,7 @@ def test_every_head_and_the_prediction(model):
 
 
 def test_a_shift_moves_the_logits_of_every_head(model):
-    loader, x, y = batches()
+    loader, x, y = noise_batches()
     shift = torch.tensor([0.5, -1.0, 2.0, -1e4, 0.0, 1.0, 0.3])
     results = evaluate(model, loader, COUNTS, device=CPU, shift=shift)
     with torch.no_grad():
@@ -99,17 +92,9 @@ def named_heads(model, x):
     return {"prediction": model.eval()(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
 
 
-@pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
-@torch.no_grad()
-def test_the_prediction_is_what_the_model_returns(name):
-    model = timm.create_model(name, num_classes=7).eval()
-    _, x, _ = batches()
-    torch.testing.assert_close(head_logits(model, x)["prediction"], model(x))
-
-
 def test_a_plain_model_has_a_prediction_alone():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
-    loader, x, y = batches()
+    loader, x, y = noise_batches()
     results = evaluate(model, loader, COUNTS, device=CPU)
     assert list(results) == ["prediction"]
     correct = (model(x).argmax(1) == y).sum().item()
@@ -120,7 +105,7 @@ def test_a_plain_model_has_a_prediction_alone():
 def test_the_model_is_evaluated_in_evaluation_mode_and_keeps_its_own(model, training):
     model.train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    loader, _, _ = batches()
+    loader, _, _ = noise_batches()
     evaluate(model, loader, COUNTS, device=CPU)
     assert model.training == training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -128,7 +113,7 @@ def test_the_model_is_evaluated_in_evaluation_mode_and_keeps_its_own(model, trai
 
 def test_an_error_of_the_loader_leaves_the_models_mode(model):
     def loader():
-        yield from batches()[0]
+        yield from noise_batches()[0]
         raise DataError("cannot read image.png")
 
     with pytest.raises(DataError, match=r"image\.png"):
@@ -137,7 +122,7 @@ def test_an_error_of_the_loader_leaves_the_models_mode(model):
 
 
 def test_channels_last_and_autocast(model):
-    loader, _, _ = batches()
+    loader, _, _ = noise_batches()
     plain = evaluate(model, loader, COUNTS, device=CPU)
     last = evaluate(model.to(memory_format=torch.channels_last), loader, COUNTS, device=CPU, channels_last=True)
     half = evaluate(model, loader, COUNTS, device=CPU, amp_dtype=torch.bfloat16)
@@ -148,7 +133,7 @@ def test_channels_last_and_autocast(model):
 
 
 def test_a_log_has_the_answer_for_every_image_in_the_order_of_the_split(model):
-    loader, x, y = batches()
+    loader, x, y = noise_batches()
     order = torch.randperm(25, generator=torch.Generator().manual_seed(1))
     shuffled = [Batch((x[i],), y[i], i) for i in order.split(10)]
     log = AnswerLog()
@@ -169,7 +154,7 @@ def test_a_log_has_the_answer_for_every_image_in_the_order_of_the_split(model):
 
 
 def test_images_of_a_group_count_as_one_in_the_intervals_of_every_head(model):
-    loader = batches()[0][1:]  # images 10 to 24 of the split, which are of groups 2 to 4
+    loader = noise_batches()[0][1:]  # images 10 to 24 of the split, which are of groups 2 to 4
     groups = np.array([f"group {i // 5}" for i in range(25)])
     results = evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog(groups))
     outputs = collect_outputs(model, loader, COUNTS, device=CPU, groups=groups)
@@ -180,7 +165,7 @@ def test_images_of_a_group_count_as_one_in_the_intervals_of_every_head(model):
 
 def test_the_answers_of_several_processes_come_together(model, monkeypatch):
     """The other process has the first batch; tests/test_cli.py runs two real ones."""
-    loader, _, _ = batches()
+    loader, _, _ = noise_batches()
     whole, share, other = AnswerLog(), AnswerLog(), AnswerLog()
     evaluate(model, loader, COUNTS, device=CPU, answers=whole)
     evaluate(model, loader[:1], COUNTS, device=CPU, answers=other)
@@ -210,12 +195,12 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_heads(model):
         MbibError,
         match=r"logits of prediction and 1 more are not .* float32 cannot hold them; .*--clip-grad 1",
     ):
-        evaluate(model, batches()[0], COUNTS, device=CPU)
+        evaluate(model, noise_batches()[0], COUNTS, device=CPU)
 
 
 def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypatch):
     """The other process has everything; tests/test_cli.py runs two real ones."""
-    loader, _, _ = batches()
+    loader, _, _ = noise_batches()
     sent = []
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, source: None)
@@ -237,7 +222,7 @@ def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypa
 
 
 def test_the_table_shows_groups_counts_and_heads():
-    _, x, y = batches()
+    _, x, y = noise_batches()
     logits = x.flatten(1)[:, :7]
     result = summarize(batch_statistics(logits, y), COUNTS)
     empty = replace(result, few=None)
@@ -273,7 +258,7 @@ def test_the_line_of_an_epoch_has_the_names_of_the_tables_columns():
 
 
 def test_the_table_of_data_without_few_shot_classes():
-    _, x, y = batches()
+    _, x, y = noise_batches()
     counts = np.full(7, 300)
     lines = accuracy_table({"prediction": summarize(batch_statistics(x.flatten(1)[:, :7], y), counts)}, counts)
     assert [line.split()[-1] for line in lines.splitlines()[2:7]] == ["0", "0", "–", "0", "0"]

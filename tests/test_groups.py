@@ -206,12 +206,6 @@ def test_groups_on_both_sides_are_said(tmp_path):
     assert open_data(tail.replace(group_by="folder:1")).shared[0].endswith(" belong to groups that are trained on")
 
 
-def test_groups_that_leave_nothing_to_hold_out(tmp_path):
-    root = unpacked(tmp_path / "data", {f"{label}/{label}/{i}.png": png(i) for label in "ab" for i in range(3)})
-    with pytest.raises(DataError, match="with folder:1 nothing can be held out, because every group holds a"):
-        open_data(Recipe(dataset="folder", data_dir=str(root), group_by="folder:1"))
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

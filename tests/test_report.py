@@ -475,10 +475,8 @@ def test_an_errors_file_that_loads_from_elsewhere_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "there is no .*nowhere: expected the folder of a run"),
         (lambda folder: folder.write_text(""), "nowhere is a file: expected the folder"),
         (lambda folder: folder.mkdir(), "holds neither metrics.json nor sweep.json"),
-        (lambda folder: (folder.mkdir(), (folder / "metrics.json").write_text("{")), "does not hold the record"),
         (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{}")), "does not hold results of a sweep"),
     ],
 )
@@ -817,20 +815,6 @@ def test_the_same_results_give_the_same_report(tmp_path):
         for name in ("one", "two")
     )
     assert first == second
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([str(MBIB), "-o", "report.pdf"], "expected the name of an HTML file, such as report.html"),
-        (["mbib_resnet32.cifar100_lt_if1"], "there is no mbib_resnet32.cifar100_lt_if1: expected"),
-    ],
-)
-def test_bad_arguments_end_with_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_published_name_is_reported(tmp_path, undrawn):

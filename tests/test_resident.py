@@ -57,7 +57,8 @@ def test_batches_have_the_memory_format_that_the_recipe_asks_for(channels_last):
 
 @pytest.mark.parametrize("mode", ["pad", "rrc"])
 def test_an_epoch_does_not_depend_on_the_pieces_it_is_augmented_in(monkeypatch, mode):
-    settings = recipe(train_crop_mode=mode, color_jitter=0.4 if mode == "rrc" else 0)
+    strong = {"color_jitter": 0.4} if mode == "rrc" else {"aa": "cifar10", "rotation": 10, "cutout": 6}
+    settings = recipe(train_crop_mode=mode, **strong)
     data = splits(50, 20, 30)
     whole = epoch(loaders(settings, data).train, 2)
     monkeypatch.setattr(loaders_module, "PIECE_BYTES", 1)

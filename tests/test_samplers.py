@@ -95,23 +95,6 @@ def test_classes_are_drawn_by_their_probability_and_images_alike(name):
         assert (np.abs(counted - len(drawn) * probability) <= 5 * sigma).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_epoch_is_as_many_indices_as_there_are_images(name):
-    plan = epoch_plan(name, CLASSES, Key(0, 0), 10)
-    assert plan.shape == (555,)
-    assert plan.dtype == np.int64
-    assert plan.min() >= 0
-    assert plan.max() < 555
-
-
-@pytest.mark.parametrize("name", ["balanced", "reverse", "effective", "class_aware"])
-def test_the_five_images_of_the_last_class_are_repeated(name):
-    plan = epoch_plan(name, CLASSES, Key(0, 0), 10)
-    last = plan[TARGETS[plan] == 2]
-    assert len(last) > 100
-    assert set(last - 550) == set(range(5))
-
-
 # Plans
 
 

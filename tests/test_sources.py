@@ -98,39 +98,6 @@ def test_lists_and_both_layouts_of_imagenets_validation_images(image_list):
     assert sum(len(batch.targets) for batch in loaders.test) == 2
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("train/n01/a.JPEG", "line 2: expected '<relative path> <label>'"),
-        ("train/n01/a.JPEG one", "line 2: label 'one' is not an integer"),
-        ("train/n01/a.JPEG 1.5", r"line 2: label '1\.5' is not an integer"),
-        ("train/n01/a.JPEG -1", "line 2: label -1 is negative"),
-        ("/etc/passwd 1", "line 2: '/etc/passwd' must be a path below"),
-        ("../secret.JPEG 1", r"line 2: '\.\./secret.JPEG' must be a path below"),
-        ("train/../../x.JPEG 1", "line 2: .* must be a path below"),
-        ("C:\\x.JPEG 1", "line 2: .* must be a path below"),
-    ],
-)
-def test_bad_lines_are_refused_with_their_number(image_list, line, message):
-    (image_list / "bad.txt").write_text(f"train/n01/a.JPEG 0\n{line}\n")
-    with pytest.raises(DataError, match=message):
-        open_list("bad.txt", str(image_list), "train_list", None)
-
-
-def test_lists_that_fit_nothing(image_list):
-    with pytest.raises(DataError, match=r"'train_list': no file nope\.txt"):
-        open_list("nope.txt", str(image_list), "train_list", None)
-    (image_list / "empty.txt").write_text("")
-    with pytest.raises(DataError, match="lists no images"):
-        open_list("empty.txt", str(image_list), "train_list", None)
-    (image_list / "away.txt").write_text("elsewhere/a.JPEG 0\n")
-    with pytest.raises(DataError, match=r"away\.txt: of its 1 image, 1 cannot be found .*: elsewhere/a\.JPEG;"):
-        open_list("away.txt", str(image_list), "train_list", None)
-    (image_list / "gap.txt").write_text("train/n01/a.JPEG 0\ntrain/n02/b.JPEG 2\n")
-    with pytest.raises(DataError, match="no training images of class 1"):
-        open_data(Recipe(dataset="list", data_dir=str(image_list), train_list="gap.txt", val_list="train.txt"))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_list_of_437_513_lines(tmp_path):
@@ -179,20 +146,6 @@ def test_inaturalists_json(tmp_path):
     split = open_inaturalist("train2018.json", str(tmp_path), "train_list")
     assert split.targets.tolist() == [1, 0]
     assert split.class_names == ("Aves", "Fungi")
-    content["images"][1]["file_name"] = "../b.jpg"
-    (tmp_path / "train2018.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="must be a path below"):
-        open_inaturalist("train2018.json", str(tmp_path), "train_list")
-    for text, message in (
-        ("{}", "it has no list 'images'"),
-        ("[]", "it has no list 'images'"),
-        ("[" * 100_000, "nested too deep"),
-        ('{"images": [], "images": []}', "key 'images' occurs twice"),
-        ("\ufeff", "Expecting value"),
-    ):
-        (tmp_path / "train2018.json").write_text(text)
-        with pytest.raises(DataError, match=f"is not iNaturalist's json of .*: .*{message}"):
-            open_inaturalist("train2018.json", str(tmp_path), "train_list")
 
 
 @pytest.mark.parametrize(
@@ -223,25 +176,24 @@ def test_lists_are_read_whatever_separates_and_with_spaces_in_names(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"a.png\n", "line 1: expected '<relative path> <label>'"),
+        (b"a.png 1.5\n", r"line 1: label '1\.5' is not an integer"),
         (b"a.png 0\n\na.png -2\n", r"line 3: label -2 is negative"),
         (b"a.png 99999999999999999999\n", r"line 1: label 9+ is too large"),
         (b"a.png 0x1\n", r"line 1: label '0x1' is not an integer"),
+        (b"a/../../x.png 0\n", "line 1: .* must be a path below"),
+        (b"C:\\x.png 0\n", "line 1: .* must be a path below"),
         (b"\\\\host\\a.png 0\n", "line 1: .* must be a path below"),
         (b"\xff\xd8\xff\xe0\n", r"list\.txt, line 1 is not UTF-8; save"),
-        ("a.png 0\n".encode("utf-16"), r"list\.txt, line 1 is not UTF-8; save"),
         ("a.png 0\nä.png 1\n".encode("latin-1"), r"list\.txt, line 2 is not UTF-8; save"),
-        (b"a.png 0\na\0.png 1\n", r"line 2: .* holds the control character '\\x00'"),
         (b"a.png 0\ra.png 1\r", r"line 1: .* holds the control character '\\r'"),
         (b"a.png 0\n\x1b[2Ja.png 1\n", r"line 2: .* holds the control character '\\x1b'"),
-        (b"a.png 18446744073709551616\n", r"line 1: label 18446744073709551616 is too large"),
-        (b"a.png " + b"9" * 5000 + b"\n", r"line 1: label 9{80} is too large"),
         ("a.png ١\n".encode(), r"line 1: label '١' is not an integer"),
         (b"a.png 1_0\n", r"line 1: label '1_0' is not an integer"),
-        (b"x" * 9000 + b".png 0\n", r"line 1 is longer than 8,192 bytes"),
         (b"x" * 5000 + b".png 0\n", r"of its 1 image, 1 cannot be found under"),
     ],
 )
-def test_more_bad_lists(tmp_path, content, message):
+def test_bad_lines_are_refused_with_their_number(tmp_path, content, message):
     save_image(tmp_path / "a.png")
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -369,18 +321,8 @@ def test_a_class_map_says_how_many_classes_there_are(tmp_path):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     with pytest.raises(DataError, match="no training images of class cat"):
         open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
-    for content, message in (
-        (b"ant\n\nbee\n", r"names\.txt, line 2 is empty; expected the name of a class"),
-        ("ant\nbär\n".encode("latin-1"), r"class map .*names\.txt: byte 5 is not UTF-8"),
-    ):
-        (tmp_path / "names.txt").write_bytes(content)
-        with pytest.raises(DataError, match=message):
-            open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
     (tmp_path / "names.txt").write_bytes("\ufeffant\r\nbee\r\n\r\n".encode())
     assert open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt"))).class_names == ("ant", "bee")
-    (tmp_path / "names.txt").write_text("ant\n")
-    with pytest.raises(DataError, match=r"label 1 has no name: class map .* names classes 0\.\.0"):
-        open_data(Recipe(**keys, class_map=str(tmp_path / "names.txt")))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """WebDataset shards against tarfile, against the same images from elsewhere, and what is refused of them."""
 
-import csv
 import gc
 import gzip
 import io
@@ -13,6 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from archive_images import assert_copies_read, assert_forks_read, contents, pixels, png, tar_bytes, write
+from crashes import epochs_of
 from PIL import Image
 
 from mbib_timm.cli import main
@@ -320,26 +320,13 @@ def digits(tmp_path_factory):
 def test_training_on_shards_is_training_on_the_same_images(digits, tmp_path, loader):
     """From the command line: the same batches, so the same losses and weights to the last bit."""
     flags = ["cifar_resnet20.ce_digits", "--epochs", "2", "--warmup-epochs", "0"]
-    flags += [
-        "--imbalance-max",
-        "30",
-        "--imbalance-factor",
-        "10",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-        "--loader",
-        loader,
-        "--image-cache",
-        str(tmp_path / "cache"),
-    ]
-    flags += ["--color-jitter", "0.2", "--output", str(tmp_path)]
+    flags += ["--imbalance-max", "30", "--imbalance-factor", "10", "--color-jitter", "0.2", "--loader", loader]
+    places = ["--image-cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
+    flags += ["--device", "cpu", "--workers", "1", *places]
     found = []
     for name, data in (("embedded", []), ("shards", ["--dataset", "wds", "--data-dir", str(digits)])):
         assert main(["train", *flags, *data, "--experiment", name]) == 0
-        with (tmp_path / name / "summary.csv").open() as file:
-            rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+        rows = epochs_of(tmp_path / name)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         weights = (tmp_path / name / "model.safetensors").read_bytes()
         found.append((rows, metrics["result"], metrics["class_counts"], metrics["loader"], weights))

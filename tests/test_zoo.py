@@ -126,10 +126,6 @@ def test_weights_of_ones_own_load_whether_or_not_the_zoo_has_any():
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_there_are_packaged_weights():
-    assert "mbib_resnet32.cifar100_lt_if100" in {model.name for model in PACKAGED}
-
-
 @pytest.mark.slow
 def test_packaged_weights_load_without_network(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
