@@ -222,6 +222,22 @@ def test_paths_that_lead_nowhere(tmp_path, make, message):
         find_images([str(make(tmp_path))])
 
 
+def test_a_path_that_leads_nowhere_is_an_image_that_cannot_be_read_but_not_all_are(finished_run, photos, capsys):
+    run, there, gone = str(finished_run), photos / "image0.png", [photos / "gone.png", photos / "no folder"]
+    arguments = ["predict", run, *map(str, (gone[0], there, gone[1])), "--format", "jsonl", "--device", "cpu"]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["image"] for row in rows] == [str(gone[0]), str(there), str(gone[1])]
+    assert [bool(row.get("error")) for row in rows] == [True, False, True]
+    assert "could not read 2 of 3 images:" in err
+    assert f"  {gone[0]}: " in err
+    assert main(["predict", run, *map(str, gone), "--device", "cpu"]) == 2
+    assert capsys.readouterr() == ("", f"mbib: error: there is no image, folder, archive or table at {gone[0]}\n")
+    with pytest.raises(DataError, match="archive or table at ''"):
+        find_images([str(there), ""])
+
+
 def test_bad_models_end_with_one_line(photos, capsys):
     image = str(photos / "image0.png")
     for target, message in (
