@@ -798,3 +798,17 @@ def test_overlays_lie_under_the_paths_of_their_images(finished_run, labelled, tm
     assert found == inside | {file.name for file in some}
     with Image.open(tmp_path / "cam" / next(iter(inside))) as shown:
         assert shown.size == (224, 224)
+
+
+def test_overlays_replace_overlays_alone(finished_run, photos, tmp_path, capsys):
+    pytest.importorskip("pytorch_grad_cam")
+    arguments = ["predict", str(finished_run), str(photos / "more"), "--device", "cpu", "--cam", str(tmp_path / "cam")]
+    assert main(arguments) == main(arguments) == 0
+    (file,) = (tmp_path / "cam").iterdir()
+    shutil.copy(photos / "image0.png", file)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"--cam {file}: the existing file is not a picture of this command, and is not replaced" in err
+    assert file.read_bytes() == (photos / "image0.png").read_bytes()
