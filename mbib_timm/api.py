@@ -183,10 +183,11 @@ def predict(
         device: device of the model; detected when None.
 
     Returns:
-        A prediction for each image, in order. For an image that cannot be read, it has an `error` and no class.
+        A prediction for each image, in order. For one that cannot be read or is not there, it has an `error` and no
+        class.
 
     Raises:
-        MbibError: no such model, no such images, a number out of range, or an option that belongs in `load`.
+        MbibError: no such model, no image there, a number out of range, or an option that belongs in `load`.
     """
     check_prediction(top_k, threshold, batch_size, workers)
     if isinstance(model, Predictor):
@@ -231,14 +232,14 @@ def _find(images: ImageLike | Iterable[ImageLike], class_names: Sequence[str]) -
     single = isinstance(images, ImageLike | bytes | bytearray | IOBase) or not isinstance(images, Iterable)
     given: list[Any] = [images] if single else [*images]  # type: ignore[misc]
     pictures = _Pictures([each for each in given if isinstance(each, Image.Image)])
+    paths = iter(find_images([str(each) for each in given if isinstance(each, str | Path)]))
     number = 0
     for each in given:
         if isinstance(each, Image.Image):
             yield FoundImage(pictures, number, pictures.path(number))
             number += 1
         elif isinstance(each, str | Path):
-            for found in find_images([str(each)]):
-                yield from label_by_folder(found, class_names).images
+            yield from label_by_folder(next(paths), class_names).images
         else:
             kind = type(each).__name__
             raise MbibError(

@@ -180,6 +180,14 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_file_that_is_no_analysis_is_not_replaced(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze_module, "_analyze", lambda *arguments: pytest.fail("analyzed"))
+    (tmp_path / "analysis.json").write_text('{"heads": 2}')
+    with pytest.raises(MbibError, match=r"^--output \S+/analysis.json: the existing file holds no analysis, and"):
+        analyze([str(run)], output=tmp_path)
+    assert (tmp_path / "analysis.json").read_text() == '{"heads": 2}'
+
+
 def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     monkeypatch.setattr(analyze_module, "collect_outputs", lambda *_, **__: pytest.fail("a pass over data"))

@@ -172,6 +172,15 @@ def test_predict_takes_images_and_keeps_the_order(finished_run, photos):
         predict(model, picture, head="z")
 
 
+def test_predict_goes_on_where_an_image_is_not_there(finished_run, photos):
+    there, gone = next((photos / "images").rglob("*.png")), photos / "gone.png"
+    missing, found = predict(finished_run, [gone, there], device="cpu")
+    assert (missing.image, missing.name, found.image, found.error) == (str(gone), None, str(there), None)
+    assert "No such file" in missing.error
+    with pytest.raises(DataError, match="there is no image, folder, archive or table at"):
+        predict(finished_run, [gone, gone], device="cpu")
+
+
 def test_predictions_make_a_table(finished_run, photos):
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(predict(finished_run, photos / "images", device="cpu"))

@@ -15,6 +15,7 @@ from mbib_timm import drawing
 from mbib_timm.drawing import DARK, LIGHT, Illustration, render, write_illustrations
 from mbib_timm.errors import MbibError
 from mbib_timm.results import run_figures as figures
+from mbib_timm.results.columns import macro_is_overall
 from mbib_timm.results.record import Epoch, HeadMetrics
 from mbib_timm.results.run_figures import draw_figures, run_figures
 
@@ -71,6 +72,16 @@ def test_both_figures_say_how_many_classes_are_evaluated():
         *("overall 1,000 images", "macro 5 of 6 classes evaluated"),
         *("many 2 classes", "medium 1 class", "few 2 of 3 classes evaluated"),
     ]
+
+
+@pytest.mark.parametrize(("macro", "shown"), [(50.0, False), (50.0 + 1e-6, False), (50.01, True), (None, False)])
+def test_macro_stands_beside_overall_where_it_is_another_number_in_figures_and_tables(macro, shown):
+    metrics = replace(result(5), top1=50.0, macro=macro)
+    assert macro_is_overall([(50.0, macro), (None, 3.0)]) == (not shown)
+    ticks = figures.shot_groups_figure({"prediction": metrics}).axes[0].get_xticklabels()
+    assert any(text.get_text().startswith("macro") for text in ticks) == shown
+    row = Epoch(1, 0.1, 1.0, {"loss": 6.0}, {"top1": 50.0, "macro": macro})
+    assert ("macro" in [line.get_label() for line in figures.training_curves([row]).axes[1].lines]) == shown
 
 
 @pytest.mark.parametrize("heads", [[], ["v3", "z"], ["x", "v1", "v2", "v3", "v4", "v5", "v6", "z"]])

@@ -228,6 +228,15 @@ def test_intermediates_over_every_level(name):
     assert [n for n, p in features.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("name", ["mbib_resnet20", "mbib_resnet10", "with_classifier"])
+def test_hooks_give_the_features_that_timms_getter_gives(name):
+    x, maps = torch.randn(2, 3, 32, 32), []
+    for kind in ({}, {"feature_cls": "hook"}):
+        torch.manual_seed(0)
+        maps.append(timm.create_model(name, features_only=True, **kind).eval()(x))
+    torch.testing.assert_close(*maps)
+
+
 @pytest.mark.parametrize("name", ["mbib_resnet20", "bib_resnet20"])
 def test_features_of_a_cifar_model_are_its_stages(name):
     assert timm.create_model(name, features_only=True).feature_info.channels() == [16, 32, 64]

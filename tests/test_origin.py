@@ -518,8 +518,11 @@ def test_the_readmes_table_and_the_zoos_keep_them_apart(tmp_path, monkeypatch):
     assert above.startswith("From scratch:\nmodel")
     assert first.model.name in above
     assert second.model.name not in above
-    assert "resnet50.a1_in1k (ImageNet-1k)" in below
-    assert "started from" not in catalogue.text_table([first, second])
+    assert "\nStarted from resnet50.a1_in1k (ImageNet-1k):\nmodel" in below
+    elsewhere = Origin([Weights("timm", "resnet18.a1_in1k", "timm/resnet18.a1_in1k", ["in1k"])])
+    apart = catalogue.text_table([replace(first, origin=elsewhere), replace(second, origin=FROM_IMAGENET)])
+    assert apart.count("Started from") == apart.count("\nmodel") == 2, "a table for each start"
+    assert "tarted from" not in catalogue.text_table([first, second])
     assert catalogue.markdown_table([first, second]).startswith("| model |")
 
 

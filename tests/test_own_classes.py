@@ -16,7 +16,8 @@ from mbib_timm.cli import main
 from mbib_timm.data import match_classes, missing_classes, open_data, open_split, summary
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
-from mbib_timm.evaluation.target import find_target, open_target
+from mbib_timm.evaluation.target import find_target, learnt_by, open_target
+from mbib_timm.models.weights import find_source
 from mbib_timm.recipe import Recipe
 
 NAMES = ("ant", "bee", "red fox", "Wölfe")
@@ -67,6 +68,32 @@ def test_names_of_which_training_has_none():
         DataError, match=r"1 class not in training: 'Bee' \(did you mean 'bee'\?\); rename it, or leave it"
     ):
         match_classes("test", split(("ant", "Bee"), [0, 1]), NAMES, 4, learn)
+
+
+DINO = {"backbone": "vit_base_patch14_reg4_dinov2.lvd142m", "classifier": "cosine", "classifier_scale": 25}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "side", "recipe"),
+    [
+        ("mbib_resnet32", {}, 32, "finetune/mbib_resnet32"),
+        ("cifar_resnet20", {}, 16, "finetune/mbib_resnet32"),
+        ("mbib_efficientnet_lite0", {}, 128, "finetune/mbib_resnet50"),
+        ("mbib", DINO, 224, "finetune/mbib_vit_base"),
+        ("mbib", {**DINO, "backbone": "resnet18"}, 224, "finetune/mbib_resnet50"),
+        ("resnet50", {}, 224, "finetune/mbib_resnet50"),
+    ],
+)
+def test_the_recipe_that_learns_other_classes_fits_the_model(tmp_path, architecture, arguments, side, recipe):
+    config = {"architecture": architecture, "model_args": {"num_classes": 4, **arguments}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert learnt_by(find_source(str(tmp_path)), side) == recipe
+
+
+def test_the_recipe_that_learns_other_classes_keeps_the_parts_of_a_published_model():
+    zoo = find_source("mbib_efficientnet_lite0.frozen_cifar100_lt_if100")
+    assert learnt_by(zoo, 128) == "frozen/mbib_efficientnet_lite0"
+    assert learnt_by(find_source("resnet50.a1_in1k"), 224) == "finetune/mbib_resnet50"
 
 
 def test_an_unknown_name_without_images_is_none():

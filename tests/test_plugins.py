@@ -261,6 +261,16 @@ def test_plugins_that_do_not_exist(tmp_path, capsys, plugin, message):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--epochs", "1"]])
+def test_the_code_of_a_plugin_that_does_not_import_runs_once(write, capsys, flags):
+    write("noisy.py", "print('imported')\n1 / 0\n")
+    recipe = write("own.yaml", "model: cifar_resnet20\nplugin: [noisy.py]\nmethod: noisy\n")
+    assert main(["train", str(recipe), *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("imported") == 1
+    assert said.err.startswith(f"mbib: error: own.yaml: plugin {recipe.parent / 'noisy.py'} cannot be imported: Zero")
+
+
 def short_recipe(tmp_path, path, name, **keys):
     keys = dict(plugin=[str(path)], method=name, epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0,
                 output=str(tmp_path / "runs"), **keys)  # fmt: skip

@@ -222,6 +222,22 @@ def test_paths_that_lead_nowhere(tmp_path, make, message):
         find_images([str(make(tmp_path))])
 
 
+def test_a_path_that_leads_nowhere_is_an_image_that_cannot_be_read_but_not_all_are(finished_run, photos, capsys):
+    run, there, gone = str(finished_run), photos / "image0.png", [photos / "gone.png", photos / "no folder"]
+    arguments = ["predict", run, *map(str, (gone[0], there, gone[1])), "--format", "jsonl", "--device", "cpu"]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["image"] for row in rows] == [str(gone[0]), str(there), str(gone[1])]
+    assert [bool(row.get("error")) for row in rows] == [True, False, True]
+    assert "could not read 2 of 3 images:" in err
+    assert f"  {gone[0]}: " in err
+    assert main(["predict", run, *map(str, gone), "--device", "cpu"]) == 2
+    assert capsys.readouterr() == ("", f"mbib: error: there is no image, folder, archive or table at {gone[0]}\n")
+    with pytest.raises(DataError, match="archive or table at ''"):
+        find_images([str(there), ""])
+
+
 def test_bad_models_end_with_one_line(photos, capsys):
     image = str(photos / "image0.png")
     for target, message in (
@@ -782,3 +798,17 @@ def test_overlays_lie_under_the_paths_of_their_images(finished_run, labelled, tm
     assert found == inside | {file.name for file in some}
     with Image.open(tmp_path / "cam" / next(iter(inside))) as shown:
         assert shown.size == (224, 224)
+
+
+def test_overlays_replace_overlays_alone(finished_run, photos, tmp_path, capsys):
+    pytest.importorskip("pytorch_grad_cam")
+    arguments = ["predict", str(finished_run), str(photos / "more"), "--device", "cpu", "--cam", str(tmp_path / "cam")]
+    assert main(arguments) == main(arguments) == 0
+    (file,) = (tmp_path / "cam").iterdir()
+    shutil.copy(photos / "image0.png", file)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"--cam {file}: the existing file is not a picture of this command, and is not replaced" in err
+    assert file.read_bytes() == (photos / "image0.png").read_bytes()

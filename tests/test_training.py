@@ -646,6 +646,17 @@ def test_weights_and_biases_on_request(tmp_path, monkeypatch):
     assert all("val_top1" in row and "train_loss" in row for _, row in rows)
 
 
+def test_no_tracker_begins_where_another_process_trains(tmp_path, monkeypatch):
+    module = types.ModuleType("wandb")
+    module.init = lambda **kwargs: pytest.fail("begun")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    busy = RunFolder(tmp_path / "run")
+    busy.occupy()
+    with pytest.raises(BusyFolderError, match="another process is training in"):
+        train(digits(tmp_path, **FEW, epochs=2, log_wandb=True), "run")
+    busy.end()
+
+
 @pytest.mark.slow
 def test_trackio_on_request_goes_on_in_its_run(tmp_path, monkeypatch):
     """Against the package itself, read back from its database."""

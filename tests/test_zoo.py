@@ -313,6 +313,17 @@ def test_models_without_weights_have_the_size_that_their_recipes_give_them(monke
     assert all(cells[1:] == ["0.13", "128x128"] for cells in found.values())
 
 
+def test_the_models_with_weights_are_listed_in_lines_that_a_terminal_shows_whole(capsys):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    trained = [model for model in ZOO if model.is_trained]
+    assert {line.split()[0]: line.split()[-1] for line in lines if "_lt_if" in line} == {
+        model.name: "package" if model.weights.name == "model.safetensors" else "heads" for model in trained
+    }
+    assert "heads: the package has those of the heads; the backbone's are the pretrained ones" in lines
+
+
 @pytest.mark.slow
 def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys):
     entries = catalogue()
@@ -326,6 +337,7 @@ def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys):
     assert main(["models", "--all"]) == 0
     printed = capsys.readouterr().out
     assert printed == text_table(entries) + "\n"
+    assert max(map(len, printed.splitlines())) <= 120
     for entry in entries:
         assert entry.model.name in printed
         recipe = load_recipe(find_recipe(entry.model.recipe))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.analysis.analysis_record import (
+    FILE,
     FOLDER,
     Analysis,
     Analyzed,
@@ -22,7 +23,7 @@ from mbib_timm.drawing import Illustration, write_illustrations
 from mbib_timm.environment import World, describe_environment, joined_world
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import composed, read_json
+from mbib_timm.files import composed, has_fields, read_json, require_own
 from mbib_timm.models.complexity import TABLE_6_SIZE
 from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
@@ -65,6 +66,8 @@ def analyze(
     for target in found[1:]:
         _check_same_classes(found[0], target)
     given = _folders(targets, output)
+    for folder in filter(None, given):
+        require_own("--output", folder / FILE, has_fields("heads", "class_counts", "reliability"), "holds no analysis")
     folders = [folder or _own_folder(target) for folder, target in zip(given, found, strict=True)]
     analyses: list[Analysis] = []
     for target, folder in zip(found, folders, strict=True):

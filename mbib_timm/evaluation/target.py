@@ -15,7 +15,7 @@ from mbib_timm.data.folders import ALL
 from mbib_timm.data.images import Split
 from mbib_timm.data.lists import find_list
 from mbib_timm.data.loaders import timm_eval_loader
-from mbib_timm.data.overview import warnings
+from mbib_timm.data.overview import SMALL_INPUT, warnings
 from mbib_timm.data.sources import NO_TEST, is_image_folder
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
@@ -25,7 +25,7 @@ from mbib_timm.models.preprocessing import as_predicted, input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
 from mbib_timm.models.zoo import is_published
-from mbib_timm.recipe import FOR_SMALL_IMAGES, Recipe, find_recipe, load_recipe
+from mbib_timm.recipe import FOR_PHOTOGRAPHS, FOR_SMALL_IMAGES, Recipe, find_recipe, load_recipe
 
 # Sources whose labels are numbers, with names only where a file has them; and keys of lists.
 OF_NUMBERS = ("list", "wds")
@@ -196,7 +196,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
     size = input_size(recipe, model)
     names = source.config.class_names
     pool, asked = DataPool(), split is not None
-    split, images, notes = _open_images(target, split, names, num_classes, pool)
+    split, images, notes = _open_images(target, split, names, num_classes, min(size[1:]), pool)
     loader = timm_eval_loader(images, recipe, size, world)
     notes = (*notes, *warnings([images]))
     if missing := missing_classes(split, images, num_classes):
@@ -212,12 +212,12 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
 
 
 def _open_images(
-    target: Target, split: str | None, names: tuple[str, ...] | None, num_classes: int, pool: DataPool
+    target: Target, split: str | None, names: tuple[str, ...] | None, num_classes: int, side: int, pool: DataPool
 ) -> tuple[str, Split, tuple[str, ...]]:
     """Return the name of the split to evaluate, its images with the labels of training, and notes on them.
 
     Of other data than the model's own, which have no splits, all images are evaluated: the share that training would
-    have held out is no split of theirs.
+    have held out is no split of theirs. `side` is that of the model's images.
     """
     recipe, data = target.recipe, pool.source(target.recipe)
     whole = split is None and target.elsewhere and not data.has_splits
@@ -229,6 +229,18 @@ def _open_images(
         notes = (f"evaluating all {counted(len(opened), 'image')} of {place}",)
     elif opened.chosen.endswith(NO_TEST):
         notes = (f"split {name!r}: {opened.chosen}",)
-    learn = f"mbib train {FOR_SMALL_IMAGES} --model {quote(target.source.name)} --data-dir FOLDER"
+    learn = f"mbib train {learnt_by(target.source, side)} --model {quote(target.source.name)} --data-dir FOLDER"
     instead = f"; the model knows other classes; to learn these: {learn}"
     return name, match_classes(name, opened, names, num_classes, instead), notes
+
+
+def learnt_by(source: ModelSource, side: int) -> str:
+    """Return the packaged recipe by which a model for images of a side learns other classes.
+
+    Of those for photographs it is the one that says most of what the model is, and nothing else.
+    """
+    if side <= SMALL_INPUT:
+        return FOR_SMALL_IMAGES
+    parts = {name: load_recipe(find_recipe(name)).model_kwargs for name in FOR_PHOTOGRAPHS}
+    fitting = [name for name, of_recipe in parts.items() if of_recipe.items() <= source.config.model_args.items()]
+    return max(fitting, key=lambda name: len(parts[name]))

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, first_line
-from mbib_timm.files import make_folder
+from mbib_timm.files import contains, make_folder, require_own
 from mbib_timm.inference.inputs import FoundImage
 
 # Overlays of smaller images are enlarged to this, in pixels of the shorter side.
 SHOWN_SIZE = 224
+TITLE = "mbib predict: Grad-CAM"  # in the file: another of its name is not replaced
 POSSIBLE = "convolutional networks, networks of stages such as Swin, and vision transformers in timm can be shown"
 
 
@@ -149,30 +151,37 @@ def overlay(image: Tensor, heat: np.ndarray) -> Image.Image:
 class OverlayFolder:
     """A folder of overlays, each under the path of its image below what was given.
 
+    Of images of one name the further ones have a number.
+
     Args:
         folder: where; made when the first is written.
+        images: all that may have an overlay.
+
+    Raises:
+        MbibError: a file that would be replaced, and is no overlay.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.taken: set[Path] = set()
+    def __init__(self, folder: Path, images: Sequence[FoundImage]) -> None:
+        self.files: list[Path] = []
+        taken: set[Path] = set()
+        for image in images:
+            parts = [part for part in Path(image.name).parts if part not in ("..", "/")]
+            plain = folder.joinpath(*parts).with_suffix(".png")
+            file, number = plain, 1
+            while file in taken:
+                number += 1
+                file = plain.with_name(f"{plain.stem}-{number}.png")
+            taken.add(file)
+            self.files.append(file)
+            require_own("--cam", file, contains(TITLE.encode()), "is not a picture of this command")
 
-    def save(self, image: FoundImage, shown: Image.Image) -> Path:
-        """Write an overlay as PNG, with a number where another image has its name; returns the file.
-
-        Raises:
-            MbibError: it cannot be written.
-        """
-        parts = [part for part in Path(image.name).parts if part not in ("..", "/")]
-        plain = self.folder.joinpath(*parts).with_suffix(".png")
-        file, number = plain, 1
-        while file in self.taken:
-            number += 1
-            file = plain.with_name(f"{plain.stem}-{number}.png")
-        self.taken.add(file)
+    def save(self, place: int, shown: Image.Image) -> None:
+        """Write the overlay of the image at a place as PNG. Raises MbibError where it cannot be written."""
+        file = self.files[place]
         make_folder(file.parent)
+        title = PngInfo()
+        title.add_text("Title", TITLE)
         try:
-            shown.save(file)
+            shown.save(file, pnginfo=title)
         except OSError as error:
             raise MbibError(f"cannot write the overlay {file}: {error.strerror or first_line(error)}") from None
-        return file

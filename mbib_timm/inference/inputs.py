@@ -116,17 +116,21 @@ class FoundImages:
 def find_images(given: Sequence[str], columns: Columns | None = None) -> list[FoundImages]:
     """Find the images in files, folders, archives and tables.
 
+    A path that leads nowhere is that of an image, which will be reported as unreadable, but not all may be.
+
     Args:
         given: paths; ``-`` for paths on standard input, one per line.
         columns: of tables.
 
     Raises:
-        DataError: a path that does not exist, what holds no images, or a table that is malformed.
+        DataError: none of the paths exists, what holds no images, or a table that is malformed.
     """
-    found = []
-    for each in given:
+    found, there = [], [each == STANDARD_INPUT or os.path.isdir(each) or os.path.isfile(each) for each in given]
+    for each, is_there in zip(given, there, strict=True):
         if each == STANDARD_INPUT:
             found.append(FoundImages("standard input", _listed(_names_on_standard_input(), "standard input")))
+        elif each and not is_there and any(there):
+            found.append(FoundImages(each, [_in_file(Path(each))]))
         else:
             found.append(_find(each, columns or Columns()))
     return found
@@ -149,7 +153,11 @@ def _find(given: str, columns: Columns) -> FoundImages:
     if path.suffix.lower() in (*DELIMITED, *PARQUET):
         return FoundImages(given, _read_table(path, columns))
     refuse_packed(path)
-    return FoundImages(given, [FoundImage(FileReader([path]), 0, path.name)])
+    return FoundImages(given, [_in_file(path)])
+
+
+def _in_file(path: Path) -> FoundImage:
+    return FoundImage(FileReader([path]), 0, path.name)
 
 
 def _names_on_standard_input() -> list[str]:

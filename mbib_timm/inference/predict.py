@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -122,6 +123,7 @@ def predict(
     if cam is not None and (taken := next((each for each in images if _is_within(cam, each)), None)):
         # Overlays have the images' names: they would replace them, or be predicted the next time.
         raise MbibError(f"--cam {cam} lies in {taken}, whose images are predicted; choose a folder outside it")
+    overlays = None if cam is None else OverlayFolder(cam, [image for each in found for image in each.images])
     if output is not None and not choice.resume:
         check_replaced(output, format)
     if embeddings is not None:
@@ -162,8 +164,8 @@ def predict(
                 outputs.write(items, batch.features)
                 tally.count(items, predictor.adjust(batch.logits.to(world.device)))
                 classes += [None if isinstance(item, Broken) else item.classes[0][0] for item in items]
-        if cam is not None and grad_cam is not None:
-            _write_overlays(predictor, grad_cam, cam, todo, classes, batch_size, workers)
+        if overlays is not None and grad_cam is not None:
+            _write_overlays(predictor, grad_cam, overlays, todo, classes, batch_size, workers)
     result = Predicted(
         images=len(todo) + len(continued.images),
         broken=tally.broken,
@@ -378,24 +380,21 @@ def _open_text(file: Path, continued: Continued) -> TextIO:
 def _write_overlays(
     predictor: Predictor,
     grad_cam: GradCam,
-    folder: Path,
+    overlays: OverlayFolder,
     images: Sequence[FoundImage],
     classes: Sequence[int | None],
     batch_size: int,
     workers: int | None,
 ) -> None:
     """Write an overlay for each image that can be read, of its class."""
-    overlays = OverlayFolder(folder)
     progress = Progress(len(images), unit="overlay")
-    labels = iter(classes)
-    for batch, readable, reasons in predictor.batches(images, batch_size, workers):
-        wanted = [next(labels) for _ in batch]
+    places = iter(range(len(images)))
+    for batch, readable, _ in predictor.batches(images, batch_size, workers):
+        shown = {place: label for place in islice(places, len(batch)) if (label := classes[place]) is not None}
         if readable is not None:
-            chosen = [label for label in wanted if label is not None]
-            heat = grad_cam.heat(predictor.normalize(readable.to(predictor.device)), chosen)
-            shown = [image for image, reason in zip(batch, reasons, strict=True) if reason is None]
-            for image, pixels, warm in zip(shown, readable, heat, strict=True):
-                overlays.save(image, overlay(pixels, warm))
+            heat = grad_cam.heat(predictor.normalize(readable.to(predictor.device)), [*shown.values()])
+            for place, pixels, warm in zip(shown, readable, heat, strict=True):
+                overlays.save(place, overlay(pixels, warm))
         progress.step(len(batch))
     progress.close()
 

@@ -267,6 +267,8 @@ def create_published(build: Callable[..., Any], architecture: str, pretrained: b
     config = ZooModel(f"{architecture}.{cfg.tag}").config if is_tagged else ModelConfig()
     if pretrained and cfg.file is not None and Path(cfg.file).name == HEADS:
         kwargs["pretrained_filter_fn"] = partial(_beside_backbone, kwargs["pretrained_filter_fn"], Path(cfg.file))
+    if "hook" in str(kwargs.get("feature_cls")).lower():  # it takes timm's default of five levels, and no None for all
+        kwargs["feature_cfg"] = {key: value for key, value in kwargs["feature_cfg"].items() if value is not None}
     model_args = dict(config.model_args)
     if "classifier" in kwargs:  # a classifier of the caller's has a scale of its own
         model_args.pop("classifier_scale", None)

@@ -157,18 +157,23 @@ def load_recipe(
         if of_run:
             gone = any(each.endswith(".py") and not Path(each).is_file() for each in _plugins_in(content))
             raise type(error)(f"{path}: {error}{MOVED * gone}") from None
-        if path.name not in str(error) and str(error) == _error_of(alone, path.name):
+        if path.name not in str(error) and _is_of_file(error, alone, path.name, overrides or {}):
             raise type(error)(f"{path.name}: {error}") from None
         raise
 
 
-def _error_of(content: Mapping[str, Any], where: str) -> str:
-    """Return what is wrong with a file's content alone; empty where nothing is."""
+def _is_of_file(error: MbibError, content: Mapping[str, Any], where: str, overrides: Mapping[str, Any]) -> bool:
+    """Return whether a file's content alone is wrong in the same way as with overrides.
+
+    Of plugins that do not import the message says it: their code would run once more.
+    """
+    if not overrides or any(str(error).startswith(f"plugin {plugin} ") for plugin in _plugins_in(content)):
+        return True
     try:
         _resolve(content, where)
-    except MbibError as error:
-        return str(error)
-    return ""
+    except MbibError as own:
+        return str(own) == str(error)
+    return False
 
 
 def _beside(folder: Path, plugin: str) -> str:

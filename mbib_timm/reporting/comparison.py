@@ -11,7 +11,7 @@ from mbib_timm.recipe import KEYS, data_of
 from mbib_timm.reporting.differences import known_differences
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
 from mbib_timm.reporting.sections import SEEDS, Section, epochs_of
-from mbib_timm.results.columns import COLUMNS
+from mbib_timm.results.columns import COLUMNS, macro_is_overall
 from mbib_timm.results.record import HeadMetrics, RunRecord, is_averaged
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
@@ -189,9 +189,9 @@ def _compare(
 ) -> None:
     """Add a table and the figures of runs of one kind, which end in a suffix; `of` are all groups of the section."""
     results = [run.record.result.prediction for group in groups for run in group.runs]
-    # Where classes have equally many images, overall and macro are one number, and the table is as wide as the page.
-    balanced = all(each.macro is not None and abs(each.macro - each.top1) < 1e-3 for each in results)
-    columns = [*COLUMNS] if balanced else shown_columns(results)
+    # Fewer columns, so that the table fits the page.
+    one_number = macro_is_overall((each.top1, each.macro) for each in results)
+    columns = [*COLUMNS] if one_number else shown_columns(results)
     has_paper = any(group.is_papers for group in groups)
     rows = []
     for group, title in zip(groups, short_titles(groups, of, ("epochs", "precision")), strict=True):

@@ -1,5 +1,6 @@
 """`mbib models`: the zoo as a table, on the terminal and in docs/; what is not from scratch has a table of its own."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,16 +8,24 @@ from typing import NamedTuple
 import timm
 
 from mbib_timm.models.complexity import count_macs, count_parameters
-from mbib_timm.models.origin import OwnData, origin_of
+from mbib_timm.models.origin import OwnData, origin_of, origin_text
 from mbib_timm.models.preprocessing import input_size
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import WHOLE, ZOO, ZooModel, split_tag
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import RunRecord, read_record
-from mbib_timm.results.tables import NOTHING, cells, markdown_by_start, tables_by_start
+from mbib_timm.results.tables import NOTHING, Table, cells, markdown_by_start, split_by_start
 
-HEADER = ("model", "params, M", "MACs, G", "input", "data", *COLUMNS, "weights")
+# The data are not among them: the names say which.
+HEADER = ("model", "params, M", "MACs, G", "input", *COLUMNS, "weights")
+WIDTH = 120  # of lines of text
+# Where weights are, as text has it, and what has to be said of it below.
+PACKAGE, HEADS, HUB, NONE = "package", "heads", "Hub", "none"
+SAID = {
+    HEADS: "heads: the package has those of the heads; the backbone's are the pretrained ones",
+    NONE: "none: mbib train MODEL trains them",
+}
 
 
 class _Size(NamedTuple):
@@ -45,26 +54,24 @@ class Entry:
     origin: Origin
     record: RunRecord | None
 
+    @property
+    def weights(self) -> str:
+        """Where the weights are, in a word."""
+        if not self.model.is_trained:
+            return NONE
+        file = self.model.weights
+        return HUB if file is None else PACKAGE if file.name == WHOLE else HEADS
+
     def cells(self) -> list[str]:
-        """Return the row of the table."""
+        """Return the row of the table, but for the weights."""
         height, width = self.input_size[1:]
         return [
             self.model.name,
             f"{self.parameters / 1e6:.2f}",
             f"{self.macs / 1e9:.2f}",
             f"{height}x{width}",
-            self.model.dataset.title,
             *([NOTHING] * len(COLUMNS) if self.record is None else cells(self.record.result.prediction)),
-            self._weights(),
         ]
-
-    def _weights(self) -> str:
-        if not self.model.is_trained:
-            return f"no weights: mbib train {self.model.recipe}"
-        weights = self.model.weights
-        if weights is None:
-            return f"hf-hub:{self.model.repository}"
-        return "in the package" if weights.name == WHOLE else "heads in the package, beside the pretrained backbone"
 
 
 def catalogue(trained_only: bool = False) -> list[Entry]:
@@ -94,18 +101,31 @@ def catalogue(trained_only: bool = False) -> list[Entry]:
 
 
 def text_table(entries: Sequence[Entry]) -> str:
-    """Return the zoo as aligned text."""
-    tables = tables_by_start(HEADER, [(entry.origin, entry.cells()) for entry in entries])
-    return "\n\n".join("\n".join(filter(None, [said, table.text()])) for said, table in tables)
+    """Return the zoo as aligned text: a table of what is from scratch, and one for each other start."""
+    parts = []
+    for said, kind in split_by_start(entries, lambda entry: entry.origin):
+        above = [said] if said else []
+        for start in dict.fromkeys(origin_text(entry.origin) for entry in kind):
+            rows = [[*each.cells(), each.weights] for each in kind if origin_text(each.origin) == start]
+            if not kind[0].origin.is_scratch:
+                above.append(f"Started from {start}:")
+            parts.append("\n".join([*(textwrap.fill(line, WIDTH) for line in above), Table(HEADER, rows).text()]))
+            above = []
+    notes = [note for word, note in SAID.items() if any(entry.weights == word for entry in entries)]
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
 
 def markdown_table(entries: Sequence[Entry]) -> str:
-    """Return the zoo as Markdown tables, for a page in docs/; without the data, which the names say, to fit on it."""
-    place, rows = HEADER.index("data"), []
+    """Return the zoo as Markdown tables, for a page in docs/."""
+    rows = []
     for entry in entries:
-        cells = entry.cells()
-        name, *rest, weights = *cells[:place], *cells[place + 1 :]
+        name, *rest = entry.cells()
         card = f"[`{name}`](../model_cards/{name}.md)" if entry.model.is_trained else f"`{name}`"
-        before, colon, command = weights.partition(": ")
-        rows.append((entry.origin, [card, *rest, f"{before}: `{command}`" if colon else weights]))
-    return markdown_by_start([*HEADER[:place], *HEADER[place + 1 :]], rows)
+        weights = {
+            PACKAGE: "in the package",
+            HEADS: "heads in the package, beside the pretrained backbone",
+            HUB: f"hf-hub:{entry.model.repository}",
+            NONE: f"no weights: `mbib train {entry.model.recipe}`",
+        }
+        rows.append((entry.origin, [card, *rest, weights[entry.weights]]))
+    return markdown_by_start(HEADER, rows)

@@ -1,6 +1,6 @@
 """The accuracies that tables show: one line per column, for text, cards, reports, sweeps and the Hub."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -40,6 +40,7 @@ DEFINITIONS = (
     "are over the classes that have evaluated images, with equal weight for each. "
     "Shot groups are by training images per class: many more than 100, medium 20 to 100, few fewer than 20."
 )
+ROUNDING = 1e-3  # of a sum of accuracies in percent
 # Of a class: fewer say little of its accuracy, and draws of them little of how it may differ.
 FEW_IMAGES = 10
 INTERVALS = (
@@ -48,3 +49,13 @@ INTERVALS = (
     f"others; where a class has fewer than {FEW_IMAGES} images, they are Wilson's with the effective number of images "
     "behind the mean over classes. Where images were held out in groups, a group counts as one image."
 )
+
+
+def macro_is_overall(pairs: Iterable[tuple[float | None, float | None]]) -> bool:
+    """Return whether overall and macro accuracy are one number, as where classes have equally many evaluated images.
+
+    Args:
+        pairs: overall and macro accuracy of each result, in percent; what was not measured says nothing.
+    """
+    measured = [(overall, macro) for overall, macro in pairs if overall is not None and macro is not None]
+    return all(abs(overall - macro) < ROUNDING for overall, macro in measured)

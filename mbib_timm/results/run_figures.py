@@ -28,12 +28,11 @@ from mbib_timm.drawing import (
 from mbib_timm.errors import first_line
 from mbib_timm.files import counted, write_bytes
 from mbib_timm.models.head_outputs import heads_of_expert, labelled_heads
-from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS
+from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS, macro_is_overall
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, is_averaged
 
 HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
 NAMED_CLASSES = 30  # as many names as can be read side by side
-SAME = 0.05  # points that no figure shows
 BARS = 150  # as many bars as can be told apart
 # Of single runs behind their mean; and which weights a curve is of.
 THIN: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45}
@@ -141,10 +140,9 @@ def training_curves(history: Sequence[Epoch], *others: Sequence[Epoch]) -> Any:
 
     of_average = f"\n({AVERAGE})" if any(raw) else ""
     right.set(ylabel="top-1 accuracy, %", ylim=(0, 100), title=f"Accuracy by shot group{of_average}")
-    # Where all classes have equally many images, macro is overall.
-    pairs = [(values["top1"], values.get("macro")) for run in evaluated for _, values in run]
-    differs = any(abs(top1 - macro) > SAME for top1, macro in pairs if top1 is not None and macro is not None)
-    labels = {name: name for name in GROUP_COLORS} | {"top1": "overall"} | ({"macro": "macro"} if differs else {})
+    labels = {name: name for name in GROUP_COLORS} | {"top1": "overall"}
+    if not macro_is_overall((values["top1"], values.get("macro")) for run in evaluated for _, values in run):
+        labels["macro"] = "macro"
     for name, label in labels.items():
         style: dict[str, Any] = {
             "color": GROUP_COLORS.get(name, foreground()),
@@ -357,8 +355,8 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
         results: metrics by head.
     """
     columns = {name: column.metric for name, column in MODEL_COLUMNS.items() if column.kind == "accuracy"}
-    if all(each.macro is not None and abs(each.macro - each.top1) < SAME for each in results.values()):
-        del columns["macro"]  # where all classes have equally many images, it is overall
+    if macro_is_overall((each.top1, each.macro) for each in results.values()):
+        del columns["macro"]
     labels_of = labelled_heads(results)
     heads = [*drawn_heads(name for name in results if name != "prediction"), "prediction"]
     bar = 0.84 / len(heads)

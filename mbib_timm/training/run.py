@@ -66,7 +66,7 @@ from mbib_timm.training.provenance import continued, inputs_in, inputs_of, start
 from mbib_timm.training.run_folder import BEST_WEIGHTS, WEIGHTS, RunFolder
 from mbib_timm.training.setup import require_named, set_up, updates_of_epoch
 from mbib_timm.training.step import create_step
-from mbib_timm.training.trackers import Tracker, create_trackers
+from mbib_timm.training.trackers import Tracker, create_trackers, require_trackers
 
 
 @dataclass
@@ -232,7 +232,8 @@ class Run:
         recipe, done = self.recipe, self.done
         steps = len(self.loaders.train)
         if self.world.is_main:
-            # Fails before anything is written.
+            require_trackers(recipe)  # fails before anything is written
+            self.folder.occupy()  # or another process would have this run's trackers beside it
             self.trackers = create_trackers(recipe, self.folder.path, resumed=done.epoch > 0)
             self.folder.begin(recipe, describe_environment(self.world), trains=done.epoch < recipe.epochs)
             if done.epoch == 0 and done.part is None:

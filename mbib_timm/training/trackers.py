@@ -1,5 +1,6 @@
 """Experiment trackers, on request: TensorBoard, Trackio and Weights & Biases, through their own packages."""
 
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,13 @@ from typing import Any, Protocol
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.record import Epoch
+
+# By recipe key, what is imported, and its name; the extra of this package is called as the key is.
+PACKAGES = {
+    "log_tensorboard": ("torch.utils.tensorboard", "TensorBoard"),
+    "log_trackio": ("trackio", "Trackio"),
+    "log_wandb": ("wandb", "Weights & Biases"),
+}
 
 
 class Tracker(Protocol):
@@ -24,10 +32,8 @@ class TensorBoard:
     """Writes event files under ``tensorboard/`` of the run's folder."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MbibError("log_tensorboard needs TensorBoard: pip install 'mbib-timm[tensorboard]'") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer: Any = SummaryWriter(folder / "tensorboard")
 
     def log(self, epoch: Epoch) -> None:
@@ -62,10 +68,8 @@ class Trackio(RunOfTracker):
     """
 
     def __init__(self, name: str, config: Mapping[str, Any], resumed: bool) -> None:
-        try:
-            import trackio
-        except ImportError:
-            raise MbibError("log_trackio needs Trackio: pip install 'mbib-timm[trackio]'") from None
+        import trackio
+
         self.run: Any = trackio.init(
             project="mbib_timm", name=name, config=dict(config), resume="allow" if resumed else "never"
         )
@@ -75,11 +79,20 @@ class WeightsAndBiases(RunOfTracker):
     """Logs to a Weights & Biases run of the same name."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MbibError("log_wandb needs Weights & Biases: pip install 'mbib-timm[wandb]'") from None
+        import wandb
+
         self.run: Any = wandb.init(project="mbib_timm", name=name, dir=str(folder), config=dict(config))
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raise MbibError where the package of a tracker that the recipe asks for is missing."""
+    for key, (module, title) in PACKAGES.items():
+        if getattr(recipe, key):
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                extra = key.removeprefix("log_")
+                raise MbibError(f"{key} needs {title}: pip install 'mbib-timm[{extra}]'") from None
 
 
 def create_trackers(recipe: Recipe, folder: Path, resumed: bool) -> list[Tracker]:
@@ -89,9 +102,6 @@ def create_trackers(recipe: Recipe, folder: Path, resumed: bool) -> list[Tracker
         recipe: what is trained, and where its folders lie (``output``).
         folder: the run's folder.
         resumed: whether the run goes on from a checkpoint.
-
-    Raises:
-        MbibError: a package is missing.
     """
     name = Path(os.path.relpath(folder, recipe.output)).as_posix()
     trackers: list[Tracker] = []
