@@ -43,7 +43,10 @@ def fails(tmp_path, capsys):
 # Errors that the command line, the recipe or a method's settings tell, without torch and timm.
 BAD_FLAGS = [
     (["train", "mbib_resnet20.digts"], "did you mean 'mbib_resnet20.digits'"),
-    (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate'"),
+    (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate': did you mean '--lr'?"),
+    (["train", "--data=x"], "unknown flag of mbib train '--data': did you mean '--data-dir'?"),
+    (["predict", "runs/x", "image.png", "--bs", "1"], "unknown flag of mbib predict '--bs': did you mean '--batch-"),
+    (["data", "x", "--near"], "valid names, e.g. --broken, --class-map, --csv; mbib data --help lists them."),
     (["train", "--lrr", "1"], "did you mean '--lr'"),
     (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
     (["train", "--epochs", "-1"], "recipe key 'epochs': expected at least 0, got -1"),
