@@ -296,7 +296,7 @@ def test_the_licence_is_the_same_in_card_and_config(finished_run, capsys):
     arguments = ["publish", str(finished_run), "--repo-id", REPOSITORY, "--dry-run"]
     assert main([*arguments, "--license", "cc-by-nc"]) == 2
     assert "unknown licence of the Hub 'cc-by-nc': did you mean 'cc-by-nc-" in capsys.readouterr().err
-    for repository in ("me/birds/2", "me/two words", "me/a..b"):
+    for repository in ("birds", "me/birds/2", "me/two words", "me/a..b"):
         assert main(["publish", str(finished_run), "--repo-id", repository, "--dry-run"]) == 2
         message = capsys.readouterr().err
         assert message.startswith("mbib: error: --repo-id")
