@@ -65,6 +65,10 @@ def of_recipe(recipe, **fields):
         ("recipe: a\naxes: {lr: []}", "axis 'lr' needs a list of values"),
         ("recipe: a\naxes: {m: {x: {stage2.opoch: 1}}}", "unknown key in axis m of sweep x 'stage2.opoch'"),
         ("recipe: a\naxes: {m: {x: 3}}", "axis 'm': 'x' needs recipe keys and their values, got 3"),
+        (
+            "recipe: a\naxes: {method: {CE: ce}}",
+            "axis 'method': 'CE' needs recipe keys and their values, got 'ce'; such as CE: {method: 'ce'}, or a list",
+        ),
         ("recipe: '{m}a'\naxes: {m: {x: 3}}", "axis 'm': 'x' needs a part of the recipe's name, got 3"),
         ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is set by the sweep itself"),
         ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is set by the sweep itself; see --seeds"),
