@@ -604,6 +604,7 @@ def test_a_run_that_diverges_is_named_and_the_others_run(tmp_path, monkeypatch, 
     places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert main(["sweep", DIGITS, "--seeds", "0", "1", "--name", "mine", *places, *FLAGS]) == 1
     out = capsys.readouterr().out
+    assert "nothing to resume" not in out
     assert out.rstrip().splitlines()[-1] == "failed: mbib_resnet20.digits-seed1: loss part 'loss' became nan"
     table = (tmp_path / "mine-1e" / "table.md").read_text()
     assert "1 of 2 runs" in table

@@ -185,14 +185,16 @@ class CrashError(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["resident", "timm"])
-def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, loader):
+def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, loader, capsys):
     """After a crash in the first epoch, and another in the second; tests/test_checkpoint_steps.py has workers too."""
     keys = dict(FEW, loader=loader, model_ema=True, model_kwargs={"drop_rate": 0.1}, opt="adamw", lr=1e-3)
     recipe = digits(tmp_path, **keys)
     whole = train(recipe, "whole")
     original = run_module.train_one_epoch
 
-    for stop_at in (0, 1):
+    place = tmp_path / "broken"
+    lines = (f"nothing to resume in {place}: starting\n", f"resumed from {place} before epoch 1 of 3\n")
+    for stop_at, said in enumerate(lines):
 
         def crash(*args, stop_at=stop_at, **kwargs):
             result = original(*args, **kwargs)
@@ -203,8 +205,10 @@ def test_resume_gives_bit_identical_weights(tmp_path, monkeypatch, loader):
         monkeypatch.setattr(run_module, "train_one_epoch", crash)
         with pytest.raises(CrashError):
             train(recipe.replace(resume="auto"), "broken")
+        assert said in capsys.readouterr().out
     monkeypatch.undo()
     resumed = train(recipe.replace(resume="auto"), "broken")
+    assert f"resumed from {place} after epoch 1 of 3\n" in capsys.readouterr().out
     assert same_weights(whole.folder, resumed.folder)
     assert whole.record.result == resumed.record.result
     assert whole.record.best == resumed.record.best
