@@ -328,6 +328,14 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     assert f"The evaluated images come from the same source and were not trained on in this run: {chosen}." in card
 
 
+def test_the_card_of_a_run_on_own_images_says_that_its_command_lacks_their_folder(finished_run):
+    run = read_run(finished_run)
+    own = replace(run, recipe=run.recipe.replace(dataset="folder", data_dir="/home/me/images"))
+    said = "\n```\n\nThe command is without the folder of the images: add `--data-dir FOLDER`.\n\n## Intended use"
+    assert said in render_card(own, REPOSITORY)
+    assert "--data-dir" not in render_card(run, REPOSITORY)
+
+
 def test_commands_lose_their_paths():
     command = "mbib train r.yaml --data-dir '/home/me/my images' --lr 0.1 --output=/x --sync-bn --workers 8 --seed 1"
     assert redact_command(command) == "mbib train r.yaml --lr 0.1 --sync-bn --seed 1"
