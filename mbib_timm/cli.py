@@ -473,7 +473,7 @@ def demo(flags: Parser) -> Action:
 def publish(flags: Parser) -> Action:
     """Publish a finished run on the Hub."""
     flags.add_argument("run", type=place, help="the run's folder")
-    flags.add_argument("--repo-id", metavar="ORG/NAME", help="repository on the Hub; models of the zoo have theirs")
+    flags.add_argument("--repo-id", metavar="OWNER/NAME", help="repository on the Hub; models of the zoo have theirs")
     flags.add_argument(
         "--seeds",
         type=place,

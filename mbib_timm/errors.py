@@ -97,6 +97,48 @@ def _whole_of(part: str, names: Iterable[str], most: int = 3) -> list[str]:
     return [each for each in names if part and whole.fullmatch(each)][:most]
 
 
+# What other programs call some keys of a recipe, where the nearest name is not the one that is meant.
+ALIASES = {
+    "aa": ("augment", "auto_augment", "randaugment"),
+    "amp": ("fp16", "bf16", "mixed_precision", "precision"),
+    "batch_size": ("bs", "batch"),
+    "clip_grad": ("clip", "grad_clip", "max_grad_norm", "gradient_clip_val"),
+    "data_dir": ("data", "data_path", "data_root", "root", "path"),
+    "device": ("gpu", "gpus", "cuda"),
+    "epochs": ("num_epochs", "max_epochs"),
+    "experiment": ("name", "exp_name", "run_name"),
+    "grad_accum_steps": ("accum_iter", "accumulation_steps", "accumulate_grad_batches"),
+    "imbalance": ("imb_type",),
+    "img_size": ("size", "input_size", "image_size", "resolution"),
+    "initial_checkpoint": ("ckpt", "finetune"),
+    "lr": ("learning_rate", "base_lr"),
+    "method": ("loss", "loss_type", "criterion", "algorithm"),
+    "model": ("arch", "architecture", "net", "network", "backbone"),
+    "model_ema": ("ema",),
+    "opt": ("optimizer",),
+    "output": ("output_dir", "out", "out_dir", "outdir", "save_dir", "work_dir", "log_dir"),
+    "sched": ("scheduler", "lr_scheduler", "lr_schedule"),
+    "seed": ("random_seed", "manual_seed"),
+    "smoothing": ("label_smoothing",),
+    "torchcompile": ("compile",),
+    "train": ("freeze", "freeze_backbone"),
+    "val_fraction": ("val_ratio", "test_size"),
+    "warmup_epochs": ("warmup",),
+    "weight_decay": ("wd",),
+    "workers": ("num_workers", "num_threads"),
+}
+
+
+def _as_key(name: str) -> str:
+    """Return a flag as the recipe key that it stands for; any other name as it is."""
+    return name.removeprefix("--").replace("-", "_").casefold()
+
+
+def _called_otherwise(name: str, names: Iterable[str]) -> list[str]:
+    """Return the valid name of what other programs call by a name."""
+    return [each for each in names if _as_key(name) in ALIASES.get(_as_key(each), ())]
+
+
 # What lists the valid names of some kind.
 LISTED = {
     "recipe": "mbib recipes lists them",
@@ -118,13 +160,15 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
         valid: the names that are.
     """
     names = sorted(valid)
-    if near := nearest(name, names) or _whole_of(name, names):
+    if near := _called_otherwise(name, names) or nearest(name, names) or _whole_of(name, names):
         hint = f"did you mean {' or '.join(map(repr, near))}?"
     elif not names:
         hint = "there are none."
     elif len(names) <= 20:
         hint = f"choose from {', '.join(names)}."
     else:
-        listed = f"; {LISTED[kind]}" if kind in LISTED else ""
+        of_command = kind.removeprefix("flag of ")
+        listed = f"{of_command} --help lists them" if of_command != kind else LISTED.get(kind, "")
+        listed = listed and f"; {listed}"
         hint = f"there are {len(names)} valid names, e.g. {', '.join(names[:3])}{listed}."
     return MbibError(f"unknown {kind} {shown(name)}: {hint}")

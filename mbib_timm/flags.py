@@ -33,6 +33,8 @@ class Parser(argparse.ArgumentParser):
     shown: Recipe | None = None
 
     def error(self, message: str) -> NoReturn:
+        if message == "argument --resume: expected one argument":  # of mbib train; that of mbib predict takes none
+            message += ", such as auto"
         raise MbibError(message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}...")
 
 

@@ -43,8 +43,12 @@ def fails(tmp_path, capsys):
 # Errors that the command line, the recipe or a method's settings tell, without torch and timm.
 BAD_FLAGS = [
     (["train", "mbib_resnet20.digts"], "did you mean 'mbib_resnet20.digits'"),
-    (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate'"),
+    (["train", "--learning-rate", "1"], "unknown flag of mbib train '--learning-rate': did you mean '--lr'?"),
+    (["train", "--data=x"], "unknown flag of mbib train '--data': did you mean '--data-dir'?"),
+    (["predict", "runs/x", "image.png", "--bs", "1"], "unknown flag of mbib predict '--bs': did you mean '--batch-"),
+    (["data", "x", "--near"], "valid names, e.g. --broken, --class-map, --csv; mbib data --help lists them."),
     (["train", "--lrr", "1"], "did you mean '--lr'"),
+    (["train", "--resume"], "argument --resume: expected one argument, such as auto"),
     (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
     (["train", "--epochs", "-1"], "recipe key 'epochs': expected at least 0, got -1"),
     (["train", "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
@@ -108,7 +112,13 @@ BAD_RUNS = [
     (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
     (["train", "--model-kwargs", "num_classes=5"], "the number of classes is that of the data"),
     (["train", "--method.observation-weights", "[1, 2]"], "expected 3 numbers, one for each of v1, v2, v3"),
-    (["train", "--method", "mbib", "--model", "cifar_resnet20"], "method 'mbib' needs a model with observations"),
+    (["train", "--method", "bib", "--model", "cifar_resnet20"], "observations and a bottleneck, such as bib_resnet20;"),
+    (["train", "--method", "mbib", "--model", "cifar_resnet20"], "and a bottleneck, such as mbib_resnet20; this one"),
+    (
+        ["train", "--model", "mbib_resnet32.cifar100_lt_if100", "--pretrained", "--epochs", "0"],
+        "recipe key 'epochs': 0 trains nothing, and classifiers start anew: expected 1 or more, or",
+    ),
+    (["train", "cifar_resnet32.crt_digits", "--stage2.epochs", "0"], "0 trains nothing, and classifiers start anew"),
     (["train", "--sampler", "class_aware:x"], "class_aware:x"),
     (["train", "--aa", "rand-x9"], "recipe key 'aa': unknown policy 'rand-x9'"),
     (["train", "--train", "layer9"], "recipe key 'train': 'layer9' matches no parameter's name"),

@@ -90,6 +90,8 @@ def test_the_licence_is_the_models_unless_another_is_given(finished_run, tmp_pat
     name = "mbib_resnet32.cifar100_lt_if100"
     _, described = read_back("torchscript", export(name, "torchscript", tmp_path / "published.pt"))
     assert (described["model"], described["license"]) == (name, "apache-2.0")
+    assert main(["export", name, "--format", "torchscript", "--license", "mit"]) == 2
+    assert f"--license mit: {name} states its own, apache-2.0; omit the flag" in capsys.readouterr().err
     file = str(tmp_path / "own.pt")
     assert (
         main(["export", str(finished_run), "--format", "torchscript", "--output", file, "--license", "CC-BY-4.0"]) == 0

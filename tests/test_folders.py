@@ -33,6 +33,7 @@ from timm.data import create_reader
 
 from mbib_timm.cli import main
 from mbib_timm.data import (
+    DataPool,
     archives,
     open_data,
     open_split,
@@ -253,6 +254,21 @@ def test_a_split_beside_classes_is_an_error_that_says_what_to_do(tmp_path):
                 DataError, match=r"holds 'train', which contains folders .*beside 'bus': put the splits"
             ):
                 open_data(folder_recipe(place))
+
+
+def test_a_split_whose_name_is_a_slip_is_an_error_that_names_the_split(tmp_path):
+    entries = {f"{split}/{name}/1.png": png(1) for split in ("trian", "val") for name in ("ant", "bee")}
+    place = unpacked(tmp_path / "folder", entries)
+    with pytest.raises(DataError, match=r"holds 'val', .*, beside 'trian' \(did you mean 'train'\?\): put"):
+        open_data(folder_recipe(place))
+
+
+def test_copies_between_splits_of_the_datas_own_are_not_looked_for_and_it_is_said(tmp_path):
+    names = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(5)]
+    for beginnings, said in ((("train/", "val/"), 1), (("",), 0)):
+        entries = {beginning + name: png(1) for beginning in beginnings for name in names}
+        lines = DataPool().introduce(folder_recipe(unpacked(tmp_path / str(said), entries)))
+        assert len([line for line in lines if "are not looked for; mbib data lists them" in line]) == said
 
 
 def test_classes_that_differ_in_case_beside_a_class_named_as_a_split_are_no_splits(tmp_path):

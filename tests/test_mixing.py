@@ -595,9 +595,12 @@ def test_a_method_that_needs_labels_or_two_streams_is_refused():
             ({"smoothing": 0.1}, "recipe key 'smoothing'"),
             ({"mixup": 1.0, "cutmix": 0.5, "smoothing": 0.1}, "recipe keys 'mixup' and 'cutmix' and 'smoothing'"),
         ):
-            message = f"^{named}: targets become soft, .* method 'needs_labels' needs labels; methods that take soft"
+            said = "methods that take soft targets: .*; if it can, its class says so with soft_targets = True$"
+            message = f"^{named}: targets become soft, .* method 'needs_labels' needs labels; {said}"
             with pytest.raises(MbibError, match=message):
                 recipe(method="needs_labels", **keys)
+        with pytest.raises(MbibError, match=r"methods that do: .*; if it can, .* with takes_class_weights = True$"):
+            recipe(method="needs_labels", class_weights="balanced")
         assert recipe(method="two_streams", mixup=1.0, cutmix=1.0).soft_targets
         with pytest.raises(
             MbibError, match=r"'cutmix_sampler': method 'two_streams' takes two streams of images alread"

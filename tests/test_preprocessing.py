@@ -255,12 +255,12 @@ def test_a_run_from_weights_has_their_preprocessing_and_says_what_differs(finish
     start = dict(initial_checkpoint=str(finished), img_size=None)
     later = yaml.safe_load((run_of(root, "from it", **start) / "recipe.yaml").read_text())
     assert (later["img_size"], later["mean"], later["interpolation"]) == (32, [0.5] * 3, "bilinear")
-    assert "preprocessing:" not in capsys.readouterr().out
+    assert "preprocessing by" not in capsys.readouterr().out
     run_of(root, "otherwise", **start, mean=[0.4, 0.5, 0.6], interpolation="bicubic")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preprocessing:")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preprocessing by")]
     assert lines == [
-        "preprocessing: the recipe's, not (in brackets) the weights': interpolation bicubic (bilinear), "
-        "mean 0.4 0.5 0.6 (0.5 0.5 0.5)"
+        "preprocessing by the recipe: interpolation bicubic (the weights had bilinear), mean 0.4 0.5 0.6 (the weights "
+        "had 0.5 0.5 0.5)"
     ]
 
 

@@ -80,8 +80,9 @@ def test_an_estimate_is_described_by_its_largest_shares():
     text = found.describe(NAMES)
     assert text.startswith(f"class frequencies estimated from 1,000 images in {found.iterations} iterations: fox ")
     assert text.index("fox") < text.index("red deer") < text.index("Bär") < text.index("no 0.0 %")
+    assert "uncertain" not in text
     many = estimate_prior(np.eye(30), np.full(30, 1 / 30)).describe(label_names(None, 30))
-    assert many.endswith(", and 20 more with 66.7 %")
+    assert many.endswith(", and 20 more with 66.7 %; that is uncertain, from fewer than 10 images for each class")
 
 
 def test_no_images_give_no_estimate():

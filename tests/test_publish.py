@@ -290,7 +290,7 @@ def test_the_licence_is_the_same_in_card_and_config(finished_run, capsys):
     arguments = ["publish", str(finished_run), "--repo-id", REPOSITORY, "--dry-run"]
     assert main([*arguments, "--license", "cc-by-nc"]) == 2
     assert "unknown licence of the Hub 'cc-by-nc': did you mean 'cc-by-nc-" in capsys.readouterr().err
-    for repository in ("me/birds/2", "me/two words", "me/a..b"):
+    for repository in ("birds", "me/birds/2", "me/two words", "me/a..b"):
         assert main(["publish", str(finished_run), "--repo-id", repository, "--dry-run"]) == 2
         message = capsys.readouterr().err
         assert message.startswith("mbib: error: --repo-id")
@@ -320,6 +320,14 @@ def test_the_card_says_how_the_evaluated_images_were_chosen(finished_run, tmp_pa
     run = read_run(finished_run)
     card = render_card(replace(run, record=replace(run.record, held_out=chosen)), REPOSITORY)
     assert f"The evaluated images come from the same source and were not trained on in this run: {chosen}." in card
+
+
+def test_the_card_of_a_run_on_own_images_says_that_its_command_lacks_their_folder(finished_run):
+    run = read_run(finished_run)
+    own = replace(run, recipe=run.recipe.replace(dataset="folder", data_dir="/home/me/images"))
+    said = "\n```\n\nThe command is without the folder of the images: add `--data-dir FOLDER`.\n\n## Intended use"
+    assert said in render_card(own, REPOSITORY)
+    assert "--data-dir" not in render_card(run, REPOSITORY)
 
 
 def test_commands_lose_their_paths():

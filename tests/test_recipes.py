@@ -13,7 +13,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from tiny import previous_run
 
 import mbib_timm  # noqa: F401 (registers the models)
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import ALIASES, MbibError
 from mbib_timm.methods import METHODS, Facts, part_of, resolve_method
 from mbib_timm.models.zoo import STARTS, is_start_tag
 from mbib_timm.recipe import (
@@ -300,11 +300,9 @@ def test_loss_is_the_papers(name):
     ("text", "message"),
     [
         ("lr: [0.1]", r"^own\.yaml: recipe key 'lr': expected float, got \[0\.1\]$"),
-        (
-            "learning_rate: 0.1\nmodle: resnet18",
-            r"own\.yaml: unknown key 'learning_rate': .*; mbib train --help lists",
-        ),
+        ("qqq: 0.1\nmodle: resnet18", r"own\.yaml: unknown key 'qqq': .*; mbib train --help lists"),
         ("modle: resnet18", r"own\.yaml: unknown key 'modle': did you mean 'model'"),
+        ("learning_rate: 0.1", r"own\.yaml: unknown key 'learning_rate': did you mean 'lr'\?"),
         ("1: 2", r"own\.yaml: unknown key '1'"),
         ("epochs: many", r"'epochs': expected int, got 'many'"),
         ("epochs: true", r"'epochs': expected int, got True"),
@@ -378,6 +376,13 @@ def test_overrides_replace_the_files_values_and_are_checked_alike():
     assert recipe.replace(seed=7).seed == 7
     with pytest.raises(MbibError, match="unknown recipe key 'sed': did you mean 'seed'"):
         recipe.replace(sed=7)
+
+
+@pytest.mark.parametrize("key", ALIASES)
+def test_what_other_programs_call_a_key_leads_to_it(key):
+    for name in ALIASES[key]:
+        with pytest.raises(MbibError, match=f"^unknown recipe key '{name}': did you mean '{key}'\\?$"):
+            Recipe().replace(**{name: 1})
 
 
 def test_numbers_without_a_dot_are_read_as_yaml_leaves_them(tmp_path):

@@ -477,6 +477,12 @@ def test_an_errors_file_that_loads_from_elsewhere_is_refused(tmp_path):
     [
         (lambda folder: folder.write_text(""), "nowhere is a file: expected the folder"),
         (lambda folder: folder.mkdir(), "holds neither metrics.json nor sweep.json"),
+        (
+            lambda folder: [
+                (folder / run).mkdir(parents=True) or (folder / run / "metrics.json").touch() for run in "ba"
+            ],
+            r"or a sweep's results; there are .*/nowhere/a, .*/nowhere/b$",
+        ),
         (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{}")), "does not hold results of a sweep"),
     ],
 )

@@ -415,7 +415,8 @@ def test_data_that_cannot_be_downloaded(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
     with pytest.raises(
-        DataError, match=rf"^CIFAR100 cannot be downloaded .*network.*into {tmp_path}, or .* --data-dir FOLDER$"
+        DataError,
+        match=rf"^CIFAR100 cannot be downloaded .*network.*into {tmp_path}, or give images .* --data-dir FOLDER$",
     ):
         open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path), dataset_download=True), "train")
 

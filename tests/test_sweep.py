@@ -65,6 +65,10 @@ def of_recipe(recipe, **fields):
         ("recipe: a\naxes: {lr: []}", "axis 'lr' needs a list of values"),
         ("recipe: a\naxes: {m: {x: {stage2.opoch: 1}}}", "unknown key in axis m of sweep x 'stage2.opoch'"),
         ("recipe: a\naxes: {m: {x: 3}}", "axis 'm': 'x' needs recipe keys and their values, got 3"),
+        (
+            "recipe: a\naxes: {method: {CE: ce}}",
+            "axis 'method': 'CE' needs recipe keys and their values, got 'ce'; such as CE: {method: 'ce'}, or a list",
+        ),
         ("recipe: '{m}a'\naxes: {m: {x: 3}}", "axis 'm': 'x' needs a part of the recipe's name, got 3"),
         ("recipe: a\naxes: {stage2.seed: [1]}", "recipe key 'stage2.seed' is set by the sweep itself"),
         ("recipe: a\naxes: {seed: [1]}", "recipe key 'seed' is set by the sweep itself; see --seeds"),
@@ -553,6 +557,7 @@ def test_a_method_with_a_bug_fails_its_own_runs_alone(tmp_path, capfd):
     said = capfd.readouterr()
     label = "cifar_resnet20.ce_digits-method=buggy-seed0"
     assert f"failed: {label}: IndexError: target 8 is out of bounds" in said.out
+    assert "nothing to resume" not in said.out
     assert "buggy.py" in said.err, "the traceback"
     results = read_results(tmp_path / "results" / "three-1e")
     assert [run.method for run in results.runs] == ["ce", "bsce"]

@@ -173,14 +173,18 @@ def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["resident", "timm"])
-def test_resume_gives_bit_identical_weights(tmp_path, loader):
+def test_resume_gives_bit_identical_weights(tmp_path, loader, capsys):
     """After a crash in the first epoch, and another in the second; tests/test_checkpoint_steps.py has workers too."""
     keys = dict(FEW, loader=loader, model_ema=True, model_kwargs={"drop_rate": 0.1}, opt="adamw", lr=1e-3)
     recipe = digits(tmp_path, **keys)
     whole = train(recipe, "whole")
-    for epoch in (0, 1):
+    place = tmp_path / "broken"
+    lines = (f"nothing to resume in {place}: starting\n", f"resumed from {place} before epoch 1 of 3\n")
+    for epoch, said in enumerate(lines):
         crash(recipe.replace(resume="auto"), "broken", epoch, after=True)
+        assert said in capsys.readouterr().out
     resumed = train(recipe.replace(resume="auto"), "broken")
+    assert f"resumed from {place} after epoch 1 of 3\n" in capsys.readouterr().out
     assert not differing(whole.folder, resumed.folder)
     assert whole.record.result == resumed.record.result
     assert whole.record.best == resumed.record.best

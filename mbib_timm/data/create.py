@@ -64,7 +64,13 @@ class DataPool:
 
     def introduce(self, recipe: Recipe) -> list[str]:
         """Return what the recipe's data are, in lines, when first asked; see `summary`."""
-        return summary(self.open(recipe), recipe.holdout > 0) if self.first_time(data_key(recipe)) else []
+        if not self.first_time(data_key(recipe)):
+            return []
+        splits = self.open(recipe)
+        lines = summary(splits, recipe.holdout > 0)
+        if splits.val.in_files and not splits.val.chosen:
+            lines.append("note: copies of training images among the evaluated are not looked for; mbib data lists them")
+        return lines
 
     def first_time(self, line: str | None) -> list[str]:
         """Return a line, unless there is none or it was asked for before."""

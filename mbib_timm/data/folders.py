@@ -27,7 +27,7 @@ from mbib_timm.data.archives import SUFFIXES, ArchiveReader, is_archive, members
 from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader
-from mbib_timm.errors import DataError, few
+from mbib_timm.errors import DataError, few, nearest
 from mbib_timm.files import composed, printable
 
 T = TypeVar("T")
@@ -526,9 +526,11 @@ def _open(
     known, asked = _known(split_names), split.casefold()
     if others := [name for name in places if name.casefold() not in known | {asked}]:
         name = next(name for name in places if name.casefold() in known)
+        near = [nearest(other, known, most=1) for other in others]
+        said = [f"{o!r} (did you mean {n[0]!r}?)" if n else repr(o) for o, n in zip(others, near, strict=True)]
         raise DataError(
             f"{root} holds {name!r}, which contains folders as a split does, beside "
-            f"{few([*map(repr, others)], 3)}: put the splits into a folder of their own; or, if {name!r} is a class, "
+            f"{few(said, 3)}: put the splits into a folder of their own; or, if {name!r} is a class, "
             "give it another name, or put its images directly into it"
         )
     _refuse_twins(root, places, split_names)

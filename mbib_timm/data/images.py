@@ -1,6 +1,7 @@
 """Images with labels, from an opened file to what a model sees, and what becomes of a broken one."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -117,10 +118,19 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
     return np.rint(values * (255 / white)).astype(np.uint8)
 
 
-def why_unreadable(error: Exception) -> str:
-    """Return why an image cannot be read, in a line without its path."""
+def why_unreadable(error: Exception, most_pixels: int | None = None) -> str:
+    """Return why an image cannot be read, in a line without its path.
+
+    Args:
+        error: that its reading raised.
+        most_pixels: that an image may have; what Pillow reads when None.
+    """
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or damaged, or of a kind that is not read"
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        most = most_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"it has {pixels / 1e6:,.0f} million pixels, and up to {most // 10**6} million are read: make it smaller"
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 

@@ -319,7 +319,7 @@ def _open_torchvision(kind: Callable[..., Any], recipe: Recipe, split: str) -> S
     except (RuntimeError, OSError) as error:
         if isinstance(error, URLError) or first_line(error).startswith("Error downloading"):
             raise DataError(
-                f"{name} cannot be downloaded (is there a network?): put it into {root}, or train on images of your "
+                f"{name} cannot be downloaded (is there a network?): put it into {root}, or give images of your "
                 "own with --dataset folder --data-dir FOLDER"
             ) from None
         reason = first_line(error) if recipe.dataset_download else "missing or damaged; --dataset-download fetches it"

@@ -71,13 +71,12 @@ def open_upload(path: str | Path) -> Image.Image:
             image = Image.open(path)
         pixels = image.width * image.height
         if pixels > LARGEST_UPLOAD_PIXELS:
-            raise ValueError(
-                f"it has {pixels / 1e6:,.0f} million pixels, and up to {LARGEST_UPLOAD_PIXELS // 10**6} are shown"
-            )
+            raise Image.DecompressionBombError(f"{pixels} pixels")
         image.load()
         return image
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-        raise DataError(f"This file cannot be read: {why_unreadable(error).rstrip('.')}.") from None
+        why = why_unreadable(error, LARGEST_UPLOAD_PIXELS).rstrip(".")
+        raise DataError(f"This file cannot be read: {why}.") from None
 
 
 def classify(

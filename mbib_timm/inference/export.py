@@ -128,8 +128,8 @@ def export(
         The file.
 
     Raises:
-        MbibError: an unknown format or licence, a file that cannot be written, a package that is missing, or an output
-            that differs.
+        MbibError: an unknown format or licence, a licence other than the model's, a file that cannot be written, a
+            package that is missing, or an output that differs.
     """
     kind = FORMATS[format]
     license = None if license is None else check_licence(license)
@@ -184,8 +184,14 @@ def describe(model: LoadedModel, softmax: bool, license: str | None = None) -> D
         model: to be exported.
         softmax: the file gives probabilities.
         license: of the weights; the one that the model states when None.
+
+    Raises:
+        MbibError: the model states another licence.
     """
     given, cfg = model.preprocessing, getattr(model.module, "pretrained_cfg", {})
+    stated = cfg.get("license")
+    if stated and license not in (None, stated):
+        raise MbibError(f"--license {license}: {name_of(model.source)} states its own, {stated}; omit the flag")
     channels, height, width = given["input_size"]
     return Description(
         model=name_of(model.source),
@@ -200,7 +206,7 @@ def describe(model: LoadedModel, softmax: bool, license: str | None = None) -> D
         crop_mode=given["crop_mode"],
         mean=tuple(given["mean"]),
         std=tuple(given["std"]),
-        license=license or cfg.get("license"),
+        license=license or stated,
         written_by=f"{PACKAGE} {mbib_timm.__version__}",
     )
 

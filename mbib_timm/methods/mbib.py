@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -116,6 +117,7 @@ class Bottleneck(Method):
     Settings: ClassVar[type] = BibSettings
     soft_targets = True
     takes_class_weights = True
+    example: ClassVar[str] = "mbib_resnet50"  # of a network that fits
 
     bsc_weights: Tensor
     vsd_weights: Tensor
@@ -144,14 +146,17 @@ class Bottleneck(Method):
         """Raise MbibError for a network without observations or bottleneck."""
         bottleneck = getattr(self.get_eval_model(), "bottleneck_head", None)
         if bottleneck is None or len(self.head_names) < 2:
-            raise self.unfit("a model with observations and a bottleneck", "mbib_resnet50")
+            raise self.unfit("a model with observations and a bottleneck")
 
-    def unfit(self, needed: str, example: str) -> MbibError:
-        """Return the error for a network that is not what is needed."""
+    def unfit(self, needed: str) -> MbibError:
+        """Return the error for a network that is not what is needed; it names one, where there is on its backbone."""
+        model = self.get_eval_model()
+        architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+        network, backbone = self.example.rpartition("_")[0], architecture.rpartition("_")[2]
+        fitting = f"{network}_{backbone}" if timm.is_model(f"{network}_{backbone}") else self.example
         # A bare module stands for no model, where a loss alone is asked for.
-        is_given = type(self.get_eval_model()) is not nn.Module
-        returned = f"; this one returns only {', '.join(self.head_names)}" if is_given else ""
-        return MbibError(f"method {self.name!r} needs {needed}, such as {example}{returned}")
+        returned = f"; this one returns only {', '.join(self.head_names)}" if type(model) is not nn.Module else ""
+        return MbibError(f"method {self.name!r} needs {needed}, such as {fitting}{returned}")
 
     def head_offsets(self) -> Tensor:
         """Return what is added to logits (eq. 4), (K,); or for each head of `head_weights`, (H, 1, K)."""
@@ -250,6 +255,7 @@ class BIB(Bottleneck):
     (eq. 9, figure 1)."""
 
     title = "BIB"
+    example = "bib_resnet50"
 
     def graph(self, heads: Sequence[str]) -> list[Edge]:
         """Return the edge from the last observation to z."""

@@ -42,6 +42,7 @@ class SadeMBIB(Bottleneck):
     title = "SADE + MBIB (ours)"
     citation = CITATION
     Settings = SadeMbibSettings
+    example = "mbib_experts_resnet32"
 
     def check_network(self) -> None:
         """Raise MbibError unless the network has three experts with observations and a bottleneck each, whose offsets
@@ -52,9 +53,7 @@ class SadeMBIB(Bottleneck):
                 "class frequencies, and tau would have no effect"
             )
         if any(len(heads) < 2 for heads in experts_of(self).values()):
-            raise self.unfit(
-                "a model of three experts with observations and a bottleneck each", "mbib_experts_resnet32"
-            )
+            raise self.unfit("a model of three experts with observations and a bottleneck each")
 
     def graph(self, heads: Sequence[str]) -> list[Edge]:
         """Return the edges from every observation of an expert to its z."""

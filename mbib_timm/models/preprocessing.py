@@ -104,11 +104,11 @@ def departures(recipe: Recipe, network: nn.Module) -> str | None:
     own = _own_keys(network)
     named = [key for key in MODEL_KEYS if key not in WHOLE_IMAGES or recipe.train_crop_mode != "pad"]
     said = [
-        f"{key} {_text(getattr(recipe, key))} ({_text(own[key])})"
+        f"{key} {_text(getattr(recipe, key))} (the weights had {_text(own[key])})"
         for key in named
         if getattr(recipe, key) not in (None, own[key])
     ]
-    return f"preprocessing: the recipe's, not (in brackets) the weights': {', '.join(said)}" if said else None
+    return f"preprocessing by the recipe: {', '.join(said)}" if said else None
 
 
 def _own_keys(network: nn.Module) -> Mapping[str, Any]:

@@ -144,6 +144,7 @@ def render_card(
         last_stage_only=len(record.stages) > 1 and not record.inputs,
         environment=record.environment,
         train=run.command_today,
+        lacks_data=run.command_lacks_data,
         few=len(shot_groups(counts)["few"]),
         licence=licence_of(run, stated),
         data_licence=run.dataset.licence if run.dataset is not None else "",

@@ -79,6 +79,8 @@ def publish(
         split_repository(repository if revision is None else f"{repository}@{revision}")
     except MbibError as error:
         raise MbibError(f"--repo-id or --revision: {error}") from None
+    if "/" not in repository:  # the Hub would put it under the owner of the token, where nothing else looks for it
+        raise MbibError(f"--repo-id {repository}: expected OWNER/NAME, such as YOU/{repository}")
     stated = Stated(dataset_name, None if license is None else check_licence(license))
     release = make_release(run, repository, others, inference_only, stated)
     if dry_run:

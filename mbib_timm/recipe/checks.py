@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mbib_timm.errors import MbibError, shown, unknown_name
 from mbib_timm.files import counted
 from mbib_timm.options import build_options, check_options, default_of, option
-from mbib_timm.recipe.declared import DeclaredMethod, known_methods, stream_names
+from mbib_timm.recipe.declared import DeclaredMethod, known_methods, packaged_methods, stream_names
 from mbib_timm.recipe.policy_names import parse_policy
 
 if TYPE_CHECKING:
@@ -144,8 +144,13 @@ def _check_mixing(recipe: "Recipe", method: DeclaredMethod) -> None:
         raise MbibError(
             f"recipe key{'s' if len(keys) > 1 else ''} {' and '.join(map(repr, keys))}: targets become soft, with "
             f"several classes per image, and method {method.name!r} needs labels; methods that take soft targets: "
-            f"{', '.join(able)}"
+            f"{', '.join(able)}{_of_ones_own(method, 'soft_targets')}"
         )
+
+
+def _of_ones_own(method: DeclaredMethod, attribute: str) -> str:
+    """Return how a plugin's method says that it can do something; empty for a method of this package."""
+    return "" if method.name in packaged_methods() else f"; if it can, its class says so with {attribute} = True"
 
 
 def _check_class_weights(recipe: "Recipe", method: DeclaredMethod) -> None:
@@ -154,7 +159,7 @@ def _check_class_weights(recipe: "Recipe", method: DeclaredMethod) -> None:
         able = [name for name, known in known_methods().items() if known.takes_class_weights]
         raise MbibError(
             f"recipe key 'class_weights': method {method.name!r} does not weight its loss by class; methods that do: "
-            f"{', '.join(able)}"
+            f"{', '.join(able)}{_of_ones_own(method, 'takes_class_weights')}"
         )
 
 

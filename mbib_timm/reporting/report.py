@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mbib_timm
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, few
 from mbib_timm.files import check_place, contains, counted, require_own, write_bytes
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.reporting.comparison import comparison_section, short_titles
@@ -88,7 +88,11 @@ def _folder(name: str) -> Path:
         if (folder / FILE).is_file() or is_finished(folder):
             return folder
     if Path(name).is_dir():
-        raise MbibError(f"{name} holds neither {RECORD} nor {FILE}: it is not a finished run or a sweep's results")
+        inside = sorted({str(file.parent) for kind in (RECORD, FILE) for file in Path(name).glob(f"*/{kind}")})
+        there = f"; there are {few(inside)}" if inside else ""
+        raise MbibError(
+            f"{name} holds neither {RECORD} nor {FILE}: it is not a finished run or a sweep's results{there}"
+        )
     if Path(name).exists():
         raise MbibError(f"{name} is a file: expected the folder of a run, of kept results or of a sweep's results")
     raise MbibError(

@@ -197,6 +197,8 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section
     if run.command_today:
         said = f"The command is as that version recorded it. Today, `{run.command_today}` trains this recipe."
         section.paragraphs([said])
+    if run.command_lacks_data:
+        section.paragraphs(["The command is without the folder of the images: add `--data-dir FOLDER`."])
 
     section.heading("Result")
     result = run.record.result

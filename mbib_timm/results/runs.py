@@ -127,6 +127,11 @@ class FinishedRun:
         return "" if recipe in ("", *self.record.environment.command.split()) else f"mbib train {recipe}"
 
     @property
+    def command_lacks_data(self) -> bool:
+        """True if its command, whose folders are left out, does not say where images of somebody's own are."""
+        return self.dataset is None and self.recipe.data_dir is not None
+
+    @property
     def has_packaged_data(self) -> bool:
         """True if the run saw the images that the packaged recipe of its name names, as far as its keys say."""
         return self.packaged is not None and not _last_parts(self.settings) & DATA

@@ -175,9 +175,12 @@ class Sweep:
 
     def _check_settings(self, axis: str, value: Any, settings: Any) -> None:
         if not isinstance(settings, Mapping):
+            got, instead = shown(settings), ""
+            if key_of(axis) in KEYS:
+                instead = f"; such as {value}: {{{axis}: {got}}}, or a list of values without names: [{got}]"
             raise MbibError(
                 f"sweep {self.name}: axis {axis!r}: {shown(value)} needs recipe keys and their values, got "
-                f"{shown(settings)}"
+                f"{got}{instead}"
             )
         for address in settings:
             self._check_address(f"key in axis {axis}", address)

@@ -174,6 +174,7 @@ def set_up(
     method = kind(network, settings, facts_of(recipe, splits, size, previous), world.device)
     method.to(world.device, memory_format=memory_format)
     _require_result(method, size, recipe, frozen)
+    _require_trained(method, recipe, splits.num_classes)
     if recipe.choice("classifier_start") == CLASS_MEANS:
         require_class_means(method.result_model(), splits.class_counts, splits.class_names)
     method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
@@ -201,6 +202,18 @@ def _require_result(method: Method, size: tuple[int, int, int], recipe: Recipe, 
         model = copy.deepcopy(model)
         frozen.put_back(model)
     config_text(model, size, recipe, {})
+
+
+def _require_trained(method: Method, recipe: Recipe, num_classes: int) -> None:
+    """Raise MbibError for a stage without epochs whose result would have classifiers that nothing has trained."""
+    if recipe.epochs > 0 or method.post_hoc or recipe.choice("classifier_start") == CLASS_MEANS:
+        return
+    of_weights = getattr(method.get_eval_model(), "pretrained_cfg", {}).get("num_classes")
+    if recipe.choice("reset") != "none" or (recipe.previous is None and of_weights != num_classes):
+        raise MbibError(
+            "recipe key 'epochs': 0 trains nothing, and classifiers start anew: expected 1 or more, or "
+            "classifier_start: class_means"
+        )
 
 
 def _precision_advice(

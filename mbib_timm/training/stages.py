@@ -51,11 +51,13 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked:
         LostDeviceError: the device has failed; the last good checkpoint is kept.
     """
     with joined_world(recipe.device, "; continue with --resume auto") as world:
+        # A sweep resumes all of its runs, whether they have begun or not, and has a pool for them.
+        says_new = recipe.resume == "auto" and pool is None
         pool = pool or DataPool()
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _check_stages(recipe, pool, world, Path(folder))
-        return _train(recipe, name, world, pool, epochs_asked=epochs_asked)
+        return _train(recipe, name, world, pool, epochs_asked=epochs_asked, says_new=says_new)
 
 
 def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:
@@ -81,17 +83,28 @@ def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) ->
 
 
 def _train(
-    recipe: Recipe, name: str, world: World, pool: DataPool, whole: Path | None = None, epochs_asked: bool = True
+    recipe: Recipe,
+    name: str,
+    world: World,
+    pool: DataPool,
+    whole: Path | None = None,
+    epochs_asked: bool = True,
+    says_new: bool = False,
 ) -> FinishedRun:
     """Train a run, or a stage of one whose whole is in another folder, which holds all its stages.
 
-    A run may be extended, to epochs that are asked for; such a stage may not.
+    A run may be extended, to epochs that are asked for; such a stage may not. `says_new`: say so where there is nothing
+    to resume.
     """
     recipe, folder, state = _find_folder(recipe, name, world, extend=whole is None)
+    said = ""
     if state is not None:
-        changed = _check_epochs(recipe, folder, TrainState.of(state), epochs_asked)
-        if changed and world.is_main:
-            print(changed)
+        reached = TrainState.of(state)
+        said = _check_epochs(recipe, folder, reached, epochs_asked) or _reached(folder, reached, recipe.epochs)
+    elif says_new and not any(folder.path.glob("stage*-*")):
+        said = f"nothing to resume in {folder.path}: starting"
+    if said and world.is_main:
+        print(said, flush=True)
     previous = None
     if recipe.previous is not None:
         previous = _previous(recipe, whole or folder.path, world, pool)
@@ -204,6 +217,16 @@ def _find_folder(
     if not extend and len(TrainState.of(state).ends_with(recipe.epochs)) > 1:
         raise extended(folder.path, "remove the folder, and the stage is trained again")
     return recipe, folder, state
+
+
+def _reached(folder: RunFolder, reached: TrainState, epochs: int) -> str:
+    """Return a line on where a run goes on; empty for one that trains nothing."""
+    if epochs == 0:
+        return ""
+    where = f"after epoch {reached.epoch}" if reached.epoch else "before epoch 1"
+    if reached.part is not None:
+        where = f"within epoch {reached.epoch + 1}"
+    return f"resumed from {folder.path} {where} of {epochs}"
 
 
 def _check_epochs(recipe: Recipe, folder: RunFolder, reached: TrainState, epochs_asked: bool) -> str:
