@@ -107,9 +107,9 @@ def test_table_9_is_the_papers(shared):
 # Runs and their distance from the paper
 
 
-def changed(folder, tmp_path, name, **changes):
+def changed(folder, tmp_path, called, /, **changes):
     """Copy a result, with other metrics: seed, epochs, or top1, many ... of the prediction."""
-    copy = tmp_path / name
+    copy = tmp_path / called
     shutil.copytree(folder, copy)
     metrics = json.loads((copy / "metrics.json").read_text())
     for key, value in changes.items():
@@ -308,6 +308,45 @@ def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path, undrawn):
     page = tmp_path / "r.html"
     assert main(["report", str(MBIB), str(folder), "-o", str(page)]) == 0
     assert "<dt>changed from the recipe</dt><dd><code>method.beta</code> 1.0</dd>" in page.read_text()
+
+
+def by_another_method(tmp_path, **keys):
+    """The run on the digits by cross-entropy in place of its recipe's method, with other keys, as `mbib train` would
+    name it."""
+    folder = changed(DIGITS[0], tmp_path, "mine-ce", name="mbib_resnet20.ce_digits", method="ce", stages=["ce"])
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "method": {"name": "ce"}, **keys}))
+    return folder
+
+
+def test_a_run_by_another_method_is_compared_with_the_recipe_that_it_was_made_from(tmp_path, undrawn):
+    folder = by_another_method(tmp_path, class_weights="balanced", epochs=3)
+    groups = group_runs([read_run(DIGITS[0]), read_run(folder)])
+    other = groups[1]
+    assert (other.is_short, other.recipe_epochs) == (True, 60)
+    assert other.settings == {"class_weights": "balanced", "method": "ce"}
+    assert short_titles(groups) == ["MBIB, 60 epochs", "CE, class weights balanced, 3 of 60 epochs"]
+    section = comparison_section(groups)
+    assert [row[:2] for table in tables_of(section) for row in table.rows] == [
+        ["MBIB", "60"],
+        ["CE, class weights balanced", "3 of 60"],
+    ]
+    assert "<code>class_weights</code> balanced, <code>method</code> ce</dd>" in html_of(run_section(other))
+
+
+def test_of_two_recipes_the_command_says_which_a_run_by_another_method_was_made_from(tmp_path):
+    run, name, found = read_run(DIGITS[0]), "cifar_resnet32.mbib_cifar100_lt_if100", {}
+    assert name not in map(recipe_name, packaged_recipes().values())
+    for made_from in ("cifar_resnet32.ce_cifar100_lt_if100", "cifar_resnet32.bsce_cifar100_lt_if100", "mine.yaml"):
+        environment = replace(run.record.environment, command=f"mbib train {made_from} --method mbib")
+        of_other = replace(run, record=replace(run.record, name=name, environment=environment))
+        found[made_from] = of_other.packaged and of_other.packaged.method["name"]
+    assert [*found.values()] == ["ce", "bsce", None]
+
+
+def test_samplers_are_in_the_titles_where_they_differ(tmp_path):
+    folder = by_another_method(tmp_path, sampler="balanced")
+    assert short_titles(group_runs([read_run(DIGITS[1]), read_run(folder)])) == ["CE", "CE, sampler balanced"]
 
 
 def test_baselines_are_not_said_to_have_a_z():

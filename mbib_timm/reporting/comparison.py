@@ -13,6 +13,7 @@ from mbib_timm.reporting.report_figures import comparison_bars, comparison_curve
 from mbib_timm.reporting.sections import SEEDS, Section, epochs_of
 from mbib_timm.results.columns import COLUMNS, macro_is_overall
 from mbib_timm.results.record import HeadMetrics, RunRecord, is_averaged
+from mbib_timm.results.redact import last_part
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import (
@@ -60,6 +61,7 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
             "method": stages_text(group.first.record.stages),
             "data": group.first.dataset.title if group.first.dataset else data_of(group.first.name),
             "setup": f"setup {numbers[(of or groups).index(group)]}",
+            **_class_balance(group),
             "epochs": f"{epochs_of(group)} epochs",
             "precision": group.first.precision,
         }
@@ -68,10 +70,20 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
     differing = [key for key in told[0] if key != "method" and len({each[key] for each in told}) > 1]
     titles = []
     for group, each in zip(groups, told, strict=True):
-        words = [each["method"], *(each[key] for key in differing if key not in in_columns)]
+        words = [each["method"], *(each[key] for key in differing if each[key] and key not in in_columns)]
         alone = told.count(each) == 1
         titles.append(", ".join(words) if alone else f"{', '.join(words)} ({group.title})")
     return titles
+
+
+def _class_balance(group: RunGroup) -> dict[str, str]:
+    """Return what the longest stage does for rare classes beside its method, in words; empty for nothing."""
+    stage = max(group.first.recipe.chain(), key=lambda stage: stage.epochs)
+    weights = "" if stage.class_weights == "none" else last_part(stage.class_weights)
+    return {
+        "class_weights": f"class weights {weights}" if weights else "",
+        "sampler": f"sampler {stage.sampler}" if stage.sampler else "",
+    }
 
 
 def comparison_section(groups: Sequence[RunGroup]) -> Section:

@@ -23,6 +23,7 @@ from mbib_timm.recipe import (
     list_recipes,
     load_recipe,
     longest_epochs,
+    packaged_recipes,
     recipe_name,
 )
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
@@ -91,8 +92,24 @@ class FinishedRun:
 
     @cached_property
     def packaged(self) -> Recipe | None:
-        """The packaged recipe of the run's name; None where there is none."""
-        return packaged_recipe(self.name)
+        """The packaged recipe that the run was made from, also by another method; None where there is none."""
+        return packaged_recipe(self.name) or self._recipe_of_other_method
+
+    @property
+    def _recipe_of_other_method(self) -> Recipe | None:
+        """The packaged recipe whose runs by this run's method have its name; of several the one that its command says.
+
+        ``finetune/mbib_resnet32`` of ``mbib_resnet32.ce_finetune``.
+        """
+        method, architecture = self.recipe.method["name"], self.name.partition(".")[0]
+        named = {
+            name: file
+            for name, file in packaged_recipes().items()
+            if recipe_name(file).startswith(f"{architecture}.") and recipe_name(file, method) == self.name
+        }
+        said = [file for name, file in named.items() if name in self.record.environment.command.split()]
+        found = said or [*named.values()]
+        return load_recipe(found[0]) if len(found) == 1 else None
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -395,11 +412,17 @@ def _settings(recipe: Recipe, own: Recipe, same_classes: bool) -> dict[str, Any]
     """Return what has other values than in the packaged recipe; the same images in files are the same data."""
     elsewhere = {"dataset"} if recipe.dataset == "folder" and same_classes else set()
     before, now = _by_address(own.with_choices_of(recipe)), _by_address(recipe)
+
+    def is_of_other_method(address: str) -> bool:  # whose settings the run's method has not
+        stage, setting, _ = address.partition("method.")
+        return bool(setting) and address not in now and now.get(f"{stage}method") != before.get(f"{stage}method")
+
     return {
         address: now.get(address)
         for address in {**now, **before}
         if now.get(address) != before.get(address)
         and address.rpartition(".")[2] not in {"seed", "epochs", *SAME_RESULT, *elsewhere}
+        and not is_of_other_method(address)
     }
 
 
