@@ -310,10 +310,12 @@ def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path, undrawn):
     assert "<dt>changed from the recipe</dt><dd><code>method.beta</code> 1.0</dd>" in page.read_text()
 
 
-def by_another_method(tmp_path, **keys):
+def by_another_method(tmp_path, class_counts=None, **keys):
     """The run on the digits by cross-entropy in place of its recipe's method, with other keys, as `mbib train` would
     name it."""
-    folder = changed(DIGITS[0], tmp_path, "mine-ce", name="mbib_resnet20.ce_digits", method="ce", stages=["ce"])
+    counts = {} if class_counts is None else {"class_counts": class_counts}
+    named = {"name": "mbib_resnet20.ce_digits", "method": "ce", "stages": ["ce"]}
+    folder = changed(DIGITS[0], tmp_path, "mine-ce", **named, **counts)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "method": {"name": "ce"}, **keys}))
     return folder
@@ -745,6 +747,26 @@ def test_the_words_of_a_report_are_explained(table_1):
     )
     small = dict(terms_section(group_runs([read_run(CE)])).blocks[0].content)
     assert not {"heads", "MBIB", "moving average of the weights"} & small.keys()
+
+
+def test_data_are_described_for_each_run_that_has_others(tmp_path):
+    """Of images of somebody's own, which no data set of the zoo's is."""
+    own = {"dataset": "folder", "data_dir": "mine", "experiment": None}
+    folders = [
+        by_another_method(tmp_path / str(place), class_counts=[*range(most, most - 10, -1)], **own, epochs=epochs)
+        for place, (most, epochs) in enumerate([(40, 60), (50, 20), (40, 10)])
+    ]
+
+    def said(*folders):
+        terms = dict(terms_section(group_runs([read_run(folder) for folder in folders])).blocks[0].content)
+        return {name: text.partition(" training")[0][-3:] for name, text in terms.items() if name.startswith("data")}
+
+    assert said(*folders) == {
+        "data of CE, 60 epochs, and of CE, 10 of 60 epochs": "355",
+        "data of CE, 20 of 60 epochs": "455",
+    }
+    assert said(folders[0], folders[2]) == {"data": "355"}
+    assert said(folders[0]) == {"data of mbib_resnet20.ce_digits": "355"}
 
 
 # The page
