@@ -136,8 +136,21 @@ def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_pat
         "mbib_resnet32.cifar100_lt_if100 (method.beta 5.0)",
         "mbib_resnet32.cifar100_lt_if100 (method.beta 1.0)",
     ]
-    with pytest.raises(MbibError, match="have the same seed"):
-        read_inputs([str(MBIB), str(changed(MBIB, tmp_path, "again"))])
+    again = changed(MBIB, tmp_path, "again")
+    said = (
+        f"{MBIB} and {again} are runs of {MBIB.name.partition('-')[0]} and have the same seed, 0: leave one of them out"
+    )
+    with pytest.raises(MbibError, match=re.escape(said)):
+        read_inputs([str(MBIB), str(again)])
+
+
+def test_runs_that_differ_in_what_has_no_name_go_by_those_that_somebody_chose(tmp_path, undrawn):
+    runs = [changed(MBIB, tmp_path, f"run{beta}", inputs=[{"data": f"{beta}"}]) for beta in (1, 2)]
+    assert short_titles(read_inputs(map(str, runs))[0]) == ["MBIB (run1)", "MBIB (run2)"]
+    recipe = runs[0] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("beta: 5.0", "beta: 1.0"))
+    titles = ["MBIB (mbib_resnet32.cifar100_lt_if100 (method.beta 5.0))", "MBIB (run1 (method.beta 1.0))"]
+    assert short_titles(read_inputs([str(MBIB), str(runs[0])])[0]) == titles
 
 
 def test_runs_of_other_code_go_by_the_names_of_their_folders(tmp_path, undrawn):

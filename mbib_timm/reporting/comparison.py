@@ -72,8 +72,14 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
     for group, each in zip(groups, told, strict=True):
         words = [each["method"], *(each[key] for key in differing if each[key] and key not in in_columns)]
         alone = told.count(each) == 1
-        titles.append(", ".join(words) if alone else f"{', '.join(words)} ({group.title})")
+        titles.append(", ".join(words) if alone else f"{', '.join(words)} ({_own_title(group)})")
     return titles
+
+
+def _own_title(group: RunGroup) -> str:
+    """Return the group's title, with the name of its folder where somebody has chosen that in place of the run's."""
+    chosen, settings = group.first.experiment, group.title.removeprefix(group.first.name)
+    return f"{chosen}{settings}".removesuffix(f" ({chosen})") if chosen else group.title
 
 
 def _class_balance(group: RunGroup) -> dict[str, str]:

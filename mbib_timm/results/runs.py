@@ -86,6 +86,12 @@ class FinishedRun:
         return f"{self.name}-{longest_epochs(self.recipe)}e{extended}-seed{seed}{mixed}"
 
     @property
+    def experiment(self) -> str:
+        """The name of its folder, where somebody has chosen another than the run's; else empty."""
+        name = self.folder.resolve().name
+        return "" if name in (self.name, self.kept_name(self.record.seed)) else name
+
+    @property
     def heads(self) -> Mapping[str, HeadMetrics]:
         """The result's metrics by head."""
         return self.record.result.heads
@@ -292,9 +298,14 @@ def _from(run: FinishedRun) -> str:
 
 
 def _require_other_seeds(runs: Sequence[FinishedRun]) -> None:
-    seeds = [run.record.seed for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise MbibError(f"two of the runs of {runs[0].name} have the same seed: {', '.join(map(str, seeds))}")
+    by_seed: dict[int, FinishedRun] = {}
+    for run in runs:
+        other = by_seed.setdefault(run.record.seed, run)
+        if other is not run:
+            raise MbibError(
+                f"{other.folder} and {run.folder} are runs of {run.name} and have the same seed, {run.record.seed}: "
+                "leave one of them out, or train it with another --seed"
+            )
 
 
 @dataclass(frozen=True)
