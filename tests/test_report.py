@@ -460,6 +460,19 @@ def test_side_by_side_a_record_that_says_less_is_not_taken_for_one_of_other_imag
     assert said in html_of(comparison_section([strong, *twice]))
 
 
+def test_of_the_same_data_the_same_images_may_be_held_out_in_two_ways(tmp_path, undrawn):
+    """By a share of each class, and by the table that `mbib data --write-split` made of the same split."""
+    said = "These runs were not evaluated on the same images"
+    for digest in ("a", "b"):
+        ways = {"20 % of each class, drawn with seed 0": "a", "the rows of split.csv": digest}
+        folders = [
+            changed(run, tmp_path, f"{place}{digest}", held_out=way, inputs=[{"data": data}])
+            for place, (run, (way, data)) in enumerate(zip((MBIB, CE), ways.items(), strict=True))
+        ]
+        section = comparison_section(group_runs([read_run(folder) for folder in folders]))
+        assert (said in html_of(section)) == (digest == "b")
+
+
 def test_runs_side_by_side_stand_with_what_the_images_leave_uncertain(undrawn):
     groups, _ = read_inputs([str(MBIB), str(CE)])
     text = html_of(comparison_section(groups))

@@ -192,10 +192,15 @@ def _best(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
 
 
 def _evaluated_alike(records: Sequence[RunRecord]) -> bool:
-    """Return whether results are on the same images, as far as their records say: older ones say less."""
+    """Return whether results are on the same images, as far as their records say: older ones say less.
+
+    Of the same data the same images may have been held out in two ways, such as by chance and by a table.
+    """
     results = [(record, record.result.prediction) for record in records]
+    digests = {record.inputs[-1].data if record.inputs else None for record in records}
+    same_data = len(digests) == 1 and None not in digests
     said: list[list[Any]] = [
-        [(result.images, record.held_out) for record, result in results],
+        [(result.images, None if same_data else record.held_out) for record, result in results],
         [result.class_images for _, result in results if result.class_images],
         [record.class_names for record in records if record.class_names],
     ]
