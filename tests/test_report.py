@@ -615,6 +615,22 @@ def test_runs_that_were_not_trained_alike_stand_apart_and_it_says_so(table_1, un
     assert "is best" not in html_of(two)
 
 
+def test_networks_and_image_sizes_that_differ_are_said(tmp_path, undrawn):
+    for key, value, shown in (("model", "mbib_resnet32", "resnet32"), ("img_size", 32, "32 pixels")):
+        folder = changed(DIGITS[0], tmp_path, key)
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, key: value}))
+        groups = group_runs([read_run(DIGITS[1]), read_run(folder)])
+        before = {"model": "resnet20", "img_size": "16 pixels"}[key]
+        assert short_titles(groups) == [f"CE, {before}, setup 1", f"MBIB, {shown}, setup 2"]
+        section = comparison_section(groups)
+        assert NOT_ALIKE in html_of(section)
+        (row,) = tables_of(section)[0].rows
+        assert row[0].startswith(f"`{key}`: ")
+        assert row[1:] == [before.partition(" ")[0], shown.partition(" ")[0]]
+        assert "is best" not in html_of(section)
+
+
 def test_what_was_found_is_what_the_files_say(table_1):
     _, section = table_1
     said = [block.content for block in section.blocks if block.kind == "paragraph" and "is best" in block.content]

@@ -28,14 +28,19 @@ from mbib_timm.results.tables import (
 )
 
 NOT_ALIKE = (
-    "These runs differ in their augmentation or optimisation, as the next table says. Compare only runs of one "
-    "training setup: between setups, a difference says nothing of the methods."
+    "These runs differ in their network, image size, augmentation or optimisation, as the next table says. Compare "
+    "only runs of one training setup: between setups, a difference says nothing of the methods."
 )
 
 
 def setups(groups: Sequence[RunGroup]) -> list[int]:
     """Return for each group the number of its training setup, from 1: groups of a number were trained alike."""
-    return _numbered([group.first.training for group in groups])
+    return _numbered([_setup(group) for group in groups])
+
+
+def _setup(group: RunGroup) -> dict[str, Any]:
+    """Return what runs of a number have in common: keys of recipes with their values."""
+    return {"model": group.first.network, **group.first.training}
 
 
 def _numbered(values: Sequence[Any]) -> list[int]:
@@ -60,6 +65,8 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
         {
             "method": stages_text(group.first.record.stages),
             "data": group.first.dataset.title if group.first.dataset else data_of(group.first.name),
+            "model": group.first.network,
+            "img_size": f"{group.first.training['img_size']} pixels",
             "setup": f"setup {numbers[(of or groups).index(group)]}",
             **_class_balance(group),
             "epochs": f"{epochs_of(group)} epochs",
@@ -133,7 +140,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
 
 def _differing(groups: Sequence[RunGroup], numbers: Sequence[int]) -> Table:
     """Return the settings in which training setups differ, with their values in each."""
-    kinds = [groups[numbers.index(number)].first.training for number in range(1, max(numbers) + 1)]
+    kinds = [_setup(groups[numbers.index(number)]) for number in range(1, max(numbers) + 1)]
     rows = [
         [f"`{key}`: {KEYS[key].metadata['help']}", *(_value(kind[key]) for kind in kinds)]
         for key in kinds[0]

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
 # Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
 DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
-# Keys that say how long a run is trained; and those of augmentation and optimisation, apart from that.
+# Keys that say how long a run is trained; and those of image size, augmentation and optimisation, apart from that.
 LENGTH = {"epochs", "warmup_epochs", "warmup_lr", "decay_milestones", "mixup_off_epochs", "model_ema_decay"}
 TRAINING = [
     name
     for name, item in KEYS.items()
-    if (item.metadata["group"] in ("augmentation", "mixing", "optimisation") or name == "train_crop_mode")
+    if (item.metadata["group"] in ("augmentation", "mixing", "optimisation") or name in ("img_size", "train_crop_mode"))
     and name not in LENGTH | SAME_RESULT
 ]
 # What a model's name begins with before that of its network, which a method builds on.
@@ -128,19 +128,24 @@ class FinishedRun:
 
     @cached_property
     def training(self) -> Mapping[str, Any]:
-        """Augmentation and optimisation of the longest stage, beside its length: runs that differ in these are not
-        compared."""
+        """Image size, augmentation and optimisation of the longest stage, beside its length: runs that differ in these
+        are not compared."""
         longest = max(self.recipe.chain(), key=lambda stage: stage.epochs)
         return {key: redact_value(getattr(longest, key)) for key in TRAINING}
+
+    @property
+    def network(self) -> str:
+        """The network that methods build on, without its weights: ``resnet32`` of ``mbib_resnet32``."""
+        given = str(self.recipe.model_kwargs.get("backbone") or self.recipe.model)
+        return BUILT_ON.sub("", redact_value(given).partition(".")[0])
 
     @cached_property
     def frame(self) -> tuple[Any, ...]:
         """What runs share whose difference says which method is better: training data, network, where training started,
-        and length, augmentation and optimisation of every stage."""
-        given = str(self.recipe.model_kwargs.get("backbone") or self.recipe.model).partition(".")[0]
+        and length, image size, augmentation and optimisation of every stage."""
         stages = [{key: getattr(stage, key) for key in (*TRAINING, *LENGTH)} for stage in self.recipe.chain()]
         record = self.record
-        return record.class_counts, record.class_names, BUILT_ON.sub("", given), record.origin, stages
+        return record.class_counts, record.class_names, self.network, record.origin, stages
 
     @property
     def command_today(self) -> str:
