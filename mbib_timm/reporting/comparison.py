@@ -20,6 +20,7 @@ from mbib_timm.results.tables import (
     NOTHING,
     Table,
     difference,
+    from_weights,
     mean_and_deviation,
     percent,
     shown_columns,
@@ -121,11 +122,15 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         own = {number: members for number, members in own.items() if members}
         if len(own) < len(kind) or len(own) == 1:
             headings = [f"Training setup {number}" * (max(numbers) > 1) for number in own]
-            parts += zip([said] + [""] * (len(own) - 1), headings, own.values(), strict=True)
+            starts = [[group.origin for group in members] for members in own.values()]
+            above = [said if origins[0].is_scratch else from_weights(origins) for origins in starts]
+            parts += zip(above, headings, own.values(), strict=True)
         else:  # no two were trained alike, and a table each would show a row
             parts.append((said, "", kind))
+    before = ""
     for place, (said, heading, members) in enumerate(parts, start=1):
-        section.paragraphs([said] if said else [])
+        section.paragraphs([said] if said not in ("", before) else [])
+        before = said
         if heading:
             section.heading(heading)
         titles = short_titles(members, groups)
