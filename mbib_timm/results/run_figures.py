@@ -223,11 +223,28 @@ def class_accuracy(
     )
     if class_counts.min() < class_counts.max():
         counts.set_yscale("log")
-        counts.yaxis.set_major_formatter("{x:g}")
+        least, most = counts.get_ylim()
+        number_ticks(counts.yaxis, least, most, class_counts)
     else:
         counts.set_ylim(0, 1.25 * class_counts.max())
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+def number_ticks(axis: Any, least: float, most: float, class_counts: np.ndarray) -> None:
+    """Set the ticks of a logarithmic axis of training images: as few as can be read, at round numbers.
+
+    Args:
+        axis: to set.
+        least: where the axis begins, above 0.
+        most: where it ends.
+        class_counts: training images of each class, (K,), whose ends are the ticks where there are no two round ones.
+    """
+    ticks = [step * 10**power for power in range(8) for step in ((1, 2, 5) if most < 5000 * least else (1,))]
+    within = [tick for tick in ticks if least <= tick <= most]
+    axis.set_ticks(within if len(within) > 1 else np.unique([class_counts.min(), class_counts.max()]))
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter("{x:,.0f}")
 
 
 def number_of_classes(trained: int, evaluated: int) -> str:
