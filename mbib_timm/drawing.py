@@ -48,6 +48,20 @@ HATCHES = ("", "///", "...", "xxx")
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
+def named_method(name: str) -> str | None:
+    """Return the method with a colour of its own that a name begins with: ``BIB`` of ``BIB v``; None for any other."""
+    return next((title for title in (name, name.partition(" ")[0]) if title in METHOD_COLORS), None)
+
+
+def method_colors(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each name: that of the method which it names, the next free one of `CYCLE` for any other."""
+    methods = {name: named_method(name) for name in names}
+    own = {name: METHOD_COLORS[method] for name, method in methods.items() if method is not None}
+    free = [color for color in CYCLE if color not in own.values()] or list(CYCLE)
+    others = [name for name in methods if name not in own]
+    return own | {name: free[i % len(free)] for i, name in enumerate(others)}
+
+
 @dataclass(frozen=True)
 class Theme:
     """Colours in front and behind.

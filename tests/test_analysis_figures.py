@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from mbib_timm.analysis.analysis_record import (
     Analysis,
@@ -287,6 +288,17 @@ def test_embedding_has_a_panel_for_v_and_z(real):
     counts = real.class_counts
     assert texts(figure) == [f"{i} ({counts[i]})" for i in range(10)]
     assert [axes.get_title() for axes in figure_of(EXTREMES["two balanced classes"], "embedding").axes] == ["v"]
+
+
+def test_a_head_and_its_features_have_one_colour_in_every_figure(real):
+    bars = figure_of(real, "accuracy_by_head").axes[0].containers
+    colors = {each.get_label().partition(" ")[0]: to_hex(each.patches[0].get_facecolor()) for each in bars}
+    curves = {line.get_label().partition(":")[0]: line for line in figure_of(real, "reliability").axes[0].lines}
+    features = figure_of(real, "distances").axes[0].containers
+    of_features = {each.get_label(): to_hex(each.patches[0].get_facecolor()) for each in features}
+    for head, feature in (("v3", "v"), ("z", "z")):
+        assert to_hex(curves[head].get_color()) == of_features[feature] == colors[head]
+    assert len({colors[name] for name in ("prediction", "v1", "v2", "v3", "z")}) == 5
 
 
 def test_reliability_shows_the_prediction_and_the_heads_it_is_made_of(real):

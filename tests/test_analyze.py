@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,23 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     first, other = (r.positive_posterior["prediction"] for r in results[:2])
     assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"
     assert f"accuracy: {result.trend.slope:+.1f} points per tenfold training images" in text
+
+
+def test_two_runs_of_one_recipe_and_seed_go_by_their_folders(run, result, monkeypatch, capsys):
+    monkeypatch.setattr(analyze_module, "find_target", lambda target, *_: target)
+    monkeypatch.setattr(analyze_module, "_check_same_classes", lambda *_: None)
+    monkeypatch.setattr(analyze_module, "_own_folder", Path)
+    monkeypatch.setattr(analyze_module, "_analyze", lambda *_: result)
+    monkeypatch.setattr(analyze_module, "write_analysis", lambda *_: None)
+    monkeypatch.setattr(analyze_module, "analysis_figures", lambda _: [])
+    drawn = []
+    monkeypatch.setattr(analyze_module, "_draw", lambda _, figures: drawn.extend(figure.title for figure in figures))
+    said = "mean positive posterior, mbib_resnet20.digits, mine (seed 0) minus mbib_resnet20.digits{} (seed 0)"
+    for first, named in (("runs/ctrlc", ", ctrlc"), ("runs/mbib_resnet20.digits", "")):
+        analyze([first, "local-dir:runs/mine/"])
+        text = capsys.readouterr().out
+        assert said.format(named) in text
+        assert drawn.pop().lower() == said.format(named)
 
 
 def test_runs_with_other_classes_are_refused(run, tmp_path, monkeypatch):

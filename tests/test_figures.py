@@ -58,6 +58,26 @@ def test_bars_of_classes_follow_their_training_images():
     assert figure.axes[1].lines[0].get_ydata().tolist() == [500, 200, 50, 5]
 
 
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ([32, 16, 7, 2], ["2", "5", "10", "20"]),
+        ([7, 6, 4, 3], ["3", "7"]),
+        ([1500, 80, 20, 5], ["5", "10", "20", "50", "100", "200", "500", "1,000"]),
+    ],
+)
+def test_the_axis_of_training_images_has_round_numbers(counts, shown):
+    figures_drawn = []
+    render(
+        lambda: (
+            figures_drawn.append(figures.class_accuracy({"prediction": result(4)}, np.array(counts)))
+            or figures_drawn[0]
+        )
+    )
+    axis = figures_drawn[0].axes[1].yaxis
+    assert [label.get_text() for label in axis.get_ticklabels(which="both")] == shown
+
+
 def test_both_figures_say_how_many_classes_are_evaluated():
     counts = np.array([500, 200, 50, 5, 4, 3])
     metrics = replace(

@@ -27,7 +27,7 @@ from mbib_timm.recipe import Recipe, find_recipe, list_recipes, load_recipe
 from mbib_timm.reporting.comparison import comparison_section
 from mbib_timm.reporting.report import read_inputs
 from mbib_timm.reporting.sections import run_section
-from mbib_timm.results import catalogue
+from mbib_timm.results import catalogue, tables
 from mbib_timm.results.record import read_record, write_record
 from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.show_sweep import markdown, runs_csv
@@ -486,18 +486,31 @@ def test_a_report_of_both_kinds_has_a_table_of_each(tmp_path, undrawn):  # noqa:
     assert [row[0] for row in scratch.rows] == ["MBIB", "CE"]
     assert "started from" not in scratch.header
     assert scratch.header[-2:] == ["paper", "difference"]
-    assert [row[1] for row in tuned.rows] == ["resnet50.a1_in1k (ImageNet-1k)"]
-    assert tuned.header[1] == "started from"
-    assert "paper" not in tuned.header
+    assert [row[0] for row in tuned.rows] == ["CE"]
+    assert not {"started from", "paper"} & {*tuned.header}
     said = [block.content for block in section.blocks if block.kind == "paragraph"]
     assert said[0] == "From scratch:"
-    assert any("never with models trained from scratch" in each for each in said)
+    weights = (
+        "or their teachers, started from resnet50.a1_in1k (ImageNet-1k). Compare them only with models that started"
+    )
+    assert any(weights in each and "never with models trained from scratch" in each for each in said)
     assert list(section.figures) == ["accuracy-1", "curves-1", "accuracy-2", "curves-2"]
     alone = comparison_section([group for group in groups if group.origin.is_scratch])
     assert "From scratch:" not in [block.content for block in alone.blocks]
     facts = dict(next(block.content for block in run_section(groups[1]).blocks if block.kind == "facts"))
     assert facts["started from"].startswith("resnet50.a1_in1k (ImageNet-1k). 25 of the 100 class names")
     assert "started from" not in dict(run_section(groups[0]).blocks[0].content)
+
+
+def test_of_different_weights_the_last_column_says_which():
+    digits = Origin([Weights("timm", "di*gits", None, ["digits"])])
+    rows = [(origin, [name]) for name, origin in (("a", FROM_IMAGENET), ("b", Origin()), ("c", digits))]
+    text = tables.markdown_by_start(["run"], rows)
+    assert "| run | started from |\n| --- | --- |\n| a | resnet50.a1_in1k (ImageNet-1k) |\n| c | di\\*gits (" in text
+    (_, scratch), (said, table) = tables.tables_by_start(["run"], rows[:2])
+    assert (scratch.header, table.header, table.rows) == (["run"], ["run"], [["a"]])
+    assert "started from resnet50.a1_in1k (ImageNet-1k)." in said
+    assert "started from di\\*gits (" in tables.markdown_by_start(["run"], rows[2:])
 
 
 def test_the_readmes_table_and_the_zoos_keep_them_apart(tmp_path, monkeypatch):
@@ -508,8 +521,8 @@ def test_the_readmes_table_and_the_zoos_keep_them_apart(tmp_path, monkeypatch):
     started(MBIB, FROM_IMAGENET, tmp_path / name)
     scratch, tuned = results_tool.table(tmp_path).split("These models, or their teachers, started")
     assert scratch == f"From scratch:\n\n{before}\n"
-    assert "| run | started from | epochs |" in tuned
-    assert "| resnet50.a1\\_in1k (ImageNet-1k) |" in tuned or "| resnet50.a1_in1k (ImageNet-1k) |" in tuned
+    assert tuned.startswith(" from resnet50.a1_in1k (ImageNet-1k). Compare")
+    assert "| run | epochs |" in tuned
     models = [model for model in ZOO if model.architecture == "mbib_resnet32"][:2]
     monkeypatch.setattr(catalogue, "ZOO", models)
     first, second = catalogue.catalogue()
@@ -518,7 +531,8 @@ def test_the_readmes_table_and_the_zoos_keep_them_apart(tmp_path, monkeypatch):
     assert above.startswith("From scratch:\nmodel")
     assert first.model.name in above
     assert second.model.name not in above
-    assert "\nStarted from resnet50.a1_in1k (ImageNet-1k):\nmodel" in below
+    assert " started from resnet50.a1_in1k (ImageNet-1k). Compare" in below.replace("\n", " ")
+    assert "\nmodel" in below
     elsewhere = Origin([Weights("timm", "resnet18.a1_in1k", "timm/resnet18.a1_in1k", ["in1k"])])
     apart = catalogue.text_table([replace(first, origin=elsewhere), replace(second, origin=FROM_IMAGENET)])
     assert apart.count("Started from") == apart.count("\nmodel") == 2, "a table for each start"

@@ -107,9 +107,9 @@ def test_table_9_is_the_papers(shared):
 # Runs and their distance from the paper
 
 
-def changed(folder, tmp_path, name, **changes):
+def changed(folder, tmp_path, called, /, **changes):
     """Copy a result, with other metrics: seed, epochs, or top1, many ... of the prediction."""
-    copy = tmp_path / name
+    copy = tmp_path / called
     shutil.copytree(folder, copy)
     metrics = json.loads((copy / "metrics.json").read_text())
     for key, value in changes.items():
@@ -136,8 +136,21 @@ def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_pat
         "mbib_resnet32.cifar100_lt_if100 (method.beta 5.0)",
         "mbib_resnet32.cifar100_lt_if100 (method.beta 1.0)",
     ]
-    with pytest.raises(MbibError, match="have the same seed"):
-        read_inputs([str(MBIB), str(changed(MBIB, tmp_path, "again"))])
+    again = changed(MBIB, tmp_path, "again")
+    said = (
+        f"{MBIB} and {again} are runs of {MBIB.name.partition('-')[0]} and have the same seed, 0: leave one of them out"
+    )
+    with pytest.raises(MbibError, match=re.escape(said)):
+        read_inputs([str(MBIB), str(again)])
+
+
+def test_runs_that_differ_in_what_has_no_name_go_by_those_that_somebody_chose(tmp_path, undrawn):
+    runs = [changed(MBIB, tmp_path, f"run{beta}", inputs=[{"data": f"{beta}"}]) for beta in (1, 2)]
+    assert short_titles(read_inputs(map(str, runs))[0]) == ["MBIB (run1)", "MBIB (run2)"]
+    recipe = runs[0] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("beta: 5.0", "beta: 1.0"))
+    titles = ["MBIB (mbib_resnet32.cifar100_lt_if100 (method.beta 5.0))", "MBIB (run1 (method.beta 1.0))"]
+    assert short_titles(read_inputs([str(MBIB), str(runs[0])])[0]) == titles
 
 
 def test_runs_of_other_code_go_by_the_names_of_their_folders(tmp_path, undrawn):
@@ -310,6 +323,47 @@ def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path, undrawn):
     assert "<dt>changed from the recipe</dt><dd><code>method.beta</code> 1.0</dd>" in page.read_text()
 
 
+def by_another_method(tmp_path, class_counts=None, **keys):
+    """The run on the digits by cross-entropy in place of its recipe's method, with other keys, as `mbib train` would
+    name it."""
+    counts = {} if class_counts is None else {"class_counts": class_counts}
+    named = {"name": "mbib_resnet20.ce_digits", "method": "ce", "stages": ["ce"]}
+    folder = changed(DIGITS[0], tmp_path, "mine-ce", **named, **counts)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "method": {"name": "ce"}, **keys}))
+    return folder
+
+
+def test_a_run_by_another_method_is_compared_with_the_recipe_that_it_was_made_from(tmp_path, undrawn):
+    folder = by_another_method(tmp_path, class_weights="balanced", epochs=3)
+    groups = group_runs([read_run(DIGITS[0]), read_run(folder)])
+    other = groups[1]
+    assert (other.is_short, other.recipe_epochs) == (True, 60)
+    assert other.settings == {"class_weights": "balanced", "method": "ce"}
+    assert short_titles(groups) == ["MBIB, 60 epochs", "CE, class weights balanced, 3 of 60 epochs"]
+    section = comparison_section(groups)
+    assert [row[:2] for table in tables_of(section) for row in table.rows] == [
+        ["MBIB", "60"],
+        ["CE, class weights balanced", "3 of 60"],
+    ]
+    assert "<code>class_weights</code> balanced, <code>method</code> ce</dd>" in html_of(run_section(other))
+
+
+def test_of_two_recipes_the_command_says_which_a_run_by_another_method_was_made_from(tmp_path):
+    run, name, found = read_run(DIGITS[0]), "cifar_resnet32.mbib_cifar100_lt_if100", {}
+    assert name not in map(recipe_name, packaged_recipes().values())
+    for made_from in ("cifar_resnet32.ce_cifar100_lt_if100", "cifar_resnet32.bsce_cifar100_lt_if100", "mine.yaml"):
+        environment = replace(run.record.environment, command=f"mbib train {made_from} --method mbib")
+        of_other = replace(run, record=replace(run.record, name=name, environment=environment))
+        found[made_from] = of_other.packaged and of_other.packaged.method["name"]
+    assert [*found.values()] == ["ce", "bsce", None]
+
+
+def test_samplers_are_in_the_titles_where_they_differ(tmp_path):
+    folder = by_another_method(tmp_path, sampler="balanced")
+    assert short_titles(group_runs([read_run(DIGITS[1]), read_run(folder)])) == ["CE", "CE, sampler balanced"]
+
+
 def test_baselines_are_not_said_to_have_a_z():
     (baseline,), (own,) = group_runs([read_run(CE)]), group_runs([read_run(MBIB)])
     assert "z is rectified" not in known_differences([baseline])[0]
@@ -404,6 +458,19 @@ def test_side_by_side_a_record_that_says_less_is_not_taken_for_one_of_other_imag
     counts[0], counts[1] = counts[0] - 1, counts[1] + 1
     assert said in html_of(comparison_section(twice))
     assert said in html_of(comparison_section([strong, *twice]))
+
+
+def test_of_the_same_data_the_same_images_may_be_held_out_in_two_ways(tmp_path, undrawn):
+    """By a share of each class, and by the table that `mbib data --write-split` made of the same split."""
+    said = "These runs were not evaluated on the same images"
+    for digest in ("a", "b"):
+        ways = {"20 % of each class, drawn with seed 0": "a", "the rows of split.csv": digest}
+        folders = [
+            changed(run, tmp_path, f"{place}{digest}", held_out=way, inputs=[{"data": data}])
+            for place, (run, (way, data)) in enumerate(zip((MBIB, CE), ways.items(), strict=True))
+        ]
+        section = comparison_section(group_runs([read_run(folder) for folder in folders]))
+        assert (said in html_of(section)) == (digest == "b")
 
 
 def test_runs_side_by_side_stand_with_what_the_images_leave_uncertain(undrawn):
@@ -552,6 +619,22 @@ def test_runs_that_were_not_trained_alike_stand_apart_and_it_says_so(table_1, un
     assert [row[0] for row in tables_of(two)[1].rows] == ["CE, setup 1", "MBIB, setup 2"]
     assert NOT_ALIKE in html_of(two)
     assert "is best" not in html_of(two)
+
+
+def test_networks_and_image_sizes_that_differ_are_said(tmp_path, undrawn):
+    for key, value, shown in (("model", "mbib_resnet32", "resnet32"), ("img_size", 32, "32 pixels")):
+        folder = changed(DIGITS[0], tmp_path, key)
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, key: value}))
+        groups = group_runs([read_run(DIGITS[1]), read_run(folder)])
+        before = {"model": "resnet20", "img_size": "16 pixels"}[key]
+        assert short_titles(groups) == [f"CE, {before}, setup 1", f"MBIB, {shown}, setup 2"]
+        section = comparison_section(groups)
+        assert NOT_ALIKE in html_of(section)
+        (row,) = tables_of(section)[0].rows
+        assert row[0].startswith(f"`{key}`: ")
+        assert row[1:] == [before.partition(" ")[0], shown.partition(" ")[0]]
+        assert "is best" not in html_of(section)
 
 
 def test_what_was_found_is_what_the_files_say(table_1):
@@ -712,6 +795,26 @@ def test_the_words_of_a_report_are_explained(table_1):
     )
     small = dict(terms_section(group_runs([read_run(CE)])).blocks[0].content)
     assert not {"heads", "MBIB", "moving average of the weights"} & small.keys()
+
+
+def test_data_are_described_for_each_run_that_has_others(tmp_path):
+    """Of images of somebody's own, which no data set of the zoo's is."""
+    own = {"dataset": "folder", "data_dir": "mine", "experiment": None}
+    folders = [
+        by_another_method(tmp_path / str(place), class_counts=[*range(most, most - 10, -1)], **own, epochs=epochs)
+        for place, (most, epochs) in enumerate([(40, 60), (50, 20), (40, 10)])
+    ]
+
+    def said(*folders):
+        terms = dict(terms_section(group_runs([read_run(folder) for folder in folders])).blocks[0].content)
+        return {name: text.partition(" training")[0][-3:] for name, text in terms.items() if name.startswith("data")}
+
+    assert said(*folders) == {
+        "data of CE, 60 epochs, and of CE, 10 of 60 epochs": "355",
+        "data of CE, 20 of 60 epochs": "455",
+    }
+    assert said(folders[0], folders[2]) == {"data": "355"}
+    assert said(folders[0]) == {"data of mbib_resnet20.ce_digits": "355"}
 
 
 # The page

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.container import BarContainer
 
 from mbib_timm.drawing import DARK, METHOD_COLORS, render
 from mbib_timm.errors import MbibError
+from mbib_timm.reporting.report_figures import group_colors, sweep_curves
 from mbib_timm.sweeps.show_sweep import (
     markdown,
     mean_and_deviation,
@@ -357,6 +359,22 @@ def test_bars_that_each_name_a_method_have_its_colour():
     assert len(titles) == 15
     assert [color for *_, color in bars_of(axes)] == [METHOD_COLORS[title].upper() for title in titles]
     assert axes.get_legend() is None
+
+
+def test_methods_of_ones_own_have_colours_of_their_own_in_every_figure(monkeypatch):
+    for title in ("BIB", "SE-MBIB"):  # as if they were nobody's
+        monkeypatch.delitem(METHOD_COLORS, title)
+    results = made_up(find_sweep(["methods"]))
+    (axes,) = draw(results).axes
+    titles = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
+    colors = dict(zip(titles, (color for *_, color in bars_of(axes)), strict=True))
+    assert colors["BIB"] != colors["SE-MBIB"]
+    figure = sweep_curves(results)
+    lines = {re.sub(r"\s*\(n = .*", "", line.get_label()): line.get_color().upper() for line in figure.axes[0].lines}
+    assert {title: lines[title] for title in titles} == colors
+    records = [SimpleNamespace(method=run) for run in ("bib", "se_mbib")]
+    groups = [SimpleNamespace(first=SimpleNamespace(record=record)) for record in records]
+    assert len({color for color, _ in group_colors(groups)}) == 2, "and in a report"
 
 
 def test_the_papers_numbers_are_marked_only_where_they_compare():

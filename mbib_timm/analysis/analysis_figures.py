@@ -8,13 +8,9 @@ import numpy as np
 from mbib_timm.analysis.measures import GROUPS
 from mbib_timm.drawing import (
     BLUE,
-    GREEN,
     GREY,
     GROUP_COLORS,
-    ORANGE,
-    PURPLE,
     SKY,
-    VERMILION,
     background,
     canvas,
     foreground,
@@ -26,13 +22,11 @@ from mbib_timm.models.complexity import TABLE_6_SIZE, Cost
 from mbib_timm.models.head_outputs import heads_of_expert
 from mbib_timm.models.zoo import data_set_of
 from mbib_timm.results.paper import TABLE_5, TABLE_5_EPOCHS, TABLE_6
-from mbib_timm.results.run_figures import drawn_heads
+from mbib_timm.results.run_figures import HEAD_COLORS, drawn_heads, head_colors
 
 if TYPE_CHECKING:
     from mbib_timm.analysis.analysis_record import Analysis
 
-# Of the heads, and the features, that a prediction is made of: MBIB's last observation is the first.
-PARTS = (SKY, ORANGE, GREEN, PURPLE, VERMILION)
 # The two distances within classes and the two between them, as titles say them.
 WITHIN = {"centre": r"$D_{intra}$ from the class centre", "pairs": r"$D_{intra}$ over pairs (eq. 15)"}
 BETWEEN = {"inter": r"$D_{inter}$ over all classes", "inter_within": r"$D_{inter}$ within the shot group"}
@@ -74,14 +68,15 @@ def _draw_rho(
     axes: Any, analysis: "Analysis", intra: str, inter: str, published: Mapping[str, Mapping[str, float]]
 ) -> float:
     """Draw rho by one of its readings, and the paper's diamonds; return the highest of all."""
-    features = analysis.distances
+    features, colors = analysis.distances, head_colors(analysis.heads)
     share = 0.8 / max(2, len(features))
     highest = 0.0
     for i, (name, groups) in enumerate(features.items()):
         for place, group in enumerate(GROUPS):
             at = place + (i - (len(features) - 1) / 2) * share
             rho, number = groups[group].rho(intra, inter), published.get(name, {}).get(group)
-            axes.bar(at, rho or 0.0, share * 0.92, color=_part_color(i), label=name if place == 0 else None)
+            color = colors.get(name, HEAD_COLORS[i % len(HEAD_COLORS)])
+            axes.bar(at, rho or 0.0, share * 0.92, color=color, label=name if place == 0 else None)
             # The paper's diamond stands to the right of the number, so that neither covers the other.
             shift = -0.12 * share if published else 0.0
             text = "–" if rho is None else f"{rho:.2f}"
@@ -105,7 +100,7 @@ def draw_reliability(analysis: "Analysis") -> Any:
         for name in drawn_heads(name for name in heads if name != "prediction")
         if name in predicting or heads_of_expert(name, predicting)
     ]
-    shown = ["prediction", *parts]
+    shown, colors = ["prediction", *parts], head_colors(heads)
     figure, (curve, images) = canvas(5.2, 6.2, rows=2)
     curve.get_gridspec().set_height_ratios([3, 1])
     points_on_top = dict(markersize=4.5, clip_on=False, zorder=3)
@@ -114,7 +109,7 @@ def draw_reliability(analysis: "Analysis") -> Any:
     curve.plot([0, 100], [0, 100], "--", color=GREY, label="perfectly calibrated")
     for name in reversed(shown):  # the prediction on top
         bins = heads[name]
-        color = foreground() if name == "prediction" else _part_color(parts.index(name))
+        color = foreground() if name == "prediction" else colors[name]
         points = zip(bins.confidence, bins.accuracy, bins.images, strict=True)
         confidence, accuracy, number = np.array([point for point in points if point[2]]).T
         curve.plot(
@@ -224,7 +219,3 @@ def draw_costs(analysis: "Analysis") -> Any:
         axes.grid(axis="y", visible=False)
     panels[0].set_title(f"Costs of one image of {size}")
     return figure
-
-
-def _part_color(place: int) -> str:
-    return PARTS[place % len(PARTS)]

@@ -1,6 +1,7 @@
 """`mbib analyze`: everything the analyses say of trained models, as JSON, as a short text and as figures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,23 @@ def analyze(
         _draw(folder, analysis_figures(analysis))
         print(summary_text(analysis))
         analyses.append(analysis)
-    for folder, other in zip(folders[1:], analyses[1:], strict=True):
-        print(comparison_text(analyses[0], other))
-        _draw(folder, comparison_figures(analyses[0], other))
+    first, *others = _told_apart(analyses, targets)
+    for folder, other in zip(folders[1:], others, strict=True):
+        print(comparison_text(first, other))
+        _draw(folder, comparison_figures(first, other))
     return analyses
+
+
+def _told_apart(analyses: Sequence[Analysis], targets: Sequence[str]) -> list[Analysis]:
+    """Return analyses by whose titles one knows the run: of several alike each has its folder's name in it, where that
+    is another than the run's."""
+    titles, named = [analysis.title for analysis in analyses], zip(targets, _short_names(targets), strict=True)
+    return [
+        replace(analysis, name=f"{analysis.name}, {name}")
+        if titles.count(analysis.title) > 1 and _last_part(target) != analysis.name
+        else analysis
+        for analysis, (target, name) in zip(analyses, named, strict=True)
+    ]
 
 
 def _check_same_classes(first: Target, other: Target) -> None:
@@ -109,9 +123,17 @@ def _folders(targets: Sequence[str], output: Path | None) -> Sequence[Path | Non
     """Return where each target's results go; of several, into folders named after them, which may be alike."""
     if output is None or len(targets) == 1:
         return [output] * len(targets)
-    names = [target.removeprefix("local-dir:").rstrip("/").replace(":", "/").rpartition("/")[2] for target in targets]
-    unique = [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, start=1)]
-    return [output / name for name in unique]
+    return [output / name for name in _short_names(targets)]
+
+
+def _short_names(targets: Sequence[str]) -> list[str]:
+    """Return the last parts of targets; of those that are alike each with its place."""
+    names = [_last_part(target) for target in targets]
+    return [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, start=1)]
+
+
+def _last_part(target: str) -> str:
+    return target.removeprefix("local-dir:").rstrip("/").replace(":", "/").rpartition("/")[2]
 
 
 def _own_folder(target: Target) -> Path:

@@ -28,6 +28,7 @@ from mbib_timm.results.run_figures import (
     name_classes,
     neighbours,
     number_of_classes,
+    number_ticks,
     shortened,
 )
 
@@ -128,10 +129,7 @@ def draw_accuracy_trend(analysis: "Analysis") -> Any:
             label=f"{trend.slope:+.1f} points per tenfold training images{explained}".replace("-", "−"),
         )  # fmt: skip
     axes.set_xscale("log")
-    ticks = [step * 10**power for power in range(8) for step in ((1, 2, 5) if most < 5000 * least else (1,))]
-    axes.set_xticks([tick for tick in ticks if least <= tick <= most] or [counts.min()])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.minorticks_off()
+    number_ticks(axes.xaxis, least, most, counts)
     axes.set(xlim=(least, most), ylim=(0, 100), xlabel="training images of the class (log)")
     axes.set(
         ylabel="top-1 accuracy, %",

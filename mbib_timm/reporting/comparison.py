@@ -13,12 +13,14 @@ from mbib_timm.reporting.report_figures import comparison_bars, comparison_curve
 from mbib_timm.reporting.sections import SEEDS, Section, epochs_of
 from mbib_timm.results.columns import COLUMNS, macro_is_overall
 from mbib_timm.results.record import HeadMetrics, RunRecord, is_averaged
+from mbib_timm.results.redact import last_part
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import (
     NOTHING,
     Table,
     difference,
+    from_weights,
     mean_and_deviation,
     percent,
     shown_columns,
@@ -27,14 +29,19 @@ from mbib_timm.results.tables import (
 )
 
 NOT_ALIKE = (
-    "These runs differ in their augmentation or optimisation, as the next table says. Compare only runs of one "
-    "training setup: between setups, a difference says nothing of the methods."
+    "These runs differ in their network, image size, augmentation or optimisation, as the next table says. Compare "
+    "only runs of one training setup: between setups, a difference says nothing of the methods."
 )
 
 
 def setups(groups: Sequence[RunGroup]) -> list[int]:
     """Return for each group the number of its training setup, from 1: groups of a number were trained alike."""
-    return _numbered([group.first.training for group in groups])
+    return _numbered([_setup(group) for group in groups])
+
+
+def _setup(group: RunGroup) -> dict[str, Any]:
+    """Return what runs of a number have in common: keys of recipes with their values."""
+    return {"model": group.first.network, **group.first.training}
 
 
 def _numbered(values: Sequence[Any]) -> list[int]:
@@ -59,7 +66,10 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
         {
             "method": stages_text(group.first.record.stages),
             "data": group.first.dataset.title if group.first.dataset else data_of(group.first.name),
+            "model": group.first.network,
+            "img_size": f"{group.first.training['img_size']} pixels",
             "setup": f"setup {numbers[(of or groups).index(group)]}",
+            **_class_balance(group),
             "epochs": f"{epochs_of(group)} epochs",
             "precision": group.first.precision,
         }
@@ -68,10 +78,26 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
     differing = [key for key in told[0] if key != "method" and len({each[key] for each in told}) > 1]
     titles = []
     for group, each in zip(groups, told, strict=True):
-        words = [each["method"], *(each[key] for key in differing if key not in in_columns)]
+        words = [each["method"], *(each[key] for key in differing if each[key] and key not in in_columns)]
         alone = told.count(each) == 1
-        titles.append(", ".join(words) if alone else f"{', '.join(words)} ({group.title})")
+        titles.append(", ".join(words) if alone else f"{', '.join(words)} ({_own_title(group)})")
     return titles
+
+
+def _own_title(group: RunGroup) -> str:
+    """Return the group's title, with the name of its folder where somebody has chosen that in place of the run's."""
+    chosen, settings = group.first.experiment, group.title.removeprefix(group.first.name)
+    return f"{chosen}{settings}".removesuffix(f" ({chosen})") if chosen else group.title
+
+
+def _class_balance(group: RunGroup) -> dict[str, str]:
+    """Return what the longest stage does for rare classes beside its method, in words; empty for nothing."""
+    stage = max(group.first.recipe.chain(), key=lambda stage: stage.epochs)
+    weights = "" if stage.class_weights == "none" else last_part(stage.class_weights)
+    return {
+        "class_weights": f"class weights {weights}" if weights else "",
+        "sampler": f"sampler {stage.sampler}" if stage.sampler else "",
+    }
 
 
 def comparison_section(groups: Sequence[RunGroup]) -> Section:
@@ -96,11 +122,15 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         own = {number: members for number, members in own.items() if members}
         if len(own) < len(kind) or len(own) == 1:
             headings = [f"Training setup {number}" * (max(numbers) > 1) for number in own]
-            parts += zip([said] + [""] * (len(own) - 1), headings, own.values(), strict=True)
+            starts = [[group.origin for group in members] for members in own.values()]
+            above = [said if origins[0].is_scratch else from_weights(origins) for origins in starts]
+            parts += zip(above, headings, own.values(), strict=True)
         else:  # no two were trained alike, and a table each would show a row
             parts.append((said, "", kind))
+    before = ""
     for place, (said, heading, members) in enumerate(parts, start=1):
-        section.paragraphs([said] if said else [])
+        section.paragraphs([said] if said not in ("", before) else [])
+        before = said
         if heading:
             section.heading(heading)
         titles = short_titles(members, groups)
@@ -115,7 +145,7 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
 
 def _differing(groups: Sequence[RunGroup], numbers: Sequence[int]) -> Table:
     """Return the settings in which training setups differ, with their values in each."""
-    kinds = [groups[numbers.index(number)].first.training for number in range(1, max(numbers) + 1)]
+    kinds = [_setup(groups[numbers.index(number)]) for number in range(1, max(numbers) + 1)]
     rows = [
         [f"`{key}`: {KEYS[key].metadata['help']}", *(_value(kind[key]) for kind in kinds)]
         for key in kinds[0]
@@ -174,10 +204,15 @@ def _best(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
 
 
 def _evaluated_alike(records: Sequence[RunRecord]) -> bool:
-    """Return whether results are on the same images, as far as their records say: older ones say less."""
+    """Return whether results are on the same images, as far as their records say: older ones say less.
+
+    Of the same data the same images may have been held out in two ways, such as by chance and by a table.
+    """
     results = [(record, record.result.prediction) for record in records]
+    digests = {record.inputs[-1].data if record.inputs else None for record in records}
+    same_data = len(digests) == 1 and None not in digests
     said: list[list[Any]] = [
-        [(result.images, record.held_out) for record, result in results],
+        [(result.images, None if same_data else record.held_out) for record, result in results],
         [result.class_images for _, result in results if result.class_images],
         [record.class_names for record in records if record.class_names],
     ]

@@ -9,13 +9,11 @@ import numpy as np
 
 from mbib_timm.drawing import (
     BLUE,
-    CYCLE,
-    GREY,
     LINE_STYLES,
-    METHOD_COLORS,
     background,
     canvas,
     foreground,
+    method_colors,
     text_on,
 )
 from mbib_timm.evaluation.answer_files import ConfusionMatrix
@@ -34,9 +32,14 @@ MATRIX = 30  # classes whose cells have room for a number
 
 
 def group_colors(groups: Sequence[RunGroup]) -> list[tuple[str, int]]:
-    """Return a colour for each group of runs, its method's, and which group of the method it is, from 0."""
+    """Return a colour for each group of runs, its method's, and which group of the colour it is, from 0."""
     methods = [method_title(group.first.record.method) for group in groups]
-    return [(METHOD_COLORS.get(method, GREY), methods[:place].count(method)) for place, method in enumerate(methods)]
+    return _counted([method_colors(methods)[method] for method in methods])
+
+
+def _counted(colors: Sequence[str]) -> list[tuple[str, int]]:
+    """Return colours, each with how often it has come before."""
+    return [(color, colors[:place].count(color)) for place, color in enumerate(colors)]
 
 
 def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> Any:
@@ -131,12 +134,14 @@ def sweep_curves(results: SweepResults) -> Any:
     collected: dict[str, list[SweepRun]] = {}
     for run in results.runs:
         collected.setdefault(", ".join(method_title(value) for value in run.coordinates.values()), []).append(run)
-    free = [color for color in CYCLE if color not in {METHOD_COLORS.get(title) for title in collected}] or list(CYCLE)
+    colors = method_colors(collected)
     curves = []
-    for i, (title, members) in enumerate(collected.items()):
+    for (title, members), (color, sibling) in zip(
+        collected.items(), _counted([colors[title] for title in collected]), strict=True
+    ):
         points = [zip(run.curve.epoch, run.curve.val_top1, strict=True) for run in members]
         runs = [[(float(epoch), value) for epoch, value in each if value is not None] for each in points]
-        color, style = METHOD_COLORS.get(title, free[i % len(free)]), LINE_STYLES[i // len(free) % len(LINE_STYLES)]
+        style = LINE_STYLES[sibling % len(LINE_STYLES)]
         if kept := [run for run in runs if run]:
             said = {run.averaged for run in members}
             curves.append(_Curve(title, kept, color, style, said.pop() if len(said) == 1 else None))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import HEADS_TEXT, labelled_heads
+from mbib_timm.reporting.comparison import short_titles
 from mbib_timm.reporting.sections import Section
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS
 from mbib_timm.results.record import is_averaged
@@ -48,22 +49,31 @@ def _answer(run: FinishedRun) -> str:
 
 
 def _data_terms(groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
-    terms = {}
-    for group in groups:
-        run = group.first
-        counts, prediction = run.record.class_counts, run.record.result.prediction
-        tail = ""
-        if max(counts) > min(counts):
-            factor = f"an imbalance factor (IF) of {max(counts)} / {min(counts)} = {max(counts) / min(counts):g}"
-            tail = f"; the largest class has {max(counts):,}, the smallest {min(counts):,}: {factor}"
-        equal = ", equally many of each class" * (len({*prediction.class_images}) == 1)
-        name = run.dataset.title if run.dataset is not None else f"data of {run.name}"
-        long_tailed = "Long-tailed (LT): few classes have most of the images. " if tail else ""
-        terms[name] = (
-            f"{long_tailed}{sum(counts):,} training images in {len(counts):,} classes{tail}. Evaluated on "
-            f"{prediction.images:,} images of the split `{run.record.result.split}`{equal}."
-        )
-    return [*terms.items()]
+    """Return what is to be said of the data of each run: once where it is the same, and where it is not of which."""
+    names: dict[tuple[str, str], list[str]] = {}
+    titles = short_titles(groups) if len(groups) > 1 else [groups[0].first.name]
+    for group, title in zip(groups, titles, strict=True):
+        known = group.first.dataset
+        names.setdefault((known.title if known is not None else "", _data_text(group.first)), []).append(title)
+    of_all = len(names) == 1 and len(groups) > 1
+    return [
+        (known or ("data" if of_all else f"data of {', and of '.join(of)}"), text)
+        for (known, text), of in names.items()
+    ]
+
+
+def _data_text(run: FinishedRun) -> str:
+    counts, prediction = run.record.class_counts, run.record.result.prediction
+    tail = ""
+    if max(counts) > min(counts):
+        factor = f"an imbalance factor (IF) of {max(counts)} / {min(counts)} = {max(counts) / min(counts):g}"
+        tail = f"; the largest class has {max(counts):,}, the smallest {min(counts):,}: {factor}"
+    equal = ", equally many of each class" * (len({*prediction.class_images}) == 1)
+    long_tailed = "Long-tailed (LT): few classes have most of the images. " if tail else ""
+    return (
+        f"{long_tailed}{sum(counts):,} training images in {len(counts):,} classes{tail}. Evaluated on "
+        f"{prediction.images:,} images of the split `{run.record.result.split}`{equal}."
+    )
 
 
 def _method_text(name: str) -> str:

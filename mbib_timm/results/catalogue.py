@@ -105,9 +105,10 @@ def text_table(entries: Sequence[Entry]) -> str:
     parts = []
     for said, kind in split_by_start(entries, lambda entry: entry.origin):
         above = [said] if said else []
-        for start in dict.fromkeys(origin_text(entry.origin) for entry in kind):
+        starts = dict.fromkeys(origin_text(entry.origin) for entry in kind)
+        for start in starts:
             rows = [[*each.cells(), each.weights] for each in kind if origin_text(each.origin) == start]
-            if not kind[0].origin.is_scratch:
+            if len(starts) > 1:  # of one alone, what is said has the name
                 above.append(f"Started from {start}:")
             parts.append("\n".join([*(textwrap.fill(line, WIDTH) for line in above), Table(HEADER, rows).text()]))
             above = []

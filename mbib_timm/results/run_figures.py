@@ -1,5 +1,6 @@
 """The figures of a run: training curves, accuracy by class, accuracy by shot group."""
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -27,11 +28,11 @@ from mbib_timm.drawing import (
 )
 from mbib_timm.errors import first_line
 from mbib_timm.files import counted, write_bytes
-from mbib_timm.models.head_outputs import heads_of_expert, labelled_heads
+from mbib_timm.models.head_outputs import POOLED, PREDICTION, heads_of_expert, labelled_heads
 from mbib_timm.results.columns import FEW_IMAGES, MODEL_COLUMNS, macro_is_overall
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, is_averaged
 
-HEAD_COLORS = (GREY, SKY, GREEN, PURPLE, ORANGE, BLUE, VERMILION, YELLOW)
+HEAD_COLORS = (SKY, ORANGE, GREEN, PURPLE, BLUE, VERMILION, YELLOW, GREY)
 NAMED_CLASSES = 30  # as many names as can be read side by side
 BARS = 150  # as many bars as can be told apart
 # Of single runs behind their mean; and which weights a curve is of.
@@ -222,11 +223,28 @@ def class_accuracy(
     )
     if class_counts.min() < class_counts.max():
         counts.set_yscale("log")
-        counts.yaxis.set_major_formatter("{x:g}")
+        least, most = counts.get_ylim()
+        number_ticks(counts.yaxis, least, most, class_counts)
     else:
         counts.set_ylim(0, 1.25 * class_counts.max())
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+def number_ticks(axis: Any, least: float, most: float, class_counts: np.ndarray) -> None:
+    """Set the ticks of a logarithmic axis of training images: as few as can be read, at round numbers.
+
+    Args:
+        axis: to set.
+        least: where the axis begins, above 0.
+        most: where it ends.
+        class_counts: training images of each class, (K,), whose ends are the ticks where there are no two round ones.
+    """
+    ticks = [step * 10**power for power in range(8) for step in ((1, 2, 5) if most < 5000 * least else (1,))]
+    within = [tick for tick in ticks if least <= tick <= most]
+    axis.set_ticks(within if len(within) > 1 else np.unique([class_counts.min(), class_counts.max()]))
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter("{x:,.0f}")
 
 
 def number_of_classes(trained: int, evaluated: int) -> str:
@@ -348,6 +366,18 @@ def drawn_heads(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in of_experts]
 
 
+def head_colors(names: Iterable[str]) -> dict[str, str]:
+    """Return the colours of heads, and of the features `POOLED`, which are what the head on the last map sees.
+
+    Args:
+        names: of all heads; only those of `drawn_heads` have a colour.
+    """
+    heads = drawn_heads(name for name in names if name != PREDICTION)
+    colors = {name: HEAD_COLORS[place % len(HEAD_COLORS)] for place, name in enumerate(heads)}
+    of_maps = [color for name, color in colors.items() if re.fullmatch(rf"{POOLED}\d+", name)]
+    return {**colors, POOLED: of_maps[-1] if of_maps else HEAD_COLORS[0]}
+
+
 def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
     """Draw the accuracy of the heads, see `drawn_heads`, on all classes and on each shot group.
 
@@ -359,11 +389,12 @@ def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
         del columns["macro"]
     labels_of = labelled_heads(results)
     heads = [*drawn_heads(name for name in results if name != "prediction"), "prediction"]
+    colors = head_colors(results)
     bar = 0.84 / len(heads)
     # A number over each bar takes almost a third of an inch.
     figure, axes = canvas(max(6.0, 1.5 + 1.7 * len(heads)), 3.8)
     for i, head in enumerate(heads):
-        color = foreground() if head == "prediction" else HEAD_COLORS[i % len(HEAD_COLORS)]
+        color = foreground() if head == "prediction" else colors[head]
         for place, metric in enumerate(columns.values()):
             value = getattr(results[head], metric)
             x = place + (i - (len(heads) - 1) / 2) * bar

@@ -23,6 +23,7 @@ from mbib_timm.recipe import (
     list_recipes,
     load_recipe,
     longest_epochs,
+    packaged_recipes,
     recipe_name,
 )
 from mbib_timm.results.record import Epoch, HeadMetrics, RunRecord, read_history, read_record
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 SAME_RESULT = {"val_interval", "validation_batch_size", "loader", "torchcompile", "channels_last"}
 # Keys that say which images a run sees; broken ones and the loader leave the classes as they are.
 DATA = {name for name, item in KEYS.items() if item.metadata["group"] == "data"} - {"broken", "loader"}
-# Keys that say how long a run is trained; and those of augmentation and optimisation, apart from that.
+# Keys that say how long a run is trained; and those of image size, augmentation and optimisation, apart from that.
 LENGTH = {"epochs", "warmup_epochs", "warmup_lr", "decay_milestones", "mixup_off_epochs", "model_ema_decay"}
 TRAINING = [
     name
     for name, item in KEYS.items()
-    if (item.metadata["group"] in ("augmentation", "mixing", "optimisation") or name == "train_crop_mode")
+    if (item.metadata["group"] in ("augmentation", "mixing", "optimisation") or name in ("img_size", "train_crop_mode"))
     and name not in LENGTH | SAME_RESULT
 ]
 # What a model's name begins with before that of its network, which a method builds on.
@@ -85,14 +86,36 @@ class FinishedRun:
         return f"{self.name}-{longest_epochs(self.recipe)}e{extended}-seed{seed}{mixed}"
 
     @property
+    def experiment(self) -> str:
+        """The name of its folder, where somebody has chosen another than the run's; else empty."""
+        name = self.folder.resolve().name
+        return "" if name in (self.name, self.kept_name(self.record.seed)) else name
+
+    @property
     def heads(self) -> Mapping[str, HeadMetrics]:
         """The result's metrics by head."""
         return self.record.result.heads
 
     @cached_property
     def packaged(self) -> Recipe | None:
-        """The packaged recipe of the run's name; None where there is none."""
-        return packaged_recipe(self.name)
+        """The packaged recipe that the run was made from, also by another method; None where there is none."""
+        return packaged_recipe(self.name) or self._recipe_of_other_method
+
+    @property
+    def _recipe_of_other_method(self) -> Recipe | None:
+        """The packaged recipe whose runs by this run's method have its name; of several the one that its command says.
+
+        ``finetune/mbib_resnet32`` of ``mbib_resnet32.ce_finetune``.
+        """
+        method, architecture = self.recipe.method["name"], self.name.partition(".")[0]
+        named = {
+            name: file
+            for name, file in packaged_recipes().items()
+            if recipe_name(file).startswith(f"{architecture}.") and recipe_name(file, method) == self.name
+        }
+        said = [file for name, file in named.items() if name in self.record.environment.command.split()]
+        found = said or [*named.values()]
+        return load_recipe(found[0]) if len(found) == 1 else None
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -105,19 +128,24 @@ class FinishedRun:
 
     @cached_property
     def training(self) -> Mapping[str, Any]:
-        """Augmentation and optimisation of the longest stage, beside its length: runs that differ in these are not
-        compared."""
+        """Image size, augmentation and optimisation of the longest stage, beside its length: runs that differ in these
+        are not compared."""
         longest = max(self.recipe.chain(), key=lambda stage: stage.epochs)
         return {key: redact_value(getattr(longest, key)) for key in TRAINING}
+
+    @property
+    def network(self) -> str:
+        """The network that methods build on, without its weights: ``resnet32`` of ``mbib_resnet32``."""
+        given = str(self.recipe.model_kwargs.get("backbone") or self.recipe.model)
+        return BUILT_ON.sub("", redact_value(given).partition(".")[0])
 
     @cached_property
     def frame(self) -> tuple[Any, ...]:
         """What runs share whose difference says which method is better: training data, network, where training started,
-        and length, augmentation and optimisation of every stage."""
-        given = str(self.recipe.model_kwargs.get("backbone") or self.recipe.model).partition(".")[0]
+        and length, image size, augmentation and optimisation of every stage."""
         stages = [{key: getattr(stage, key) for key in (*TRAINING, *LENGTH)} for stage in self.recipe.chain()]
         record = self.record
-        return record.class_counts, record.class_names, BUILT_ON.sub("", given), record.origin, stages
+        return record.class_counts, record.class_names, self.network, record.origin, stages
 
     @property
     def command_today(self) -> str:
@@ -280,9 +308,14 @@ def _from(run: FinishedRun) -> str:
 
 
 def _require_other_seeds(runs: Sequence[FinishedRun]) -> None:
-    seeds = [run.record.seed for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise MbibError(f"two of the runs of {runs[0].name} have the same seed: {', '.join(map(str, seeds))}")
+    by_seed: dict[int, FinishedRun] = {}
+    for run in runs:
+        other = by_seed.setdefault(run.record.seed, run)
+        if other is not run:
+            raise MbibError(
+                f"{other.folder} and {run.folder} are runs of {run.name} and have the same seed, {run.record.seed}: "
+                "leave one of them out, or train it with another --seed"
+            )
 
 
 @dataclass(frozen=True)
@@ -400,11 +433,17 @@ def _settings(recipe: Recipe, own: Recipe, same_classes: bool) -> dict[str, Any]
     """Return what has other values than in the packaged recipe; the same images in files are the same data."""
     elsewhere = {"dataset"} if recipe.dataset == "folder" and same_classes else set()
     before, now = _by_address(own.with_choices_of(recipe)), _by_address(recipe)
+
+    def is_of_other_method(address: str) -> bool:  # whose settings the run's method has not
+        stage, setting, _ = address.partition("method.")
+        return bool(setting) and address not in now and now.get(f"{stage}method") != before.get(f"{stage}method")
+
     return {
         address: now.get(address)
         for address in {**now, **before}
         if now.get(address) != before.get(address)
         and address.rpartition(".")[2] not in {"seed", "epochs", *SAME_RESULT, *elsewhere}
+        and not is_of_other_method(address)
     }
 
 

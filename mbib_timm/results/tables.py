@@ -21,10 +21,11 @@ T = TypeVar("T")
 NOTHING = "–"
 # Above tables, and the column that says it.
 FROM_SCRATCH = "From scratch:"
-FROM_WEIGHTS = (
-    "These models, or their teachers, started from trained weights. Compare them only with models that started from "
-    "the same weights, never with models trained from scratch."
+_FROM_WEIGHTS = (
+    "These models, or their teachers, started from {}. Compare them only with models that started from the same "
+    "weights, never with models trained from scratch."
 )
+FROM_WEIGHTS = _FROM_WEIGHTS.format("trained weights")
 STARTED = "started from"
 
 
@@ -84,8 +85,14 @@ def split_by_start(items: Sequence[T], origin: Callable[[T], Origin]) -> list[tu
     """
     scratch = [item for item in items if origin(item).is_scratch]
     others = [item for item in items if not origin(item).is_scratch]
-    parts = [(FROM_SCRATCH if others else "", scratch), (FROM_WEIGHTS, others)]
+    parts = [(FROM_SCRATCH if others else "", scratch), (from_weights(map(origin, others)), others)]
     return [(said, kind) for said, kind in parts if kind]
+
+
+def from_weights(origins: Iterable[Origin], escape: Callable[[str], str] = str) -> str:
+    """Return what is to be said above results that started from weights: from which, where these are the same."""
+    named = {origin_text(origin) for origin in origins}
+    return _FROM_WEIGHTS.format(escape(named.pop())) if len(named) == 1 else FROM_WEIGHTS
 
 
 def tables_by_start(
@@ -93,15 +100,17 @@ def tables_by_start(
 ) -> list[tuple[str, Table]]:
     """Return rows as `split_by_start` does: what to say above a table, and the table.
 
-    Rows that started from weights have another column after their first: what these were, escaped as the cells are.
+    Rows that started from different weights have another column, the last: what these were, escaped as the cells are.
     """
     tables = []
     for said, kind in split_by_start(rows, lambda row: row[0]):
-        if kind[0][0].is_scratch:
-            tables.append((said, Table(header, [cells for _, cells in kind])))
+        starts = [escape(origin_text(origin)) for origin, _ in kind]
+        if len(set(starts)) == 1:
+            above = said if kind[0][0].is_scratch else from_weights((origin for origin, _ in kind), escape)
+            tables.append((above, Table(header, [cells for _, cells in kind])))
         else:
-            shown = [[cells[0], escape(origin_text(origin)), *cells[1:]] for origin, cells in kind]
-            tables.append((said, Table([header[0], STARTED, *header[1:]], shown)))
+            shown = [[*cells, start] for start, (_, cells) in zip(starts, kind, strict=True)]
+            tables.append((said, Table([*header, STARTED], shown)))
     return tables
 
 

@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from mbib_timm.drawing import CYCLE, HATCHES, LINE_STYLES, METHOD_COLORS, canvas, mean_bar, render
+from mbib_timm.drawing import (
+    HATCHES,
+    LINE_STYLES,
+    METHOD_COLORS,
+    canvas,
+    mean_bar,
+    method_colors,
+    named_method,
+    render,
+)
 from mbib_timm.errors import first_line
 from mbib_timm.files import printable_lines, to_json, write_bytes
 from mbib_timm.methods import method_title
@@ -238,12 +247,13 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
             place = _joined(row, [x] if x else others if by else [])
             bars[place, name] = row.values["overall"], row.paper.get("overall")
     places, names = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
-    colors, hatches = _colors(names), _hatches(names)
-    if names == [""]:  # all of one kind: variants of the base recipe's method
-        methods = {run.method for run in results.runs}
-        colors[""] = METHOD_COLORS.get(method_title(methods.pop()), colors[""]) if len(methods) == 1 else colors[""]
+    colors, hatches = method_colors(names), _hatches(names)
+    methods = {method_title(run.method) for run in results.runs}
+    if names == [""] and len(methods) == 1:  # all of one kind: variants of the base recipe's method
+        colors = {"": method_colors(methods)[min(methods)]}
     # Bars of one kind beside one another have the colour of the method that each place names, if it names one.
-    look = {(place, name): colors[name] if name else METHOD_COLORS.get(place, colors[name]) for place, name in bars}
+    of_places = method_colors(place for place in places if place in methods or place in METHOD_COLORS)
+    look = {(place, name): colors[name] if name else of_places.get(place, colors[name]) for place, name in bars}
     longest = max(len(place) for place in places)
     # A number over each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
     # read on none.
@@ -280,7 +290,7 @@ def _lines(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     figure, axes = canvas(6.5, 4.2)
     colored = results.axes.get(by or "", [""])
     styled = results.axes.get(style or "", [""])
-    colors = _colors([method_title(value) for value in colored])
+    colors = method_colors(method_title(value) for value in colored)
     for value in colored:
         for kind, line in zip(styled, LINE_STYLES * len(styled), strict=False):
             chosen = [
@@ -346,28 +356,11 @@ def _joined(row: Cell, axes: Sequence[str]) -> str:
     return " ".join(filter(None, (method_title(row.coordinates.get(axis, "")) for axis in axes)))
 
 
-def _method(name: str) -> str | None:
-    """Return the method whose bar it is: ``BIB`` of ``BIB v``; None for anything else."""
-    first = name.partition(" ")[0]
-    return first if first in METHOD_COLORS else None
-
-
-def _colors(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each name: a method's own, the next of the cycle for anything else."""
-    methods = {name: method for name in names if (method := _method(name))}
-    free = [color for color in CYCLE if color not in {METHOD_COLORS[method] for method in methods.values()}]
-    others = [name for name in names if name not in methods]
-    cycled = free or list(CYCLE)
-    return {
-        **{name: METHOD_COLORS[method] for name, method in methods.items()},
-        **{name: cycled[i % len(cycled)] for i, name in enumerate(others)},
-    }
-
-
 def _hatches(names: Sequence[str]) -> dict[str, str]:
     """Return what tells bars of one method apart: nothing for the last of them, which is its prediction."""
     hatches = {}
     for name in names:
-        siblings = [other for other in names if _method(other) and _method(other) == _method(name)] or [name]
+        method = named_method(name)
+        siblings = [other for other in names if method and named_method(other) == method] or [name]
         hatches[name] = HATCHES[(len(siblings) - 1 - siblings.index(name)) % len(HATCHES)]
     return hatches
