@@ -817,6 +817,15 @@ def test_data_are_described_for_each_run_that_has_others(tmp_path):
     assert said(folders[0]) == {"data of mbib_resnet20.ce_digits": "355"}
 
 
+def test_an_older_record_describes_the_same_data_in_the_same_words():
+    """It has no numbers of images by class."""
+    runs = [read_run(folder) for folder in (MBIB, CE.with_name(CE.name.replace(".ce", ".focal")))]
+    assert [bool(run.record.result.prediction.class_images) for run in runs] == [False, True]
+    terms = [text for name, text in terms_section(group_runs(runs)).blocks[0].content if name.startswith("CIFAR")]
+    assert len(terms) == 1
+    assert terms[0].endswith("Evaluated on 10,000 images of the split `test`, equally many of each class.")
+
+
 # The page
 
 

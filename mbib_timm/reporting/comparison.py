@@ -29,8 +29,8 @@ from mbib_timm.results.tables import (
 )
 
 NOT_ALIKE = (
-    "These runs differ in their network, image size, augmentation or optimisation, as the next table says. Compare "
-    "only runs of one training setup: between setups, a difference says nothing of the methods."
+    "These runs differ in more than their methods, as the next table says. Compare only runs of one training setup: "
+    "between setups, a difference says nothing of the methods."
 )
 
 

@@ -8,7 +8,7 @@ from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import HEADS_TEXT, labelled_heads
 from mbib_timm.reporting.comparison import short_titles
 from mbib_timm.reporting.sections import Section
-from mbib_timm.results.columns import DEFINITIONS, INTERVALS
+from mbib_timm.results.columns import DEFINITIONS, INTERVALS, macro_is_overall
 from mbib_timm.results.record import is_averaged
 from mbib_timm.results.run_figures import AVERAGE, RAW
 from mbib_timm.results.run_text import stages_text
@@ -68,7 +68,9 @@ def _data_text(run: FinishedRun) -> str:
     if max(counts) > min(counts):
         factor = f"an imbalance factor (IF) of {max(counts)} / {min(counts)} = {max(counts) / min(counts):g}"
         tail = f"; the largest class has {max(counts):,}, the smallest {min(counts):,}: {factor}"
-    equal = ", equally many of each class" * (len({*prediction.class_images}) == 1)
+    # An older record has no images by class; where these are equally many, its two means are one number.
+    by_class, means = {*prediction.class_images}, [(prediction.top1, prediction.macro)]
+    equal = ", equally many of each class" * (len(by_class) == 1 if by_class else macro_is_overall(means))
     long_tailed = "Long-tailed (LT): few classes have most of the images. " if tail else ""
     return (
         f"{long_tailed}{sum(counts):,} training images in {len(counts):,} classes{tail}. Evaluated on "
