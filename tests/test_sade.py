@@ -158,7 +158,7 @@ def test_sade_trains_cosine_classifiers_of_its_scale():
         ),
         ("sade_mbib", "mbib_experts_resnet20", {"experts": 2}, "exactly three experts.*this one has 2 experts"),
         ("sade_mbib", "mbib_resnet20", {}, "exactly three experts.*this one has none"),
-        ("sade_mbib", "experts_resnet20", {}, "observations and a bottleneck each, such as mbib_experts_resnet32"),
+        ("sade_mbib", "experts_resnet20", {}, "observations and a bottleneck each, such as mbib_experts_resnet20"),
         (
             "sade_mbib",
             "mbib_experts_resnet20",
