@@ -3,12 +3,14 @@
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import results
 from mbib_timm.errors import MbibError
+from mbib_timm.results.runs import read_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,8 +54,10 @@ def test_the_readmes_table_has_the_numbers_of_the_records_and_of_the_paper():
 def test_the_table_of_runs_has_the_epochs_of_every_stage():
     rows = [line.strip("| ").split(" | ") for line in results.table(ROOT / "results").splitlines()]
     epochs = {cells[0].partition("]")[0].removeprefix("["): cells[1] for cells in rows if len(cells) > 5}
-    assert epochs["mbib_efficientnet_lite0.finetune_cifar100_lt_if100"] == "20 + 6 of 20 + 6"
-    assert epochs["cifar_resnet32.bsce_cifar100_lt_if100"] == "200 of 200"
+    assert epochs["mbib_efficientnet_lite0.finetune_cifar100_lt_if100"] == "20 + 6"
+    assert epochs["cifar_resnet32.bsce_cifar100_lt_if100"] == "200"
+    run = read_run(ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16")
+    assert results.epochs(replace(run, recipe=run.recipe.replace(epochs=20))) == "20 of 200"
 
 
 def test_a_recipe_without_a_whole_run_is_named(tmp_path):

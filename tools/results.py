@@ -194,9 +194,10 @@ def _papers(group: RunGroup) -> str:
 
 
 def epochs(run: FinishedRun) -> str:
-    """Return the epochs of a run's stages, beside those of the recipe that it is named after."""
+    """Return the epochs of a run's stages, with those of the recipe that it is named after where they differ."""
     own = packaged_recipe(run.name)
-    return epochs_text(run.recipe) + (f" of {epochs_text(own)}" if own is not None else "")
+    done, asked = epochs_text(run.recipe), "" if own is None else epochs_text(own)
+    return done if asked in ("", done) else f"{done} of {asked}"
 
 
 def recipes_table(results: Path) -> str:
