@@ -17,6 +17,7 @@ import numpy as np
 
 from mbib_timm.data.class_values import ClassValues, label_names, read_class_values
 from mbib_timm.errors import DataError, MbibError, unknown_name
+from mbib_timm.results.columns import FEW_IMAGES
 
 TRAIN, UNIFORM, ESTIMATE = "train", "uniform", "estimate"
 SHARES = ClassValues("prior", "share", zero=True, missing="a class that does not occur has share 0")
@@ -24,8 +25,8 @@ SHARES = ClassValues("prior", "share", zero=True, missing="a class that does not
 EXCLUDED = -1e4
 # Expectation-maximisation ends when the shares change by less than this in all, or after so many iterations.
 TOLERANCE, ITERATIONS = 1e-6, 1000
-# Shares that a message lists; and images for each class below which it calls them uncertain.
-LISTED, FEW = 10, 10
+# Shares that a message lists.
+LISTED = 10
 
 
 def trained_shares(model: str, logit_prior: str | None, class_counts: np.ndarray | None) -> np.ndarray:
@@ -107,8 +108,8 @@ class EstimatedPrior:
         rest = len(self.shares) - len(order)
         more = f", and {rest} more with {100 * (1 - self.shares[order].sum()):.1f} %" if rest else ""
         ended = "" if self.converged else ", where it was stopped"
-        is_little = self.images < FEW * len(self.shares)
-        doubt = f"; that is uncertain, from fewer than {FEW} images for each class" if is_little else ""
+        is_little = self.images < FEW_IMAGES * len(self.shares)
+        doubt = f"; that is uncertain, from fewer than {FEW_IMAGES} images for each class" if is_little else ""
         return (
             f"class frequencies estimated from {self.images:,} images in {self.iterations} iterations{ended}: "
             f"{listed}{more}{doubt}"

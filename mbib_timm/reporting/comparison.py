@@ -92,7 +92,7 @@ def _own_title(group: RunGroup) -> str:
 
 def _class_balance(group: RunGroup) -> dict[str, str]:
     """Return what the longest stage does for rare classes beside its method, in words; empty for nothing."""
-    stage = max(group.first.recipe.chain(), key=lambda stage: stage.epochs)
+    stage = group.first.longest_stage
     weights = "" if stage.class_weights == "none" else last_part(stage.class_weights)
     return {
         "class_weights": f"class weights {weights}" if weights else "",

@@ -130,8 +130,12 @@ class FinishedRun:
     def training(self) -> Mapping[str, Any]:
         """Image size, augmentation and optimisation of the longest stage, beside its length: runs that differ in these
         are not compared."""
-        longest = max(self.recipe.chain(), key=lambda stage: stage.epochs)
-        return {key: redact_value(getattr(longest, key)) for key in TRAINING}
+        return {key: redact_value(getattr(self.longest_stage, key)) for key in TRAINING}
+
+    @property
+    def longest_stage(self) -> Recipe:
+        """The recipe of the stage with the most epochs, the first of several."""
+        return max(self.recipe.chain(), key=lambda stage: stage.epochs)
 
     @property
     def network(self) -> str:

@@ -76,7 +76,9 @@ def _padded(cells: Sequence[str], right: bool) -> list[str]:
     return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
 
 
-def split_by_start(items: Sequence[T], origin: Callable[[T], Origin]) -> list[tuple[str, list[T]]]:
+def split_by_start(
+    items: Sequence[T], origin: Callable[[T], Origin], escape: Callable[[str], str] = str
+) -> list[tuple[str, list[T]]]:
     """Return results from scratch, then those that started from weights, which never stand in one column.
 
     Returns:
@@ -85,7 +87,7 @@ def split_by_start(items: Sequence[T], origin: Callable[[T], Origin]) -> list[tu
     """
     scratch = [item for item in items if origin(item).is_scratch]
     others = [item for item in items if not origin(item).is_scratch]
-    parts = [(FROM_SCRATCH if others else "", scratch), (from_weights(map(origin, others)), others)]
+    parts = [(FROM_SCRATCH if others else "", scratch), (from_weights(map(origin, others), escape), others)]
     return [(said, kind) for said, kind in parts if kind]
 
 
@@ -103,11 +105,10 @@ def tables_by_start(
     Rows that started from different weights have another column, the last: what these were, escaped as the cells are.
     """
     tables = []
-    for said, kind in split_by_start(rows, lambda row: row[0]):
+    for said, kind in split_by_start(rows, lambda row: row[0], escape):
         starts = [escape(origin_text(origin)) for origin, _ in kind]
         if len(set(starts)) == 1:
-            above = said if kind[0][0].is_scratch else from_weights((origin for origin, _ in kind), escape)
-            tables.append((above, Table(header, [cells for _, cells in kind])))
+            tables.append((said, Table(header, [cells for _, cells in kind])))
         else:
             shown = [[*cells, start] for start, (_, cells) in zip(starts, kind, strict=True)]
             tables.append((said, Table([*header, STARTED], shown)))
