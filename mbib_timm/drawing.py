@@ -81,6 +81,7 @@ DARK = Theme(foreground="#e6e6e6", background="#16191d")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
+    "figure.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -242,17 +243,19 @@ def mean_bar(
     color: str,
     hatch: str = "",
     marked: float | None = None,
+    lying: bool = False,
 ) -> tuple[Any, Any]:
     """Draw the mean of percentages as a bar with its number, its standard deviation, and a diamond beside it.
 
     Args:
         axes: where to draw.
-        at: place along x.
+        at: place along x, or along y for a bar that lies.
         values: of the seeds; None for what was not measured.
         width: of the bar.
         color: of the bar.
         hatch: of the bar.
         marked: height of the diamond, a published number; None for none.
+        lying: the bar grows to the right.
 
     Returns:
         The bar and the diamond, for a legend; None for what was not drawn.
@@ -262,21 +265,25 @@ def mean_bar(
         return None, None
     mean = statistics.mean(measured)
     deviation = statistics.stdev(measured) if len(measured) > 1 else None
-    bar = axes.bar(
+    draw, error = (axes.barh, "xerr") if lying else (axes.bar, "yerr")
+    bar = draw(
         at, mean, width, color=color, hatch=hatch, edgecolor=background(), linewidth=0,
-        yerr=deviation, ecolor=foreground(), capsize=2,
+        ecolor=foreground(), capsize=2, **{error: deviation},
     )  # fmt: skip
     mark = None
     if marked is not None:
+        place = (marked, at) if lying else (at, marked)
         (mark,) = axes.plot(
-            at, marked, marker="D", linestyle="", color=foreground(), markerfacecolor=background(), markersize=4.5
+            *place, marker="D", linestyle="", color=foreground(), markerfacecolor=background(), markersize=4.5
         )
-    _write_number(axes, at, mean, deviation or 0.0, marked, color)
+    _write_number(axes, at, mean, deviation or 0.0, marked, color, lying)
     return bar, mark
 
 
-def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str) -> None:
-    """Write a bar's mean over it; into it where the paper's mark is in the way.
+def _write_number(
+    axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str, lying: bool
+) -> None:
+    """Write a bar's mean past its end; into it where the paper's mark is in the way.
 
     Args:
         axes: with the bar.
@@ -285,14 +292,18 @@ def _write_number(axes: Any, at: float, mean: float, deviation: float, marked: f
         deviation: half the length of its error bar.
         marked: height of the paper's mark; None for none.
         color: of the bar.
+        lying: the bar grows to the right.
     """
-    text = dict(textcoords="offset points", ha="center", fontsize=7)
-    if marked is None or not -2 < marked - mean - deviation < 6:
-        axes.annotate(f"{mean:.1f}", (at, mean + deviation), (0, 2), va="bottom", **text)
-        return
-    below = (at, min(mean - deviation, marked))
-    box = dict(facecolor=color, linewidth=0, pad=0.5)
-    axes.annotate(f"{mean:.1f}", below, (0, -5), va="top", color=text_on(color), bbox=box, **text)
+    inside = marked is not None and -2 < marked - mean - deviation < 6
+    height = min(mean - deviation, marked) if inside and marked is not None else mean + deviation
+    style = dict(color=text_on(color), bbox=dict(facecolor=color, linewidth=0, pad=0.5)) if inside else {}
+    if lying:
+        place, offset = (height, at), (-5 if inside else 3, 0)
+        style |= dict(ha="right" if inside else "left", va="center_baseline")
+    else:
+        place, offset = (at, height), (0, -5 if inside else 2)
+        style |= dict(ha="center", va="top" if inside else "bottom")
+    axes.annotate(f"{mean:.1f}", place, offset, textcoords="offset points", fontsize=7, **style)
 
 
 def figure_text(name: str) -> str:

@@ -249,19 +249,31 @@ def draw(results):
     return figures[0]
 
 
+def lying(axes):
+    return axes.get_xlabel() == "top-1 accuracy, %"
+
+
 def bars_of(axes):
-    """Return the bars as (x, height, deviation, colour), from left to right."""
+    """Return the bars as (place, height, deviation, colour), from left to right, or from the top where they lie."""
     found = []
     for container in axes.containers:
         if isinstance(container, BarContainer):
             (bar,) = container
+            along, across = (bar.get_y(), bar.get_height()), (bar.get_x(), bar.get_width())
+            (start, width), (zero, height) = (along, across) if lying(axes) else (across, along)
+            assert zero == 0
             deviation = 0.0
             if container.errorbar is not None:
-                ((_, low), (_, high)) = container.errorbar[2][0].get_segments()[0]
+                (ends,) = container.errorbar[2][0].get_segments()
+                low, high = (end[0 if lying(axes) else 1] for end in ends)
                 deviation = (high - low) / 2
-            x = bar.get_x() + bar.get_width() / 2
-            found.append((x, bar.get_height(), deviation, to_hex(bar.get_facecolor()).upper()))
+            found.append((start + width / 2, height, deviation, to_hex(bar.get_facecolor()).upper()))
     return sorted(found)
+
+
+def places_of(axes):
+    labels = axes.get_yticklabels() if lying(axes) else axes.get_xticklabels()
+    return [label.get_text().replace("\n", " ") for label in labels]
 
 
 @pytest.mark.filterwarnings("error")
@@ -277,7 +289,7 @@ def test_bars_are_the_means_and_their_lines_the_deviations():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "50", "10"]
     assert [round(x) for x, *_ in bars] == [0] * 8 + [1] * 8 + [2] * 8
     assert axes.get_ylabel() == "top-1 accuracy, %"
-    assert axes.get_title() == "Methods and imbalance factors (cifar100_lt, 200 epochs, n = 3)"
+    assert axes.figure.get_suptitle() == "Methods and imbalance factors (cifar100_lt, 200 epochs, n = 3)"
     written = sorted(text.get_text() for text in axes.texts)
     assert written == sorted(f"{statistics.mean(v):.1f}" for v in values)
 
@@ -355,10 +367,29 @@ def test_the_same_method_has_the_same_colour_everywhere():
 
 def test_bars_that_each_name_a_method_have_its_colour():
     (axes,) = draw(made_up(find_sweep(["methods"]))).axes
-    titles = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
+    titles = places_of(axes)
     assert len(titles) == 15
     assert [color for *_, color in bars_of(axes)] == [METHOD_COLORS[title].upper() for title in titles]
     assert axes.get_legend() is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_bars_with_long_names_lie_below_one_another():
+    results = made_up(find_sweep(["open_choices"]), scattered)
+    (axes,) = draw(results).axes
+    assert places_of(axes) == results.axes["departure"]
+    assert axes.yaxis_inverted(), "the first is on top, as in the table"
+    values = [[scattered(place, seed, "overall") for seed in range(3)] for place in range(len(places_of(axes)))]
+    assert [height for _, height, *_ in bars_of(axes)] == pytest.approx([statistics.mean(v) for v in values])
+    assert [deviation for _, _, deviation, _ in bars_of(axes)] == pytest.approx([statistics.stdev(v) for v in values])
+
+
+def test_departures_from_a_recipe_have_the_colours_of_their_methods():
+    results = made_up(find_sweep(["strong_recipe"]))
+    methods = {"BIB": "BIB", "balanced softmax": "BSCE"}
+    (axes,) = draw(results).axes
+    expected = [METHOD_COLORS[methods.get(place, "MBIB")].upper() for place in places_of(axes)]
+    assert [color for *_, color in bars_of(axes)] == expected
 
 
 def test_methods_of_ones_own_have_colours_of_their_own_in_every_figure(monkeypatch):
@@ -366,7 +397,7 @@ def test_methods_of_ones_own_have_colours_of_their_own_in_every_figure(monkeypat
         monkeypatch.delitem(METHOD_COLORS, title)
     results = made_up(find_sweep(["methods"]))
     (axes,) = draw(results).axes
-    titles = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
+    titles = places_of(axes)
     colors = dict(zip(titles, (color for *_, color in bars_of(axes)), strict=True))
     assert colors["BIB"] != colors["SE-MBIB"]
     figure = sweep_curves(results)
@@ -405,7 +436,7 @@ def test_nothing_overlaps_and_nothing_is_clipped(name):
             boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
             for i, box in enumerate(boxes):
                 assert not any(box.overlaps(other) for other in boxes[i + 1 :]), texts[i].get_text()
-        outside = [axes.title, axes.xaxis.label, axes.yaxis.label, *along_x, *inside]
+        outside = [figure._suptitle, axes.xaxis.label, axes.yaxis.label, *along_x, *inside]
         legend = axes.get_legend()
         parts = [text for text in outside if text.get_text()] + ([legend] if legend else [])
         for part in parts:
@@ -427,7 +458,7 @@ def test_a_sweep_that_has_just_begun_can_be_drawn(name):
     figure = draw(replace(results, runs=results.runs[:1]))
     assert re.search(
         r"\d+ epochs, n = 1, 1 of \d+ runs(, started from \S+ \((ImageNet-1k|the same data)\))?\)$",
-        " ".join(figure.axes[0].get_title().split()),
+        " ".join(figure.get_suptitle().split()),
     )
 
 

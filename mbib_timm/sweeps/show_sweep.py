@@ -16,7 +16,6 @@ import numpy as np
 from mbib_timm.drawing import (
     HATCHES,
     LINE_STYLES,
-    METHOD_COLORS,
     canvas,
     mean_bar,
     method_colors,
@@ -44,7 +43,6 @@ from mbib_timm.sweeps.sweep_results import (
 
 ACCURACY = "top-1 accuracy, %"
 PAPER = "the paper"
-UPRIGHT = 20  # letters of a line of a label that stands upright
 
 
 def write_results(folder: Path, results: SweepResults) -> str:
@@ -225,16 +223,17 @@ def sweep_figure(results: SweepResults) -> Any:
         results: of one finished run or more.
     """
     draw = {"bars": _bars, "lines": _lines, "heatmap": _heatmap}[results.figure["kind"]]
-    figure, axes = draw(results, cells(results))
-    axes.set_title(_wrapped(short_headline(results), int(10 * figure.get_figwidth())))
+    figure = draw(results, cells(results))
+    figure.suptitle(_wrapped(short_headline(results), int(10 * figure.get_figwidth())))
     return figure
 
 
-def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
+def _bars(results: SweepResults, rows: Sequence[Cell]) -> Any:
     """Groups of bars along x, coloured by an axis, or by all that x does not tell."""
     x = results.figure.get("x")
     by = results.figure.get("color")
     bars: dict[tuple[str, str], tuple[Sequence[float | None], float | None]] = {}
+    methods: dict[tuple[str, str], str] = {}
     for row in rows:
         colored = [by] if by else []
         others = [axis for axis in row.coordinates if axis not in (x, by)]
@@ -242,48 +241,51 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
         name = _joined(row, colored if by and not x else [*colored, *others])
         if x == GROUP:
             for column in (name for name in COLUMNS if any(value is not None for value in row.values[name])):
-                bars["all" if column == "overall" else column, name] = row.values[column], row.paper.get(column)
+                key = "all" if column == "overall" else column, name
+                bars[key], methods[key] = (row.values[column], row.paper.get(column)), row.method
         else:
-            place = _joined(row, [x] if x else others if by else [])
-            bars[place, name] = row.values["overall"], row.paper.get("overall")
+            key = _joined(row, [x] if x else others if by else []), name
+            bars[key], methods[key] = (row.values["overall"], row.paper.get("overall")), row.method
     places, names = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
     colors, hatches = method_colors(names), _hatches(names)
-    methods = {method_title(run.method) for run in results.runs}
-    if names == [""] and len(methods) == 1:  # all of one kind: variants of the base recipe's method
-        colors = {"": method_colors(methods)[min(methods)]}
-    # Bars of one kind beside one another have the colour of the method that each place names, if it names one.
-    of_places = method_colors(place for place in places if place in methods or place in METHOD_COLORS)
-    look = {(place, name): colors[name] if name else of_places.get(place, colors[name]) for place, name in bars}
+    # Bars of one kind beside one another have the colours of their methods.
+    of_methods = method_colors(methods.values())
+    look = {key: colors[key[1]] if key[1] else of_methods[methods[key]] for key in bars}
     longest = max(len(place) for place in places)
-    # A number over each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
+    # Many places with long names stand below one another, where names are read without turning one's head.
+    lying = len(places) > 10 and longest > 10
+    # A number at each bar takes a third of an inch, a label of several words an inch; what is wider than a page is
     # read on none.
     wide = max(0.36 * len(bars), min(longest / 10, 1.0) * len(places))
-    # Of many places with long names the labels stand upright, in two lines or three.
-    upright = len(places) > 10 and longest > 10
-    figure, axes = canvas(min(10.0, max(6.0, 2.5 + wide)), 5.4 if upright else 4.0)
+    figure, axes = canvas(8.0, 1.0 + 0.24 * len(bars)) if lying else canvas(min(10.0, max(6.0, 2.5 + wide)), 4.0)
     share = 0.84 / len(names)
     legend: dict[str, Any] = {}
     for (place, name), (values, number) in bars.items():
         at = places.index(place) + (names.index(name) - (len(names) - 1) / 2) * share
         marked = number if results.is_papers else None
-        bar, mark = mean_bar(axes, at, values, share * 0.9, look[place, name], hatches[name], marked)
+        bar, mark = mean_bar(axes, at, values, share * 0.9, look[place, name], hatches[name], marked, lying)
         legend |= {name: bar} if bar is not None else {}
         legend |= {PAPER: mark} if mark is not None else {}
-    characters = UPRIGHT if upright else int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
-    axes.set_xticks(range(len(places)), [_wrapped(place, characters) for place in places], rotation=90 * upright)
-    axes.tick_params(axis="x", length=0)
-    axes.grid(axis="x", visible=False)
-    axes.set(ylabel=ACCURACY, xlabel=_label(results, x) if x else "")
-    axes.margins(y=0.12)
+    along, over = ("y", "x") if lying else ("x", "y")
+    characters = longest if lying else int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
+    axes.set(**{
+        f"{along}ticks": range(len(places)), f"{along}ticklabels": [_wrapped(place, characters) for place in places],
+        f"{along}label": _label(results, x) if x else "", f"{over}label": ACCURACY,
+    })  # fmt: skip
+    axes.tick_params(axis=along, length=0)
+    axes.grid(axis=along, visible=False)
+    axes.margins(**{over: 0.12}, **({along: 0.01} if lying else {}))
+    if lying:
+        axes.invert_yaxis()
     # The paper's mark comes last; a single kind of bars without a name needs no legend.
     shown = {name: legend[name] for name in (*names, PAPER) if name and name in legend}
     if shown:
         title = _label(results, by) if by else None
         axes.legend(shown.values(), shown.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title)
-    return figure, axes
+    return figure
 
 
-def _lines(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
+def _lines(results: SweepResults, rows: Sequence[Cell]) -> Any:
     """Accuracy over a number; an axis each for colour and line style."""
     x, by, style = (results.figure.get(role) for role in ("x", "color", "style"))
     assert x is not None
@@ -318,10 +320,10 @@ def _lines(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     axes.set(xlabel=_label(results, x), ylabel=ACCURACY)
     if by or style:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure, axes
+    return figure
 
 
-def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
+def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> Any:
     """The accuracy over two numbers, written into the map."""
     x, y = results.figure["x"], results.figure["y"]
     grid = np.full((len(results.axes[y]), len(results.axes[x])), np.nan)
@@ -341,7 +343,7 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> tuple[Any, Any]:
     axes.set(xlabel=_label(results, x), ylabel=_label(results, y))
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=ACCURACY)
-    return figure, axes
+    return figure
 
 
 def _wrapped(text: str, characters: int) -> str:

@@ -9,6 +9,7 @@ from mbib_timm.data.sources import LEFT_OUT
 from mbib_timm.environment import Environment
 from mbib_timm.errors import shown
 from mbib_timm.files import read_json
+from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import NOT_RECORDED, Origin
 from mbib_timm.recipe import data_of
@@ -187,6 +188,7 @@ class Cell:
         paper: the paper's numbers under the same names; none where they may not stand beside, see `paper_beside`.
         start: what the runs started from.
         seeds: the runs' seeds, in the order of the values.
+        method: title of the runs' method.
     """
 
     coordinates: dict[str, str]
@@ -194,6 +196,7 @@ class Cell:
     paper: dict[str, float]
     start: str
     seeds: list[int]
+    method: str
 
     @property
     def n(self) -> int:
@@ -220,7 +223,8 @@ def cells(results: SweepResults) -> list[Cell]:
                 coordinates[HEAD] = results.heads[head] if heads else ""
             values = {column: [run.heads[head].get(column) for run in runs] for column in COLUMNS}
             numbers, seeds = _paper_numbers(paper, coordinates), [run.seed for run in runs]
-            rows.append(Cell(coordinates, values, numbers, origin_text(runs[0].origin), seeds))
+            start, method = origin_text(runs[0].origin), method_title(runs[0].method)
+            rows.append(Cell(coordinates, values, numbers, start, seeds, method))
     return rows
 
 
