@@ -26,6 +26,7 @@ from mbib_timm.errors import LostDeviceError, LostProcessError, MbibError, first
 T = TypeVar("T")
 # Keeps draws by a key apart from what has seeds of the same numbers.
 DRAWS_KEY = (13,)
+DIRTY = "-dirty"  # behind a commit: files differed from it
 GIT_SECONDS = 10  # that git may take to answer
 
 
@@ -290,6 +291,11 @@ class Environment:
     platform: str | None = None
 
     @property
+    def is_dirty(self) -> bool:
+        """Whether the checkout had uncommitted changes."""
+        return (self.commit or "").endswith(DIRTY)
+
+    @property
     def versions(self) -> str:
         """Versions of what decides numbers, side by side."""
         return f"mbib_timm {self.mbib_timm}, torch {self.torch}, timm {self.timm}"
@@ -364,6 +370,6 @@ def commit_of(checkout: Path) -> str | None:
 
     try:
         commit = ask("describe", "--always", "--abbrev=12")
-        return f"{commit}-dirty" if ask("status", "--porcelain", "--untracked-files=no") else commit
+        return f"{commit}{DIRTY}" if ask("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
         return None

@@ -170,16 +170,6 @@ def test_rows_of_heads():
     assert papers == ["41.3", "39.9", "43.1", "42.1", "43.2"]
 
 
-def test_the_closest_to_the_paper_is_named():
-    sweep = find_sweep(["open_choices"])
-    accuracies = [45.0, 46.0, 44.0, 47.2, 48.0, 43.0, 49.0, *[30.0] * 7]
-    text = markdown(made_up(sweep, lambda place, seed, column: accuracies[place] + seed - 1))
-    assert "Closest to the paper's 47.5: departure no ReLU after z, with 47.2 ± 1.0 (n = 3)." in text
-    assert "Closest" not in markdown(made_up(sweep, epochs=20)), "a shortened sweep decides nothing"
-    assert "Closest" not in markdown(made_up(find_sweep(["table1_cifar100_lt"]))), "the rows have numbers of their own"
-    assert "Closest" not in markdown(made_up(find_sweep(["figure9_structures"]))), "the paper has no number"
-
-
 def test_methods_are_called_by_their_titles():
     rows = table_of(made_up(find_sweep(["figure9_structures"])))
     assert [row["structure"] for row in rows] == ["MBIB", "SE-MBIB", "ALL-MBIB"]

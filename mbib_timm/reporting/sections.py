@@ -46,7 +46,7 @@ from mbib_timm.results.tables import (
     percent,
     table_by_head,
 )
-from mbib_timm.sweeps.show_sweep import closest_to_the_paper, sweep_figure, sweep_table, what_was_run
+from mbib_timm.sweeps.show_sweep import sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline, listed
 
 CONFUSED = 15  # pairs of classes in a table
@@ -408,7 +408,6 @@ def sweep_section(results: SweepResults) -> Section:
     )
     rows = cells(results)
     section.table(sweep_table(results, rows))
-    section.paragraphs(filter(None, [closest_to_the_paper(results, rows)]))
     section.paragraphs(f"Failed: {label}: {reason}" for label, reason in results.failed.items())
     configurations = {run.configuration for run in results.runs}
     if len(configurations) <= CURVES:

@@ -108,8 +108,6 @@ def markdown(results: SweepResults) -> str:
     rows = cells(results)
     lines = [f"# {headline(results)}", "", *(f"{sentence}\n" for sentence in what_was_run(results))]
     lines.append(sweep_table(results, rows).markdown())
-    if closest := closest_to_the_paper(results, rows):
-        lines += ["", closest]
     lines += ["", *(f"Failed: {label}: {reason}" for label, reason in results.failed.items())]
     return printable_lines("\n".join(lines)).rstrip() + "\n"
 
@@ -136,6 +134,9 @@ def what_was_run(results: SweepResults) -> list[str]:
             "**Not the recipe's schedule**: warm-up and milestones were moved in proportion to the epochs. Compare "
             "the rows only with one another."
         )
+    if changed := [run for run in results.runs if run.environment.is_dirty]:
+        names = dict.fromkeys(_place(results, run) for run in changed)
+        said.append(f"Trained with uncommitted changes in the code: {listed(list(names))}.")
     several = [run for run in results.runs if sum(map(bool, run.stage_epochs)) > 1]
     for epochs in dict.fromkeys(tuple(run.stage_epochs) for run in several):
         names = dict.fromkeys(_place(results, run) for run in several if tuple(run.stage_epochs) == epochs)
@@ -196,19 +197,6 @@ def _row(results: SweepResults, cell: Cell, own_seeds: bool) -> list[str]:
         if results.is_papers:
             row.append(difference(mean_of(cell.values[column]), number))
     return row
-
-
-def closest_to_the_paper(results: SweepResults, rows: Sequence[Cell]) -> str:
-    """Return which row comes closest to the paper, where all rows stand beside the same number; else nothing."""
-    numbers = {row.paper.get("overall") for row in rows}
-    if len(numbers) > 1 or None in numbers or not results.is_papers or len(rows) < 2:
-        return ""
-    number = numbers.pop()
-    assert number is not None
-    nearest = min(rows, key=lambda row: abs((mean_of(row.values["overall"]) or 0.0) - number))
-    named = ", ".join(f"{results.labels[axis]} {method_title(nearest.coordinates[axis])}" for axis in results.axes)
-    mean = mean_and_deviation(nearest.values["overall"])
-    return f"Closest to the paper's {number:.1f}: {named}, with {mean} (n = {nearest.n})."
 
 
 def _paper_columns(results: SweepResults) -> list[str]:
