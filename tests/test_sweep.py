@@ -643,10 +643,10 @@ def test_a_row_stays_until_its_run_has_been_trained_again(tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "runs")
     trained = sweep_runs.train
 
-    def first_alone(recipe, name, **kwargs):
+    def first_alone(recipe, name, *args, **kwargs):
         if "ce_digits" in name:
             raise MbibError("out of memory")
-        return trained(recipe, name, **kwargs)
+        return trained(recipe, name, *args, **kwargs)
 
     monkeypatch.setattr(sweep_runs, "train", first_alone)
     assert not run_sweep(sweep, keys, tmp_path)
@@ -656,7 +656,7 @@ def test_a_row_stays_until_its_run_has_been_trained_again(tmp_path, monkeypatch)
 
 
 def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep_runs, "train", interrupt)

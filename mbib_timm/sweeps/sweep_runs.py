@@ -38,7 +38,7 @@ def trainer() -> Task[PlannedRun]:
                 load_plugin(plugin)
         try:
             if run.status(pool) != "done":  # another process may have done it by now
-                train(run.recipe, run.name, pool)
+                train(run.recipe, run.name, pool, resume_asked=False)  # all are resumed, whether begun or not
         except BusyFolderError:
             return Outcome(busy=True)
         except LostDeviceError as error:
