@@ -24,7 +24,7 @@ DOTTED = re.compile(r"--([a-z][a-z0-9_-]*(?:\.[a-zA-Z0-9_-]+)+)(?:=(.*))?", re.D
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one line, with the nearest valid flag.
+    """A parser whose errors are ours: one line, with the nearest valid flag, and what a flag is that lacks its value.
 
     Attributes:
         shown: the recipe whose values the help shows, where there is one.
@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
     shown: Recipe | None = None
 
     def error(self, message: str) -> NoReturn:
-        if message == "argument --resume: expected one argument":  # of mbib train; that of mbib predict takes none
-            message += ", such as auto"
+        if lacks := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected (?:one|at least one) argument", message):
+            message += f": {self._option_string_actions[lacks[1]].help}"
         raise MbibError(message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}...")
 
 

@@ -152,9 +152,12 @@ def test_two_runs_of_one_recipe_and_seed_go_by_their_folders(run, result, monkey
     monkeypatch.setattr(analyze_module, "_draw", lambda _, figures: drawn.extend(figure.title for figure in figures))
     said = "mean positive posterior, mbib_resnet20.digits, mine (seed 0) minus mbib_resnet20.digits{} (seed 0)"
     for first, named in (("runs/ctrlc", ", ctrlc"), ("runs/mbib_resnet20.digits", "")):
-        analyze([first, "local-dir:runs/mine/"])
+        given = [first, "local-dir:runs/mine/"]
+        analyze(given)
         text = capsys.readouterr().out
         assert said.format(named) in text
+        heads = [line for line in text.splitlines() if line.endswith(" on test: 340 images")]
+        assert heads == [f"{name}: mbib_resnet20.digits on test: 340 images" for name in given]
         assert drawn.pop().lower() == said.format(named)
 
 

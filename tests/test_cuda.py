@@ -488,7 +488,7 @@ def test_a_device_that_vanishes_ends_a_sweep_too(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("recipe: cifar_resnet32.ce_digits\nseeds: [0, 1]\naxes: {lr: [0.1, 0.05]}\n")
     runs = []
 
-    def lost(recipe, *args):
+    def lost(recipe, *args, **kwargs):
         runs.append(recipe)
         raise LostDeviceError("device cuda:0 has failed")
 

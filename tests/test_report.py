@@ -18,7 +18,7 @@ from small_data import arrays
 
 from mbib_timm.analysis.analyze import analyze
 from mbib_timm.cli import main
-from mbib_timm.drawing import render
+from mbib_timm.drawing import Illustration, canvas, render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import Answers
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
@@ -28,7 +28,7 @@ from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.comparison import NOT_ALIKE, comparison_section, findings, short_titles
 from mbib_timm.reporting.differences import differences, known_differences
-from mbib_timm.reporting.report import read_inputs
+from mbib_timm.reporting.report import _write_figures, read_inputs
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves, sweep_curves
 from mbib_timm.reporting.sections import Section, give_unique_anchors, inline, render_page, run_section
 from mbib_timm.reporting.terms import terms_section
@@ -51,7 +51,7 @@ DIGITS = [ROOT / "results" / f"{name}-60e-seed0" for name in ("mbib_resnet20.dig
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures that take no time: tests of words need no pictures."""
-    monkeypatch.setattr(sections_module, "render", lambda draw, formats, theme=None: dict.fromkeys(formats, b"-"))
+    monkeypatch.setattr(sections_module, "render", lambda draw, formats, *_, **__: dict.fromkeys(formats, b"-"))
 
 
 def html_of(section):
@@ -408,6 +408,22 @@ def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_thei
     assert [section.anchor for section in sections] == ["Alike-1", "Alike-2", "Other"]
 
 
+def test_figures_that_no_report_has_drawn_are_not_replaced(tmp_path):
+    section = Section("One")
+    section.figure(Illustration("empty", "Empty", "Nothing to read.", lambda: canvas(1, 1)[0]))
+    for _ in range(2):  # those of a report are
+        _write_figures(tmp_path, [section])
+    png, pdf = tmp_path / "One-empty.png", tmp_path / "One-empty.pdf"
+    png.unlink()
+    pdf.write_text("mine")
+    with pytest.raises(
+        MbibError, match=r"One-empty\.pdf: the existing file is not a figure of this command, and is not"
+    ):
+        _write_figures(tmp_path, [section])
+    assert not png.exists()
+    assert pdf.read_text() == "mine"
+
+
 def test_kept_intervals_are_those_of_drawn_test_sets():
     record = read_record(MBIB)
     prediction = record.result.prediction
@@ -586,7 +602,7 @@ def tables_of(section):
 def table_1():
     """The runs of the kept report, side by side, with its titles and its figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sections_module, "render", lambda draw, formats, theme=None: dict.fromkeys(formats, b"-"))
+        patch.setattr(sections_module, "render", lambda draw, formats, *_, **__: dict.fromkeys(formats, b"-"))
         groups = read_inputs([str(folder) for folder in TABLE_1])[0]
         return groups, comparison_section(groups)
 

@@ -30,6 +30,7 @@ from mbib_timm.sweeps.sweep_plan import PlannedRun, on_recipe, plan
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.sweeps.sweep_runs import run_sweep
 from mbib_timm.training import run as run_module
+from mbib_timm.training import setup
 from mbib_timm.training.checkpoint import save_checkpoint
 from mbib_timm.training.optimization import create_schedule
 from mbib_timm.training.run import TrainState
@@ -567,6 +568,39 @@ def test_a_method_with_a_bug_fails_its_own_runs_alone(tmp_path, capfd):
     assert f"Failed: {label}: IndexError: target 8 is out of bounds" in table
 
 
+@pytest.mark.parametrize(
+    ("base", "axis", "at_fault"),
+    [
+        ("cifar_resnet20.ce_digits", "method: [ce, mbib]", "method=mbib: method 'mbib' needs a model with"),
+        ("mbib_resnet20.digits", "method: [mbib, sade]", "method=sade: method 'sade' needs a model of exactly three"),
+        ("mbib_resnet20.digits", "method: [mbib, paco]", "method=paco: method 'paco' compares images and classes on"),
+        ("mbib_resnet20.digits", "model_kwargs.taps: [[3, 6, 9], [6, 9]]", "taps=6,9: setting 'observation_weights'"),
+        ("cifar_resnet20.ce_digits", "model_kwargs: {a: {}, b: {model_kwargs.tap: 1}}", "b: recipe key 'model_kwargs'"),
+        ("cifar_resnet32.crt_digits", "stage2.method: [crt, bib]", "stage2.method=bib: method 'bib' needs a model"),
+    ],
+)
+def test_a_method_that_does_not_fit_its_network_is_found_before_the_first_run(base, axis, at_fault, tmp_path, capsys):
+    file = tmp_path / "two.yaml"
+    file.write_text(f"recipe: {base}\naxes: {{{axis}}}\n")
+    places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert main(["sweep", str(file), *places]) == 2
+    assert at_fault in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_network_that_cannot_be_built_of_shapes_alone_is_built_of_values(tmp_path, monkeypatch):
+    (run,) = plan(of_recipe("cifar_resnet20.ce_digits"), small(tmp_path))
+    built, original = [], setup._create_model
+
+    def with_values(*args):
+        built.append(float(torch.ones(1)))
+        return original(*args)
+
+    monkeypatch.setattr(setup, "_create_model", with_values)
+    setup.require_fit(run.recipe)
+    assert built == [1.0]
+
+
 def test_stages_that_are_set_for_all_runs(tmp_path):
     stages = [{"method": "ce", "epochs": 8}, {"method": {"name": "tau_norm", "tau": 0.5}, "epochs": 0}]
     sweep = Sweep("s", DIGITS, {"lr": [0.05, 0.1]}, set={"stages": stages, "model": "cifar_resnet20"})
@@ -643,10 +677,10 @@ def test_a_row_stays_until_its_run_has_been_trained_again(tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "runs")
     trained = sweep_runs.train
 
-    def first_alone(recipe, name, **kwargs):
+    def first_alone(recipe, name, *args, **kwargs):
         if "ce_digits" in name:
             raise MbibError("out of memory")
-        return trained(recipe, name, **kwargs)
+        return trained(recipe, name, *args, **kwargs)
 
     monkeypatch.setattr(sweep_runs, "train", first_alone)
     assert not run_sweep(sweep, keys, tmp_path)
@@ -656,7 +690,7 @@ def test_a_row_stays_until_its_run_has_been_trained_again(tmp_path, monkeypatch)
 
 
 def test_control_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep_runs, "train", interrupt)

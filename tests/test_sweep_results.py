@@ -398,6 +398,26 @@ def test_methods_of_ones_own_have_colours_of_their_own_in_every_figure(monkeypat
     assert len({color for color, _ in group_colors(groups)}) == 2, "and in a report"
 
 
+def looks_of_curves(name):
+    """Colour and line style of each curve of a sweep that has a packaged file, in the legend's order."""
+    lines = sweep_curves(made_up(find_sweep([name]))).axes[0].lines
+    return [(line.get_color(), line.get_linestyle()) for line in lines if not line.get_label().startswith("_")]
+
+
+def test_curves_have_the_colours_of_their_methods_where_line_styles_suffice_for_the_rest():
+    methods = ("BSCE", "BIB", "MBIB")
+    assert looks_of_curves("frozen_imbalance") == [
+        (METHOD_COLORS[each], line) for line in ("-", "--") for each in methods
+    ]
+    assert [color for color, _ in looks_of_curves("table7_heads")] == [
+        METHOD_COLORS[each] for each in ("BSCE", "BSCE_MLP", "BIB")
+    ]
+    for name in ("table4_observations", "strong_recipe"):  # of one method, and of one in more rows than styles
+        looks = looks_of_curves(name)
+        assert len({color for color, _ in looks}) == min(len(looks), 8)
+        assert len(set(looks)) == len(looks)
+
+
 def test_the_papers_numbers_are_marked_only_where_they_compare():
     def marks(results):
         lines = draw(results).axes[0].lines

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import mbib_timm
 from mbib_timm.cli import main
-from mbib_timm.data import Batch
+from mbib_timm.data import Batch, DataPool
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, NonFiniteLossError
 from mbib_timm.files import to_json, write_bytes
 from mbib_timm.methods import METHODS, Facts
@@ -169,6 +169,14 @@ def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys)
     assert float(last["raw_top1"]) == raw.top1
     assert float(last["val_top1"]) == slow.record.result.prediction.top1
     assert train(digits(tmp_path, **FEW, epochs=2), "plain").record.raw is None
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_who_asks_to_resume_is_told_that_there_is_nothing_whatever_runs_share(tmp_path, asked, capsys):
+    recipe = digits(tmp_path, resume="auto", model="no_such_model")
+    with pytest.raises(MbibError, match="unknown model"):
+        train(recipe, "new", DataPool(), resume_asked=asked)
+    assert (f"nothing to resume in {tmp_path / 'new'}: starting" in capsys.readouterr().out) == asked
 
 
 @pytest.mark.slow

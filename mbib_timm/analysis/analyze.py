@@ -71,11 +71,12 @@ def analyze(
         require_own("--output", folder / FILE, has_fields("heads", "class_counts", "reliability"), "holds no analysis")
     folders = [folder or _own_folder(target) for folder, target in zip(given, found, strict=True)]
     analyses: list[Analysis] = []
-    for target, folder in zip(found, folders, strict=True):
+    for name, target, folder in zip(targets, found, folders, strict=True):
         analysis = _analyze(target, split, classes, images_per_class)
         write_analysis(folder, analysis)
         _draw(folder, analysis_figures(analysis))
-        print(summary_text(analysis))
+        which = f"{name}: " if len(targets) > 1 and name != analysis.name else ""  # of several, as it was asked for
+        print(which + summary_text(analysis))
         analyses.append(analysis)
     first, *others = _told_apart(analyses, targets)
     for folder, other in zip(folders[1:], others, strict=True):

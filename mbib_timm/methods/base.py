@@ -131,6 +131,7 @@ class Method(TrainingTask):
         self._frozen_norms: list[nn.Module] = []
         weights = None if facts.class_weights is None else torch.tensor(facts.class_weights, dtype=torch.float32)
         self.register_buffer("label_weights", weights, persistent=False)
+        self.check_network()
 
     @classmethod
     def build_network(cls, settings: Any, build: Callable[..., nn.Module]) -> nn.Module:
@@ -149,6 +150,13 @@ class Method(TrainingTask):
     def needs_held_out(cls, settings: Any) -> bool:
         """Return whether `finish` needs held-out images; if there are none, the run is refused before it begins."""
         return False
+
+    def check_network(self) -> None:
+        """Raise MbibError for a network that the method does not fit, by `head_names`, `settings` and modules alone.
+
+        It comes before what a subclass's `__init__` adds. A sweep asks it before its first run begins, with neither
+        data nor weights.
+        """
 
     # What a step computes: one of these three is a method's own.
 

@@ -128,7 +128,6 @@ class Bottleneck(Method):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         counts, settings = self.facts.class_counts, self.settings
-        self.check_network()
         self.edges = tuple(self.graph(self.head_names))
         self.head_weights: dict[str, float] = {}
         for edge in self.edges:
@@ -143,10 +142,11 @@ class Bottleneck(Method):
         self._constant("temperatures", class_temperatures(counts, settings.gamma) if settings.gamma else None)
 
     def check_network(self) -> None:
-        """Raise MbibError for a network without observations or bottleneck."""
+        """Raise MbibError for a network without observations or bottleneck, or with others than there are weights."""
         bottleneck = getattr(self.get_eval_model(), "bottleneck_head", None)
         if bottleneck is None or len(self.head_names) < 2:
             raise self.unfit("a model with observations and a bottleneck")
+        self.graph(self.head_names)
 
     def unfit(self, needed: str) -> MbibError:
         """Return the error for a network that is not what is needed; it names one, where there is on its backbone."""

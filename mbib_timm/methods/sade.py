@@ -91,14 +91,17 @@ class SADE(Method):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        offsets = expert_offsets(self.facts.class_counts, self.settings.tau)
+        self.register_buffer("offsets", offsets[:, None], persistent=False)
+
+    def check_network(self) -> None:
+        """Raise MbibError unless the network has three experts with one head each."""
         experts = experts_of(self)
         if any(len(heads) > 1 for heads in experts.values()):
             raise MbibError(
                 f"method {self.name!r} needs experts with one head each, such as those of experts_resnet32; this "
                 f"model's first has {', '.join(next(iter(experts.values())))}: see method sade_mbib"
             )
-        offsets = expert_offsets(self.facts.class_counts, self.settings.tau)
-        self.register_buffer("offsets", offsets[:, None], persistent=False)
 
     @classmethod
     def build_network(cls, settings: SadeSettings, build: Callable[..., nn.Module]) -> nn.Module:

@@ -54,6 +54,7 @@ class SadeMBIB(Bottleneck):
             )
         if any(len(heads) < 2 for heads in experts_of(self).values()):
             raise self.unfit("a model of three experts with observations and a bottleneck each")
+        self.graph(self.head_names)
 
     def graph(self, heads: Sequence[str]) -> list[Edge]:
         """Return the edges from every observation of an expert to its z."""

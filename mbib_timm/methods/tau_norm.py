@@ -51,9 +51,9 @@ class TauNorm(Method):
     needs_start = True
     post_hoc = True
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._classifiers()  # says at once where there are none to normalise
+    def check_network(self) -> None:
+        """Raise MbibError for a network without linear classifiers."""
+        self._classifiers()
 
     @classmethod
     def needs_held_out(cls, settings: TauNormSettings) -> bool:

@@ -8,7 +8,14 @@ from mbib_timm.errors import MbibError, few
 from mbib_timm.files import check_place, contains, counted, require_own, write_bytes
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.reporting.comparison import comparison_section, short_titles
-from mbib_timm.reporting.sections import Section, give_unique_anchors, render_page, run_section, sweep_section
+from mbib_timm.reporting.sections import (
+    FIGURE_TITLE,
+    Section,
+    give_unique_anchors,
+    render_page,
+    run_section,
+    sweep_section,
+)
 from mbib_timm.reporting.terms import terms_section
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, read_run
@@ -27,7 +34,8 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
         The file.
 
     Raises:
-        MbibError: something that is no result, no matplotlib, or a file that cannot be written.
+        MbibError: something that is no result, no matplotlib, or a file that cannot be written, or would be replaced
+            and is none of a report.
     """
     if output.suffix.lower() not in (".html", ".htm"):
         raise MbibError(f"--output {output}: expected the name of an HTML file, such as report.html")
@@ -109,8 +117,14 @@ def _lead() -> str:
 
 
 def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
-    for section in sections:
-        for name, files in section.figures.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            for form, content in files.items():
-                (folder / f"{section.anchor}-{name}.{form}").write_bytes(content)
+    files = {
+        folder / f"{section.anchor}-{name}.{form}": content
+        for section in sections
+        for name, drawn in section.figures.items()
+        for form, content in drawn.items()
+    }
+    for file in files:  # before any is written
+        require_own("--output", file, contains(FIGURE_TITLE.encode()), "is not a figure of this command")
+    for file, content in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)

@@ -14,6 +14,7 @@ from mbib_timm.drawing import (
     canvas,
     foreground,
     method_colors,
+    named_method,
     text_on,
 )
 from mbib_timm.evaluation.answer_files import ConfusionMatrix
@@ -130,14 +131,20 @@ def comparison_curves(groups: Sequence[RunGroup], titles: Sequence[str] = ()) ->
 
 
 def sweep_curves(results: SweepResults) -> Any:
-    """Draw the accuracy after each evaluated epoch, of every run of each configuration, and of several the mean."""
+    """Draw the accuracy after each evaluated epoch, of every run of each configuration, and of several the mean.
+
+    Where methods differ, and line styles suffice for what each has, a curve has its method's colour.
+    """
     collected: dict[str, list[SweepRun]] = {}
     for run in results.runs:
         collected.setdefault(", ".join(method_title(value) for value in run.coordinates.values()), []).append(run)
-    colors = method_colors(collected)
+    names = [named_method(title) or method_title(members[0].method) for title, members in collected.items()]
+    if len(set(names)) == 1 or max(map(names.count, names)) > len(LINE_STYLES):
+        names = list(collected)
+    colors = method_colors(names)
     curves = []
     for (title, members), (color, sibling) in zip(
-        collected.items(), _counted([colors[title] for title in collected]), strict=True
+        collected.items(), _counted([colors[name] for name in names]), strict=True
     ):
         points = [zip(run.curve.epoch, run.curve.val_top1, strict=True) for run in members]
         runs = [[(float(epoch), value) for epoch, value in each if value is not None] for each in points]

@@ -50,6 +50,7 @@ from mbib_timm.sweeps.show_sweep import sweep_figure, sweep_table, what_was_run
 from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline, listed
 
 CONFUSED = 15  # pairs of classes in a table
+FIGURE_TITLE = "mbib report: figure"  # in the files: another of such a name is not replaced
 SEEDS = ", thin for each seed where there are several, and thick for their mean"  # of a line
 
 
@@ -121,7 +122,7 @@ class Section:
             MbibError: matplotlib is not installed, or the numbers are such that nothing can be drawn of them.
         """
         try:
-            drawn = render(illustration.draw, ("png", "pdf", "svg"))
+            drawn = render(illustration.draw, ("png", "pdf", "svg"), title=FIGURE_TITLE)
             dark = render(illustration.draw, ("svg",), DARK)["svg"]
         except MbibError:
             raise

@@ -26,6 +26,7 @@ from mbib_timm.sweeps.sweep import UNNAMED, Sweep
 from mbib_timm.sweeps.sweep_plan import PlannedRun, in_a_path, plan
 from mbib_timm.sweeps.sweep_results import FILE, Curve, SweepResults, SweepRun, read_results
 from mbib_timm.training import train
+from mbib_timm.training.setup import require_fit
 
 
 def trainer() -> Task[PlannedRun]:
@@ -38,7 +39,7 @@ def trainer() -> Task[PlannedRun]:
                 load_plugin(plugin)
         try:
             if run.status(pool) != "done":  # another process may have done it by now
-                train(run.recipe, run.name, pool)
+                train(run.recipe, run.name, pool, resume_asked=False)  # all are resumed, whether begun or not
         except BusyFolderError:
             return Outcome(busy=True)
         except LostDeviceError as error:
@@ -94,7 +95,7 @@ def run_sweep(
         True if every run came to its end.
 
     Raises:
-        MbibError: the sweep cannot be; nothing has been run.
+        MbibError: the sweep cannot be, or a method does not fit its network; nothing has been run.
         LostDeviceError: the device has failed; the same command goes on with the rest.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -116,6 +117,7 @@ def run_sweep(
     pool = DataPool()
     states = [run.status(pool) for run in whole]
     done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
+    _require_fit([run for run in runs if run.label not in done])
     if dry_run:
         for run, state in zip(whole, states, strict=True):
             if run in runs:
@@ -189,6 +191,17 @@ def _finished_seeds(runs: Sequence[PlannedRun], found: Sequence[SweepRun]) -> se
             seed = record.parent.name.removeprefix(f"{configuration}-seed")
             seeds |= {int(seed)} if re.fullmatch(r"0|[1-9]\d*", seed, re.ASCII) else set()
     return seeds
+
+
+def _require_fit(runs: Sequence[PlannedRun]) -> None:
+    """Raise MbibError where a method does not fit its network: before the first run, and not hours later."""
+    stages = [(run.configuration, stage) for run in runs for stage in run.recipe.chain()]
+    pairs = {repr((stage.model, stage.model_kwargs, stage.method)): (name, stage) for name, stage in stages}
+    for name, stage in pairs.values():
+        try:
+            require_fit(stage)
+        except MbibError as error:
+            raise MbibError(f"{name}: {error}") from None
 
 
 def _require_room(folder: Path, found: Sequence[SweepRun], whole: Sequence[PlannedRun]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -119,6 +120,33 @@ def require_named(recipe: Recipe) -> None:
     elif not timm.is_model(recipe.model.partition(".")[0]):
         raise _unknown_model(recipe.model)
     require_file(recipe.class_weights)
+
+
+def require_fit(recipe: Recipe) -> None:
+    """Check that a stage's method fits its network, quicker than to open its data: shapes suffice.
+
+    Models of a folder or of the Hub and weights are left to the run, for an earlier one may write them; and so is any
+    error but ours, which may be one of a plugin.
+
+    Raises:
+        MbibError: what `Method.check_network` says, or whatever builds the network.
+    """
+    if ":" in recipe.model or "/" in recipe.model or recipe.initial_checkpoint is not None:
+        return
+    kind, given = resolve_method(recipe.method)
+    settings = kind.Settings(**given)
+    for name in ("meta", "cpu"):  # some networks cannot be built of shapes
+        try:
+            with (device := torch.device(name)):
+                network = kind.build_network(settings, lambda **more: _create_model(recipe, 2, False, more))
+            # Not the class's own, which may need what only the data say.
+            Method.__init__(kind.__new__(kind), network, settings, Facts(np.ones(2, np.int64), recipe.epochs), device)
+            return
+        except MbibError:
+            if name == "cpu":
+                raise
+        except Exception:
+            continue
 
 
 def _unknown_model(name: str) -> MbibError:

@@ -24,7 +24,13 @@ from mbib_timm.training.run_folder import WEIGHTS, RunFolder, place_of, same_com
 from mbib_timm.training.setup import require_named, set_up
 
 
-def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked: bool = True) -> FinishedRun:
+def train(
+    recipe: Recipe,
+    name: str,
+    pool: DataPool | None = None,
+    epochs_asked: bool = True,
+    resume_asked: bool = True,
+) -> FinishedRun:
     """Train a recipe to the end, stage by stage, and write its results.
 
     A stage before the last is trained in a folder inside the run's, unless a finished run beside it has computed the
@@ -40,6 +46,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked:
         name: name of the run, and of its folder unless the recipe names another.
         pool: holds opened data and resident images for the next run of this process.
         epochs_asked: somebody asks for the recipe's epochs; a run of others that is there is not extended without.
+        resume_asked: somebody asks to resume, where the recipe does, and is told if there is nothing to resume.
 
     Returns:
         The run, with the record of its last stage.
@@ -51,8 +58,7 @@ def train(recipe: Recipe, name: str, pool: DataPool | None = None, epochs_asked:
         LostDeviceError: the device has failed; the last good checkpoint is kept.
     """
     with joined_world(recipe.device, "; continue with --resume auto") as world:
-        # A sweep resumes all of its runs, whether they have begun or not, and has a pool for them.
-        says_new = recipe.resume == "auto" and pool is None
+        says_new = recipe.resume == "auto" and resume_asked
         pool = pool or DataPool()
         if recipe.previous is not None:
             with tempfile.TemporaryDirectory() as folder:
