@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from mbib_timm.analysis.analysis_figures import TITLE
 from mbib_timm.analysis.analysis_record import (
     Analysis,
     analysis_figures,
@@ -20,7 +21,6 @@ from mbib_timm.analysis.analysis_record import (
     write_analysis,
 )
 from mbib_timm.analysis.analyze import analyze
-from mbib_timm.analysis.class_figures import TITLE
 from mbib_timm.analysis.embedding import Embedding
 from mbib_timm.analysis.measures import (
     Distances,

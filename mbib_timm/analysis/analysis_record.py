@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mbib_timm.analysis.analysis_figures import draw_confusion, draw_costs, draw_distances, draw_reliability
-from mbib_timm.analysis.class_figures import (
+from mbib_timm.analysis.analysis_figures import (
     draw_accuracy_trend,
+    draw_confusion,
+    draw_costs,
+    draw_distances,
     draw_embedding,
     draw_positive_posterior,
     draw_posterior_change,
+    draw_reliability,
 )
 from mbib_timm.analysis.embedding import Embedding, embed
 from mbib_timm.analysis.measures import (
