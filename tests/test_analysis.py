@@ -95,7 +95,6 @@ def test_heads_are_those_of_forward_heads():
         probabilities = logits[name].double().softmax(1)
         for i, label in enumerate(y.tolist()):
             assert head.predicted[i] == int(probabilities[i].argmax())
-            assert head.confidence[i] == pytest.approx(float(max(probabilities[i])), rel=1e-4)
             assert head.positive_posterior[i] == pytest.approx(float(probabilities[i, label]), rel=1e-4)
 
 
@@ -339,24 +338,30 @@ def test_reliability_against_a_naive_loop_and_the_metrics():
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     with torch.no_grad():
         logits = head_logits(model.eval(), x)
-    for name, head in outputs.heads.items():
-        correct = (head.predicted == outputs.labels).numpy()
-        result = reliability(head.confidence.numpy(), correct)
+    for name, bins in outputs.bins.items():
+        confidence, predicted = (values.tolist() for values in logits[name].double().softmax(1).max(1))
+        result, gaps = reliability(bins), 0.0
         for b in range(15):
-            inside = [i for i, c in enumerate(head.confidence.double().tolist()) if b / 15 < c <= (b + 1) / 15]
+            inside = [i for i, c in enumerate(confidence) if b / 15 < c <= (b + 1) / 15]
             assert result.images[b] == len(inside)
             if not inside:
                 assert result.confidence[b] is result.accuracy[b] is None
                 continue
-            assert result.accuracy[b] == pytest.approx(100 * sum(map(int, correct[inside])) / len(inside))
-            assert result.confidence[b] == pytest.approx(100 * float(head.confidence[inside].double().mean()))
-        assert result.ece == pytest.approx(outputs.metrics[name].ece, rel=1e-9)
-        assert result.images == batch_statistics(logits[name], y).bins[:, 0].tolist()
+            right = sum(predicted[i] == int(y[i]) for i in inside)
+            sure = sum(confidence[i] for i in inside)
+            assert result.accuracy[b] == pytest.approx(100 * right / len(inside))
+            assert result.confidence[b] == pytest.approx(100 * sure / len(inside), rel=1e-4)
+            gaps += abs(right - sure)
+        assert result.ece == pytest.approx(100 * gaps / len(y), rel=1e-3)
+        assert result.ece == outputs.metrics[name].ece
 
 
 def test_borders_of_the_bins():
-    confidence = np.array([0.0, 1 / 15, np.nextafter(1 / 15, 1), 1.0])
-    assert reliability(confidence, np.ones(4, dtype=bool)).images == [2, 1, *[0] * 12, 1]
+    borders = torch.arange(1, 15) / 15
+    confidence = torch.cat([borders - 1e-4, borders + 1e-4])[:, None]
+    logits = torch.cat([confidence, ((1 - confidence) / 19).expand(-1, 19)], dim=1).log()
+    bins = batch_statistics(logits, torch.zeros(28, dtype=torch.long)).bins.numpy()
+    assert reliability(bins).images == [1, *[2] * 13, 1]
 
 
 # Confusion.

@@ -116,10 +116,7 @@ def _embedding(subject: Subject) -> Embedding:
 
 
 def _reliability(subject: Subject) -> dict[str, Reliability]:
-    return {
-        name: reliability(head.confidence.numpy(), subject.predicted(name) == subject.labels)
-        for name, head in subject.outputs.heads.items()
-    }
+    return {name: reliability(bins) for name, bins in subject.outputs.bins.items()}
 
 
 def _trend(subject: Subject) -> Trend:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data.long_tail import shot_groups
-from mbib_timm.evaluation.metrics import ECE_BINS, expected_calibration_error
+from mbib_timm.evaluation.metrics import expected_calibration_error
 
 GROUPS = ("all", "many", "medium", "few")
 BLOCK = 2**20  # numbers held at once beside the features, in each of a few arrays: 8 MB
@@ -205,17 +205,12 @@ class Reliability:
     ece: float
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+def reliability(bins: np.ndarray) -> Reliability:
     """Return the reliability diagram of a head.
 
     Args:
-        confidence: largest softmax probability of each image, (N,), in 0..1.
-        correct: whether that class is the true one, (N,).
+        bins: images, sum of confidences and number correct of each bin, (15, 3).
     """
-    wide = np.asarray(confidence, dtype=np.float64)
-    place = np.clip(np.ceil(wide * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    columns = (np.ones_like(wide), wide, np.asarray(correct, dtype=np.float64))
-    bins = np.stack([np.bincount(place, weights=column, minlength=ECE_BINS) for column in columns], axis=1)
 
     def percent(column: int) -> list[float | None]:
         return [float(100.0 * row[column] / row[0]) if row[0] else None for row in bins]
