@@ -290,10 +290,10 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_text(file: Path, what: str, error: type[MbibError] = MbibError, most: int = LARGEST) -> str:
+def read_text(file: Path, what: str, error: type[MbibError] = MbibError) -> str:
     """Return the text of a file in UTF-8, without a byte-order mark. Raises as `read_content` does."""
     try:
-        return read_content(file, what, error, most).decode("utf-8-sig")
+        return read_content(file, what, error).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(
             f"cannot read the {what} {file}: byte {problem.start:,} is not UTF-8; save it in that encoding"
