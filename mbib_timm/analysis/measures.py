@@ -7,6 +7,7 @@ confusion             shot group of the truth against that of the guess
 trend                 accuracy of a class against log n
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -315,19 +316,13 @@ def accuracy_trend(per_class: Sequence[float | None], class_counts: np.ndarray) 
         The line; without one where the classes have fewer than two distinct counts.
     """
     measured = np.array([value is not None for value in per_class])
-    accuracy = np.array([value for value in per_class if value is not None], dtype=np.float64)
-    images = np.log10(np.asarray(class_counts)[measured])
-    if len(np.unique(images)) < 2:
+    accuracy = [value for value in per_class if value is not None]
+    images = np.log10(np.asarray(class_counts)[measured]).tolist()
+    if len(set(images)) < 2:
         return Trend(None, None, None)
-    deviation, difference = images - images.mean(), accuracy - accuracy.mean()
-    slope = (deviation * difference).sum() / (deviation**2).sum()
-    varies = len(np.unique(accuracy)) > 1
-    residual = difference - slope * deviation
-    return Trend(
-        slope=float(slope),
-        intercept=float(accuracy.mean() - slope * images.mean()),
-        r2=float(1 - (residual**2).sum() / (difference**2).sum()) if varies else None,
-    )
+    line = statistics.linear_regression(images, accuracy)
+    varies = len(set(accuracy)) > 1
+    return Trend(line.slope, line.intercept, statistics.correlation(images, accuracy) ** 2 if varies else None)
 
 
 def with_nan(values: Sequence[float | None]) -> np.ndarray:
