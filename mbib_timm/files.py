@@ -201,6 +201,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
+def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
+    """Return in a line what was left out: reasons, numbers and the first names."""
+    return "; ".join(
+        f"{why}: {len(names):,} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
+        for why, names in left_out.items()
+    )
+
+
 def to_json(content: Any, indent: int = 2) -> bytes:
     """Return a dataclass or plain values as JSON; NaN and infinity are refused."""
     plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]

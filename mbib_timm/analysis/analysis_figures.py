@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group, with_nan
+from mbib_timm.analysis.measures import GROUPS, mean_by_shot_group
 from mbib_timm.data.long_tail import shot_groups
 from mbib_timm.drawing import (
     BLUE,
@@ -41,6 +41,7 @@ from mbib_timm.results.run_figures import (
     number_of_classes,
     number_ticks,
     shortened,
+    with_nan,
 )
 
 if TYPE_CHECKING:

@@ -37,7 +37,6 @@ from mbib_timm.analysis.measures import (
     group_confusion,
     mean_positive_posterior,
     reliability,
-    with_nan,
 )
 from mbib_timm.analysis.outputs import Outputs
 from mbib_timm.drawing import Illustration
@@ -46,7 +45,7 @@ from mbib_timm.files import from_plain, read_json, write_bytes
 from mbib_timm.models.complexity import Efficiency, efficiency
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.record import HeadMetrics, check_classes
-from mbib_timm.results.run_figures import shot_groups_figure
+from mbib_timm.results.run_figures import shot_groups_figure, with_nan
 
 FOLDER, FILE = "analysis", "analysis.json"
 

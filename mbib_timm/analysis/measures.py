@@ -323,8 +323,3 @@ def accuracy_trend(per_class: Sequence[float | None], class_counts: np.ndarray) 
     line = statistics.linear_regression(images, accuracy)
     varies = len(set(accuracy)) > 1
     return Trend(line.slope, line.intercept, statistics.correlation(images, accuracy) ** 2 if varies else None)
-
-
-def with_nan(values: Sequence[float | None]) -> np.ndarray:
-    """Return numbers as an array, with nan for what could not be measured."""
-    return np.array([np.nan if value is None else value for value in values])
