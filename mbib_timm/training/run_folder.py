@@ -265,8 +265,8 @@ class RunFolder:
         """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
 
         The config carries the preprocessing, the class names, the training images of each class, the class frequencies
-        that the logits are for, what the model was trained on, and where that started. The tag is that of the run: the
-        model's own would name other weights, and so would its licence, which nobody has given to these.
+        that the logits are for, what the model was trained on, and where that started. The tag is the run's, and the
+        licence is left open: the model's own are those of other weights.
         """
         cfg = {"tag": tag, "license": None}
         # Those of the model that training started from may be of other classes.
