@@ -90,11 +90,11 @@ def nearest(name: str, valid: Iterable[str], most: int = 3, alike: float = 0.65)
     return [folded[each] for each in near if how_alike[each] > how_alike[near[0]] - FAR_BEHIND]
 
 
-def _whole_of(part: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """Return the names that begin or end with a name, as words: ``class_means`` of ``means``."""
+def _whole_of(part: str, names: Iterable[str]) -> list[str]:
+    """Return the first three names that begin or end with a name, as words: ``class_means`` of ``means``."""
     word = re.escape(part)
     whole = re.compile(rf"{word}[^a-z].*|.*[^a-z]{word}", re.IGNORECASE | re.DOTALL)
-    return [each for each in names if part and whole.fullmatch(each)][:most]
+    return [each for each in names if part and whole.fullmatch(each)][:3]
 
 
 # What other programs call some keys of a recipe, where the nearest name is not the one that is meant.

@@ -201,6 +201,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
+def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
+    """Return in a line what was left out: reasons, numbers and the first names."""
+    return "; ".join(
+        f"{why}: {len(names):,} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
+        for why, names in left_out.items()
+    )
+
+
 def to_json(content: Any, indent: int = 2) -> bytes:
     """Return a dataclass or plain values as JSON; NaN and infinity are refused."""
     plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
@@ -290,10 +298,10 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_text(file: Path, what: str, error: type[MbibError] = MbibError, most: int = LARGEST) -> str:
+def read_text(file: Path, what: str, error: type[MbibError] = MbibError) -> str:
     """Return the text of a file in UTF-8, without a byte-order mark. Raises as `read_content` does."""
     try:
-        return read_content(file, what, error, most).decode("utf-8-sig")
+        return read_content(file, what, error).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(
             f"cannot read the {what} {file}: byte {problem.start:,} is not UTF-8; save it in that encoding"

@@ -16,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from small_data import PEAK_MEMORY, noise_batches
 from torch import nn
 
+from mbib_timm.analysis import embedding
 from mbib_timm.analysis.analysis_record import six_digits
 from mbib_timm.analysis.embedding import choose_images, embed, perplexity_for, spread_classes, tsne
 from mbib_timm.analysis.measures import (
@@ -95,7 +96,6 @@ def test_heads_are_those_of_forward_heads():
         probabilities = logits[name].double().softmax(1)
         for i, label in enumerate(y.tolist()):
             assert head.predicted[i] == int(probabilities[i].argmax())
-            assert head.confidence[i] == pytest.approx(float(max(probabilities[i])), rel=1e-4)
             assert head.positive_posterior[i] == pytest.approx(float(probabilities[i, label]), rel=1e-4)
 
 
@@ -263,17 +263,18 @@ def test_near_centres_beside_far_ones_keep_their_distance():
 # Embedding.
 
 
-def test_classes_from_the_head_to_the_tail():
+def test_classes_from_the_head_to_the_tail(monkeypatch):
     counts = np.array([5, 400, 30, 7, 90, 200, 1, 60, 15, 10, 300, 20])
     labels = np.repeat(np.arange(12), 2)
-    # By images: 400 300 200 90 60 30 20 15 10 7 5 1; of places 0, 5.5 and 11 the middle one rounds to the even 6.
-    assert spread_classes(labels, counts, 3) == [1, 11, 6]
     ten = spread_classes(labels, counts)
     assert len(set(ten)) == 10
     assert [int(counts[c]) for c in ten] == sorted((int(counts[c]) for c in ten), reverse=True)
     assert (ten[0], ten[-1]) == (1, 6)
     assert spread_classes(labels[labels != 6], counts)[-1] == 0, "the tail's last class with images"
     assert spread_classes(np.array([3, 3, 0]), counts) == [3, 0]
+    # By images: 400 300 200 90 60 30 20 15 10 7 5 1; of places 0, 5.5 and 11 the middle one rounds to the even 6.
+    monkeypatch.setattr(embedding, "CLASSES", 3)
+    assert spread_classes(labels, counts) == [1, 11, 6]
 
 
 def test_images_are_chosen_alike_for_the_same_seed():
@@ -339,24 +340,30 @@ def test_reliability_against_a_naive_loop_and_the_metrics():
     outputs = collect_outputs(model, loader, COUNTS, device=CPU)
     with torch.no_grad():
         logits = head_logits(model.eval(), x)
-    for name, head in outputs.heads.items():
-        correct = (head.predicted == outputs.labels).numpy()
-        result = reliability(head.confidence.numpy(), correct)
+    for name, bins in outputs.bins.items():
+        confidence, predicted = (values.tolist() for values in logits[name].double().softmax(1).max(1))
+        result, gaps = reliability(bins), 0.0
         for b in range(15):
-            inside = [i for i, c in enumerate(head.confidence.double().tolist()) if b / 15 < c <= (b + 1) / 15]
+            inside = [i for i, c in enumerate(confidence) if b / 15 < c <= (b + 1) / 15]
             assert result.images[b] == len(inside)
             if not inside:
                 assert result.confidence[b] is result.accuracy[b] is None
                 continue
-            assert result.accuracy[b] == pytest.approx(100 * sum(map(int, correct[inside])) / len(inside))
-            assert result.confidence[b] == pytest.approx(100 * float(head.confidence[inside].double().mean()))
-        assert result.ece == pytest.approx(outputs.metrics[name].ece, rel=1e-9)
-        assert result.images == batch_statistics(logits[name], y).bins[:, 0].tolist()
+            right = sum(predicted[i] == int(y[i]) for i in inside)
+            sure = sum(confidence[i] for i in inside)
+            assert result.accuracy[b] == pytest.approx(100 * right / len(inside))
+            assert result.confidence[b] == pytest.approx(100 * sure / len(inside), rel=1e-4)
+            gaps += abs(right - sure)
+        assert result.ece == pytest.approx(100 * gaps / len(y), rel=1e-3)
+        assert result.ece == outputs.metrics[name].ece
 
 
 def test_borders_of_the_bins():
-    confidence = np.array([0.0, 1 / 15, np.nextafter(1 / 15, 1), 1.0])
-    assert reliability(confidence, np.ones(4, dtype=bool)).images == [2, 1, *[0] * 12, 1]
+    borders = torch.arange(1, 15) / 15
+    confidence = torch.cat([borders - 1e-4, borders + 1e-4])[:, None]
+    logits = torch.cat([confidence, ((1 - confidence) / 19).expand(-1, 19)], dim=1).log()
+    bins = batch_statistics(logits, torch.zeros(28, dtype=torch.long)).bins.numpy()
+    assert reliability(bins).images == [1, *[2] * 13, 1]
 
 
 # Confusion.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from mbib_timm.analysis.analysis_figures import TITLE
 from mbib_timm.analysis.analysis_record import (
     Analysis,
     analysis_figures,
@@ -20,7 +21,6 @@ from mbib_timm.analysis.analysis_record import (
     write_analysis,
 )
 from mbib_timm.analysis.analyze import analyze
-from mbib_timm.analysis.class_figures import TITLE
 from mbib_timm.analysis.embedding import Embedding
 from mbib_timm.analysis.measures import (
     Distances,
@@ -60,6 +60,8 @@ def made_up(counts, tested, heads=("prediction",), named=False):
     predicted = np.where(rng.random(len(labels)) < 0.6, labels, rng.integers(0, classes, len(labels)))
     confidence = rng.uniform(1 / classes, 1, len(labels))
     correct = np.bincount(labels, labels == predicted, classes)
+    place, columns = np.ceil(15 * confidence).astype(int) - 1, (np.ones(len(labels)), confidence, labels == predicted)
+    bins = np.stack([np.bincount(place, column, 15) for column in columns], axis=1)
     images = np.bincount(labels, minlength=classes)
     per_class = [100 * float(c / n) if n else None for c, n in zip(correct, images, strict=True)]
     accuracy = mean_by_shot_group(np.array(per_class, dtype=float), counts)
@@ -88,7 +90,7 @@ def made_up(counts, tested, heads=("prediction",), named=False):
                 classes=embedded, labels=np.repeat(embedded, 2).tolist(), perplexity=1.0, seed=0,
                 points={name: rng.normal(size=(2 * len(embedded), 2)).tolist() for name in features},
             ),
-            reliability={head: reliability(confidence, labels == predicted) for head in heads},
+            reliability=dict.fromkeys(heads, reliability(bins)),
             confusion=group_confusion(labels, predicted, counts),
             trend=accuracy_trend(per_class, counts),
             efficiency=Efficiency([3, 8, 8], cost, cost),

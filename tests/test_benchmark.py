@@ -8,7 +8,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarking import contestants, noise, results_file, table, turns
+from benchmarking import contestants, noise, results_file, turns
 from benchmarking.profiling import Operation, summary
 from benchmarking.targets import ROWS, Machine, verdict
 from torch import nn
@@ -199,7 +199,7 @@ def test_a_partial_run_keeps_the_other_rows_with_their_commit():
 
 def test_the_readmes_table_has_every_row_and_both_kinds_of_device():
     results = results_file.merge(None, environment(), [measured("start", [0.4, 0.5, 1.6])])
-    lines = table.markdown({"results/benchmark-cpu.json": results}).splitlines()
+    lines = results_file.markdown({"results/benchmark-cpu.json": results}).splitlines()
     assert lines[0] == "| what | `--only` | CPU target | measured | CUDA target | measured |"
     shown = [line for line in lines if line.startswith("| ")][2:]
     assert len(shown) == len(ROWS)

@@ -59,7 +59,7 @@ def test_a_crash_between_any_two_system_calls_leaves_a_sound_checkpoint(tmp_path
     with contextlib.suppress(Killed):
         save_checkpoint(tmp_path, state(2))
     monkeypatch.undo()
-    found = load_newest(tmp_path, warn=pytest.fail).state
+    found, _ = load_newest(tmp_path, warn=pytest.fail)
     assert found["epoch"] in (1, 2)
     assert (found["weights"] == found["epoch"]).all()
 
@@ -149,7 +149,7 @@ def test_what_is_damaged_is_passed_over_with_a_warning_and_gives_way_to_the_next
     begin(run)
     save_checkpoint(tmp_path, state(1))
     run.end()
-    assert load_newest(tmp_path, pytest.fail).state["epoch"] == 1
+    assert load_newest(tmp_path, pytest.fail)[0]["epoch"] == 1
     assert load_checkpoint(tmp_path / "previous.ckpt")["epoch"] == 0
 
 
@@ -173,7 +173,9 @@ def test_a_damaged_next_checkpoint_gives_way_to_the_last(tmp_path):
     save_checkpoint(tmp_path, state(0))
     (tmp_path / "next.ckpt").write_bytes(b"half")
     warnings = []
-    assert load_newest(tmp_path, warnings.append).state["epoch"] == 0
+    found, unsound = load_newest(tmp_path, warnings.append)
+    assert found["epoch"] == 0
+    assert unsound == [tmp_path / "next.ckpt"]
     assert "next.ckpt" in warnings[0]
 
 
@@ -218,12 +220,12 @@ def test_of_randomly_damaged_checkpoints_none_is_accepted_and_none_is_fatal(tmp_
         content, kind = at_random(sound, rng)
         last.write_bytes(content)
         warnings = []
-        found = load_newest(tmp_path, warnings.append)
+        found, _ = load_newest(tmp_path, warnings.append)
         unchanged = content == sound
         counts[kind, "unchanged" if unchanged else "refused"] += 1
-        assert found.state["epoch"] == unchanged
+        assert found["epoch"] == unchanged
         assert len(warnings) == 1 - unchanged
-        assert (found.state["weights"] == unchanged).all()
+        assert (found["weights"] == unchanged).all()
     assert load_checkpoint(previous)["epoch"] == 0
     print(f"\n{sum(counts.values())} damaged checkpoints, 0 accepted, 0 fatal:", dict(counts))
 

@@ -10,7 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tiny import EXPERTS, OBSERVATIONS, Tiny
 
 from mbib_timm.cli import main
-from mbib_timm.data.class_weights import loss_weights
+from mbib_timm.data.class_values import loss_weights
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.methods.functional import class_weights

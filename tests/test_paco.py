@@ -22,8 +22,7 @@ from mbib_timm.data.batch import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS, Facts
-from mbib_timm.methods.momentum import NO_LABEL, MomentumCopy, Queue
-from mbib_timm.methods.paco import Projected, paco_loss
+from mbib_timm.methods.paco import NO_LABEL, MomentumCopy, Projected, Queue, paco_loss
 from mbib_timm.options import build_options
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training import train

@@ -11,6 +11,7 @@ from mbib_timm.cli import main
 from mbib_timm.data.class_values import label_names
 from mbib_timm.data.sources import open_digits
 from mbib_timm.errors import DataError, MbibError
+from mbib_timm.evaluation import priors
 from mbib_timm.evaluation.priors import (
     estimate_prior,
     log_shift,
@@ -46,11 +47,13 @@ def naive_steps(p, trained, steps):
 
 
 @pytest.mark.parametrize("trained", [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]])
-def test_expectation_maximisation_takes_the_steps_of_a_naive_loop(trained):
+def test_expectation_maximisation_takes_the_steps_of_a_naive_loop(trained, monkeypatch):
+    monkeypatch.setattr(priors, "TOLERANCE", 0)
     p, _ = gaussians([0.4, 0.3, 0.2, 0.1], 50)
     p = p * np.array(trained) / (p * np.array(trained)).sum(axis=1, keepdims=True)
     for steps in (1, 2, 7):
-        found = estimate_prior(p, np.array(trained), tolerance=0, iterations=steps)
+        monkeypatch.setattr(priors, "ITERATIONS", steps)
+        found = estimate_prior(p, np.array(trained))
         assert found.iterations == steps
         assert not found.converged
         np.testing.assert_allclose(found.shares, naive_steps(p, trained, steps), rtol=1e-10)

@@ -42,8 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarking.measurements import MEASURE
-from benchmarking.results_file import merge, read_results, require_same_machine
-from benchmarking.table import plain_text
+from benchmarking.results_file import merge, plain_text, read_results, require_same_machine
 from benchmarking.targets import MEASUREMENTS, ROWS
 from benchmarking.turns import Settings
 

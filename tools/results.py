@@ -23,8 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.results_file import read_results
-from benchmarking.table import markdown
+from benchmarking.results_file import markdown, read_results
 
 from mbib_timm.analysis.analysis_record import analysis_figures, read_analysis, write_analysis
 from mbib_timm.drawing import LIGHT, render, write_illustrations

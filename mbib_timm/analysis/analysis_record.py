@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mbib_timm.analysis.analysis_figures import draw_confusion, draw_costs, draw_distances, draw_reliability
-from mbib_timm.analysis.class_figures import (
+from mbib_timm.analysis.analysis_figures import (
     draw_accuracy_trend,
+    draw_confusion,
+    draw_costs,
+    draw_distances,
     draw_embedding,
     draw_positive_posterior,
     draw_posterior_change,
+    draw_reliability,
 )
 from mbib_timm.analysis.embedding import Embedding, embed
 from mbib_timm.analysis.measures import (
@@ -34,7 +37,6 @@ from mbib_timm.analysis.measures import (
     group_confusion,
     mean_positive_posterior,
     reliability,
-    with_nan,
 )
 from mbib_timm.analysis.outputs import Outputs
 from mbib_timm.drawing import Illustration
@@ -43,7 +45,7 @@ from mbib_timm.files import from_plain, read_json, write_bytes
 from mbib_timm.models.complexity import Efficiency, efficiency
 from mbib_timm.models.head_outputs import PREDICTION
 from mbib_timm.results.record import HeadMetrics, check_classes
-from mbib_timm.results.run_figures import shot_groups_figure
+from mbib_timm.results.run_figures import shot_groups_figure, with_nan
 
 FOLDER, FILE = "analysis", "analysis.json"
 
@@ -113,10 +115,7 @@ def _embedding(subject: Subject) -> Embedding:
 
 
 def _reliability(subject: Subject) -> dict[str, Reliability]:
-    return {
-        name: reliability(head.confidence.numpy(), subject.predicted(name) == subject.labels)
-        for name, head in subject.outputs.heads.items()
-    }
+    return {name: reliability(bins) for name, bins in subject.outputs.bins.items()}
 
 
 def _trend(subject: Subject) -> Trend:

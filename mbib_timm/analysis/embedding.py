@@ -72,17 +72,18 @@ def require_scikit_learn() -> None:
         raise MbibError("t-SNE needs scikit-learn: pip install 'mbib-timm[analyze]'") from None
 
 
-def spread_classes(labels: np.ndarray, class_counts: np.ndarray, number: int = CLASSES) -> list[int]:
-    """Return classes spread evenly over the order by training images, the largest and the smallest among them.
+def spread_classes(labels: np.ndarray, class_counts: np.ndarray) -> list[int]:
+    """Return ten classes spread evenly over the order by training images, the largest and the smallest among them.
+
+    Where there are fewer, all are returned.
 
     Args:
         labels: true classes of the images at hand, (N,); only these classes are chosen from.
         class_counts: training images of each class, (K,).
-        number: how many; all of them where there are fewer.
     """
     present = np.unique(labels)
     ordered = present[np.argsort(-class_counts[present], kind="stable")]
-    places = np.linspace(0, len(ordered) - 1, min(number, len(ordered))).round().astype(int)
+    places = np.linspace(0, len(ordered) - 1, min(CLASSES, len(ordered))).round().astype(int)
     return [int(label) for label in ordered[places]]
 
 

@@ -7,6 +7,7 @@ confusion             shot group of the truth against that of the guess
 trend                 accuracy of a class against log n
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data.long_tail import shot_groups
-from mbib_timm.evaluation.metrics import ECE_BINS, expected_calibration_error
+from mbib_timm.evaluation.metrics import expected_calibration_error
 
 GROUPS = ("all", "many", "medium", "few")
 BLOCK = 2**20  # numbers held at once beside the features, in each of a few arrays: 8 MB
@@ -205,17 +206,12 @@ class Reliability:
     ece: float
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+def reliability(bins: np.ndarray) -> Reliability:
     """Return the reliability diagram of a head.
 
     Args:
-        confidence: largest softmax probability of each image, (N,), in 0..1.
-        correct: whether that class is the true one, (N,).
+        bins: images, sum of confidences and number correct of each bin, (15, 3).
     """
-    wide = np.asarray(confidence, dtype=np.float64)
-    place = np.clip(np.ceil(wide * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    columns = (np.ones_like(wide), wide, np.asarray(correct, dtype=np.float64))
-    bins = np.stack([np.bincount(place, weights=column, minlength=ECE_BINS) for column in columns], axis=1)
 
     def percent(column: int) -> list[float | None]:
         return [float(100.0 * row[column] / row[0]) if row[0] else None for row in bins]
@@ -320,21 +316,10 @@ def accuracy_trend(per_class: Sequence[float | None], class_counts: np.ndarray) 
         The line; without one where the classes have fewer than two distinct counts.
     """
     measured = np.array([value is not None for value in per_class])
-    accuracy = np.array([value for value in per_class if value is not None], dtype=np.float64)
-    images = np.log10(np.asarray(class_counts)[measured])
-    if len(np.unique(images)) < 2:
+    accuracy = [value for value in per_class if value is not None]
+    images = np.log10(np.asarray(class_counts)[measured]).tolist()
+    if len(set(images)) < 2:
         return Trend(None, None, None)
-    deviation, difference = images - images.mean(), accuracy - accuracy.mean()
-    slope = (deviation * difference).sum() / (deviation**2).sum()
-    varies = len(np.unique(accuracy)) > 1
-    residual = difference - slope * deviation
-    return Trend(
-        slope=float(slope),
-        intercept=float(accuracy.mean() - slope * images.mean()),
-        r2=float(1 - (residual**2).sum() / (difference**2).sum()) if varies else None,
-    )
-
-
-def with_nan(values: Sequence[float | None]) -> np.ndarray:
-    """Return numbers as an array, with nan for what could not be measured."""
-    return np.array([np.nan if value is None else value for value in values])
+    line = statistics.linear_regression(images, accuracy)
+    varies = len(set(accuracy)) > 1
+    return Trend(line.slope, line.intercept, statistics.correlation(images, accuracy) ** 2 if varies else None)

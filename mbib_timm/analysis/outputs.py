@@ -24,12 +24,10 @@ class HeadOutputs(NamedTuple):
 
     Attributes:
         predicted: class with the largest logit, (N,), int64.
-        confidence: its softmax probability, (N,), float32.
         positive_posterior: softmax probability q(y|x) of the true class, (N,), float32.
     """
 
     predicted: Tensor
-    confidence: Tensor
     positive_posterior: Tensor
 
 
@@ -42,12 +40,14 @@ class Outputs:
         features: what the model calls so, by name, (N, C) each, float32; see `logits_and_features`.
         heads: of ``"prediction"`` and of each of `reported_heads`, by name.
         metrics: by head, as `evaluate` returns them with all intervals.
+        bins: of confidence, by head, (15, 3); see `Statistics`.
     """
 
     labels: Tensor
     features: dict[str, Tensor]
     heads: dict[str, HeadOutputs]
     metrics: dict[str, HeadMetrics]
+    bins: dict[str, np.ndarray]
 
 
 @torch.no_grad()
@@ -113,11 +113,10 @@ def collect_outputs(
         {name: torch.cat(features.pop(name)) for name in list(features)},  # one by one, so that the parts go early
         joined,
         metrics,
+        {name: sums[i].bins.cpu().numpy() for i, name in enumerate(heads)},
     )
 
 
 def _of_head(logits: Tensor, targets: Tensor) -> HeadOutputs:
-    log_probabilities = logits.float().log_softmax(dim=-1)
-    predicted = rank(logits)[:, 0]
-    positive = log_probabilities.gather(-1, targets[:, None])[:, 0]
-    return HeadOutputs(predicted.cpu(), log_probabilities.amax(dim=-1).exp().cpu(), positive.exp().cpu())
+    positive = logits.float().log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0].exp()
+    return HeadOutputs(rank(logits)[:, 0].cpu(), positive.cpu())

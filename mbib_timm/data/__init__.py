@@ -12,7 +12,7 @@ method that looks at images before or after training. A file imports from those 
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
     overview, inspection    what the data are, in lines; a look at every image
     samplers                what an epoch sees, in which order
-    class_weights           what a class weighs in a loss, by count or by a file of names
+    class_values            files of a number for each class; what a class weighs in a loss
     pixels, policies        operations on the pixels of batches; policies that draw operations
     transforms              preprocessing and augmentation of single images
     decoding                resident images: decoded, cached on the disk, measured against the memory

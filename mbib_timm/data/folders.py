@@ -28,7 +28,7 @@ from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader
 from mbib_timm.errors import DataError, few, nearest
-from mbib_timm.files import composed, printable
+from mbib_timm.files import composed, in_words, printable
 
 T = TypeVar("T")
 # Kinds of images that are read, by suffix; of several frames the first.
@@ -220,14 +220,6 @@ def _split_flags(names: Collection[str]) -> str:
 def class_order(labels: Collection[str]) -> tuple[str, ...]:
     """Return the names of the classes in the order of their labels, which is natural."""
     return tuple(sorted(set(labels), key=lambda name: (natural_key(name), name)))
-
-
-def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
-    """Return in a line what a scan has passed over: reasons, numbers and the first names."""
-    return "; ".join(
-        f"{why}: {len(names):,} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
-        for why, names in left_out.items()
-    )
 
 
 # Scans

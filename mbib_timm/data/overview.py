@@ -4,13 +4,12 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import Split, evenly_spaced, upright_size
 from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.sources import OF_LEFT_OUT
 from mbib_timm.data.splits import Splits
 from mbib_timm.errors import few
-from mbib_timm.files import counted, printable
+from mbib_timm.files import counted, in_words, printable
 from mbib_timm.recipe import FOR_PHOTOGRAPHS
 
 MEASURED = 32  # images of a split

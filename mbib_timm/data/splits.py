@@ -14,14 +14,13 @@ from shlex import quote
 import numpy as np
 
 from mbib_timm.data.archives import ArchiveReader
-from mbib_timm.data.folders import in_words
 from mbib_timm.data.groups import hold_out_groups, require_groups
 from mbib_timm.data.images import ArrayReader, Split, evenly_spaced
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE, UNREADABLE, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
-from mbib_timm.files import composed, counted
+from mbib_timm.files import composed, counted, in_words
 from mbib_timm.recipe import Recipe
 
 NAMES = 10_000  # of a split's images that its digest looks at, evenly spread

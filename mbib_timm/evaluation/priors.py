@@ -116,9 +116,7 @@ class EstimatedPrior:
         )
 
 
-def estimate_prior(
-    probabilities: np.ndarray, trained: np.ndarray, tolerance: float = TOLERANCE, iterations: int = ITERATIONS
-) -> EstimatedPrior:
+def estimate_prior(probabilities: np.ndarray, trained: np.ndarray) -> EstimatedPrior:
     """Find the class frequencies of images by expectation-maximisation (Saerens et al. 2002, equation 2.9).
 
     It rests on the probabilities: an overconfident model takes few classes for all.
@@ -126,8 +124,6 @@ def estimate_prior(
     Args:
         probabilities: of each image's classes, for the frequencies `trained`, (N, K).
         trained: shares (K,), all above 0.
-        tolerance: the sum of all changes at which it ends.
-        iterations: after which it ends in any case.
 
     Raises:
         DataError: there are no images.
@@ -138,13 +134,13 @@ def estimate_prior(
     p = np.asarray(probabilities, dtype=np.float64)
     shares = np.asarray(trained, dtype=np.float64)
     done, change = 0, math.inf
-    while done < iterations and change > tolerance:
+    while done < ITERATIONS and change > TOLERANCE:
         # The mean over the images of p_ij w_j / sum_k p_ik w_k, without a matrix (N, K) for it.
         w = shares / trained
         new = w * (p.T @ (1 / (p @ w))) / images
         change = float(np.abs(new - shares).sum())
         shares, done = new, done + 1
-    return EstimatedPrior(shares / shares.sum(), done, change <= tolerance, images)
+    return EstimatedPrior(shares / shares.sum(), done, change <= TOLERANCE, images)
 
 
 def read_prior(path: str | Path, names: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mbib_timm.data import unread_classes
 from mbib_timm.data.class_values import label_names
-from mbib_timm.data.folders import in_words
 from mbib_timm.data.sources import UNREADABLE
 from mbib_timm.environment import Environment, World, describe_environment, joined_world
 from mbib_timm.errors import MbibError
@@ -25,7 +24,7 @@ from mbib_timm.evaluation.priors import (
     wanted_shares,
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import check_place, has_fields, printable, require_own, to_json, write_bytes
+from mbib_timm.files import check_place, has_fields, in_words, printable, require_own, to_json, write_bytes
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_text import UNMEASURED, start_text

@@ -75,22 +75,6 @@ class Description:
         return {name: json.dumps(value) for name, value in asdict(self).items()}
 
 
-class WithSoftmax(nn.Module):
-    """A model that gives probabilities (B, K) for logits.
-
-    Args:
-        model: gives logits (B, K).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the probabilities of images (B, C, H, W)."""
-        return self.model(images).softmax(dim=-1)
-
-
 @dataclass(frozen=True)
 class Format:
     """A kind of file that models are exported to.
@@ -143,7 +127,7 @@ def export(
     model = load_model(target)
     described = describe(model, softmax, license)
     module = for_inference(model.module)
-    module = WithSoftmax(module).eval() if softmax else module
+    module = nn.Sequential(module, nn.Softmax(dim=-1)).eval() if softmax else module
     size = described.input_size
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     require_finite_logits(module, images, target)

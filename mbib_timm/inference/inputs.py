@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from mbib_timm.data.archives import is_archive, refuse_packed
-from mbib_timm.data.folders import READ, in_words, open_archive, scan_folder
+from mbib_timm.data.folders import READ, open_archive, scan_folder
 from mbib_timm.data.image_tables import DELIMITED, PARQUET, read_rows
 from mbib_timm.data.images import Reader
 from mbib_timm.data.paths import open_image
 from mbib_timm.errors import DataError, MbibError
-from mbib_timm.files import composed, counted
+from mbib_timm.files import composed, counted, in_words
 
 # Among the arguments, what stands for names on standard input.
 STANDARD_INPUT = "-"

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from mbib_timm.data import DataPool
-from mbib_timm.data.folders import in_words
 from mbib_timm.data.images import evenly_spaced
 from mbib_timm.environment import joined_world
 from mbib_timm.errors import MbibError, few, first_line
 from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior
 from mbib_timm.evaluation.trained_images import trained_on_line
-from mbib_timm.files import counted, make_folder, printable
+from mbib_timm.files import counted, in_words, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
 from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import (

@@ -3,6 +3,7 @@
 Cui et al., Parametric Contrastive Learning, ICCV 2021.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from mbib_timm.data import Batch
+from mbib_timm.environment import is_distributed, share_buffers
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Method, head_names, register
 from mbib_timm.methods.functional import adjusted_cross_entropy, as_counts
-from mbib_timm.methods.momentum import MomentumCopy, Queue
 from mbib_timm.options import option
 
+NO_LABEL = -1  # of an empty place in the queue
 # The view of the key network, as a recipe's keys: SimCLR's augmentation for CIFAR, with blur.
 SIM: dict[str, Any] = {
     "train_crop_mode": "rrc",
@@ -98,6 +100,90 @@ class Projected(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
             return logits, F.normalize(projected, dim=1)
+
+
+# The momentum copy and the queue change in place, by operations of fixed shapes that wait for nothing: a captured step
+# stays valid. A checkpoint keeps both, as modules of the method.
+
+
+class MomentumCopy(nn.Module):
+    """A copy of a network whose parameters are a moving average of the network's (He et al. 2020, eq. 2).
+
+    Its BatchNorm statistics are its own, of the images that it sees itself.
+
+    Args:
+        network: to copy.
+        momentum: m, what an update keeps of the copy's parameters.
+    """
+
+    def __init__(self, network: nn.Module, momentum: float) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Any:
+        """Return the copy's output, without gradient."""
+        return self.network(images)
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module) -> None:
+        """Move every parameter by ``1 - m`` of its difference from the network's."""
+        torch._foreach_lerp_([*self.network.parameters()], [*network.parameters()], 1 - self.momentum)
+
+    def take_modes(self, network: nn.Module) -> None:
+        """Take the mode of each of the network's layers: a BatchNorm layer in evaluation mode there is so here."""
+        for own, other in zip(self.network.modules(), network.modules(), strict=True):
+            own.training = other.training
+
+    def synchronize(self) -> None:
+        """Take the first process's buffers in all of them, as a resumed run does, which has these alone."""
+        share_buffers(self.network)
+
+
+class Queue(nn.Module):
+    """The last Q features of other batches and their labels: a ring buffer. An empty place has the label `NO_LABEL`.
+
+    Args:
+        size: places Q.
+        width: of a feature, d.
+    """
+
+    features: Tensor
+    labels: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.zeros(size, width))
+        self.register_buffer("labels", torch.full((size,), NO_LABEL))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the oldest place, which is the next one
+
+    @torch.no_grad()
+    def put(self, features: Tensor, labels: Tensor) -> None:
+        """Replace the oldest features by those of a batch, of which the last Q stay.
+
+        With several processes the batches of all of them go in, in the same order everywhere.
+
+        Args:
+            features: (B, d).
+            labels: (B,).
+        """
+        if is_distributed():
+            features, labels = _gathered(features), _gathered(labels)
+        size = len(self.labels)
+        features, labels = features[-size:], labels[-size:]
+        places = (self.pointer + torch.arange(len(labels), device=labels.device)) % size
+        self.features.index_copy_(0, places, features.to(self.features.dtype))
+        self.labels.index_copy_(0, places, labels)
+        self.pointer.copy_((self.pointer + len(labels)) % size)
+
+
+def _gathered(values: Tensor) -> Tensor:
+    """Return the values (B, ...) of all processes, (P B, ...), in order of their ranks."""
+    whole = values.new_empty(torch.distributed.get_world_size() * len(values), *values.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, values.contiguous())
+    return whole
 
 
 def paco_loss(

@@ -121,7 +121,7 @@ def _of_model(name: str, model_kwargs: dict[str, Any], own: OwnData) -> list[Wei
     weights = place if owner == TIMM and place else f"{name.partition('.')[0]}.{tag}".rstrip(".")
     data = data_of_tag(tag.removeprefix(BACKBONE))
     if repository == pip_weights.REPOSITORY and pip_weights.packaged_file() is not None:
-        return [Weights("package", weights, None, data)]  # whether they are the same numbers nobody has said
+        return [Weights("package", weights, None, data)]  # perhaps not the same numbers as the repository's
     return [Weights("timm", weights, repository, data)]
 
 

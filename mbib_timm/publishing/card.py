@@ -50,7 +50,7 @@ FIGURES = {
     "shot_groups.png": "Accuracy by head and shot group.",
     "training_curves.png": "Training loss, learning rate, and accuracy after each evaluated epoch.",
 }
-# Images of one's own, by the key `dataset`, and what they are called where nobody says it.
+# Images of one's own, by the key `dataset`, and what they are called where that is not stated.
 OWN_IMAGES, CUSTOM = ("folder", "table", "list", "wds"), "custom images"
 # Rows of the table of classes; of more the largest and the smallest are listed.
 LISTED_CLASSES = 200
@@ -183,7 +183,7 @@ def figures_of(run: FinishedRun) -> list[str]:
 
 
 def licence_of(run: FinishedRun, stated: Stated) -> str | None:
-    """Return the licence that card and config.json give to the weights; None where nobody has given one."""
+    """Return the licence that card and config.json give to the weights; None where none is stated."""
     return stated.license or ("apache-2.0" if run.zoo_model is not None else None)
 
 
@@ -230,7 +230,7 @@ def _dataset(run: FinishedRun, stated: Stated) -> Markup:
 
 
 def _data_name(run: FinishedRun) -> str:
-    """Return what the data are called where nobody has stated it: as in the run's name, if they are what it says.
+    """Return what the data are called where that is not stated: what the run's name calls them, if it can be relied on.
 
     A file of any other name than a model's says nothing of data.
     """

@@ -11,7 +11,6 @@ import numpy as np
 from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
 from mbib_timm.data.class_values import label_names
-from mbib_timm.data.folders import in_words
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
 from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.overview import SMALLEST_PHOTOGRAPH, median_of, shrunk_note
@@ -23,6 +22,7 @@ from mbib_timm.files import (
     check_place,
     contains,
     counted,
+    in_words,
     make_folder,
     printable,
     require_own,

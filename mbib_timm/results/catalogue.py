@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import timm
 
@@ -26,12 +25,6 @@ SAID = {
     HEADS: "heads: the package has those of the heads; the backbone's are the pretrained ones",
     NONE: "none: mbib train MODEL trains them",
 }
-
-
-class _Size(NamedTuple):
-    parameters: int
-    macs: int
-    input_size: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def catalogue(trained_only: bool = False) -> list[Entry]:
     Args:
         trained_only: leave out those without.
     """
-    entries, sizes = [], dict[str, _Size]()
+    entries, sizes = [], dict[str, tuple[int, int, tuple[int, int, int]]]()
     for model in sorted(ZOO, key=lambda model: not model.is_trained):
         if trained_only and not model.is_trained:
             break
@@ -93,7 +86,7 @@ def catalogue(trained_only: bool = False) -> list[Entry]:
         if key not in sizes:
             network = timm.create_model(model.name, device="meta", **recipe.model_kwargs).eval()
             size = input_size(recipe, network)
-            sizes[key] = _Size(count_parameters(network), count_macs(network, size)["total"], size)
+            sizes[key] = count_parameters(network), count_macs(network, size)["total"], size
         record = read_record(model.folder) if model.is_trained else None
         origin = origin_of(recipe, OwnData(split_tag(model.tag)[1])) if record is None else record.origin
         entries.append(Entry(model, *sizes[key], origin, record))

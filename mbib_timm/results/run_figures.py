@@ -190,6 +190,11 @@ def _mean_points(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
     return [(place, statistics.mean(each[place] for each in values)) for place in shared]
 
 
+def with_nan(values: Sequence[float | None]) -> np.ndarray:
+    """Return numbers as an array, with nan for what could not be measured."""
+    return np.array([np.nan if value is None else value for value in values])
+
+
 def class_accuracy(
     results: Mapping[str, HeadMetrics],
     class_counts: np.ndarray,
@@ -204,7 +209,7 @@ def class_accuracy(
         class_counts: training images of each class, (K,).
         class_names: labels of the classes, shown where they fit.
     """
-    accuracy = np.array([np.nan if v is None else v for v in results["prediction"].per_class])
+    accuracy = with_nan(results["prediction"].per_class)
     figure, axes = canvas(9, 3.8)
     labels = {
         name: f"{name} ({number_of_classes(len(classes), int(np.isfinite(accuracy[classes]).sum()))})"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbib_timm.data.folders import in_words
-from mbib_timm.files import counted
+from mbib_timm.files import counted, in_words
 from mbib_timm.methods import METHODS, Method, method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.models.pretraining import Origin

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,6 @@ FORMAT = "mbib_timm training state, version 6"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 MARK = b"sha256:"
 _ENDING = len(MARK) + hashlib.sha256().digest_size
-
-
-@dataclass(frozen=True)
-class Newest:
-    """The newest sound checkpoint of a run.
-
-    Attributes:
-        state: what was saved.
-        unsound: newer ones that were passed over.
-    """
-
-    state: dict[str, Any]
-    unsound: tuple[Path, ...] = ()
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -75,12 +61,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Newest:
+def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any], list[Path]]:
     """Load the newest sound checkpoint of a run.
 
     Args:
         folder: the run's, with one checkpoint at least.
         warn: told about a checkpoint that was passed over.
+
+    Returns:
+        What was saved, and the newer checkpoints that were passed over.
 
     Raises:
         CheckpointError: none is sound.
@@ -96,7 +85,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Newest:
             continue
         for problem in problems:
             warn(f"{problem}; using the one before, {path.name}")
-        return Newest(state, tuple(found[:i]))
+        return state, found[:i]
     raise CheckpointError(
         f"{folder} has no sound checkpoint to resume from ({'; '.join(problems)}); start anew in another folder"
     )

@@ -93,7 +93,7 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
         self._seen = self._checkpoints()
-        self._unsound: tuple[Path, ...] = ()
+        self._unsound: list[Path] = []
 
     def _checkpoints(self) -> list[tuple[str, int]]:
         """Return the checkpoints that there are, each with the time when it was written, in nanoseconds."""
@@ -110,9 +110,8 @@ class RunFolder:
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any]:
         """Return the state of the newest sound checkpoint; see `load_newest`. `begin` removes those that are not."""
-        newest = load_newest(self.path, warn)
-        self._unsound = newest.unsound
-        return newest.state
+        state, self._unsound = load_newest(self.path, warn)
+        return state
 
     def require_free(self) -> None:
         """Raise MbibError if another run lives here."""
@@ -266,8 +265,8 @@ class RunFolder:
         """Write ``model.safetensors`` and the ``config.json`` by which ``local-dir:`` loads it.
 
         The config carries the preprocessing, the class names, the training images of each class, the class frequencies
-        that the logits are for, what the model was trained on, and where that started. The tag is that of the run: the
-        model's own would name other weights, and so would its licence, which nobody has given to these.
+        that the logits are for, what the model was trained on, and where that started. The tag is the run's, and the
+        licence is left open: the model's own are those of other weights.
         """
         cfg = {"tag": tag, "license": None}
         # Those of the model that training started from may be of other classes.

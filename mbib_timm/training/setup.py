@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mbib_timm.capturing import Graphs
 from mbib_timm.data import DataPool, Splits, check_sampler, choose_loader
 from mbib_timm.data.augment import check_augmentation
-from mbib_timm.data.class_weights import loss_weights, require_file
+from mbib_timm.data.class_values import loss_weights, require_weights_file
 from mbib_timm.data.decoding import free_memory
 from mbib_timm.data.overview import held_out_line
 from mbib_timm.data.samplers import batches_of, drops_last
@@ -119,7 +119,7 @@ def require_named(recipe: Recipe) -> None:
         _ = find_source(recipe.model).config
     elif not timm.is_model(recipe.model.partition(".")[0]):
         raise _unknown_model(recipe.model)
-    require_file(recipe.class_weights)
+    require_weights_file(recipe.class_weights)
 
 
 def require_fit(recipe: Recipe) -> None:

@@ -69,7 +69,7 @@ def train(
 def _check_stages(recipe: Recipe, pool: DataPool, world: World, folder: Path) -> None:
     """Raise MbibError for what would stop a later stage, before the first begins.
 
-    Each stage finds a stage before it as it will: a folder with a model, though of weights that nobody has trained.
+    Each stage finds the one before it as it will in the run, a folder with a model, but its weights are untrained.
 
     Args:
         folder: an empty one, for these.
