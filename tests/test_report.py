@@ -26,12 +26,15 @@ from mbib_timm.evaluation.metrics import wilson_interval
 from mbib_timm.publishing.card import render_card
 from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
-from mbib_timm.reporting.comparison import NOT_ALIKE, comparison_section, findings, short_titles
+from mbib_timm.reporting.comparison import NOT_ALIKE, comparison_section
 from mbib_timm.reporting.differences import differences, known_differences
+from mbib_timm.reporting.findings import findings, outcome
 from mbib_timm.reporting.report import _write_figures, read_inputs
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves, sweep_curves
 from mbib_timm.reporting.sections import Section, give_unique_anchors, inline, render_page, run_section
+from mbib_timm.reporting.short_titles import short_titles
 from mbib_timm.reporting.terms import terms_section
+from mbib_timm.reporting.training_setups import setup_names
 from mbib_timm.results.paper import RESULTS
 from mbib_timm.results.record import read_record
 from mbib_timm.results.run_text import print_report
@@ -611,13 +614,16 @@ def test_runs_that_were_not_trained_alike_stand_apart_and_it_says_so(table_1, un
     _, section = table_1
     differing, plain, strong = tables_of(section)
     kept = [yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (TABLE_1[0], STRONG)]
-    shown = {re.match("`(.+?)`", row[0])[1]: row[1:] for row in differing.rows}
+    shown = {re.search("`(.+?)`", row[0])[1]: row[1:] for row in differing.rows}
     assert shown == {
-        "aa": ["none", "cifar10"],
-        "cutout": ["0", "16"],
-        **{key: [str(recipe[key]) for recipe in kept] for key in ("opt", "weight_decay", "decay_rate")},
+        "aa": ["none", "AutoAugment's for CIFAR"],
+        "cutout": ["none", "16 pixels"],
+        "opt": ["SGD with classical momentum (not Nesterov's)", "SGD with Nesterov momentum"],
+        **{key: [str(recipe[key]) for recipe in kept] for key in ("weight_decay", "decay_rate")},
         "model_ema": ["no", "yes"],
     }
+    assert [*differing.header] == ["setting", "paper's recipe", "strong recipe"]
+    assert not [row[0] for row in differing.rows if row[0].startswith("`")], "words come before keys"
     length = {"model_ema_decay"}  # which counts in epochs
     assert {key for key in kept[1] if kept[0].get(key, kept[1][key]) != kept[1][key]} - length == {
         *shown, "model", "method",
@@ -626,13 +632,14 @@ def test_runs_that_were_not_trained_alike_stand_apart_and_it_says_so(table_1, un
     assert [row[:4] for row in strong.rows] == [["MBIB", "200", "bfloat16", "1"], ["MBIB", "400", "bfloat16", "1"]]
     assert "paper" not in strong.header, "which has no number for it"
     text = html_of(section)
-    assert text.count(NOT_ALIKE) == 1
+    assert [block.content for block in section.blocks].count(NOT_ALIKE) == 1
+    assert "<h3>With the strong recipe</h3>" in text
     assert {"accuracy-1", "accuracy-2", "curves-1", "curves-2"} <= section.figures.keys()
     alike = html_of(comparison_section(read_inputs([str(CE), str(BIB)])[0]))
     assert NOT_ALIKE not in alike
-    assert "Training setup" not in alike
+    assert "recipe</h3>" not in alike
     two = comparison_section(read_inputs([str(CE), str(STRONG)])[0])
-    assert [row[0] for row in tables_of(two)[1].rows] == ["CE, setup 1", "MBIB, setup 2"]
+    assert [row[0] for row in tables_of(two)[1].rows] == ["CE, paper's recipe", "MBIB, strong recipe"]
     assert NOT_ALIKE in html_of(two)
     assert "is best" not in html_of(two)
 
@@ -644,12 +651,12 @@ def test_networks_and_image_sizes_that_differ_are_said(tmp_path, undrawn):
         (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, key: value}))
         groups = group_runs([read_run(DIGITS[1]), read_run(folder)])
         before = {"model": "resnet20", "img_size": "16 pixels"}[key]
-        assert short_titles(groups) == [f"CE, {before}, setup 1", f"MBIB, {shown}, setup 2"]
+        assert short_titles(groups) == [f"CE, {before}", f"MBIB, {shown}"]
         section = comparison_section(groups)
         assert NOT_ALIKE in html_of(section)
         (row,) = tables_of(section)[0].rows
-        assert row[0].startswith(f"`{key}`: ")
-        assert row[1:] == [before.partition(" ")[0], shown.partition(" ")[0]]
+        assert row[0] == {"model": "network (`model`)", "img_size": "image size (`img_size`)"}[key]
+        assert row[1:] == [before, shown]
         assert "is best" not in html_of(section)
 
 
@@ -662,21 +669,37 @@ def test_what_was_found_is_what_the_files_say(table_1):
         low, high = (np.mean([each["intervals"][metric][end] for each in of]) for end in (0, 1))
         return np.mean([each[metric] for each in of]), f"{low:.1f} to {high:.1f}"
 
-    (mbib, of_mbib), (bsce, of_bsce) = measured([MBIB], "top1"), measured(TABLE_1[2:4], "top1")
+    (mbib, of_mbib), (bsce, of_bsce) = measured(TABLE_1[6:8], "top1"), measured(TABLE_1[2:4], "top1")
     assert said[0] == (
-        f"On all classes, MBIB, float32 (n = 1) is best with {mbib:.1f} %, 1.2 points above the best other method, "
+        f"On all classes, MBIB, bfloat16 (n = 2) is best with {mbib:.1f} %, 1.0 points above the best other method, "
         f"BSCE, bfloat16 (n = 2) with {bsce:.1f} %; their 95 % intervals ({of_mbib}, and {of_bsce}) overlap."
     )
-    assert f"{mbib:.1f}" == "45.8"
+    assert f"{mbib:.1f}" == "45.6"
     assert f"{bsce:.1f}" == "44.6"
-    (bsce, of_bsce), (mbib, of_mbib) = measured(TABLE_1[2:4], "few"), measured([MBIB], "few")
+    (bsce, of_bsce), (mbib, of_mbib) = measured(TABLE_1[2:4], "few"), measured(TABLE_1[6:8], "few")
     assert said[1].startswith(
-        f"On few-shot classes, BSCE, bfloat16 (n = 2) is best with {bsce:.1f} %, 2.0 points above"
+        f"On few-shot classes, BSCE, bfloat16 (n = 2) is best with {bsce:.1f} %, 2.3 points above"
     )
     assert said[1].endswith(
-        f"MBIB, float32 (n = 1) with {mbib:.1f} %; their 95 % intervals ({of_bsce}, and {of_mbib}) overlap."
+        f"MBIB, bfloat16 (n = 2) with {mbib:.1f} %; their 95 % intervals ({of_bsce}, and {of_mbib}) overlap."
     )
     assert len(said) == 2, "strong runs of one length are of one method"
+
+
+def test_only_runs_in_one_precision_are_ranked_and_the_others_stand_beside(table_1):
+    groups = [group for group in table_1[0] if not group.first.name.count("strong")]
+    said = findings(groups, short_titles(groups))
+    assert len(said) == 3
+    assert "float32" not in said[0] + said[1]
+    assert said[2] == (
+        "Ranked are the runs in bfloat16; MBIB, float32 (one run) is in another precision, and is beside them in the "
+        "table."
+    )
+    mixed = read_inputs([str(CE), str(MBIB)])[0]
+    assert findings(mixed, short_titles(mixed)) == [], "no two are in one precision"
+    assert outcome(mixed)[0].startswith("These runs are not ranked, because no two were trained with the same settings")
+    twice = read_inputs([str(MBIB), str(TABLE_1[6])])[0]
+    assert findings(twice, short_titles(twice)) == []
 
 
 def test_only_runs_of_the_same_data_network_and_length_are_ranked():
@@ -729,8 +752,8 @@ def test_rows_and_figures_are_named_by_method_and_precision_and_not_by_folder(ta
     assert not re.search(r"cifar100_lt_if100|resnet32", text.replace("<wbr>", ""))
     titles = short_titles(groups)
     assert len(set(titles)) == len(groups)
-    assert titles[0] == "CE, setup 1, 200 epochs, bfloat16"
-    assert titles[-1] == "MBIB, setup 2, 400 epochs, bfloat16"
+    assert titles[0] == "CE, paper's recipe, 200 epochs, bfloat16"
+    assert titles[-1] == "MBIB, strong recipe, 400 epochs, bfloat16"
     assert "MBIB, float32 (seed 0) minus BSCE, bfloat16 (seed 0)" in text
     assert "single runs, one in float32 and one in bfloat16, so that the difference is not of the method alone" in text
 
@@ -743,6 +766,110 @@ def test_what_is_known_to_differ_stands_once(table_1, undrawn):
     assert "training used bfloat16 mixed precision (CE, BSCE, BIB, MBIB)" in known
     assert "only one seed was run in float32, so the spread between seeds is unknown (MBIB)" in known
     assert html_of(run_section(groups[0])).count("What is known to differ:") == 1
+
+
+def test_what_sweeps_of_the_report_have_compared_is_said_and_nothing_more(undrawn):
+    groups, _ = read_inputs([str(MBIB)])
+    (alone,) = known_differences(groups)
+    assert alone.endswith("runs that differ in one thing alone, and this report has no sweep of these recipes.")
+    names = ("open_choices_screened-40e", "open_choices", "table9_rebalancing", "strong_recipe")
+    groups, sweeps = read_inputs([str(MBIB), *(str(ROOT / "results" / name) for name in names)])
+    first, screened, full, table_9 = known_differences(groups, sweeps)
+    assert "in full" not in first
+    assert "no sweep" not in first
+    assert "none is known" not in first
+    rows = {sweep.name: [run.heads["prediction"]["overall"] for run in sweep.runs] for sweep in sweeps}
+    low, high = (f"{end(rows['open_choices_screened-40e']):.1f}" for end in (min, max))
+    assert f"on training images that the long-tailed subset leaves out: 13 rows between {low} and {high} %." in screened
+    assert "paper's number" not in screened, "40 of 200 epochs, on other images"
+    for value in rows["open_choices"]:
+        assert f"{value:.1f} % (−{47.5 - round(value, 1):.1f})" in full
+    assert full.endswith("None of them is within a point of the paper's number.")
+    assert "re-balancing none 40.8 % (−2.7)" in table_9
+    section = run_section(groups[0], sweeps=sweeps)
+    assert {first, screened, full, table_9} <= {block.content for block in section.blocks if block.kind == "paragraph"}
+    assert known_differences(read_inputs([str(CE)])[0], sweeps)[0].endswith("no sweep of these recipes."), "of another"
+
+
+def test_the_page_opens_with_what_was_found():
+    rival = ROOT / "results" / "cifar_resnet32.bsce_strong_cifar100_lt_if100-200e-seed0-bfloat16"
+    groups, _ = read_inputs([str(folder) for folder in (*TABLE_1, rival)])
+    plain, strong, beside = outcome(groups)
+    assert plain.startswith(
+        "On CIFAR-100-LT, imbalance factor 100, with the paper's recipe, after 200 epochs, MBIB has the highest "
+        "accuracy of 5 methods: it classifies 45.6 % of the 10,000 images of the split `test` correctly (mean of 2 "
+        "runs), 1.0 points more than BSCE with 44.6 % (mean of 2 runs). That is no clear difference: with so few seeds "
+        "and images, chance alone makes up to 2.8 points (95 %)."
+    )
+    assert "BSCE is ahead: 26.2 % against 23.9 % of MBIB." in plain
+    assert plain.endswith(
+        "The paper has 47.5 % for MBIB (Table 1); ours is 1.9 points below, and the others are −1.6 to +1.9 points "
+        "from the paper's."
+    )
+    assert strong.startswith(
+        "On CIFAR-100-LT, imbalance factor 100, with the strong recipe, after 200 epochs, BSCE has"
+    )
+    assert "with one run each it is not known how much other seeds would change" in strong
+    assert "paper has" not in strong
+    assert "MBIB, strong recipe, 400 epochs, bfloat16 with 53.2 % (one run)" in beside
+    assert "float32 with 45.8 % (one run; 1.7 points below the paper's 47.5 % in Table 1)" in beside
+
+
+def test_a_difference_is_called_clear_only_beyond_what_seeds_and_images_leave_open(tmp_path):
+    def said(ours, theirs, **changes):
+        folders = [
+            changed(run, tmp_path, f"{run.name}{seed}{len(list(tmp_path.iterdir()))}", seed=seed, top1=top1, **changes)
+            for run, values in ((DIGITS[0], ours), (DIGITS[1], theirs))
+            for seed, top1 in enumerate(values)
+        ]
+        return outcome(group_runs([read_run(folder) for folder in folders]))[0]
+
+    # Pooled standard deviation 1, of two groups of three: 2.78 * sqrt(2 / 3) points, by the seeds alone.
+    text = said((69.0, 70.0, 71.0), (59.0, 60.0, 61.0), intervals={})
+    assert "MBIB has the highest accuracy of 2 methods: it classifies 70.0 %" in text
+    assert "10.0 points more than CE with 60.0 % (mean of 3 runs). That is more than chance makes" in text
+    assert f"with these seeds (up to {2.78 * (2 / 3) ** 0.5:.1f} points, 95 %)" in text
+    assert "no clear difference: with so few seeds, chance" in said(
+        (60.0, 61.0, 62.0), (59.0, 60.0, 61.0), intervals={}
+    )
+    wide = {"top1": [50.0, 70.0]}  # each reaches 10 points to either side
+    assert f"chance alone makes up to {(200 + (2.78**2) * 2 / 3) ** 0.5:.1f} points" in said(
+        (69.0, 70.0, 71.0), (59.0, 60.0, 61.0), intervals=wide
+    )
+    assert "the records do not say" in said((70.0,), (60.0,), intervals={})
+    assert "are level, with the highest accuracy of 2 methods: each classifies 60.0 %" in said((60.0,), (60.0,))
+
+
+def test_one_run_and_runs_of_different_data_have_an_outcome_too():
+    assert outcome(read_inputs([str(MBIB)])[0]) == [
+        "On CIFAR-100-LT, imbalance factor 100, MBIB classifies 45.8 % of 10,000 images of the split `test` correctly "
+        "(one run), 1.7 points below the paper's 47.5 % in Table 1."
+    ]
+    other = ROOT / "results" / "mbib_resnet32.cifar100_lt_if10-200e-seed0-bfloat16"
+    (text,) = outcome(read_inputs([str(DIGITS[0]), str(MBIB), str(other)])[0])
+    assert text.startswith("These runs are not ranked, because no two were trained")
+    assert "MBIB, digits, resnet20, 16 pixels, 60 epochs, float32 with 95.0 % (one run); " in text
+    assert outcome([]) == []
+
+
+def test_setups_are_named_after_what_sets_them_apart(tmp_path):
+    def names(*changes):
+        folders = []
+        for seed, keys in enumerate(changes):
+            folder = changed(DIGITS[0], tmp_path, f"{len(list(tmp_path.iterdir()))}", seed=seed)
+            recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+            (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
+            folders.append(folder)
+        return [name.short for name in setup_names(group_runs([read_run(folder) for folder in folders]))]
+
+    assert names({}, {"weight_decay": 0.002}) == ["weight decay 0.0005", "weight decay 0.002"]
+    assert names({}, {"opt": "momentum"})[1] == "optimizer SGD with classical momentum (not Nesterov's)"
+    assert names({}, {"model_ema": True}) == ["no moving average of the weights", "moving average of the weights"]
+    many = {"weight_decay": 0.002, "lr": 0.1, "batch_size": 64}
+    assert names({}, many) == ["setup 1", "setup 2"]
+    assert names({}, {**many, "model": "mbib_resnet32"}) == ["resnet20", "resnet32"]
+    groups = read_inputs([str(DIGITS[0]), str(MBIB)])[0]
+    assert [name.phrase for name in setup_names(groups)] == ["on digits", "on CIFAR-100-LT, imbalance factor 100"]
 
 
 def test_of_two_seeds_both_are_said_and_their_mean_is_drawn(undrawn):
@@ -809,6 +936,10 @@ def test_the_words_of_a_report_are_explained(table_1):
     assert terms["BSCE"].endswith(
         "From Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020."
     )
+    assert {"top-1 accuracy", "logits", "by chance"} <= terms.keys()
+    macro_f1 = re.search("macro F1 is (.*?)[.]", terms["overall, macro, many, medium, few"])[1]
+    assert "F1" not in macro_f1
+    assert "harmonic mean" in macro_f1
     small = dict(terms_section(group_runs([read_run(CE)])).blocks[0].content)
     assert not {"heads", "MBIB", "moving average of the weights"} & small.keys()
 
@@ -894,6 +1025,16 @@ def test_the_report_says_what_the_files_say(reported):
     assert "2 epochs of 60" in text
 
 
+def test_the_words_are_folded_and_come_after_the_outcome(tmp_path, undrawn):
+    page = tmp_path / "r.html"
+    assert main(["report", str(DIGITS[0]), str(DIGITS[1]), "-o", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    found = ["</h1>", 'class="outcome">On digits, MBIB has', "<nav", "Side by side</h2>", "What the words mean</h2>"]
+    places = [text.index(each) for each in (*found, "<details><summary>", "</details>")]
+    assert places == sorted(places)
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
 @pytest.mark.slow
 def test_the_report_needs_nothing_and_names_no_place_of_this_machine(reported):
     page, inputs = reported
@@ -977,7 +1118,7 @@ def test_curves_side_by_side_show_every_seed_and_which_weights(undrawn):
     twins = [ROOT / "results" / f"bib_resnet32.cifar100_lt_if100-200e-seed{seed}-bfloat16" for seed in (0, 1)]
     groups = group_runs([read_run(folder) for folder in (*twins, STRONG)])
     bib, strong = titles = short_titles(groups)
-    assert titles == ["BIB, setup 1", "MBIB, setup 2"]
+    assert titles == ["BIB, paper's recipe", "MBIB, strong recipe"]
     shown, thin = labelled(comparison_curves(groups, titles))
     label = f"{bib} (n = 2), raw weights"
     assert {" ".join(name.split()) for name in shown} == {label, f"{strong}, moving average of the weights"}

@@ -3,22 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from mbib_timm.analysis.analysis_record import Analysis, comparison_figures, read_analysis
 from mbib_timm.drawing import Illustration
-from mbib_timm.recipe import KEYS, data_of
 from mbib_timm.reporting.differences import known_differences
+from mbib_timm.reporting.findings import evaluated_alike, findings
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
-from mbib_timm.reporting.sections import SEEDS, Section, epochs_of
+from mbib_timm.reporting.sections import SEEDS, Section
+from mbib_timm.reporting.short_titles import epochs_of, short_titles
+from mbib_timm.reporting.training_setups import capitalised, differing_settings, setup_names, setups
 from mbib_timm.results.columns import COLUMNS, macro_is_overall
-from mbib_timm.results.record import HeadMetrics, RunRecord, is_averaged
-from mbib_timm.results.redact import last_part
-from mbib_timm.results.run_text import stages_text
+from mbib_timm.results.record import HeadMetrics, is_averaged
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import (
     NOTHING,
-    Table,
     difference,
     from_weights,
     mean_and_deviation,
@@ -27,84 +25,20 @@ from mbib_timm.results.tables import (
     split_by_start,
     tables_by_start,
 )
+from mbib_timm.sweeps.sweep_results import SweepResults
 
 NOT_ALIKE = (
-    "These runs differ in more than their methods, as the next table says. Compare only runs of one training setup: "
-    "between setups, a difference says nothing of the methods."
+    "Not all of these runs were trained alike: the next table has the settings that differ. Compare methods only among "
+    "runs that were trained alike: between the columns of this table, a difference in accuracy says nothing of the "
+    "methods."
 )
 
 
-def setups(groups: Sequence[RunGroup]) -> list[int]:
-    """Return for each group the number of its training setup, from 1: groups of a number were trained alike."""
-    return _numbered([_setup(group) for group in groups])
-
-
-def _setup(group: RunGroup) -> dict[str, Any]:
-    """Return what runs of a number have in common: keys of recipes with their values."""
-    return {"model": group.first.network, **group.first.training}
-
-
-def _numbered(values: Sequence[Any]) -> list[int]:
-    """Return for each value, which need not hash, the number of those that equal it, from 1 in order of appearance."""
-    kinds: list[Any] = []
-    for value in values:
-        if value not in kinds:
-            kinds.append(value)
-    return [1 + kinds.index(value) for value in values]
-
-
-def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_columns: Sequence[str] = ()) -> list[str]:
-    """Return names of groups for a reader: the method, and whatever else differs among them.
-
-    Args:
-        groups: to tell apart.
-        of: all groups, whose training setups are numbered; `groups` when empty.
-        in_columns: of ``epochs`` and ``precision`` what columns of their own say.
-    """
-    numbers = setups(of or groups)
-    told = [
-        {
-            "method": stages_text(group.first.record.stages),
-            "data": group.first.dataset.title if group.first.dataset else data_of(group.first.name),
-            "model": group.first.network,
-            "img_size": f"{group.first.training['img_size']} pixels",
-            "setup": f"setup {numbers[(of or groups).index(group)]}",
-            **_class_balance(group),
-            "epochs": f"{epochs_of(group)} epochs",
-            "precision": group.first.precision,
-        }
-        for group in groups
-    ]
-    differing = [key for key in told[0] if key != "method" and len({each[key] for each in told}) > 1]
-    titles = []
-    for group, each in zip(groups, told, strict=True):
-        words = [each["method"], *(each[key] for key in differing if each[key] and key not in in_columns)]
-        alone = told.count(each) == 1
-        titles.append(", ".join(words) if alone else f"{', '.join(words)} ({_own_title(group)})")
-    return titles
-
-
-def _own_title(group: RunGroup) -> str:
-    """Return the group's title, with the name of its folder where somebody has chosen that in place of the run's."""
-    chosen, settings = group.first.experiment, group.title.removeprefix(group.first.name)
-    return f"{chosen}{settings}".removesuffix(f" ({chosen})") if chosen else group.title
-
-
-def _class_balance(group: RunGroup) -> dict[str, str]:
-    """Return what the longest stage does for rare classes beside its method, in words; empty for nothing."""
-    stage = group.first.longest_stage
-    weights = "" if stage.class_weights == "none" else last_part(stage.class_weights)
-    return {
-        "class_weights": f"class weights {weights}" if weights else "",
-        "sampler": f"sampler {stage.sampler}" if stage.sampler else "",
-    }
-
-
-def comparison_section(groups: Sequence[RunGroup]) -> Section:
+def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults] = ()) -> Section:
     """Return runs of several recipes side by side: those from scratch, then those that started from weights, and of
-    each those that were trained alike."""
+    each those that were trained alike. `sweeps` are those of the report, see `known_differences`."""
     section = Section("Side by side")
-    alike = _evaluated_alike([run.record for group in groups for run in group.runs])
+    alike = evaluated_alike([run.record for group in groups for run in group.runs])
     if not alike:
         section.paragraphs(
             [
@@ -112,16 +46,16 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
                 "section says on which."
             ]
         )
-    numbers = setups(groups)
+    numbers, names = setups(groups), setup_names(groups)
     if max(numbers) > 1:
         section.paragraphs([NOT_ALIKE])
-        section.table(_differing(groups, numbers))
+        section.table(differing_settings(groups))
     parts: list[tuple[str, str, list[RunGroup]]] = []
     for said, kind in split_by_start(groups, lambda group: group.origin):
         own = {number: [group for group in kind if numbers[groups.index(group)] == number] for number in numbers}
         own = {number: members for number, members in own.items() if members}
         if len(own) < len(kind) or len(own) == 1:
-            headings = [f"Training setup {number}" * (max(numbers) > 1) for number in own]
+            headings = [capitalised(names[number - 1].phrase) * (len(names) > 1) for number in own]
             starts = [[group.origin for group in members] for members in own.values()]
             above = [said if origins[0].is_scratch else from_weights(origins) for origins in starts]
             parts += zip(above, headings, own.values(), strict=True)
@@ -137,86 +71,10 @@ def comparison_section(groups: Sequence[RunGroup]) -> Section:
         if alike:
             section.paragraphs(findings(members, titles))
         _compare(section, members, titles, groups, f"-{place}" if len(parts) > 1 else "")
-    if known := known_differences(groups):
+    if known := known_differences(groups, sweeps):
         section.heading("What is known to differ from the paper")
         section.paragraphs(known)
     return section
-
-
-def _differing(groups: Sequence[RunGroup], numbers: Sequence[int]) -> Table:
-    """Return the settings in which training setups differ, with their values in each."""
-    kinds = [_setup(groups[numbers.index(number)]) for number in range(1, max(numbers) + 1)]
-    rows = [
-        [f"`{key}`: {KEYS[key].metadata['help']}", *(_value(kind[key]) for kind in kinds)]
-        for key in kinds[0]
-        if any(kind[key] != kinds[0][key] for kind in kinds)
-    ]
-    return Table(["setting", *(f"setup {number}" for number in range(1, max(numbers) + 1))], rows)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else f"{value}"
-
-
-def findings(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
-    """Return what was found among the groups of each frame: see `FinishedRun.frame`."""
-    frames = _numbered([group.first.frame for group in groups])
-    said = []
-    for frame in dict.fromkeys(frames):
-        own = [place for place, number in enumerate(frames) if number == frame]
-        said += _best([groups[place] for place in own], [titles[place] for place in own])
-    return said
-
-
-def _best(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
-    """Return which group has the best mean accuracy on all classes and on few-shot classes, and how far ahead it is."""
-    said = []
-    named = {id(group): f"{title} (n = {len(group.runs)})" for group, title in zip(groups, titles, strict=True)}
-    for column, where in (("overall", "all classes"), ("few", "few-shot classes")):
-        ranked = sorted(
-            ((mean, group) for group in groups if (mean := group.mean(column)) is not None), key=lambda pair: -pair[0]
-        )
-        if len(ranked) < 2:
-            continue
-        (mean, best), *rest = ranked
-        others = [pair for pair in rest if pair[1].first.record.stages != best.first.record.stages]
-        number, other = (others or rest)[0]
-        gap = difference(mean, number).lstrip("+−")
-        if float(gap) == 0:
-            said.append(f"On {where}, {named[id(best)]} and {named[id(other)]} are level with {percent(mean)} %.")
-            continue
-        text = (
-            f"On {where}, {named[id(best)]} is best with {percent(mean)} %, {gap} points above "
-            f"{'the best other method, ' * bool(others)}{named[id(other)]} with {percent(number)} %"
-        )
-        ours, theirs = (group.heads["prediction"].interval(column) for group in (best, other))
-        if ours is not None and theirs is not None:
-            (low, high), (other_low, other_high) = ours, theirs
-            apart = "do not overlap" if other_high < low else "overlap"
-            text += (
-                f"; their 95 % intervals ({percent(low)} to {percent(high)}, and {percent(other_low)} to "
-                f"{percent(other_high)}) {apart}"
-            )
-        said.append(f"{text}.")
-    return said
-
-
-def _evaluated_alike(records: Sequence[RunRecord]) -> bool:
-    """Return whether results are on the same images, as far as their records say: older ones say less.
-
-    Of the same data the same images may have been held out in two ways, such as by chance and by a table.
-    """
-    results = [(record, record.result.prediction) for record in records]
-    digests = {record.inputs[-1].data if record.inputs else None for record in records}
-    same_data = len(digests) == 1 and None not in digests
-    said: list[list[Any]] = [
-        [(result.images, None if same_data else record.held_out) for record, result in results],
-        [result.class_images for _, result in results if result.class_images],
-        [record.class_names for record in records if record.class_names],
-    ]
-    return all(each == values[0] for values in said for each in values)
 
 
 def _compare(

@@ -7,7 +7,8 @@ import mbib_timm
 from mbib_timm.errors import MbibError, few
 from mbib_timm.files import check_place, contains, counted, require_own, write_bytes
 from mbib_timm.models.zoo import ZOO
-from mbib_timm.reporting.comparison import comparison_section, short_titles
+from mbib_timm.reporting.comparison import comparison_section
+from mbib_timm.reporting.findings import outcome
 from mbib_timm.reporting.sections import (
     FIGURE_TITLE,
     Section,
@@ -16,14 +17,15 @@ from mbib_timm.reporting.sections import (
     run_section,
     sweep_section,
 )
-from mbib_timm.reporting.terms import terms_section
+from mbib_timm.reporting.short_titles import short_titles
+from mbib_timm.reporting.terms import WORDS, terms_section
 from mbib_timm.results.record import RECORD, is_finished
 from mbib_timm.results.runs import FinishedRun, RunGroup, group_runs, read_run
 from mbib_timm.sweeps.sweep_results import FILE, SweepResults, read_results
 
 
 def report(names: Sequence[str], output: Path, title: str | None = None) -> Path:
-    """Write a report, and print where it is.
+    """Write a report, and print where it is. It opens with what was found.
 
     Args:
         names: folders of runs, of kept results and of sweeps' results; names of published models.
@@ -42,20 +44,20 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     check_place(output)
     require_own("--output", output, contains(b"Written by <code>mbib report</code>"), "is not a report")
     groups, sweeps = read_inputs(names)
-    sections = [terms_section(groups)] if groups else []
+    sections = [comparison_section(groups, sweeps)] if len(groups) > 1 else []
+    sections += [terms_section(groups)] if groups else []
     if len(groups) > 1:
-        sections.append(comparison_section(groups))
         sections += [
             run_section(group, title, alone=False) for group, title in zip(groups, short_titles(groups), strict=True)
         ]
     else:
-        sections += [run_section(group) for group in groups]
+        sections += [run_section(group, sweeps=sweeps) for group in groups]
     sections += [sweep_section(results) for results in sweeps]
     give_unique_anchors(sections)
     titles = [*(group.title for group in groups), *(results.name for results in sweeps)]
     others = f" and {len(titles) - 2} others" if len(titles) > 3 else ""
     named = ", ".join(titles[:2] if others else titles)
-    page = render_page(title or f"Report: {named}{others}", _lead(), sections)
+    page = render_page(title or f"Report: {named}{others}", _lead(bool(groups)), sections, outcome(groups))
     folder = output.with_name(f"{output.stem}_figures")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,10 +111,11 @@ def _folder(name: str) -> Path:
     )
 
 
-def _lead() -> str:
+def _lead(explains: bool) -> str:
+    explained = f" Terms are explained under “{WORDS}”." * explains
     return (
         f"Written by `mbib report` of mbib_timm {mbib_timm.__version__} from the files of the runs. Results are those "
-        "of the last epoch, or of what a post-hoc method makes of a trained model."
+        f"of the last epoch, or of what a post-hoc method makes of a trained model.{explained}"
     )
 
 

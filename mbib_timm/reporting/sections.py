@@ -21,6 +21,7 @@ from mbib_timm.models.head_outputs import labelled_heads
 from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.differences import differences, known_differences
 from mbib_timm.reporting.report_figures import CURVES, MATRIX, confusion_figure, sweep_curves
+from mbib_timm.reporting.short_titles import epochs_of_run
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.record import RunRecord
 from mbib_timm.results.redact import redact_text
@@ -29,15 +30,13 @@ from mbib_timm.results.run_text import (
     before_finish_text,
     broken_lines,
     chosen_text,
-    epochs_text,
-    extended_text,
     left_out_text,
     other_best,
     raw_text,
     stages_text,
     time_text,
 )
-from mbib_timm.results.runs import FinishedRun, RunGroup
+from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import (
     STARTED,
     Table,
@@ -81,12 +80,14 @@ class Section:
         anchor: name for links, and of the section's figures' files.
         blocks: one after another. Text is plain, with code in back quotes.
         figures: that were added, with the files that were drawn of them.
+        folded: what its blocks are called where they show only when a reader opens them; empty for what always shows.
     """
 
     title: str
     anchor: str = ""
     blocks: list[Block] = field(default_factory=list)
     figures: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    folded: str = ""
 
     def __post_init__(self) -> None:
         self.anchor = self.anchor or re.sub(r"[^\w.]+", "-", self.title).strip("-")
@@ -134,13 +135,14 @@ class Section:
         self.blocks.append(Block("figure", DrawnFigure(illustration.title, illustration.reading, drawn["svg"], dark)))
 
 
-def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
+def render_page(title: str, lead: str, sections: Sequence[Section], outcome: Sequence[str] = ()) -> str:
     """Return the page: one HTML file without network and script, light and dark. Whatever is text is escaped.
 
     Args:
         title: of the page.
-        lead: paragraph under it.
+        lead: paragraph under it, on what the page is.
         sections: its parts, each with an anchor of its own.
+        outcome: paragraphs on what was found, which come before all else.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mbib_timm.reporting", "."),
@@ -151,7 +153,7 @@ def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"inline": inline, "breakable": _breakable, "data_url": _data_url}
-    return environment.get_template("report.html.j2").render(title=title, lead=lead, sections=sections)
+    return environment.get_template("report.html.j2").render(title=title, lead=lead, sections=sections, outcome=outcome)
 
 
 def _finalize(value: object) -> object:
@@ -182,13 +184,14 @@ def give_unique_anchors(sections: Sequence[Section]) -> None:
             section.anchor += f"-{place}"
 
 
-def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section:
+def run_section(group: RunGroup, title: str = "", alone: bool = True, sweeps: Sequence[SweepResults] = ()) -> Section:
     """Return what is to be said of runs of one recipe: what they were, results, distance from the paper, figures.
 
     Args:
         group: the runs.
         title: of the section; the group's by default.
         alone: no other section says what is known to differ from the paper.
+        sweeps: of the report, see `known_differences`.
     """
     section = Section(title or group.title)
     run = group.first
@@ -236,7 +239,7 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True) -> Section
         section.heading("Beside the paper")
         section.table(_beside_the_paper(group))
         section.paragraphs(differences(group))
-        section.paragraphs(known_differences([group]) if alone else [])
+        section.paragraphs(known_differences([group], sweeps) if alone else [])
     section.paragraphs(run.notes)
     others = [member.history for member in group.runs[1:]]
     mean = replace(run.record, result=replace(result, heads=dict(group.heads)))
@@ -337,7 +340,7 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
     counts = np.array(run.record.class_counts)
     papers = list(dict.fromkeys(filter(None, (METHODS[stage].citation for stage in run.record.stages))))
     seeds = ", ".join(str(member.record.seed) for member in group.runs)
-    epochs = _epochs(run)
+    epochs = epochs_of_run(run)
     if group.is_short:
         epochs += f" of the {group.recipe_epochs} that the recipe asks for: not comparable with another schedule"
     average = ", the mean of the seeds" * (len(group.runs) > 1)
@@ -367,17 +370,6 @@ def _facts(group: RunGroup) -> list[tuple[str, str]]:
 
 def _software(environment: Environment) -> str:
     return f"{environment.versions}, commit {environment.commit or 'unknown'}"
-
-
-def _epochs(run: FinishedRun) -> str:
-    """Return the epochs of a run's stages, and how it came by them, where not from the start."""
-    epochs, extended = epochs_text(run.recipe), extended_text(run.record)
-    return f"{epochs} ({extended})" if extended else epochs
-
-
-def epochs_of(group: RunGroup) -> str:
-    """Return the epochs of runs, and those of their recipe where these are others: ``20 of 200``."""
-    return _epochs(group.first) + (f" of {group.recipe_epochs}" if group.is_short else "")
 
 
 def _beside_the_paper(group: RunGroup) -> Table:

@@ -6,20 +6,32 @@ from collections.abc import Sequence
 from mbib_timm.methods import METHODS, method_title
 from mbib_timm.methods.mbib import CITATION
 from mbib_timm.models.head_outputs import HEADS_TEXT, labelled_heads
-from mbib_timm.reporting.comparison import short_titles
 from mbib_timm.reporting.sections import Section
+from mbib_timm.reporting.short_titles import short_titles
 from mbib_timm.results.columns import DEFINITIONS, INTERVALS, macro_is_overall
 from mbib_timm.results.record import is_averaged
 from mbib_timm.results.run_figures import AVERAGE, RAW
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import FinishedRun, RunGroup
 
+WORDS = "What the words mean"
+TOP1 = (
+    "The share of images for which the class with the highest score is the true one; every accuracy in this report is "
+    "of this kind, in percent."
+)
+LOGITS = "The scores that a classifier gives to the classes of an image, one each, before they become probabilities."
+CHANCE = (
+    "As many points as the means of two equally good methods are apart at most in 95 % of cases. It comes from the "
+    "spread between seeds, which is taken to be the same for all methods that are compared, and from the number of "
+    "evaluated images, which are taken to be drawn anew for each method."
+)
+
 
 def terms_section(groups: Sequence[RunGroup]) -> Section:
     """Return what was trained on which data by which methods, and how its numbers are to be read."""
-    section = Section("What the words mean")
+    section = Section(WORDS, folded="Open the explanations: data, accuracies, methods and intervals")
     runs = [run for group in groups for run in group.runs]
-    terms = [*_data_terms(groups), ("overall, macro, many, medium, few", DEFINITIONS)]
+    terms = [*_data_terms(groups), ("top-1 accuracy", TOP1), ("overall, macro, many, medium, few", DEFINITIONS)]
     stages = [stage for stage in dict.fromkeys(each for run in runs for each in run.record.stages) if stage in METHODS]
     terms += [(method_title(stage), _method_text(stage)) for stage in stages]
     several = {stages_text(run.record.stages): run for run in runs if len(run.heads) > 1}
@@ -32,8 +44,11 @@ def terms_section(groups: Sequence[RunGroup]) -> Section:
             f"The mean of the weights after many steps, in which late ones weigh most; those of the last are the {RAW}."
         )
         terms.append((AVERAGE, text))
+    terms.append(("logits", LOGITS))
     terms.append(("n, ±", "n is the number of runs, with a seed each, behind a mean; ± their standard deviation."))
     terms.append(("95 % interval", f"{INTERVALS} That of several seeds is the mean of theirs."))
+    if len(groups) > 1:
+        terms.append(("by chance", CHANCE))
     if any(run.precision != "float32" for run in runs):
         text = "The numbers that training computes with: float32, or in large part shorter ones, such as bfloat16."
         terms.append(("precision", text))
