@@ -8,7 +8,7 @@ from typing import Any
 from mbib_timm.files import counted
 from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
-from mbib_timm.reporting.training_setups import data_title, numbered, setup_names, setups
+from mbib_timm.reporting.training_setups import capitalised, data_title, numbered, setup_names, setups
 from mbib_timm.results.record import RunRecord
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
@@ -114,7 +114,7 @@ def outcome(groups: Sequence[RunGroup]) -> list[str]:
     frames = [own for own in map(_comparable, _by_frame(groups)) if own and evaluated_alike(_records(own))]
     frames = [own for own in frames if _first_two(own, "overall")]
     shown = sorted(frames, key=lambda own: -sum(len(group.runs) for group in own))[:MOST]
-    said = [_ranking(own, groups) for own in shown]
+    said = [_ranking(own, groups, is_first=own is shown[0]) for own in shown]
     if len(frames) > len(shown):
         said.append(f"Further comparisons, below: {len(frames) - len(shown)}.")
     compared = {id(group) for own in frames for group in own}
@@ -124,7 +124,8 @@ def outcome(groups: Sequence[RunGroup]) -> list[str]:
     return said
 
 
-def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup]) -> str:
+def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup], is_first: bool) -> str:
+    """Return what was found among runs that compare; what the first of several paragraphs says is not said again."""
     (mean, best), (number, other) = _first_two(own, "overall")
     titles = dict(zip(map(id, own), short_titles(own, own), strict=True))
     name, rival = titles[id(best)], titles[id(other)]
@@ -132,7 +133,7 @@ def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup]) -> str:
     kinds = f"{len(methods)} methods" if len(methods) > 1 else f"{len(own)} settings of {methods[0]}"
     result = best.first.record.result
     images = f"the {result.prediction.images:,} images of the split `{result.split}`"
-    where = _where(best, groups)
+    where = _where(best, groups, is_first)
     gap = _points(mean, number)
     if float(gap) == 0:
         text = (
@@ -150,21 +151,22 @@ def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup]) -> str:
     if few and few[0][1] is not best and float(_points(few[0][0], few[1][0])) > 0:
         (high, first), (low, second) = few
         text += (
-            f" On the few-shot classes, which have fewer than 20 training images each, {titles[id(first)]} is ahead: "
-            f"{percent(high)} % against {percent(low)} % of {titles[id(second)]}."
+            f" On the few-shot classes{', which have fewer than 20 training images each,' * is_first} "
+            f"{titles[id(first)]} is ahead: {percent(high)} % against {percent(low)} % of {titles[id(second)]}."
         )
     return f"{text}{_from_paper(own, best, titles)}"
 
 
-def _where(group: RunGroup, groups: Sequence[RunGroup]) -> str:
+def _where(group: RunGroup, groups: Sequence[RunGroup], is_first: bool = True) -> str:
     """Return on what data runs were trained, and how, as far as that is not the same for all of a report or short."""
     numbers, names = setups(groups), setup_names(groups)
-    words = [f"On {data}" if (data := data_title(group)) else "On the same data"]
     setup = names[numbers[list(groups).index(group)] - 1]
-    words += [setup.phrase] * (len(names) > 1 and not setup.phrase.startswith("on "))
+    words = [setup.phrase] * (len(names) > 1 and not setup.phrase.startswith("on "))
     words += [f"after {epochs_of(group)} epochs"] * (group.is_short or len({epochs_of(each) for each in groups}) > 1)
     words += [] if group.origin.is_scratch else [f"started from {origin_text(group.origin)}"]
-    return ", ".join(words)
+    if is_first or not words or len({data_title(each) for each in groups}) > 1:
+        words = [f"on {data_title(group) or 'the same data'}", *words]
+    return capitalised(", ".join(words))
 
 
 def _runs(group: RunGroup) -> str:
@@ -184,18 +186,19 @@ def _chance(best: RunGroup, other: RunGroup, own: Sequence[RunGroup], gap: float
     reach = sum(value**2 for value in reaches) ** 0.5
     is_larger = gap > float(percent(reach))
     if seeds is None:
-        unknown = "with one run each it is not known how much other seeds would change"
+        unknown = "with one run each it is not known how much other seeds would add"
         if is_larger:
             return f"That is more than the limited number of images explains ({percent(reach)} points); {unknown}."
         return (
-            f"That is no clear difference: the limited number of images alone makes up to {percent(reach)} points by "
-            f"chance (95 %), and {unknown}."
+            f"That is no clear difference: the limited number of images alone can account for up to {percent(reach)} "
+            f"points by chance (95 %), and {unknown}."
         )
     sources = "seeds and images" if images is not None else "seeds"
     if is_larger:
-        return f"That is more than chance makes with these {sources} (up to {percent(reach)} points, 95 %)."
+        return f"That is more than chance accounts for with these {sources} (up to {percent(reach)} points, 95 %)."
     return (
-        f"That is no clear difference: with so few {sources}, chance alone makes up to {percent(reach)} points (95 %)."
+        f"That is no clear difference: with so few {sources}, chance alone can account for up to {percent(reach)} "
+        "points (95 %)."
     )
 
 
