@@ -65,10 +65,10 @@ NEEDS = {
 # What makes a command quick, by how it begins.
 SHORT = {
     "mbib train tempered.yaml": "--stage1.epochs 1 --stage1.warmup-epochs 0 --stage2.epochs 1 --stage2.warmup-epochs 0",
-    "mbib sweep tempered.yaml": "--epochs 1",
+    "mbib sweep tempered.yaml": "--epochs 1 --imbalance-max 24",
     "mbib train": "--epochs 1 --warmup-epochs 0",
-    "mbib sweep mbib_resnet20": "--epochs 1",
-    "mbib sweep figure9": "--epochs 1",
+    "mbib sweep mbib_resnet20": "--epochs 1 --imbalance-max 24",
+    "mbib sweep figure9": "--epochs 1 --imbalance-max 24",
     "mbib aggregate": "--targets uniform",
 }
 
@@ -263,8 +263,7 @@ def test_search_works_without_a_server(site, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [420, 1300])
+@pytest.mark.parametrize(("width", "dark"), [(420, True), (1300, False)])
 def test_pages_fit_into_a_window(site, tmp_path, width, dark):
     # Of each test its own: the probed page lies beside what it needs, and the browser remembers the colours.
     own = shutil.copytree(site, tmp_path / "site")
