@@ -891,10 +891,12 @@ def test_the_documented_method_passes_the_contract_of_methods(tmp_path):
     (tmp_path / "tempered.py").write_text(documented()["tempered.py"])
     contract = Path(__file__).parent / "test_methods.py"
     options = ["--plugin", "tempered.py", "-k", "tempered", "-p", "no:cacheprovider", "-c", os.devnull]
-    command = [sys.executable, "-m", "pytest", str(contract), *options]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    def work():
+        sys.modules.pop("test_methods", None)  # which lists the methods that there are
+        return pytest.main([str(contract), *options])
+
+    done = forked.run(work, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed
