@@ -35,6 +35,11 @@ ELSEWHERE = {
     "python tools/benchmark.py --only start --results my_results": ".ci/run, with other measurements",
     "hf repos create me/digits-demo --type space --sdk gradio --env MBIB_MODEL=hf-hub:me/digits": "test_space.py",
     "hf upload me/digits-demo space . --type space": "test_space.py",
+    "mbib export MODEL --format onnx": "test_export.py",
+    "mbib export MODEL --format onnx --softmax": "test_export.py",
+    "mbib export MODEL --format torch-export": "test_export.py",
+    "mbib models": "test_zoo.py",
+    "mbib models --all": "test_zoo.py",
 }
 NEEDS = {
     "network": [
@@ -138,8 +143,7 @@ def as_run(command):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_other_command_runs(tmp_path):
-    for library in ("matplotlib", "onnx"):
-        pytest.importorskip(library)
+    pytest.importorskip("matplotlib")
     make_folder(tmp_path)
     first, second = blocks(DOCS / "README.md", "python")
     quick = first.replace("epochs=8", 'epochs=1, warmup_epochs=0, experiment="from_python"')
