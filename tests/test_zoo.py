@@ -194,34 +194,11 @@ def _features_once(found, monkeypatch):
     monkeypatch.setattr(MBIB, "pool_features", pool_features)
 
 
-# One of each network, which every run of the tests measures; of them the last has no few-shot classes.
-MEASURED_ALWAYS = (
-    "cifar_resnet32.ce_cifar100_lt_if100", "bib_resnet32.cifar100_lt_if100", "mbib_resnet32.cifar100_lt_if100",
-    "mbib_efficientnet_lite0.frozen_cifar100_lt_if10",
-)  # fmt: skip
-MEASURED = json.loads((Path(__file__).parent / "golden" / "measured_weights.json").read_text(encoding="utf-8"))
-
-
-def weights_and_numbers(model):
-    """A digest of all that a model's numbers come from, and of the numbers that its record has."""
-    files = [model.weights, *(model.folder / name for name in ("config.json", "recipe.yaml"))]
-    heads = json.loads((model.folder / "metrics.json").read_text(encoding="utf-8"))["result"]["heads"]
-    content = b"".join(file.read_bytes() for file in files) + json.dumps(heads, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_features_once")
 @pytest.mark.parametrize("model", [m for m in PACKAGED if "cifar100" in m.name], ids=lambda model: model.name)
-def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys, faults_asked):
-    """On all 10,000 test images, where they are at hand: to the last digit on the same kind of machine.
-
-    What is not in golden/measured_weights.json with these weights, config, recipe and numbers is measured in every run
-    until its digest is entered there; with --faults, all are.
-    """
-    known = MEASURED.get(model.name) == weights_and_numbers(model)
-    if known and model.name not in MEASURED_ALWAYS and not faults_asked:
-        pytest.skip("these weights have these numbers; --faults 1 measures them again")
+def test_packaged_weights_give_the_numbers_of_their_card(model, shared, capsys):
+    """On all 10,000 test images, where they are at hand: to the last digit on the same kind of machine."""
     data = {"dataset": "folder", "data_dir": str(shared / "data" / "cifar100"), "device": "cpu", "workers": 0}
     data["validation_batch_size"] = 16  # fits a core's cache, unlike the recipe's 256: the same logits in half the time
     found, record = validate(model.name, overrides=data), read_record(model.folder)
@@ -348,7 +325,7 @@ def test_the_models_with_weights_are_listed_in_lines_that_a_terminal_shows_whole
 
 
 @pytest.mark.slow
-def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys, monkeypatch):
+def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys):
     entries = catalogue()
     page = markdown_table(entries)
     assert all(page.count(f"`{entry.model.name}`") >= 1 for entry in entries)
@@ -357,7 +334,6 @@ def test_mbib_models_and_the_table_for_pages_list_the_whole_zoo(capsys, monkeypa
     more = f"{len(entries) - len(trained)} names have no weights yet, but a recipe: mbib models --all"
     assert capsys.readouterr().out == f"{text_table(trained)}\n\n{more}\n"
     assert entries[: len(trained)] == trained
-    monkeypatch.setattr(catalogue_file, "catalogue", lambda trained_only=False: trained if trained_only else entries)
     assert main(["models", "--all"]) == 0
     printed = capsys.readouterr().out
     assert printed == text_table(entries) + "\n"
