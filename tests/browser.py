@@ -46,15 +46,18 @@ def find_browser() -> str:
     pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
 
 
-def open_page(page: Path, folder: Path, width: int = 1100, height: int = 1200, dark: bool = False) -> dict[str, Any]:
+def open_page(
+    page: Path, folder: Path, width: int = 1100, height: int = 1200, dark: bool = False, picture: bool = False
+) -> dict[str, Any]:
     """Open a page in a browser, with a script that reports on it.
 
     Args:
         page: HTML file.
-        folder: for the browser's own files, and the screenshot ``screenshot.png``.
+        folder: for the browser's own files.
         width: of the window, in pixels.
         height: of the window, in pixels.
         dark: prefer dark pages.
+        picture: leave a screenshot, ``screenshot.png``, in the folder, by starting the browser once more.
 
     Returns:
         What the script has found, with what the browser's console said under ``console``.
@@ -73,8 +76,9 @@ def open_page(page: Path, folder: Path, width: int = 1100, height: int = 1200, d
     dumped = subprocess.run(
         [*command, "--dump-dom", framed.resolve().as_uri()], capture_output=True, text=True, timeout=120
     )
-    picture = f"--screenshot={folder / 'screenshot.png'}"
-    subprocess.run([*command, picture, page.resolve().as_uri()], capture_output=True, timeout=120, check=True)
+    if picture:
+        screenshot = f"--screenshot={folder / 'screenshot.png'}"
+        subprocess.run([*command, screenshot, page.resolve().as_uri()], capture_output=True, timeout=120, check=True)
     found = re.search(r'<pre id="probe">(.+?)</pre>', dumped.stdout, re.DOTALL)
     assert found is not None, dumped.stderr[-2000:]
     console = [line for line in dumped.stderr.splitlines() if ":CONSOLE" in line]

@@ -79,20 +79,27 @@ def mbib(*arguments: Any, folder: Any = ".", **environment: str) -> "CompletedPr
     return run(lambda: main([*map(str, arguments)]), folder, **environment)
 
 
-def mbib_and_hub(
-    hub: Any, home: Path, *arguments: Any, folder: Any = ".", **environment: str
+def run_with_hub(
+    hub: Any, home: Path, work: Callable[[], int | None], folder: Any = ".", **environment: str
 ) -> "CompletedProcess[str]":
-    """As `mbib`, with a client of the Hub on loopback that is told what the environment says to a fresh one."""
+    """As `run`, with a client of the Hub on loopback that is told what the environment says to a fresh one."""
     from huggingface_hub import close_session, constants
 
-    from mbib_timm.cli import main
-
-    def told() -> int:
+    def told() -> int | None:
         constants.ENDPOINT = hub.url
         constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
         constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, "HF_HUB_OFFLINE" in environment
         close_session()
-        return main([*map(str, arguments)])
+        return work()
 
     return run(told, folder, **{"HF_TOKEN": hub.token, **environment})
+
+
+def mbib_and_hub(
+    hub: Any, home: Path, *arguments: Any, folder: Any = ".", **environment: str
+) -> "CompletedProcess[str]":
+    """As `mbib`, with a client as in `run_with_hub`."""
+    from mbib_timm.cli import main
+
+    return run_with_hub(hub, home, lambda: main([*map(str, arguments)]), folder, **environment)

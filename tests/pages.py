@@ -59,6 +59,23 @@ def run_commands(commands, folder):
     return printed[::-1]
 
 
+def run_program(program, folder):
+    """Run a Python program in a folder, without a network and on one thread; return what it prints.
+
+    In a process that is forked from this one, as `run_commands`.
+    """
+
+    def work():
+        warnings.simplefilter("ignore")
+        constants.HF_HUB_OFFLINE = True
+        sys.path.insert(0, "")
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+
+    done = forked.run(work, folder, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 def lines_of(block):
     """The commands of a block of shell, on a line each and without comments."""
     lines = [re.sub(r"(^|\s+)#.*", "", line) for line in block.replace("\\\n", " ").splitlines()]

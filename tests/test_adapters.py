@@ -179,10 +179,12 @@ def test_what_trains_with_adapters_is_these_and_the_part(name):
 
 TARGETS = {
     "vit_tiny_patch16_224": (VIT, 32, {"qkv", "proj", "fc1", "fc2"}),
-    "eva02_base_patch14_224": ({"depth": 1, "img_size": 28}, 28,
+    "eva02_base_patch14_224": ({"depth": 1, "img_size": 28, "embed_dim": 96, "num_heads": 3}, 28,
                                {"q_proj", "k_proj", "v_proj", "proj", "fc1_g", "fc1_x", "fc2"}),
     # Its attention reads the weights of qkv.
-    "beit_base_patch16_224": ({"depth": 1, "img_size": 32}, 32, {"proj", "fc1", "fc2"}),
+    "beit_base_patch16_224": (
+        {"depth": 1, "img_size": 32, "embed_dim": 96, "num_heads": 3}, 32, {"proj", "fc1", "fc2"}
+    ),
     "convnext_atto": ({}, 64, {"fc1", "fc2"}),
     "tf_efficientnet_lite0": ({}, 64, {"conv_pw", "conv_pwl", "conv_head"}),
     # It has a module of its own called base_layer.

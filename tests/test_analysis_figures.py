@@ -130,7 +130,7 @@ def texts(figure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("which", "theme"), [("real", DARK), *zip(["real", *EXTREMES], [LIGHT, DARK] * len(EXTREMES), strict=False)]
+    ("which", "theme"), list(zip(["real", *EXTREMES], [LIGHT, DARK] * len(EXTREMES), strict=False))
 )
 def test_every_figure_can_be_drawn(which, theme, request):
     analysis = request.getfixturevalue("real") if which == "real" else EXTREMES[which]

@@ -35,6 +35,11 @@ ELSEWHERE = {
     "python tools/benchmark.py --only start --results my_results": ".ci/run, with other measurements",
     "hf repos create me/digits-demo --type space --sdk gradio --env MBIB_MODEL=hf-hub:me/digits": "test_space.py",
     "hf upload me/digits-demo space . --type space": "test_space.py",
+    "mbib export MODEL --format onnx": "test_export.py",
+    "mbib export MODEL --format onnx --softmax": "test_export.py",
+    "mbib export MODEL --format torch-export": "test_export.py",
+    "mbib models": "test_zoo.py",
+    "mbib models --all": "test_zoo.py",
 }
 NEEDS = {
     "network": [
@@ -65,10 +70,10 @@ NEEDS = {
 # What makes a command quick, by how it begins.
 SHORT = {
     "mbib train tempered.yaml": "--stage1.epochs 1 --stage1.warmup-epochs 0 --stage2.epochs 1 --stage2.warmup-epochs 0",
-    "mbib sweep tempered.yaml": "--epochs 1",
+    "mbib sweep tempered.yaml": "--epochs 1 --imbalance-max 24",
     "mbib train": "--epochs 1 --warmup-epochs 0",
-    "mbib sweep mbib_resnet20": "--epochs 1",
-    "mbib sweep figure9": "--epochs 1",
+    "mbib sweep mbib_resnet20": "--epochs 1 --imbalance-max 24",
+    "mbib sweep figure9": "--epochs 1 --imbalance-max 24",
     "mbib aggregate": "--targets uniform",
 }
 
@@ -138,8 +143,7 @@ def as_run(command):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_other_command_runs(tmp_path):
-    for library in ("matplotlib", "onnx"):
-        pytest.importorskip(library)
+    pytest.importorskip("matplotlib")
     make_folder(tmp_path)
     first, second = blocks(DOCS / "README.md", "python")
     quick = first.replace("epochs=8", 'epochs=1, warmup_epochs=0, experiment="from_python"')
@@ -263,8 +267,7 @@ def test_search_works_without_a_server(site, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [420, 1300])
+@pytest.mark.parametrize(("width", "dark"), [(420, True), (1300, False)])
 def test_pages_fit_into_a_window(site, tmp_path, width, dark):
     # Of each test its own: the probed page lies beside what it needs, and the browser remembers the colours.
     own = shutil.copytree(site, tmp_path / "site")

@@ -5,6 +5,7 @@ import runpy
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import gpu
 import numpy as np
@@ -78,20 +79,27 @@ def test_other_images_than_those_of_the_plan_are_refused(tmp_path, images):
         gpu.require_whole(tmp_path / "packed.tar")
 
 
-SLEEPER = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')\n"
+SLEEPER = """
+import time
+try:
+    print("on", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("saved")
+"""
 DEAF = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('on', flush=True)\ntime.sleep(60)\n"
 
 
-@pytest.mark.parametrize(("code", "said"), [(SLEEPER, "saved"), (DEAF, "on")])
-def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, monkeypatch, code, said):
-    monkeypatch.setattr(gpu, "GRACE", 2)
-    begun = time.monotonic()
-    status = gpu.run_phase(
-        [sys.executable, "-c", code], tmp_path / "log.txt", begun + 5, gpu.Archives(tmp_path)
-    )  # time to start
-    assert status is None
+@pytest.mark.parametrize(("code", "said", "grace"), [(SLEEPER, ["on", "saved"], 20), (DEAF, ["on"], 0.5)])
+def test_what_runs_when_the_time_is_up_is_interrupted_and_then_killed(tmp_path, monkeypatch, code, said, grace):
+    """By a clock that is at the grace before the end once the command has begun, and until then at 0."""
+    log, begun, ends = tmp_path / "log.txt", time.monotonic(), 100
+    clock = SimpleNamespace(monotonic=lambda: ends - grace if log.exists() and log.read_text() else 0)
+    monkeypatch.setattr(gpu, "time", clock)
+    monkeypatch.setattr(gpu, "GRACE", grace)
+    assert gpu.run_phase([sys.executable, "-c", code], log, ends, gpu.Archives(tmp_path)) is None
     assert time.monotonic() - begun < 60
-    assert (tmp_path / "log.txt").read_text().strip() == said
+    assert log.read_text().split() == said
 
 
 def test_a_command_that_ends_gives_its_status(tmp_path):

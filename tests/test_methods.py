@@ -1252,10 +1252,9 @@ torch.save(logits, sys.argv[2])
 """
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Train every method for an epoch. By run: its folder, the trained model's logits, and those in a fresh process."""
-    path = tmp_path_factory.mktemp("results")
+@pytest.mark.slow
+def test_results_load_in_a_fresh_process_through_timm_alone(tmp_path, monkeypatch):
+    """Of every method, trained for an epoch: the logits there are those of the model that was trained."""
     original, logits, images = RunFolder.write_model, {}, {}
 
     def write_model(self, model, *, input_size, **kwargs):
@@ -1267,7 +1266,7 @@ def results(tmp_path_factory):
 
     keys = dict(base="digits", epochs=1, warmup_epochs=0, imbalance_max=24, device="cpu", workers=0, plugin=[str(TOY)])
     folders = {}
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_model", write_model)
         for run, changes in RUNS.items():
             recipe = {**keys, "method": run, **changes}
@@ -1277,30 +1276,25 @@ def results(tmp_path_factory):
                 last = {"method": recipe.pop("method"), "epochs": 0 if kind.post_hoc else 1}
                 first = "mbib" if recipe["model"] == "mbib_resnet20" else "ce"
                 recipe["stages"] = [{"method": first}, last]
-            file = path / "own.yaml"
+            file = tmp_path / "own.yaml"
             file.write_text(yaml.safe_dump(recipe))
-            folders[run] = train(load_recipe(file, {"output": str(path / "runs")}), run.replace(" ", "_")).folder
-    torch.save({str(folder): images[str(folder)] for folder in folders.values()}, path / "images.pt")
-    arguments = [str(path / "images.pt"), str(path / "logits.pt")]
+            folders[run] = train(load_recipe(file, {"output": str(tmp_path / "runs")}), run.replace(" ", "_")).folder
+    torch.save({str(folder): images[str(folder)] for folder in folders.values()}, tmp_path / "images.pt")
+    arguments = [str(tmp_path / "images.pt"), str(tmp_path / "logits.pt")]
     command = [sys.executable, "-c", LOAD, *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    loaded = torch.load(path / "logits.pt", weights_only=True)
-    return {run: (folder, logits[str(folder)], loaded[str(folder)]) for run, folder in folders.items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
-def test_a_result_loads_in_a_fresh_process_through_timm_alone(results, run):
-    folder, trained, loaded = results[run]
-    assert loaded.shape == (4, 10)
-    assert torch.equal(loaded, trained)
-    assert trained.std() > 0
-    config = json.loads((folder / "config.json").read_text())
-    kind = METHODS[RUNS[run].get("method", run)]
-    assert config["logit_prior"] == ("train" if kind.name in ("ce", "focal") else "uniform")
-    keys = load_file(folder / "model.safetensors").keys()
-    assert not any("trainable_module" in key or key in ("offset", "updates", "scale") for key in keys)
+    loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
+    for run, folder in folders.items():
+        trained = logits[str(folder)]
+        assert loaded[str(folder)].shape == (4, 10), run
+        assert torch.equal(loaded[str(folder)], trained), run
+        assert trained.std() > 0, run
+        config = json.loads((folder / "config.json").read_text())
+        kind = METHODS[RUNS[run].get("method", run)]
+        assert config["logit_prior"] == ("train" if kind.name in ("ce", "focal") else "uniform"), run
+        keys = load_file(folder / "model.safetensors").keys()
+        assert not any("trainable_module" in key or key in ("offset", "updates", "scale") for key in keys), run
 
 
 def test_a_run_of_two_streams_draws_each_by_its_own_sampler(tmp_path):

@@ -189,9 +189,9 @@ def test_a_share_of_one_is_no_mixing_and_a_share_of_zero_is_the_other_image():
 
 
 @pytest.mark.parametrize("cuts", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.13])
-@pytest.mark.parametrize("shape", [(16, 16), (15, 22)])
+@pytest.mark.parametrize(
+    ("shape", "share", "smoothing"), [((16, 16), 0.9, 0.0), ((15, 22), 0.5, 0.1), ((15, 22), 0.13, 0.1)]
+)
 def test_a_batch_is_mixed_as_timm_does_it(monkeypatch, cuts, smoothing, share, shape):
     """timm's partner of an image is that at the same distance from the batch's end."""
     images, labels = torch.randn(8, 3, *shape), torch.randint(CLASSES, (8,))

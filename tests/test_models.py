@@ -29,12 +29,19 @@ WRAPPED = timm.list_models(module="mbib_variants")
 EXPERTS = [name for name in WRAPPED if name.removeprefix("mbib_").startswith("experts")]
 DEPTHS = (20, 32, 44, 56, 10, 18, 34, 50, 101, 152)
 VARIANTS = [f"resnet{depth}" for depth in DEPTHS] + ["resnext50", "resnext101", "efficientnet_lite0"]
-# A full pass through the deepest ones says nothing that the shallow ones do not; ResNeXt-50 has ResNet-50's blocks.
-SMALL = [name for name in NAMES if not name.endswith(("101", "152", "44", "56", "34", "resnet50"))]
+# A full pass through the deepest ones says nothing that the shallow ones do not; ResNeXt-50 has ResNet-50's blocks, and
+# of it there is one of each kind.
+SMALL = [
+    name
+    for name in NAMES
+    if not name.endswith(("101", "152", "44", "56", "34", "resnet50", "bib_resnext50")) or name == "mbib_resnext50"
+]
+SMALL.remove("experts_resnext50")
 # One of each kind.
 KINDS = [
     "mbib_resnet20", "mbib_resnet10", "cifar_resnet20", "with_classifier", "experts_resnet20", "mbib_experts_resnet20"
 ]  # fmt: skip
+MORE_KINDS = [*KINDS, "bib_resnet20", "classic_resnet10", "mbib_experts_resnet10"]
 
 
 def create(name, **kwargs):
@@ -55,6 +62,19 @@ def as_tuple(output):
     return output if isinstance(output, tuple) else (output,)
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def described(request):
+    """A name, and its model without numbers, which tests only read."""
+    return request.param, timm.create_model(request.param, device="meta", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def small(request):
+    """A name, and a model of seven classes. Tests of one model follow one another, so that it is initialised once and
+    there is one at a time; they leave its layers as they are."""
+    return request.param, create(request.param)
+
+
 def test_every_variant_is_registered():
     expected = {f"{method}_{variant}" for method in ("mbib", "bib") for variant in VARIANTS}
     assert expected | {"mbib", "bib"} == set(WRAPPED) - set(EXPERTS)
@@ -65,10 +85,10 @@ def test_every_variant_is_registered():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_evaluation_returns_one_tensor_and_training_returns_every_head(name):
-    model = create(name)
+def test_evaluation_returns_one_tensor_and_training_returns_every_head(small):
+    name, model = small
     x = images(name, 4)
+    model.train()
     assert type(model(x)) is (tuple if name in WRAPPED else torch.Tensor)
     outputs = as_tuple(model(x))
     assert len(outputs) == len(getattr(model, "head_names", ("logits",)))
@@ -93,9 +113,8 @@ def test_prediction_is_the_mean_of_the_last_observation_and_the_bottleneck(name)
     assert model(x).isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_and_state_dict_agree(name):
-    model = timm.create_model(name, device="meta")
+def test_config_and_state_dict_agree(described):
+    _, model = described
     cfg, keys = model.pretrained_cfg, model.state_dict().keys()
     classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
     assert all(f"{classifier}.weight" in keys for classifier in classifiers)
@@ -107,24 +126,23 @@ def test_config_and_state_dict_agree(name):
     assert not any(part in ("module", "_orig_mod") for key in keys for part in key.split("."))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_meta_device_and_dtype(name):
-    model = timm.create_model(name, device="meta", dtype=torch.float64)
+def test_meta_device_and_dtype(described):
+    _, model = described
     tensors = [*model.parameters(), *model.buffers()]
     assert all(t.is_meta for t in tensors)
     assert {t.dtype for t in tensors} <= {torch.float64, torch.int64}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MORE_KINDS)
 def test_unknown_keyword_is_a_type_error(name):
     with pytest.raises(TypeError):
         timm.create_model(name, device="meta", not_an_argument=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_reset_classifier(name):
-    model = create(name).eval()
+def test_reset_classifier(small):
+    name, model = small
+    model = copy.deepcopy(model).eval()
     x = images(name)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
@@ -136,6 +154,8 @@ def test_reset_classifier(name):
     assert model(x.double()).shape == (2, model.head_hidden_size)
     model.reset_classifier(0, "")
     assert model(x.double()).ndim == 4
+    model.reset_classifier(5, "max")
+    assert not any(module.training for module in model.modules()), "it stays in evaluation mode"
     assert create(name, num_classes=0).eval()(x).shape == (2, model.head_hidden_size)
     unpooled = create(name, num_classes=0, global_pool="").eval()
     torch.testing.assert_close(unpooled(x), unpooled.forward_features(x))
@@ -151,17 +171,9 @@ def test_classes_after_no_pooling_are_on_pooled_observations(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_reset_classifier_after_evaluation_mode_stays_in_evaluation_mode(name):
-    model = create(name).eval()
-    model.reset_classifier(5, "max")
-    assert not any(module.training for module in model.modules())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_features_and_head_compose_to_the_forward_pass(name):
-    model = create(name).eval()
+def test_features_and_head_compose_to_the_forward_pass(small):
+    name, model = small
+    model.eval()
     x = images(name)
     features = model.forward_features(x)
     assert features.ndim == 4
@@ -171,19 +183,20 @@ def test_features_and_head_compose_to_the_forward_pass(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", [name for name in SMALL if name in (*WRAPPED, "with_classifier")])
-def test_pooled_features_and_heads_compose_to_the_forward_pass(name, training):
-    model, x = create(name).train(training), images(name, 4)
-    if name in EXPERTS:
+def test_pooled_features_and_heads_compose_to_the_forward_pass(small):
+    name, model = small
+    x = images(name, 4)
+    if name in EXPERTS or name not in (*WRAPPED, "with_classifier"):
         assert not hasattr(model, "pool_features")
         return
-    # Training mode moves BatchNorm's running statistics, which nothing reads there.
-    pooled = model.pool_features(x)
-    assert tuple(p.shape[1] for p in pooled) == model.pooled_widths
-    assert all(p.ndim == 2 for p in pooled)
-    for given, expected in zip(as_tuple(model.forward_pooled(pooled)), as_tuple(model(x)), strict=True):
-        assert torch.equal(given, expected)
+    for training in (True, False):
+        model.train(training)
+        # Training mode moves BatchNorm's running statistics, which nothing reads there.
+        pooled = model.pool_features(x)
+        assert tuple(p.shape[1] for p in pooled) == model.pooled_widths
+        assert all(p.ndim == 2 for p in pooled)
+        for given, expected in zip(as_tuple(model.forward_pooled(pooled)), as_tuple(model(x)), strict=True):
+            assert torch.equal(given, expected)
 
 
 def test_pooled_features_are_the_means_of_the_tapped_maps():
@@ -206,9 +219,9 @@ def test_dropout_is_the_heads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_intermediates_over_every_level(name):
-    model = create(name).eval()
+def test_intermediates_over_every_level(small):
+    name, model = small
+    model.eval()
     x = images(name)
     last, maps = model.forward_intermediates(x)
     info = model.feature_info
@@ -260,9 +273,16 @@ def test_pruning_keeps_the_maps_before_it(name):
     assert model.eval()(x).shape == (2, 5)
 
 
+# Classifiers are scripted by themselves below, whatever the network.
 @pytest.mark.slow
-@pytest.mark.parametrize("classifier", CLASSIFIERS)
-@pytest.mark.parametrize("name", [*KINDS, "bib_resnet20", "classic_resnet10", "mbib_experts_resnet10"])
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        *((name, "linear") for name in MORE_KINDS),
+        *((name, kind) for kind in CLASSIFIERS if kind != "linear" for name in ("mbib_resnet20", "cifar_resnet20")),
+        ("mbib_experts_resnet20", "cosine"),
+    ],
+)
 def test_torchscript_and_fx(name, classifier):
     model = create(name, classifier=classifier).eval()
     x = images(name)
@@ -314,9 +334,10 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+# Of the deep ones those whose blocks have numbers of two digits.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("coarse", [True, False])
+@pytest.mark.parametrize("name", [*SMALL, "mbib_resnet101", "cifar_resnet56"])
 def test_parameter_groups_follow_depth(name, coarse):
     model = timm.create_model(name, device="meta")
     group_of = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
@@ -830,7 +851,7 @@ def test_parameters_and_macs_of_a_classifier(kind, parameters):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", MORE_KINDS)
 def test_every_model_takes_every_classifier_and_keeps_its_kind(name, kind):
     model = timm.create_model(name, num_classes=7, device="meta", classifier=kind)
     before = [type(classifier) for classifier in as_tuple(model.get_classifier())]
@@ -955,9 +976,15 @@ def test_own_checkpoint_round_trip_is_strict_and_keeps_what_it_can(tmp_path, num
         )
 
 
+# The kind that is no default for every network, and all of them for two.
 @pytest.mark.slow
-@pytest.mark.parametrize("classifier", CLASSIFIERS)
-@pytest.mark.parametrize("name", [name for name in (*KINDS, "classic_resnet10") if name != "mbib_resnet10"])
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        *((name, "cosine") for name in (*KINDS, "classic_resnet10") if name != "mbib_resnet10"),
+        *((name, kind) for kind in CLASSIFIERS if kind != "cosine" for name in ("mbib_resnet20", "cifar_resnet20")),
+    ],
+)
 def test_a_checkpoint_serves_without_classes_and_with_others(tmp_path, name, classifier):
     """timm's idiom for embeddings, ``pretrained=True, num_classes=0``; the arguments come from config.json."""
     model = create(name, classifier=classifier)

@@ -26,6 +26,7 @@ CLASSES = 100
 PLACES = {"seed", "experiment", "output", "resume"}
 
 
+@cache
 def runs_of(name):
     """The runs of the first seed, by their coordinates."""
     runs = [run for run in plan(find_sweep([name]), {}) if run.recipe.seed == 0]
@@ -91,7 +92,10 @@ def distinct():
     return list({kinds(recipe): recipe for recipe in reversed(recipes)}.items())
 
 
-@pytest.mark.parametrize(("key", "recipe"), distinct(), ids=[key for key, _ in distinct()])
+DISTINCT = distinct()
+
+
+@pytest.mark.parametrize(("key", "recipe"), DISTINCT, ids=[key for key, _ in DISTINCT])
 def test_every_network_and_method_trains(key, recipe):
     torch.manual_seed(0)
     method = create_method(recipe)

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from loopback_hub import TestHub
 from small_data import class_folders
 
@@ -46,16 +46,22 @@ def hub(tmp_path):
     hub.stop()
 
 
-def environment(hub, home, **further):
+def environment(hub, home):
     return {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": hub.token, "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", **further,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
 
 
-def command(hub, home, *arguments, **further):
-    call = [sys.executable, "-m", "mbib_timm", *map(str, arguments)]
-    return subprocess.run(call, env=environment(hub, home, **further), capture_output=True, text=True, timeout=120)
+def fresh(hub, home, *arguments):
+    """Run Python in a process of its own, which finds the Hub by the environment."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment(hub, home),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def publisher(hub, release, waits=None):
@@ -67,6 +73,7 @@ def state(hub):
     return hub.load(REPOSITORY)
 
 
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LOAD = """
 import sys
 import mbib_timm, timm, torch
@@ -78,23 +85,30 @@ for name, file in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def load_elsewhere(hub, home, files, **further):
-    """Load models in a fresh process, by `import mbib_timm` and timm alone; what they give goes into files."""
-    call = [sys.executable, "-c", LOAD, *(str(word) for pair in files.items() for word in pair)]
-    return subprocess.run(call, env=environment(hub, home, **further), capture_output=True, text=True, timeout=120)
+    """Load models by timm alone, in a process with a cache of its own; what they give goes into files."""
+
+    def work():
+        for name, file in files.items():
+            with torch.no_grad():
+                torch.save(timm.create_model(name, pretrained=True).eval()(IMAGES), file)
+
+    return forked.run_with_hub(hub, home, work, **further)
+
+
+@pytest.fixture
+def without_xet(monkeypatch):
+    """Large files go through LFS, also those of this process."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 @pytest.fixture
 def expected(finished_run):
     model = timm.create_model(f"local-dir:{finished_run}", pretrained=True).eval()
     with torch.no_grad():
-        return model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+        return model(IMAGES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
-def test_round_trip(hub, finished_run, expected, tmp_path, xet):
-    switch = {} if xet else {"HF_HUB_DISABLE_XET": "1"}
-    done = command(hub, tmp_path / "home", "publish", finished_run, "--repo-id", REPOSITORY, **switch)
+def require_published(hub, done, xet):
     assert done.returncode == 0, done.stderr
     assert f"published: hf-hub:{REPOSITORY}@v1 (8 of 8 files new)" in done.stdout
     repo = state(hub)
@@ -104,16 +118,35 @@ def test_round_trip(hub, finished_run, expected, tmp_path, xet):
     assert repo["tags"] == {"v1": repo["refs"]["main"]}
     assert len(repo["commits"]) == 2, "the initial commit, and one for everything"
 
-    files = {f"hf-hub:{REPOSITORY}{revision}": tmp_path / f"logits{revision}.pt" for revision in ("", "@v1")}
-    done = load_elsewhere(hub, tmp_path / "other home", files, **switch)
+
+def require_loaded(hub, done, files, expected):
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(torch.equal(torch.load(file), expected) for file in files.values())
     assert hub.token not in done.stdout + done.stderr
-    if not xet:
-        offline, files = {"HF_HUB_OFFLINE": "1", **switch}, {f"hf-hub:{REPOSITORY}": tmp_path / "cached.pt"}
-        done = load_elsewhere(hub, tmp_path / "other home", files, **offline)
-        assert done.returncode == 0, "what is in the cache needs no network"
-        assert torch.equal(torch.load(tmp_path / "cached.pt"), expected)
+
+
+ON_THE_HUB = [f"hf-hub:{REPOSITORY}", f"hf-hub:{REPOSITORY}@v1"]
+
+
+@pytest.mark.slow
+def test_round_trip_over_xet_in_fresh_processes(hub, finished_run, expected, tmp_path):
+    """The second of them loads by `import mbib_timm` and timm alone."""
+    call = ["-m", "mbib_timm", "publish", finished_run, "--repo-id", REPOSITORY]
+    require_published(hub, fresh(hub, tmp_path / "home", *call), xet=True)
+    files = {name: tmp_path / f"{i}.pt" for i, name in enumerate(ON_THE_HUB)}
+    done = fresh(hub, tmp_path / "other home", "-c", LOAD, *(word for pair in files.items() for word in pair))
+    require_loaded(hub, done, files, expected)
+
+
+@pytest.mark.slow
+def test_round_trip_over_lfs(hub, finished_run, expected, tmp_path):
+    call = ["publish", finished_run, "--repo-id", REPOSITORY]
+    require_published(hub, forked.mbib_and_hub(hub, tmp_path / "home", *call), xet=False)
+    files = {name: tmp_path / f"{i}.pt" for i, name in enumerate(ON_THE_HUB)}
+    require_loaded(hub, load_elsewhere(hub, tmp_path / "other home", files), files, expected)
+    hub.stop()  # what is in the cache needs no network
+    files = {ON_THE_HUB[0]: tmp_path / "cached.pt"}
+    require_loaded(hub, load_elsewhere(hub, tmp_path / "other home", files, HF_HUB_OFFLINE="1"), files, expected)
 
 
 def test_a_second_time_nothing_is_committed(hub, finished_run):
@@ -148,12 +181,12 @@ def test_figures_that_are_no_more_go_and_other_files_stay(hub, finished_run):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_xet")
 def test_inference_only_loads_and_predicts_the_same(hub, finished_run, expected, tmp_path):
     publisher(hub, make_release(finished_run, REPOSITORY, inference_only=True)).publish(False, None)
     file = tmp_path / "logits.pt"
-    done = load_elsewhere(hub, tmp_path / "home", {f"hf-hub:{REPOSITORY}": file})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert torch.equal(torch.load(file), expected)
+    files = {ON_THE_HUB[0]: file}
+    require_loaded(hub, load_elsewhere(hub, tmp_path / "home", files), files, expected)
 
 
 @pytest.mark.slow
@@ -229,12 +262,13 @@ def test_tokens(hub, finished_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_xet")
 def test_a_private_repository(hub, finished_run, expected, tmp_path):
     publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=True, revision=None)
     assert state(hub)["private"]
     file = tmp_path / "logits.pt"
-    load_elsewhere(hub, tmp_path, {f"hf-hub:{REPOSITORY}": file})
-    assert torch.equal(torch.load(file), expected)
+    files = {ON_THE_HUB[0]: file}
+    require_loaded(hub, load_elsewhere(hub, tmp_path, files), files, expected)
     call = ["predict", f"hf-hub:{REPOSITORY}", __file__]
     done = forked.mbib_and_hub(hub, tmp_path / "new", *call, HF_TOKEN="wrong")
     assert done.returncode == 2

@@ -75,9 +75,11 @@ def test_the_issued_recipes_are_there():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_loads_and_says_what_it_yields(name):
+def test_every_recipe_loads_is_read_back_the_same_and_says_what_it_yields(tmp_path, name):
     path = find_recipe(name)
-    load_recipe(path)
+    recipe = load_recipe(path)
+    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
     text = path.read_text(encoding="utf-8")
     head = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in head)
@@ -89,9 +91,13 @@ def test_every_recipe_loads_and_says_what_it_yields(name):
     assert f"`{name}`" in readme, f"{name} is missing in the table of recipes/README.md"
 
 
-@pytest.mark.parametrize("path", [*map(find_recipe, RECIPES), *BASES], ids=lambda path: path.stem)
-def test_no_recipe_repeats_what_holds_without_it(path):
+def test_no_recipe_repeats_what_holds_without_it():
     """Neither a default, nor what its base says, nor in a stage what the recipe says outside."""
+    for path in (*map(find_recipe, RECIPES), *BASES):
+        require_no_repetition(path)
+
+
+def require_no_repetition(path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     below = {key: value for key, value in Recipe().to_dict().items() if key not in IDENTITY}
     if base := content.pop(BASE, None):
@@ -112,14 +118,14 @@ def method_of(content):
     return {"name": method} if isinstance(method, str) else method
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_settings_of_a_method_are_not_repeated_either(name):
-    content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
-    for part in (content, *content.get(STAGES, [])):
-        if "method" in part:
-            given = method_of(part)
-            defaults = resolve_method({"name": given["name"]})[1]
-            assert not [key for key, value in given.items() if key != "name" and defaults[key] == value]
+def test_settings_of_a_method_are_not_repeated_either():
+    for name in RECIPES:
+        content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
+        for part in (content, *content.get(STAGES, [])):
+            if "method" in part:
+                given = method_of(part)
+                defaults = resolve_method({"name": given["name"]})[1]
+                assert not [key for key, value in given.items() if key != "name" and defaults[key] == value], name
 
 
 def small_method(recipe, network=None):
@@ -390,13 +396,6 @@ def test_numbers_without_a_dot_are_read_as_yaml_leaves_them(tmp_path):
     path.write_text("lr: 3e-4\nweight_decay: 0\n")
     recipe = load_recipe(path)
     assert (recipe.lr, recipe.weight_decay) == (3e-4, 0.0)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_saved_recipe_is_read_back_the_same(tmp_path, name):
-    recipe = load(name)
-    (tmp_path / "recipe.yaml").write_bytes(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 def test_recipes_are_found_by_name_and_by_file(tmp_path):

@@ -994,6 +994,7 @@ def reported(tmp_path_factory, finished_run):
     analyze([str(run)], images_per_class=10)
     (run / "notes.md").write_text("Trained for a test.\n\nIts `few` classes <are> few.\n")
     flags = ["--epochs", "2", "--device", "cpu", "--output", str(root / "runs"), "--results", str(root / "results")]
+    flags += ["--imbalance-max", "48"]
     # One seed is enough here: others are for the tests of sweeps.
     sweep = ["sweep", "figure9_structures", "--recipe", "mbib_resnet20.digits", "--seeds", "0", *flags]
     assert main(sweep) == 0
@@ -1058,10 +1059,10 @@ def test_every_figure_is_there_as_png_and_pdf(reported):
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, False), (360, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
 def test_a_browser_shows_all_of_it_and_complains_of_nothing(reported, tmp_path, width, dark):
     page, inputs = reported
-    found = open_page(page, tmp_path, width=width, dark=dark)
+    found = open_page(page, tmp_path, width=width, dark=dark, picture=dark)
     assert (found["errors"], found["console"], found["requests"]) == ([], [], [])
     assert found["scripts"] == 0
     assert all(image["loaded"] for image in found["images"])
@@ -1076,7 +1077,7 @@ def test_a_browser_shows_all_of_it_and_complains_of_nothing(reported, tmp_path, 
     assert (sum(light) < 150) == dark
     assert len(found["titles"]) == len(inputs) + 2  # the words, and side by side
     assert found["dangling"] == 0
-    assert (tmp_path / "screenshot.png").stat().st_size > 10_000
+    assert not dark or (tmp_path / "screenshot.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_the_compiled_step_gives_the_eager_losses_and_compiles_each_shape_once()
 def test_without_a_compiler_a_run_goes_on_eagerly_and_says_so_once(tmp_path):
     environment = {**os.environ, "CXX": "no_such_compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     command = ["train", "--epochs", "1", "--device", "cpu", "--warmup-epochs", "0", "--imbalance-max", "48"]
-    command += ["--output", str(tmp_path), "--experiment"]
+    command += ["--model", "test_resnet", "--method", "ce", "--output", str(tmp_path), "--experiment"]
     assert main([*command, "eager"]) == 0
     fresh = [sys.executable, "-m", "mbib_timm", *command, "compiled", "--torchcompile"]
     done = subprocess.run(fresh, env=environment, capture_output=True, text=True)

@@ -509,9 +509,9 @@ def test_runs_share_data_and_images(tmp_path, monkeypatch):
 def test_runs_side_by_side_are_those_of_one_process_interrupted_or_not(finished, tmp_path, number):
     whole, results, _ = finished
     places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    command = ["sweep", DIGITS, "cifar_resnet20.ce_digits", "--seeds", "0", "1", "--jobs", "2", *places, *FLAGS]
+    command = ["sweep", DIGITS, "cifar_resnet20.ce_digits", "--seeds", "0", "1", *places, *FLAGS]
     log = tmp_path / "log"
-    process = forked.start(lambda: main(command), log, log)
+    process = forked.start(lambda: main([*command, "--jobs", "2"]), log, log)
     folder = tmp_path / "runs" / "sweep-1e"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(folder.glob("*/metrics.json")):
@@ -521,7 +521,7 @@ def test_runs_side_by_side_are_those_of_one_process_interrupted_or_not(finished,
     assert process.exitcode == 128 + number, log.read_text()
     assert "Traceback" not in log.read_text()
     assert not list(folder.glob("*seed1/metrics.json")), "it ended before it was interrupted"
-    done = forked.mbib(*command)  # at once: no lock is left
+    done = forked.mbib(*command)  # at once: no lock is left; and by itself, which starts no processes for seconds
     assert done.returncode == 0, done.stderr
     labels = [run.name for run in whole.iterdir()]
     assert {run.name for run in folder.iterdir()} == set(labels)

@@ -14,7 +14,7 @@ import forked
 import numpy as np
 import pytest
 from loopback_hub import TestHub
-from pages import blocks, lines_of, run_commands
+from pages import blocks, lines_of, run_commands, run_program
 from PIL import Image, ImageDraw
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -259,10 +259,10 @@ def test_which_backbone(tmp_path):
 spread = timm.create_model("mbib", backbone="vit_small_patch14_dinov2.lvd142m", img_size=224, device="meta")
 assert spread.taps == (3, 7, 11) and spread.pool_type == "token"
 """
-    run(code + check, tmp_path)
+    run_program(code + check, tmp_path)
 
 
 def test_trained_models(tmp_path):
     (code,) = blocks(DOCS / "trained_models.md", "python")
     image = "from PIL import Image\nimage = Image.new('RGB', (40, 30))\n"
-    run(f"{image}{code}\nassert logits.shape == (1, 100)", tmp_path)
+    run_program(f"{image}{code}\nassert logits.shape == (1, 100)", tmp_path)

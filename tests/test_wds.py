@@ -269,7 +269,7 @@ def test_forked_and_pickled_readers_open_files_of_their_own(many):
 
 def test_an_index_of_ten_million_images_takes_less_than_a_gigabyte(tmp_path):
     """By what a smaller one takes of each image: no object of Python's."""
-    count = 3000
+    count = 500
     entries = [entry for i in range(count) for entry in sample(f"{i:020d}", i % 10, png=b"x", txt=b"")]
     root = shards(tmp_path, {"0.tar": entries, "1.tar": entries})
     open_split(recipe(root), "all")
