@@ -669,6 +669,30 @@ def test_no_tracker_begins_where_another_process_trains(tmp_path, monkeypatch):
     busy.end()
 
 
+def test_who_finds_another_process_training_is_not_told_to_remove_its_folder(tmp_path, capsys):
+    busy = RunFolder(tmp_path / "run")
+    busy.begin(digits(tmp_path), {})
+    with pytest.raises(BusyFolderError, match=r"another process is training in .*run; wait for it, or choose another"):
+        train(digits(tmp_path), "run")
+    (busy.path / "last.ckpt").touch()
+    with pytest.raises(BusyFolderError, match="another process is training in"):
+        train(digits(tmp_path, resume="auto"), "run")
+    assert "resumed" not in capsys.readouterr().out
+    busy.end()
+    with pytest.raises(MbibError, match="already holds a run"):
+        train(digits(tmp_path), "run")
+
+
+def test_of_another_recipe_model_and_method_are_named_first(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(digits(tmp_path), {})
+    folder.end()
+    other = digits(tmp_path, model="cifar_resnet20", lr=0.7, epochs=9, batch_size=7, momentum=0.1, weight_decay=0.3)
+    other = other.replace(method={"name": "ce"})
+    with pytest.raises(CheckpointError, match=r"another recipe: (model|method) .*, (model|method) .* and \d+ more;"):
+        RunFolder(folder.path).agree(other)
+
+
 @pytest.mark.slow
 def test_trackio_on_request_goes_on_in_its_run(tmp_path, monkeypatch):
     """Against the package itself, read back from its database."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mbib_timm.data.images import channelwise
 from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import Environment
-from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, first_line
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError, few, first_line
 from mbib_timm.evaluation.answer_files import CLASSES, CONFUSION, ERRORS, PREDICTIONS
 from mbib_timm.files import check_folder, counted, printable, read_json, remove_debris, to_json, write_bytes
 from mbib_timm.models.adapters import merged_weights
@@ -40,6 +40,7 @@ from mbib_timm.results.redact import redact_value
 from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set_aside, take_next
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
+LOCK = ".lock"
 # What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
 MEASURED = (RECORD, PREDICTIONS, CONFUSION, CLASSES, ERRORS, "aggregation.json", "analysis/analysis.json")
 # What of an environment decides the bits that come out.
@@ -91,7 +92,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it when a process is killed
+        self._lock = FileLock(path / LOCK, timeout=0)  # the system lets go of it when a process is killed
         self._seen = self._checkpoints()
         self._unsound: list[Path] = []
 
@@ -114,8 +115,10 @@ class RunFolder:
         return state
 
     def require_free(self) -> None:
-        """Raise MbibError if another run lives here."""
+        """Raise MbibError if another run lives here, or another process trains here."""
         places = (self, *map(RunFolder, self.path.glob("stage*-*")))
+        for place in places:
+            place.require_idle()
         if any((place.path / "recipe.yaml").exists() or place.has_checkpoint() for place in places):
             raise MbibError(
                 f"{self.path} already holds a run: resume it with --resume auto, choose another folder with "
@@ -124,6 +127,22 @@ class RunFolder:
         there = next(place for place in (self.path, *self.path.parents) if place.exists())
         if not there.is_dir():
             raise MbibError(f"{there} is a file; choose another folder with --experiment or --output")
+
+    def require_idle(self) -> None:
+        """Raise BusyFolderError if another process is training here; whoever is told so should neither wait in vain nor
+        remove what it writes."""
+        if self._lock.is_locked or not (self.path / LOCK).exists():
+            return
+        try:
+            with self._lock:
+                return
+        except Timeout:
+            raise self._busy() from None
+        except OSError:  # a folder that cannot be written is an error of its own
+            return
+
+    def _busy(self) -> BusyFolderError:
+        return BusyFolderError(f"another process is training in {self.path}; wait for it, or choose another folder")
 
     def recipe(self, plugins: Sequence[str] = ()) -> Recipe:
         """Return the recipe of the run here. Raises CheckpointError where there is none.
@@ -182,12 +201,9 @@ class RunFolder:
         before, now = there.computation(), recipe.computation()
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
-            listing = ", ".join(
-                f"{key} ({there} there, {asked} asked for)"
-                for key in changed[:4]
-                if key != "stages"
-                for there, asked in [_in_short(before.get(key), now.get(key))]
-            )
+            first = sorted((key for key in changed if key != "stages"), key=lambda key: key not in ("model", "method"))
+            pairs = {key: _in_short(before.get(key), now.get(key)) for key in first}
+            listing = few([f"{key} ({there} there, {asked} asked for)" for key, (there, asked) in pairs.items()], 4)
             listing = listing or "its stages differ"
             raise CheckpointError(
                 f"{self.path} holds a run of another recipe: {listing}; resume it as it began, choose another "
@@ -208,8 +224,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            text = f"another process is training in {self.path}; wait for it, or choose another folder"
-            raise BusyFolderError(text) from None
+            raise self._busy() from None
         except OSError as error:
             raise MbibError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
         if self._checkpoints() != self._seen:

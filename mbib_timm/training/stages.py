@@ -215,6 +215,8 @@ def _find_folder(
         if recipe.resume != "auto" and not any(folder.path.glob("stage*-*")):
             raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
         return recipe, folder, None
+    if world.is_main:
+        folder.require_idle()  # before anything is said of what is resumed
     recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)
