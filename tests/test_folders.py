@@ -186,6 +186,13 @@ def test_the_folder_of_a_class_is_not_the_data(tmp_path):
         open_split(folder_recipe(root / "ant"), "all")
 
 
+def test_loose_pictures_are_not_said_to_lie_in_a_class_of_the_working_directory(tmp_path, monkeypatch):
+    unpacked(tmp_path / "loose", {"1.png": png(1)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"per class \(unlabelled images: mbib predict RUN loose\); left out"):
+        open_split(folder_recipe("loose"), "all")
+
+
 def test_images_beside_the_folders_of_splits_are_named(tmp_path):
     entries = [f"{split}/{name}/1.png" for split in ("train", "val") for name in ("ant", "bee")]
     files = {name: png(1) for name in [*entries, "stray.png", "notes.txt", ".hidden.png"]}

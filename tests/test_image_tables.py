@@ -233,6 +233,10 @@ def test_parquet(images):
         (f"path,label\nBär/0.png,{'B' * 5000}\n", r"t\.csv, line 2: column 'label' holds 5,000 characters; expected"),
         ('path,"label\nor",label\nBär/0.png,x,Bär\n', r"holds 1 class \(Bär\)"),
         ("path,label\n" + "x/{},B\n" * 3, r"images of several|of its 1 image, 1 cannot be found"),
+        (
+            "path,label\nBär/0.png,Bär\nBär/1.png,\n",
+            r"1 class .*; left out of training: rows without a class: 1 ",
+        ),
         ("path,label\nBär/0.png,Bär\nBär/1.png,Bär\n", r"holds 1 class \(Bär\); a classifier needs two or more"),
     ],
 )

@@ -70,6 +70,14 @@ def test_names_of_which_training_has_none():
         match_classes("test", split(("ant", "Bee"), [0, 1]), NAMES, 4, learn)
 
 
+def test_where_most_names_are_foreign_none_is_a_slip():
+    learn = "; the model knows other classes"
+    with pytest.raises(DataError, match=r"not in training: 'badger', 'antt'; training has .*the model knows other"):
+        match_classes("test", split(("badger", "antt", "bee"), [0, 1, 2]), NAMES, 4, learn)
+    with pytest.raises(DataError, match=r"1 class not in training: 'badger'; training has"):
+        match_classes("test", split(("badger", "bridge"), [0, 1]), ("bridge", "fox"), 2)
+
+
 DINO = {"backbone": "vit_base_patch14_reg4_dinov2.lvd142m", "classifier": "cosine", "classifier_scale": 25}
 
 

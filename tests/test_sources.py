@@ -416,7 +416,7 @@ def test_data_that_cannot_be_downloaded(error, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
     with pytest.raises(
         DataError,
-        match=rf"^CIFAR100 cannot be downloaded .*network.*into {tmp_path}, or give images .* --data-dir FOLDER$",
+        match=rf"^CIFAR100 cannot be downloaded .*network.*into {tmp_path}; images of .* --data-dir FOLDER \(",
     ):
         open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path), dataset_download=True), "train")
 
@@ -529,3 +529,13 @@ def test_evaluated_images_that_are_trained_on_are_said(keys, line, tmp_path):
     said = [text for text in summary(data) if "trained on" in text]
     assert len(said) == (line is not None)
     assert all(text.startswith(f"warning: {line}") for text in said)
+
+
+def test_a_download_does_not_go_into_a_folder_of_somebodys_own_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.download_and_extract_archive", lambda *a, **k: pytest.fail("downloaded")
+    )
+    (tmp_path / "fox").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "fox" / "1.png")
+    with pytest.raises(DataError, match=rf"no CIFAR100.*own train with: mbib train finetune/.* --data-dir {tmp_path} "):
+        open_split(Recipe(dataset="torch/cifar100", data_dir=str(tmp_path), dataset_download=True), "train")

@@ -394,7 +394,9 @@ def open_folder(
 def _one_level_up(path: Path) -> str:
     """Return what to say of a folder that holds images, and may be that of a class."""
     up = path.resolve().parent if path.name in ("", "..") or path.parent == Path() else path.parent
-    return f"; --data-dir is the folder that holds one folder per class; perhaps {quote(str(up))}?"
+    perhaps = "" if up.resolve() == Path.cwd() else f"; perhaps {quote(str(up))}?"
+    unlabelled = f"unlabelled images: mbib predict RUN {quote(str(path))}"
+    return f"; --data-dir is the folder that holds one folder per class ({unlabelled}){perhaps}"
 
 
 def _known(split_names: Collection[str]) -> set[str]:

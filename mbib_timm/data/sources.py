@@ -314,13 +314,19 @@ def _open_torchvision(kind: Callable[..., Any], recipe: Recipe, split: str) -> S
     if split not in ("train", "test", "validation"):
         raise DataError(f"{name} has the splits train and test, not {split!r}")
     root = Path(recipe.data_dir or "data")
+    if recipe.data_dir is not None and is_image_folder(recipe) and has_images(root, folders=True):
+        # Before a download puts other images beside them, which would train without a word.
+        raise DataError(
+            f"data_dir {root} holds class folders with images, and no {name}, which would need a folder of its own; "
+            f"images of your own train with: {train_command(recipe.data_dir)}"
+        )
     try:
         found = kind(str(root), train=split == "train", download=recipe.dataset_download)
     except (RuntimeError, OSError) as error:
         if isinstance(error, URLError) or first_line(error).startswith("Error downloading"):
             raise DataError(
-                f"{name} cannot be downloaded (is there a network?): put it into {root}, or give images of your "
-                "own with --dataset folder --data-dir FOLDER"
+                f"{name} cannot be downloaded (is there a network?): put it into {root}; images of your own train "
+                f"with: {train_command('FOLDER')}"
             ) from None
         reason = first_line(error) if recipe.dataset_download else "missing or damaged; --dataset-download fetches it"
         raise DataError(f"cannot open {name} under {root}: {reason}") from None

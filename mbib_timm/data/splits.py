@@ -15,15 +15,18 @@ import numpy as np
 
 from mbib_timm.data.archives import ArchiveReader
 from mbib_timm.data.groups import hold_out_groups, require_groups
+from mbib_timm.data.image_tables import NO_LABEL
 from mbib_timm.data.images import ArrayReader, Split, evenly_spaced
 from mbib_timm.data.long_tail import count_classes, hold_out, long_tailed_counts, long_tailed_indices, named
 from mbib_timm.data.paths import PathReader
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE, UNREADABLE, Source
 from mbib_timm.errors import DataError, MbibError, few, nearest
 from mbib_timm.files import composed, counted, in_words
-from mbib_timm.recipe import Recipe
+from mbib_timm.recipe import Recipe, train_command
 
 NAMES = 10_000  # of a split's images that its digest looks at, evenly spread
+# Share of letters from which another class's name counts as a slip: fewer letters are alike in badger and bridge.
+SLIP = 0.75
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,12 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
 
 @contextmanager
 def _unreadable_said(train: Split) -> Iterator[None]:
-    """Add what training has lost as unreadable to an error about classes, for which it may be the reason."""
+    """Add what training has lost, unreadable or without a label, to an error about classes, of which it may be the
+    reason."""
     try:
         yield
     except DataError as error:
-        lost = {why: train.left_out[why] for why in (UNREADABLE, NO_READABLE) if why in train.left_out}
+        lost = {why: train.left_out[why] for why in (UNREADABLE, NO_READABLE, NO_LABEL) if why in train.left_out}
         if not lost:
             raise
         raise DataError(f"{error}; left out of training: {in_words(lost)}") from None
@@ -252,7 +256,10 @@ def _num_classes(recipe: Recipe, train: Split) -> int:
             hint = f"; if the folders in {names!r} are the classes, give --data-dir {quote(str(inner))}"
         raise DataError(f"{place} holds {in_data} class ({names}); a classifier needs two or more{hint}")
     if recipe.num_classes is not None and recipe.num_classes != in_data:
-        raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}")
+        hint = ""
+        if recipe.dataset == "folder" and recipe.data_dir and recipe.imbalance != "none":  # a benchmark's recipe
+            hint = f"; images of your own train with: {train_command(recipe.data_dir)}"
+        raise DataError(f"the data have {in_data} classes, recipe key 'num_classes' says {recipe.num_classes}{hint}")
     return in_data
 
 
@@ -318,8 +325,8 @@ def _renumbered(
             raise DataError(f"{where} has two classes {twice!r}, and split {name!r} other classes: no match by name")
     labels = {each: label for label, each in enumerate(known)}
     if unknown := [each for each in given.values() if each not in labels]:
-        foreign = bool(instead) and len(unknown) == len(given)
-        near = [[] if foreign else nearest(each, known, most=1) for each in unknown]
+        foreign = bool(instead) and 2 * len(unknown) > len(given)
+        near = [[] if foreign else nearest(each, known, most=1, alike=SLIP) for each in unknown]
         hints = [f" (did you mean {found[0]!r}?)" if found else "" for found in near]
         had = "" if any(hints) else f"; training has {few([*map(repr, known)])}"
         if not foreign:
