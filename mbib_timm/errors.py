@@ -42,6 +42,10 @@ class NonFiniteLossError(MbibError):
     exit_status = 1
 
 
+class NoFirstLossError(NonFiniteLossError):
+    """The loss of the first step was infinite or not a number, before any update."""
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says first; libraries add paragraphs."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -219,7 +219,7 @@ def test_a_plugins_sampler_serves_a_recipe(write, tmp_path):
     [
         ("import no_such_library\n", r"cannot be imported: ModuleNotFoundError: No module named 'no_such_library'"),
         ("def broken(:\n", r"cannot be imported: SyntaxError: "),
-        ("1 / 0\n", r"cannot be imported: ZeroDivisionError: division by zero"),
+        ("1 / 0\n", r"cannot be imported: ZeroDivisionError: division by zero \(plugin\.py, line 1\)"),
         ("raise SystemExit(0)\n", r"cannot be imported: SystemExit: 0"),
         (METHOD.format(name="half") + "\nraise ValueError('first line\\nsecond line')\n", r"ValueError: first line"),
         ("x = 1\n", r"registers no method: expected a class under @register\('name'\)"),
@@ -250,7 +250,7 @@ def test_what_is_no_plugin_is_an_error_of_one_line(write, tmp_path, capsys, cont
         ("no_such_module", "plugin no_such_module cannot be imported: ModuleNotFoundError"),
         ("json", "plugin json registers no method"),
         ("", "plugin"),
-        (".", "plugin"),
+        (".", "plugin .: expected a file whose name ends in .py, or the name of a module"),
     ],
 )
 def test_plugins_that_do_not_exist(tmp_path, capsys, plugin, message):
@@ -259,6 +259,16 @@ def test_plugins_that_do_not_exist(tmp_path, capsys, plugin, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_slip_in_a_plugins_name_is_answered_with_the_file_beside(write, tmp_path, monkeypatch):
+    write("focal_of_mine.py", METHOD.format(name="beside"))
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MbibError, match=r"No module named 'focal_of_mine'; did you mean 'focal_of_mine\.py'\?"):
+        load_plugin("focal_of_mine")
+    with pytest.raises(MbibError, match=r"there is no such file; did you mean 'focal_of_mine\.py'\?"):
+        load_plugin("fokal_of_mine.py")
 
 
 @pytest.mark.parametrize("flags", [[], ["--epochs", "1"]])
@@ -800,8 +810,12 @@ def test_a_run_whose_plugin_is_gone_says_what_to_do(write, tmp_path):
 def test_code_that_has_trained_nothing_is_not_recorded(write, tmp_path, capsys):
     text = METHOD.format(name="stopped")
     path = write("stopped.py", text.replace("return logits", "return float('nan') * logits"))
-    with pytest.raises(NonFiniteLossError):
+    with pytest.raises(
+        NonFiniteLossError, match=r"method 'stopped': the loss is nan before any update: look at its formula and"
+    ):
         train(short_recipe(tmp_path, path, "stopped"), "run")
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert not [*tmp_path.glob("**/*.ckpt")]
     write("stopped.py", text)
     run = train(short_recipe(tmp_path, path, "stopped").replace(resume="auto"), "run")
     assert run.record.inputs[0].plugins == {"stopped.py": code_of(str(path))}

@@ -309,3 +309,12 @@ def test_logged_losses_are_means_over_the_processes(monkeypatch):
         log.add({"loss": torch.tensor(loss), "loss_z": torch.tensor(0.5)}, "mbib")
     assert log.read_sums() == {"loss": 2.0 + 5.5 + 16.5, "loss_z": 1.0 + 2 * 2.75}
     assert log.read() == {"loss": 6.0, "loss_z": 6.5 / 4}
+
+
+def test_a_loss_without_a_gradient_names_the_method(monkeypatch):
+    recipe = settings("ce")
+    method, optimizer = setup(recipe)
+    step = create_step(recipe, method, optimizer, FULL)
+    monkeypatch.setattr(type(method), "loss", lambda self, logits, targets: {"loss": logits["z"].detach().mean()})
+    with pytest.raises(MbibError, match=r"method 'ce': its loss has no gradient: .*detach\(\)"):
+        step(next(iter(batches())))

@@ -6,12 +6,13 @@ import importlib.util
 import io
 import sys
 import tokenize
+import traceback
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from mbib_timm.errors import MbibError, first_line
+from mbib_timm.errors import MbibError, first_line, nearest
 from mbib_timm.recipe.declared import packaged_methods
 from mbib_timm.registry import IMPORTED, forget, is_inside
 
@@ -40,8 +41,11 @@ def load_plugin(plugin: str) -> str:
         return where
     is_file = module != plugin
     if is_file and not Path(where).is_file():
-        raise MbibError(f"plugin {plugin}: there is no such file")
+        near = nearest(Path(where).name, [file.name for file in Path(where).parent.glob("*.py")], most=1)
+        raise MbibError(f"plugin {plugin}: there is no such file{f'; did you mean {near[0]!r}?' if near else ''}")
     if is_file and Path(where).suffix != ".py":
+        raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
+    if not is_file and (plugin.startswith(".") or Path(plugin).name != plugin):
         raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
     if not is_file and module in sys.modules and _registers(module) and _changed_at(module) > IMPORTED:
         _forget(module)  # somebody has imported it before: perhaps from other code than is there now
@@ -53,14 +57,25 @@ def load_plugin(plugin: str) -> str:
             importlib.import_module(module)
             code = code_of(module)
     except (Exception, SystemExit) as error:  # whatever somebody else's file does wrong
+        line = _line_in(module, error)
         _forget(module, known)
-        reason = first_line(error) if isinstance(error, MbibError) else f"{type(error).__name__}: {first_line(error)}"
+        is_ours = isinstance(error, MbibError)  # and names the method at fault
+        reason = first_line(error) if is_ours else f"{type(error).__name__}: {first_line(error)}{line}"
+        if isinstance(error, ModuleNotFoundError) and error.name == plugin and Path(f"{plugin}.py").is_file():
+            reason = f"{reason}; did you mean {f'{plugin}.py'!r}?"
         raise MbibError(f"plugin {plugin} cannot be imported: {reason}") from None
     if not _registers(module):
         _forget(module, known)
         raise MbibError(f"plugin {plugin} registers no method: expected a class under @register('name')")
     _loaded[where] = code
     return where
+
+
+def _line_in(module: str, error: BaseException) -> str:
+    """Return in which line of a module, or of one inside it, an error came up, in brackets; empty where in none."""
+    frames = traceback.walk_tb(error.__traceback__)
+    found = [(frame, line) for frame, line in frames if is_inside(frame.f_globals.get("__name__", ""), module)]
+    return f" ({Path(found[-1][0].f_code.co_filename).name}, line {found[-1][1]})" if found else ""
 
 
 def renew_plugin(plugin: str) -> None:

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from mbib_timm.data import TrainLoader
 from mbib_timm.environment import is_distributed, of_all
-from mbib_timm.errors import MbibError, NonFiniteLossError, few
+from mbib_timm.errors import MbibError, NoFirstLossError, NonFiniteLossError, few
 from mbib_timm.methods import Method
 from mbib_timm.progress import Progress
 from mbib_timm.recipe import Recipe
 from mbib_timm.training.step import TrainingStep
 
-DIVERGED = "the last good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5"
+DIVERGED = (
+    "the last good checkpoint is untouched. Try a lower --lr, a longer warm-up or --clip-grad 5, as a run of its own "
+    "(--experiment NAME)"
+)
 
 
 class LossLog:
@@ -35,6 +38,7 @@ class LossLog:
         self.pending: list[Tensor] = []
         self.sums = list(sums.values())
         self.steps = steps
+        self.method = ""
 
     def read_sums(self) -> dict[str, float]:
         """Return the sums so far; as `read`."""
@@ -51,7 +55,7 @@ class LossLog:
         Raises:
             MbibError: they have other names than those of the steps before.
         """
-        self.names = self.names or tuple(parts)
+        self.names, self.method = self.names or tuple(parts), method
         if parts.keys() != set(self.names):
             raise MbibError(
                 f"method {method!r}: expected the same loss parts in every step of an epoch, as in those before "
@@ -64,27 +68,35 @@ class LossLog:
 
         Raises:
             NonFiniteLossError: a loss part was infinite or not a number, in any process; names epoch, step and part.
+            NoFirstLossError: it was so in the first step, which is no matter of the learning rate.
         """
         rows = torch.stack(self.pending).tolist() if self.pending else []
         self.pending.clear()
         problem = next(filter(None, map(self._problem, count(self.steps), rows)), None)
         problems, rows_of_all = zip(*of_all((problem, rows)), strict=True)
         # All stop here together: one that went on alone would wait for the others.
-        if (text := next(filter(None, problems), None)) is not None:
-            raise NonFiniteLossError(text)
+        if (error := next(filter(None, problems), None)) is not None:
+            raise error
         for step in zip(*rows_of_all, strict=True):
             values = [sum(part) / len(step) for part in zip(*step, strict=True)]
             self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
         self.steps += len(rows)
         return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
 
-    def _problem(self, step: int, values: list[float]) -> str | None:
-        """Return what is wrong with the loss parts of a step, counted from 0; None for nothing."""
+    def _problem(self, step: int, values: list[float]) -> NonFiniteLossError | None:
+        """Return an error of what is wrong with the loss parts of a step, counted from 0; None for nothing."""
         bad = next(((name, v) for name, v in zip(self.names, values, strict=True) if not math.isfinite(v)), None)
         if bad is None:
             return None
         where = f" in process {torch.distributed.get_rank()}" if is_distributed() else ""
-        return f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; {DIVERGED}"
+        if self.epoch == step == 0:
+            part = "the loss" if bad[0] == "loss" else f"loss part {bad[0]!r}"
+            return NoFirstLossError(
+                f"method {self.method!r}: {part} is {bad[1]} before any update{where}: look at its formula and settings"
+            )
+        return NonFiniteLossError(
+            f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; {DIVERGED}"
+        )
 
 
 def require_finite(method: Method, epoch: int) -> None:

@@ -24,7 +24,7 @@ from mbib_timm.environment import (
     seed_generators,
     share_buffers,
 )
-from mbib_timm.errors import CheckpointError, few, first_line
+from mbib_timm.errors import CheckpointError, NoFirstLossError, few, first_line
 from mbib_timm.evaluation import AnswerLog, evaluate
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.trained_images import evaluated_line
@@ -243,9 +243,10 @@ class Run:
         try:
             for epoch in range(done.epoch, recipe.epochs):
                 self._train_epoch(epoch)
-        except Exception:
+        except Exception as error:
             # Nothing is lost, and the command can be given again once it is mended.
-            if self.is_new and not self.checked and self.world.is_main:
+            updated = self.checked and not isinstance(error, NoFirstLossError)
+            if self.is_new and not updated and self.world.is_main:
                 self.folder.clear()
             raise
         finally:

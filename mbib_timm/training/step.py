@@ -182,6 +182,11 @@ def training_step(
     for name, value in parts.items():
         if found := no_scalar(value):
             raise MbibError(f"{expected} {found} for {name!r}")
+    if not parts["loss"].requires_grad:
+        raise MbibError(
+            f"method {method.name!r}: its loss has no gradient: nothing connects it to the weights that train; look "
+            "for detach(), argmax, item() or torch.no_grad() in its formula"
+        )
     loss = parts["loss"] / accumulate
     parameters = list(method.get_clip_parameters(exclude_head=clip_mode == "agc")) if clip_grad else None
     if precision.scaler is not None:
