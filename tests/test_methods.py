@@ -1386,3 +1386,31 @@ def test_what_goes_together_is_as_the_documentation_says(name):
             with pytest.raises(MbibError, match=f"method '{name}' (needs|compares)"):
                 build()
     assert mixing == ("trains nothing" if kind.post_hoc else "yes" if kind.soft_targets else "no: it needs labels")
+
+
+class WithFeatures(nn.Module):
+    """A network around a model, as docs/methods.md has it, that says nothing of the model in it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.projector = model, nn.Linear(4, 4)
+
+    def forward(self, images):
+        return self.model(images), images
+
+
+def test_more_outputs_than_heads_need_a_forward_of_the_methods_own():
+    method = METHODS["ce"](WithFeatures(Tiny()), None, Facts(np.array([3, 2, 1, 1, 1]), 1), torch.device("cpu"))
+    with pytest.raises(MbibError, match=r"'ce': the network returned 2 outputs, and has the heads logits \(1\); a net"):
+        method.logits(torch.zeros(2, 3, 8, 8))
+
+
+def test_a_wrapper_trains_in_part_and_keeps_what_its_model_spares():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    network = WithFeatures(model)
+    assert part_of(network, "classifier") == {"model.head.weight", "model.head.bias"}
+    method = METHODS["ce"](network, None, Facts(np.array([3, 2, 1, 1, 1]), 1), torch.device("cpu"))
+    groups = create_optimizer(Recipe(weight_decay=0.1), method).param_groups
+    (decay,) = (g["weight_decay"] for g in groups for p in g["params"] if p is model.pos_embed)
+    assert decay == 0
+    assert method.get_eval_model() is network

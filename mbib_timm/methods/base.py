@@ -185,7 +185,14 @@ class Method(TrainingTask):
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return the logits (B, K) of every head of the network, by name, for images (B, C, H, W)."""
         output = self.trainable_module(images)
-        return dict(zip(self.head_names, output if isinstance(output, tuple) else (output,), strict=True))
+        outputs = output if isinstance(output, tuple) else (output,)
+        if len(outputs) != len(self.head_names):
+            raise MbibError(
+                f"method {self.name!r}: the network returned {len(outputs)} outputs, and has the heads "
+                f"{few(self.head_names)} ({len(self.head_names)}); a network that returns more needs a `forward` of "
+                "its own"
+            )
+        return dict(zip(self.head_names, outputs, strict=True))
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Return a method's own class weights (K,), times those of the recipe."""

@@ -72,17 +72,23 @@ def _named_part(network: nn.Module, part: str, names: Iterable[str]) -> set[str]
 
 
 def _classifiers(network: nn.Module, names: Iterable[str]) -> set[str]:
-    wanted = {id(classifier) for classifier in classifiers_of(network)}
+    model = network if hasattr(network, "get_classifier") else model_in(network)[1]
+    wanted = {id(classifier) for classifier in classifiers_of(model)}
     prefixes = tuple(f"{name}." for name, module in network.named_modules() if id(module) in wanted)
     return {name for name in names if name.startswith(prefixes)}
+
+
+def model_in(network: nn.Module) -> tuple[str, nn.Module]:
+    """Return the name of the model in a network, and the model: the network itself where there is none in it."""
+    models = ((name, module) for name, module in network.named_modules() if hasattr(module, "pretrained_cfg"))
+    # The outermost comes first: a method's own layers lie around it, a backbone within.
+    return next(models, ("", network))
 
 
 def _backbone(network: nn.Module, names: Iterable[str]) -> set[str]:
     """Return the names below ``backbone`` of the model in a network; of a model that is one itself, all but the
     classifier's."""
-    models = {name: module for name, module in network.named_modules() if hasattr(module, "pretrained_cfg")}
-    # The outermost comes first: a method's own layers lie around it, a backbone within.
-    where, model = next(iter(models.items()), ("", network))
+    where, model = model_in(network)
     inside = f"{where}." if where else ""
     if isinstance(model, BackboneModel):
         inside += PREFIX

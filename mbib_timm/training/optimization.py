@@ -1,8 +1,9 @@
 """The optimizer side of a run, built from the recipe: timm's optimizer, schedule and gradient scaler."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from mbib_timm.errors import MbibError, few, first_line, unknown_name
 from mbib_timm.methods import Method
 from mbib_timm.methods.base import parameters_that_train
-from mbib_timm.models.parts import PARTS, part_of
+from mbib_timm.models.parts import PARTS, model_in, part_of
 from mbib_timm.recipe import Recipe
 
 # Torch's own, whose fused kernels update every weight at once and read the learning rate from the device.
@@ -56,6 +57,11 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     settings = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
     # Before timm takes a recipe without weight decay for a network none of whose parameters may have any.
     decays = recipe.weight_decay or 1.0 if recipe.param_groups else recipe.weight_decay
+    where, model = model_in(network)
+    if where and not hasattr(network, "no_weight_decay"):
+        # timm asks the network alone, and a wrapper of a method's own need not repeat what the model in it says.
+        spares: Callable[[], Collection[str]] = getattr(model, "no_weight_decay", set)
+        network.no_weight_decay = partial(set, [f"{where}.{name}" for name in spares()])
     try:
         if recipe.opt_kwargs or get_optimizer_class(recipe.opt) not in FUSED_OPTIMIZERS:
             _try_step({**settings, **kwargs}, method.device)
