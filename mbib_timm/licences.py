@@ -1,6 +1,8 @@
 """The licences that the Hub knows, and the check of the one that somebody gives to a model."""
 
-from mbib_timm.errors import unknown_name
+import re
+
+from mbib_timm.errors import MbibError, unknown_name
 
 # The identifiers of https://huggingface.co/docs/hub/repositories-licenses, without `unknown`, which states none.
 LICENCES = (
@@ -14,6 +16,8 @@ LICENCES = (
     "lgpl-lr", "isc", "lppl-1.3c", "ms-pl", "mpl-2.0", "odc-by", "odbl", "osl-3.0", "postgresql", "ofl-1.1", "ncsa",
     "unlicense", "zlib", "pddl", "deepfloyd-if-license", "llama2", "gemma", "other",
 )  # fmt: skip
+# Of these that are none by themselves: a page under `cc` says nothing of what one may do.
+FAMILIES = {"cc", "bsd", "gpl", "lgpl"}
 
 
 def check_licence(identifier: str) -> str:
@@ -22,6 +26,13 @@ def check_licence(identifier: str) -> str:
     Raises:
         MbibError: the Hub does not know it; names the nearest that it does.
     """
-    if identifier.lower() not in LICENCES:
-        raise unknown_name("licence of the Hub", identifier.lower(), LICENCES)
-    return identifier.lower()
+    given = identifier.lower()
+    if given not in LICENCES:
+        # Of licences that differ in their version alone, the latest.
+        letters, all_of_it = re.sub("[^a-z]", "", given), re.sub("[^a-z0-9]", "", given)
+        versions = [each for each in LICENCES if re.sub("[^a-z]", "", each) == letters]
+        same = [each for each in versions if re.sub("[^a-z0-9]", "", each).startswith(all_of_it)]
+        if versions:
+            raise MbibError(f"unknown licence of the Hub {given!r}: did you mean {(same or versions)[-1]!r}?")
+        raise unknown_name("licence of the Hub", given, set(LICENCES) - FAMILIES)
+    return given

@@ -18,6 +18,7 @@ from mbib_timm.errors import DataError, MbibError
 from mbib_timm.evaluation import aggregate as command
 from mbib_timm.evaluation.aggregate import (
     DISTRIBUTIONS,
+    _called,
     aggregate,
     draw_test_set,
     learn_weights,
@@ -168,6 +169,12 @@ def test_test_sets_that_cannot_be_are_refused():
         DataError, match="imbalance factor 50 leaves the smallest class no image where the largest has 49"
     ):
         draw_test_set("backward50", balanced(49), COUNTS, 0)
+
+
+def test_all_images_are_uniform_only_where_the_classes_have_the_same_number():
+    assert _called("uniform", np.array([0, 1, 1, 0]), 2) == "uniform"
+    assert _called("uniform", np.array([0, 1, 1]), 2) == "as it is"
+    assert _called("forward2", np.array([0, 1, 1]), 2) == "forward2"
 
 
 # The command

@@ -13,7 +13,7 @@ import torch
 
 from mbib_timm.analysis import analyze as analyze_module
 from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
-from mbib_timm.analysis.analyze import RHO, analyze, comparison_text
+from mbib_timm.analysis.analyze import RHO, analyze, comparison_text, summary_text
 from mbib_timm.cli import main
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
@@ -139,6 +139,19 @@ def test_two_runs_are_compared(run, result, tmp_path, capsys):
     first, other = (r.positive_posterior["prediction"] for r in results[:2])
     assert rows["difference"][3] == f"{sum(other[i] - first[i] for i in few) / len(few):+.3f}"
     assert f"accuracy: {result.trend.slope:+.1f} points per tenfold training images" in text
+
+
+def test_the_text_of_few_classes_states_no_slope_and_no_errors_to_groups_without_classes(result):
+    metrics = result.heads["prediction"]
+    few = replace(metrics, per_class=[50.0] * 9 + [None], classes={**metrics.classes, "many": 0})
+    text = summary_text(replace(result, heads={**result.heads, "prediction": few}))
+    assert "points per tenfold" not in text
+    lines = [line.split() for line in text.splitlines()]
+    low, high = metrics.intervals["macro"]
+    assert ["95", "%", "interval", f"{low:.1f}-{high:.1f}"] in [line[:4] for line in lines]
+    start = next(place for place, line in enumerate(lines) if "(evenly:" in line)
+    (row,) = (line for line in lines[start:] if line[:1] == ["few"])
+    assert [row[2], row[5]] == [NOTHING] * 2
 
 
 def test_two_runs_of_one_recipe_and_seed_go_by_their_folders(run, result, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from mbib_timm.inference.predict import AGAIN, predict
 from mbib_timm.inference.prediction_files import Broken, OutputChoice, Prediction
 from mbib_timm.inference.predictor import Predictor
 from mbib_timm.inference.tally import Tally
-from mbib_timm.models.weights import LoadedModel, load_model
+from mbib_timm.models.weights import LoadedModel, find_source, load_model
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,16 @@ def test_bad_models_end_with_one_line(photos, capsys):
         err = capsys.readouterr().err
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_folder_of_runs_and_an_unfinished_run_are_no_models(tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "recipe.yaml").touch()
+    with pytest.raises(MbibError, match=r"mine holds no config\.json: its run is not finished; .*--resume auto"):
+        find_source(str(tmp_path / "runs" / "mine"))
+    (tmp_path / "runs" / "mine" / "config.json").touch()
+    with pytest.raises(MbibError, match=r"runs is no run's folder; it holds mine: give one of these"):
+        find_source(str(tmp_path / "runs"))
 
 
 def test_predict_returns_the_broken(finished_run, tmp_path, capsys):

@@ -21,6 +21,7 @@ from small_data import class_folders
 from mbib_timm.cli import main
 from mbib_timm.data.sources import open_split
 from mbib_timm.errors import MbibError
+from mbib_timm.licences import check_licence
 from mbib_timm.publishing import publish as publish_module
 from mbib_timm.publishing.card import Stated, render_card
 from mbib_timm.publishing.publish import Publisher, PublishError
@@ -312,6 +313,12 @@ def test_a_model_of_ones_own_goes_where_its_owner_says_and_claims_no_licence(fin
     assert "license" not in card
     assert "Apache" not in card
     assert "The paper reports" not in card
+
+
+@pytest.mark.parametrize(("slip", "meant"), [("CCBY", "cc-by-4.0"), ("gpl2", "gpl-2.0"), ("Apache2", "apache-2.0")])
+def test_a_licence_written_otherwise_is_answered_with_one_that_is_no_family(slip, meant):
+    with pytest.raises(MbibError, match=f"did you mean '{meant}'"):
+        check_licence(slip)
 
 
 def test_the_licence_is_the_same_in_card_and_config(finished_run, capsys):

@@ -197,6 +197,8 @@ def _describe(source: Source, opened: OpenTarget, images: int, world: World) -> 
     )
 
 
+# Of which the text says how accuracy rises with training images: a line through fewer points says nothing.
+LEAST_CLASSES = 10
 # Rho by its readings: what is said of it, and the distances that it is the ratio of.
 RHO = {
     "from the centre": ("centre", "inter"),
@@ -210,10 +212,13 @@ def summary_text(analysis: Analysis) -> str:
     """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
     metrics = analysis.heads[PREDICTION]
     accuracy = {"all": metrics.macro, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
+    ends = [metrics.intervals.get(name) for name in ("macro", "many", "medium", "few")]
+    intervals = [NOTHING if each is None else f"{each[0]:.1f}-{each[1]:.1f}" for each in ends]
     groups = Table(
         ["means over classes", *GROUPS],
         [
             ["accuracy, %", *_cells(accuracy, "{:.2f}")],
+            *([["  95 % interval", *intervals]] if metrics.intervals else []),
             *(
                 [f"rho of {name}, {said}", *_cells({group: d.rho(*of) for group, d in by_group.items()}, "{:.3f}")]
                 for name, by_group in analysis.distances.items()
@@ -226,8 +231,9 @@ def summary_text(analysis: Analysis) -> str:
     for group, shares in analysis.confusion.shares.items():
         even = analysis.confusion.even[group]
         if shares is not None and even is not None:
-            evenly = [value for name, value in even.items() if name != "correct"]
-            confusion.append([group, *(f"{value:.1f}" for value in [*shares.values(), *evenly])])
+            named = [*shares.items(), *((name, value) for name, value in even.items() if name != "correct")]
+            lacking = {f"wrong_to_{name}" for name, number in metrics.classes.items() if number == 0}
+            confusion.append([group, *(NOTHING if name in lacking else f"{value:.1f}" for name, value in named)])
     header = [
         "of the true group's classes, %",
         "correct",
@@ -246,7 +252,7 @@ def summary_text(analysis: Analysis) -> str:
         "",
     ]
     trend = analysis.trend
-    if trend.slope is not None:
+    if trend.slope is not None and sum(value is not None for value in metrics.per_class) >= LEAST_CLASSES:
         explained = "" if trend.r2 is None else f" (R^2 {trend.r2:.2f})"
         lines.append(f"accuracy: {trend.slope:+.1f} points per tenfold training images{explained}")
     errors = [f"{head} {values.ece:.2f}" for head, values in analysis.reliability.items()]

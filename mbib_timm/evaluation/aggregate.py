@@ -48,6 +48,8 @@ DISTRIBUTIONS: dict[str, tuple[int, int]] = {
     "uniform": (1, 1),
     **{f"backward{factor}": (factor, -1) for factor in reversed(FACTORS)},
 }
+# What ``uniform`` is called where the classes have different numbers of images: then it is not drawn anew.
+AS_IT_IS = "as it is"
 
 
 def weighted_logits(logits: Tensor, weights: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class TestSet:
     """The experts on a test set of some class distribution.
 
     Attributes:
-        test_set: name of the distribution.
+        test_set: name of the distribution; ``as it is`` of all images, where some classes have more of them.
         images: how many it has.
         top1: accuracy in percent of each expert, of their ``mean``, and with the weights ``learnt``.
         weights: that were learnt, by expert.
@@ -284,7 +286,7 @@ def _measure(opened: OpenTarget, parts: Sequence[str], test_sets: Mapping[str, n
     correct = _correct(opened, parts, weights)
     return [
         TestSet(
-            test_set=name,
+            test_set=_called(name, opened.images.targets, len(opened.class_counts)),
             images=len(places),
             top1={column: 100.0 * float(correct[column][places].mean()) for column in (*parts, "mean")}
             | {"learnt": 100.0 * float(correct[name][places].mean())},
@@ -293,6 +295,12 @@ def _measure(opened: OpenTarget, parts: Sequence[str], test_sets: Mapping[str, n
         )
         for name, places in test_sets.items()
     ]
+
+
+def _called(distribution: str, targets: np.ndarray, num_classes: int) -> str:
+    """Return what a test set is called: that of all images is uniform only where all classes have the same number."""
+    numbers = np.bincount(targets, minlength=num_classes)
+    return AS_IT_IS if DISTRIBUTIONS[distribution][0] == 1 and np.ptp(numbers) else distribution
 
 
 def view_recipes(recipe: Recipe, channels: int) -> list[Recipe]:

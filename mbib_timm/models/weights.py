@@ -270,6 +270,12 @@ def find_source(target: str) -> Source:
         if not is_folder:
             raise MbibError(_no_folder(place))
         if not (folder / "config.json").is_file():
+            if runs := _runs_in(folder):
+                raise MbibError(f"{folder} is no run's folder; it holds {few(runs)}: give one of these")
+            if (folder / "recipe.yaml").is_file():
+                raise MbibError(
+                    f"{folder} holds no config.json: its run is not finished; repeat its command with --resume auto"
+                )
             raise MbibError(f"{folder} holds no config.json: the run is not finished, or this is not a run's folder")
         return Source(f"local-dir:{folder}", folder=folder)
     scheme, colon, repository = target.partition(":")
@@ -295,6 +301,14 @@ def find_source(target: str) -> Source:
     return Source(model.name, folder=model.folder)
 
 
+def _runs_in(folder: Path) -> list[str]:
+    """Return the names of the finished runs in a folder."""
+    try:
+        return sorted(file.parent.name for file in folder.glob("*/config.json"))
+    except (OSError, ValueError):  # a name that no folder can have
+        return []
+
+
 def _no_folder(place: str) -> str:
     """Return the text that there is no such folder, with the runs that are beside it, or that of the file."""
     parent = Path(place).parent
@@ -302,10 +316,7 @@ def _no_folder(place: str) -> str:
         is_run = (parent / "config.json").is_file()
         instead = f"give its run's, {printable(str(parent))}" if is_run else "expected that of a run"
         return f"{printable(place)[:200]} is a file, not a folder: {instead}"
-    try:
-        runs = sorted(file.parent.name for file in parent.glob("*/config.json"))
-    except (OSError, ValueError):  # a name that no folder can have
-        runs = []
+    runs = _runs_in(parent)
     beside = f"; {printable(str(parent))} has {few(runs)}" if runs else ""
     return f"there is no folder {printable(place)[:200]}{beside}"
 
