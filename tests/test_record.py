@@ -311,7 +311,7 @@ def test_pages_escape_what_runs_say(hostile, monkeypatch):
     from mbib_timm.reporting import sections
     from mbib_timm.results.runs import group_runs
 
-    monkeypatch.setattr(sections, "render", lambda draw, formats, theme=None: dict.fromkeys(formats, b"-"))
+    monkeypatch.setattr(sections, "render", lambda draw, formats, theme=None, title=None: dict.fromkeys(formats, b"-"))
     page = render_page("<title>", "<lead>", [sections.run_section(group_runs([hostile])[0])])
     for tag in ("b", "script", "u", "i", "s", "em", "sub", "sup", "r", "lead"):
         assert f"<{tag}>" not in page, tag

@@ -739,6 +739,9 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
     assert main(["validate", f"local-dir:{exported}", *arguments, "--results", str(tmp_path / "results.json")]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["heads"] == json.loads(to_json(record.result))["heads"]
     assert main(["validate", str(tmp_path), *arguments]) == 2
+    assert "is no run's folder; it holds exported: give one of these" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["validate", str(tmp_path / "empty"), *arguments]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert main(["validate", "mbib_resnet20", *arguments]) == 2
     assert "mbib_resnet20 has no weights of its own" in capsys.readouterr().err
