@@ -46,7 +46,7 @@ from mbib_timm.results.tables import (
     table_by_head,
 )
 from mbib_timm.sweeps.show_sweep import sweep_figure, sweep_table, what_was_run
-from mbib_timm.sweeps.sweep_results import SweepResults, cells, headline, listed
+from mbib_timm.sweeps.sweep_results import SweepResults, cells, listed
 
 CONFUSED = 15  # pairs of classes in a table
 FIGURE_TITLE = "mbib report: figure"  # in the files: another of such a name is not replaced
@@ -389,7 +389,7 @@ def _beside_the_paper(group: RunGroup) -> Table:
 
 def sweep_section(results: SweepResults) -> Section:
     """Return what a sweep has found: its figure, its table, its curves, and by which commands."""
-    section = Section(headline(results))
+    section = Section(": ".join(dict.fromkeys(filter(None, (results.name, results.title)))))
     section.paragraphs(text.replace("**", "") for text in what_was_run(results))
     section.figure(
         Illustration(
