@@ -374,7 +374,10 @@ def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finishe
     *_, arguments = finished
     monkeypatch.setattr(sweep_runs, "train", None)
     assert main([*arguments, "--lr", "1"]) == 2
-    assert "holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "mbib_resnet20.digits-seed0 holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in said
+    others = ["cifar_resnet20.ce_digits-seed0", "mbib_resnet20.digits-seed1", "cifar_resnet20.ce_digits-seed1"]
+    assert f"; 3 more runs cannot go on either: {', '.join(others)}\n" in said
 
 
 def test_an_extended_run_in_a_runs_folder_is_refused(tmp_path):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mbib_timm.data import DataPool
-from mbib_timm.errors import BusyFolderError, LostDeviceError, MbibError, few, first_line
-from mbib_timm.files import check_folder, printable_lines
+from mbib_timm.errors import BusyFolderError, CheckpointError, LostDeviceError, MbibError, few, first_line
+from mbib_timm.files import check_folder, counted, printable_lines
 from mbib_timm.models.zoo import data_set_of
 from mbib_timm.recipe.plugins import load_plugin
 from mbib_timm.results.record import RECORD, is_averaged, read_history, read_record
@@ -115,7 +115,7 @@ def run_sweep(
             raise MbibError(f"sweep {sweep.name} has no run whose name contains {part!r}; its runs: {there}")
     runs = [run for run in of_seeds if any(in_a_path(part) in run.label for part in only)]
     pool = DataPool()
-    states = [run.status(pool) for run in whole]
+    states = _states(whole, pool)
     done = {run.label for run, state in zip(whole, states, strict=True) if state == "done"}
     _require_fit([run for run in runs if run.label not in done])
     if dry_run:
@@ -191,6 +191,22 @@ def _finished_seeds(runs: Sequence[PlannedRun], found: Sequence[SweepRun]) -> se
             seed = record.parent.name.removeprefix(f"{configuration}-seed")
             seeds |= {int(seed)} if re.fullmatch(r"0|[1-9]\d*", seed, re.ASCII) else set()
     return seeds
+
+
+def _states(runs: Sequence[PlannedRun], pool: DataPool) -> list[str]:
+    """Return each run's status; raise CheckpointError of the first that cannot go on, with the others' names."""
+    states: list[str] = []
+    failed: dict[str, CheckpointError] = {}
+    for run in runs:
+        try:
+            states.append(run.status(pool))
+        except CheckpointError as error:
+            failed[run.label] = error
+    if failed:
+        first, *others = failed
+        more = f"; {counted(len(others), 'more run')} cannot go on either: {few(others)}" if others else ""
+        raise CheckpointError(f"{failed[first]}{more}")
+    return states
 
 
 def _require_fit(runs: Sequence[PlannedRun]) -> None:
