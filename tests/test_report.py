@@ -28,7 +28,7 @@ from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
 from mbib_timm.reporting.comparison import NOT_ALIKE, comparison_section
 from mbib_timm.reporting.differences import differences, known_differences
-from mbib_timm.reporting.findings import findings, outcome
+from mbib_timm.reporting.findings import outcome, student
 from mbib_timm.reporting.report import _write_figures, read_inputs
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves, sweep_curves
 from mbib_timm.reporting.sections import Section, give_unique_anchors, inline, render_page, run_section
@@ -123,6 +123,13 @@ def changed(folder, tmp_path, called, /, **changes):
         recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
         (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "epochs": changes["epochs"]}))
     return copy
+
+
+def with_key(folder, key, value):
+    """Change a key of a result's recipe."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, key: value}))
+    return folder
 
 
 def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_path):
@@ -641,7 +648,6 @@ def test_runs_that_were_not_trained_alike_stand_apart_and_it_says_so(table_1, un
     two = comparison_section(read_inputs([str(CE), str(STRONG)])[0])
     assert [row[0] for row in tables_of(two)[1].rows] == ["CE, paper's recipe", "MBIB, strong recipe"]
     assert NOT_ALIKE in html_of(two)
-    assert "is best" not in html_of(two)
 
 
 def test_networks_and_image_sizes_that_differ_are_said(tmp_path, undrawn):
@@ -657,78 +663,68 @@ def test_networks_and_image_sizes_that_differ_are_said(tmp_path, undrawn):
         (row,) = tables_of(section)[0].rows
         assert row[0] == {"model": "network (`model`)", "img_size": "image size (`img_size`)"}[key]
         assert row[1:] == [before, shown]
-        assert "is best" not in html_of(section)
 
 
 def test_what_was_found_is_what_the_files_say(table_1):
-    _, section = table_1
-    said = [block.content for block in section.blocks if block.kind == "paragraph" and "is best" in block.content]
+    (text, *_) = outcome(table_1[0])
 
-    def measured(folders, metric):
-        of = [metrics_of(folder)["result"]["heads"]["prediction"] for folder in folders]
-        low, high = (np.mean([each["intervals"][metric][end] for each in of]) for end in (0, 1))
-        return np.mean([each[metric] for each in of]), f"{low:.1f} to {high:.1f}"
+    def mean(folders, metric):
+        return np.mean([metrics_of(folder)["result"]["heads"]["prediction"][metric] for folder in folders])
 
-    (mbib, of_mbib), (bsce, of_bsce) = measured(TABLE_1[6:8], "top1"), measured(TABLE_1[2:4], "top1")
-    assert said[0] == (
-        f"On all classes, MBIB, bfloat16 (n = 2) is best with {mbib:.1f} %, 1.0 points above the best other method, "
-        f"BSCE, bfloat16 (n = 2) with {bsce:.1f} %; their 95 % intervals ({of_mbib}, and {of_bsce}) overlap."
-    )
-    assert f"{mbib:.1f}" == "45.6"
-    assert f"{bsce:.1f}" == "44.6"
-    (bsce, of_bsce), (mbib, of_mbib) = measured(TABLE_1[2:4], "few"), measured(TABLE_1[6:8], "few")
-    assert said[1].startswith(
-        f"On few-shot classes, BSCE, bfloat16 (n = 2) is best with {bsce:.1f} %, 2.3 points above"
-    )
-    assert said[1].endswith(
-        f"MBIB, bfloat16 (n = 2) with {mbib:.1f} %; their 95 % intervals ({of_bsce}, and {of_mbib}) overlap."
-    )
-    assert len(said) == 2, "strong runs of one length are of one method"
+    bsce, mbib = TABLE_1[2:4], TABLE_1[6:8]
+    assert f"it classifies {mean(mbib, 'top1'):.1f} % of the 10,000 images" in text
+    assert f"more than BSCE with {mean(bsce, 'top1'):.1f} % (mean of 2 runs)" in text
+    assert f"BSCE is ahead: {mean(bsce, 'few'):.1f} % against {mean(mbib, 'few'):.1f} % of MBIB" in text
 
 
-def test_only_runs_in_one_precision_are_ranked_and_the_others_stand_beside(table_1):
+def test_only_runs_in_one_precision_are_ranked(table_1):
     groups = [group for group in table_1[0] if not group.first.name.count("strong")]
-    said = findings(groups, short_titles(groups))
-    assert len(said) == 3
-    assert "float32" not in said[0] + said[1]
-    assert said[2] == (
-        "Ranked are the runs in bfloat16; MBIB, float32 (one run) is in another precision, and is beside them in the "
-        "table."
-    )
-    mixed = read_inputs([str(CE), str(MBIB)])[0]
-    assert findings(mixed, short_titles(mixed)) == [], "no two are in one precision"
-    assert outcome(mixed)[0].startswith("These runs are not ranked, because no two were trained with the same settings")
-    twice = read_inputs([str(MBIB), str(TABLE_1[6])])[0]
-    assert findings(twice, short_titles(twice)) == []
+    ranking, beside = outcome(groups)
+    assert "float32" not in ranking
+    assert beside.startswith("Not ranked, because no other run here was trained with the same settings and precision")
+    assert "MBIB, float32 with 45.8 %" in beside
+    for alone in ((CE, MBIB), (MBIB, TABLE_1[6])):
+        (said,) = outcome(read_inputs([str(folder) for folder in alone])[0])
+        assert said.startswith("These runs are not ranked, because no two were trained with the same settings")
 
 
-def test_only_runs_of_the_same_data_network_and_length_are_ranked():
+def test_only_runs_of_the_same_data_network_and_length_are_ranked(tmp_path):
     def said(*folders):
-        groups = read_inputs([str(ROOT / "results" / folder) for folder in folders])[0]
-        return findings(groups, [group.title for group in groups])
+        return outcome(read_inputs([str(ROOT / "results" / folder) for folder in folders])[0])
 
     rival = "cifar_resnet32.bsce_strong_cifar100_lt_if100-200e-seed0-bfloat16"
-    overall, few = said(rival, STRONG.name, STRONG_400E.name)
-    assert (
-        "bsce_strong_cifar100_lt_if100 (n = 1) is best with 51.0 %, 0.1 points above the best other method" in overall
-    )
-    assert "mbib_resnet32.strong_cifar100_lt_if100 (n = 1) with 50.9 %" in overall
-    assert "strong_cifar100_lt_if100 (n = 1) is best with 34.3 %, 1.4 points above" in few
+    ranking, longer = said(rival, STRONG.name, STRONG_400E.name)
+    assert "BSCE has the highest accuracy of 2 methods" in ranking
+    assert "51.0 %" in ranking
+    assert "0.1 points more than MBIB with 50.9 %" in ranking
+    assert "MBIB is ahead: 34.3 % against 32.9 % of BSCE" in ranking
+    assert "53.2" in longer
     bfloat16 = [
         f"{name}_cifar100_lt_if100-200e-seed0-bfloat16" for name in ("cifar_resnet32.ce", "cifar_resnet32.bsce")
     ]
     other_data = "mbib_resnet32.cifar100_lt_if10-200e-seed0-bfloat16"
-    assert "if10 " not in " ".join(said(*bfloat16, other_data))
-    assert len(said(*bfloat16, other_data)) == 2
-    assert said(bfloat16[0], other_data) == []
+    ranking, beside = said(*bfloat16, other_data)
+    assert "of 2 methods" in ranking
+    assert "60.6 %" in beside
     tuned, frozen = (f"mbib_efficientnet_lite0.{how}_cifar100_lt_if100-20e-seed0" for how in ("finetune", "frozen"))
-    assert said(tuned, frozen) == []
+    for apart in ((bfloat16[0], other_data), (tuned, frozen)):
+        assert said(*apart)[0].startswith("These runs are not ranked")
+    # Of another draw of the long-tailed subset, or of a source with another order.
+    for key, value in {"subset_seed": 1, "dataset": "torch/cifar100"}.items():
+        other = with_key(changed(CE, tmp_path, key), key, value)
+        assert said(other, bfloat16[1])[0].startswith("These runs are not ranked"), key
 
 
-def test_equal_accuracies_are_level():
-    groups = read_inputs([str(CE), str(BIB)])[0]
-    same = [replace(groups[0], runs=groups[1].runs), groups[1]]
-    assert findings(same, ["A", "B"])[0] == "On all classes, A (n = 1) and B (n = 1) are level with 42.4 %."
+def test_every_set_of_runs_that_compare_has_a_paragraph(tmp_path):
+    """Those in two precisions: neither is said to have no counterpart."""
+    folders = [*DIGITS]
+    for run in DIGITS:
+        other = changed(run, tmp_path, f"{run.name}-bfloat16")
+        (other / "metrics.json").write_text(json.dumps({**metrics_of(other), "precision": "bfloat16"}))
+        with_key(other, "amp", True)
+        folders.append(other)
+    said = outcome(group_runs([read_run(folder) for folder in folders]))
+    assert ["has the highest accuracy of 2 methods" in text for text in said] == [True, True]
 
 
 def test_printed_differences_are_those_of_the_printed_numbers(table_1, undrawn):
@@ -798,16 +794,18 @@ def test_the_page_opens_with_what_was_found():
     assert plain.startswith(
         "On CIFAR-100-LT, imbalance factor 100, with the paper's recipe, after 200 epochs, MBIB has the highest "
         "accuracy of 5 methods: it classifies 45.6 % of the 10,000 images of the split `test` correctly (mean of 2 "
-        "runs), 1.0 points more than BSCE with 44.6 % (mean of 2 runs). That is no clear difference: with so few seeds "
-        "and images, chance alone can account for up to 2.8 points (95 %)."
+        "runs), 1.0 points more than BSCE with 44.6 % (mean of 2 runs). That is no clear difference: of differences by "
+        "chance, 95 % are within 1.5 points with these seeds and images."
     )
-    assert "BSCE is ahead: 26.2 % against 23.9 % of MBIB." in plain
+    assert re.search(
+        r"BSCE is ahead: 26\.2 % against 23\.9 % of MBIB\. That is no clear difference: .* images\.", plain
+    )
     assert plain.endswith(
         "The paper has 47.5 % for MBIB (Table 1); ours is 1.9 points below, and the others are −1.6 to +1.9 points "
         "from the paper's."
     )
     assert strong.startswith("With the strong recipe, after 200 epochs, BSCE has the highest accuracy of 2 methods")
-    assert "with one run each it is not known how much other seeds would add" in strong
+    assert "within 1.4 points with these images; how much other seeds would add is not known." in strong
     assert "paper has" not in strong
     assert "MBIB, strong recipe, 400 epochs, bfloat16 with 53.2 % (one run)" in beside
     assert "float32 with 45.8 % (one run; 1.7 points below the paper's 47.5 % in Table 1)" in beside
@@ -823,19 +821,48 @@ def test_a_difference_is_called_clear_only_beyond_what_seeds_and_images_leave_op
         return outcome(group_runs([read_run(folder) for folder in folders]))[0]
 
     # Pooled standard deviation 1, of two groups of three: 2.78 * sqrt(2 / 3) points, by the seeds alone.
+    reach = 2.78 * (2 / 3) ** 0.5
     text = said((69.0, 70.0, 71.0), (59.0, 60.0, 61.0), intervals={})
     assert "MBIB has the highest accuracy of 2 methods: it classifies 70.0 %" in text
-    assert "10.0 points more than CE with 60.0 % (mean of 3 runs). That is more than chance accounts for" in text
-    assert f"with these seeds (up to {2.78 * (2 / 3) ** 0.5:.1f} points, 95 %)" in text
-    assert "no clear difference: with so few seeds, chance" in said(
-        (60.0, 61.0, 62.0), (59.0, 60.0, 61.0), intervals={}
-    )
+    assert "10.0 points more than CE with 60.0 % (mean of 3 runs). That is more than chance makes likely" in text
+    assert f"95 % are within {reach:.1f} points with these seeds; the records do not say what the number of" in text
+    assert "no clear difference: of differences by chance" in said((60.0, 61.0, 62.0), (59.0, 60.0, 61.0), intervals={})
     wide = {"top1": [50.0, 70.0]}  # each reaches 10 points to either side
-    assert f"chance alone can account for up to {(200 + (2.78**2) * 2 / 3) ** 0.5:.1f} points" in said(
-        (69.0, 70.0, 71.0), (59.0, 60.0, 61.0), intervals=wide
+    text = said((69.0, 70.0, 71.0), (59.0, 60.0, 61.0), intervals=wide)
+    assert (
+        f"no clear difference: of differences by chance, 95 % are within {(200 + reach**2) ** 0.5:.1f} points" in text
     )
-    assert "the records do not say" in said((70.0,), (60.0,), intervals={})
+    narrow = {"top1": [64.0, 66.0]}
+    text = said((70.0,), (60.0,), intervals=narrow)
+    assert "more than the limited number of images explains: of differences by chance, 95 % are within 1.4" in text
+    assert text.count("how much other seeds would add is not known") == 1
+    # Equal seeds say nothing of the spread, and neither does one of several methods that has none.
+    for ours in ((70.0,), (70.0, 70.0)):
+        assert "Whether this is chance, the records do not say." in said(ours, (60.0,), intervals={})
     assert "are level, with the highest accuracy of 2 methods: each classifies 60.0 %" in said((60.0,), (60.0,))
+
+
+def test_a_method_that_is_not_compared_adds_no_spread(tmp_path):
+    folders = [
+        changed(run, tmp_path, f"{method}{seed}", seed=seed, top1=top1, intervals={}, method=method, stages=[method])
+        for method, run, values in (
+            ("mbib", DIGITS[0], (89.9, 90.0, 90.1)),
+            ("ce", DIGITS[1], (84.9, 85.0, 85.1)),
+            ("focal", DIGITS[1], (30.0, 45.0, 60.0)),
+        )
+        for seed, top1 in enumerate(values)
+    ]
+    for folder in folders:
+        with_key(folder, "method", folder.name[:-1])
+    said = outcome(group_runs([read_run(folder) for folder in folders]))[0]
+    assert "of 3 methods" in said
+    assert "That is more than chance makes likely" in said
+
+
+def test_students_t_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in range(1, 60):
+        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=0.01)
 
 
 def test_one_run_and_runs_of_different_data_have_an_outcome_too():
@@ -934,8 +961,8 @@ def test_the_words_of_a_report_are_explained(table_1):
     assert terms["BSCE"].endswith(
         "From Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020."
     )
-    assert {"top-1 accuracy", "logits", "by chance"} <= terms.keys()
-    macro_f1 = re.search("macro F1 is (.*?)[.]", terms["overall, macro, many, medium, few"])[1]
+    assert {"top-1 accuracy", "logits", "chance"} <= terms.keys()
+    macro_f1 = re.search("Macro F1 is, (.*?)[.]", terms["overall, macro, many, medium, few"])[1]
     assert "F1" not in macro_f1
     assert "harmonic mean" in macro_f1
     small = dict(terms_section(group_runs([read_run(CE)])).blocks[0].content)

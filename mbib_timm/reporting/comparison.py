@@ -7,7 +7,7 @@ from functools import partial
 from mbib_timm.analysis.analysis_record import Analysis, comparison_figures, read_analysis
 from mbib_timm.drawing import Illustration
 from mbib_timm.reporting.differences import known_differences
-from mbib_timm.reporting.findings import evaluated_alike, findings
+from mbib_timm.reporting.findings import evaluated_alike
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
 from mbib_timm.reporting.sections import SEEDS, Section
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
@@ -68,8 +68,6 @@ def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults
         if heading:
             section.heading(heading)
         titles = short_titles(members, groups)
-        if alike:
-            section.paragraphs(findings(members, titles))
         _compare(section, members, titles, groups, f"-{place}" if len(parts) > 1 else "")
     if known := known_differences(groups, sweeps):
         section.heading("What is known to differ from the paper")

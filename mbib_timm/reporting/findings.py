@@ -1,6 +1,7 @@
-"""What was found: which of several methods is best, by how much, whether that is more than chance, and how far it is
+"""What was found: which of several methods is best, by how much, whether chance could explain it, and how far it is
 from the paper, in sentences that the records allow."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -8,54 +9,48 @@ from typing import Any
 from mbib_timm.files import counted
 from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
-from mbib_timm.reporting.training_setups import capitalised, data_title, numbered, setup_names, setups
+from mbib_timm.reporting.training_setups import capitalised, data_title, setup_names, setups
 from mbib_timm.results.record import RunRecord
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import difference, percent
 
-MOST = 3  # comparisons that the page opens with, and runs beside them
-# Student's t that 95 % lie within, by degrees of freedom from 1; beyond, 1.96 + 2.4 / df is as good.
-_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+MOST_SHOWN = 3  # comparisons that the page opens with, and runs that no other compares with
+# Student's t that 95 % lie within, by degrees of freedom from 1.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
-def findings(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
-    """Return what was found among the groups of each frame: see `FinishedRun.frame`.
+def outcome(groups: Sequence[RunGroup]) -> list[str]:
+    """Return what a report opens with, a paragraph for each set of runs that compare, in plain sentences.
 
-    Only runs in one precision are ranked, and the sentences say which others stand beside them.
+    Each says which method is best, by how much, on what and over how many seeds; whether chance could explain the
+    difference; and how far the best is from the paper. Runs that no other compares with are named after them.
     """
-    said = []
-    for own in _by_frame(groups):
-        ranked = _comparable(own)
-        named = {id(group): title for group, title in zip(groups, titles, strict=True)}
-        said += _best(ranked, [named[id(group)] for group in ranked])
-        beside = [f"{named[id(group)]} ({_runs(group)})" for group in own if all(group is not each for each in ranked)]
-        if ranked and beside:
-            verb = "is" if len(beside) == 1 else "are"
-            said.append(
-                f"Ranked are the runs in {ranked[0].first.precision}; {' and '.join(beside)} {verb} in another "
-                f"precision, and {verb} beside them in the table."
-            )
-    return said
+    compared = [own for own in comparable_sets(groups) if _first_two(own, "overall")]
+    shown = sorted(compared, key=lambda own: -sum(len(group.runs) for group in own))[:MOST_SHOWN]
+    sentences = [_ranking(own, groups, is_first=own is shown[0]) for own in shown]
+    if len(compared) > len(shown):
+        more = counted(len(compared) - len(shown), "further comparison")
+        sentences.append(f"The tables below have {more}.")
+    ranked = {id(group) for own in compared for group in own}
+    if unranked := [group for group in groups if id(group) not in ranked]:
+        sentences.append(_unranked(unranked, groups))
+    return sentences
 
 
-def _by_frame(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
-    frames = numbered([group.first.frame for group in groups])
-    return [
-        [group for group, number in zip(groups, frames, strict=True) if number == frame]
-        for frame in dict.fromkeys(frames)
-    ]
-
-
-def _comparable(groups: Sequence[RunGroup]) -> list[RunGroup]:
-    """Return those groups of a frame that are in one precision, the one that most runs are in among those with the
-    most to compare: several methods, or else several settings; none where every precision has one group."""
-    by_precision: dict[str, list[RunGroup]] = {}
+def comparable_sets(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
+    """Return the groups that share data, settings and precision, see `FinishedRun.frame`, and were evaluated on the
+    same images as far as their records say."""
+    sets: list[list[RunGroup]] = []
     for group in groups:
-        by_precision.setdefault(group.first.precision, []).append(group)
-    several = [own for own in by_precision.values() if len(own) > 1]
-    of_methods = [own for own in several if len(_methods(own)) > 1]
-    return max(of_methods or several, key=lambda own: sum(len(group.runs) for group in own), default=[])
+        for own in sets:
+            same = (group.first.frame, group.first.precision) == (own[0].first.frame, own[0].first.precision)
+            if same and evaluated_alike(_records([*own, group])):
+                own.append(group)
+                break
+        else:
+            sets.append([group])
+    return sets
 
 
 def _methods(groups: Sequence[RunGroup]) -> list[str]:
@@ -75,55 +70,6 @@ def _first_two(groups: Sequence[RunGroup], column: str) -> list[tuple[float, Run
     return [best, (others or rest)[0]]
 
 
-def _best(groups: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
-    """Return which group has the best mean accuracy on all classes and on few-shot classes, and how far ahead it is."""
-    said = []
-    named = {id(group): f"{title} (n = {len(group.runs)})" for group, title in zip(groups, titles, strict=True)}
-    for column, where in (("overall", "all classes"), ("few", "few-shot classes")):
-        if not (pairs := _first_two(groups, column)):
-            continue
-        (mean, best), (number, other) = pairs
-        gap = _points(mean, number)
-        if float(gap) == 0:
-            said.append(f"On {where}, {named[id(best)]} and {named[id(other)]} are level with {percent(mean)} %.")
-            continue
-        is_other_method = other.first.record.stages != best.first.record.stages
-        text = (
-            f"On {where}, {named[id(best)]} is best with {percent(mean)} %, {gap} points above "
-            f"{'the best other method, ' * is_other_method}{named[id(other)]} with {percent(number)} %"
-        )
-        ours, theirs = (group.heads["prediction"].interval(column) for group in (best, other))
-        if ours is not None and theirs is not None:
-            (low, high), (other_low, other_high) = ours, theirs
-            apart = "do not overlap" if other_high < low else "overlap"
-            text += (
-                f"; their 95 % intervals ({percent(low)} to {percent(high)}, and {percent(other_low)} to "
-                f"{percent(other_high)}) {apart}"
-            )
-        said.append(f"{text}.")
-    return said
-
-
-def outcome(groups: Sequence[RunGroup]) -> list[str]:
-    """Return what a report opens with, a paragraph for each set of runs that compare, in plain sentences.
-
-    Each says which method is best, by how much, on what and over how many seeds; whether the difference is more than
-    these seeds and images can tell; and how far the best is from the paper. Runs that nothing compares with are named
-    after them.
-    """
-    frames = [own for own in map(_comparable, _by_frame(groups)) if own and evaluated_alike(_records(own))]
-    frames = [own for own in frames if _first_two(own, "overall")]
-    shown = sorted(frames, key=lambda own: -sum(len(group.runs) for group in own))[:MOST]
-    said = [_ranking(own, groups, is_first=own is shown[0]) for own in shown]
-    if len(frames) > len(shown):
-        said.append(f"Further comparisons, below: {len(frames) - len(shown)}.")
-    compared = {id(group) for own in frames for group in own}
-    alone = [group for group in groups if id(group) not in compared]
-    if alone:
-        said.append(_unranked(alone, groups))
-    return said
-
-
 def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup], is_first: bool) -> str:
     """Return what was found among runs that compare; what the first of several paragraphs says is not said again."""
     (mean, best), (number, other) = _first_two(own, "overall")
@@ -133,26 +79,25 @@ def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup], is_first: bool
     kinds = f"{len(methods)} methods" if len(methods) > 1 else f"{len(own)} settings of {methods[0]}"
     result = best.first.record.result
     images = f"the {result.prediction.images:,} images of the split `{result.split}`"
-    where = _where(best, groups, is_first)
-    gap = _points(mean, number)
+    where, gap = _where(best, groups, is_first), _points(mean, number)
     if float(gap) == 0:
         text = (
             f"{where}, {name} and {rival} are level, with the highest accuracy of {kinds}: each classifies "
             f"{percent(mean)} % of {images} correctly ({_runs(best)} and {_runs(other)})."
         )
     else:
-        verdict = _chance(best, other, own, float(gap))
         text = (
             f"{where}, {name} has the highest accuracy of {kinds}: it classifies {percent(mean)} % of {images} "
             f"correctly ({_runs(best)}), {gap} points more than {rival} with {percent(number)} % ({_runs(other)}). "
-            f"{verdict}"
+            f"{_chance(best, other, own, float(gap), 'overall')}"
         )
     few = _first_two(own, "few")
-    if few and few[0][1] is not best and float(_points(few[0][0], few[1][0])) > 0:
+    if few and few[0][1] is not best and float(gap := _points(few[0][0], few[1][0])) > 0:
         (high, first), (low, second) = few
         text += (
             f" On the few-shot classes{', which have fewer than 20 training images each,' * is_first} "
-            f"{titles[id(first)]} is ahead: {percent(high)} % against {percent(low)} % of {titles[id(second)]}."
+            f"{titles[id(first)]} is ahead: {percent(high)} % against {percent(low)} % of {titles[id(second)]}. "
+            f"{_chance(first, second, own, float(gap), 'few')}"
         )
     return f"{text}{_from_paper(own, best, titles)}"
 
@@ -173,52 +118,53 @@ def _runs(group: RunGroup) -> str:
     return "one run" if len(group.runs) == 1 else f"mean of {counted(len(group.runs), 'run')}"
 
 
-def _chance(best: RunGroup, other: RunGroup, own: Sequence[RunGroup], gap: float) -> str:
-    """Return whether two groups' difference in points is more than seeds and images account for, in a sentence.
+def _chance(best: RunGroup, other: RunGroup, own: Sequence[RunGroup], gap: float, column: str) -> str:
+    """Return whether chance could explain two groups' difference in points, by seeds and images, in a sentence.
 
-    The spread between seeds is taken to be the same for all methods of a comparison, and the images that two models are
-    evaluated on to be drawn anew for each, which makes the uncertainty large rather than small.
+    The two methods are taken to have the same spread between seeds; where neither has several, it is that of the
+    others. Images are taken to be drawn anew for each model, which overstates their part.
     """
-    seeds, images = _seeds_reach(best, other, own), _images_reach(best, other)
-    reaches = [reach for reach in (seeds, images) if reach is not None]
-    if not reaches:
-        return "How much of this is chance, the records do not say."
-    reach = sum(value**2 for value in reaches) ** 0.5
-    is_larger = gap > float(percent(reach))
-    if seeds is None:
-        unknown = "with one run each it is not known how much other seeds would add"
-        if is_larger:
-            return f"That is more than the limited number of images explains ({percent(reach)} points); {unknown}."
-        return (
-            f"That is no clear difference: the limited number of images alone can account for up to {percent(reach)} "
-            f"points by chance (95 %), and {unknown}."
-        )
-    sources = "seeds and images" if images is not None else "seeds"
-    if is_larger:
-        return f"That is more than chance accounts for with these {sources} (up to {percent(reach)} points, 95 %)."
-    return (
-        f"That is no clear difference: with so few {sources}, chance alone can account for up to {percent(reach)} "
-        "points (95 %)."
-    )
+    seeds, images = _reach_of_seeds(best, other, own, column), _reach_of_images(best, other, column)
+    if seeds is None and images is None:
+        return "Whether this is chance, the records do not say."
+    reach = percent(math.hypot(seeds or 0.0, images or 0.0))
+    if gap <= float(reach):
+        verdict = "That is no clear difference"
+    elif seeds is None:
+        verdict = "That is more than the limited number of images explains"
+    else:
+        verdict = "That is more than chance makes likely"
+    sources = " and ".join(["seeds"] * (seeds is not None) + ["images"] * (images is not None))
+    unknown = "; how much other seeds would add is not known" * (seeds is None)
+    unknown += "; the records do not say what the number of images adds" * (images is None)
+    return f"{verdict}: of differences by chance, 95 % are within {reach} points with these {sources}{unknown}."
 
 
-def _seeds_reach(best: RunGroup, other: RunGroup, own: Sequence[RunGroup]) -> float | None:
-    """Return the points that the means of two groups may be apart by their seeds, 95 %; None where none has several."""
-    values = [[value for value in group.values("overall") if value is not None] for group in own]
-    several = [each for each in values if len(each) > 1]
-    freedom = sum(len(each) - 1 for each in several)
-    if not freedom:
+def _reach_of_seeds(best: RunGroup, other: RunGroup, own: Sequence[RunGroup], column: str) -> float | None:
+    """Return the points that 95 % of differences by the seeds alone are within; None where their spread is unknown."""
+    values = _of_several_seeds((best, other), column) or _of_several_seeds(own, column)
+    freedom = sum(len(each) - 1 for each in values)
+    variance = sum(statistics.variance(each) * (len(each) - 1) for each in values) / freedom if values else 0.0
+    if not variance:
         return None
-    variance = sum(statistics.variance(each) * (len(each) - 1) for each in several) / freedom
-    student = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.4 / freedom
-    return float(student * (variance * (1 / len(best.runs) + 1 / len(other.runs))) ** 0.5)
+    return student(freedom) * math.sqrt(variance * (1 / len(best.runs) + 1 / len(other.runs)))
 
 
-def _images_reach(best: RunGroup, other: RunGroup) -> float | None:
-    """Return the points that two accuracies may be apart by the images evaluated, 95 %; None without intervals."""
-    intervals = [group.heads["prediction"].interval("overall") for group in (best, other)]
+def _of_several_seeds(groups: Sequence[RunGroup], column: str) -> list[list[float]]:
+    values = ([value for value in group.values(column) if value is not None] for group in groups)
+    return [each for each in values if len(each) > 1]
+
+
+def student(freedom: int) -> float:
+    """Return Student's t that 95 % lie within, to a hundredth."""
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
+
+
+def _reach_of_images(best: RunGroup, other: RunGroup, column: str) -> float | None:
+    """Return the points that 95 % of differences by the images alone are within; None without intervals."""
+    intervals = [group.heads["prediction"].interval(column) for group in (best, other)]
     halves = [(high - low) / 2 for low, high in filter(None, intervals)]
-    return float(sum(half**2 for half in halves) ** 0.5) if len(halves) == 2 else None
+    return math.hypot(*halves) if len(halves) == 2 else None
 
 
 def _from_paper(own: Sequence[RunGroup], best: RunGroup, titles: dict[int, str]) -> str:
@@ -252,25 +198,25 @@ def _apart(points: float) -> str:
     return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
 
 
-def _unranked(alone: Sequence[RunGroup], groups: Sequence[RunGroup]) -> str:
+def _unranked(unranked: Sequence[RunGroup], groups: Sequence[RunGroup]) -> str:
     """Return the accuracies of runs that no other was trained like, with the paper's numbers."""
     titles = dict(zip(map(id, groups), short_titles(groups), strict=True))
     if len(groups) == 1:
-        result = alone[0].first.record.result
+        result = unranked[0].first.record.result
         of = f" of {result.prediction.images:,} images of the split `{result.split}`"
-        paper = f", {_beside_paper(alone[0])}" * bool(_paper_difference(alone[0]))
-        mean = percent(alone[0].mean("overall"))
-        name = titles[id(alone[0])]
-        return f"{_where(alone[0], groups)}, {name} classifies {mean} %{of} correctly ({_runs(alone[0])}){paper}."
+        paper = f", {_beside_paper(unranked[0])}" * bool(_paper_difference(unranked[0]))
+        mean = percent(unranked[0].mean("overall"))
+        name = titles[id(unranked[0])]
+        return f"{_where(unranked[0], groups)}, {name} classifies {mean} %{of} correctly ({_runs(unranked[0])}){paper}."
     listed = [
         f"{titles[id(group)]} with {percent(group.mean('overall'))} % "
         f"({'; '.join(filter(None, (_runs(group), _beside_paper(group))))})"
-        for group in alone[:MOST]
+        for group in unranked[:MOST_SHOWN]
     ]
-    if len(alone) > len(listed):
-        listed.append(f"{len(alone) - len(listed)} more, below")
+    if len(unranked) > len(listed):
+        listed.append(f"{len(unranked) - len(listed)} more, below")
     why = "trained with the same settings and precision and evaluated on the same images"
-    if len(alone) == len(groups):
+    if len(unranked) == len(groups):
         return f"These runs are not ranked, because no two were {why}: {'; '.join(listed)}."
     return f"Not ranked, because no other run here was {why}: {'; '.join(listed)}."
 

@@ -21,9 +21,9 @@ TOP1 = (
 )
 LOGITS = "The scores that a classifier gives to the classes of an image, one each, before they become probabilities."
 CHANCE = (
-    "As many points as the means of two equally good methods are apart at most in 95 % of cases. It comes from the "
-    "spread between seeds, which is taken to be the same for all methods that are compared, and from the number of "
-    "evaluated images, which are taken to be drawn anew for each method."
+    "Two equally good methods differ by no more than the stated points in about 95 % of cases. The number covers the "
+    "spread between seeds where there are several, and the number of evaluated images where intervals are recorded; it "
+    "does not allow for having picked the best of several."
 )
 
 
@@ -48,7 +48,7 @@ def terms_section(groups: Sequence[RunGroup]) -> Section:
     terms.append(("n, ±", "n is the number of runs, with a seed each, behind a mean; ± their standard deviation."))
     terms.append(("95 % interval", f"{INTERVALS} That of several seeds is the mean of theirs."))
     if len(groups) > 1:
-        terms.append(("by chance", CHANCE))
+        terms.append(("chance", CHANCE))
     if any(run.precision != "float32" for run in runs):
         text = "The numbers that training computes with: float32, or in large part shorter ones, such as bfloat16."
         terms.append(("precision", text))

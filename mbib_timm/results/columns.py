@@ -36,11 +36,11 @@ MODEL_COLUMNS: Mapping[str, Column] = {
 # What these mean, said wherever they stand.
 DEFINITIONS = (
     "Overall is the share of all images that are classified correctly. Macro is the mean of the class accuracies, and "
-    "the accuracy of a shot group is the mean over its classes; macro F1 is the mean of a number of each class, the "
-    "harmonic mean of two shares: of the images of the class, those that are predicted as it, and of the images "
-    "predicted as it, those that are of it. These means are over the classes that have evaluated images, with equal "
-    "weight for each. Shot groups are by training images per class: many more than 100, medium 20 to 100, few fewer "
-    "than 20."
+    "the accuracy of a shot group is the mean over its classes. Macro F1 is, for each class, the harmonic mean of "
+    "recall (the share of its images that are predicted as the class) and precision (the share of the images predicted "
+    "as the class that belong to it), averaged over the classes. These means are over the classes that have evaluated "
+    "images, with equal weight for each. Shot groups are by training images per class: many more than 100, medium 20 "
+    "to 100, few fewer than 20."
 )
 ROUNDING = 1e-3  # of a sum of accuracies in percent
 # Of a class: fewer say little of its accuracy, and draws of them little of how it may differ.

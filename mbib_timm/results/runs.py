@@ -145,11 +145,12 @@ class FinishedRun:
 
     @cached_property
     def frame(self) -> tuple[Any, ...]:
-        """What runs share whose difference says which method is better: training data, network, where training started,
-        and length, image size, augmentation and optimisation of every stage."""
+        """What runs share whose difference says which method is better: training images as far as the recipe says,
+        network, where training started, and length, image size, augmentation and optimisation of every stage."""
         stages = [{key: getattr(stage, key) for key in (*TRAINING, *LENGTH)} for stage in self.recipe.chain()]
-        record = self.record
-        return record.class_counts, record.class_names, self.network, record.origin, stages
+        record, recipe = self.record, self.recipe
+        images = record.class_counts, record.class_names, recipe.dataset, recipe.subset_seed
+        return *images, self.network, record.origin, stages
 
     @property
     def command_today(self) -> str:
