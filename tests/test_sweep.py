@@ -21,7 +21,7 @@ from made_up_results import made_up_record
 
 from mbib_timm.cli import main
 from mbib_timm.data import DataPool
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.recipe import dump_recipe, find_recipe, in_proportion, load_recipe
 from mbib_timm.results.record import read_record, write_record
 from mbib_timm.sweeps import show_sweep, sweep_runs
@@ -378,6 +378,18 @@ def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finishe
     assert "mbib_resnet20.digits-seed0 holds a run of another recipe: lr (0.05 there, 1.0 asked for)" in said
     others = ["cifar_resnet20.ce_digits-seed0", "mbib_resnet20.digits-seed1", "cifar_resnet20.ce_digits-seed1"]
     assert f"; 3 more runs cannot go on either: {', '.join(others)}\n" in said
+
+
+def test_a_sweep_with_other_settings_names_the_process_that_trains_and_not_its_folder_to_remove(tmp_path):
+    (run,), (other,) = (plan(of_recipe(DIGITS), small(tmp_path, **keys)) for keys in ({}, {"momentum": 0.5}))
+    busy = run.folder()
+    busy.begin(run.recipe, {})
+    save_checkpoint(busy.path, {})
+    with pytest.raises(BusyFolderError, match=r"another process is training in .*; wait for it"):
+        other.status(DataPool())
+    busy.end()
+    with pytest.raises(CheckpointError, match=r"momentum .*, or remove the folder"):
+        other.status(DataPool())
 
 
 def test_an_extended_run_in_a_runs_folder_is_refused(tmp_path):

@@ -192,6 +192,7 @@ class RunFolder:
 
         Raises:
             CheckpointError: the run here computes something else.
+            BusyFolderError: so it does, and another process trains it.
         """
         there = self.recipe(recipe.plugin)
         # Graphs change nothing of what is computed, and another device may have none: that choice is made anew.
@@ -201,6 +202,7 @@ class RunFolder:
         before, now = there.computation(), recipe.computation()
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
+            self.require_idle()  # nobody should be told to remove what another process writes
             first = sorted((key for key in changed if key != "stages"), key=lambda key: key not in ("model", "method"))
             pairs = {key: _in_short(before.get(key), now.get(key)) for key in first}
             listing = few([f"{key} ({there} there, {asked} asked for)" for key, (there, asked) in pairs.items()], 4)
