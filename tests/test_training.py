@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import asdict, replace
@@ -713,6 +714,25 @@ def test_a_run_that_goes_on_keeps_others_out_while_it_opens_its_data(tmp_path, m
     left = RunFolder(tmp_path / "run")
     left.occupy()  # the lock is free
     left.end()
+
+
+def test_who_only_looks_whether_a_folder_is_free_does_not_keep_its_process_out(tmp_path):
+    held = threading.Event()
+
+    def look():
+        looking = RunFolder(tmp_path)
+        looking.occupy()
+        held.set()
+        time.sleep(0.1)
+        looking.end()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert held.wait(10)
+    folder = RunFolder(tmp_path)
+    folder.occupy()
+    folder.end()
+    thread.join()
 
 
 def test_of_another_recipe_model_and_method_are_named_first(tmp_path):

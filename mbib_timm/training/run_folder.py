@@ -41,6 +41,7 @@ from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 LOCK = ".lock"
+PATIENCE = 0.5  # seconds: `require_idle` of another process holds the lock for a moment
 # What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
 MEASURED = (RECORD, PREDICTIONS, CONFUSION, CLASSES, ERRORS, "aggregation.json", "analysis/analysis.json")
 # What of an environment decides the bits that come out.
@@ -224,7 +225,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise self._busy() from None
         except OSError as error:
