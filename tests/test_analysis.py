@@ -364,6 +364,12 @@ def test_borders_of_the_bins():
     logits = torch.cat([confidence, ((1 - confidence) / 19).expand(-1, 19)], dim=1).log()
     bins = batch_statistics(logits, torch.zeros(28, dtype=torch.long)).bins.numpy()
     assert reliability(bins).images == [1, *[2] * 13, 1]
+    # A border is in the bin below it: of 15 classes, the least confidence that there is, 1/15, and the most, 1.
+    exact = torch.zeros(2, 15)
+    exact[1, 0] = 100
+    bins = batch_statistics(exact, torch.zeros(2, dtype=torch.long)).bins.numpy()
+    assert reliability(bins).images == [1, *[0] * 13, 1]
+    assert reliability(bins).confidence[-1] == 100
 
 
 # Confusion.

@@ -24,6 +24,7 @@ from mbib_timm.results.runs import group_runs, read_run, read_seeds
 from mbib_timm.sweeps.sweep_results import read_results
 from mbib_timm.training import train
 from mbib_timm.training.provenance import changed_inputs, continued, inputs_of
+from mbib_timm.training.run_folder import RunFolder
 
 PLUGIN = """
 from torch.nn.functional import cross_entropy
@@ -193,6 +194,14 @@ def test_a_sweep_does_not_go_on_with_other_code(tmp_path, capsys):
     status, said = sweep(capsys, file)
     assert status == 2
     assert "holds a run from before two.py changed" in said.err
+    (begun,) = tmp_path.glob("**/last.ckpt")
+    busy = RunFolder(begun.parent)
+    busy.occupy()
+    status, said = sweep(capsys, file)
+    busy.end()
+    assert status == 2
+    assert f"another process is training in {begun.parent}; wait for it" in said.err
+    assert "remove the folder" not in said.err
 
 
 def test_class_weights_and_teachers_are_inputs(tmp_path, capsys):

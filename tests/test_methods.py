@@ -417,9 +417,8 @@ def run_epochs(method, optimizer, epochs, **keys):
         torch.manual_seed(epoch)
         method.start_epoch(epoch)
         loader, progress = batches_for(method.name, seed=epoch), Progress(3, visible=False)
-        losses.append(
-            train_one_epoch(method, loader, step, recipe, LossLog(epoch), progress, lambda steps: method.update_ema())
-        )
+        log = LossLog(epoch, method.name)
+        losses.append(train_one_epoch(method, loader, step, recipe, log, progress, lambda steps: method.update_ema()))
     return losses
 
 

@@ -37,6 +37,8 @@ SMALL = [
     if not name.endswith(("101", "152", "44", "56", "34", "resnet50", "bib_resnext50")) or name == "mbib_resnext50"
 ]
 SMALL.remove("experts_resnext50")
+# Their heads see nothing but pooled features.
+POOLED = [name for name in NAMES if name == "with_classifier" or (name in WRAPPED and name not in EXPERTS)]
 # One of each kind.
 KINDS = [
     "mbib_resnet20", "mbib_resnet10", "cifar_resnet20", "with_classifier", "experts_resnet20", "mbib_experts_resnet20"
@@ -182,13 +184,15 @@ def test_features_and_head_compose_to_the_forward_pass(small):
     torch.testing.assert_close(model.forward_head(features), model(x))
 
 
+def test_pooled_features_are_of_models_whose_heads_see_nothing_else(described):
+    name, model = described
+    assert hasattr(model, "pool_features") == (name in POOLED)
+
+
 @pytest.mark.slow
-def test_pooled_features_and_heads_compose_to_the_forward_pass(small):
-    name, model = small
-    x = images(name, 4)
-    if name in EXPERTS or name not in (*WRAPPED, "with_classifier"):
-        assert not hasattr(model, "pool_features")
-        return
+@pytest.mark.parametrize("name", [name for name in SMALL if name in POOLED])
+def test_pooled_features_and_heads_compose_to_the_forward_pass(name):
+    model, x = create(name), images(name, 4)
     for training in (True, False):
         model.train(training)
         # Training mode moves BatchNorm's running statistics, which nothing reads there.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mbib_timm.data import DataPool
 from mbib_timm.environment import World
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.files import to_json
 from mbib_timm.methods import METHODS, part_of
 from mbib_timm.recipe import Recipe, dump_recipe, load_recipe
@@ -340,6 +340,24 @@ def test_a_run_of_one_stage_beside_is_taken_if_it_is_finished_and_computed_the_s
     (ce.folder / "metrics.json").unlink()  # as if it had been killed
     train(recipe_of(tmp_path, CE_TAU), "not_taken")
     assert [epoch[0] for epoch in epochs] == ["ce"] * 3
+
+
+@pytest.mark.slow
+def test_a_later_stage_keeps_others_out_while_it_opens_its_data(tmp_path, monkeypatch):
+    recipe, create = recipe_of(tmp_path, CE_TAU, epochs=1, warmup_epochs=0), run_module.create_loaders
+
+    def decode(splits, stage, *args, **kwargs):
+        if stage.stage == 0:
+            return create(splits, stage, *args, **kwargs)
+        with pytest.raises(BusyFolderError, match=r"another process is training in .*run; wait for it"):
+            train(recipe, "run")
+        raise MbibError("the data are gone")
+
+    monkeypatch.setattr(run_module, "create_loaders", decode)
+    with pytest.raises(MbibError, match="the data are gone"):
+        train(recipe, "run")
+    with pytest.raises(MbibError, match="already holds a run"):  # the lock is free
+        train(recipe, "run")
 
 
 def test_all_stages_of_a_run_are_in_its_folder_where_others_find_them(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.cli import main
 from mbib_timm.compiling import CompileOrEager
 from mbib_timm.environment import World
-from mbib_timm.errors import MbibError
+from mbib_timm.errors import MbibError, NoFirstLossError, NonFiniteLossError
 from mbib_timm.evaluation import evaluate
 from mbib_timm.evaluation.evaluate import compiled_head_logits
 from mbib_timm.methods import Facts, resolve_method
@@ -284,17 +284,17 @@ def test_an_epoch_reads_the_device_only_where_a_line_is_due(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     loader = batches((8, 8, 8, 8, 5))
-    train_one_epoch(method, loader, step, recipe, LossLog(0), Progress(5, visible=False), lambda steps: None)
+    train_one_epoch(method, loader, step, recipe, LossLog(0, "ce"), Progress(5, visible=False), lambda steps: None)
     assert reads == ["tolist"] * 3  # after steps 2 and 4, and at the end
 
 
 def test_logged_losses_go_by_name_and_are_the_same_in_every_step():
-    log = LossLog(0)
-    log.add({"loss": torch.tensor(1.0), "a": torch.tensor(2.0)}, "mine")
-    log.add({"a": torch.tensor(4.0), "loss": torch.tensor(3.0)}, "mine")
+    log = LossLog(0, "mine")
+    log.add({"loss": torch.tensor(1.0), "a": torch.tensor(2.0)})
+    log.add({"a": torch.tensor(4.0), "loss": torch.tensor(3.0)})
     for other in (("loss",), ("loss", "b"), ("loss", "a", "b")):
         with pytest.raises(MbibError, match=f"method 'mine': .* in those before loss, a; got {', '.join(other)}"):
-            log.add(dict.fromkeys(other, torch.tensor(1.0)), "mine")
+            log.add(dict.fromkeys(other, torch.tensor(1.0)))
     assert log.read() == {"loss": 2.0, "a": 3.0}
 
 
@@ -304,11 +304,35 @@ def test_logged_losses_are_means_over_the_processes(monkeypatch):
         return [value, (problem, [[10 * part for part in row] for row in rows])]
 
     monkeypatch.setattr(epoch_module, "of_all", of_two)
-    log = LossLog(0, {"loss": 2.0, "loss_z": 1.0}, steps=2)
+    log = LossLog(0, "mbib", {"loss": 2.0, "loss_z": 1.0}, steps=2)
     for loss in (1.0, 3.0):
-        log.add({"loss": torch.tensor(loss), "loss_z": torch.tensor(0.5)}, "mbib")
+        log.add({"loss": torch.tensor(loss), "loss_z": torch.tensor(0.5)})
     assert log.read_sums() == {"loss": 2.0 + 5.5 + 16.5, "loss_z": 1.0 + 2 * 2.75}
     assert log.read() == {"loss": 6.0, "loss_z": 6.5 / 4}
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_first_loss_that_is_not_finite_names_what_gives_it(amp):
+    log = LossLog(0, "mine", amp=amp)
+    log.add({"loss": torch.tensor(float("nan"))})
+    told = r"'mine': the loss is nan before any update: look at its formula and settings, and at the weights that it"
+    with pytest.raises(NoFirstLossError, match=told) as caught:
+        log.read()
+    assert str(caught.value).endswith("; or try --no-amp" if amp else "starts from")
+
+
+def test_of_several_processes_a_first_loss_that_is_not_finite_comes_before_a_later_one(monkeypatch):
+    """The first process has its own in step 2, the second in step 1."""
+    logs = [LossLog(0, "mine") for _ in range(2)]
+    for log, losses in zip(logs, [(1.0, float("nan")), (float("inf"), 1.0)], strict=True):
+        for loss in losses:
+            log.add({"loss": torch.tensor(loss)})
+    monkeypatch.setattr(epoch_module, "of_all", lambda value: [value])
+    with pytest.raises(NoFirstLossError) as second:
+        logs[1].read()
+    monkeypatch.setattr(epoch_module, "of_all", lambda value: [value, (second.value, [])])
+    with pytest.raises(NonFiniteLossError, match="the loss is inf before any update"):
+        logs[0].read()
 
 
 def test_a_loss_without_a_gradient_names_the_method(monkeypatch):

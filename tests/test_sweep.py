@@ -21,7 +21,7 @@ from made_up_results import made_up_record
 
 from mbib_timm.cli import main
 from mbib_timm.data import DataPool
-from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.recipe import dump_recipe, find_recipe, in_proportion, load_recipe
 from mbib_timm.results.record import read_record, write_record
 from mbib_timm.sweeps import show_sweep, sweep_runs
@@ -380,6 +380,18 @@ def test_another_recipe_in_a_runs_folder_is_refused_before_anything_runs(finishe
     assert f"; 3 more runs cannot go on either: {', '.join(others)}\n" in said
 
 
+def test_a_sweep_with_other_settings_names_the_process_that_trains_and_not_its_folder_to_remove(tmp_path):
+    (run,), (other,) = (plan(of_recipe(DIGITS), small(tmp_path, **keys)) for keys in ({}, {"momentum": 0.5}))
+    busy = run.folder()
+    busy.begin(run.recipe, {})
+    save_checkpoint(busy.path, {})
+    with pytest.raises(BusyFolderError, match=r"another process is training in .*; wait for it"):
+        other.status(DataPool())
+    busy.end()
+    with pytest.raises(CheckpointError, match=r"momentum .*, or remove the folder"):
+        other.status(DataPool())
+
+
 def test_an_extended_run_in_a_runs_folder_is_refused(tmp_path):
     (run,) = plan(of_recipe("cifar_resnet20.ce_digits"), small(tmp_path, epochs=4))
     folder, kept = run.folder().path, read_record(KEPT)
@@ -524,7 +536,7 @@ def test_runs_side_by_side_are_those_of_one_process_interrupted_or_not(finished,
     assert process.exitcode == 128 + number, log.read_text()
     assert "Traceback" not in log.read_text()
     assert not list(folder.glob("*seed1/metrics.json")), "it ended before it was interrupted"
-    done = forked.mbib(*command)  # at once: no lock is left; and by itself, which starts no processes for seconds
+    done = forked.mbib(*command, "--jobs", "2")  # at once: no lock is left
     assert done.returncode == 0, done.stderr
     labels = [run.name for run in whole.iterdir()]
     assert {run.name for run in folder.iterdir()} == set(labels)

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import asdict, replace
@@ -674,13 +675,64 @@ def test_who_finds_another_process_training_is_not_told_to_remove_its_folder(tmp
     busy.begin(digits(tmp_path), {})
     with pytest.raises(BusyFolderError, match=r"another process is training in .*run; wait for it, or choose another"):
         train(digits(tmp_path), "run")
+    with pytest.raises(BusyFolderError, match="another process is training in"):
+        train(digits(tmp_path, resume="auto"), "run")
+    assert "nothing to resume" not in capsys.readouterr().out, "it has no checkpoint yet"
     (busy.path / "last.ckpt").touch()
     with pytest.raises(BusyFolderError, match="another process is training in"):
         train(digits(tmp_path, resume="auto"), "run")
     assert "resumed" not in capsys.readouterr().out
+    with pytest.raises(BusyFolderError, match="another process is training in"):
+        RunFolder(busy.path).agree(digits(tmp_path, lr=0.7))
     busy.end()
+    with pytest.raises(CheckpointError, match=r"lr .*, or remove the folder"):
+        RunFolder(busy.path).agree(digits(tmp_path, lr=0.7))
     with pytest.raises(MbibError, match="already holds a run"):
         train(digits(tmp_path), "run")
+
+
+def test_a_run_that_goes_on_keeps_others_out_while_it_opens_its_data(tmp_path, monkeypatch):
+    recipe = digits(tmp_path, model="cifar_resnet20", method="ce", epochs=1, warmup_epochs=0, **FEW)
+    refused = []
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def decode(*args, **kwargs):
+        with pytest.raises(BusyFolderError, match="another process is training in"):
+            train(recipe, "run")
+        refused.append(1)
+        raise MbibError("the data are gone")
+
+    monkeypatch.setattr(run_module, "train_one_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, "run")
+    monkeypatch.setattr(run_module, "create_loaders", decode)
+    with pytest.raises(MbibError, match="the data are gone"):
+        train(recipe.replace(resume="auto"), "run")
+    assert refused
+    left = RunFolder(tmp_path / "run")
+    left.occupy()  # the lock is free
+    left.end()
+
+
+def test_who_only_looks_whether_a_folder_is_free_does_not_keep_its_process_out(tmp_path):
+    held = threading.Event()
+
+    def look():
+        looking = RunFolder(tmp_path)
+        looking.occupy()
+        held.set()
+        time.sleep(0.1)
+        looking.end()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert held.wait(10)
+    folder = RunFolder(tmp_path)
+    folder.occupy()
+    folder.end()
+    thread.join()
 
 
 def test_of_another_recipe_model_and_method_are_named_first(tmp_path):

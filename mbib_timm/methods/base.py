@@ -154,8 +154,8 @@ class Method(TrainingTask):
     def check_network(self) -> None:
         """Raise MbibError for a network that the method does not fit, by `head_names`, `settings` and modules alone.
 
-        It comes before what a subclass's `__init__` adds. A sweep asks it before its first run begins, with neither
-        data nor weights.
+        It comes before what a subclass's `__init__` adds: what it reads is set by the class or by `Method.__init__`. A
+        sweep asks it before its first run begins, with neither data nor weights, and leaves any other error to the run.
         """
 
     # What a step computes: one of these three is a method's own.

@@ -97,6 +97,7 @@ class PlannedRun:
         Raises:
             CheckpointError: another recipe's run, or one of other data, another start, other code or fewer epochs at
                 first.
+            BusyFolderError: so it is, and another process trains there.
         """
         folder = self.folder()
         if self.is_done():
@@ -109,9 +110,13 @@ class PlannedRun:
         has_code = any(map(code_of_stage, self.recipe.chain()))
         for place in (folder, *stages) if has_code else (folder,):
             reached, given = _begun(place)
-            check_begun(place.path, given, self.recipe)
-            if place is folder and len(reached.ends_with(self.recipe.epochs)) > 1:
-                raise extended(place.path)
+            try:
+                check_begun(place.path, given, self.recipe)
+                if place is folder and len(reached.ends_with(self.recipe.epochs)) > 1:
+                    raise extended(place.path)
+            except CheckpointError:
+                place.require_idle()  # as `agree` does
+                raise
         return "partial" if stages or folder.has_checkpoint() else "missing"
 
 

@@ -27,38 +27,40 @@ class LossLog:
 
     Args:
         epoch: counted from 0; the error message counts from 1, as all messages do.
+        method: that gives the loss parts, for messages.
         sums: of the loss parts by name, of the steps before; alike in all processes.
         steps: those.
+        amp: whether precision is mixed, for messages.
     """
 
-    def __init__(self, epoch: int, sums: Mapping[str, float] | None = None, steps: int = 0) -> None:
-        self.epoch = epoch
+    def __init__(
+        self, epoch: int, method: str, sums: Mapping[str, float] | None = None, steps: int = 0, amp: bool = False
+    ) -> None:
+        self.epoch, self.method, self.amp = epoch, method, amp
         sums = sums or {}
         self.names = tuple(sums)
         self.pending: list[Tensor] = []
         self.sums = list(sums.values())
         self.steps = steps
-        self.method = ""
 
     def read_sums(self) -> dict[str, float]:
         """Return the sums so far; as `read`."""
         self.read()
         return dict(zip(self.names, self.sums, strict=True))
 
-    def add(self, parts: dict[str, Tensor], method: str) -> None:
+    def add(self, parts: dict[str, Tensor]) -> None:
         """Add a step's scalars; nothing waits for the device.
 
         Args:
             parts: by name, in any order.
-            method: that gives them, for the message.
 
         Raises:
             MbibError: they have other names than those of the steps before.
         """
-        self.names, self.method = self.names or tuple(parts), method
+        self.names = self.names or tuple(parts)
         if parts.keys() != set(self.names):
             raise MbibError(
-                f"method {method!r}: expected the same loss parts in every step of an epoch, as in those before "
+                f"method {self.method!r}: expected the same loss parts in every step of an epoch, as in those before "
                 f"{', '.join(self.names)}; got {', '.join(parts)}"
             )
         self.pending.append(torch.stack([parts[name].float() for name in self.names]))
@@ -74,8 +76,9 @@ class LossLog:
         self.pending.clear()
         problem = next(filter(None, map(self._problem, count(self.steps), rows)), None)
         problems, rows_of_all = zip(*of_all((problem, rows)), strict=True)
-        # All stop here together: one that went on alone would wait for the others.
-        if (error := next(filter(None, problems), None)) is not None:
+        # All stop here together: one that went on alone would wait for the others. A first step is before all others.
+        first = next((error for error in problems if isinstance(error, NoFirstLossError)), None)
+        if (error := first or next(filter(None, problems), None)) is not None:
             raise error
         for step in zip(*rows_of_all, strict=True):
             values = [sum(part) / len(step) for part in zip(*step, strict=True)]
@@ -92,7 +95,8 @@ class LossLog:
         if self.epoch == step == 0:
             part = "the loss" if bad[0] == "loss" else f"loss part {bad[0]!r}"
             return NoFirstLossError(
-                f"method {self.method!r}: {part} is {bad[1]} before any update{where}: look at its formula and settings"
+                f"method {self.method!r}: {part} is {bad[1]} before any update{where}: look at its formula and "
+                f"settings, and at the weights that it starts from{'; or try --no-amp' if self.amp else ''}"
             )
         return NonFiniteLossError(
             f"loss part {bad[0]!r} became {bad[1]} at epoch {self.epoch + 1}, step {step + 1}{where}; {DIVERGED}"
@@ -154,7 +158,7 @@ def train_one_epoch(
         accumulate = min(group, steps - step // group * group)
         with nullcontext() if update else method.no_sync():
             parts = take_step(batches, accumulate, update)
-        log.add(parts, method.name)
+        log.add(parts)
         if update:
             after_update(step + 1)
         progress.step()

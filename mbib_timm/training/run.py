@@ -267,7 +267,7 @@ class Run:
         start -= part.seconds
         self.loaders.train.set_epoch(epoch, part.steps)
         round_learning_rates(self.optimizer)
-        log = LossLog(epoch, part.losses, part.steps)
+        log = LossLog(epoch, self.method.name, part.losses, part.steps, amp=bool(recipe.amp))
         within = partial(self._after_update, log, part.learning_rate, start)
         losses = train_one_epoch(
             self.method,

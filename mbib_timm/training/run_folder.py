@@ -41,6 +41,7 @@ from mbib_timm.training.checkpoint import LAST, NEXT, PREVIOUS, load_newest, set
 
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
 LOCK = ".lock"
+PATIENCE = 0.5  # seconds: `require_idle` of another process holds the lock for a moment
 # What `mbib train`, `mbib aggregate` and `mbib analyze` have measured of a run's weights.
 MEASURED = (RECORD, PREDICTIONS, CONFUSION, CLASSES, ERRORS, "aggregation.json", "analysis/analysis.json")
 # What of an environment decides the bits that come out.
@@ -192,6 +193,7 @@ class RunFolder:
 
         Raises:
             CheckpointError: the run here computes something else.
+            BusyFolderError: so it does, and another process trains it.
         """
         there = self.recipe(recipe.plugin)
         # Graphs change nothing of what is computed, and another device may have none: that choice is made anew.
@@ -201,6 +203,7 @@ class RunFolder:
         before, now = there.computation(), recipe.computation()
         changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         if changed:
+            self.require_idle()  # nobody should be told to remove what another process writes
             first = sorted((key for key in changed if key != "stages"), key=lambda key: key not in ("model", "method"))
             pairs = {key: _in_short(before.get(key), now.get(key)) for key in first}
             listing = few([f"{key} ({there} there, {asked} asked for)" for key, (there, asked) in pairs.items()], 4)
@@ -222,7 +225,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise self._busy() from None
         except OSError as error:

@@ -124,6 +124,9 @@ def _train(
             return FinishedRun(folder.path, run.execute(), run.recipe), run.done.history
 
     try:
+        # What is there must not be taken for a run that has stopped, while data are opened and images decoded.
+        if world.is_main and (state is not None or any(folder.path.glob("stage*-*"))):
+            folder.occupy()
         finished, history = execute()
         # The model, its graphs and the checkpoint are gone by now: exceptions that matplotlib's parser keeps hold the
         # frames that called it, and whatever runs next in this process needs the memory of what is in them.
@@ -211,12 +214,12 @@ def _find_folder(
         if world.is_main:
             folder.require_free()
         return recipe, folder, None
+    if world.is_main:
+        folder.require_idle()  # before anything is said of what is resumed, or that nothing is
     if not folder.has_checkpoint():
         if recipe.resume != "auto" and not any(folder.path.glob("stage*-*")):
             raise CheckpointError(f"nothing to resume in {folder.path}: it holds no checkpoint")
         return recipe, folder, None
-    if world.is_main:
-        folder.require_idle()  # before anything is said of what is resumed
     recipe = folder.agree(recipe, extend)
     warn: Callable[[str], None] = print if world.is_main else lambda text: None
     state = load_checkpoint(checkpoint) if checkpoint else folder.newest(warn)

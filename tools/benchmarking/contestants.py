@@ -110,8 +110,8 @@ class Trainer:
     def train_epoch(self, loader: Any) -> None:
         """Train on every image of a loader."""
         loader.set_epoch(self.epochs)
-        nothing = Progress(0, visible=False)
-        train_one_epoch(self.method, loader, self.step, self.recipe, LossLog(self.epochs), nothing, self._follow)
+        nothing, log = Progress(0, visible=False), LossLog(self.epochs, self.method.name)
+        train_one_epoch(self.method, loader, self.step, self.recipe, log, nothing, self._follow)
         self.epochs += 1
 
     def _follow(self, steps: int) -> None:
