@@ -192,10 +192,12 @@ def differing(recipe, other):
 
 def test_open_choices_go_on_from_the_kept_results():
     recipe = (recipes_folder() / "sweeps" / "open_choices.yaml").read_text()
-    kept = read_results(recipes_folder().parent / "results" / "open_choices_on_test")
-    settings = {**kept.settings, "dataset": "folder", "val_split": "test"}
-    planned = {run.label: run for run in plan(find_sweep(["open_choices"]), settings)}
-    assert all(planned[run.label].computed(run) for run in kept.runs)
+    for name, split in {"open_choices": "left_out", "open_choices_on_test": "test"}.items():
+        kept = read_results(recipes_folder().parent / "results" / name)
+        settings = {**kept.settings, "dataset": "folder", "val_split": split}
+        planned = {run.label: run for run in plan(find_sweep(["open_choices"]), settings)}
+        assert all(planned[run.label].computed(run) for run in kept.runs)
+        assert {run.split for run in kept.runs} == {split}
     assert "Nesterov, weight decay 5e-4 and rotation" in [run.coordinates["departure"] for run in kept.runs]
     _, second = re.findall("#     mbib sweep open_choices (.*)", recipe)
     parts = [in_a_path(part) for part in re.findall('"(.*?)"', second)]
