@@ -38,7 +38,7 @@ def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults
     """Return runs of several recipes side by side: those from scratch, then those that started from weights, and of
     each those that were trained alike. `sweeps` are those of the report, see `known_differences`."""
     section = Section("Side by side")
-    alike = evaluated_alike([run.record for group in groups for run in group.runs])
+    alike = evaluated_alike(groups)
     if not alike:
         section.paragraphs(
             [

@@ -10,7 +10,6 @@ from mbib_timm.files import counted
 from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
 from mbib_timm.reporting.training_setups import capitalised, data_title, setup_names, setups
-from mbib_timm.results.record import RunRecord
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import difference, percent
@@ -45,7 +44,7 @@ def comparable_sets(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     for group in groups:
         for own in sets:
             same = (group.first.frame, group.first.precision) == (own[0].first.frame, own[0].first.precision)
-            if same and evaluated_alike(_records([*own, group])):
+            if same and evaluated_alike([*own, group]):
                 own.append(group)
                 break
         else:
@@ -229,15 +228,12 @@ def _beside_paper(group: RunGroup) -> str:
     return f"{_apart(points)}{' as' * (points == 0)} the paper's {percent(number)} % in {source}"
 
 
-def _records(groups: Sequence[RunGroup]) -> list[RunRecord]:
-    return [run.record for group in groups for run in group.runs]
-
-
-def evaluated_alike(records: Sequence[RunRecord]) -> bool:
+def evaluated_alike(groups: Sequence[RunGroup]) -> bool:
     """Return whether results are on the same images, as far as their records say: older ones say less.
 
     Of the same data the same images may have been held out in two ways, such as by chance and by a table.
     """
+    records = [run.record for group in groups for run in group.runs]
     results = [(record, record.result.prediction) for record in records]
     digests = {record.inputs[-1].data if record.inputs else None for record in records}
     same_data = len(digests) == 1 and None not in digests

@@ -56,7 +56,7 @@ def capitalised(text: str) -> str:
 
 def setups(groups: Sequence[RunGroup]) -> list[int]:
     """Return for each group the number of its training setup, from 1: groups of a number were trained alike."""
-    return numbered([_setup(group) for group in groups])
+    return _numbered([_setup(group) for group in groups])
 
 
 def _setup(group: RunGroup) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _setup(group: RunGroup) -> dict[str, Any]:
     return {"model": group.first.network, **group.first.training}
 
 
-def numbered(values: Sequence[Any]) -> list[int]:
+def _numbered(values: Sequence[Any]) -> list[int]:
     """Return for each value, which need not hash, the number of those that equal it, from 1 in order of appearance."""
     kinds: list[Any] = []
     for value in values:
