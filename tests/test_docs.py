@@ -53,8 +53,8 @@ NEEDS = {
     ],
     "CIFAR-100": [
         "mbib train mbib_resnet32.cifar100_lt_if100",
-        "mbib train mbib_resnet32.cifar100_lt_if100 --seed 1",
-        "mbib train mbib_resnet32.cifar100_lt_if100 --method.beta 3",
+        "mbib train mbib_resnet32.cifar100_lt_if100 --seed 1 --experiment seed1",
+        "mbib train mbib_resnet32.cifar100_lt_if100 --method.beta 3 --experiment beta3",
         "mbib train cifar_resnet32.dive_cifar100_lt_if100",
         "mbib train cifar_resnet32.dive_from_mbib_cifar100_lt_if100 --method.teacher-pass once",
         "mbib train cifar_resnet32.ce_cifar100_lt_if100 --cutmix 1 --cutmix-sampler reverse --mixup-prob 0.5 "

@@ -179,7 +179,7 @@ def evaluate(
         raise MbibError(
             f"evaluation: logits of {few(broken, 1)} are not finite; the weights have diverged, or "
             f"{str(amp_dtype or torch.float32).removeprefix('torch.')} cannot hold them; in training, lower --lr, or "
-            "add --clip-grad 1"
+            "add --clip-grad 5"
         )
     if answers is not None:
         found = answers.read()
