@@ -240,10 +240,11 @@ def test_weights_do_not_depend_on_labels_and_the_model_stays_as_it_is(run, tmp_p
 @pytest.mark.slow
 def test_both_loaders_serve(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mbib_timm.data.create.fits", lambda *args: False)
-    keys = dict(overrides=CPU, distributions=["forward5"], results_file=tmp_path / "out.json")
+    keys = dict(overrides=CPU, distributions=["forward5"], results_file=tmp_path / "new" / "out.json")
     (row,) = aggregate(str(run), **keys).test_sets
     assert row.images > 100
     assert row.epochs == 5
+    assert keys["results_file"].is_file()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mbib_timm.cli import main
 from mbib_timm.data.sources import open_digits
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import predict as predict_module
 from mbib_timm.inference.inputs import find_images
@@ -659,6 +660,13 @@ def test_choices_that_cannot_be(flags, message, capsys, monkeypatch, request):
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_several_processes_do_not_write_one_file(finished_run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("mbib_timm.environment.join_world", lambda device: World(torch.device("cpu"), 1, 2))
+    with pytest.raises(MbibError, match="mbib predict runs in one process, not in 2: start it without torchrun"):
+        predict(str(finished_run), [str(photos)], OutputChoice(file=tmp_path / "out.csv"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_file_in_the_place_of_a_folder(finished_run, photos, tmp_path, capsys):

@@ -148,8 +148,7 @@ def _own_folder(target: Target) -> Path:
 def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, images_per_class: int) -> Analysis:
     require_scikit_learn()
     with joined_world(found.recipe.device) as world:
-        if world.world_size > 1:
-            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: start it without torchrun")
+        world.require_alone("mbib analyze")
         opened = open_target(found, world, split)
         for note in opened.notes:
             print(note)

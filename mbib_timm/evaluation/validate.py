@@ -24,7 +24,7 @@ from mbib_timm.evaluation.priors import (
     wanted_shares,
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import check_place, has_fields, in_words, printable, require_own, to_json, write_bytes
+from mbib_timm.files import has_fields, in_words, printable, require_own, to_json, write_bytes
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_text import UNMEASURED, start_text
@@ -175,7 +175,6 @@ def _probabilities(opened: OpenTarget) -> np.ndarray:
 def _check(results_file: Path) -> None:
     if results_file.suffix != ".json" or results_file.is_dir():
         raise MbibError(f"--results {results_file}: expected the name of a JSON file, such as results/metrics.json")
-    check_place(results_file)
     own = has_fields("target", "split", "heads", "environment")
     require_own("--results", results_file, own, "holds no results of this command")
     require_own_answers("--results", results_file.parent, _prefix(results_file))

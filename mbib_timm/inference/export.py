@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mbib_timm
 from mbib_timm.data.images import pil_mode
 from mbib_timm.errors import MbibError
-from mbib_timm.files import check_place, contains, require_own
+from mbib_timm.files import contains, require_own
 from mbib_timm.licences import check_licence
 from mbib_timm.models.weights import LoadedModel, Source, find_source, load_model
 from mbib_timm.registry import Registry
@@ -119,11 +119,10 @@ def export(
     license = None if license is None else check_licence(license)
     name = name_of(find_source(target)).rpartition("/")[2].rpartition(":")[2].replace("@", "-")
     file = output or Path(f"{name}{kind.suffix}")
-    check_place(file)
-    if file.suffix.lower() != (ending := Path(f"{name}{kind.suffix}").suffix):
-        raise MbibError(f"--output {file}: expected a name that ends in {ending}, for --format {format}")
     # Of its `Description`, which no format compresses.
     require_own("--output", file, contains(f'"{PACKAGE} '.encode()), "is not an export of this package")
+    if file.suffix.lower() != (ending := Path(f"{name}{kind.suffix}").suffix):
+        raise MbibError(f"--output {file}: expected a name that ends in {ending}, for --format {format}")
     model = load_model(target)
     described = describe(model, softmax, license)
     module = for_inference(model.module)

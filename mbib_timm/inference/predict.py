@@ -131,6 +131,7 @@ def predict(
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
     with joined_world(device) as world:
+        world.require_alone("mbib predict")
         model = load_model(target)
         predictor = Predictor(model, head, None if prior == ESTIMATE else prior, world.device)
         if threshold > 0 and UNSURE in predictor.names:
