@@ -201,10 +201,6 @@ def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImag
     """Return images with the first folder level as their label, where one of those folders is a class.
 
     In an archive whose images lie below one common folder, the level below it counts.
-
-    Args:
-        found: images of one argument.
-        class_names: of the model.
     """
     if not found.in_folders:
         return found

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -21,23 +20,19 @@ from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior
 from mbib_timm.evaluation.trained_images import trained_on_line
 from mbib_timm.files import counted, in_words, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
-from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
+from mbib_timm.inference.inputs import Columns, FoundImage, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import (
     UNSURE,
     Broken,
     Continued,
-    CsvWriter,
     DoneImage,
     EmbeddingsWriter,
-    JsonlWriter,
     OutputChoice,
-    ParquetWriter,
     Prediction,
     RowColumns,
-    TableWriter,
-    Writer,
     check_replaced,
     check_replaced_embeddings,
+    open_writer,
     read_continued,
     written,
 )
@@ -140,7 +135,8 @@ def predict(
                 "be told from; omit the flag: the output has the probabilities"
             )
         grad_cam = None if cam is None else GradCam(predictor.module, model.preprocessing["input_size"])
-        todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
+        todo = [image for each in found for image in label_by_folder(each, predictor.names).images]
+        todo = todo if labels else [replace(image, label=None) for image in todo]
         layout = RowColumns(predictor.names, top_k, choice.probabilities)
         continued = read_continued(output, format, layout) if choice.resume and output else Continued()
         done: list[tuple[FoundImage, DoneImage]] = []
@@ -177,7 +173,7 @@ def predict(
     broken = {item.image for item in tally.broken}
     read = [image for image in todo if image.path not in broken] + [image for image, each in done if each.classes]
     measured = [image for image in read if image.label is not None and tally.label(image.label) is not None]
-    seen = _trained_on(model, measured) if measured else ""
+    seen = _trained_on(model, measured)
     said_to = sys.stderr if output is None else sys.stdout  # the predictions stand there alone
     for line in _summary(result, tally, model, threshold, seen):
         print(line, file=said_to)
@@ -270,13 +266,6 @@ def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundIma
                     )
 
 
-def _labelled(found: FoundImages, class_names: Sequence[str] | None) -> list[FoundImage]:
-    """Return the images of an argument with the names of their classes; with none where the model's are None."""
-    if class_names is None:
-        return [replace(image, label=None) for image in found.images]
-    return label_by_folder(found, class_names).images
-
-
 def _with_bar(batches: Iterable[ScoredBatch], images: int, visible: bool) -> Iterator[ScoredBatch]:
     progress = Progress(images, visible=visible, unit="image")
     try:
@@ -288,16 +277,7 @@ def _with_bar(batches: Iterable[ScoredBatch], images: int, visible: bool) -> Ite
 
 
 class _Outputs:
-    """The files that are written together: closed when all is well, and else left as far as they make sense.
-
-    Args:
-        format: of the predictions.
-        layout: their columns.
-        file: where to; None for standard output.
-        continued: what is there of an interrupted run.
-        embeddings: file of the features; None for none.
-        images: their number.
-    """
+    """The files that are written together: closed when all is well, and else left as far as they make sense."""
 
     def __init__(
         self,
@@ -312,20 +292,8 @@ class _Outputs:
             if path is not None:
                 make_folder(path.parent)
         self.path, self.embeddings = file, embeddings
-        self.file: TextIO | None = None
-        self.writer: Writer
         with _writing(file):
-            if format == "parquet" and file is not None:
-                self.writer = ParquetWriter(layout, file)
-            else:
-                to: TextIO = sys.stdout
-                if file is not None:
-                    to = self.file = _open_text(file, continued)
-                if format == "csv":
-                    self.writer = CsvWriter(layout, to, continued=continued.length > 0)
-                else:
-                    kind = JsonlWriter if format == "jsonl" else TableWriter
-                    self.writer = kind(layout.names, to)
+            self.writer = open_writer(format, layout, file, continued)
         self.vectors = None if embeddings is None else EmbeddingsWriter(embeddings, images)
 
     def write(self, items: Sequence[Prediction | Broken], features: Tensor | None) -> None:
@@ -340,22 +308,13 @@ class _Outputs:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        outputs: list[tuple[Writer | EmbeddingsWriter, Path | None]] = [(self.writer, self.path)]
-        outputs += [(self.vectors, self.embeddings)] if self.vectors else []
-        if kind is not None:
-            for output, _path in outputs:
+        for output, path in ((self.writer, self.path), (self.vectors, self.embeddings)):
+            if output is not None and kind is None:
+                with _writing(path):
+                    output.close()
+            elif output is not None:
                 with contextlib.suppress(OSError):  # the first error is told
                     output.abandon()
-            with contextlib.suppress(OSError):
-                if self.file is not None:
-                    self.file.close()
-            return
-        for output, path in outputs:
-            with _writing(path):
-                output.close()
-        with _writing(self.path):
-            if self.file is not None:
-                self.file.close()
 
 
 @contextlib.contextmanager
@@ -367,14 +326,6 @@ def _writing(file: Path | None) -> Iterator[None]:
         if file is None:
             raise
         raise MbibError(f"cannot write {file}: {error.strerror or first_line(error)}") from None
-
-
-def _open_text(file: Path, continued: Continued) -> TextIO:
-    """Open a file to write: from its beginning, or behind what an interrupted run has written whole."""
-    if not continued.length:
-        return file.open("w", encoding="utf-8", newline="")
-    os.truncate(file, continued.length)
-    return file.open("a", encoding="utf-8", newline="")
 
 
 def _write_overlays(

@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mbib_timm.errors import DataError, MbibError, few, first_line
 from mbib_timm.files import check_folder, check_place, counted, from_cell, parse_json, printable, require_own, to_cell
@@ -143,29 +144,6 @@ def _require(package: str, needed: str, extra: str) -> None:
         raise MbibError(f"{needed}: pip install 'mbib-timm[{extra}]'")
 
 
-class Writer(Protocol):
-    """Takes predictions in batches."""
-
-    def write(self, items: Sequence[Prediction | Broken]) -> None:
-        """Write some."""
-
-    def close(self) -> None:
-        """Finish the file."""
-
-    def abandon(self) -> None:
-        """Leave what makes no sense unless it is whole."""
-
-
-class TextWriter:
-    """What ends the writers of text: nothing is left to do, and what there is makes sense."""
-
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-    def abandon(self) -> None:
-        """Keep what there is."""
-
-
 @dataclass(frozen=True)
 class RowColumns:
     """The columns of CSV and Parquet: one row per image.
@@ -207,16 +185,26 @@ class RowColumns:
         ]
 
 
-class TableWriter(TextWriter):
-    """Predictions for a reader: an image, and below it its classes.
+class TextWriter:
+    """A file of text, or standard output, which stays open. When writing ends early, what there is makes sense."""
 
-    Args:
-        names: of the classes.
-        file: where to.
-    """
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not sys.stdout:
+            self.file.close()
+
+    abandon = close
+
+
+class TableWriter(TextWriter):
+    """Predictions for a reader: an image, and below it its classes."""
 
     def __init__(self, names: Sequence[str], file: TextIO) -> None:
-        self.names, self.file = names, file
+        super().__init__(file)
+        self.names = names
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some; those that cannot be read are listed at the end by whoever runs this."""
@@ -235,14 +223,12 @@ class TableWriter(TextWriter):
 class CsvWriter(TextWriter):
     """Predictions as CSV: one row per image, see `RowColumns`; text that is somebody else's as `to_cell` gives it.
 
-    Args:
-        columns: of the table.
-        file: where to.
-        continued: the header is there.
+    The header is there where the file is continued.
     """
 
     def __init__(self, columns: RowColumns, file: TextIO, continued: bool) -> None:
-        self.columns, self.file = columns, file
+        super().__init__(file)
+        self.columns = columns
         self.csv = csv.writer(file, lineterminator="\n")
         if not continued:
             self.csv.writerow(map(to_cell, columns.header()))
@@ -260,15 +246,11 @@ class CsvWriter(TextWriter):
 
 
 class JsonlWriter(TextWriter):
-    """Predictions as JSON lines: an object per image.
-
-    Args:
-        names: of the classes.
-        file: where to.
-    """
+    """Predictions as JSON lines: an object per image."""
 
     def __init__(self, names: Sequence[str], file: TextIO) -> None:
-        self.names, self.file = names, file
+        super().__init__(file)
+        self.names = names
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some lines."""
@@ -302,21 +284,17 @@ def _encodable(text: str) -> str:
 
 
 class ParquetFile:
-    """A Parquet file that is there when it is closed, and until then under another name.
+    """A Parquet file that is there when it is closed, and until then under another name."""
 
-    Args:
-        path: of the file.
-        schema: pyarrow's.
-    """
-
-    def __init__(self, path: Path, schema: Any) -> None:
+    def __init__(self, path: Path, columns: Sequence[tuple[str, Any]]) -> None:
+        import pyarrow
         from pyarrow import parquet
 
-        self.path, self.schema = path, schema
+        self.path, self.schema = path, pyarrow.schema(columns)
         self.beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self.writer = parquet.ParquetWriter(self.beside, schema)
+        self.writer = parquet.ParquetWriter(self.beside, self.schema)
 
-    def write(self, columns: Sequence[Any]) -> None:
+    def write_columns(self, columns: Sequence[Any]) -> None:
         """Write rows, given by column."""
         import pyarrow
 
@@ -335,37 +313,27 @@ class ParquetFile:
         self.beside.unlink(missing_ok=True)
 
 
-class ParquetWriter:
-    """Predictions as Parquet, with the columns of CSV.
-
-    Args:
-        columns: of the table.
-        path: of the file.
-    """
+class ParquetWriter(ParquetFile):
+    """Predictions as Parquet, with the columns of CSV."""
 
     def __init__(self, columns: RowColumns, path: Path) -> None:
         import pyarrow
 
         self.columns = columns
         text = {"image", "label", "predicted", "error"}
-        schema = [
+        kinds = [
             (_encodable(name), pyarrow.string() if name in text or name.startswith("class_") else pyarrow.float32())
             for name in columns.header()
         ]
-        self.file = ParquetFile(path, pyarrow.schema(schema))
+        super().__init__(path, kinds)
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some rows."""
         if items:
-            self.file.write([*zip(*map(self.columns.row, items), strict=True)])
+            self.write_columns([*zip(*map(self.columns.row, items), strict=True)])
 
-    def close(self) -> None:
-        """Finish the file."""
-        self.file.close()
 
-    def abandon(self) -> None:
-        """Remove what there is."""
-        self.file.abandon()
+Writer = TableWriter | CsvWriter | JsonlWriter | ParquetWriter
 
 
 class EmbeddingsWriter:
@@ -386,12 +354,7 @@ class EmbeddingsWriter:
         self.done = 0
 
     def write(self, items: Sequence[Prediction | Broken], features: "np.ndarray") -> None:
-        """Write some rows.
-
-        Args:
-            items: images in order.
-            features: of those that could be read, (B, C), float32.
-        """
+        """Write some rows; the features, (B, C), float32, are of the images that could be read."""
         import numpy as np
 
         rows = iter(features)
@@ -401,9 +364,8 @@ class EmbeddingsWriter:
                 import pyarrow
 
                 kinds = (pyarrow.string(), pyarrow.string(), pyarrow.list_(pyarrow.float32()))
-                schema = pyarrow.schema([*zip(EMBEDDING_COLUMNS, kinds, strict=True)])
-                self.parquet = ParquetFile(self.path, schema)
-            self.parquet.write([[item.image for item in items], [item.label for item in items], given])
+                self.parquet = ParquetFile(self.path, [*zip(EMBEDDING_COLUMNS, kinds, strict=True)])
+            self.parquet.write_columns([[item.image for item in items], [item.label for item in items], given])
             return
         if self.array is None and features.size:
             shape = (self.images, features.shape[1])
@@ -497,6 +459,22 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
             "was written with, or choose another --output"
         ) from None
     return Continued(images, length)
+
+
+def open_writer(format: str, columns: RowColumns, file: Path | None, continued: Continued) -> Writer:
+    """Open a file of one of `FORMATS`, behind what an interrupted run has written whole; None for standard output."""
+    if format == "parquet" and file is not None:
+        return ParquetWriter(columns, file)
+    stream: TextIO = sys.stdout if file is None else _open_text(file, continued)
+    if format == "csv":
+        return CsvWriter(columns, stream, continued=continued.length > 0)
+    return JsonlWriter(columns.names, stream) if format == "jsonl" else TableWriter(columns.names, stream)
+
+
+def _open_text(file: Path, continued: Continued) -> TextIO:
+    if continued.length:
+        os.truncate(file, continued.length)
+    return file.open("a" if continued.length else "w", encoding="utf-8", newline="")
 
 
 def check_replaced(file: Path, format: str) -> None:
