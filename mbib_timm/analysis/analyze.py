@@ -158,7 +158,6 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
             model,
             opened.loader,
             counts,
-            device=world.device,
             channels_last=found.recipe.channels_last,
             groups=opened.images.groups,
         )
@@ -265,9 +264,7 @@ def summary_text(analysis: Analysis) -> str:
 def comparison_text(first: Analysis, other: Analysis) -> str:
     """Return how the mean positive posterior of a run differs from the first run's, by shot group (figure 7).
 
-    Args:
-        first: its training counts decide the shot groups.
-        other: of another run with the same classes.
+    Their classes are the same; the first run's training counts decide the shot groups.
     """
     difference = mean_by_shot_group(other.posterior - first.posterior, first.counts)
     title = f"mean positive posterior, {other.title} minus {first.title}"

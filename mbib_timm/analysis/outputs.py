@@ -56,17 +56,15 @@ def collect_outputs(
     loader: Iterable[Batch],
     class_counts: np.ndarray,
     *,
-    device: torch.device,
     channels_last: bool = False,
     groups: np.ndarray | None = None,
 ) -> Outputs:
     """Collect a model's outputs; one forward pass a batch gives features and logits.
 
     Args:
-        model: set to evaluation mode, and back to its own mode afterwards.
-        loader: gives batches.
+        model: set to evaluation mode.
+        loader: gives batches on the model's device.
         class_counts: training images of each class, (K,).
-        device: device of the model.
         channels_last: hand the images on in channels-last format.
         groups: name of the group of each image of the split; None where images have none.
 
@@ -74,29 +72,24 @@ def collect_outputs(
         DataError: no image at all, or what the loader raises for a broken one.
         MbibError: logits that are not finite, or a model that does not give its features.
     """
-    was_training = model.training
     model.eval()
     sums: Statistics | None = None
     labels: list[Tensor] = []
     places: list[Tensor] = []
     features: dict[str, list[Tensor]] = {}
     heads: dict[str, list[HeadOutputs]] = {}
-    try:
-        for batch in loader:
-            images, targets = batch.laid_out(channels_last).images.to(device), batch.targets.to(device)
-            logits, embedded = logits_and_features(model, images)
-            counted = batch_statistics(torch.stack([*logits.values()]), targets)
-            sums = counted if sums is None else sums + counted
-            # Off the device at once: the features of a whole split may not fit there.
-            labels.append(targets.cpu())
-            places.append(batch.index.cpu())
-            for name, values in embedded.items():
-                features.setdefault(name, []).append(values.float().cpu())
-            for name, values in logits.items():
-                heads.setdefault(name, []).append(_of_head(values, targets))
-    finally:
-        model.train(was_training)
-    if sums is None or not labels:
+    for batch in loader:
+        logits, embedded = logits_and_features(model, batch.laid_out(channels_last).images)
+        counted = batch_statistics(torch.stack([*logits.values()]), batch.targets)
+        sums = counted if sums is None else sums + counted
+        # Off the device at once: the features of a whole split may not fit there.
+        labels.append(batch.targets.cpu())
+        places.append(batch.index.cpu())
+        for name, values in embedded.items():
+            features.setdefault(name, []).append(values.float().cpu())
+        for name, values in logits.items():
+            heads.setdefault(name, []).append(_of_head(values, batch.targets))
+    if sums is None:
         raise DataError("there is no image to analyze")
     metrics = {name: summarize(sums[i], class_counts) for i, name in enumerate(heads)}
     broken = [name for name, values in metrics.items() if not math.isfinite(values.nll)]
