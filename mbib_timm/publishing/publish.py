@@ -123,7 +123,8 @@ class Publisher:
         if tag not in tags:
             self._tag(tag, head)
         state = "published" if changes else "unchanged"
-        print(f"{state}: hf-hub:{self.repository}@{tag} ({len(changes)} of {len(self.release.files)} files new)")
+        new = sum(isinstance(change, CommitOperationAdd) for change in changes)
+        print(f"{state}: hf-hub:{self.repository}@{tag} ({new} of {len(self.release.files)} files new)")
         return f"{self.api.endpoint}/{self.repository}/tree/{tag}"
 
     def _tag(self, tag: str, head: str) -> None:
