@@ -463,10 +463,9 @@ class _Heads(nn.Module):
 def _is_loss(method: type[Method]) -> bool:
     """Return whether all that a method does in training is a loss of each head's logits."""
     own = (
-        "forward", "logits", "build_network", "begin", "start_epoch", "synchronize", "after_step", "finish",
-        "own_parameters",
+        "forward", "logits", "begin", "start_epoch", "synchronize", "after_step", "finish", "own_parameters",
     )  # fmt: skip
-    untouched = all(getattr(method, name) == getattr(Method, name) for name in own if name != "build_network")
+    untouched = all(getattr(method, name) == getattr(Method, name) for name in own)
     plain = method.build_network.__func__ is Method.build_network.__func__  # type: ignore[attr-defined]
     whole = method.part == "all" and len(method.views) == 1 and method.sampler == Method.sampler
     return untouched and plain and whole and not (method.needs_start or method.post_hoc)

@@ -24,7 +24,7 @@ from mbib_timm.evaluation.priors import (
     wanted_shares,
 )
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import has_fields, in_words, printable, require_own, to_json, write_bytes
+from mbib_timm.files import has_fields, in_words, make_folder, printable, require_own, to_json, write_bytes
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_text import UNMEASURED, start_text
@@ -114,13 +114,13 @@ def validate(
             unreadable = [f"warning: left out: {in_words({UNREADABLE: broken})}"] if broken else []
             if gone := unread_classes(opened.images, broken):
                 unreadable.append(f"warning: {in_words({UNMEASURED: gone})}")
-            print("\n".join([*map(printable, [*opened.notes, *unreadable]), f"{target} on {opened.split}:"]))
+            print("\n".join([*opened.notes, *map(printable, unreadable), f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             origin = found.source.config.origin
             if origin is not None and (start := start_text(origin)):
                 print(start)
             if results_file is not None:
-                results_file.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(results_file.parent)
                 write_bytes(results_file, to_json(results))
                 files = write_answers(
                     results_file.parent,
