@@ -25,7 +25,6 @@ from mbib_timm.inference.prediction_files import (
     UNSURE,
     Broken,
     Continued,
-    DoneImage,
     EmbeddingsWriter,
     OutputChoice,
     Prediction,
@@ -139,7 +138,7 @@ def predict(
         todo = todo if labels else [replace(image, label=None) for image in todo]
         layout = RowColumns(predictor.names, top_k, choice.probabilities)
         continued = read_continued(output, format, layout) if choice.resume and output else Continued()
-        done: list[tuple[FoundImage, DoneImage]] = []
+        done: list[tuple[FoundImage, Prediction | Broken]] = []
         if output is not None and continued.images:
             todo, done = _parted(todo, continued.images, format)
             _check_continued(output, continued.images, done, format, threshold)
@@ -171,7 +170,8 @@ def predict(
         prior=estimate,
     )
     broken = {item.image for item in tally.broken}
-    read = [image for image in todo if image.path not in broken] + [image for image, each in done if each.classes]
+    read = [image for image in todo if image.path not in broken]
+    read += [image for image, each in done if isinstance(each, Prediction)]
     measured = [image for image in read if image.label is not None and tally.label(image.label) is not None]
     seen = _trained_on(model, measured)
     said_to = sys.stderr if output is None else sys.stdout  # the predictions stand there alone
@@ -198,10 +198,10 @@ def _is_within(folder: Path, images: str) -> bool:
 
 
 def _parted(
-    images: Sequence[FoundImage], done: Sequence[DoneImage], format: str
-) -> tuple[list[FoundImage], list[tuple[FoundImage, DoneImage]]]:
+    images: Sequence[FoundImage], done: Sequence[Prediction | Broken], format: str
+) -> tuple[list[FoundImage], list[tuple[FoundImage, Prediction | Broken]]]:
     """Return the images that are still to be predicted, and those that are done with what the file says of them."""
-    by_path: dict[str, list[DoneImage]] = defaultdict(list)
+    by_path: dict[str, list[Prediction | Broken]] = defaultdict(list)
     for each in reversed(done):
         by_path[each.image].append(each)
     todo, pairs = [], []
@@ -215,8 +215,8 @@ def _parted(
 
 def _check_continued(
     file: Path,
-    done: Sequence[DoneImage],
-    pairs: Sequence[tuple[FoundImage, DoneImage]],
+    done: Sequence[Prediction | Broken],
+    pairs: Sequence[tuple[FoundImage, Prediction | Broken]],
     format: str,
     threshold: float,
 ) -> None:
@@ -231,7 +231,7 @@ def _check_continued(
                 f"--resume: {file} has the class {before!r} for {each.image}, which is {now!r} now; {remedy}"
             )
     for each in done:
-        if not each.classes or each.classes[0][0] == UNSURE:
+        if isinstance(each, Broken):
             continue
         probability = each.classes[0][1]
         if (probability < threshold) != each.unsure and abs(probability - threshold) > TOLERANCE:
@@ -241,28 +241,27 @@ def _check_continued(
             )
 
 
-def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundImage, DoneImage]]) -> None:
+def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundImage, Prediction | Broken]]) -> None:
     """Predict some images of an interrupted run again.
 
     Raises:
         MbibError: their probabilities were others: of another model, head or prior.
     """
-    pairs = [(image, each) for image, each in pairs if each.classes]
-    if not pairs:
+    readable = [(image, each) for image, each in pairs if isinstance(each, Prediction)]
+    if not readable:
         return
-    some = [pairs[place] for place in evenly_spaced(len(pairs), AGAIN)]
-    labels = {name: label for label, name in enumerate(predictor.names)}
-    readable = {id(image): each for image, each in some}
+    some = [readable[place] for place in evenly_spaced(len(readable), AGAIN)]
+    classes_before = {id(image): each.classes for image, each in some}
     for batch in predictor.score([image for image, _ in some], AGAIN, workers=0):
         now = torch.softmax(predictor.adjust(batch.logits.to(predictor.device)), dim=-1).tolist()
         for image, probabilities in zip(batch.readable(), now, strict=True):
-            for name, before in readable[id(image)].classes:
-                found = probabilities[labels[name]]
+            for label, before in classes_before[id(image)]:
+                found = probabilities[label]
                 if abs(found - before) > TOLERANCE + DEVIATION * before:
                     raise MbibError(
                         f"--resume: {file} was written by another model, or with another --head or --prior: of "
-                        f"{image.path} it has {before:g} for {name!r}, which is {found:g} now; repeat what was given "
-                        f"before, or remove {file}"
+                        f"{image.path} it has {before:g} for {predictor.names[label]!r}, which is {found:g} now; "
+                        f"repeat what was given before, or remove {file}"
                     )
 
 

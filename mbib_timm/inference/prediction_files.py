@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -400,35 +400,15 @@ class EmbeddingsWriter:
 
 
 @dataclass(frozen=True)
-class DoneImage:
-    """What the file of an interrupted run says of an image.
-
-    Attributes:
-        image: its path, as the file has it; see `written`.
-        label: name of its class, where it is known.
-        classes: names and probabilities of its most probable classes, the first the most probable; none of an image
-            that could not be read.
-        unsure: the first was not probable enough.
-        error: why the image could not be read; empty where it could.
-    """
-
-    image: str
-    label: str | None
-    classes: Sequence[tuple[str, float]]
-    unsure: bool
-    error: str
-
-
-@dataclass(frozen=True)
 class Continued:
     """What is there of an interrupted run.
 
     Attributes:
-        images: that are done.
+        images: that are done, under their paths as the file has them; see `written`.
         length: bytes of the file that hold them; what follows is half a line.
     """
 
-    images: list[DoneImage] = field(default_factory=list)
+    images: list[Prediction | Broken] = field(default_factory=list)
     length: int = 0
 
 
@@ -452,7 +432,7 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
         if not length and content and not _begin_alike(content, first.encode()):
             raise ValueError("its first line is another")
         images = read(content[:length].decode(), columns) if length else []
-        _check_done(images, columns.names)
+        _check_done(images)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error) as error:
         raise MbibError(
             f"--resume: {file} does not hold predictions of this kind ({first_line(error)}); repeat the flags that it "
@@ -529,19 +509,23 @@ def _begin_alike(one: bytes, other: bytes) -> bool:
     return one[:shorter] == other[:shorter]
 
 
-def _check_done(images: Sequence[DoneImage], names: Sequence[str]) -> None:
-    known = set(names)
-    for image in images:
-        if not all(isinstance(text, str) for text in (image.image, image.label or "", image.error)):
+def _check_done(images: Sequence[Prediction | Broken]) -> None:
+    for item in images:
+        error = item.reason if isinstance(item, Broken) else ""
+        if not all(isinstance(text, str) for text in (item.image, item.label or "", error)):
             raise ValueError("an image, a label or an error is not text")
-        for name, probability in image.classes:
-            if name not in known:
-                raise ValueError(f"the model has no class {name!r}")
+        for _, probability in [] if isinstance(item, Broken) else item.classes:
             if not 0 <= probability <= 1:
                 raise ValueError(f"{probability} is not a probability")
 
 
-def _read_csv(content: str, columns: RowColumns) -> list[DoneImage]:
+def _label_of(name: str, labels: Mapping[str, int]) -> int:
+    if name not in labels:
+        raise ValueError(f"the model has no class {name!r}")
+    return labels[name]
+
+
+def _read_csv(content: str, columns: RowColumns) -> list[Prediction | Broken]:
     header = [*map(to_cell, columns.header())]
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     first = next(reader)
@@ -555,31 +539,35 @@ def _read_csv(content: str, columns: RowColumns) -> list[DoneImage]:
             if names
         ]
         raise ValueError(f"of the columns it {' and '.join(differences) or 'has another order'}")
-    names = {to_cell(name): name for name in columns.names}
-    images = []
+    labels = {to_cell(name): label for label, name in enumerate(columns.names)}
+    images: list[Prediction | Broken] = []
     for row in reader:
         if len(row) != len(header):
             raise ValueError(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}")
+        truth = (columns.names[labels[row[1]]] if row[1] in labels else from_cell(row[1])) or None
+        if row[-1]:
+            images.append(Broken(row[0], row[-1], truth))
+            continue
         ranked = zip(row[4 : 4 + 2 * columns.ranks() : 2], row[5 : 5 + 2 * columns.ranks() : 2], strict=True)
-        classes = [] if row[-1] else [(names.get(name, name), float(value)) for name, value in ranked]
-        unsure = bool(classes) and row[2] == UNSURE != classes[0][0]
-        label = names.get(row[1], from_cell(row[1])) or None
-        images.append(DoneImage(row[0], label, classes, unsure, row[-1]))
+        classes = [(_label_of(name, labels), float(value)) for name, value in ranked]
+        images.append(Prediction(row[0], classes, truth, unsure=row[2] == UNSURE != row[4]))
     return images
 
 
-def _read_jsonl(content: str, columns: RowColumns) -> list[DoneImage]:
-    images = []
+def _read_jsonl(content: str, columns: RowColumns) -> list[Prediction | Broken]:
+    labels = {name: label for label, name in enumerate(columns.names)}
+    images: list[Prediction | Broken] = []
     for line in content.rstrip("\n").split("\n"):
         item = parse_json(line)
-        label = item.get("label")
+        truth = item.get("label")
         if "error" in item:
-            images.append(DoneImage(item["image"], label, [], False, item["error"]))
+            images.append(Broken(item["image"], item["error"], truth))
             continue
-        classes = [(each["name"], float(each["probability"])) for each in item["classes"]]
+        classes = [(_label_of(each["name"], labels), float(each["probability"])) for each in item["classes"]]
         if len(classes) != columns.ranks():
             raise ValueError(f"it has {counted(len(classes), 'class')} of each image, not {columns.ranks()}")
         if ("probabilities" in item) != columns.probabilities:
             raise ValueError(f"it is written with{'' if 'probabilities' in item else 'out'} --probabilities")
-        images.append(DoneImage(item["image"], label, classes, item["predicted"] != classes[0][0], ""))
+        unsure = item["predicted"] != item["classes"][0]["name"]
+        images.append(Prediction(item["image"], classes, truth, unsure=unsure))
     return images
