@@ -143,7 +143,7 @@ def test_what_cannot_be_collected():
     broken = mbib()
     with torch.no_grad():
         broken.bottleneck.classifier.weight[0, 0] = torch.nan
-    with pytest.raises(MbibError, match="logits of prediction, z are not finite"):
+    with pytest.raises(MbibError, match="logits of prediction and 1 more are not finite"):
         collect_outputs(broken, loader, COUNTS)
 
 

@@ -1,7 +1,7 @@
 """A model over a loader, to the metrics of its prediction and of every head, and to its answer for every image."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -172,6 +172,17 @@ def evaluate(
         sums.all_reduce()
     if sums is None or not sums.total.any():
         raise DataError("there is no image to evaluate")
+    return metrics_of(sums, names, class_counts, answers, amp_dtype)
+
+
+def metrics_of(
+    sums: Statistics,
+    names: Sequence[str],
+    class_counts: np.ndarray,
+    answers: AnswerLog | None,
+    amp_dtype: torch.dtype | None = None,
+) -> dict[str, HeadMetrics]:
+    """Return the metrics of what was counted of several heads, by name; raises MbibError as `evaluate` does."""
     results = {name: summarize(sums[i], class_counts) for i, name in enumerate(names)}
     # Only here, where the sums have come off the device; one bad logit makes its head's sum bad.
     broken = [name for name, metrics in results.items() if not math.isfinite(metrics.nll)]
