@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -132,6 +133,15 @@ def test_without_gradio_it_says_what_to_install(finished_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[demo\]'"):
         build_page(str(finished_run))
+
+
+def test_no_port_that_is_free_is_not_called_none(monkeypatch):
+    def launch(**_):
+        raise OSError("Cannot find empty port in range: 7860-7959")
+
+    monkeypatch.setattr(demo_module, "build_page", lambda *_: SimpleNamespace(launch=launch))
+    with pytest.raises(MbibError, match=r"^no port is free; give one with --port$"):
+        demo_module.demo("a_model")
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_environment, redact_value
-from mbib_timm.results.tables import NOTHING, Table
+from mbib_timm.results.tables import NOTHING, Table, cells, interval_row
 
 
 def analyze(
@@ -209,14 +209,12 @@ RHO = {
 def summary_text(analysis: Analysis) -> str:
     """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
     metrics = analysis.heads[PREDICTION]
-    accuracy = {"all": metrics.macro, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
-    ends = [metrics.intervals.get(name) for name in ("macro", "many", "medium", "few")]
-    intervals = [NOTHING if each is None else f"{each[0]:.1f}-{each[1]:.1f}" for each in ends]
+    columns = ("macro", "many", "medium", "few")
     groups = Table(
         ["means over classes", *GROUPS],
         [
-            ["accuracy, %", *_cells(accuracy, "{:.2f}")],
-            *([["  95 % interval", *intervals]] if metrics.intervals else []),
+            ["accuracy, %", *cells(metrics, 2, columns)],
+            *interval_row(metrics, columns),
             *(
                 [f"rho of {name}, {said}", *_cells({group: d.rho(*of) for group, d in by_group.items()}, "{:.3f}")]
                 for name, by_group in analysis.distances.items()

@@ -63,15 +63,12 @@ class AnswerLog:
     def read(self) -> Answers:
         """Return the answers of all processes, in each. The first time this waits for the device and for the others."""
         if self.answers is None:
-            self.answers = self._gathered()
+            own = torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))
+            joined = np.concatenate(of_all(own), axis=1)
+            joined = joined[:, np.argsort(joined[0], kind="stable")]
+            index, targets, predicted = joined[:3].astype(np.int64)
+            self.answers = Answers(index, targets, predicted, joined[3].astype(np.float64))
         return self.answers
-
-    def _gathered(self) -> Answers:
-        own = torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))
-        joined = np.concatenate(of_all(own), axis=1)
-        joined = joined[:, np.argsort(joined[0], kind="stable")]
-        index, targets, predicted = joined[:3].astype(np.int64)
-        return Answers(index, targets, predicted, joined[3].astype(np.float64))
 
 
 def _logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -179,6 +179,7 @@ def demo(target: str, port: int | None = None, device: str | None = None) -> Non
             max_file_size=LARGEST_UPLOAD_BYTES,
         )
     except OSError:
-        raise MbibError(f"port {port} is taken; omit --port to use a free one") from None
+        remedy = "no port is free; give one with --port"
+        raise MbibError(remedy if port is None else f"port {port} is taken; omit --port to use a free one") from None
     print(f"{target} on {page.local_url} until Ctrl-C", flush=True)
     page.block_thread()

@@ -25,12 +25,7 @@ LONGEST_LINE = 2**16
 
 
 class FileReader:
-    """Images in files of their own.
-
-    Args:
-        paths: of the files.
-        names: what each is called; its path when None.
-    """
+    """Images in files of their own, each called as its path, or by a name."""
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> None:
         self.paths, self.names = paths, names

@@ -91,13 +91,7 @@ def publish(
 
 
 class Publisher:
-    """Brings a release onto the Hub.
-
-    Args:
-        api: client of the Hub; it finds the token.
-        release: what to publish.
-        wait: sleeps for a number of seconds.
-    """
+    """Brings a release onto the Hub, whose client finds the token; `wait` sleeps for a number of seconds."""
 
     def __init__(self, api: HfApi, release: Release, wait: Callable[[float], None] = time.sleep) -> None:
         self.api, self.release, self.wait = api, release, wait
