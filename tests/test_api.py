@@ -428,6 +428,18 @@ def test_batches_that_evaluate_does_not_take():
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.parametrize(
+    ("answer", "got"), [(lambda x: {"logits": x}, "a dict"), (lambda x: x[..., None, None], r"shape \(4, 3, 1, 1\)")]
+)
+def test_a_network_that_gives_no_logits(answer, got):
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            return answer(images.flatten(1)[:, :3])
+
+    with pytest.raises(MbibError, match=rf"Network: expected logits \(B, K\) in evaluation mode, got {got}$"):
+        evaluate(Network(), [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))], COUNTS)
+
+
 def test_models_that_are_given_to_the_wrong_function(finished_run):
     loaded = load(finished_run, device="cpu")
     with pytest.raises(

@@ -72,8 +72,12 @@ class AnswerLog:
 
 
 def _logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return `head_logits`, of as many images at once as suit the device."""
+    """Return `head_logits`, of as many images at once as suit the device; any network may give something else."""
     parts = [head_logits(model, batch) for batch in cache_sized(images)]
+    found: object = parts[0][PREDICTION]
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise MbibError(f"{type(model).__name__}: expected logits (B, K) in evaluation mode, got {got}")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
