@@ -25,6 +25,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate as evaluate_batches
 from mbib_timm.evaluation.priors import ESTIMATE
 from mbib_timm.evaluation.validate import validate
+from mbib_timm.files import printable
 from mbib_timm.flags import check_prediction
 from mbib_timm.inference.inputs import FoundImage, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import Broken, Prediction
@@ -178,8 +179,8 @@ def predict(
         batch_size: images per batch.
         workers: processes that decode images; detected when None.
         head: as in `load`; like `prior` and `device`, not allowed for a loaded model.
-        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely, with a
-            loaded model too.
+        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely, which
+            are printed; with a loaded model too.
         device: device of the model; detected when None.
 
     Returns:
@@ -198,7 +199,9 @@ def predict(
         predictor = load(model, head=head, prior=None if prior == ESTIMATE else prior, device=device)
     scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
     if prior == ESTIMATE:
-        scored, _ = predictor.estimate_prior(scored)
+        scored, found = predictor.estimate_prior(scored)
+        if found is not None:
+            print(printable(found.describe(predictor.names)))
     items = [item for batch in scored for item in predictor.items(batch, top_k, threshold)]
     return [_typed(item, predictor.names) for item in items]
 

@@ -125,6 +125,8 @@ def labelled(tmp_path_factory):
 @pytest.mark.parametrize("prior", [None, "estimate"])
 def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, labelled, prior, capsys):
     first = predict(finished_run, labelled, prior=prior, device="cpu")
+    said = capsys.readouterr().out
+    assert ("that is uncertain, from fewer than 10 images for each class" in said) is (prior == "estimate")
     threshold = round(float(np.median([each.probability for each in first if each.name])), 6)
     arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu", "--threshold", str(threshold)]
     assert main(["predict", str(finished_run), str(labelled), *arguments, *(["--prior", prior] if prior else [])]) == 1
