@@ -25,6 +25,7 @@ from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import evaluate as evaluate_batches
 from mbib_timm.evaluation.priors import ESTIMATE
 from mbib_timm.evaluation.validate import validate
+from mbib_timm.files import printable
 from mbib_timm.flags import check_prediction
 from mbib_timm.inference.inputs import FoundImage, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import Broken, Prediction
@@ -178,8 +179,8 @@ def predict(
         batch_size: images per batch.
         workers: processes that decode images; detected when None.
         head: as in `load`; like `prior` and `device`, not allowed for a loaded model.
-        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely, with a
-            loaded model too.
+        prior: as in `load`; or ``estimate``, for the class frequencies under which these images are most likely, which
+            are printed; with a loaded model too.
         device: device of the model; detected when None.
 
     Returns:
@@ -198,7 +199,9 @@ def predict(
         predictor = load(model, head=head, prior=None if prior == ESTIMATE else prior, device=device)
     scored: Iterable[ScoredBatch] = predictor.score(list(_find(images, predictor.names)), batch_size, workers)
     if prior == ESTIMATE:
-        scored, _ = predictor.estimate_prior(scored)
+        scored, found = predictor.estimate_prior(scored)
+        if found is not None:
+            print(printable(found.describe(predictor.names)))
     items = [item for batch in scored for item in predictor.items(batch, top_k, threshold)]
     return [_typed(item, predictor.names) for item in items]
 
@@ -463,10 +466,9 @@ class _Heads(nn.Module):
 def _is_loss(method: type[Method]) -> bool:
     """Return whether all that a method does in training is a loss of each head's logits."""
     own = (
-        "forward", "logits", "build_network", "begin", "start_epoch", "synchronize", "after_step", "finish",
-        "own_parameters",
+        "forward", "logits", "begin", "start_epoch", "synchronize", "after_step", "finish", "own_parameters",
     )  # fmt: skip
-    untouched = all(getattr(method, name) == getattr(Method, name) for name in own if name != "build_network")
+    untouched = all(getattr(method, name) == getattr(Method, name) for name in own)
     plain = method.build_network.__func__ is Method.build_network.__func__  # type: ignore[attr-defined]
     whole = method.part == "all" and len(method.views) == 1 and method.sampler == Method.sampler
     return untouched and plain and whole and not (method.needs_start or method.post_hoc)

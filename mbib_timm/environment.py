@@ -43,6 +43,11 @@ class World:
         """True in the process that writes."""
         return self.rank == 0
 
+    def require_alone(self, command: str) -> None:
+        """Raise MbibError where several processes run a command that is for one."""
+        if self.world_size > 1:
+            raise MbibError(f"{command} runs in one process, not in {self.world_size}: start it without torchrun")
+
     def of_main(self, compute: Callable[[], T]) -> T:
         """Return what the main process computes, in every process; all have to ask at the same point."""
         if not is_distributed():

@@ -156,13 +156,7 @@ LISTED = {
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> MbibError:
-    """Build the error for an unknown name, with the nearest valid names.
-
-    Args:
-        kind: what was asked for, e.g. ``"loss"``.
-        name: the name that is not known.
-        valid: the names that are.
-    """
+    """Build the error for an unknown name of a kind, such as ``"method"``, with the nearest valid names."""
     names = sorted(valid)
     if near := _called_otherwise(name, names) or nearest(name, names) or _whole_of(name, names):
         hint = f"did you mean {' or '.join(map(repr, near))}?"

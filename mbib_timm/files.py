@@ -110,12 +110,15 @@ def check_place(file: Path) -> None:
 def require_own(flag: str, file: Path, is_own: Callable[[Path], bool], otherwise: str) -> None:
     """Raise MbibError for a file that a command would replace, and that it does not write itself: it would be lost.
 
+    And where no file can be made; see `check_place`.
+
     Args:
         flag: that names the file.
         file: to write; where there is none, or an empty one, nothing is lost.
         is_own: whether a file looks like what the command writes.
         otherwise: what one is that does not, such as ``holds no predictions``.
     """
+    check_place(file)
     if file.exists() and file.stat().st_size and not is_own(file):
         raise MbibError(
             f"{flag} {file}: the existing file {otherwise}, and is not replaced; choose another name, or remove it"

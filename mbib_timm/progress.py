@@ -1,15 +1,8 @@
 """What a person sees while a run goes on: one bar over the whole training, and a line an epoch."""
 
+import contextlib
 import sys
 from typing import Any
-
-
-def _bar(total: int, done: int, unit: str) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:  # tqdm comes with mbib-timm[train]; plain lines will do
-        return None
-    return tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
 
 class Progress:
@@ -26,7 +19,10 @@ class Progress:
         self.visible = visible
         self.bar: Any = None
         if visible and sys.stderr.isatty():
-            self.bar = _bar(total, done, unit)
+            with contextlib.suppress(ImportError):  # tqdm comes with mbib-timm[train]; plain lines will do
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
     def step(self, count: int = 1) -> None:
         """Count one step, or several."""

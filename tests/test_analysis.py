@@ -60,7 +60,7 @@ def mbib(**kwargs):
 @pytest.mark.parametrize("prediction", ["mean", "v", "z"])
 def test_metrics_are_those_of_evaluate(prediction):
     model, (loader, _, y) = mbib(prediction=prediction), noise_batches()
-    outputs = collect_outputs(model, loader, COUNTS, device=CPU)
+    outputs = collect_outputs(model, loader, COUNTS)
     assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog())
     assert list(outputs.metrics) == list(outputs.heads)
     assert torch.equal(outputs.labels, y)
@@ -71,7 +71,7 @@ def test_metrics_are_those_of_evaluate(prediction):
 def test_features_are_those_that_the_modules_give(prediction):
     """Dropout of one half stands between features and classifiers; it must not touch them."""
     model, (loader, x, _) = mbib(prediction=prediction), noise_batches()
-    features = collect_outputs(model, loader, COUNTS, device=CPU).features
+    features = collect_outputs(model, loader, COUNTS).features
     model.eval()
     pooled = model.backbone.forward_intermediates(x, indices=model.taps)[0].mean(dim=(2, 3))
     norm = model.observation.norm
@@ -88,7 +88,7 @@ def test_features_are_those_that_the_modules_give(prediction):
 
 def test_heads_are_those_of_forward_heads():
     model, (loader, x, y) = mbib(), noise_batches()
-    outputs = collect_outputs(model, loader, COUNTS, device=CPU)
+    outputs = collect_outputs(model, loader, COUNTS)
     assert list(outputs.heads) == ["prediction", "v1", "v2", "v3", "z"]
     with torch.no_grad():
         logits = {"prediction": model.eval()(x), **dict(zip(model.head_names, model.forward_heads(x), strict=True))}
@@ -105,7 +105,7 @@ def test_equal_logits_are_ranked_as_evaluate_ranks_them():
         for layer in model.get_classifier():
             layer.weight.zero_()
             layer.bias.copy_(torch.tensor([0.0, 1, 1, 1, 1, 1, 1]))
-    outputs = collect_outputs(model, loader, COUNTS, device=CPU)
+    outputs = collect_outputs(model, loader, COUNTS)
     for name, head in outputs.heads.items():
         correct = 100 * float((head.predicted == outputs.labels).double().mean())
         assert correct == pytest.approx(outputs.metrics[name].top1)
@@ -114,10 +114,8 @@ def test_equal_logits_are_ranked_as_evaluate_ranks_them():
 @torch.no_grad()
 def test_a_plain_model_gives_its_pooled_features():
     model, (loader, x, _) = timm.create_model("cifar_resnet20", num_classes=7, drop_rate=0.5), noise_batches()
-    outputs = collect_outputs(model, loader, COUNTS, device=CPU)
+    outputs = collect_outputs(model, loader, COUNTS)
     assert list(outputs.heads) == ["prediction"]
-    assert model.training
-    model.eval()
     torch.testing.assert_close(outputs.features["v"], model.forward_features(x).mean(dim=(2, 3)))
     assert torch.equal(outputs.heads["prediction"].predicted, model(x).argmax(1))
     assert outputs.metrics == evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog())
@@ -125,12 +123,12 @@ def test_a_plain_model_gives_its_pooled_features():
 
 def test_channels_last_changes_nothing():
     model, (loader, _, _) = mbib(), noise_batches()
-    plain = collect_outputs(model, loader, COUNTS, device=CPU)
+    plain = collect_outputs(model, loader, COUNTS)
     seen = []
     model.backbone.conv1.register_forward_pre_hook(
         lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
     )
-    last = collect_outputs(model, loader, COUNTS, device=CPU, channels_last=True)
+    last = collect_outputs(model, loader, COUNTS, channels_last=True)
     assert seen == [True] * 3
     torch.testing.assert_close(last.features, plain.features, rtol=1e-4, atol=1e-4)
 
@@ -138,16 +136,15 @@ def test_channels_last_changes_nothing():
 def test_what_cannot_be_collected():
     loader, _, _ = noise_batches()
     with pytest.raises(DataError, match="no image"):
-        collect_outputs(mbib(), [], COUNTS, device=CPU)
+        collect_outputs(mbib(), [], COUNTS)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
     with pytest.raises(MbibError, match="Sequential does not give its features"):
-        collect_outputs(plain, loader, COUNTS, device=CPU)
+        collect_outputs(plain, loader, COUNTS)
     broken = mbib()
     with torch.no_grad():
         broken.bottleneck.classifier.weight[0, 0] = torch.nan
-    with pytest.raises(MbibError, match="logits of prediction, z are not finite"):
-        collect_outputs(broken, loader, COUNTS, device=CPU)
-    assert broken.training
+    with pytest.raises(MbibError, match="logits of prediction and 1 more are not finite"):
+        collect_outputs(broken, loader, COUNTS)
 
 
 # Posterior.
@@ -337,7 +334,7 @@ def test_every_kind_of_features_shows_the_same_images():
 
 def test_reliability_against_a_naive_loop_and_the_metrics():
     model, (loader, x, y) = mbib(), noise_batches(images=200, batch=50)
-    outputs = collect_outputs(model, loader, COUNTS, device=CPU)
+    outputs = collect_outputs(model, loader, COUNTS)
     with torch.no_grad():
         logits = head_logits(model.eval(), x)
     for name, bins in outputs.bins.items():
@@ -510,7 +507,7 @@ def loader(images):
         yield Batch((torch.randn(size, 1, 8, 8, generator=generator),), labels, torch.arange(start, start + size))
 
 counts = np.linspace(1000, 2, K).astype(int)
-outputs = collect_outputs(Wide(), loader(N), counts, device=torch.device("cpu"))
+outputs = collect_outputs(Wide(), loader(N), counts)
 assert outputs.metrics["prediction"].images == N
 features = {"v": outputs.features["v"], "z": torch.randn(N, C)}
 rho = distances(features["v"], torch.arange(N) % K, counts)  # as much for those of z, one after the other

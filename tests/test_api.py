@@ -125,6 +125,8 @@ def labelled(tmp_path_factory):
 @pytest.mark.parametrize("prior", [None, "estimate"])
 def test_labels_thresholds_and_estimates_are_those_of_the_command(finished_run, labelled, prior, capsys):
     first = predict(finished_run, labelled, prior=prior, device="cpu")
+    said = capsys.readouterr().out
+    assert ("that is uncertain, from fewer than 10 images for each class" in said) is (prior == "estimate")
     threshold = round(float(np.median([each.probability for each in first if each.name])), 6)
     arguments = ["--format", "jsonl", "--workers", "0", "--device", "cpu", "--threshold", str(threshold)]
     assert main(["predict", str(finished_run), str(labelled), *arguments, *(["--prior", prior] if prior else [])]) == 1
@@ -426,6 +428,18 @@ def test_batches_that_evaluate_does_not_take():
         evaluate(network, [(images, labels)], 3)
     metrics = [evaluate(network, [(images, kind)], COUNTS)["prediction"] for kind in (labels, labels.to(torch.uint8))]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"), [(lambda x: {"logits": x}, "a dict"), (lambda x: x[..., None, None], r"shape \(4, 3, 1, 1\)")]
+)
+def test_a_network_that_gives_no_logits(answer, got):
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            return answer(images.flatten(1)[:, :3])
+
+    with pytest.raises(MbibError, match=rf"Network: expected logits \(B, K\) in evaluation mode, got {got}$"):
+        evaluate(Network(), [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))], COUNTS)
 
 
 def test_models_that_are_given_to_the_wrong_function(finished_run):

@@ -410,6 +410,15 @@ CASES = {
         with_file("m.json", '{"target": "x"}', of_model("aggregate", "--results", "m.json")),
         r"--results m\.json: the existing file holds no results of this command",
     ),
+    "aggregate: results are a folder": (of_model("aggregate", "--results", "images"), "images is a folder"),
+    "aggregate: file above the results": (
+        with_file("notes.txt", "", of_model("aggregate", "--results", "notes.txt/m.json")),
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
+    ),
+    "analyze: output is a file": (
+        with_file("notes.txt", "", of_model("analyze", "--output", "notes.txt")),
+        r"cannot make the folder notes\.txt: notes\.txt is a file",
+    ),
     "validate: data": (of_model("validate", "--dataset", "folder", "--data-dir", "gone"), "data_dir gone"),
     "validate: split": (of_model("validate", "--split", "dev"), "'dev'"),
     "validate: no model": (lambda root, run: ["validate", "gone"], "gone"),

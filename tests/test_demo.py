@@ -9,10 +9,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import forked
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import ExifTags, Image
 
@@ -35,7 +37,7 @@ def test_every_head_is_shown_with_the_training_images_of_its_classes(finished_ru
     assert labels[3] == f"3 (n = {model.class_counts[3]})"
     assert shown_heads(model) == {"prediction": "Prediction (mean of v3 and z)", "v3": "Head v3", "z": "Head z"}
     shown = classify([Predictor(model, head) for head in shown_heads(model)], labels, picture).heads
-    images = Predictor(model).transform()(picture)[None]
+    images = timm.data.create_transform(**model.preprocessing)(picture)[None]
     with torch.inference_mode():
         *_, v, z = model.module.forward_heads(images)
         expected = [torch.softmax(logits, 1)[0] for logits in ((v + z) / 2, v, z)]
@@ -66,7 +68,8 @@ def test_an_image_is_turned_as_predict_turns_it(finished_run, picture, tmp_path)
     picture.save(tmp_path / "turned.png", exif=exif)
     predictor, labels = Predictor(model), class_labels(model)
     (found,) = find_images([str(tmp_path / "turned.png")])
-    (expected,) = predictor.predict(found.images)
+    (batch,) = predictor.score(found.images)
+    (expected,) = predictor.items(batch)
     (shown,) = classify([predictor], labels, open_upload(tmp_path / "turned.png")).heads
     assert list(shown.items()) == [(labels[label], pytest.approx(p, rel=1e-5)) for label, p in expected.classes]
     (upright,) = classify([predictor], labels, picture).heads
@@ -130,6 +133,15 @@ def test_without_gradio_it_says_what_to_install(finished_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MbibError, match=r"pip install 'mbib-timm\[demo\]'"):
         build_page(str(finished_run))
+
+
+def test_no_port_that_is_free_is_not_called_none(monkeypatch):
+    def launch(**_):
+        raise OSError("Cannot find empty port in range: 7860-7959")
+
+    monkeypatch.setattr(demo_module, "build_page", lambda *_: SimpleNamespace(launch=launch))
+    with pytest.raises(MbibError, match=r"^no port is free; give one with --port$"):
+        demo_module.demo("a_model")
 
 
 @pytest.mark.slow

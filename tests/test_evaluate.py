@@ -157,7 +157,7 @@ def test_images_of_a_group_count_as_one_in_the_intervals_of_every_head(model):
     loader = noise_batches()[0][1:]  # images 10 to 24 of the split, which are of groups 2 to 4
     groups = np.array([f"group {i // 5}" for i in range(25)])
     results = evaluate(model, loader, COUNTS, device=CPU, answers=AnswerLog(groups))
-    outputs = collect_outputs(model, loader, COUNTS, device=CPU, groups=groups)
+    outputs = collect_outputs(model, loader, COUNTS, groups=groups)
     for name, metrics in results.items():
         expected = pytest.approx(wilson_interval(metrics.top1 / 100 * 3, 3))
         assert metrics.intervals["top1"] == outputs.metrics[name].intervals["top1"] == expected, name

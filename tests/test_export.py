@@ -181,7 +181,7 @@ def test_a_model_that_gives_no_numbers_is_not_exported(tmp_path, monkeypatch):
 
 
 def test_onnx_without_its_packages_says_what_to_install(finished_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
     assert main(["export", str(finished_run), "--format", "onnx", "--output", str(tmp_path / "model.onnx")]) == 2
     assert "pip install 'mbib-timm[onnx]'" in capsys.readouterr().err
 

@@ -7,11 +7,15 @@ import shutil
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 from rendering import rendered
 
 from mbib_timm.cli import main
 from mbib_timm.drawing import render
+from mbib_timm.environment import World
+from mbib_timm.evaluation.target import find_target, open_target
 from mbib_timm.files import printable
 from mbib_timm.models.weights import load_model
 from mbib_timm.publishing.card import Stated
@@ -123,6 +127,16 @@ def test_report_and_figures(nasty_run, tmp_path):
     for name in NASTY:
         assert printable(name if len(name) <= 20 else f"{name[:19]}…") in texts
     assert shortened("5 $ or $ 6") == r"5 \$ or \$ 6"
+
+
+def test_what_is_said_of_evaluated_images_is_lines_that_do_nothing(nasty_run, tmp_path):
+    """Here of the classes without images, in which a published model's names stand."""
+    (tmp_path / NASTY[1]).mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / NASTY[1] / "0.png")
+    found = find_target(str(nasty_run), overrides={"data_dir": str(tmp_path), "device": "cpu", "workers": 0})
+    notes = open_target(found, World(torch.device("cpu"))).notes
+    assert any("\\x1b[31mred" in note for note in notes)
+    assert all(note.isprintable() for note in notes)
 
 
 def test_an_error_is_a_line_that_does_nothing(nasty_run, capsys):

@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from mbib_timm.cli import main
 from mbib_timm.data.sources import open_digits
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.inference import predict as predict_module
 from mbib_timm.inference.inputs import find_images
 from mbib_timm.inference.predict import AGAIN, predict
 from mbib_timm.inference.prediction_files import Broken, OutputChoice, Prediction
-from mbib_timm.inference.predictor import Predictor
+from mbib_timm.inference.predictor import Predictor, ScoredBatch
 from mbib_timm.inference.tally import Tally
 from mbib_timm.models.weights import LoadedModel, find_source, load_model
 
@@ -50,6 +51,10 @@ def found_in(path):
     return found.images
 
 
+def predicted(predictor, images, top_k=5, batch_size=64):
+    return [item for batch in predictor.score(images, batch_size) for item in predictor.items(batch, top_k)]
+
+
 def by_hand(run, path):
     model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -61,7 +66,7 @@ def by_hand(run, path):
 @pytest.mark.parametrize("head", ["prediction", "v1", "v3", "z"])
 def test_probabilities_are_those_of_the_model(finished_run, photos, head):
     predictor = Predictor(load_model(str(finished_run)), head)
-    found = list(predictor.predict(found_in(photos), top_k=10, batch_size=5))
+    found = predicted(predictor, found_in(photos), top_k=10, batch_size=5)
     assert [item.image for item in found] == [
         *(str(photos / f"image{number}.png") for number in range(11)), str(photos / "more" / "image11.png")
     ]  # fmt: skip
@@ -78,10 +83,20 @@ def test_a_tar_gives_what_its_files_give(finished_run, photos, tmp_path):
     with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
         tar.add(photos, arcname=".")
     predictor = Predictor(load_model(str(finished_run)))
-    packed = list(predictor.predict(found_in(tmp_path / "photos.tar.gz")))
-    loose = list(predictor.predict(found_in(photos)))
+    packed = predicted(predictor, found_in(tmp_path / "photos.tar.gz"))
+    loose = predicted(predictor, found_in(photos))
     assert [item.classes for item in packed] == [item.classes for item in loose]
     assert all("photos.tar.gz/" in item.image for item in packed)
+
+
+def test_classes_are_ranked_by_their_logits(finished_run):
+    """Of an overconfident model, most probabilities are 0 in float32, and the order of zeros is any."""
+    predictor = Predictor(load_model(str(finished_run)))
+    logits = torch.tensor([[200.0, 3, 1, 4, 2, 9, 5, 8, 7, 6], [0, 3, 1, 4, 2, 9, 5, 8, 7, 200]])
+    images = [types.SimpleNamespace(path=name, label=None) for name in "ab"]
+    first, second = predictor.items(ScoredBatch(images, [None, None], logits, None), top_k=4)
+    assert first.classes == [(0, 1.0), (5, 0.0), (7, 0.0), (8, 0.0)]
+    assert second.classes == [(9, 1.0), (5, 0.0), (7, 0.0), (8, 0.0)]
 
 
 @pytest.mark.parametrize("with_features", [False, True])
@@ -202,7 +217,7 @@ def test_the_test_images_are_predicted_as_evaluation_counts_them(finished_run, t
             tmp_path / f"{number}.png"
         )
     predictor = Predictor(load_model(str(finished_run)))
-    found = list(predictor.predict(found_in(tmp_path), top_k=1, batch_size=128))
+    found = predicted(predictor, found_in(tmp_path), top_k=1, batch_size=128)
     right = sum(item.classes[0][0] == target for item, target in zip(found, targets.tolist(), strict=True))
     expected = json.loads((finished_run / "metrics.json").read_text())["result"]["heads"]["prediction"]["top1"]
     assert 100 * right / len(targets) == pytest.approx(expected, abs=0.3)  # a near-tie may fall the other way
@@ -661,6 +676,13 @@ def test_choices_that_cannot_be(flags, message, capsys, monkeypatch, request):
     assert len(err.splitlines()) == 1
 
 
+def test_several_processes_do_not_write_one_file(finished_run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("mbib_timm.environment.join_world", lambda device: World(torch.device("cpu"), 1, 2))
+    with pytest.raises(MbibError, match="mbib predict runs in one process, not in 2: start it without torchrun"):
+        predict(str(finished_run), [str(photos)], OutputChoice(file=tmp_path / "out.csv"))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_in_the_place_of_a_folder(finished_run, photos, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert write(finished_run, [photos], tmp_path / "file" / "out.csv") == 2
@@ -769,7 +791,8 @@ def test_embeddings_of_timm_models(photos):
     preprocessing = timm.data.resolve_model_data_config(module) | {"input_size": (3, 32, 32)}
     predictor = Predictor(LoadedModel(source, module, preprocessing, None, None, None))
     (batch,) = predictor.score(found_in(photos), with_features=True)
-    images = torch.stack([predictor.transform()(Image.open(image.path).convert("RGB")) for image in batch.images])
+    transform = timm.data.create_transform(**preprocessing)
+    images = torch.stack([transform(Image.open(image.path).convert("RGB")) for image in batch.images])
     with torch.no_grad():
         expected = module.forward_head(module.forward_features(images), pre_logits=True)
         logits = module(images)

@@ -171,7 +171,7 @@ def test_other_content_is_a_new_release(hub, finished_run):
     assert repo["tags"]["v2"] == repo["refs"]["main"] != repo["tags"]["v1"]
 
 
-def test_figures_that_are_no_more_go_and_other_files_stay(hub, finished_run):
+def test_figures_that_are_no_more_go_and_other_files_stay(hub, finished_run, capsys):
     api = HfApi(endpoint=hub.url, token=hub.token)
     api.create_repo(REPOSITORY)
     for path in ("figures/old.png", "notes.txt"):
@@ -179,6 +179,7 @@ def test_figures_that_are_no_more_go_and_other_files_stay(hub, finished_run):
     publisher(hub, make_release(finished_run, REPOSITORY)).publish(private=False, revision=None)
     tree = state(hub)["commits"][state(hub)["refs"]["main"]]["tree"]
     assert set(tree) == FILES | {".gitattributes", "notes.txt"}
+    assert f"({len(FILES)} of {len(FILES)} files new)" in capsys.readouterr().out, "one that goes is not new"
 
 
 @pytest.mark.slow

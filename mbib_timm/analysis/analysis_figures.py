@@ -260,11 +260,9 @@ def draw_positive_posterior(analysis: "Analysis") -> Any:
 
 
 def draw_posterior_change(first: "Analysis", other: "Analysis") -> Any:
-    """Draw how a run's mean positive posterior differs from another's, by class (figure 7 (b), (c) and (e)).
+    """Draw how a run's mean positive posterior differs from the first one's, by class (figure 7 (b), (c) and (e)).
 
-    Args:
-        first: its training counts sort the classes.
-        other: of another run with as many classes.
+    Classes are in the order of the first run's training counts.
     """
     difference = other.posterior - first.posterior
     figure, axes, classes_a_bar = _posterior_bars(first, difference, "{:+.3f}")

@@ -75,9 +75,10 @@ class Subject:
         """True classes, (N,)."""
         return self.outputs.labels.numpy()
 
-    def predicted(self, head: str = PREDICTION) -> np.ndarray:
-        """Return the classes that a head predicts, (N,)."""
-        return self.outputs.heads[head].predicted.numpy()
+    @property
+    def predicted(self) -> np.ndarray:
+        """Classes that the prediction takes the images for, (N,)."""
+        return self.outputs.heads[PREDICTION].predicted.numpy()
 
 
 def _measured(
@@ -183,7 +184,7 @@ class Analysis(Analyzed):
         draw_accuracy_trend,
     )
     confusion: Confusion = _measured(
-        lambda s: group_confusion(s.labels, s.predicted(), s.counts),
+        lambda s: group_confusion(s.labels, s.predicted, s.counts),
         "confusion",
         "Where errors go",
         "A colour that is longer in the wide bar than in the narrow one below, which spreads the same errors "
@@ -279,12 +280,7 @@ def analysis_figures(analysis: Analysis) -> list[Illustration]:
 
 
 def comparison_figures(first: Analysis, other: Analysis) -> list[Illustration]:
-    """Return the figures that compare a run with the first one.
-
-    Args:
-        first: its training counts sort the classes.
-        other: of another run with the same classes.
-    """
+    """Return the figures that compare a run with the first one, of the same classes."""
     return [
         Illustration(
             "positive_posterior_difference",

@@ -30,7 +30,7 @@ from mbib_timm.models.head_outputs import PREDICTION, prediction_heads
 from mbib_timm.models.weights import Source
 from mbib_timm.results.record import RECORD, RunRecord
 from mbib_timm.results.redact import redact_environment, redact_value
-from mbib_timm.results.tables import NOTHING, Table
+from mbib_timm.results.tables import NOTHING, Table, cells, interval_row
 
 
 def analyze(
@@ -148,8 +148,7 @@ def _own_folder(target: Target) -> Path:
 def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, images_per_class: int) -> Analysis:
     require_scikit_learn()
     with joined_world(found.recipe.device) as world:
-        if world.world_size > 1:
-            raise MbibError(f"mbib analyze runs in one process, not in {world.world_size}: start it without torchrun")
+        world.require_alone("mbib analyze")
         opened = open_target(found, world, split)
         for note in opened.notes:
             print(note)
@@ -159,7 +158,6 @@ def _analyze(found: Target, split: str | None, classes: Sequence[int] | None, im
             model,
             opened.loader,
             counts,
-            device=world.device,
             channels_last=found.recipe.channels_last,
             groups=opened.images.groups,
         )
@@ -211,14 +209,12 @@ RHO = {
 def summary_text(analysis: Analysis) -> str:
     """Return rho and the posterior by shot group, where errors go, the trend, the calibration and the costs."""
     metrics = analysis.heads[PREDICTION]
-    accuracy = {"all": metrics.macro, "many": metrics.many, "medium": metrics.medium, "few": metrics.few}
-    ends = [metrics.intervals.get(name) for name in ("macro", "many", "medium", "few")]
-    intervals = [NOTHING if each is None else f"{each[0]:.1f}-{each[1]:.1f}" for each in ends]
+    columns = ("macro", "many", "medium", "few")
     groups = Table(
         ["means over classes", *GROUPS],
         [
-            ["accuracy, %", *_cells(accuracy, "{:.2f}")],
-            *([["  95 % interval", *intervals]] if metrics.intervals else []),
+            ["accuracy, %", *cells(metrics, 2, columns)],
+            *interval_row(metrics, columns),
             *(
                 [f"rho of {name}, {said}", *_cells({group: d.rho(*of) for group, d in by_group.items()}, "{:.3f}")]
                 for name, by_group in analysis.distances.items()
@@ -266,9 +262,7 @@ def summary_text(analysis: Analysis) -> str:
 def comparison_text(first: Analysis, other: Analysis) -> str:
     """Return how the mean positive posterior of a run differs from the first run's, by shot group (figure 7).
 
-    Args:
-        first: its training counts decide the shot groups.
-        other: of another run with the same classes.
+    Their classes are the same; the first run's training counts decide the shot groups.
     """
     difference = mean_by_shot_group(other.posterior - first.posterior, first.counts)
     title = f"mean positive posterior, {other.title} minus {first.title}"

@@ -50,7 +50,7 @@ def embed(
         images_per_class: of each.
 
     Raises:
-        MbibError: classes without images, fewer than four images, or no scikit-learn.
+        MbibError: classes without images, or fewer than four images.
     """
     chosen = spread_classes(labels, class_counts) if classes is None else list(dict.fromkeys(classes))
     places = choose_images(labels, chosen, images_per_class, SEED)
@@ -88,19 +88,9 @@ def spread_classes(labels: np.ndarray, class_counts: np.ndarray) -> list[int]:
 
 
 def choose_images(labels: np.ndarray, classes: Sequence[int], per_class: int, seed: int) -> np.ndarray:
-    """Return places of at most `per_class` images of each class, the same for the same seed.
+    """Return places in `labels`, (N,), of at most `per_class` images of each class, the same for the same seed.
 
-    Args:
-        labels: true classes, (N,).
-        classes: from which to choose.
-        per_class: images of each.
-        seed: chooses among a class's images.
-
-    Returns:
-        Places in `labels`, class by class, ascending in each.
-
-    Raises:
-        MbibError: a class without images.
+    They stand class by class, ascending in each. Raises MbibError for a class without images.
     """
     generator = np.random.default_rng(seed)
     chosen = []
@@ -126,19 +116,11 @@ def perplexity_for(images: int) -> float:
 
 
 def tsne(features: np.ndarray, seed: int) -> np.ndarray:
-    """Return a place in the plane for each image, the same for the same seed.
-
-    Args:
-        features: (N, C).
-        seed: of the initialisation.
-
-    Returns:
-        (N, 2), float32.
+    """Return a place in the plane for each image, (N, 2), float32, of features (N, C); the same for the same seed.
 
     Raises:
-        MbibError: fewer than four images, or no scikit-learn.
+        MbibError: fewer than four images.
     """
-    require_scikit_learn()
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn depends on it
 

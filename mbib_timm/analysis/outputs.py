@@ -3,7 +3,6 @@
 The logits of all images are never kept: iNaturalist's 24,426 images of 8,142 classes would take 0.8 GB a head.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.data.batch import Batch
-from mbib_timm.errors import DataError, MbibError
-from mbib_timm.evaluation.metrics import Statistics, batch_statistics, by_group, rank, summarize, with_intervals
+from mbib_timm.errors import DataError
+from mbib_timm.evaluation.evaluate import AnswerLog, metrics_of
+from mbib_timm.evaluation.metrics import Statistics, batch_statistics, rank
 from mbib_timm.models.head_outputs import PREDICTION, logits_and_features
 from mbib_timm.results.record import HeadMetrics
 
@@ -56,17 +56,15 @@ def collect_outputs(
     loader: Iterable[Batch],
     class_counts: np.ndarray,
     *,
-    device: torch.device,
     channels_last: bool = False,
     groups: np.ndarray | None = None,
 ) -> Outputs:
     """Collect a model's outputs; one forward pass a batch gives features and logits.
 
     Args:
-        model: set to evaluation mode, and back to its own mode afterwards.
-        loader: gives batches.
+        model: set to evaluation mode.
+        loader: gives batches on the model's device.
         class_counts: training images of each class, (K,).
-        device: device of the model.
         channels_last: hand the images on in channels-last format.
         groups: name of the group of each image of the split; None where images have none.
 
@@ -74,44 +72,30 @@ def collect_outputs(
         DataError: no image at all, or what the loader raises for a broken one.
         MbibError: logits that are not finite, or a model that does not give its features.
     """
-    was_training = model.training
     model.eval()
     sums: Statistics | None = None
+    answers = AnswerLog(groups)
     labels: list[Tensor] = []
-    places: list[Tensor] = []
     features: dict[str, list[Tensor]] = {}
     heads: dict[str, list[HeadOutputs]] = {}
-    try:
-        for batch in loader:
-            images, targets = batch.laid_out(channels_last).images.to(device), batch.targets.to(device)
-            logits, embedded = logits_and_features(model, images)
-            counted = batch_statistics(torch.stack([*logits.values()]), targets)
-            sums = counted if sums is None else sums + counted
-            # Off the device at once: the features of a whole split may not fit there.
-            labels.append(targets.cpu())
-            places.append(batch.index.cpu())
-            for name, values in embedded.items():
-                features.setdefault(name, []).append(values.float().cpu())
-            for name, values in logits.items():
-                heads.setdefault(name, []).append(_of_head(values, targets))
-    finally:
-        model.train(was_training)
-    if sums is None or not labels:
+    for batch in loader:
+        logits, embedded = logits_and_features(model, batch.laid_out(channels_last).images)
+        counted = batch_statistics(torch.stack([*logits.values()]), batch.targets)
+        sums = counted if sums is None else sums + counted
+        answers.add(logits[PREDICTION], batch)
+        # Off the device at once: the features of a whole split may not fit there.
+        labels.append(batch.targets.cpu())
+        for name, values in embedded.items():
+            features.setdefault(name, []).append(values.float().cpu())
+        for name, values in logits.items():
+            heads.setdefault(name, []).append(_of_head(values, batch.targets))
+    if sums is None:
         raise DataError("there is no image to analyze")
-    metrics = {name: summarize(sums[i], class_counts) for i, name in enumerate(heads)}
-    broken = [name for name, values in metrics.items() if not math.isfinite(values.nll)]
-    if broken:
-        raise MbibError(f"analysis: logits of {', '.join(broken)} are not finite; the weights have diverged")
-    truth = torch.cat(labels)
-    joined = {name: HeadOutputs(*map(torch.cat, zip(*parts, strict=True))) for name, parts in heads.items()}
-    guesses = joined[PREDICTION].predicted.numpy()
-    grouped = None if groups is None else groups[torch.cat(places).numpy()]
-    metrics = {name: by_group(values, grouped) for name, values in metrics.items()}
-    metrics[PREDICTION] = with_intervals(metrics[PREDICTION], truth.numpy(), guesses, class_counts, grouped)
+    metrics = metrics_of(sums, [*heads], class_counts, answers)
     return Outputs(
-        truth,
+        torch.cat(labels),
         {name: torch.cat(features.pop(name)) for name in list(features)},  # one by one, so that the parts go early
-        joined,
+        {name: HeadOutputs(*map(torch.cat, zip(*parts, strict=True))) for name, parts in heads.items()},
         metrics,
         {name: sums[i].bins.cpu().numpy() for i, name in enumerate(heads)},
     )

@@ -22,7 +22,7 @@ from mbib_timm.data.long_tail import exponential_profile, largest_class, long_ta
 from mbib_timm.environment import Environment, describe_environment, joined_world, seed_generators
 from mbib_timm.errors import DataError, MbibError, unknown_name
 from mbib_timm.evaluation.target import OpenTarget, find_target, open_target
-from mbib_timm.files import has_fields, require_own, to_json
+from mbib_timm.files import has_fields, make_folder, printable, require_own, to_json, write_bytes
 from mbib_timm.models.head_outputs import head_logits, predicting_parts
 from mbib_timm.recipe import Recipe
 from mbib_timm.results.redact import redact_environment
@@ -129,11 +129,8 @@ def draw_test_set(
         Their places, ascending.
 
     Raises:
-        MbibError: an unknown distribution.
-        DataError: too few test images for one.
+        DataError: too few test images for the distribution.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise unknown_name("test distribution", distribution, DISTRIBUTIONS)
     factor, direction = DISTRIBUTIONS[distribution]
     if factor == 1:
         return np.arange(len(targets))
@@ -224,8 +221,7 @@ def aggregate(
         require_own("--results", results_file, own, "holds no results of this command")
     found = find_target(target, recipe, overrides)
     with joined_world(found.recipe.device) as world:
-        if world.world_size > 1:
-            raise MbibError(f"mbib aggregate runs in one process, not in {world.world_size}: start it without torchrun")
+        world.require_alone("mbib aggregate")
         opened = open_target(found, world, split)
         parts = predicting_parts(opened.model)
         if len(parts) < 2:
@@ -245,7 +241,8 @@ def aggregate(
     if results_file is None and source.folder is not None and source.name.startswith("local-dir:"):
         results_file = source.folder / FILE
     if results_file is not None:
-        results_file.write_bytes(to_json(results))
+        make_folder(results_file.parent)
+        write_bytes(results_file, to_json(results))
         print(results_file)
     return results
 
@@ -265,7 +262,7 @@ def _draw(
         try:
             chosen[name] = draw_test_set(name, targets, class_counts, seed, names)
         except DataError as error:
-            print(f"left out: {name}: {error}")
+            print(printable(f"left out: {name}: {error}"))
     return chosen
 
 
@@ -351,12 +348,7 @@ def _correct(opened: OpenTarget, parts: Sequence[str], weights: Mapping[str, Ten
 
 
 def table(rows: Sequence[TestSet], parts: Sequence[str]) -> str:
-    """Return the results as a text table.
-
-    Args:
-        rows: of `aggregate`.
-        parts: names of the experts.
-    """
+    """Return the results as text; `parts` are the names of the experts."""
     cells = []
     for row in rows:
         accuracies = [f"{value:.2f}" for value in row.top1.values()]

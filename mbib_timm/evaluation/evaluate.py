@@ -1,7 +1,7 @@
 """A model over a loader, to the metrics of its prediction and of every head, and to its answer for every image."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -63,20 +63,21 @@ class AnswerLog:
     def read(self) -> Answers:
         """Return the answers of all processes, in each. The first time this waits for the device and for the others."""
         if self.answers is None:
-            self.answers = self._gathered()
+            own = torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))
+            joined = np.concatenate(of_all(own), axis=1)
+            joined = joined[:, np.argsort(joined[0], kind="stable")]
+            index, targets, predicted = joined[:3].astype(np.int64)
+            self.answers = Answers(index, targets, predicted, joined[3].astype(np.float64))
         return self.answers
-
-    def _gathered(self) -> Answers:
-        own = torch.cat(self.parts, dim=1).cpu().numpy() if self.parts else np.zeros((4, 0))
-        joined = np.concatenate(of_all(own), axis=1)
-        joined = joined[:, np.argsort(joined[0], kind="stable")]
-        index, targets, predicted = joined[:3].astype(np.int64)
-        return Answers(index, targets, predicted, joined[3].astype(np.float64))
 
 
 def _logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return `head_logits`, of as many images at once as suit the device."""
+    """Return `head_logits`, of as many images at once as suit the device; any network may give something else."""
     parts = [head_logits(model, batch) for batch in cache_sized(images)]
+    found: object = parts[0][PREDICTION]
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise MbibError(f"{type(model).__name__}: expected logits (B, K) in evaluation mode, got {got}")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -172,6 +173,17 @@ def evaluate(
         sums.all_reduce()
     if sums is None or not sums.total.any():
         raise DataError("there is no image to evaluate")
+    return metrics_of(sums, names, class_counts, answers, amp_dtype)
+
+
+def metrics_of(
+    sums: Statistics,
+    names: Sequence[str],
+    class_counts: np.ndarray,
+    answers: AnswerLog | None,
+    amp_dtype: torch.dtype | None = None,
+) -> dict[str, HeadMetrics]:
+    """Return the metrics of what was counted of several heads, by name; raises MbibError as `evaluate` does."""
     results = {name: summarize(sums[i], class_counts) for i, name in enumerate(names)}
     # Only here, where the sums have come off the device; one bad logit makes its head's sum bad.
     broken = [name for name, metrics in results.items() if not math.isfinite(metrics.nll)]

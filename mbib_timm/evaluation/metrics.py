@@ -159,10 +159,7 @@ def class_accuracy(total: np.ndarray, correct: np.ndarray) -> np.ndarray:
 def class_f1(total: np.ndarray, correct: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return each class's F1 in percent, ``2 correct / (total + predicted)``, (..., K); nan for classes without images.
 
-    Args:
-        total: images of each class, (..., K).
-        correct: images of each class that are classified correctly.
-        predicted: images predicted as each class.
+    The counts, of that shape, are those of `Statistics`.
     """
     return 100.0 * np.divide(2.0 * correct, total + predicted, out=np.full(total.shape, np.nan), where=total > 0)
 
@@ -210,12 +207,8 @@ def independent(targets: np.ndarray, num_classes: int, groups: np.ndarray | None
 
 
 def by_group(metrics: HeadMetrics, groups: np.ndarray | None) -> HeadMetrics:
-    """Return metrics with the interval of top-1 for as many images as there are groups; without groups as they are.
-
-    Args:
-        metrics: of a head.
-        groups: name of each image's group, (N,); see `independent`.
-    """
+    """Return metrics with the interval of top-1 for as many images as there are groups, see `independent`; without
+    groups as they are."""
     if groups is None:
         return metrics
     worth = float(independent(np.zeros(len(groups), dtype=np.int64), 1, groups)[0])
@@ -298,11 +291,6 @@ def _draws(
 
     N images out of N are a multinomial draw over the cells of the confusion matrix that are not empty, of which even
     iNaturalist's 8,142 classes have no more than its 24,426 images.
-
-    Args:
-        targets: labels of the N images, (N,).
-        predicted: what they are taken for, (N,).
-        num_classes: classes K.
 
     Yields:
         Three arrays (D, K), int64; the D of all pieces add up to `DRAWS`.

@@ -20,7 +20,7 @@ from mbib_timm.data.sources import NO_TEST, is_image_folder
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.trained_images import evaluated_line
-from mbib_timm.files import counted
+from mbib_timm.files import counted, printable
 from mbib_timm.models.preprocessing import as_predicted, input_size, settle
 from mbib_timm.models.weights import Source as ModelSource
 from mbib_timm.models.weights import create_trained, find_source
@@ -56,10 +56,6 @@ class Target:
         """Return the training images of each class: from the checkpoint, or from the training data."""
         counts = self.source.config.class_counts
         return open_data(self.recipe).class_counts if counts is None else counts
-
-    def split(self) -> str:
-        """Return the split that the run's result is on."""
-        return self.recipe.split_names[-1]
 
 
 @dataclass(frozen=True)
@@ -208,6 +204,7 @@ def open_target(target: Target, world: World, split: str | None = None) -> OpenT
         # Or it is not known which the model was trained on.
         notes = (*notes, f"--split {recipe.val_split} takes only the images that training would hold out")
     names = images.class_names if names is None else names
+    notes = tuple(map(printable, notes))  # names in them are somebody else's
     return OpenTarget(model.to(world.device), recipe, counts, names, size, split, images, loader, notes, trained_on)
 
 
@@ -221,7 +218,7 @@ def _open_images(
     """
     recipe, data = target.recipe, pool.source(target.recipe)
     whole = split is None and target.elsewhere and not data.has_splits
-    name = ALL if whole else split or target.split()
+    name = ALL if whole else split or recipe.split_names[-1]
     (opened,) = data.splits([name])
     notes: tuple[str, ...] = (target.note,) if target.note else ()
     if whole:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +16,9 @@ from mbib_timm.environment import Environment, World, describe_environment, join
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.answer_files import require_own_answers, write_answers
 from mbib_timm.evaluation.evaluate import AnswerLog, evaluate
-from mbib_timm.evaluation.priors import (
-    ESTIMATE,
-    estimate_prior,
-    log_shift,
-    trained_shares,
-    wanted_shares,
-)
+from mbib_timm.evaluation.priors import ESTIMATE, estimate_prior, log_shift, trained_shares, wanted_shares
 from mbib_timm.evaluation.target import OpenTarget, Target, find_target, open_target
-from mbib_timm.files import check_place, has_fields, in_words, printable, require_own, to_json, write_bytes
+from mbib_timm.files import has_fields, in_words, make_folder, printable, require_own, to_json, write_bytes
 from mbib_timm.models.head_outputs import PREDICTION, expert_heads
 from mbib_timm.results.record import HeadMetrics
 from mbib_timm.results.run_text import UNMEASURED, start_text
@@ -89,7 +83,7 @@ def validate(
     found = find_target(target, recipe, overrides)
     with joined_world(found.recipe.device) as world:
         opened = open_target(found, world, split)
-        moved = None if prior is None else _move_prior(prior, found, opened, world)
+        shares, shift, note = (None, None, "") if prior is None else _move_prior(prior, found, opened, world)
         log = AnswerLog(opened.images.groups)
         heads = evaluate(
             opened.model,
@@ -97,30 +91,36 @@ def validate(
             opened.class_counts,
             device=world.device,
             channels_last=opened.recipe.channels_last,
-            shift=None if moved is None else moved.shift.to(world.device),
+            shift=None if shift is None else shift.to(world.device),
             answers=log,
         )
-        if moved is not None and expert_heads(opened.model):  # each is trained for class frequencies of its own
+        if shift is not None and expert_heads(opened.model):  # each is trained for class frequencies of its own
             heads = {PREDICTION: heads[PREDICTION]}
         answers = log.read()
-        shares = None if moved is None else moved.shares.tolist()
-        environment = describe_environment(world)
         broken = world.gather(opened.loader.broken_images())
-        counts, trained_on = opened.class_counts.tolist(), opened.trained_on or None
-        results = Validation(target, opened.split, counts, heads, environment, shares, broken, trained_on)
+        results = Validation(
+            target=target,
+            split=opened.split,
+            class_counts=opened.class_counts.tolist(),
+            heads=heads,
+            environment=describe_environment(world),
+            prior=None if shares is None else shares.tolist(),
+            left_out_images=broken,
+            trained_on=opened.trained_on or None,
+        )
         if world.is_main:
-            if moved is not None and moved.note:
-                print(printable(moved.note))
+            if note:
+                print(printable(note))
             unreadable = [f"warning: left out: {in_words({UNREADABLE: broken})}"] if broken else []
             if gone := unread_classes(opened.images, broken):
                 unreadable.append(f"warning: {in_words({UNMEASURED: gone})}")
-            print("\n".join([*map(printable, [*opened.notes, *unreadable]), f"{target} on {opened.split}:"]))
+            print("\n".join([*opened.notes, *map(printable, unreadable), f"{target} on {opened.split}:"]))
             print(accuracy_table(heads, opened.class_counts))
             origin = found.source.config.origin
             if origin is not None and (start := start_text(origin)):
                 print(start)
             if results_file is not None:
-                results_file.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(results_file.parent)
                 write_bytes(results_file, to_json(results))
                 files = write_answers(
                     results_file.parent,
@@ -135,21 +135,8 @@ def validate(
         return results
 
 
-class MovedPrior(NamedTuple):
-    """Other class frequencies than those that logits are for.
-
-    Attributes:
-        shares: of the classes, (K,); their sum is 1.
-        shift: what is added to the logits, (K,), float32.
-        note: how the shares were estimated, a line; empty where they were given.
-    """
-
-    shares: np.ndarray
-    shift: Tensor
-    note: str
-
-
-def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) -> MovedPrior:
+def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) -> tuple[np.ndarray, Tensor, str]:
+    """Return class frequencies, (K,), what is added to logits for them, (K,), and a line on how they were estimated."""
     config, counts, note = target.source.config, opened.class_counts, ""
     trained = trained_shares(target.name, config.logit_prior, counts)
     if prior != ESTIMATE:
@@ -159,7 +146,7 @@ def _move_prior(prior: str, target: Target, opened: OpenTarget, world: World) ->
     else:
         found = estimate_prior(_probabilities(opened), trained)
         shares, note = found.shares, found.describe(label_names(config.class_names, len(counts)))
-    return MovedPrior(shares, torch.from_numpy(log_shift(shares, trained)), note)
+    return shares, torch.from_numpy(log_shift(shares, trained)), note
 
 
 @torch.no_grad()
@@ -175,7 +162,6 @@ def _probabilities(opened: OpenTarget) -> np.ndarray:
 def _check(results_file: Path) -> None:
     if results_file.suffix != ".json" or results_file.is_dir():
         raise MbibError(f"--results {results_file}: expected the name of a JSON file, such as results/metrics.json")
-    check_place(results_file)
     own = has_fields("target", "split", "heads", "environment")
     require_own("--results", results_file, own, "holds no results of this command")
     require_own_answers("--results", results_file.parent, _prefix(results_file))

@@ -92,7 +92,7 @@ def classify(
     """
     first = predictors[0]
     mode = pil_mode(first.model.preprocessing["input_size"][0])
-    pixels = first.transform(as_bytes=True)(convert_image(image, mode))
+    pixels = first.transform()(convert_image(image, mode))
     batch = first.normalize(pixels[None].to(first.device))
     found, best = [], []
     for predictor in predictors:
@@ -163,15 +163,10 @@ def build_page(target: str, device: str | None = None) -> Any:
 
 
 def demo(target: str, port: int | None = None, device: str | None = None) -> None:
-    """Serve the page on this machine alone, until interrupted.
-
-    Args:
-        target: a trained model by any name.
-        port: of the page; a free one when None.
-        device: where the model runs; found when None.
+    """Serve the page of `build_page` on this machine alone, until interrupted; on a free port when that is None.
 
     Raises:
-        MbibError: no such model, a port that is taken, or Gradio is not installed.
+        MbibError: as `build_page`, or the port is taken.
     """
     page = build_page(target, device)
     try:
@@ -184,6 +179,7 @@ def demo(target: str, port: int | None = None, device: str | None = None) -> Non
             max_file_size=LARGEST_UPLOAD_BYTES,
         )
     except OSError:
-        raise MbibError(f"port {port} is taken; omit --port to use a free one") from None
+        remedy = "no port is free; give one with --port"
+        raise MbibError(remedy if port is None else f"port {port} is taken; omit --port to use a free one") from None
     print(f"{target} on {page.local_url} until Ctrl-C", flush=True)
     page.block_thread()

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import mbib_timm
 from mbib_timm.data.images import pil_mode
 from mbib_timm.errors import MbibError
-from mbib_timm.files import check_place, contains, require_own
+from mbib_timm.files import contains, make_folder, require_own
 from mbib_timm.licences import check_licence
 from mbib_timm.models.weights import LoadedModel, Source, find_source, load_model
 from mbib_timm.registry import Registry
@@ -82,12 +83,12 @@ class Format:
     Attributes:
         suffix: of its files.
         write: writes a model, traced or checked on images (2, C, H, W), to a file, with its description.
-        read: gives what a file computes, by the name of its output.
+        read: gives what a file computes.
     """
 
     suffix: str
     write: Callable[[nn.Module, Tensor, Path, Description], None]
-    read: Callable[[Path, str], Forward]
+    read: Callable[[Path], Forward]
 
 
 FORMATS: Registry[Format] = Registry("export format")
@@ -119,23 +120,24 @@ def export(
     license = None if license is None else check_licence(license)
     name = name_of(find_source(target)).rpartition("/")[2].rpartition(":")[2].replace("@", "-")
     file = output or Path(f"{name}{kind.suffix}")
-    check_place(file)
-    if file.suffix.lower() != (ending := Path(f"{name}{kind.suffix}").suffix):
-        raise MbibError(f"--output {file}: expected a name that ends in {ending}, for --format {format}")
     # Of its `Description`, which no format compresses.
     require_own("--output", file, contains(f'"{PACKAGE} '.encode()), "is not an export of this package")
+    if file.suffix.lower() != (ending := Path(f"{name}{kind.suffix}").suffix):
+        raise MbibError(f"--output {file}: expected a name that ends in {ending}, for --format {format}")
     model = load_model(target)
     described = describe(model, softmax, license)
     module = for_inference(model.module)
     module = nn.Sequential(module, nn.Softmax(dim=-1)).eval() if softmax else module
     size = described.input_size
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    require_finite_logits(module, images, target)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        if not torch.isfinite(module(images)).all():  # the check would compare nothing
+            raise MbibError(f"{target}: its logits are not finite; a model that gives no numbers cannot be exported")
+    make_folder(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as beside:
         written = Path(beside) / file.name
         kind.write(module, images, written, described)
-        difference = largest_difference(module, kind.read(written, described.output), size)
+        difference = largest_difference(module, kind.read(written), size)
         if not difference <= TOLERANCE:
             raise MbibError(
                 f"{format}: exported {described.output} differ from the model's by {difference:.1e} of the largest"
@@ -162,16 +164,7 @@ def for_inference(module: nn.Module) -> nn.Module:
 
 
 def describe(model: LoadedModel, softmax: bool, license: str | None = None) -> Description:
-    """Return what a file says of a model.
-
-    Args:
-        model: to be exported.
-        softmax: the file gives probabilities.
-        license: of the weights; the one that the model states when None.
-
-    Raises:
-        MbibError: the model states another licence.
-    """
+    """Return what a file says of a model. Raises MbibError where the model states another licence than is given."""
     given, cfg = model.preprocessing, getattr(model.module, "pretrained_cfg", {})
     stated = cfg.get("license")
     if stated and license not in (None, stated):
@@ -202,13 +195,6 @@ def _summary(described: Description) -> str:
 
 
 @torch.inference_mode()
-def require_finite_logits(module: nn.Module, images: Tensor, target: str) -> None:
-    """Raise MbibError where a model does not give numbers for images (B, C, H, W): the check would compare nothing."""
-    if not torch.isfinite(module(images)).all():
-        raise MbibError(f"{target}: its logits are not finite; a model that gives no numbers cannot be exported")
-
-
-@torch.inference_mode()
 def largest_difference(module: nn.Module, exported: Forward, size: tuple[int, ...]) -> float:
     """Return the largest difference of outputs over batches of 1, 2 and 5 images, relative to the largest output."""
     generator = torch.Generator().manual_seed(1)
@@ -231,7 +217,7 @@ def _write_program(module: nn.Module, images: Tensor, file: Path, described: Des
     torch.export.save(program, file, extra_files=described.entries())
 
 
-def _read_program(file: Path, output: str) -> Forward:
+def _read_program(file: Path) -> Forward:
     return torch.export.load(file).module()
 
 
@@ -240,7 +226,7 @@ def _write_torchscript(module: nn.Module, images: Tensor, file: Path, described:
         torch.jit.save(torch.jit.trace(module, images), str(file), _extra_files=described.entries())
 
 
-def _read_torchscript(file: Path, output: str) -> Forward:
+def _read_torchscript(file: Path) -> Forward:
     with _asked_for():
         return torch.jit.load(str(file))
 
@@ -255,7 +241,8 @@ def _asked_for() -> Iterator[None]:
 
 
 def _write_onnx(module: nn.Module, images: Tensor, file: Path, described: Description) -> None:
-    _require("onnx", "onnxscript", "onnxruntime")
+    if missing := [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]:
+        raise MbibError(f"export to ONNX needs {', '.join(missing)}: pip install 'mbib-timm[onnx]'")
     program = torch.onnx.export(
         module,
         (images,),
@@ -270,19 +257,11 @@ def _write_onnx(module: nn.Module, images: Tensor, file: Path, described: Descri
     program.save(str(file), external_data=False)
 
 
-def _read_onnx(file: Path, output: str) -> Forward:
+def _read_onnx(file: Path) -> Forward:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([output], {"images": images.numpy()})[0])
-
-
-def _require(*packages: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise MbibError(f"export to ONNX needs {', '.join(missing)}: pip install 'mbib-timm[onnx]'")
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 FORMATS.register("onnx")(Format(".onnx", _write_onnx, _read_onnx))

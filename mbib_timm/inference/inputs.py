@@ -25,12 +25,7 @@ LONGEST_LINE = 2**16
 
 
 class FileReader:
-    """Images in files of their own.
-
-    Args:
-        paths: of the files.
-        names: what each is called; its path when None.
-    """
+    """Images in files of their own, each called as its path, or by a name."""
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> None:
         self.paths, self.names = paths, names
@@ -201,10 +196,6 @@ def label_by_folder(found: FoundImages, class_names: Sequence[str]) -> FoundImag
     """Return images with the first folder level as their label, where one of those folders is a class.
 
     In an archive whose images lie below one common folder, the level below it counts.
-
-    Args:
-        found: images of one argument.
-        class_names: of the model.
     """
     if not found.in_folders:
         return found

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -21,23 +20,18 @@ from mbib_timm.evaluation.priors import ESTIMATE, EstimatedPrior
 from mbib_timm.evaluation.trained_images import trained_on_line
 from mbib_timm.files import counted, in_words, make_folder, printable
 from mbib_timm.inference.cam import GradCam, OverlayFolder, overlay
-from mbib_timm.inference.inputs import Columns, FoundImage, FoundImages, find_images, label_by_folder
+from mbib_timm.inference.inputs import Columns, FoundImage, find_images, label_by_folder
 from mbib_timm.inference.prediction_files import (
     UNSURE,
     Broken,
     Continued,
-    CsvWriter,
-    DoneImage,
     EmbeddingsWriter,
-    JsonlWriter,
     OutputChoice,
-    ParquetWriter,
     Prediction,
     RowColumns,
-    TableWriter,
-    Writer,
     check_replaced,
     check_replaced_embeddings,
+    open_writer,
     read_continued,
     written,
 )
@@ -131,6 +125,7 @@ def predict(
         if each.left_out:
             print(f"warning: left out of {each.given}: {in_words(each.left_out)}", file=sys.stderr)
     with joined_world(device) as world:
+        world.require_alone("mbib predict")
         model = load_model(target)
         predictor = Predictor(model, head, None if prior == ESTIMATE else prior, world.device)
         if threshold > 0 and UNSURE in predictor.names:
@@ -139,10 +134,11 @@ def predict(
                 "be told from; omit the flag: the output has the probabilities"
             )
         grad_cam = None if cam is None else GradCam(predictor.module, model.preprocessing["input_size"])
-        todo = [image for each in found for image in _labelled(each, predictor.names if labels else None)]
+        todo = [image for each in found for image in label_by_folder(each, predictor.names).images]
+        todo = todo if labels else [replace(image, label=None) for image in todo]
         layout = RowColumns(predictor.names, top_k, choice.probabilities)
         continued = read_continued(output, format, layout) if choice.resume and output else Continued()
-        done: list[tuple[FoundImage, DoneImage]] = []
+        done: list[tuple[FoundImage, Prediction | Broken]] = []
         if output is not None and continued.images:
             todo, done = _parted(todo, continued.images, format)
             _check_continued(output, continued.images, done, format, threshold)
@@ -174,9 +170,10 @@ def predict(
         prior=estimate,
     )
     broken = {item.image for item in tally.broken}
-    read = [image for image in todo if image.path not in broken] + [image for image, each in done if each.classes]
+    read = [image for image in todo if image.path not in broken]
+    read += [image for image, each in done if isinstance(each, Prediction)]
     measured = [image for image in read if image.label is not None and tally.label(image.label) is not None]
-    seen = _trained_on(model, measured) if measured else ""
+    seen = _trained_on(model, measured)
     said_to = sys.stderr if output is None else sys.stdout  # the predictions stand there alone
     for line in _summary(result, tally, model, threshold, seen):
         print(line, file=said_to)
@@ -201,10 +198,10 @@ def _is_within(folder: Path, images: str) -> bool:
 
 
 def _parted(
-    images: Sequence[FoundImage], done: Sequence[DoneImage], format: str
-) -> tuple[list[FoundImage], list[tuple[FoundImage, DoneImage]]]:
+    images: Sequence[FoundImage], done: Sequence[Prediction | Broken], format: str
+) -> tuple[list[FoundImage], list[tuple[FoundImage, Prediction | Broken]]]:
     """Return the images that are still to be predicted, and those that are done with what the file says of them."""
-    by_path: dict[str, list[DoneImage]] = defaultdict(list)
+    by_path: dict[str, list[Prediction | Broken]] = defaultdict(list)
     for each in reversed(done):
         by_path[each.image].append(each)
     todo, pairs = [], []
@@ -218,8 +215,8 @@ def _parted(
 
 def _check_continued(
     file: Path,
-    done: Sequence[DoneImage],
-    pairs: Sequence[tuple[FoundImage, DoneImage]],
+    done: Sequence[Prediction | Broken],
+    pairs: Sequence[tuple[FoundImage, Prediction | Broken]],
     format: str,
     threshold: float,
 ) -> None:
@@ -234,7 +231,7 @@ def _check_continued(
                 f"--resume: {file} has the class {before!r} for {each.image}, which is {now!r} now; {remedy}"
             )
     for each in done:
-        if not each.classes or each.classes[0][0] == UNSURE:
+        if isinstance(each, Broken):
             continue
         probability = each.classes[0][1]
         if (probability < threshold) != each.unsure and abs(probability - threshold) > TOLERANCE:
@@ -244,36 +241,28 @@ def _check_continued(
             )
 
 
-def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundImage, DoneImage]]) -> None:
+def _check_same(predictor: Predictor, file: Path, pairs: Sequence[tuple[FoundImage, Prediction | Broken]]) -> None:
     """Predict some images of an interrupted run again.
 
     Raises:
         MbibError: their probabilities were others: of another model, head or prior.
     """
-    pairs = [(image, each) for image, each in pairs if each.classes]
-    if not pairs:
+    readable = [(image, each) for image, each in pairs if isinstance(each, Prediction)]
+    if not readable:
         return
-    some = [pairs[place] for place in evenly_spaced(len(pairs), AGAIN)]
-    labels = {name: label for label, name in enumerate(predictor.names)}
-    readable = {id(image): each for image, each in some}
+    some = [readable[place] for place in evenly_spaced(len(readable), AGAIN)]
+    classes_before = {id(image): each.classes for image, each in some}
     for batch in predictor.score([image for image, _ in some], AGAIN, workers=0):
         now = torch.softmax(predictor.adjust(batch.logits.to(predictor.device)), dim=-1).tolist()
         for image, probabilities in zip(batch.readable(), now, strict=True):
-            for name, before in readable[id(image)].classes:
-                found = probabilities[labels[name]]
+            for label, before in classes_before[id(image)]:
+                found = probabilities[label]
                 if abs(found - before) > TOLERANCE + DEVIATION * before:
                     raise MbibError(
                         f"--resume: {file} was written by another model, or with another --head or --prior: of "
-                        f"{image.path} it has {before:g} for {name!r}, which is {found:g} now; repeat what was given "
-                        f"before, or remove {file}"
+                        f"{image.path} it has {before:g} for {predictor.names[label]!r}, which is {found:g} now; "
+                        f"repeat what was given before, or remove {file}"
                     )
-
-
-def _labelled(found: FoundImages, class_names: Sequence[str] | None) -> list[FoundImage]:
-    """Return the images of an argument with the names of their classes; with none where the model's are None."""
-    if class_names is None:
-        return [replace(image, label=None) for image in found.images]
-    return label_by_folder(found, class_names).images
 
 
 def _with_bar(batches: Iterable[ScoredBatch], images: int, visible: bool) -> Iterator[ScoredBatch]:
@@ -287,16 +276,7 @@ def _with_bar(batches: Iterable[ScoredBatch], images: int, visible: bool) -> Ite
 
 
 class _Outputs:
-    """The files that are written together: closed when all is well, and else left as far as they make sense.
-
-    Args:
-        format: of the predictions.
-        layout: their columns.
-        file: where to; None for standard output.
-        continued: what is there of an interrupted run.
-        embeddings: file of the features; None for none.
-        images: their number.
-    """
+    """The files that are written together: closed when all is well, and else left as far as they make sense."""
 
     def __init__(
         self,
@@ -311,20 +291,8 @@ class _Outputs:
             if path is not None:
                 make_folder(path.parent)
         self.path, self.embeddings = file, embeddings
-        self.file: TextIO | None = None
-        self.writer: Writer
         with _writing(file):
-            if format == "parquet" and file is not None:
-                self.writer = ParquetWriter(layout, file)
-            else:
-                to: TextIO = sys.stdout
-                if file is not None:
-                    to = self.file = _open_text(file, continued)
-                if format == "csv":
-                    self.writer = CsvWriter(layout, to, continued=continued.length > 0)
-                else:
-                    kind = JsonlWriter if format == "jsonl" else TableWriter
-                    self.writer = kind(layout.names, to)
+            self.writer = open_writer(format, layout, file, continued)
         self.vectors = None if embeddings is None else EmbeddingsWriter(embeddings, images)
 
     def write(self, items: Sequence[Prediction | Broken], features: Tensor | None) -> None:
@@ -339,22 +307,13 @@ class _Outputs:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        outputs: list[tuple[Writer | EmbeddingsWriter, Path | None]] = [(self.writer, self.path)]
-        outputs += [(self.vectors, self.embeddings)] if self.vectors else []
-        if kind is not None:
-            for output, _path in outputs:
+        for output, path in ((self.writer, self.path), (self.vectors, self.embeddings)):
+            if output is not None and kind is None:
+                with _writing(path):
+                    output.close()
+            elif output is not None:
                 with contextlib.suppress(OSError):  # the first error is told
                     output.abandon()
-            with contextlib.suppress(OSError):
-                if self.file is not None:
-                    self.file.close()
-            return
-        for output, path in outputs:
-            with _writing(path):
-                output.close()
-        with _writing(self.path):
-            if self.file is not None:
-                self.file.close()
 
 
 @contextlib.contextmanager
@@ -366,14 +325,6 @@ def _writing(file: Path | None) -> Iterator[None]:
         if file is None:
             raise
         raise MbibError(f"cannot write {file}: {error.strerror or first_line(error)}") from None
-
-
-def _open_text(file: Path, continued: Continued) -> TextIO:
-    """Open a file to write: from its beginning, or behind what an interrupted run has written whole."""
-    if not continued.length:
-        return file.open("w", encoding="utf-8", newline="")
-    os.truncate(file, continued.length)
-    return file.open("a", encoding="utf-8", newline="")
 
 
 def _write_overlays(

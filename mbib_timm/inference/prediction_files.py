@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mbib_timm.errors import DataError, MbibError, few, first_line
 from mbib_timm.files import check_folder, check_place, counted, from_cell, parse_json, printable, require_own, to_cell
@@ -143,29 +144,6 @@ def _require(package: str, needed: str, extra: str) -> None:
         raise MbibError(f"{needed}: pip install 'mbib-timm[{extra}]'")
 
 
-class Writer(Protocol):
-    """Takes predictions in batches."""
-
-    def write(self, items: Sequence[Prediction | Broken]) -> None:
-        """Write some."""
-
-    def close(self) -> None:
-        """Finish the file."""
-
-    def abandon(self) -> None:
-        """Leave what makes no sense unless it is whole."""
-
-
-class TextWriter:
-    """What ends the writers of text: nothing is left to do, and what there is makes sense."""
-
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-    def abandon(self) -> None:
-        """Keep what there is."""
-
-
 @dataclass(frozen=True)
 class RowColumns:
     """The columns of CSV and Parquet: one row per image.
@@ -207,16 +185,26 @@ class RowColumns:
         ]
 
 
-class TableWriter(TextWriter):
-    """Predictions for a reader: an image, and below it its classes.
+class TextWriter:
+    """A file of text, or standard output, which stays open. When writing ends early, what there is makes sense."""
 
-    Args:
-        names: of the classes.
-        file: where to.
-    """
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not sys.stdout:
+            self.file.close()
+
+    abandon = close
+
+
+class TableWriter(TextWriter):
+    """Predictions for a reader: an image, and below it its classes."""
 
     def __init__(self, names: Sequence[str], file: TextIO) -> None:
-        self.names, self.file = names, file
+        super().__init__(file)
+        self.names = names
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some; those that cannot be read are listed at the end by whoever runs this."""
@@ -235,14 +223,12 @@ class TableWriter(TextWriter):
 class CsvWriter(TextWriter):
     """Predictions as CSV: one row per image, see `RowColumns`; text that is somebody else's as `to_cell` gives it.
 
-    Args:
-        columns: of the table.
-        file: where to.
-        continued: the header is there.
+    The header is there where the file is continued.
     """
 
     def __init__(self, columns: RowColumns, file: TextIO, continued: bool) -> None:
-        self.columns, self.file = columns, file
+        super().__init__(file)
+        self.columns = columns
         self.csv = csv.writer(file, lineterminator="\n")
         if not continued:
             self.csv.writerow(map(to_cell, columns.header()))
@@ -260,15 +246,11 @@ class CsvWriter(TextWriter):
 
 
 class JsonlWriter(TextWriter):
-    """Predictions as JSON lines: an object per image.
-
-    Args:
-        names: of the classes.
-        file: where to.
-    """
+    """Predictions as JSON lines: an object per image."""
 
     def __init__(self, names: Sequence[str], file: TextIO) -> None:
-        self.names, self.file = names, file
+        super().__init__(file)
+        self.names = names
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some lines."""
@@ -302,21 +284,17 @@ def _encodable(text: str) -> str:
 
 
 class ParquetFile:
-    """A Parquet file that is there when it is closed, and until then under another name.
+    """A Parquet file that is there when it is closed, and until then under another name."""
 
-    Args:
-        path: of the file.
-        schema: pyarrow's.
-    """
-
-    def __init__(self, path: Path, schema: Any) -> None:
+    def __init__(self, path: Path, columns: Sequence[tuple[str, Any]]) -> None:
+        import pyarrow
         from pyarrow import parquet
 
-        self.path, self.schema = path, schema
+        self.path, self.schema = path, pyarrow.schema(columns)
         self.beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self.writer = parquet.ParquetWriter(self.beside, schema)
+        self.writer = parquet.ParquetWriter(self.beside, self.schema)
 
-    def write(self, columns: Sequence[Any]) -> None:
+    def write_columns(self, columns: Sequence[Any]) -> None:
         """Write rows, given by column."""
         import pyarrow
 
@@ -335,37 +313,27 @@ class ParquetFile:
         self.beside.unlink(missing_ok=True)
 
 
-class ParquetWriter:
-    """Predictions as Parquet, with the columns of CSV.
-
-    Args:
-        columns: of the table.
-        path: of the file.
-    """
+class ParquetWriter(ParquetFile):
+    """Predictions as Parquet, with the columns of CSV."""
 
     def __init__(self, columns: RowColumns, path: Path) -> None:
         import pyarrow
 
         self.columns = columns
         text = {"image", "label", "predicted", "error"}
-        schema = [
+        kinds = [
             (_encodable(name), pyarrow.string() if name in text or name.startswith("class_") else pyarrow.float32())
             for name in columns.header()
         ]
-        self.file = ParquetFile(path, pyarrow.schema(schema))
+        super().__init__(path, kinds)
 
     def write(self, items: Sequence[Prediction | Broken]) -> None:
         """Write some rows."""
         if items:
-            self.file.write([*zip(*map(self.columns.row, items), strict=True)])
+            self.write_columns([*zip(*map(self.columns.row, items), strict=True)])
 
-    def close(self) -> None:
-        """Finish the file."""
-        self.file.close()
 
-    def abandon(self) -> None:
-        """Remove what there is."""
-        self.file.abandon()
+Writer = TableWriter | CsvWriter | JsonlWriter | ParquetWriter
 
 
 class EmbeddingsWriter:
@@ -386,12 +354,7 @@ class EmbeddingsWriter:
         self.done = 0
 
     def write(self, items: Sequence[Prediction | Broken], features: "np.ndarray") -> None:
-        """Write some rows.
-
-        Args:
-            items: images in order.
-            features: of those that could be read, (B, C), float32.
-        """
+        """Write some rows; the features, (B, C), float32, are of the images that could be read."""
         import numpy as np
 
         rows = iter(features)
@@ -401,9 +364,8 @@ class EmbeddingsWriter:
                 import pyarrow
 
                 kinds = (pyarrow.string(), pyarrow.string(), pyarrow.list_(pyarrow.float32()))
-                schema = pyarrow.schema([*zip(EMBEDDING_COLUMNS, kinds, strict=True)])
-                self.parquet = ParquetFile(self.path, schema)
-            self.parquet.write([[item.image for item in items], [item.label for item in items], given])
+                self.parquet = ParquetFile(self.path, [*zip(EMBEDDING_COLUMNS, kinds, strict=True)])
+            self.parquet.write_columns([[item.image for item in items], [item.label for item in items], given])
             return
         if self.array is None and features.size:
             shape = (self.images, features.shape[1])
@@ -438,35 +400,15 @@ class EmbeddingsWriter:
 
 
 @dataclass(frozen=True)
-class DoneImage:
-    """What the file of an interrupted run says of an image.
-
-    Attributes:
-        image: its path, as the file has it; see `written`.
-        label: name of its class, where it is known.
-        classes: names and probabilities of its most probable classes, the first the most probable; none of an image
-            that could not be read.
-        unsure: the first was not probable enough.
-        error: why the image could not be read; empty where it could.
-    """
-
-    image: str
-    label: str | None
-    classes: Sequence[tuple[str, float]]
-    unsure: bool
-    error: str
-
-
-@dataclass(frozen=True)
 class Continued:
     """What is there of an interrupted run.
 
     Attributes:
-        images: that are done.
+        images: that are done, under their paths as the file has them; see `written`.
         length: bytes of the file that hold them; what follows is half a line.
     """
 
-    images: list[DoneImage] = field(default_factory=list)
+    images: list[Prediction | Broken] = field(default_factory=list)
     length: int = 0
 
 
@@ -490,13 +432,29 @@ def read_continued(file: Path, format: str, columns: RowColumns) -> Continued:
         if not length and content and not _begin_alike(content, first.encode()):
             raise ValueError("its first line is another")
         images = read(content[:length].decode(), columns) if length else []
-        _check_done(images, columns.names)
+        _check_done(images)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error) as error:
         raise MbibError(
             f"--resume: {file} does not hold predictions of this kind ({first_line(error)}); repeat the flags that it "
             "was written with, or choose another --output"
         ) from None
     return Continued(images, length)
+
+
+def open_writer(format: str, columns: RowColumns, file: Path | None, continued: Continued) -> Writer:
+    """Open a file of one of `FORMATS`, behind what an interrupted run has written whole; None for standard output."""
+    if format == "parquet" and file is not None:
+        return ParquetWriter(columns, file)
+    stream: TextIO = sys.stdout if file is None else _open_text(file, continued)
+    if format == "csv":
+        return CsvWriter(columns, stream, continued=continued.length > 0)
+    return JsonlWriter(columns.names, stream) if format == "jsonl" else TableWriter(columns.names, stream)
+
+
+def _open_text(file: Path, continued: Continued) -> TextIO:
+    if continued.length:
+        os.truncate(file, continued.length)
+    return file.open("a" if continued.length else "w", encoding="utf-8", newline="")
 
 
 def check_replaced(file: Path, format: str) -> None:
@@ -551,19 +509,23 @@ def _begin_alike(one: bytes, other: bytes) -> bool:
     return one[:shorter] == other[:shorter]
 
 
-def _check_done(images: Sequence[DoneImage], names: Sequence[str]) -> None:
-    known = set(names)
-    for image in images:
-        if not all(isinstance(text, str) for text in (image.image, image.label or "", image.error)):
+def _check_done(images: Sequence[Prediction | Broken]) -> None:
+    for item in images:
+        error = item.reason if isinstance(item, Broken) else ""
+        if not all(isinstance(text, str) for text in (item.image, item.label or "", error)):
             raise ValueError("an image, a label or an error is not text")
-        for name, probability in image.classes:
-            if name not in known:
-                raise ValueError(f"the model has no class {name!r}")
+        for _, probability in [] if isinstance(item, Broken) else item.classes:
             if not 0 <= probability <= 1:
                 raise ValueError(f"{probability} is not a probability")
 
 
-def _read_csv(content: str, columns: RowColumns) -> list[DoneImage]:
+def _label_of(name: str, labels: Mapping[str, int]) -> int:
+    if name not in labels:
+        raise ValueError(f"the model has no class {name!r}")
+    return labels[name]
+
+
+def _read_csv(content: str, columns: RowColumns) -> list[Prediction | Broken]:
     header = [*map(to_cell, columns.header())]
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     first = next(reader)
@@ -577,31 +539,35 @@ def _read_csv(content: str, columns: RowColumns) -> list[DoneImage]:
             if names
         ]
         raise ValueError(f"of the columns it {' and '.join(differences) or 'has another order'}")
-    names = {to_cell(name): name for name in columns.names}
-    images = []
+    labels = {to_cell(name): label for label, name in enumerate(columns.names)}
+    images: list[Prediction | Broken] = []
     for row in reader:
         if len(row) != len(header):
             raise ValueError(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}")
+        truth = (columns.names[labels[row[1]]] if row[1] in labels else from_cell(row[1])) or None
+        if row[-1]:
+            images.append(Broken(row[0], row[-1], truth))
+            continue
         ranked = zip(row[4 : 4 + 2 * columns.ranks() : 2], row[5 : 5 + 2 * columns.ranks() : 2], strict=True)
-        classes = [] if row[-1] else [(names.get(name, name), float(value)) for name, value in ranked]
-        unsure = bool(classes) and row[2] == UNSURE != classes[0][0]
-        label = names.get(row[1], from_cell(row[1])) or None
-        images.append(DoneImage(row[0], label, classes, unsure, row[-1]))
+        classes = [(_label_of(name, labels), float(value)) for name, value in ranked]
+        images.append(Prediction(row[0], classes, truth, unsure=row[2] == UNSURE != row[4]))
     return images
 
 
-def _read_jsonl(content: str, columns: RowColumns) -> list[DoneImage]:
-    images = []
+def _read_jsonl(content: str, columns: RowColumns) -> list[Prediction | Broken]:
+    labels = {name: label for label, name in enumerate(columns.names)}
+    images: list[Prediction | Broken] = []
     for line in content.rstrip("\n").split("\n"):
         item = parse_json(line)
-        label = item.get("label")
+        truth = item.get("label")
         if "error" in item:
-            images.append(DoneImage(item["image"], label, [], False, item["error"]))
+            images.append(Broken(item["image"], item["error"], truth))
             continue
-        classes = [(each["name"], float(each["probability"])) for each in item["classes"]]
+        classes = [(_label_of(each["name"], labels), float(each["probability"])) for each in item["classes"]]
         if len(classes) != columns.ranks():
             raise ValueError(f"it has {counted(len(classes), 'class')} of each image, not {columns.ranks()}")
         if ("probabilities" in item) != columns.probabilities:
             raise ValueError(f"it is written with{'' if 'probabilities' in item else 'out'} --probabilities")
-        images.append(DoneImage(item["image"], label, classes, item["predicted"] != classes[0][0], ""))
+        unsure = item["predicted"] != item["classes"][0]["name"]
+        images.append(Prediction(item["image"], classes, truth, unsure=unsure))
     return images

@@ -147,10 +147,10 @@ class Predictor:
         self.set_prior(found.shares, trained)
         return scored, found
 
-    def transform(self, as_bytes: bool = False) -> Callable[..., Tensor]:
-        """Return the preprocessing, from a PIL image to (C, H, W): normalised, or as bytes to be so on the device."""
+    def transform(self) -> Callable[..., Tensor]:
+        """Return the preprocessing, from a PIL image to bytes (C, H, W), which `normalize` takes on the device."""
         transform: Callable[..., Tensor] = create_transform(
-            **dict(self.model.preprocessing), is_training=False, use_prefetcher=as_bytes
+            **dict(self.model.preprocessing), is_training=False, use_prefetcher=True
         )
         return transform
 
@@ -170,17 +170,12 @@ class Predictor:
         return torch.softmax(self.adjust(self._forward(images.to(self.device), False)[0]), dim=-1)
 
     def _forward(self, images: Tensor, with_features: bool) -> tuple[Tensor, Tensor | None]:
-        logits, features = zip(*(self._outputs(batch, with_features) for batch in cache_sized(images)), strict=True)
-        return torch.cat(logits), torch.cat(features) if with_features else None
-
-    def _outputs(self, images: Tensor, with_features: bool) -> tuple[Tensor, Tensor | None]:
         if with_features:
             logits, features = logits_and_features(self.module, images)
-            joined = torch.cat([part.flatten(1) for part in features.values()], dim=1)
-            return logits[self.head].float(), joined.float()
+            return logits[self.head].float(), torch.cat([part.flatten(1) for part in features.values()], dim=1).float()
         if self.head == PREDICTION:
-            return self.module(images).float(), None
-        return head_logits(self.module, images)[self.head].float(), None
+            return torch.cat([self.module(batch) for batch in cache_sized(images)]).float(), None
+        return torch.cat([head_logits(self.module, batch)[self.head] for batch in cache_sized(images)]).float(), None
 
     def batches(
         self, images: Sequence[FoundImage], batch_size: int = 64, workers: int | None = None
@@ -192,7 +187,7 @@ class Predictor:
             batch_size: images at once.
             workers: processes that decode; by default as many as there are CPUs, 8 at most; none for one batch or CPU.
         """
-        photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform(as_bytes=True))
+        photos = Photos(images, pil_mode(self.model.preprocessing["input_size"][0]), self.transform())
         batch_size = max(1, min(batch_size, len(images)))
         if workers is None:
             workers = 0 if len(images) <= batch_size or usable_cores() == 1 else min(USUAL_WORKERS, usable_cores())
@@ -242,9 +237,11 @@ class Predictor:
             threshold: probability of the first class below which the answer is unsure.
             all_probabilities: give those of all classes as well.
         """
-        probabilities = torch.softmax(self.adjust(batch.logits.to(self.device)), dim=-1)
-        best = probabilities.topk(min(top_k, len(self.names)))
-        rows = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        logits = self.adjust(batch.logits.to(self.device))
+        probabilities = torch.softmax(logits, dim=-1)
+        # By the logits, as an evaluation ranks them: probabilities of several classes may be 0, or alike.
+        best = logits.topk(min(top_k, len(self.names))).indices
+        rows = iter(zip(best.tolist(), probabilities.gather(-1, best).tolist(), strict=True))
         every = iter(probabilities.cpu().numpy()) if all_probabilities else None
         items: list[Prediction | Broken] = []
         for image, reason in zip(batch.images, batch.reasons, strict=True):
@@ -256,10 +253,3 @@ class Predictor:
             given = None if every is None else next(every)
             items.append(Prediction(image.path, classes, image.label, given, values[0] < threshold))
         return items
-
-    def predict(
-        self, images: Sequence[FoundImage], top_k: int = 5, batch_size: int = 64, workers: int | None = None
-    ) -> Iterator[Prediction | Broken]:
-        """Predict images, in order; arguments as those of `batches` and `items`."""
-        for batch in self.score(images, batch_size, workers):
-            yield from self.items(batch, top_k)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mbib_timm.evaluation.metrics import Statistics, batch_statistics, summarize, with_intervals
 from mbib_timm.files import composed
-from mbib_timm.inference.prediction_files import Broken, DoneImage, Prediction
+from mbib_timm.inference.prediction_files import Broken, Prediction
 from mbib_timm.results.record import HeadMetrics
 
 
@@ -58,22 +58,15 @@ class Tally:
         self.sure += len(sure)
         self.right += sum(read[place].classes[0][0] == targets[place] for place in sure)
 
-    def count_done(self, done: Sequence[DoneImage]) -> None:
+    def count_done(self, done: Sequence[Prediction | Broken]) -> None:
         """Count images of an interrupted run. What its file does not tell, the other classes share evenly."""
-        items: list[Prediction | Broken] = []
-        logits = torch.empty(sum(bool(image.classes) for image in done), len(self.names))
-        rows = iter(logits)
-        for image in done:
-            if not image.classes:
-                items.append(Broken(image.image, image.error, image.label))
-                continue
-            (name, probability), row = image.classes[0], next(rows)
-            best = self.labels[composed(name)]
+        best = [item.classes[0] for item in done if isinstance(item, Prediction)]
+        logits = torch.empty(len(best), len(self.names))
+        for row, (label, probability) in zip(logits, best, strict=True):
             rest = max(1 - probability, 1e-7) / max(len(self.names) - 1, 1)
             row.fill_(np.log(rest))
-            row[best] = np.log(max(probability, 1.001 * rest))
-            items.append(Prediction(image.image, [(best, probability)], image.label, unsure=image.unsure))
-        self.count(items, logits)
+            row[label] = np.log(max(probability, 1.001 * rest))
+        self.count(done, logits)
 
     def label(self, name: str) -> int | None:
         """Return the label of a class; None where the model does not know it."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -135,6 +136,12 @@ def logits_and_features(model: Any, images: Tensor) -> tuple[dict[str, Tensor], 
     Raises:
         MbibError: a model that does not give its features.
     """
+    parts = zip(*(_logits_and_features(model, batch) for batch in cache_sized(images)), strict=True)
+    logits, features = ({name: torch.cat([part[name] for part in of]) for name in of[0]} for of in parts)
+    return logits, features
+
+
+def _logits_and_features(model: Any, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if hasattr(model, "heads_and_features"):
         logits, features = model.heads_and_features(images)
         return _by_name(model, logits), features

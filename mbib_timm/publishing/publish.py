@@ -91,13 +91,7 @@ def publish(
 
 
 class Publisher:
-    """Brings a release onto the Hub.
-
-    Args:
-        api: client of the Hub; it finds the token.
-        release: what to publish.
-        wait: sleeps for a number of seconds.
-    """
+    """Brings a release onto the Hub, whose client finds the token; `wait` sleeps for a number of seconds."""
 
     def __init__(self, api: HfApi, release: Release, wait: Callable[[float], None] = time.sleep) -> None:
         self.api, self.release, self.wait = api, release, wait
@@ -123,7 +117,8 @@ class Publisher:
         if tag not in tags:
             self._tag(tag, head)
         state = "published" if changes else "unchanged"
-        print(f"{state}: hf-hub:{self.repository}@{tag} ({len(changes)} of {len(self.release.files)} files new)")
+        new = sum(isinstance(change, CommitOperationAdd) for change in changes)
+        print(f"{state}: hf-hub:{self.repository}@{tag} ({new} of {len(self.release.files)} files new)")
         return f"{self.api.endpoint}/{self.repository}/tree/{tag}"
 
     def _tag(self, tag: str, head: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mbib_timm
 from mbib_timm.errors import MbibError, few
-from mbib_timm.files import check_place, contains, counted, require_own, write_bytes
+from mbib_timm.files import contains, counted, require_own, write_bytes
 from mbib_timm.models.zoo import ZOO
 from mbib_timm.reporting.comparison import comparison_section
 from mbib_timm.reporting.findings import outcome
@@ -41,7 +41,6 @@ def report(names: Sequence[str], output: Path, title: str | None = None) -> Path
     """
     if output.suffix.lower() not in (".html", ".htm"):
         raise MbibError(f"--output {output}: expected the name of an HTML file, such as report.html")
-    check_place(output)
     require_own("--output", output, contains(b"Written by <code>mbib report</code>"), "is not a report")
     groups, sweeps = read_inputs(names)
     sections = [comparison_section(groups, sweeps)] if len(groups) > 1 else []
