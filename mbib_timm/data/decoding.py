@@ -34,7 +34,6 @@ from mbib_timm.data.transforms import fixed_preprocessing, longest_side, residen
 from mbib_timm.environment import World
 from mbib_timm.recipe import Recipe
 
-DECODE_BATCH = 64
 # Of the cache: the version of its format, the bytes that a checksum covers, the files of an entry.
 FORMAT = 4
 BLOCK_BYTES = 64 << 20
@@ -109,14 +108,12 @@ def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
 
 def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Give the images (H, W, C), uint8, of a data set in order, with label and position (2,); a bar shows how far."""
-    return (item for item in in_order(dataset, DECODE_BATCH, workers, collate=_arrays) if item is not None)
+    return (item for item in in_order(partial(_array, dataset), len(dataset), workers) if item is not None)
 
 
-def _arrays(batch: list[tuple[Tensor, np.ndarray] | None]) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    return [
-        None if item is None else (np.ascontiguousarray(np.asarray(item[0]).transpose(1, 2, 0)), item[1])
-        for item in batch
-    ]
+def _array(dataset: ImageDataset, place: int) -> tuple[np.ndarray, np.ndarray] | None:
+    item = dataset[place]
+    return None if item is None else (np.ascontiguousarray(np.asarray(item[0]).transpose(1, 2, 0)), item[1])
 
 
 def decode_split(

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -312,31 +313,33 @@ def examine(split: Split, look: Callable[[Reader, int], T], workers: int) -> Ite
         look: returns what there is to know, of a reader and an index.
         workers: processes that look.
     """
-    return in_order(_Examined(split, look), 64, workers)
+    return in_order(partial(_look, split, look), len(split), workers)
+
+
+def _look(split: Split, look: Callable[[Reader, int], T], place: int) -> T:
+    return look(split.reader, split.index_of(place))
 
 
 def in_order(
-    dataset: Dataset[T],
-    batch_size: int,
-    workers: int,
-    unit: str = "image",
-    collate: Callable[[list[T]], list[Any]] = list,
-) -> Iterator[Any]:
-    """Give the items of a data set in order; a bar shows how far.
+    get: Callable[[int], T], count: int, workers: int, batch_size: int = 64, unit: str = "image"
+) -> Iterator[T]:
+    """Give what a function returns for the numbers from 0 on, in order; a bar shows how far.
 
     Args:
-        dataset: of known length.
-        batch_size: items that a process hands over at once.
-        workers: processes that read them; 0 for this one.
-        unit: what an item is.
-        collate: makes of such items what is given, one for each.
+        get: the function, which other processes can have.
+        count: of the numbers.
+        workers: processes that call it; 0 for this one.
+        batch_size: results that a process hands over at once.
+        unit: what a result is of.
 
     Raises:
-        DataError: the data set's own, without the trace of the process that it was raised in.
+        DataError: the function's own, without the trace of the process that it was raised in.
     """
     # With a generator of its own, it leaves the global one as it is.
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
-    progress = Progress(len(dataset), unit=unit)  # type: ignore[arg-type]
+    loader = DataLoader(
+        _Results(get, count), batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()
+    )
+    progress = Progress(count, unit=unit)
     try:
         for batch in loader:
             yield from batch
@@ -347,15 +350,15 @@ def in_order(
         progress.close()
 
 
-class _Examined(Dataset[T]):
-    def __init__(self, split: Split, look: Callable[[Reader, int], T]) -> None:
-        self.split, self.look = split, look
+class _Results(Dataset[T]):
+    def __init__(self, get: Callable[[int], T], count: int) -> None:
+        self.get, self.count = get, count
 
     def __len__(self) -> int:
-        return len(self.split)
+        return self.count
 
-    def __getitem__(self, place: int) -> T:
-        return self.look(self.split.reader, self.split.index_of(place))
+    def __getitem__(self, number: int) -> T:
+        return self.get(number)
 
 
 class ArrayReader:
