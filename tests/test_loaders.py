@@ -12,7 +12,7 @@ from small_data import normalized_recipe as recipe
 from mbib_timm.data import Split, create_loaders, open_data, open_split
 from mbib_timm.data.decoding import decode_split
 from mbib_timm.data.images import ArrayReader, ImageDataset
-from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
+from mbib_timm.data.loaders import ResidentLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.samplers import ShardSampler, training_sampler
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
@@ -37,7 +37,7 @@ def build(request):
 
     def resident(split, settings, size, place, training):
         images = decode_split(split, settings, size, place.device, training, replace_broken=training)
-        return resident_loader(images, settings, size, place, sampler(split, settings, place, training))
+        return ResidentLoader(images, settings, size, place, sampler(split, settings, place, training))
 
     def timm(split, settings, size, place, training):
         if not training:

@@ -21,7 +21,7 @@ from mbib_timm.data.decoding import (
 )
 from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
+from mbib_timm.data.loaders import ResidentLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.mixing import train_loader
 from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
@@ -271,7 +271,7 @@ def create_loaders(
         if not resident:
             return timm_train_loader(splits.train, shared, input_size, world, order, views)
         images = pool.decode("train", splits.train, recipe, input_size, world, training=True, replace_broken=True)
-        return resident_loader(images, recipe, input_size, world, order, views)
+        return ResidentLoader(images, recipe, input_size, world, order, views)
 
     def evaluated(name: str, split: Split) -> Loader:
         if store is not None:
@@ -279,7 +279,7 @@ def create_loaders(
         if not resident:
             return timm_eval_loader(split, recipe, input_size, world)
         images = pool.decode(name, split, recipe, input_size, world, training=False, replace_broken=False)
-        return resident_loader(images, recipe, input_size, world, None)
+        return ResidentLoader(images, recipe, input_size, world, None)
 
     return Loaders(
         train=train_loader(
@@ -349,7 +349,7 @@ class Passes:
         fitting = fits(decoded_bytes(split, recipe, size, training=False), world.device)
         if recipe.loader == "resident" and not world.gather([] if fitting else ["in one process they do not fit"]):
             images = self.pool.decode(name, split, recipe, size, world, training=False, replace_broken=replace_broken)
-            return resident_loader(images, recipe, size, world, None)
+            return ResidentLoader(images, recipe, size, world, None)
         return timm_eval_loader(split, recipe, size, world, replace_broken)
 
 
@@ -375,4 +375,4 @@ def build_views_loader(
         return timm_train_loader(split, recipe, input_size, world, order, views=views)
     # Not kept for the next run: nobody else sees these images like this.
     images = decode_split(split, recipe, input_size, device, training=True, replace_broken=True)
-    return resident_loader(images, recipe, input_size, world, order, views)
+    return ResidentLoader(images, recipe, input_size, world, order, views)

@@ -58,38 +58,37 @@ class OrderedLoader:
 
 
 class ResidentLoader(OrderedLoader):
-    """The `Loader` of data that fit into the device's memory.
+    """The `Loader` of data that fit into the device's memory: one stream of training, or an evaluation.
 
     Args:
         images: on the device.
-        sampler: gives the images' indices in the order of the epoch.
-        batch_size: images of a batch.
-        drop_last: leave the last short batch out.
-        augmentations: for training, one for each view of an image; None gives the images as they are, which are then
-            all of one size.
-        mean: of each channel, of images in 0..1.
-        std: of each channel.
-        seed: of the augmentation: seed and rank; and stage and stream where those are not the first.
-        channels_last: memory format of the batches.
+        recipe: augmentation, normalisation, batch sizes, seed.
+        input_size: (C, H, W).
+        world: the device, and this process among those that share the data.
+        sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
+            processes, in order, as it is.
+        views: of training, the recipe of each view of an image; that of the run alone when not given.
     """
 
     def __init__(
         self,
         images: DecodedImages,
-        sampler: IndexSampler,
-        batch_size: int,
-        *,
-        drop_last: bool,
-        augmentations: Sequence[Augmentation | None],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        seed: tuple[int, ...],
-        channels_last: bool,
+        recipe: Recipe,
+        input_size: tuple[int, int, int],
+        world: World,
+        sampler: TrainingSampler | None,
+        views: Sequence[Recipe] = (),
     ) -> None:
-        super().__init__(sampler, batch_size, drop_last, images.broken)
-        self.images, self.augmentations, self.seed = images, tuple(augmentations), seed
-        self.channels_last = channels_last
-        self.device = images.pixels.device
+        order = ShardSampler(len(images), world.rank, world.world_size) if sampler is None else sampler
+        batch_size = recipe.validation_batch_size if sampler is None else recipe.batch_size
+        super().__init__(order, batch_size, sampler is not None and drops_last(len(order), batch_size), images.broken)
+        self.images, self.device, self.channels_last = images, images.pixels.device, recipe.channels_last
+        self.augmentations: list[Augmentation | None] = [None]  # images as they are, which are then all of one size
+        self.seed, self.stream = (recipe.seed, world.rank), (0, 0)
+        if sampler is not None:
+            self.augmentations = [create_augmentation(view, input_size) for view in views or (recipe,)]
+            self.stream = (sampler.key.stage, sampler.key.stream)
+        mean, std = (channelwise(recipe.settled(key), input_size[0]) for key in ("mean", "std"))
         self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
 
@@ -120,10 +119,10 @@ class ResidentLoader(OrderedLoader):
             for indices in send(order[first:], self.device).split(size):
                 yield stacked.index_select(0, indices)
             return
-        seed, rank, *stream = self.seed
-        # The first view's draws are those of a loader of one view.
-        stream = stream if view == 0 else [*(stream or (0, 0)), view]
-        entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
+        # The first view's draws are those of a loader of one view; stage and stream count where they are not the first.
+        stream = (*self.stream, view) if view else self.stream
+        key = [*self.seed, self.epoch, *(stream if any(stream) else ())]
+        entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0]) >> 1)
         draws = augmentation.draw(self.images.sizes[order], generator)
         for begin in range(first, len(order), size):
@@ -140,45 +139,6 @@ class ResidentLoader(OrderedLoader):
         # As timm's loader does it, to the last bit.
         images = pixels.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
         return images if self.channels_last else images.contiguous()
-
-
-def resident_loader(
-    images: DecodedImages,
-    recipe: Recipe,
-    input_size: tuple[int, int, int],
-    world: World,
-    sampler: TrainingSampler | None,
-    views: Sequence[Recipe] = (),
-) -> ResidentLoader:
-    """Build a loader: one stream of training, or of an evaluation.
-
-    Args:
-        images: on the device.
-        recipe: augmentation, normalisation, batch sizes, seed.
-        input_size: (C, H, W).
-        world: the device, and this process among those that share the data.
-        sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
-            processes, in order, as it is.
-        views: of training, the recipe of each view of an image; that of the run alone when not given.
-    """
-    channels = input_size[0]
-    training = sampler is not None
-    order = ShardSampler(len(images), world.rank, world.world_size) if sampler is None else sampler
-    batch_size = recipe.batch_size if training else recipe.validation_batch_size
-    seed: tuple[int, ...] = (recipe.seed, world.rank)
-    if sampler is not None and (sampler.key.stage or sampler.key.stream):
-        seed += (sampler.key.stage, sampler.key.stream)
-    return ResidentLoader(
-        images,
-        order,
-        batch_size,
-        drop_last=training and drops_last(len(order), batch_size),
-        augmentations=[create_augmentation(view, input_size) for view in views or (recipe,)] if training else [None],
-        mean=channelwise(recipe.settled("mean"), channels),
-        std=channelwise(recipe.settled("std"), channels),
-        seed=seed,
-        channels_last=recipe.channels_last,
-    )
 
 
 class TimmLoader:
