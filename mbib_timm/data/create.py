@@ -25,7 +25,7 @@ from mbib_timm.data.loaders import ResidentLoader, timm_eval_loader, timm_train_
 from mbib_timm.data.mixing import train_loader
 from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
-from mbib_timm.data.samplers import check_sampler, parse_sampler, training_sampler
+from mbib_timm.data.samplers import TrainingSampler, check_sampler, parse_sampler
 from mbib_timm.data.sources import Source
 from mbib_timm.data.splits import Splits, open_data
 from mbib_timm.data.transforms import fixed_preprocessing
@@ -256,7 +256,7 @@ def create_loaders(
     shared = recipe.replace(workers=-(-recipe.workers // streams))
 
     def stream(number: int, name: str) -> Loader:
-        order = training_sampler(
+        order = TrainingSampler(
             splits.train.targets,
             splits.num_classes,
             recipe,
@@ -370,7 +370,7 @@ def build_views_loader(
         DataError: fewer than two images.
     """
     world = World(device)
-    order = training_sampler(np.zeros(len(split), dtype=np.int64), 1, recipe, world)
+    order = TrainingSampler(np.zeros(len(split), dtype=np.int64), 1, recipe, world)
     if not fits(decoded_bytes(split, recipe, input_size, training=True), device):
         return timm_train_loader(split, recipe, input_size, world, order, views=views)
     # Not kept for the next run: nobody else sees these images like this.

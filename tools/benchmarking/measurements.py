@@ -42,7 +42,7 @@ from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.batch import Batch, TrainLoader
 from mbib_timm.data.loaders import ResidentLoader
-from mbib_timm.data.samplers import training_sampler
+from mbib_timm.data.samplers import TrainingSampler
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import AnswerLog
@@ -305,7 +305,7 @@ def throughput(settings: Settings) -> Iterator[Record]:
     images = settings.pass_images or 6_400
     counts = class_counts("resnext50")
     decoded = decoded_noise(images, 375, 500, len(counts), device)
-    order = training_sampler(decoded.targets.cpu().numpy(), len(counts), recipe, World(device))
+    order = TrainingSampler(decoded.targets.cpu().numpy(), len(counts), recipe, World(device))
     loader = ResidentLoader(decoded, recipe, (3, 224, 224), World(device), order)
     epoch = partial(Trainer(recipe, counts, world).train_epoch, TrainLoader([loader]))
     speeds = take_turns({"mbib": timed(epoch, device, images)}, settings.repeats, settings.pass_warm_ups)
