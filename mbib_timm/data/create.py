@@ -17,7 +17,6 @@ from mbib_timm.data.decoding import (
     decoded_bytes,
     fits,
     free_memory,
-    on_disk,
 )
 from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
@@ -168,7 +167,8 @@ def _resident_bytes(
     needed = sum(size for _, size in sizes)
     if device.type == "cpu":
         return needed, 0
-    return needed, max((size for split, size in sizes if not on_disk(split, recipe)), default=0)
+    has_cache = cache_folder(recipe, "images") is not None
+    return needed, max((size for split, size in sizes if not (has_cache and split.in_files)), default=0)
 
 
 def _opened_key(recipe: Recipe) -> str:

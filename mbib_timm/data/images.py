@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -220,6 +221,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def sampled_sizes(split: Split, most: int) -> list[tuple[int, int]]:
+    """Return width and height of up to `most` evenly spaced images, of which the headers are read; without broken ones,
+    which are counted elsewhere."""
+    sizes = []
+    for place in evenly_spaced(len(split), most).tolist():
+        with suppress(Exception), split.reader.read(split.index_of(place)) as image:
+            sizes.append(upright_size(image))
+    return sizes
 
 
 class Drawn(NamedTuple):
