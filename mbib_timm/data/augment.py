@@ -16,7 +16,6 @@ from torch import Tensor
 from mbib_timm.data.batch import send
 from mbib_timm.data.crops import Crop, Draws, create_crop
 from mbib_timm.data.decoding import DecodedImages
-from mbib_timm.data.images import channelwise
 from mbib_timm.data.pixels import (
     SATURATION,
     affine,
@@ -135,7 +134,7 @@ def _policy_operation(aa: str, recipe: Recipe, channels: int) -> Operation:
     if aa == CIFAR10:
         return PolicyOperation(policy, (CIFAR10_FILL,) * channels, "nearest")
     interpolation = "bicubic" if recipe.settled("interpolation") == "bicubic" else "bilinear"
-    return PolicyOperation(policy, mean_color(channelwise(recipe.settled("mean"), channels)), interpolation)
+    return PolicyOperation(policy, mean_color(recipe, channels), interpolation)
 
 
 class Rotation:
