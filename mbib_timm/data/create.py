@@ -80,14 +80,14 @@ class DataPool:
 
     def source(self, recipe: Recipe) -> Source:
         """Return where the recipe's splits are opened by name; what it has read serves the next `open`."""
-        key = _opened_key(recipe)
+        key = opened_key(recipe)
         if key not in self.sources:
             self.sources[key] = Source(recipe)
         return self.sources[key]
 
     def open(self, recipe: Recipe) -> Splits:
         """Open the recipe's data, once, however their images are prepared; see `open_data`."""
-        key = _opened_key(recipe)
+        key = opened_key(recipe)
         if key not in self.opened:
             self.opened[key] = open_data(recipe, self.sources.pop(key, None))
         return self.opened[key]
@@ -171,7 +171,7 @@ def _resident_bytes(
     return needed, max((size for split, size in sizes if not (has_cache and split.in_files)), default=0)
 
 
-def _opened_key(recipe: Recipe) -> str:
+def opened_key(recipe: Recipe) -> str:
     """Return what two recipes have in common that open the same images, however these are prepared."""
     return json.dumps({name: getattr(recipe, name) for name in OPENED_BY})
 
