@@ -169,12 +169,10 @@ class ImageTree:
         if empty := sorted({self.inside(folder).split("/")[0] for folder in self.folders} - self.tops.keys()):
             left_out[WITHOUT_IMAGES] = tuple(f"{self.prefix}{folder}" for folder in empty)
         labels = [composed(self.inside(name).split("/")[0]) for name in names]
-        classes = class_order(labels)
-        number = {name: label for label, name in enumerate(classes)}
+        classes, targets = number_classes(labels)
         groups = None
         if group_by is not None:
             groups = group_names(group_by, [self.inside(name) for name in names], labels)
-        targets = np.array([number[label] for label in labels], dtype=np.int64)
         notes = tuple(filter(None, [self._about_levels(names, group_by)]))
         return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out, notes=notes)
 
@@ -217,9 +215,12 @@ def _split_flags(names: Collection[str]) -> str:
     return " ".join(f"{flag} {quote(name)}" for flag, name in flags)
 
 
-def class_order(labels: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the classes in the order of their labels, which is natural."""
-    return tuple(sorted(set(labels), key=lambda name: (natural_key(name), name)))
+def number_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of classes in natural order, and the label of each image, (N,), int64: the place of its class
+    there."""
+    classes = tuple(sorted(set(labels), key=lambda name: (natural_key(name), name)))
+    number = {name: label for label, name in enumerate(classes)}
+    return classes, np.array([number[label] for label in labels], dtype=np.int64)
 
 
 # Scans
