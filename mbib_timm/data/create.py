@@ -294,13 +294,14 @@ def create_loaders(
     )
 
 
+@dataclass
 class Passes:
     """Images for a method that looks at them before or after training.
 
     They are preprocessed as for an evaluation, and come in order, every image once over all processes. A broken image
     is replaced, as in training. A loader is made when it is first asked for.
 
-    Args:
+    Attributes:
         splits: what `open_data` found.
         recipe: loader, preprocessing, batch size, workers.
         input_size: (C, H, W) of the model.
@@ -309,17 +310,12 @@ class Passes:
         store: the batches are of features, and these are they.
     """
 
-    def __init__(
-        self,
-        splits: Splits,
-        recipe: Recipe,
-        input_size: tuple[int, int, int],
-        world: World,
-        pool: DataPool | None = None,
-        store: FeatureStore | None = None,
-    ) -> None:
-        self.splits, self.recipe, self.input_size, self.world, self.store = splits, recipe, input_size, world, store
-        self.pool = pool or DataPool()
+    splits: Splits
+    recipe: Recipe
+    input_size: tuple[int, int, int]
+    world: World
+    pool: DataPool = field(default_factory=DataPool)
+    store: FeatureStore | None = None
 
     @cached_property
     def train(self) -> Loader:

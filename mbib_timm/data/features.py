@@ -106,10 +106,11 @@ class Features:
         return found.to(device).float()
 
 
+@dataclass(frozen=True)
 class FeatureStore:
     """The features of a run's images.
 
-    Args:
+    Attributes:
         observe: the backbone.
         recipe: preprocessing, passes and their augmentation, batch sizes, workers, cache folder.
         input_size: (C, H, W) of the images.
@@ -118,17 +119,12 @@ class FeatureStore:
         states: of the images' files, as this process knows them.
     """
 
-    def __init__(
-        self,
-        observe: Observer,
-        recipe: Recipe,
-        input_size: tuple[int, int, int],
-        world: World,
-        kept: dict[str, Features],
-        states: FileStates,
-    ) -> None:
-        self.observe, self.recipe, self.input_size, self.world = observe, recipe, input_size, world
-        self.kept, self.states = kept, states
+    observe: Observer
+    recipe: Recipe
+    input_size: tuple[int, int, int]
+    world: World
+    kept: dict[str, Features]
+    states: FileStates
 
     def train_loader(self, split: Split, sampler: TrainingSampler) -> "FeatureLoader":
         """Return batches of training images in the sampler's order, each image from one of the passes.

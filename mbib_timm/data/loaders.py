@@ -3,6 +3,7 @@ timm's, for data of any size.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mbib_timm.data.batch import Batch, send
 from mbib_timm.data.decoding import DecodedImages
 from mbib_timm.data.images import Drawn, ImageDataset, Split, channelwise, from_worker, pil_mode
 from mbib_timm.data.samplers import IndexSampler, ShardSampler, TrainingSampler, batches_of, drops_last
-from mbib_timm.data.transforms import Views, eval_transform, evaluation_crop, train_transform
+from mbib_timm.data.transforms import eval_transform, evaluation_crop, stacked_views, train_transform
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
@@ -202,23 +203,16 @@ class _Places:
         return (Drawn(index, (*self.key, self.epoch, place)) for place, index in enumerate(indices, self.start))
 
 
-class _Readable:
-    """timm's collate function, for batches some or all of whose images are left out.
+def _collate(size: tuple[int, int, int], batch: list[tuple[Tensor, np.ndarray] | None]) -> tuple[Tensor, Tensor]:
+    """Collate as timm does, to images (B, C, H, W), uint8, of a size (C, H, W), and labels with positions (B, 2).
 
-    Args:
-        size: of an image, (C, H, W).
+    Some or all of the images may be left out.
     """
-
-    def __init__(self, size: tuple[int, int, int]) -> None:
-        self.size = size
-
-    def __call__(self, batch: list[tuple[Tensor, np.ndarray] | None]) -> tuple[Tensor, Tensor]:
-        """Return images (B, C, H, W), uint8, and labels with positions (B, 2)."""
-        readable = [item for item in batch if item is not None]
-        if not readable:
-            return torch.zeros(0, *self.size, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
-        collated: tuple[Tensor, Tensor] = fast_collate(readable)
-        return collated
+    readable = [item for item in batch if item is not None]
+    if not readable:
+        return torch.zeros(0, *size, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
+    collated: tuple[Tensor, Tensor] = fast_collate(readable)
+    return collated
 
 
 def timm_train_loader(
@@ -243,7 +237,7 @@ def timm_train_loader(
     for view in views:
         check_augmentation(view, input_size)
     whole = recipe.train_crop_mode == "pad"
-    transform = Views([train_transform(view, input_size, whole) for view in views])
+    transform = partial(stacked_views, [train_transform(view, input_size, whole) for view in views])
     dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken=True)
     key = None
     # So that an image is augmented alike whether or not those before it were read.
@@ -298,7 +292,7 @@ def _through_timm(
         std=views * channelwise(recipe.settled("std"), channels),
         num_workers=recipe.workers,
         pin_memory=world.device.type == "cuda" if recipe.pin_mem is None else recipe.pin_mem,
-        collate_fn=_Readable((views * channels, height, width)),
+        collate_fn=partial(_collate, (views * channels, height, width)),
         persistent_workers=False,  # workers that live on would keep the random state of the epoch before
         device=world.device,
         **evaluation_crop(recipe),

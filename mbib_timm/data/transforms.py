@@ -104,19 +104,9 @@ def _cut_out(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-class Views:
-    """The views of an image, stacked as channels: what timm's loader takes for one image.
-
-    Args:
-        transforms: one for each view; each gives (C, H, W), uint8.
-    """
-
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = tuple(transforms)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return (V C, H, W), uint8."""
-        return torch.cat([transform(image) for transform in self.transforms])
+def stacked_views(transforms: Sequence[Transform], image: Image.Image) -> Tensor:
+    """Return the views of an image, each (C, H, W), uint8, as channels (V C, H, W): timm's loader takes one image."""
+    return torch.cat([transform(image) for transform in transforms])
 
 
 def evaluation_crop(recipe: Recipe) -> dict[str, Any]:
