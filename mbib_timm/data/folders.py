@@ -177,12 +177,8 @@ class ImageTree:
         return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out, notes=notes)
 
     def _about_levels(self, names: Sequence[str], group_by: str | None) -> str:
-        """Return a line on folders that may be meant otherwise than as they are taken; empty where none are.
-
-        Args:
-            names: of images in class folders.
-            group_by: what puts them into groups; who says it knows what the folders are.
-        """
+        """Return a line on folders that may be meant otherwise than as they are taken; empty where none are. Whoever
+        gives `group_by` knows what the folders are."""
         parts = [self.inside(folder).split("/") for folder in self.folders]
         splits = {folder[1].casefold(): "/".join(folder[:2]) for folder in parts if len(folder) > 1}
         splits = {name: folder for name, folder in splits.items() if name in SPLIT_NAMES}
@@ -253,13 +249,8 @@ def _tree(path: Path, found: Iterator[tuple[str, str, tuple[int, int]]], **archi
 
 
 def _walk(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
-    """Give what is in a folder and below it, with names that begin with `prefix`.
-
-    Args:
-        folder: its path.
-        prefix: goes before the names.
-        above: device and number of the folders that lead here.
-    """
+    """Give what is in a folder and below it, with names that begin with `prefix`; `above` are device and number of the
+    folders that lead here."""
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
@@ -313,13 +304,8 @@ def open_archive(path: Path) -> ImageTree:
 
 
 def _packed(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Give what is in the tar that begins at the file's position: images with first byte and size.
-
-    Args:
-        file: can be sought.
-        end: of the tar in the file.
-        folder: goes before the names, for the tar of a class in a tar.
-    """
+    """Give what is in the tar from the file's position to `end`: images with first byte and size. `folder` goes before
+    the names, for the tar of a class in a tar."""
     nowhere = (0, 0)
     for member in members(file, end, f"{folder}.tar" if folder else ""):
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -506,18 +492,8 @@ def _open(
     group_by: str | None,
     split: str,
 ) -> Split:
-    """Open a split of its own name or of a synonym.
-
-    Args:
-        root: for messages.
-        places: folders with images, and archives, by name.
-        split_names: further names of splits.
-        group_by: what puts images into groups.
-        split: to open.
-
-    Raises:
-        DataError: no such split, several folders of one, or a folder that is no split beside others that are.
-    """
+    """Open a split of its own name or of a synonym. Raises DataError for no such split, several folders of one, or a
+    folder that is no split beside others that are."""
     known, asked = _known(split_names), split.casefold()
     if others := [name for name in places if name.casefold() not in known | {asked}]:
         name = next(name for name in places if name.casefold() in known)

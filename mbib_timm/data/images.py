@@ -99,17 +99,11 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Scale grey values to 8 bits.
+    """Scale grey values (H, W) to 8 bits.
 
     Integers are taken for 16 bits, whatever an image's brightest pixel. Floating-point values have no such range: it
     is 0..1, 0..255 or 0..65535, the first that holds them all. Values beyond 0..65535 are scaled from the image's own
     darkest to its brightest. What is not finite is black.
-
-    Args:
-        grey: (H, W).
-
-    Returns:
-        The same image, uint8.
     """
     values = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
     lowest, highest = values.min(), values.max()

@@ -91,9 +91,8 @@ def open_shards(
     root = Path(data_dir)
     if not root.is_dir():
         raise DataError(f"data_dir {root} {'is not a folder' if root.exists() else 'does not exist'}")
-    class_file: Path | None = Path(class_map) if class_map is not None else root / CLASS_NAMES
-    if class_map is None and not (root / CLASS_NAMES).is_file():
-        class_file = None
+    beside = root / CLASS_NAMES
+    class_file = str(beside) if class_map is None and beside.is_file() else class_map
     found = _described(root) or _find(root, split_names)
     if "" in found and not any(map(_is_pattern, split_names)):
         return _read(found[""], class_file, workers)
@@ -113,10 +112,11 @@ def has_shards(root: Path) -> bool:
         return False
 
 
-def _open(root: Path, found: Mapping[str, Shards], class_file: Path | None, workers: int, split: str) -> Split:
+def _open(root: Path, found: Mapping[str, Shards], class_file: str | None, workers: int, split: str) -> Split:
     """Open a split of its own name, of a synonym, or of a pattern of shards."""
     if _is_pattern(split):
-        return _read(_of_pattern(root, split), class_file, workers)
+        check_path(split, "pattern of shards")
+        return _read(Shards([root / name for name in _expanded(split, split)]), class_file, workers)
     shards = find_split(found, split)
     if shards is not None:
         return _read(shards, class_file, workers)
@@ -164,11 +164,6 @@ def _some(entry: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 
 def _is_pattern(split: str) -> bool:
     return split.endswith(SUFFIX)
-
-
-def _of_pattern(root: Path, pattern: str) -> Shards:
-    check_path(pattern, "pattern of shards")
-    return Shards([root / name for name in _expanded(pattern, pattern)])
 
 
 def _expanded(pattern: str, whole: str) -> list[str]:
@@ -296,7 +291,7 @@ def _index(shards: Shards, number: int) -> _Index:
     return _Index(b"".join(names), lengths, places, np.array([row[-1] for row in found], dtype=np.int32), passed)
 
 
-def _read(shards: Shards, class_file: Path | None, workers: int) -> Split:
+def _read(shards: Shards, class_file: str | None, workers: int) -> Split:
     """Read the headers and labels of shards, in several processes where there are many."""
     workers = min(workers, len(shards.files) // SHARDS_A_WORKER)
     found = list(in_order(partial(_index, shards), len(shards.files), workers, batch_size=1, unit="shard"))
@@ -310,10 +305,9 @@ def _read(shards: Shards, class_file: Path | None, workers: int) -> Split:
     targets = np.concatenate([index.labels for index in found], dtype=np.int64)
     passed = tuple(key for index in found for key in index.passed)
     split = Split(reader, targets, left_out={NEITHER: passed} if passed else {})
-    if class_file is None:
+    class_names = read_class_names(class_file)
+    if class_names is None:
         return split
-    class_names = read_class_names(str(class_file))
-    assert class_names is not None
     if len(unnamed := np.flatnonzero(split.targets >= len(class_names))):
         place = int(unnamed[0])
         raise DataError(
