@@ -21,7 +21,7 @@ from mbib_timm.data.decoding import (
 from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
 from mbib_timm.data.loaders import ResidentLoader, timm_eval_loader, timm_train_loader
-from mbib_timm.data.mixing import train_loader
+from mbib_timm.data.mixing import MixedTrainLoader, Mixing
 from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
 from mbib_timm.data.samplers import TrainingSampler, check_sampler, parse_sampler
@@ -160,10 +160,10 @@ def _resident_bytes(
 ) -> tuple[int, int]:
     """Return the bytes that the images of a recipe's splits take on a device, and those of the largest split in host
     memory on its way there: none where the host is the device, or the disk keeps what is decoded."""
-    sizes = [(splits.train, decoded_bytes(splits.train, recipe, input_size, training=True))]
-    for split in (splits.val, splits.test):
-        if split is not None:
-            sizes.append((split, decoded_bytes(split, recipe, input_size, training=False)))
+    sizes = [
+        (split, decoded_bytes(split, recipe, input_size, training=number == 0))
+        for number, split in enumerate(splits.opened())
+    ]
     needed = sum(size for _, size in sizes)
     if device.type == "cpu":
         return needed, 0
@@ -252,8 +252,7 @@ def create_loaders(
     names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
     resident = store is None and choose_loader(splits, recipe, input_size, device, pool) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
-    streams = len(names) + (foregrounds is not None)
-    shared = recipe.replace(workers=-(-recipe.workers // streams))
+    shared = recipe.replace(workers=-(-recipe.workers // (len(names) + (foregrounds is not None))))
 
     def stream(number: int, name: str) -> Loader:
         order = TrainingSampler(
@@ -281,17 +280,13 @@ def create_loaders(
         images = pool.decode(name, split, recipe, input_size, world, training=False, replace_broken=False)
         return ResidentLoader(images, recipe, input_size, world, None)
 
-    return Loaders(
-        train=train_loader(
-            [stream(number, name) for number, name in enumerate(names)],
-            None if foregrounds is None else stream(len(names), foregrounds),
-            recipe,
-            splits.num_classes,
-            rank,
-        ),
-        val=evaluated("val", splits.val),
-        test=None if splits.test is None else evaluated("test", splits.test),
-    )
+    streams = [stream(number, name) for number, name in enumerate(names)]
+    pasted = None if foregrounds is None else stream(len(names), foregrounds)
+    train = TrainLoader(streams)
+    if recipe.soft_targets:
+        train = MixedTrainLoader(streams, Mixing(recipe, splits.num_classes, rank), pasted)
+    val = evaluated("val", splits.val)
+    return Loaders(train, val, None if splits.test is None else evaluated("test", splits.test))
 
 
 @dataclass

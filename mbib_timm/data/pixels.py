@@ -23,7 +23,7 @@ LUMA_ONE = 65536.0
 CPU_BLOCK_BYTES = 2 << 20
 BLOCK_BYTES = 256 << 20
 
-# The enhancements, by number.
+# The enhancements, by number: in the order of the operations, see `ARGUMENTS`.
 BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS = range(4)
 
 
@@ -217,8 +217,6 @@ NAMES = tuple(ARGUMENTS)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 NOTHING = -1
 
-# The enhancements' numbers by those of the operations, from brightness on.
-_ENHANCEMENTS = torch.tensor([BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS])
 FIXED_ONE = 65536  # PIL computes the places of nearest neighbours in 16-bit fixed point
 
 
@@ -257,7 +255,7 @@ def apply_operations(
         return affine(some, matrices, fill, interpolation)
 
     def enhancing(some: Tensor, places: Tensor) -> Tensor:
-        kinds = _ENHANCEMENTS[operations[places] - NUMBER["brightness"]]
+        kinds = operations[places] - NUMBER["brightness"]
         return enhance(some, send(kinds, some.device), send(arguments[places].float(), some.device))
 
     change_some(images, (operations >= 0) & (operations <= NUMBER["rotate"]), geometric)
