@@ -9,7 +9,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images, missing_images
 from mbib_timm.errors import DataError, few, first_line, nearest
-from mbib_timm.files import composed, printable, read_content
+from mbib_timm.files import composed, csv_rows, printable, read_content
 from mbib_timm.recipe import Recipe
 
 PARQUET = (".parquet", ".pq")
@@ -272,31 +271,22 @@ def _csv(file: Path, wanted: set[str]) -> Columns:
     # Whichever separates the columns that are wanted, or else the most.
     try:
         separator = max(SEPARATORS, key=lambda each: (wanted <= columns(each), len(columns(each))))
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        names = next(filter(any, ([value.strip() for value in values] for values in reader)), [])
     except csv.Error as error:
         raise DataError(f"{file}: the first line names no columns: {error}") from None
-    return names, partial(_csv_rows, file, reader, separator, names)
+    rows = csv_rows(text, separator, str(file))
+    _, names = next(rows, (0, []))
 
-
-def _csv_rows(
-    file: Path, reader: Any, separator: str, names: list[str], columns: list[str]
-) -> Iterator[tuple[str, list[str]]]:
-    places = [names.index(name) for name in columns]
-    try:
-        for values in reader:
-            values = [value.strip() for value in values]
-            if not any(values):
-                continue
-            where = f"{file}, line {reader.line_num}"
+    def of_columns(chosen: list[str]) -> Iterator[tuple[str, list[str]]]:
+        places = [names.index(name) for name in chosen]
+        for line, values in rows:
             if len(values) != len(names):
                 raise DataError(
-                    f"{where}: expected {len(names)} columns, got {len(values)}; a name with {separator!r} in it needs "
-                    "quotes"
+                    f"{file}, line {line}: expected {len(names)} columns, got {len(values)}; a name with {separator!r} "
+                    "in it needs quotes"
                 )
-            yield where, [values[place] for place in places]
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: {error}; see whether quotes are closed") from None
+            yield f"{file}, line {line}", [values[place] for place in places]
+
+    return names, of_columns
 
 
 def _parquet(file: Path) -> Columns:
