@@ -141,11 +141,11 @@ def decode_split(
     """
     mode = pil_mode(input_size[0])
     dataset = ImageDataset(split, mode, resident_transform(recipe, input_size, training), replace_broken)
-    folder = cache_folder(recipe, "images")
-    if folder is None or files is None:
-        return decode(dataset, recipe.workers).to(device)
-    key = entry_key(split, mode, replace_broken, fixed_preprocessing(recipe, input_size, training), files)
-    return cached_decode(dataset, folder, key, recipe.workers).to(device)
+    folder, images = cache_folder(recipe, "images"), None
+    if folder is not None and files is not None:
+        fixed = fixed_preprocessing(recipe, input_size, training)
+        images = _cached(dataset, folder / entry_key(split, mode, replace_broken, fixed, files), recipe.workers)
+    return (decode(dataset, recipe.workers) if images is None else images).to(device)
 
 
 def cache_folder(recipe: Recipe, kind: str) -> Path | None:
@@ -157,31 +157,20 @@ def cache_folder(recipe: Recipe, kind: str) -> Path | None:
     return Path(recipe.image_cache)
 
 
-def cached_decode(dataset: ImageDataset, folder: Path, key: str, workers: int) -> DecodedImages:
-    """Return a data set's images, from the disk where they are and into it where they are not.
-
-    Args:
-        dataset: gives the images after the fixed part of the preprocessing.
-        folder: of the cache.
-        key: names the entry.
-        workers: processes that decode.
-
-    Raises:
-        DataError: no image can be read.
-    """
-    entry = folder / key
+def _cached(dataset: ImageDataset, entry: Path, workers: int) -> DecodedImages | None:
+    """Return a data set's images from the disk, after decoding them into it where they are not there yet; None where
+    it does not take them."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_halves(folder)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        remove_halves(entry.parent)
         with FileLock(f"{entry}.lock"):
             if (images := load_entry(entry)) is not None:
                 return images
             write_entry(entry, dataset, workers)
-            images = load_entry(entry)
+            return load_entry(entry)
     except OSError as error:  # no room, no right to write: the run does not depend on it
-        print(f"decoded images are not kept: {error.strerror or error} ({folder})")
-        images = None
-    return decode(dataset, workers) if images is None else images
+        print(f"decoded images are not kept: {error.strerror or error} ({entry.parent})")
+        return None
 
 
 def remove_halves(folder: Path) -> None:
