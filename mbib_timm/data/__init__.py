@@ -10,7 +10,7 @@ method that looks at images before or after training. A file imports from those 
     folders, image_tables   image folders and archives; CSV and Parquet
     lists, shards           list files, iNaturalist's json; WebDataset shards
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
-    overview, inspection    what the data are, in lines; a look at every image
+    overview                what the data are, in lines
     samplers                what an epoch sees, in which order
     class_values            files of a number for each class; what a class weighs in a loss
     pixels, policies        operations on the pixels of batches; policies that draw operations
