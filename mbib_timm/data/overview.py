@@ -27,9 +27,10 @@ def summary(splits: Splits, keeps_back: bool = False) -> list[str]:
     """
     counts = splits.class_counts
     names = named(splits.class_names, len(counts))
+    shots = ", ".join(f"{len(labels):,} {name}" for name, labels in shot_groups(counts).items())
     lines = [
         f"{counted(len(counts), 'class')}, {counted(len(splits.train), 'training image')}: "
-        f"{int(counts.max()):,} in the largest class, {int(counts.min()):,} in the smallest; {_shots(counts)}"
+        f"{int(counts.max()):,} in the largest class, {int(counts.min()):,} in the smallest; shot groups: {shots}"
     ]
     for title, split in (("evaluation", splits.val), ("test", splits.test)):
         if split is not None:
@@ -141,10 +142,6 @@ def median_of(sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         return None
     width, height = np.median(sizes, axis=0)
     return int(width), int(height)
-
-
-def _shots(counts: np.ndarray) -> str:
-    return "shot groups: " + ", ".join(f"{len(labels):,} {name}" for name, labels in shot_groups(counts).items())
 
 
 def _groups(split: Split) -> tuple[int, int]:

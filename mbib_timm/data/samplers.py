@@ -249,11 +249,6 @@ def class_aware(counts: np.ndarray, progress: float, number: float) -> np.ndarra
     return np.ones_like(counts)
 
 
-def sampler_names() -> list[str]:
-    """Return the samplers' names as they are written, with the number that some take: ``effective[:beta]``."""
-    return [name if (number := SAMPLERS[name].number) is None else f"{name}[:{number.symbol}]" for name in SAMPLERS]
-
-
 def parse_sampler(text: str) -> tuple[str, ...]:
     """Return the names of the streams that a recipe's sampler asks for: one, or two joined by ``+``.
 
@@ -275,7 +270,7 @@ def _find(text: str) -> tuple[Sampler, float]:
     found = SAMPLERS[name]
     if found.number is None:
         if colon:
-            takers = [known for known in sampler_names() if ":" in known]
+            takers = [f"{each}[:{taken.symbol}]" for each in SAMPLERS if (taken := SAMPLERS[each].number) is not None]
             raise MbibError(f"sampler {text!r}: {name} takes no number; those that do are {' and '.join(takers)}")
         return found, 0.0
     if not colon:
