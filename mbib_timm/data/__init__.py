@@ -18,7 +18,8 @@ method that looks at images before or after training. A file imports from those 
     decoding                resident images: decoded, cached on the disk, measured against the memory
     crops, augment          augmentation of resident images in batches
     mixing                  mixup, CutMix, label smoothing: soft targets
-    loaders, create         the resident loader and timm's; which of them a run takes
+    loaders, features       the resident loader and timm's; features of a frozen backbone, kept on the disk
+    create                  which loader a run takes; data and images that runs share
 """
 
 from mbib_timm.data.batch import Batch, Loader, TrainLoader
