@@ -13,13 +13,13 @@ import types
 import typing
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import yaml
 
-from mbib_timm.errors import MbibError, first_line, shown
+from mbib_timm.errors import DataError, MbibError, first_line, shown
 from mbib_timm.options import is_number
 
 T = TypeVar("T")
@@ -269,6 +269,21 @@ def to_csv(rows: Iterable[Sequence[object]], exact: bool = False) -> bytes:
     for row in rows:
         writer.writerow(row if exact else [to_cell(cell) if isinstance(cell, str) else cell for cell in row])
     return text.getvalue().encode(errors="backslashreplace")
+
+
+def csv_rows(text: str, separator: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    """Give the rows of a CSV that are not empty, each with its line, and no cell with spaces at its ends.
+
+    Raises:
+        DataError: quotes that are not closed and the like; names the line, behind `where`.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            if any(cells := [cell.strip() for cell in row]):
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise DataError(f"{where}, line {reader.line_num}: {error}; see whether quotes are closed") from None
 
 
 def read_content(file: Path, what: str, error: type[MbibError] = MbibError, most: int | None = LARGEST) -> bytes:

@@ -41,6 +41,13 @@ def test_mbib_is_the_recipes_own_and_plain_differs_in_model_and_method_alone(wor
     assert plain.replace(model=mbib.model, method=mbib.method) == mbib
 
 
+def test_whole_runs_are_on_noise_and_open_no_data(world, monkeypatch):
+    monkeypatch.setattr(contestants.WholeRuns, "train", lambda runs, epochs: None)
+    recipe = contestants.subject_recipe("resnet32", "mbib", world, compiled=False)
+    opened = contestants.WholeRuns(recipe, 8).pool.open(recipe.replace(epochs=9, output="elsewhere"))
+    assert [split.reader.name for split in (opened.train, opened.val)] == ["noise", "noise"]
+
+
 def test_noise_has_the_class_counts_of_the_real_subset(world):
     splits = noise.cifar_like(None)
     assert len(splits.train) == 10_847

@@ -11,7 +11,7 @@ from scipy import stats
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from mbib_timm.data import crops as crops_module
-from mbib_timm.data.crops import PadAndCrop, draw_resized_crops, resized_crops, shifted_crops
+from mbib_timm.data.crops import PadAndCrop, draw_resized_crops, resized_crops
 from mbib_timm.data.decoding import DecodedImages
 
 # Boxes and resized crops
@@ -240,7 +240,7 @@ def test_crops_are_torchvisions_by_pixel():
     chosen = torch.tensor([5, 0, 3, 3, 1, 2])
     tops, lefts = torch.tensor([-2, 2, 0, 1, -1, 2]), torch.tensor([3, -3, 0, 2, -2, -1])
     flips = torch.tensor([True, False, True, False, False, True])
-    crops = shifted_crops(decoded(images), chosen, 16, 24, tops, lefts, flips)
+    crops = PadAndCrop(16, 24, 0.5)(decoded(images), chosen, {"tops": tops, "lefts": lefts, "flips": flips})
     for i in range(6):
         picture = tv.pad(Image.fromarray(images[chosen[i]]), [3, 2])  # left and right by 24/8, top and bottom by 16/8
         picture = tv.crop(picture, int(tops[i]) + 2, int(lefts[i]) + 3, 16, 24)

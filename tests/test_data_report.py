@@ -15,8 +15,7 @@ from archive_images import png, tar_bytes, unpacked, write
 from PIL import Image
 
 from mbib_timm.cli import main
-from mbib_timm.data import inspection, open_split
-from mbib_timm.data.inspection import Look, Picture, duplicates, near_pairs, perceptual_hash
+from mbib_timm.data import open_split
 from mbib_timm.data.overview import SMALL_INPUT, median_size, shrunk_note
 from mbib_timm.data.sources import Source
 from mbib_timm.drawing import canvas, render
@@ -24,7 +23,9 @@ from mbib_timm.errors import MbibError
 from mbib_timm.files import contains, require_own, to_cell
 from mbib_timm.models.preprocessing import declared_side
 from mbib_timm.recipe import FOR_PHOTOGRAPHS, FOR_SMALL_IMAGES, Recipe, find_recipe, load_recipe
+from mbib_timm.reporting import inspection
 from mbib_timm.reporting.data_report import FIGURE_TITLE, FIGURES
+from mbib_timm.reporting.inspection import Look, Picture, duplicates, near_pairs, perceptual_hash
 
 
 def photo(seed):

@@ -316,7 +316,7 @@ def test_broken_images_are_replaced_in_training_and_left_out_of_an_evaluation(im
     assert places.tolist() == [3 if place == 2 else 8 if place == 7 else place for place in range(len(split))]
     assert torch.equal(replaced[2], rows[2])
     assert trained.broken_images() == [split.path(2), split.path(7)]
-    everything = Passes(open_data(own), own, SIZE, World(CPU), None, made)
+    everything = Passes(open_data(own), own, SIZE, World(CPU), store=made)
     assert torch.equal(rows_of(everything.train)[0], replaced)
     for place in range(len(split)):
         with open(split.path(place), "wb") as file:

@@ -12,8 +12,8 @@ from small_data import normalized_recipe as recipe
 from mbib_timm.data import Split, create_loaders, open_data, open_split
 from mbib_timm.data.decoding import decode_split
 from mbib_timm.data.images import ArrayReader, ImageDataset
-from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
-from mbib_timm.data.samplers import ShardSampler, training_sampler
+from mbib_timm.data.loaders import ResidentLoader, timm_eval_loader, timm_train_loader
+from mbib_timm.data.samplers import ShardSampler, TrainingSampler
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 
@@ -33,11 +33,11 @@ def build(request):
 
     def sampler(split, settings, place, training):
         classes = int(split.targets.max()) + 1
-        return training_sampler(split.targets, classes, settings, place) if training else None
+        return TrainingSampler(split.targets, classes, settings, place) if training else None
 
     def resident(split, settings, size, place, training):
         images = decode_split(split, settings, size, place.device, training, replace_broken=training)
-        return resident_loader(images, settings, size, place, sampler(split, settings, place, training))
+        return ResidentLoader(images, settings, size, place, sampler(split, settings, place, training))
 
     def timm(split, settings, size, place, training):
         if not training:
@@ -179,7 +179,7 @@ def test_timms_augmentation_differs_between_workers_and_epochs():
     split, _ = arrays(8)
     same = Split(split.reader, split.targets, np.zeros(8, dtype=int))
     settings = recipe(batch_size=4, workers=2)
-    loader = timm_train_loader(same, settings, SIZE, CPU, training_sampler(same.targets, 4, settings, CPU))
+    loader = timm_train_loader(same, settings, SIZE, CPU, TrainingSampler(same.targets, 4, settings, CPU))
     torch.manual_seed(0)
     batches = [batch.images for epoch in range(2) for batch in loader]
     assert len({image.numpy().tobytes() for images in batches for image in images}) > 8

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
 from torchvision.transforms import ColorJitter
 
+from mbib_timm.data import augment
 from mbib_timm.data import pixels as pixels_module
 from mbib_timm.data.pixels import (
     NAMES,
@@ -20,7 +21,6 @@ from mbib_timm.data.pixels import (
     blur,
     color_jitter,
     cut_out,
-    draw_color_jitter,
     enhance,
     shifted_hue,
     smoothed,
@@ -39,10 +39,14 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draw_jitter(n, strength, source):
+    return tuple(augment.ColorJitter(strength).draw(n, source).values())
+
+
 @pytest.mark.parametrize("strength", [0.4, 1.5])
 def test_parameters_are_distributed_as_torchvisions(strength):
     count = 4000
-    factors, orders = draw_color_jitter(count, strength, generator())
+    factors, orders = draw_jitter(count, strength, generator())
     assert (factors.dtype, orders.dtype) == (torch.float32, torch.int64)
     jitter = ColorJitter(strength, strength, strength)
     with torch.random.fork_rng():
@@ -60,13 +64,13 @@ def test_parameters_are_distributed_as_torchvisions(strength):
 
 def test_without_strength_images_stay_as_they_are():
     images = torch.randint(0, 256, (9, 5, 7, 3), dtype=torch.uint8, generator=generator())
-    assert torch.equal(color_jitter(images, *draw_color_jitter(9, 0.0, generator())), images)
+    assert torch.equal(color_jitter(images, *draw_jitter(9, 0.0, generator())), images)
 
 
 def test_the_generator_alone_decides():
     torch.manual_seed(9)
     before = torch.get_rng_state()
-    first, second, other = (draw_color_jitter(50, 0.4, generator(seed)) for seed in (1, 1, 2))
+    first, second, other = (draw_jitter(50, 0.4, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     for i in range(2):
         assert torch.equal(first[i], second[i])
@@ -78,7 +82,7 @@ def batch(channels, count=48, height=23, width=31):
     images = torch.rand(count, height, width, channels, generator=generator())
     spread = torch.rand(count, 1, 1, channels, generator=generator(1))
     images = (256 * (images * spread + (1 - spread) * images.flip(0)[:, :1, :1])).to(torch.uint8)
-    factors, _ = draw_color_jitter(count, 1.2, generator(2))
+    factors, _ = draw_jitter(count, 1.2, generator(2))
     factors[:4] = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.5, 1.5, 2.0], [2.0, 0.0, 1.0]])
     return images, factors, torch.tensor(ORDERS).repeat(count // 6, 1)
 

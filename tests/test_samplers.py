@@ -23,6 +23,7 @@ from mbib_timm.data import (
 )
 from mbib_timm.data.images import ArrayReader
 from mbib_timm.data.samplers import ClassIndex, Key, TrainingSampler, epoch_plan
+from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 
 CPU = torch.device("cpu")
@@ -119,12 +120,12 @@ def test_plans_of_a_fixed_seed(name):
     assert epoch_plan(name.split(",")[0], classes, Key(5, 2, 0, stream), 10).tolist() == GOLDEN[name]
 
 
-@pytest.mark.parametrize(("count", "world_size"), [(555, 1), (555, 2), (555, 4), (3, 5), (2, 7)])
+@pytest.mark.parametrize(("count", "world_size"), [(555, 1), (555, 2), (555, 4), (5, 4), (3, 2)])
 def test_instance_is_the_order_of_torchs_distributed_sampler(count, world_size):
     for seed, epoch, rank in itertools.product((0, 3), (0, 7), range(world_size)):
         theirs = DistributedSampler(range(count), world_size, rank, shuffle=True, seed=seed)
         theirs.set_epoch(epoch)
-        ours = TrainingSampler("instance", ClassIndex.of(np.zeros(count, int), 1), Key(seed, 0), 10, rank, world_size)
+        ours = TrainingSampler(np.zeros(count, int), 1, recipe(seed=seed), World(CPU, rank, world_size))
         ours.set_epoch(epoch)
         assert list(ours) == list(theirs)
         assert len(ours) == len(theirs)

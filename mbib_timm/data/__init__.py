@@ -10,7 +10,7 @@ method that looks at images before or after training. A file imports from those 
     folders, image_tables   image folders and archives; CSV and Parquet
     lists, shards           list files, iNaturalist's json; WebDataset shards
     sources, splits         every source by name, and its splits; the data of a run, opened and checked
-    overview, inspection    what the data are, in lines; a look at every image
+    overview                what the data are, in lines
     samplers                what an epoch sees, in which order
     class_values            files of a number for each class; what a class weighs in a loss
     pixels, policies        operations on the pixels of batches; policies that draw operations
@@ -18,7 +18,8 @@ method that looks at images before or after training. A file imports from those 
     decoding                resident images: decoded, cached on the disk, measured against the memory
     crops, augment          augmentation of resident images in batches
     mixing                  mixup, CutMix, label smoothing: soft targets
-    loaders, create         the resident loader and timm's; which of them a run takes
+    loaders, features       the resident loader and timm's; features of a frozen backbone, kept on the disk
+    create                  which loader a run takes; data and images that runs share
 """
 
 from mbib_timm.data.batch import Batch, Loader, TrainLoader

@@ -16,17 +16,14 @@ from torch import Tensor
 from mbib_timm.data.batch import send
 from mbib_timm.data.crops import Crop, Draws, create_crop
 from mbib_timm.data.decoding import DecodedImages
-from mbib_timm.data.images import channelwise
 from mbib_timm.data.pixels import (
     SATURATION,
-    UNCHANGED,
     affine,
     apply_operations,
     blur,
     change_some,
     color_jitter,
     cut_out,
-    draw_color_jitter,
     enhance,
     rotations,
 )
@@ -34,6 +31,9 @@ from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, Policy, create_policy
 from mbib_timm.data.transforms import BLUR_RADIUS, BLUR_SIGMAS
 from mbib_timm.errors import MbibError
 from mbib_timm.recipe import Recipe
+
+# Factors of brightness, contrast and saturation, and the shift of the hue, that change nothing.
+UNCHANGED = torch.tensor([1.0, 1.0, 1.0, 0.0])
 
 
 class Operation(Protocol):
@@ -134,7 +134,7 @@ def _policy_operation(aa: str, recipe: Recipe, channels: int) -> Operation:
     if aa == CIFAR10:
         return PolicyOperation(policy, (CIFAR10_FILL,) * channels, "nearest")
     interpolation = "bicubic" if recipe.settled("interpolation") == "bicubic" else "bilinear"
-    return PolicyOperation(policy, mean_color(channelwise(recipe.settled("mean"), channels)), interpolation)
+    return PolicyOperation(policy, mean_color(recipe, channels), interpolation)
 
 
 class Rotation:
@@ -185,8 +185,9 @@ class ColorJitter:
     """Random brightness, contrast, saturation and hue.
 
     Args:
-        strength: of the first three, see `draw_color_jitter`.
-        hue: the largest shift of the hue, in turns.
+        strength: factors of the first three are uniform in max(0, 1 - strength)..1 + strength, as with timm's
+            ``color_jitter``.
+        hue: the largest shift of the hue, either way, in turns of the colour wheel.
         probability: of an image to be changed.
     """
 
@@ -194,8 +195,16 @@ class ColorJitter:
         self.strength, self.hue, self.probability = strength, hue, probability
 
     def draw(self, n: int, generator: torch.Generator | None) -> Draws:
-        """Draw the factors and orders of n images."""
-        factors, orders = draw_color_jitter(n, self.strength, generator, self.hue, self.probability)
+        """Draw the factors of n images, and the orders in which they are applied: random permutations of three, or with
+        the hue of four, which comes last among the factors."""
+        low, high = max(0.0, 1 - self.strength), 1 + self.strength
+        factors = low + (high - low) * torch.rand(n, 3, generator=generator)
+        if self.hue:
+            factors = torch.cat([factors, self.hue * (2 * torch.rand(n, 1, generator=generator) - 1)], dim=1)
+        orders = torch.rand(factors.shape, generator=generator).argsort(dim=1)
+        if self.probability < 1:
+            unchanged = torch.rand(n, 1, generator=generator) >= self.probability
+            factors = torch.where(unchanged, UNCHANGED[: factors.shape[1]], factors)
         return {"factors": factors, "orders": orders}
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:

@@ -1,6 +1,6 @@
 """What a loader gives: batches of images, labels and positions, on the device; and what a loader is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,19 +28,11 @@ class Batch(NamedTuple):
         """The first view."""
         return self.views[0]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a batch with the change applied to every tensor."""
-        return Batch(tuple(change(view) for view in self.views), change(self.targets), change(self.index))
-
     def laid_out(self, channels_last: bool) -> "Batch":
         """Return a batch with its images in the channels-last memory format; as it is where that is not wanted."""
         if not channels_last:
             return self
         return self._replace(views=tuple(view.contiguous(memory_format=torch.channels_last) for view in self.views))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors in a fixed order."""
-        return (*self.views, self.targets, self.index)
 
 
 class Loader(Protocol):

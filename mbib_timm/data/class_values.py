@@ -5,8 +5,6 @@ among others, or as a mapping in JSON or YAML; or a number for each class in lab
 JSON or YAML.
 """
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ import numpy as np
 
 from mbib_timm.data.long_tail import named
 from mbib_timm.errors import DataError, few, unknown_name
-from mbib_timm.files import composed, parse_json, parse_yaml, read_text
+from mbib_timm.files import composed, csv_rows, parse_json, parse_yaml, read_text
 from mbib_timm.options import is_number
 from mbib_timm.recipe.checks import parse_class_weights
 
@@ -138,11 +136,7 @@ def _parse_csv(file: Path, text: str, names: Sequence[str], of: ClassValues) -> 
     where = f"the {of.file} {file}"
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = max(DELIMITERS, key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
-    except csv.Error as error:
-        raise DataError(f"{where}, line {reader.line_num}: {error}; see whether quotes are closed") from None
+    rows = list(csv_rows(text, separator, where))
     if not rows:
         raise DataError(f"{where} is empty; {_expected(of)}")
     columns, header = _columns(rows[0][1], names, of, where)

@@ -17,15 +17,14 @@ from mbib_timm.data.decoding import (
     decoded_bytes,
     fits,
     free_memory,
-    on_disk,
 )
 from mbib_timm.data.features import Features, FeatureStore
 from mbib_timm.data.images import Split
-from mbib_timm.data.loaders import resident_loader, timm_eval_loader, timm_train_loader
-from mbib_timm.data.mixing import train_loader
+from mbib_timm.data.loaders import ResidentLoader, timm_eval_loader, timm_train_loader
+from mbib_timm.data.mixing import MixedTrainLoader, Mixing
 from mbib_timm.data.overview import summary
 from mbib_timm.data.policies import create_policy
-from mbib_timm.data.samplers import check_sampler, parse_sampler, training_sampler
+from mbib_timm.data.samplers import TrainingSampler, check_sampler, parse_sampler
 from mbib_timm.data.sources import Source
 from mbib_timm.data.splits import Splits, open_data
 from mbib_timm.data.transforms import fixed_preprocessing
@@ -81,14 +80,14 @@ class DataPool:
 
     def source(self, recipe: Recipe) -> Source:
         """Return where the recipe's splits are opened by name; what it has read serves the next `open`."""
-        key = _opened_key(recipe)
+        key = opened_key(recipe)
         if key not in self.sources:
             self.sources[key] = Source(recipe)
         return self.sources[key]
 
     def open(self, recipe: Recipe) -> Splits:
         """Open the recipe's data, once, however their images are prepared; see `open_data`."""
-        key = _opened_key(recipe)
+        key = opened_key(recipe)
         if key not in self.opened:
             self.opened[key] = open_data(recipe, self.sources.pop(key, None))
         return self.opened[key]
@@ -161,17 +160,18 @@ def _resident_bytes(
 ) -> tuple[int, int]:
     """Return the bytes that the images of a recipe's splits take on a device, and those of the largest split in host
     memory on its way there: none where the host is the device, or the disk keeps what is decoded."""
-    sizes = [(splits.train, decoded_bytes(splits.train, recipe, input_size, training=True))]
-    for split in (splits.val, splits.test):
-        if split is not None:
-            sizes.append((split, decoded_bytes(split, recipe, input_size, training=False)))
+    sizes = [
+        (split, decoded_bytes(split, recipe, input_size, training=number == 0))
+        for number, split in enumerate(splits.opened())
+    ]
     needed = sum(size for _, size in sizes)
     if device.type == "cpu":
         return needed, 0
-    return needed, max((size for split, size in sizes if not on_disk(split, recipe)), default=0)
+    has_cache = cache_folder(recipe, "images") is not None
+    return needed, max((size for split, size in sizes if not (has_cache and split.in_files)), default=0)
 
 
-def _opened_key(recipe: Recipe) -> str:
+def opened_key(recipe: Recipe) -> str:
     """Return what two recipes have in common that open the same images, however these are prepared."""
     return json.dumps({name: getattr(recipe, name) for name in OPENED_BY})
 
@@ -252,11 +252,10 @@ def create_loaders(
     names, foregrounds = parse_sampler(sampler), recipe.cutmix_sampler
     resident = store is None and choose_loader(splits, recipe, input_size, device, pool) == "resident"
     # The streams share the worker processes; each has one at least, unless the main process loads.
-    streams = len(names) + (foregrounds is not None)
-    shared = recipe.replace(workers=-(-recipe.workers // streams))
+    shared = recipe.replace(workers=-(-recipe.workers // (len(names) + (foregrounds is not None))))
 
     def stream(number: int, name: str) -> Loader:
-        order = training_sampler(
+        order = TrainingSampler(
             splits.train.targets,
             splits.num_classes,
             recipe,
@@ -271,7 +270,7 @@ def create_loaders(
         if not resident:
             return timm_train_loader(splits.train, shared, input_size, world, order, views)
         images = pool.decode("train", splits.train, recipe, input_size, world, training=True, replace_broken=True)
-        return resident_loader(images, recipe, input_size, world, order, views)
+        return ResidentLoader(images, recipe, input_size, world, order, views)
 
     def evaluated(name: str, split: Split) -> Loader:
         if store is not None:
@@ -279,28 +278,25 @@ def create_loaders(
         if not resident:
             return timm_eval_loader(split, recipe, input_size, world)
         images = pool.decode(name, split, recipe, input_size, world, training=False, replace_broken=False)
-        return resident_loader(images, recipe, input_size, world, None)
+        return ResidentLoader(images, recipe, input_size, world, None)
 
-    return Loaders(
-        train=train_loader(
-            [stream(number, name) for number, name in enumerate(names)],
-            None if foregrounds is None else stream(len(names), foregrounds),
-            recipe,
-            splits.num_classes,
-            rank,
-        ),
-        val=evaluated("val", splits.val),
-        test=None if splits.test is None else evaluated("test", splits.test),
-    )
+    streams = [stream(number, name) for number, name in enumerate(names)]
+    pasted = None if foregrounds is None else stream(len(names), foregrounds)
+    train = TrainLoader(streams)
+    if recipe.soft_targets:
+        train = MixedTrainLoader(streams, Mixing(recipe, splits.num_classes, rank), pasted)
+    val = evaluated("val", splits.val)
+    return Loaders(train, val, None if splits.test is None else evaluated("test", splits.test))
 
 
+@dataclass
 class Passes:
     """Images for a method that looks at them before or after training.
 
     They are preprocessed as for an evaluation, and come in order, every image once over all processes. A broken image
     is replaced, as in training. A loader is made when it is first asked for.
 
-    Args:
+    Attributes:
         splits: what `open_data` found.
         recipe: loader, preprocessing, batch size, workers.
         input_size: (C, H, W) of the model.
@@ -309,17 +305,12 @@ class Passes:
         store: the batches are of features, and these are they.
     """
 
-    def __init__(
-        self,
-        splits: Splits,
-        recipe: Recipe,
-        input_size: tuple[int, int, int],
-        world: World,
-        pool: DataPool | None = None,
-        store: FeatureStore | None = None,
-    ) -> None:
-        self.splits, self.recipe, self.input_size, self.world, self.store = splits, recipe, input_size, world, store
-        self.pool = pool or DataPool()
+    splits: Splits
+    recipe: Recipe
+    input_size: tuple[int, int, int]
+    world: World
+    pool: DataPool = field(default_factory=DataPool)
+    store: FeatureStore | None = None
 
     @cached_property
     def train(self) -> Loader:
@@ -349,7 +340,7 @@ class Passes:
         fitting = fits(decoded_bytes(split, recipe, size, training=False), world.device)
         if recipe.loader == "resident" and not world.gather([] if fitting else ["in one process they do not fit"]):
             images = self.pool.decode(name, split, recipe, size, world, training=False, replace_broken=replace_broken)
-            return resident_loader(images, recipe, size, world, None)
+            return ResidentLoader(images, recipe, size, world, None)
         return timm_eval_loader(split, recipe, size, world, replace_broken)
 
 
@@ -370,9 +361,9 @@ def build_views_loader(
         DataError: fewer than two images.
     """
     world = World(device)
-    order = training_sampler(np.zeros(len(split), dtype=np.int64), 1, recipe, world)
+    order = TrainingSampler(np.zeros(len(split), dtype=np.int64), 1, recipe, world)
     if not fits(decoded_bytes(split, recipe, input_size, training=True), device):
         return timm_train_loader(split, recipe, input_size, world, order, views=views)
     # Not kept for the next run: nobody else sees these images like this.
     images = decode_split(split, recipe, input_size, device, training=True, replace_broken=True)
-    return resident_loader(images, recipe, input_size, world, order, views)
+    return ResidentLoader(images, recipe, input_size, world, order, views)

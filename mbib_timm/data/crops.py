@@ -73,10 +73,19 @@ class PadAndCrop:
         }
 
     def __call__(self, images: DecodedImages, chosen: Tensor, draws: Draws) -> Tensor:
-        """Return the crops of the chosen images (n,) as (n, H, W, C), uint8."""
-        device = images.pixels.device
-        sent = {name: send(values, device) for name, values in draws.items()}
-        return shifted_crops(images, send(chosen, device), self.height, self.width, **sent)
+        """Return the crops of the chosen images (n,) as (n, H, W, C), uint8: one gather for all of them."""
+        device, height, width = images.pixels.device, self.height, self.width
+        tops, lefts, flips = (send(draws[name], device)[:, None] for name in ("tops", "lefts", "flips"))
+        rows = tops + torch.arange(height, device=device)
+        columns = torch.arange(width, device=device)
+        columns = lefts + torch.where(flips, width - 1 - columns, columns)
+        # What lies outside gets an index far below 0, however it is added up; 0 is the black pixel.
+        outside = -(2**60)
+        row_starts = images.starts[send(chosen, device), None] + rows * width
+        row_starts = row_starts.masked_fill((rows < 0) | (rows >= height), outside)
+        columns = columns.masked_fill((columns < 0) | (columns >= width), outside)
+        places = (row_starts[:, :, None] + columns[:, None, :]).clamp_(min=0)
+        return images.pixels.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 class ResizedCrop:
@@ -115,36 +124,6 @@ class ResizedCrop:
             self.width,
             draws["bicubic"],
         )
-
-
-def shifted_crops(
-    images: DecodedImages, chosen: Tensor, height: int, width: int, tops: Tensor, lefts: Tensor, flips: Tensor
-) -> Tensor:
-    """Cut windows out of images of height x width, black where they reach beyond: one gather for all of them.
-
-    Args:
-        images: all of height x width.
-        chosen: which images, (n,).
-        height: of images and windows.
-        width: of images and windows.
-        tops: first row of each window, (n,); negative above the image.
-        lefts: first column, (n,).
-        flips: mirror the window, (n,), bool.
-
-    Returns:
-        (n, H, W, C), uint8.
-    """
-    device = images.pixels.device
-    rows = tops[:, None] + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    columns = lefts[:, None] + torch.where(flips[:, None], width - 1 - columns, columns)
-    # What lies outside gets an index far below 0, however it is added up; 0 is the black pixel.
-    outside = -(2**60)
-    row_starts = images.starts[chosen, None] + rows * width
-    row_starts = row_starts.masked_fill((rows < 0) | (rows >= height), outside)
-    columns = columns.masked_fill((columns < 0) | (columns >= width), outside)
-    places = (row_starts[:, :, None] + columns[:, None, :]).clamp_(min=0)
-    return images.pixels.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 class Whole:

@@ -29,12 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mbib_timm.data.archives import ArchiveReader
-from mbib_timm.data.images import ImageDataset, Split, evenly_spaced, in_order, pil_mode
+from mbib_timm.data.images import ImageDataset, Split, in_order, pil_mode, sampled_sizes
 from mbib_timm.data.transforms import fixed_preprocessing, longest_side, resident_transform
 from mbib_timm.environment import World
 from mbib_timm.recipe import Recipe
 
-DECODE_BATCH = 64
 # Of the cache: the version of its format, the bytes that a checksum covers, the files of an entry.
 FORMAT = 4
 BLOCK_BYTES = 64 << 20
@@ -109,14 +108,12 @@ def decode(dataset: ImageDataset, workers: int) -> DecodedImages:
 
 def decoded(dataset: ImageDataset, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Give the images (H, W, C), uint8, of a data set in order, with label and position (2,); a bar shows how far."""
-    return (item for item in in_order(dataset, DECODE_BATCH, workers, collate=_arrays) if item is not None)
+    return (item for item in in_order(partial(_array, dataset), len(dataset), workers) if item is not None)
 
 
-def _arrays(batch: list[tuple[Tensor, np.ndarray] | None]) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    return [
-        None if item is None else (np.ascontiguousarray(np.asarray(item[0]).transpose(1, 2, 0)), item[1])
-        for item in batch
-    ]
+def _array(dataset: ImageDataset, place: int) -> tuple[np.ndarray, np.ndarray] | None:
+    item = dataset[place]
+    return None if item is None else (np.ascontiguousarray(np.asarray(item[0]).transpose(1, 2, 0)), item[1])
 
 
 def decode_split(
@@ -142,13 +139,13 @@ def decode_split(
     Raises:
         DataError: no image can be read.
     """
-    transform = resident_transform(recipe, input_size, training)
-    dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken)
-    fixed = fixed_preprocessing(recipe, input_size, training)
-    folder = cache_folder(recipe, "images")
-    if folder is None or files is None:
-        return decode(dataset, recipe.workers).to(device)
-    return cached_decode(dataset, folder, entry_key(dataset, fixed, files), recipe.workers).to(device)
+    mode = pil_mode(input_size[0])
+    dataset = ImageDataset(split, mode, resident_transform(recipe, input_size, training), replace_broken)
+    folder, images = cache_folder(recipe, "images"), None
+    if folder is not None and files is not None:
+        fixed = fixed_preprocessing(recipe, input_size, training)
+        images = _cached(dataset, folder / entry_key(split, mode, replace_broken, fixed, files), recipe.workers)
+    return (decode(dataset, recipe.workers) if images is None else images).to(device)
 
 
 def cache_folder(recipe: Recipe, kind: str) -> Path | None:
@@ -160,31 +157,20 @@ def cache_folder(recipe: Recipe, kind: str) -> Path | None:
     return Path(recipe.image_cache)
 
 
-def cached_decode(dataset: ImageDataset, folder: Path, key: str, workers: int) -> DecodedImages:
-    """Return a data set's images, from the disk where they are and into it where they are not.
-
-    Args:
-        dataset: gives the images after the fixed part of the preprocessing.
-        folder: of the cache.
-        key: names the entry.
-        workers: processes that decode.
-
-    Raises:
-        DataError: no image can be read.
-    """
-    entry = folder / key
+def _cached(dataset: ImageDataset, entry: Path, workers: int) -> DecodedImages | None:
+    """Return a data set's images from the disk, after decoding them into it where they are not there yet; None where
+    it does not take them."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_halves(folder)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        remove_halves(entry.parent)
         with FileLock(f"{entry}.lock"):
             if (images := load_entry(entry)) is not None:
                 return images
             write_entry(entry, dataset, workers)
-            images = load_entry(entry)
+            return load_entry(entry)
     except OSError as error:  # no room, no right to write: the run does not depend on it
-        print(f"decoded images are not kept: {error.strerror or error} ({folder})")
-        images = None
-    return decode(dataset, workers) if images is None else images
+        print(f"decoded images are not kept: {error.strerror or error} ({entry.parent})")
+        return None
 
 
 def remove_halves(folder: Path) -> None:
@@ -196,17 +182,19 @@ def remove_halves(folder: Path) -> None:
                 shutil.rmtree(half, ignore_errors=True)
 
 
-def entry_key(dataset: ImageDataset, preprocessing: str, files: str) -> str:
-    """Return the digest that names a data set's entry.
+def entry_key(split: Split, mode: str, replace_broken: bool, preprocessing: str, files: str) -> str:
+    """Return the digest that names the entry of a split's images.
 
     Args:
-        dataset: the images.
+        split: the images.
+        mode: PIL mode that they are converted to.
+        replace_broken: the next image is taken for one that cannot be read; else it is left out.
         preprocessing: described.
         files: digest of their files, see `FileStates`.
     """
-    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {dataset.mode} {dataset.replace_broken}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {mode} {replace_broken}".encode())
     digest.update(preprocessing.encode())
-    digest.update(np.ascontiguousarray(dataset.split.targets, dtype=np.int64).data)
+    digest.update(np.ascontiguousarray(split.targets, dtype=np.int64).data)
     digest.update(files.encode())
     return digest.hexdigest()[:32]
 
@@ -340,14 +328,6 @@ def _checksums(pixels: np.ndarray) -> list[int]:
         return list(pool.map(zlib.crc32, blocks))
 
 
-def on_disk(split: Split, recipe: Recipe) -> bool:
-    """Return whether a split's decoded images are kept on the disk, and mapped from there: those of files, in a
-    cache."""
-    if cache_folder(recipe, "images") is None or not len(split):
-        return False
-    return isinstance(split.reader, ArchiveReader) or _file_state(os.fsencode(split.path(0))) is not None
-
-
 def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int], training: bool) -> int:
     """Return the memory that a split's decoded images take; where they keep their own sizes, by a sample of them.
 
@@ -360,16 +340,9 @@ def decoded_bytes(split: Split, recipe: Recipe, input_size: tuple[int, int, int]
     channels, height, width = input_size
     if not (training and recipe.train_crop_mode == "rrc"):
         return len(split) * channels * height * width
-    indices = np.arange(len(split)) if split.indices is None else split.indices
-    areas, longest = [], longest_side(height, width)
-    for index in indices[evenly_spaced(len(indices), SAMPLED_IMAGES)]:
-        try:
-            image_width, image_height = split.reader.read(int(index)).size  # reads the header alone
-        except Exception:  # a broken image does not matter here
-            continue
-        scale = min(1.0, longest / max(image_width, image_height))
-        areas.append(image_width * image_height * scale**2)
-    area = float(np.mean(areas)) if areas else longest**2
+    longest = longest_side(height, width)
+    sizes = np.array(sampled_sizes(split, SAMPLED_IMAGES) or [(longest, longest)])
+    area = np.mean(sizes.prod(axis=1) * np.minimum(1.0, longest / sizes.max(axis=1)) ** 2)
     return int(len(split) * channels * area)
 
 

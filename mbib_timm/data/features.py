@@ -10,7 +10,7 @@ finished, the next one finds.
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from mbib_timm.data.batch import Batch, send
 from mbib_timm.data.decoding import FileStates, cache_folder, entry_key, fits
-from mbib_timm.data.images import ImageDataset, Split, pil_mode
+from mbib_timm.data.images import Split, pil_mode
 from mbib_timm.data.loaders import OrderedLoader, TimmLoader, timm_eval_loader, timm_train_loader
 from mbib_timm.data.samplers import IndexSampler, OrderedSampler, ShardSampler, TrainingSampler, drops_last
-from mbib_timm.data.transforms import eval_transform, evaluation_crop
+from mbib_timm.data.transforms import evaluation_crop
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError, MbibError
 from mbib_timm.files import remove_debris, write_bytes
@@ -106,10 +106,11 @@ class Features:
         return found.to(device).float()
 
 
+@dataclass(frozen=True)
 class FeatureStore:
     """The features of a run's images.
 
-    Args:
+    Attributes:
         observe: the backbone.
         recipe: preprocessing, passes and their augmentation, batch sizes, workers, cache folder.
         input_size: (C, H, W) of the images.
@@ -118,17 +119,12 @@ class FeatureStore:
         states: of the images' files, as this process knows them.
     """
 
-    def __init__(
-        self,
-        observe: Observer,
-        recipe: Recipe,
-        input_size: tuple[int, int, int],
-        world: World,
-        kept: dict[str, Features],
-        states: FileStates,
-    ) -> None:
-        self.observe, self.recipe, self.input_size, self.world = observe, recipe, input_size, world
-        self.kept, self.states = kept, states
+    observe: Observer
+    recipe: Recipe
+    input_size: tuple[int, int, int]
+    world: World
+    kept: dict[str, Features]
+    states: FileStates
 
     def train_loader(self, split: Split, sampler: TrainingSampler) -> "FeatureLoader":
         """Return batches of training images in the sampler's order, each image from one of the passes.
@@ -162,7 +158,7 @@ class FeatureStore:
         place = f"{key} {self.world.device}"
         if place not in self.kept:
             folder = None if files is None else cache_folder(self.recipe, "features")
-            found = job.features(_computed(job) if folder is None else _cached(job, folder / key))
+            found = job.features([*job.chunks(None)] if folder is None else _cached(job, folder / key))
             self.kept[place] = found.to(self.world.device)
         return self.kept[place]
 
@@ -189,26 +185,21 @@ class _Pass:
     def key(self, images: str) -> str:
         """Return the digest that names the pass over these images, for that of their files or what else tells them."""
         recipe, size = self.recipe, self.input_size
-        dataset = ImageDataset(self.split, pil_mode(size[0]), eval_transform(recipe, size), self.replace_broken)
         seen: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, **evaluation_crop(recipe)}
         if self.number:
             seen |= {"seed": SEED, **{name: getattr(recipe, name) for name in AUGMENTATION}}
         backbone = [self.observe.digest, str(self.observe.dtype)]
         described = json.dumps([FORMAT, CHUNK, backbone, size, self.number, seen])
-        return entry_key(dataset, described, images)
+        return entry_key(self.split, pil_mode(size[0]), self.replace_broken, described, images)
 
-    def chunks(self, file: Callable[[int], Path | None]) -> Iterator[Rows]:
-        """Give the features of all images, `CHUNK` of them at a time.
-
-        Args:
-            file: where the chunk from a place on is kept, or is to be; None for nowhere.
-        """
+    def chunks(self, folder: Path | None) -> Iterator[Rows]:
+        """Give the features of all images, `CHUNK` of them at a time; from files in a folder, or to be kept there."""
         progress = Progress(len(self.split), 0, self.world.is_main, unit="image")
         generators, kept = torch.get_rng_state(), True
         try:
             for start in range(0, len(self.split), CHUNK):
                 places = range(start, min(start + CHUNK, len(self.split)))
-                path = file(start)
+                path = None if folder is None else folder / f"{start:09d}.safetensors"
                 rows = None if path is None else load_chunk(path)
                 if rows is None:
                     rows = self._compute(places, progress)
@@ -264,20 +255,16 @@ class _Pass:
         return Features((tuple(rows.features for rows in chunks),), targets, index, broken)
 
 
-def _computed(job: _Pass) -> list[Rows]:
-    return list(job.chunks(lambda start: None))
-
-
 def _cached(job: _Pass, folder: Path) -> list[Rows]:
     """Return a pass from the disk, or where that takes nothing, from memory."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # a second process waits, and finds what the first has computed
             remove_debris(folder)
-            return list(job.chunks(lambda start: folder / f"{start:09d}.safetensors"))
+            return [*job.chunks(folder)]
     except OSError as error:  # no room, no right to write: the run does not depend on it
         print(f"features are not kept: {error.strerror or error} ({folder})")
-    return _computed(job)
+    return [*job.chunks(None)]
 
 
 def to_bytes(rows: Rows) -> bytes:

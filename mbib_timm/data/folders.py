@@ -169,22 +169,16 @@ class ImageTree:
         if empty := sorted({self.inside(folder).split("/")[0] for folder in self.folders} - self.tops.keys()):
             left_out[WITHOUT_IMAGES] = tuple(f"{self.prefix}{folder}" for folder in empty)
         labels = [composed(self.inside(name).split("/")[0]) for name in names]
-        classes = class_order(labels)
-        number = {name: label for label, name in enumerate(classes)}
+        classes, targets = number_classes(labels)
         groups = None
         if group_by is not None:
             groups = group_names(group_by, [self.inside(name) for name in names], labels)
-        targets = np.array([number[label] for label in labels], dtype=np.int64)
         notes = tuple(filter(None, [self._about_levels(names, group_by)]))
         return Split(self.reader(names), targets, class_names=classes, groups=groups, left_out=left_out, notes=notes)
 
     def _about_levels(self, names: Sequence[str], group_by: str | None) -> str:
-        """Return a line on folders that may be meant otherwise than as they are taken; empty where none are.
-
-        Args:
-            names: of images in class folders.
-            group_by: what puts them into groups; who says it knows what the folders are.
-        """
+        """Return a line on folders that may be meant otherwise than as they are taken; empty where none are. Whoever
+        gives `group_by` knows what the folders are."""
         parts = [self.inside(folder).split("/") for folder in self.folders]
         splits = {folder[1].casefold(): "/".join(folder[:2]) for folder in parts if len(folder) > 1}
         splits = {name: folder for name, folder in splits.items() if name in SPLIT_NAMES}
@@ -217,9 +211,12 @@ def _split_flags(names: Collection[str]) -> str:
     return " ".join(f"{flag} {quote(name)}" for flag, name in flags)
 
 
-def class_order(labels: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the classes in the order of their labels, which is natural."""
-    return tuple(sorted(set(labels), key=lambda name: (natural_key(name), name)))
+def number_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of classes in natural order, and the label of each image, (N,), int64: the place of its class
+    there."""
+    classes = tuple(sorted(set(labels), key=lambda name: (natural_key(name), name)))
+    number = {name: label for label, name in enumerate(classes)}
+    return classes, np.array([number[label] for label in labels], dtype=np.int64)
 
 
 # Scans
@@ -252,13 +249,8 @@ def _tree(path: Path, found: Iterator[tuple[str, str, tuple[int, int]]], **archi
 
 
 def _walk(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
-    """Give what is in a folder and below it, with names that begin with `prefix`.
-
-    Args:
-        folder: its path.
-        prefix: goes before the names.
-        above: device and number of the folders that lead here.
-    """
+    """Give what is in a folder and below it, with names that begin with `prefix`; `above` are device and number of the
+    folders that lead here."""
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
@@ -312,13 +304,8 @@ def open_archive(path: Path) -> ImageTree:
 
 
 def _packed(file: BinaryIO, end: int, folder: str = "") -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Give what is in the tar that begins at the file's position: images with first byte and size.
-
-    Args:
-        file: can be sought.
-        end: of the tar in the file.
-        folder: goes before the names, for the tar of a class in a tar.
-    """
+    """Give what is in the tar from the file's position to `end`: images with first byte and size. `folder` goes before
+    the names, for the tar of a class in a tar."""
     nowhere = (0, 0)
     for member in members(file, end, f"{folder}.tar" if folder else ""):
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -505,18 +492,8 @@ def _open(
     group_by: str | None,
     split: str,
 ) -> Split:
-    """Open a split of its own name or of a synonym.
-
-    Args:
-        root: for messages.
-        places: folders with images, and archives, by name.
-        split_names: further names of splits.
-        group_by: what puts images into groups.
-        split: to open.
-
-    Raises:
-        DataError: no such split, several folders of one, or a folder that is no split beside others that are.
-    """
+    """Open a split of its own name or of a synonym. Raises DataError for no such split, several folders of one, or a
+    folder that is no split beside others that are."""
     known, asked = _known(split_names), split.casefold()
     if others := [name for name in places if name.casefold() not in known | {asked}]:
         name = next(name for name in places if name.casefold() in known)

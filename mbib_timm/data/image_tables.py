@@ -8,8 +8,7 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from mbib_timm.data.folders import (
     SPLIT_NAMES,
     SYNONYMS,
     OwnSplits,
-    class_order,
     find_split,
     no_split,
+    number_classes,
     open_archive,
     unasked,
 )
@@ -30,7 +29,7 @@ from mbib_timm.data.groups import group_names
 from mbib_timm.data.images import Reader, Split
 from mbib_timm.data.paths import Names, PathReader, look_for_images, missing_images
 from mbib_timm.errors import DataError, few, first_line, nearest
-from mbib_timm.files import composed, printable, read_content
+from mbib_timm.files import composed, csv_rows, printable, read_content
 from mbib_timm.recipe import Recipe
 
 PARQUET = (".parquet", ".pq")
@@ -96,26 +95,21 @@ def open_table(recipe: Recipe) -> Split | Callable[[str], Split]:
     if not rows:
         raise DataError(f"{file} lists no image with a class{' and a split' if with_splits else ''}")
     passed = {why: tuple(names) for why, names in left_out.items()}
-    opened = partial(_split, recipe, file, root, passed)
     if not with_splits:
-        return opened(rows)
+        return _split(recipe, file, root, passed, rows)
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[row.split.casefold()].append(row)
-    return OwnSplits(by_split, partial(_rows_of, recipe, file, by_split, opened))
 
+    def opened(split: str) -> Split:
+        found = find_split(by_split, split)
+        if found is None:
+            raise no_split(file, by_split, split, ": name those to use with --train-split and --val-split")
+        in_training = found is find_split(by_split, recipe.train_split)
+        unused = _not_used(by_split, recipe.split_names) if in_training else {}
+        return _split(recipe, file, root, {**passed, **unused}, found)
 
-def _rows_of(
-    recipe: Recipe, file: Path, by_split: dict[str, list[Row]], opened: Callable[[Sequence[Row]], Split], split: str
-) -> Split:
-    """Open a split of its own name or of a synonym."""
-    rows = find_split(by_split, split)
-    if rows is None:
-        raise no_split(file, by_split, split, ": name those to use with --train-split and --val-split")
-    found = opened(rows)
-    if rows is find_split(by_split, recipe.train_split):
-        return replace(found, left_out={**found.left_out, **_not_used(by_split, recipe.split_names)})
-    return found
+    return OwnSplits(by_split, opened)
 
 
 def _not_used(by_split: Mapping[str, list[Row]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -136,15 +130,10 @@ def _not_used(by_split: Mapping[str, list[Row]], names: Sequence[str]) -> dict[s
 
 
 def _split(
-    recipe: Recipe,
-    file: Path,
-    root: Path,
-    left_out: dict[str, tuple[str, ...]],
-    rows: Sequence[Row],
+    recipe: Recipe, file: Path, root: Path, left_out: Mapping[str, tuple[str, ...]], rows: Sequence[Row]
 ) -> Split:
     labels, paths = [row.label for row in rows], [row.path for row in rows]
-    classes = class_order(labels)
-    number = {name: label for label, name in enumerate(classes)}
+    classes, targets = number_classes(labels)
     groups, unused = None, ""
     if recipe.group_by is None and any(row.group for row in rows):
         unused = f"{file}: its column 'group' is not used, and images count as independent; --group-by column uses it"
@@ -152,7 +141,6 @@ def _split(
         groups = np.array([row.group for row in rows])
     elif recipe.group_by is not None:
         groups = group_names(recipe.group_by, paths, labels)
-    targets = np.array([number[label] for label in labels], dtype=np.int64)
     reader: Reader
     if is_archive(root):
         tree = open_archive(root)
@@ -283,31 +271,22 @@ def _csv(file: Path, wanted: set[str]) -> Columns:
     # Whichever separates the columns that are wanted, or else the most.
     try:
         separator = max(SEPARATORS, key=lambda each: (wanted <= columns(each), len(columns(each))))
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        names = next(filter(any, ([value.strip() for value in values] for values in reader)), [])
     except csv.Error as error:
         raise DataError(f"{file}: the first line names no columns: {error}") from None
-    return names, partial(_csv_rows, file, reader, separator, names)
+    rows = csv_rows(text, separator, str(file))
+    _, names = next(rows, (0, []))
 
-
-def _csv_rows(
-    file: Path, reader: Any, separator: str, names: list[str], columns: list[str]
-) -> Iterator[tuple[str, list[str]]]:
-    places = [names.index(name) for name in columns]
-    try:
-        for values in reader:
-            values = [value.strip() for value in values]
-            if not any(values):
-                continue
-            where = f"{file}, line {reader.line_num}"
+    def of_columns(chosen: list[str]) -> Iterator[tuple[str, list[str]]]:
+        places = [names.index(name) for name in chosen]
+        for line, values in rows:
             if len(values) != len(names):
                 raise DataError(
-                    f"{where}: expected {len(names)} columns, got {len(values)}; a name with {separator!r} in it needs "
-                    "quotes"
+                    f"{file}, line {line}: expected {len(names)} columns, got {len(values)}; a name with {separator!r} "
+                    "in it needs quotes"
                 )
-            yield where, [values[place] for place in places]
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: {error}; see whether quotes are closed") from None
+            yield f"{file}, line {line}", [values[place] for place in places]
+
+    return names, of_columns
 
 
 def _parquet(file: Path) -> Columns:

@@ -4,7 +4,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -97,17 +99,11 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Scale grey values to 8 bits.
+    """Scale grey values (H, W) to 8 bits.
 
     Integers are taken for 16 bits, whatever an image's brightest pixel. Floating-point values have no such range: it
     is 0..1, 0..255 or 0..65535, the first that holds them all. Values beyond 0..65535 are scaled from the image's own
     darkest to its brightest. What is not finite is black.
-
-    Args:
-        grey: (H, W).
-
-    Returns:
-        The same image, uint8.
     """
     values = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
     lowest, highest = values.min(), values.max()
@@ -221,6 +217,16 @@ class Split:
         return len(self.targets)
 
 
+def sampled_sizes(split: Split, most: int) -> list[tuple[int, int]]:
+    """Return width and height of up to `most` evenly spaced images, of which the headers are read; without broken ones,
+    which are counted elsewhere."""
+    sizes = []
+    for place in evenly_spaced(len(split), most).tolist():
+        with suppress(Exception), split.reader.read(split.index_of(place)) as image:
+            sizes.append(upright_size(image))
+    return sizes
+
+
 class Drawn(NamedTuple):
     """An image whose random transforms are a function of a key, and not of what was drawn before.
 
@@ -312,31 +318,33 @@ def examine(split: Split, look: Callable[[Reader, int], T], workers: int) -> Ite
         look: returns what there is to know, of a reader and an index.
         workers: processes that look.
     """
-    return in_order(_Examined(split, look), 64, workers)
+    return in_order(partial(_look, split, look), len(split), workers)
+
+
+def _look(split: Split, look: Callable[[Reader, int], T], place: int) -> T:
+    return look(split.reader, split.index_of(place))
 
 
 def in_order(
-    dataset: Dataset[T],
-    batch_size: int,
-    workers: int,
-    unit: str = "image",
-    collate: Callable[[list[T]], list[Any]] = list,
-) -> Iterator[Any]:
-    """Give the items of a data set in order; a bar shows how far.
+    get: Callable[[int], T], count: int, workers: int, batch_size: int = 64, unit: str = "image"
+) -> Iterator[T]:
+    """Give what a function returns for the numbers from 0 on, in order; a bar shows how far.
 
     Args:
-        dataset: of known length.
-        batch_size: items that a process hands over at once.
-        workers: processes that read them; 0 for this one.
-        unit: what an item is.
-        collate: makes of such items what is given, one for each.
+        get: the function, which other processes can have.
+        count: of the numbers.
+        workers: processes that call it; 0 for this one.
+        batch_size: results that a process hands over at once.
+        unit: what a result is of.
 
     Raises:
-        DataError: the data set's own, without the trace of the process that it was raised in.
+        DataError: the function's own, without the trace of the process that it was raised in.
     """
     # With a generator of its own, it leaves the global one as it is.
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
-    progress = Progress(len(dataset), unit=unit)  # type: ignore[arg-type]
+    loader = DataLoader(
+        _Results(get, count), batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()
+    )
+    progress = Progress(count, unit=unit)
     try:
         for batch in loader:
             yield from batch
@@ -347,15 +355,15 @@ def in_order(
         progress.close()
 
 
-class _Examined(Dataset[T]):
-    def __init__(self, split: Split, look: Callable[[Reader, int], T]) -> None:
-        self.split, self.look = split, look
+class _Results(Dataset[T]):
+    def __init__(self, get: Callable[[int], T], count: int) -> None:
+        self.get, self.count = get, count
 
     def __len__(self) -> int:
-        return len(self.split)
+        return self.count
 
-    def __getitem__(self, place: int) -> T:
-        return self.look(self.split.reader, self.split.index_of(place))
+    def __getitem__(self, number: int) -> T:
+        return self.get(number)
 
 
 class ArrayReader:

@@ -182,15 +182,11 @@ def _require_one_label(reader: PathReader, targets: np.ndarray, file: Path) -> N
     for place, name in zip(places.tolist(), reader.files(places), strict=True):
         label = int(targets[place])
         if (other := label_of.setdefault(name, label)) != label:
-            number = next(islice((number for number, _ in _all_lines(file)), place, None))
+            numbers = (number for first, lines in _blocks(file) for number, _ in read_lines(lines, file, first))
+            number = next(islice(numbers, place, None))
             raise DataError(
                 f"{file}, line {number}: {reader.name(place)} has label {label} here, and {other} on an earlier line"
             )
-
-
-def _all_lines(file: Path) -> Iterator[tuple[int, str]]:
-    for number, lines in _blocks(file):
-        yield from read_lines(lines, file, number)
 
 
 def read_lines(lines: bytes, file: Path, first: int) -> Iterator[tuple[int, str]]:

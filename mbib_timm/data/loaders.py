@@ -3,6 +3,7 @@ timm's, for data of any size.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mbib_timm.data.batch import Batch, send
 from mbib_timm.data.decoding import DecodedImages
 from mbib_timm.data.images import Drawn, ImageDataset, Split, channelwise, from_worker, pil_mode
 from mbib_timm.data.samplers import IndexSampler, ShardSampler, TrainingSampler, batches_of, drops_last
-from mbib_timm.data.transforms import Views, eval_transform, evaluation_crop, train_transform
+from mbib_timm.data.transforms import eval_transform, evaluation_crop, stacked_views, train_transform
 from mbib_timm.environment import World
 from mbib_timm.errors import DataError
 from mbib_timm.recipe import Recipe
@@ -58,38 +59,37 @@ class OrderedLoader:
 
 
 class ResidentLoader(OrderedLoader):
-    """The `Loader` of data that fit into the device's memory.
+    """The `Loader` of data that fit into the device's memory: one stream of training, or an evaluation.
 
     Args:
         images: on the device.
-        sampler: gives the images' indices in the order of the epoch.
-        batch_size: images of a batch.
-        drop_last: leave the last short batch out.
-        augmentations: for training, one for each view of an image; None gives the images as they are, which are then
-            all of one size.
-        mean: of each channel, of images in 0..1.
-        std: of each channel.
-        seed: of the augmentation: seed and rank; and stage and stream where those are not the first.
-        channels_last: memory format of the batches.
+        recipe: augmentation, normalisation, batch sizes, seed.
+        input_size: (C, H, W).
+        world: the device, and this process among those that share the data.
+        sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
+            processes, in order, as it is.
+        views: of training, the recipe of each view of an image; that of the run alone when not given.
     """
 
     def __init__(
         self,
         images: DecodedImages,
-        sampler: IndexSampler,
-        batch_size: int,
-        *,
-        drop_last: bool,
-        augmentations: Sequence[Augmentation | None],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        seed: tuple[int, ...],
-        channels_last: bool,
+        recipe: Recipe,
+        input_size: tuple[int, int, int],
+        world: World,
+        sampler: TrainingSampler | None,
+        views: Sequence[Recipe] = (),
     ) -> None:
-        super().__init__(sampler, batch_size, drop_last, images.broken)
-        self.images, self.augmentations, self.seed = images, tuple(augmentations), seed
-        self.channels_last = channels_last
-        self.device = images.pixels.device
+        order = ShardSampler(len(images), world.rank, world.world_size) if sampler is None else sampler
+        batch_size = recipe.validation_batch_size if sampler is None else recipe.batch_size
+        super().__init__(order, batch_size, sampler is not None and drops_last(len(order), batch_size), images.broken)
+        self.images, self.device, self.channels_last = images, images.pixels.device, recipe.channels_last
+        self.augmentations: list[Augmentation | None] = [None]  # images as they are, which are then all of one size
+        self.seed, self.stream = (recipe.seed, world.rank), (0, 0)
+        if sampler is not None:
+            self.augmentations = [create_augmentation(view, input_size) for view in views or (recipe,)]
+            self.stream = (sampler.key.stage, sampler.key.stream)
+        mean, std = (channelwise(recipe.settled(key), input_size[0]) for key in ("mean", "std"))
         self.mean = torch.tensor([255 * value for value in mean], device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor([255 * value for value in std], device=self.device).view(1, -1, 1, 1)
 
@@ -120,10 +120,10 @@ class ResidentLoader(OrderedLoader):
             for indices in send(order[first:], self.device).split(size):
                 yield stacked.index_select(0, indices)
             return
-        seed, rank, *stream = self.seed
-        # The first view's draws are those of a loader of one view.
-        stream = stream if view == 0 else [*(stream or (0, 0)), view]
-        entropy = np.random.SeedSequence([seed, rank, self.epoch, *stream]).generate_state(1, np.uint64)
+        # The first view's draws are those of a loader of one view; stage and stream count where they are not the first.
+        stream = (*self.stream, view) if view else self.stream
+        key = [*self.seed, self.epoch, *(stream if any(stream) else ())]
+        entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0]) >> 1)
         draws = augmentation.draw(self.images.sizes[order], generator)
         for begin in range(first, len(order), size):
@@ -140,45 +140,6 @@ class ResidentLoader(OrderedLoader):
         # As timm's loader does it, to the last bit.
         images = pixels.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
         return images if self.channels_last else images.contiguous()
-
-
-def resident_loader(
-    images: DecodedImages,
-    recipe: Recipe,
-    input_size: tuple[int, int, int],
-    world: World,
-    sampler: TrainingSampler | None,
-    views: Sequence[Recipe] = (),
-) -> ResidentLoader:
-    """Build a loader: one stream of training, or of an evaluation.
-
-    Args:
-        images: on the device.
-        recipe: augmentation, normalisation, batch sizes, seed.
-        input_size: (C, H, W).
-        world: the device, and this process among those that share the data.
-        sampler: chooses the order of training, which also augments; None for an evaluation: every image once over all
-            processes, in order, as it is.
-        views: of training, the recipe of each view of an image; that of the run alone when not given.
-    """
-    channels = input_size[0]
-    training = sampler is not None
-    order = ShardSampler(len(images), world.rank, world.world_size) if sampler is None else sampler
-    batch_size = recipe.batch_size if training else recipe.validation_batch_size
-    seed: tuple[int, ...] = (recipe.seed, world.rank)
-    if sampler is not None and (sampler.key.stage or sampler.key.stream):
-        seed += (sampler.key.stage, sampler.key.stream)
-    return ResidentLoader(
-        images,
-        order,
-        batch_size,
-        drop_last=training and drops_last(len(order), batch_size),
-        augmentations=[create_augmentation(view, input_size) for view in views or (recipe,)] if training else [None],
-        mean=channelwise(recipe.settled("mean"), channels),
-        std=channelwise(recipe.settled("std"), channels),
-        seed=seed,
-        channels_last=recipe.channels_last,
-    )
 
 
 class TimmLoader:
@@ -242,23 +203,16 @@ class _Places:
         return (Drawn(index, (*self.key, self.epoch, place)) for place, index in enumerate(indices, self.start))
 
 
-class _Readable:
-    """timm's collate function, for batches some or all of whose images are left out.
+def _collate(size: tuple[int, int, int], batch: list[tuple[Tensor, np.ndarray] | None]) -> tuple[Tensor, Tensor]:
+    """Collate as timm does, to images (B, C, H, W), uint8, of a size (C, H, W), and labels with positions (B, 2).
 
-    Args:
-        size: of an image, (C, H, W).
+    Some or all of the images may be left out.
     """
-
-    def __init__(self, size: tuple[int, int, int]) -> None:
-        self.size = size
-
-    def __call__(self, batch: list[tuple[Tensor, np.ndarray] | None]) -> tuple[Tensor, Tensor]:
-        """Return images (B, C, H, W), uint8, and labels with positions (B, 2)."""
-        readable = [item for item in batch if item is not None]
-        if not readable:
-            return torch.zeros(0, *self.size, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
-        collated: tuple[Tensor, Tensor] = fast_collate(readable)
-        return collated
+    readable = [item for item in batch if item is not None]
+    if not readable:
+        return torch.zeros(0, *size, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
+    collated: tuple[Tensor, Tensor] = fast_collate(readable)
+    return collated
 
 
 def timm_train_loader(
@@ -283,7 +237,7 @@ def timm_train_loader(
     for view in views:
         check_augmentation(view, input_size)
     whole = recipe.train_crop_mode == "pad"
-    transform = Views([train_transform(view, input_size, whole) for view in views])
+    transform = partial(stacked_views, [train_transform(view, input_size, whole) for view in views])
     dataset = ImageDataset(split, pil_mode(input_size[0]), transform, replace_broken=True)
     key = None
     # So that an image is augmented alike whether or not those before it were read.
@@ -338,7 +292,7 @@ def _through_timm(
         std=views * channelwise(recipe.settled("std"), channels),
         num_workers=recipe.workers,
         pin_memory=world.device.type == "cuda" if recipe.pin_mem is None else recipe.pin_mem,
-        collate_fn=_Readable((views * channels, height, width)),
+        collate_fn=partial(_collate, (views * channels, height, width)),
         persistent_workers=False,  # workers that live on would keep the random state of the epoch before
         device=world.device,
         **evaluation_crop(recipe),

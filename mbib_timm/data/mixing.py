@@ -240,20 +240,3 @@ class MixedTrainLoader(TrainLoader):
         """Return the paths of images that were replaced because they could not be read, each once."""
         found = super().broken_images()
         return found if self.foregrounds is None else list(dict.fromkeys(found + self.foregrounds.broken_images()))
-
-
-def train_loader(
-    streams: Sequence[Loader], foregrounds: Loader | None, recipe: Recipe, num_classes: int, rank: int
-) -> TrainLoader:
-    """Build what a stage trains on: mixed, and with soft targets, where the recipe says so.
-
-    Args:
-        streams: as long as one another.
-        foregrounds: drawn by the recipe's ``cutmix_sampler``, or None.
-        recipe: mixing, smoothing, epochs, seed.
-        num_classes: K.
-        rank: this process.
-    """
-    if not recipe.soft_targets:
-        return TrainLoader(streams)
-    return MixedTrainLoader(streams, Mixing(recipe, num_classes, rank), foregrounds)

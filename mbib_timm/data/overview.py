@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from mbib_timm.data.images import Split, evenly_spaced, upright_size
+from mbib_timm.data.images import Split, sampled_sizes
 from mbib_timm.data.long_tail import named, shot_groups
 from mbib_timm.data.sources import OF_LEFT_OUT
 from mbib_timm.data.splits import Splits
@@ -27,9 +27,10 @@ def summary(splits: Splits, keeps_back: bool = False) -> list[str]:
     """
     counts = splits.class_counts
     names = named(splits.class_names, len(counts))
+    shots = ", ".join(f"{len(labels):,} {name}" for name, labels in shot_groups(counts).items())
     lines = [
         f"{counted(len(counts), 'class')}, {counted(len(splits.train), 'training image')}: "
-        f"{int(counts.max()):,} in the largest class, {int(counts.min()):,} in the smallest; {_shots(counts)}"
+        f"{int(counts.max()):,} in the largest class, {int(counts.min()):,} in the smallest; shot groups: {shots}"
     ]
     for title, split in (("evaluation", splits.val), ("test", splits.test)):
         if split is not None:
@@ -131,16 +132,8 @@ def shrunk_note(size: tuple[int, int] | None, side: int | None, by: str = "") ->
 
 
 def median_size(split: Split) -> tuple[int, int] | None:
-    """Return the median width and height of up to `MEASURED` evenly spaced images, of which the headers are read; None
-    where none can be."""
-    sizes = []
-    for place in evenly_spaced(len(split), MEASURED).tolist():
-        try:
-            with split.reader.read(split.index_of(place)) as image:
-                sizes.append(upright_size(image))
-        except Exception:  # of a broken image, which is counted elsewhere
-            continue
-    return median_of(sizes)
+    """Return the median width and height of up to `MEASURED` images of a split; None where none can be read."""
+    return median_of(sampled_sizes(split, MEASURED))
 
 
 def median_of(sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
@@ -149,10 +142,6 @@ def median_of(sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         return None
     width, height = np.median(sizes, axis=0)
     return int(width), int(height)
-
-
-def _shots(counts: np.ndarray) -> str:
-    return "shot groups: " + ", ".join(f"{len(labels):,} {name}" for name, labels in shot_groups(counts).items())
 
 
 def _groups(split: Split) -> tuple[int, int]:

@@ -23,37 +23,8 @@ LUMA_ONE = 65536.0
 CPU_BLOCK_BYTES = 2 << 20
 BLOCK_BYTES = 256 << 20
 
-# Factors of brightness, contrast and saturation, and the shift of the hue, that change nothing.
-UNCHANGED = torch.tensor([1.0, 1.0, 1.0, 0.0])
-# The enhancements, by number.
+# The enhancements, by number: in the order of the operations, see `ARGUMENTS`.
 BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS = range(4)
-
-
-def draw_color_jitter(
-    n: int, strength: float, generator: torch.Generator | None, hue: float = 0.0, probability: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Draw the parameters of `color_jitter` for n images.
-
-    Args:
-        n: images.
-        strength: factors are uniform in max(0, 1 - strength)..1 + strength, as with timm's ``color_jitter``.
-        generator: on the CPU; None for torch's own.
-        hue: shifts of the hue are uniform in -hue..hue, in turns of the colour wheel.
-        probability: of an image to be changed at all.
-
-    Returns:
-        Factors of brightness, contrast and saturation, (n, 3), float32, and with `hue` its shifts, (n, 4); and the
-        order in which they are applied, a random permutation for each image, (n, 3) or (n, 4), int64; 3 is the hue.
-    """
-    low, high = max(0.0, 1 - strength), 1 + strength
-    factors = low + (high - low) * torch.rand(n, 3, generator=generator)
-    if hue:
-        factors = torch.cat([factors, hue * (2 * torch.rand(n, 1, generator=generator) - 1)], dim=1)
-    orders = torch.rand(factors.shape, generator=generator).argsort(dim=1)
-    if probability < 1:
-        unchanged = torch.rand(n, 1, generator=generator) >= probability
-        factors = torch.where(unchanged, UNCHANGED[: factors.shape[1]], factors)
-    return factors, orders
 
 
 def color_jitter(
@@ -246,8 +217,6 @@ NAMES = tuple(ARGUMENTS)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 NOTHING = -1
 
-# The enhancements' numbers by those of the operations, from brightness on.
-_ENHANCEMENTS = torch.tensor([BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS])
 FIXED_ONE = 65536  # PIL computes the places of nearest neighbours in 16-bit fixed point
 
 
@@ -286,7 +255,7 @@ def apply_operations(
         return affine(some, matrices, fill, interpolation)
 
     def enhancing(some: Tensor, places: Tensor) -> Tensor:
-        kinds = _ENHANCEMENTS[operations[places] - NUMBER["brightness"]]
+        kinds = operations[places] - NUMBER["brightness"]
         return enhance(some, send(kinds, some.device), send(arguments[places].float(), some.device))
 
     change_some(images, (operations >= 0) & (operations <= NUMBER["rotate"]), geometric)

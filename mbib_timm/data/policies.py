@@ -5,17 +5,15 @@ probability and a level of its own. ``rand-m9-n2-mstd0.5-inc1``: RandAugment (Cu
 timm's notation. timm's other policies work on single images, and so on timm's loader alone.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from PIL import Image
-from timm.data import auto_augment_transform, rand_augment_transform
-from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor
 
+from mbib_timm.data.images import channelwise
 from mbib_timm.data.pixels import NOTHING, NUMBER
+from mbib_timm.recipe import Recipe
 from mbib_timm.recipe.policy_names import parse_policy
 
 CIFAR10, CIFAR10_FILL = "cifar10", 128
@@ -44,10 +42,10 @@ _CIFAR10_LEVELS = {
 }
 
 
-def mean_color(mean: Sequence[float]) -> tuple[int, ...]:
+def mean_color(recipe: Recipe, channels: int) -> tuple[int, ...]:
     """Return the fill value outside the image of policies other than `CIFAR10`, as timm has it: the mean of each
-    channel, of images in 0..1."""
-    return tuple(min(255, round(255 * value)) for value in mean)
+    channel."""
+    return tuple(min(255, round(255 * value)) for value in channelwise(recipe.settled("mean"), channels))
 
 
 class Policy(Protocol):
@@ -156,27 +154,3 @@ def create_policy(aa: str) -> Policy | None:
         given.get("p", 0.5),
         bool(given.get("inc", 0)),
     )
-
-
-def timm_policy(
-    aa: str, shift: int, color: tuple[int, ...], interpolation: int = Image.Resampling.BILINEAR
-) -> Callable[[Image.Image], Image.Image]:
-    """Build an augmentation policy of timm's, for single images, as its `create_transform` does.
-
-    Args:
-        aa: its name, in timm's notation.
-        shift: the largest translation, in pixels.
-        color: outside the image, a value per channel.
-        interpolation: of geometric operations, PIL's number.
-
-    Raises:
-        MbibError: timm has no such policy.
-    """
-    parse_policy(aa)
-    kind = aa.partition("-")[0]
-    settings = {"translate_const": shift, "img_mean": color, "interpolation": interpolation}
-    if kind == "augmix":
-        settings["translate_pct"] = 0.3
-    build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
-    policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
-    return policy

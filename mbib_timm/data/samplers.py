@@ -249,11 +249,6 @@ def class_aware(counts: np.ndarray, progress: float, number: float) -> np.ndarra
     return np.ones_like(counts)
 
 
-def sampler_names() -> list[str]:
-    """Return the samplers' names as they are written, with the number that some take: ``effective[:beta]``."""
-    return [name if (number := SAMPLERS[name].number) is None else f"{name}[:{number.symbol}]" for name in SAMPLERS]
-
-
 def parse_sampler(text: str) -> tuple[str, ...]:
     """Return the names of the streams that a recipe's sampler asks for: one, or two joined by ``+``.
 
@@ -275,7 +270,7 @@ def _find(text: str) -> tuple[Sampler, float]:
     found = SAMPLERS[name]
     if found.number is None:
         if colon:
-            takers = [known for known in sampler_names() if ":" in known]
+            takers = [f"{each}[:{taken.symbol}]" for each in SAMPLERS if (taken := SAMPLERS[each].number) is not None]
             raise MbibError(f"sampler {text!r}: {name} takes no number; those that do are {' and '.join(takers)}")
         return found, 0.0
     if not colon:
@@ -379,22 +374,41 @@ class IndexSampler(ABC):
 
 
 class TrainingSampler(IndexSampler):
-    """A process's share of the plans of a stage: each gets as many indices, so a few come twice.
+    """What orders the training images of a stage: a plan of each epoch, the same with every loader.
+
+    Each process has a share of it, as many indices as the others, so that a few come twice.
 
     Args:
+        targets: labels (N,) of the training images.
+        num_classes: classes K.
+        recipe: gives the seed.
+        world: this process among those that share the images.
         name: of one sampler, with its number if need be.
-        classes: the training images of each class.
-        key: seed, stage and stream.
         epochs: of the stage.
-        rank: this process.
-        world_size: processes that share the images.
+        stage: of the run, 0 for the first.
+        stream: 0, or 1 for the second of two streams.
+
+    Raises:
+        DataError: fewer than two images per process, which BatchNorm cannot train on.
     """
 
     def __init__(
-        self, name: str, classes: ClassIndex, key: Key, epochs: int, rank: int = 0, world_size: int = 1
+        self,
+        targets: np.ndarray,
+        num_classes: int,
+        recipe: Recipe,
+        world: World,
+        name: str = "instance",
+        *,
+        epochs: int = 1,
+        stage: int = 0,
+        stream: int = 0,
     ) -> None:
-        self.name, self.classes, self.key, self.epochs = name, classes, key, epochs
-        self.rank, self.world_size = rank, world_size
+        self.classes, self.name, self.epochs = ClassIndex.of(targets, num_classes), name, epochs
+        self.key = Key(recipe.seed, 0, stage, stream)
+        self.rank, self.world_size = world.rank, world.world_size
+        if len(self) < 2:
+            raise DataError(f"{len(targets)} training images are too few for {self.world_size} processes")
 
     def __len__(self) -> int:
         return -(-len(self.classes) // self.world_size)
@@ -410,45 +424,6 @@ class TrainingSampler(IndexSampler):
     def set_epoch(self, epoch: int) -> None:
         """Choose the plan of an epoch."""
         self.key = self.key._replace(epoch=epoch)
-
-
-def training_sampler(
-    targets: np.ndarray,
-    num_classes: int,
-    recipe: Recipe,
-    world: World,
-    name: str = "instance",
-    *,
-    epochs: int = 1,
-    stage: int = 0,
-    stream: int = 0,
-) -> TrainingSampler:
-    """Return what orders the training images: a plan of each epoch, the same with every loader.
-
-    Args:
-        targets: labels (N,) of the training images.
-        num_classes: classes K.
-        recipe: gives the seed.
-        world: this process among those that share the images.
-        name: of one sampler, with its number if need be.
-        epochs: of the stage.
-        stage: of the run, 0 for the first.
-        stream: 0, or 1 for the second of two streams.
-
-    Raises:
-        DataError: fewer than two images per process, which BatchNorm cannot train on.
-    """
-    sampler = TrainingSampler(
-        name,
-        ClassIndex.of(targets, num_classes),
-        Key(recipe.seed, 0, stage, stream),
-        epochs,
-        world.rank,
-        world.world_size,
-    )
-    if len(sampler) < 2:
-        raise DataError(f"{len(targets)} training images are too few for {world.world_size} processes")
-    return sampler
 
 
 class OrderedSampler(IndexSampler):

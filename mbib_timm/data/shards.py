@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from timm.utils import natural_key
-from torch.utils.data import Dataset
 
 from mbib_timm.data.archives import FILE, FOLDER, LINK, ArchiveReader, Member, members, open_tar
 from mbib_timm.data.folders import READ, SPLIT_NAMES, SYNONYMS, find_split, is_hidden, no_split
@@ -92,9 +91,8 @@ def open_shards(
     root = Path(data_dir)
     if not root.is_dir():
         raise DataError(f"data_dir {root} {'is not a folder' if root.exists() else 'does not exist'}")
-    class_file: Path | None = Path(class_map) if class_map is not None else root / CLASS_NAMES
-    if class_map is None and not (root / CLASS_NAMES).is_file():
-        class_file = None
+    beside = root / CLASS_NAMES
+    class_file = str(beside) if class_map is None and beside.is_file() else class_map
     found = _described(root) or _find(root, split_names)
     if "" in found and not any(map(_is_pattern, split_names)):
         return _read(found[""], class_file, workers)
@@ -114,10 +112,11 @@ def has_shards(root: Path) -> bool:
         return False
 
 
-def _open(root: Path, found: Mapping[str, Shards], class_file: Path | None, workers: int, split: str) -> Split:
+def _open(root: Path, found: Mapping[str, Shards], class_file: str | None, workers: int, split: str) -> Split:
     """Open a split of its own name, of a synonym, or of a pattern of shards."""
     if _is_pattern(split):
-        return _read(_of_pattern(root, split), class_file, workers)
+        check_path(split, "pattern of shards")
+        return _read(Shards([root / name for name in _expanded(split, split)]), class_file, workers)
     shards = find_split(found, split)
     if shards is not None:
         return _read(shards, class_file, workers)
@@ -165,11 +164,6 @@ def _some(entry: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 
 def _is_pattern(split: str) -> bool:
     return split.endswith(SUFFIX)
-
-
-def _of_pattern(root: Path, pattern: str) -> Shards:
-    check_path(pattern, "pattern of shards")
-    return Shards([root / name for name in _expanded(pattern, pattern)])
 
 
 def _expanded(pattern: str, whole: str) -> list[str]:
@@ -280,57 +274,40 @@ class _Index:
     passed: list[str]
 
 
-class _Indexed(Dataset[_Index]):
-    """The indices of some shards; for processes that read several at a time."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        return len(self.shards.files)
-
-    def __getitem__(self, number: int) -> _Index:
-        shards, passed = self.shards, list[str]()
-        file = shards.files[number]
-        if not file.is_file():
-            raise DataError(f"there is no shard {file}")
-        found = list(_images(file, shards.label_field, passed))
-        if shards.lengths and shards.lengths[number] != len(found):
-            raise DataError(
-                f"{file} holds {counted(len(found), 'sample')}, and its description says {shards.lengths[number]:,}; "
-                "it may have been copied in part"
-            )
-        names = [name.encode() for name, _, _, _ in found]
-        lengths = np.array([len(name) for name in names], dtype=np.uint32)
-        places = np.array([(start, size) for _, start, size, _ in found], dtype=np.int64).reshape(-1, 2)
-        return _Index(b"".join(names), lengths, places, np.array([row[-1] for row in found], dtype=np.int32), passed)
+def _index(shards: Shards, number: int) -> _Index:
+    """Read the headers and labels of one of some shards."""
+    file, passed = shards.files[number], list[str]()
+    if not file.is_file():
+        raise DataError(f"there is no shard {file}")
+    found = list(_images(file, shards.label_field, passed))
+    if shards.lengths and shards.lengths[number] != len(found):
+        raise DataError(
+            f"{file} holds {counted(len(found), 'sample')}, and its description says {shards.lengths[number]:,}; "
+            "it may have been copied in part"
+        )
+    names = [name.encode() for name, _, _, _ in found]
+    lengths = np.array([len(name) for name in names], dtype=np.uint32)
+    places = np.array([(start, size) for _, start, size, _ in found], dtype=np.int64).reshape(-1, 2)
+    return _Index(b"".join(names), lengths, places, np.array([row[-1] for row in found], dtype=np.int32), passed)
 
 
-def _read(shards: Shards, class_file: Path | None, workers: int) -> Split:
-    """Read the headers and labels of shards."""
-    buffer, firsts, passed = bytearray(), list[int](), list[str]()
-    lengths: list[np.ndarray] = []
-    places: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    count = 0
-    for index in in_order(_Indexed(shards), 1, min(workers, len(shards.files) // SHARDS_A_WORKER), unit="shard"):
-        buffer += index.names
-        lengths.append(index.lengths)
-        places.append(index.places)
-        labels.append(index.labels)
-        passed += index.passed
-        firsts.append(count)
-        count += len(index.labels)
-    if not count:
+def _read(shards: Shards, class_file: str | None, workers: int) -> Split:
+    """Read the headers and labels of shards, in several processes where there are many."""
+    workers = min(workers, len(shards.files) // SHARDS_A_WORKER)
+    found = list(in_order(partial(_index, shards), len(shards.files), workers, batch_size=1, unit="shard"))
+    counts = [len(index.labels) for index in found]
+    if not sum(counts):
         raise DataError(f"there are no samples in {shards.files[0] if shards.files else 'a split without shards'}")
-    ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
-    reader = ArchiveReader(shards.files, firsts, Names(buffer, ends), np.concatenate(places))
-    left_out = {NEITHER: tuple(passed)} if passed else {}
-    split = Split(reader, np.concatenate(labels, dtype=np.int64), left_out=left_out)
-    if class_file is None:
+    ends = np.cumsum(np.concatenate([index.lengths for index in found]), dtype=np.int64)
+    names = Names(b"".join(index.names for index in found), ends)
+    places = np.concatenate([index.places for index in found])
+    reader = ArchiveReader(shards.files, (np.cumsum(counts) - counts).tolist(), names, places)
+    targets = np.concatenate([index.labels for index in found], dtype=np.int64)
+    passed = tuple(key for index in found for key in index.passed)
+    split = Split(reader, targets, left_out={NEITHER: passed} if passed else {})
+    class_names = read_class_names(class_file)
+    if class_names is None:
         return split
-    class_names = read_class_names(str(class_file))
-    assert class_names is not None
     if len(unnamed := np.flatnonzero(split.targets >= len(class_names))):
         place = int(unnamed[0])
         raise DataError(

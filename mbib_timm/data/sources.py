@@ -268,9 +268,7 @@ def _folder(recipe: Recipe) -> Opened:
     return open_folder(recipe.data_dir, names, recipe.group_by)
 
 
-@SOURCES.register("table")
-def _table(recipe: Recipe) -> Opened:
-    return open_table(recipe)
+SOURCES.register("table")(open_table)
 
 
 @SOURCES.register("wds")

@@ -159,7 +159,7 @@ def open_data(recipe: Recipe, source: Source | None = None) -> Splits:
         groups = "" if train.groups is None else ", in whole groups"
         held_out_from = f"{100 * recipe.holdout:g} % of each class's training images{groups}, which are not trained on"
     counts = count_classes(train.targets, num_classes, train.class_names)
-    shared = [trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
+    shared = [_images_trained_on(train, split, name, names[0]) for name, split in zip(names[1:], matched, strict=True)]
     shared += [_groups_trained_on(train, split, name) for name, split in zip(names[1:], matched, strict=True)]
     if test is not None and twice:
         shared.append(f"split {names[2]!r}: {twice:,} of its {counted(len(test), 'image')} are in {names[1]!r} too")
@@ -181,15 +181,8 @@ def _unreadable_said(train: Split) -> Iterator[None]:
         raise DataError(f"{error}; left out of training: {in_words(lost)}") from None
 
 
-def trained_on(train: Split, evaluated: Split, name: str, training_name: str) -> str:
-    """Return a line on the images of an evaluated split that are trained on; empty where there are none.
-
-    Args:
-        train: training images.
-        evaluated: images of the other split.
-        name: of that split.
-        training_name: of the training split.
-    """
+def _images_trained_on(train: Split, evaluated: Split, name: str, training_name: str) -> str:
+    """Return a line on the images of an evaluated split that are trained on; empty where there are none."""
     number = _number_shared(train, evaluated, name == training_name)
     if number == 0:
         return ""

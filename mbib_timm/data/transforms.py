@@ -1,19 +1,28 @@
 """Augmentation and preprocessing of single images, from PIL to uint8 (C, H, W); the loader normalises."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import RandomResizedCropAndInterpolation, create_transform, str_to_interp_mode, str_to_pil_interp
+from timm.data import (
+    RandomResizedCropAndInterpolation,
+    auto_augment_transform,
+    create_transform,
+    rand_augment_transform,
+    str_to_interp_mode,
+    str_to_pil_interp,
+)
+from timm.data.auto_augment import augment_and_mix_transform
 from torch import Tensor
 from torchvision import transforms
 
 from mbib_timm.data.images import Transform, channelwise
-from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color, timm_policy
+from mbib_timm.data.policies import CIFAR10, CIFAR10_FILL, mean_color
 from mbib_timm.recipe import WHOLE_IMAGES, Recipe
+from mbib_timm.recipe.policy_names import parse_policy
 
 # What resident images are shrunk to for an input of this side or less: the crops of a larger input are cut from more.
 LONGEST_SIDE, LONGEST_SIDE_INPUT = 500, 224
@@ -57,12 +66,7 @@ def _operations(recipe: Recipe, channels: int, side: int) -> Iterator[Callable[[
     if recipe.aa == CIFAR10:
         yield transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=CIFAR10_FILL)
     elif recipe.aa is not None:
-        yield timm_policy(
-            recipe.aa,
-            int(0.45 * side),
-            mean_color(channelwise(recipe.settled("mean"), channels)),
-            str_to_pil_interp(_fixed_interpolation(recipe)),
-        )
+        yield _timm_policy(recipe, recipe.aa, channels, side)
     if recipe.color_jitter or recipe.hue:
         jitter = transforms.ColorJitter(*[recipe.color_jitter] * 3, recipe.hue)
         yield transforms.RandomApply([jitter], recipe.color_jitter_prob)
@@ -76,6 +80,22 @@ def _operations(recipe: Recipe, channels: int, side: int) -> Iterator[Callable[[
         yield partial(_cut_out, side=recipe.cutout)
 
 
+def _timm_policy(recipe: Recipe, aa: str, channels: int, side: int) -> Callable[[Image.Image], Image.Image]:
+    """Build a policy of timm's, as its `create_transform` does. Raises MbibError where it has none of this name."""
+    parse_policy(aa)
+    settings = {
+        "translate_const": int(0.45 * side),
+        "img_mean": mean_color(recipe, channels),
+        "interpolation": str_to_pil_interp(_fixed_interpolation(recipe)),
+    }
+    kind = aa.partition("-")[0]
+    if kind == "augmix":
+        settings["translate_pct"] = 0.3
+    build = {"augmix": augment_and_mix_transform, "rand": rand_augment_transform}.get(kind, auto_augment_transform)
+    policy: Callable[[Image.Image], Image.Image] = build(aa, settings)
+    return policy
+
+
 def _cut_out(image: Image.Image, side: int) -> Image.Image:
     """Blacken a square whose centre is any pixel (DeVries and Taylor 2017)."""
     left, top = (int(torch.randint(length, ())) - side // 2 for length in image.size)
@@ -84,38 +104,19 @@ def _cut_out(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-class Views:
-    """The views of an image, stacked as channels: what timm's loader takes for one image.
+def stacked_views(transforms: Sequence[Transform], image: Image.Image) -> Tensor:
+    """Return the views of an image, each (C, H, W), uint8, as channels (V C, H, W): timm's loader takes one image."""
+    return torch.cat([transform(image) for transform in transforms])
 
-    Args:
-        transforms: one for each view; each gives (C, H, W), uint8.
+
+def evaluation_crop(recipe: Recipe) -> dict[str, Any]:
+    """Return how an evaluation cuts its images, in the names of timm's `create_transform` and `create_loader`.
+
+    It sees what the recipe's keys leave of an image; with ``pad`` all of it, squashed.
     """
-
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = tuple(transforms)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return (V C, H, W), uint8."""
-        return torch.cat([transform(image) for transform in self.transforms])
-
-
-class EvaluationCrop(TypedDict):
-    """How an evaluation cuts its images, in the names of timm's `create_transform` and `create_loader`."""
-
-    crop_pct: float
-    crop_mode: str
-    interpolation: str
-
-
-def evaluation_crop(recipe: Recipe) -> EvaluationCrop:
-    """Return what an evaluation sees: what the recipe's keys leave of an image; with ``pad`` all of it, squashed."""
     whole = recipe.train_crop_mode == "pad"
-    crop: Mapping[str, Any] = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
-    return {
-        "crop_pct": crop["crop_pct"],
-        "crop_mode": crop["crop_mode"],
-        "interpolation": _fixed_interpolation(recipe),
-    }
+    crop = WHOLE_IMAGES if whole else {key: recipe.settled(key) for key in WHOLE_IMAGES}
+    return {**crop, "interpolation": _fixed_interpolation(recipe)}
 
 
 def eval_transform(recipe: Recipe, input_size: tuple[int, int, int]) -> Transform:

@@ -12,7 +12,6 @@ from mbib_timm.data import Source, Splits, open_data, shot_groups, summary
 from mbib_timm.data.archives import SUFFIXES, is_archive, refuse_packed
 from mbib_timm.data.class_values import label_names
 from mbib_timm.data.image_tables import DELIMITED, PARQUET
-from mbib_timm.data.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.data.overview import SMALLEST_PHOTOGRAPH, median_of, shrunk_note
 from mbib_timm.data.sources import LEFT_OUT, NO_READABLE
 from mbib_timm.drawing import GROUP_COLORS, canvas, figure_text, render
@@ -32,6 +31,7 @@ from mbib_timm.files import (
 from mbib_timm.models.preprocessing import declared_side
 from mbib_timm.recipe import FOR_SMALL_IMAGES, Recipe, check_given, find_recipe, load_recipe
 from mbib_timm.recipe.recipe_files import change_recipe
+from mbib_timm.reporting.inspection import Duplicates, Inspection, Picture, inspect
 from mbib_timm.results.tables import NOTHING, Table
 
 # Classes of the table, and sets of duplicates, that are shown; the CSV has all.

@@ -20,7 +20,7 @@ from benchmarking.noise import cifar_like, normalized_noise, single_image
 from benchmarking.turns import timed, wait
 from mbib_timm.data import DataPool, Splits, create_loaders
 from mbib_timm.data.batch import Batch
-from mbib_timm.data.create import data_key
+from mbib_timm.data.create import opened_key
 from mbib_timm.data.images import Drawn, ImageDataset
 from mbib_timm.data.transforms import train_transform
 from mbib_timm.environment import World, keep_freed_memory, prepare
@@ -257,7 +257,7 @@ class WholeRuns:
 
     def __init__(self, recipe: Recipe, pass_images: int | None) -> None:
         self.recipe = recipe
-        self.pool = DataPool(opened={data_key(recipe): cifar_like(pass_images)})
+        self.pool = DataPool(opened={opened_key(recipe): cifar_like(pass_images)})
         self.train(recipe.warmup_epochs + 1)
 
     def train(self, epochs: int) -> float:

@@ -41,8 +41,8 @@ from benchmarking.turns import AtOnce, Conditions, OwnProcess, Record, Settings,
 from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data import DataPool, create_loaders
 from mbib_timm.data.batch import Batch, TrainLoader
-from mbib_timm.data.loaders import resident_loader
-from mbib_timm.data.samplers import training_sampler
+from mbib_timm.data.loaders import ResidentLoader
+from mbib_timm.data.samplers import TrainingSampler
 from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation.evaluate import AnswerLog
@@ -235,7 +235,7 @@ def evaluation(subject: str, settings: Settings) -> Iterator[Record]:
     images = settings.pass_images or (10_240 if settings.on_cuda else 2_560)
     recipes = {model: subject_recipe(subject, model, world, settings.torchcompile) for model in MODELS}
     decoded = decoded_noise(images, size, size, len(counts), device)
-    loader = resident_loader(decoded, recipes["plain"], (3, size, size), World(device), None)
+    loader = ResidentLoader(decoded, recipes["plain"], (3, size, size), World(device), None)
     trainers = {model: Trainer(recipe, counts, world) for model, recipe in recipes.items()}
     batch, _ = normalized_noise(min(images, recipes["plain"].validation_batch_size), size, len(counts), device)
     actions = {model: partial(trainer.evaluate, loader) for model, trainer in trainers.items()}
@@ -305,8 +305,8 @@ def throughput(settings: Settings) -> Iterator[Record]:
     images = settings.pass_images or 6_400
     counts = class_counts("resnext50")
     decoded = decoded_noise(images, 375, 500, len(counts), device)
-    order = training_sampler(decoded.targets.cpu().numpy(), len(counts), recipe, World(device))
-    loader = resident_loader(decoded, recipe, (3, 224, 224), World(device), order)
+    order = TrainingSampler(decoded.targets.cpu().numpy(), len(counts), recipe, World(device))
+    loader = ResidentLoader(decoded, recipe, (3, 224, 224), World(device), order)
     epoch = partial(Trainer(recipe, counts, world).train_epoch, TrainLoader([loader]))
     speeds = take_turns({"mbib": timed(epoch, device, images)}, settings.repeats, settings.pass_warm_ups)
     require_compiled()
