@@ -18,8 +18,10 @@ from mbib_timm.files import counted, printable
 MOST_LOOKED_FOR, LOOKED_FOR = 1_000_000, 100_000
 # So many images of a folder are found sooner by listing it than one by one.
 WORTH_LISTING = 50
-# Names whose ends are Python's numbers at once.
-BLOCK = 1 << 16
+# Names that are hashed at once.
+BLOCK = 1 << 18
+# Odd, with bits all over: the fractional parts of the golden ratio and of the square root of 3.
+MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B], dtype=np.uint64)
 
 
 class Names:
@@ -49,21 +51,50 @@ class Names:
 
     def some(self, places: np.ndarray | None = None) -> Iterator[bytes]:
         """Give some of the names, or all, undecoded."""
-        count = len(self) if places is None else len(places)
-        for begin in range(0, count, BLOCK):
-            block = np.arange(begin, min(begin + BLOCK, count)) if places is None else places[begin : begin + BLOCK]
-            starts = np.where(block > 0, self.ends[block - 1], 0).tolist()
-            for start, end in zip(starts, self.ends[block].tolist(), strict=True):
-                yield bytes(self.buffer[start:end])
+        for start, end in self._bounds(places):
+            yield from (bytes(self.buffer[a:b]) for a, b in zip(start.tolist(), end.tolist(), strict=True))
 
     def hashes(self, places: np.ndarray | None = None) -> np.ndarray:
-        """Return a number of 64 bits for each of some names, or of all, (n,), uint64: in this process the same for the
-        same name.
+        """Return a number of 64 bits for each of some names, or of all, (n,), uint64: the same for the same name.
 
         Different names may share one, so that whoever finds two alike compares the names.
         """
+        padded = np.frombuffer(self.buffer, dtype=np.uint8)
+        if len(padded) < 8:
+            padded = np.concatenate([padded, np.zeros(8, dtype=np.uint8)])
+        # Eight bytes from every place on.
+        words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
+        found = np.empty(len(self) if places is None else len(places), dtype=np.uint64)
+        done = 0
+        for start, end in self._bounds(places):
+            length = end - start
+            sums = length.astype(np.uint64)
+            left = np.arange(len(start))
+            for first in range(0, int(length.max(initial=0)), 8):
+                left = left[length[left] > first]
+                at = start[left] + first
+                wanted = np.minimum(length[left] - first, 8)
+                # The last words of the buffer are read from a place before; what is not the name's is shifted out.
+                early = np.minimum(at, len(words) - 1)
+                value = words[early] >> (8 * (at - early)).astype(np.uint64)
+                value &= np.uint64(2**64 - 1) >> (8 * (8 - wanted)).astype(np.uint64)
+                mixed = (sums[left] ^ value) * MULTIPLIERS[0]
+                sums[left] = (mixed ^ (mixed >> np.uint64(29))) * MULTIPLIERS[1]
+            found[done : done + len(sums)] = sums ^ (sums >> np.uint64(32))
+            done += len(sums)
+        return found
+
+    def _bounds(self, places: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Give where names begin and end, (n,), int64 each, a block of them at a time."""
         count = len(self) if places is None else len(places)
-        return np.fromiter(map(hash, self.some(places)), dtype=np.int64, count=count).view(np.uint64)
+        for begin in range(0, count, BLOCK):
+            if places is None:
+                ends = self.ends[max(0, begin - 1) : begin + BLOCK].astype(np.int64)
+                yield (ends[:-1], ends[1:]) if begin else (np.concatenate([[0], ends[:-1]]), ends)
+            else:
+                block = places[begin : begin + BLOCK]
+                starts = np.where(block > 0, self.ends[block - 1].astype(np.int64), 0)
+                yield starts, self.ends[block].astype(np.int64)
 
 
 class PathReader:
