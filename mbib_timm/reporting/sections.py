@@ -424,8 +424,7 @@ def _last_point(results: SweepResults) -> str:
     last = [(run.curve.val_top1[-1:], run.heads["prediction"]["overall"]) for run in results.runs]
     if all(point == [result] for point, result in last):
         return "the last point is the result"
-    splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
-    return f"the last point is not the result, which is on split {splits}"
+    return f"the last point is not the result, which is on split {listed(run.split for run in results.runs)}"
 
 
 def _command(environment: Environment) -> str:
