@@ -19,8 +19,6 @@ from mbib_timm.recipe import (
     COMPUTING,
     KEYS,
     Recipe,
-    find_recipe,
-    list_recipes,
     load_recipe,
     longest_epochs,
     packaged_recipes,
@@ -430,8 +428,8 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
 
 def packaged_recipe(name: str) -> Recipe | None:
     """Return the packaged recipe that runs of a name are made by; None where there is none."""
-    named = [recipe for recipe in list_recipes() if recipe_name(find_recipe(recipe)) == name]
-    return load_recipe(find_recipe(named[0])) if named else None
+    files = [file for file in packaged_recipes().values() if recipe_name(file) == name]
+    return load_recipe(files[0]) if files else None
 
 
 def _settings(recipe: Recipe, own: Recipe, same_classes: bool) -> dict[str, Any]:
