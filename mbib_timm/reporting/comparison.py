@@ -11,7 +11,7 @@ from mbib_timm.reporting.findings import evaluated_alike
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
 from mbib_timm.reporting.sections import SEEDS, Section
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
-from mbib_timm.reporting.training_setups import capitalised, differing_settings, setup_names, setups
+from mbib_timm.reporting.training_setups import capitalised, differing_settings, setup_names
 from mbib_timm.results.columns import COLUMNS, macro_is_overall
 from mbib_timm.results.record import HeadMetrics, is_averaged
 from mbib_timm.results.runs import RunGroup
@@ -46,16 +46,17 @@ def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults
                 "section says on which."
             ]
         )
-    numbers, names = setups(groups), setup_names(groups)
-    if max(numbers) > 1:
+    names = setup_names(groups)
+    several = len(set(names)) > 1
+    if several:
         section.paragraphs([NOT_ALIKE])
         section.table(differing_settings(groups))
     parts: list[tuple[str, str, list[RunGroup]]] = []
     for said, kind in split_by_start(groups, lambda group: group.origin):
-        own = {number: [group for group in kind if numbers[groups.index(group)] == number] for number in numbers}
-        own = {number: members for number, members in own.items() if members}
+        own = {name: [group for group in kind if names[groups.index(group)] == name] for name in names}
+        own = {name: members for name, members in own.items() if members}
         if len(own) < len(kind) or len(own) == 1:
-            headings = [capitalised(names[number - 1].phrase) * (len(names) > 1) for number in own]
+            headings = [capitalised(name.phrase) * several for name in own]
             starts = [[group.origin for group in members] for members in own.values()]
             above = [said if origins[0].is_scratch else from_weights(origins) for origins in starts]
             parts += zip(above, headings, own.values(), strict=True)

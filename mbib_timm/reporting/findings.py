@@ -9,7 +9,7 @@ from typing import Any
 from mbib_timm.files import counted
 from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
-from mbib_timm.reporting.training_setups import capitalised, data_title, setup_names, setups
+from mbib_timm.reporting.training_setups import capitalised, data_title, setup_names
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import difference, percent
@@ -103,9 +103,9 @@ def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup], is_first: bool
 
 def _where(group: RunGroup, groups: Sequence[RunGroup], is_first: bool = True) -> str:
     """Return on what data runs were trained, and how, as far as that is not the same for all of a report or short."""
-    numbers, names = setups(groups), setup_names(groups)
-    setup = names[numbers[list(groups).index(group)] - 1]
-    words = [setup.phrase] * (len(names) > 1 and not setup.phrase.startswith("on "))
+    names = setup_names(groups)
+    setup = names[list(groups).index(group)]
+    words = [setup.phrase] * (len(set(names)) > 1 and not setup.phrase.startswith("on "))
     words += [f"after {epochs_of(group)} epochs"] * (group.is_short or len({epochs_of(each) for each in groups}) > 1)
     words += [] if group.origin.is_scratch else [f"started from {origin_text(group.origin)}"]
     if is_first or not words or len({data_title(each) for each in groups}) > 1:
