@@ -173,7 +173,9 @@ def readme_table(results: Path) -> str:
     """
     titles = {**SHOWN, **STRONG, **PRETRAINED}
     groups = dict(zip(titles, shown_groups(results, titles), strict=True))
-    compared = [[*_row(title, groups[name]), _papers(groups[name])] for name, title in SHOWN.items()]
+    compared = [
+        [*_row(title, groups[name]), percent(groups[name].papers_number("overall"))] for name, title in SHOWN.items()
+    ]
     strong, pretrained = ([_row(title, groups[name]) for name, title in of.items()] for of in (STRONG, PRETRAINED))
     tables = (
         Table(["ResNet-32 from scratch", "n", *COLUMNS, "paper"], compared),
@@ -185,11 +187,6 @@ def readme_table(results: Path) -> str:
 
 def _row(title: str, group: RunGroup) -> list[str]:
     return [title, str(len(group.runs)), *(mean_and_deviation(group.values(column)) for column in COLUMNS)]
-
-
-def _papers(group: RunGroup) -> str:
-    """Return the paper's overall accuracy of such a run; a dash where it has none."""
-    return percent(group.paper[0].accuracies["overall"]) if group.is_papers else NOTHING
 
 
 def epochs(run: FinishedRun) -> str:

@@ -363,6 +363,10 @@ class RunGroup:
         """True if the runs are the paper's: its recipe as it stands, in full. Then a difference from it counts."""
         return bool(self.paper) and not self.is_short and not self.settings
 
+    def papers_number(self, column: str) -> float | None:
+        """Return the paper's accuracy in percent from which a difference counts; None where it has none."""
+        return self.paper[0].accuracies.get(column) if self.is_papers else None
+
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
         """Return a head's number in percent of each run: a column of `MODEL_COLUMNS`."""
         return [run.heads[head].numbers()[column] for run in self.runs]
