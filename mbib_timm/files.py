@@ -271,6 +271,12 @@ def to_csv(rows: Iterable[Sequence[object]], exact: bool = False) -> bytes:
     return text.getvalue().encode(errors="backslashreplace")
 
 
+def mappings_to_csv(rows: Sequence[Mapping[str, object]], first: Iterable[str] = ()) -> bytes:
+    """Return rows by column as CSV, for programs: columns that are said to be first, then all others of any row."""
+    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+    return to_csv([columns, *([row.get(name) for name in columns] for row in rows)], exact=True)
+
+
 def csv_rows(text: str, separator: str, where: str) -> Iterator[tuple[int, list[str]]]:
     """Give the rows of a CSV that are not empty, each with its line, and no cell with spaces at its ends.
 
@@ -346,12 +352,9 @@ def _refuse(name: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"key {_repeated([key for key, _ in pairs])!r} occurs twice")
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"key {repeated!r} occurs twice")
     return found
-
-
-def _repeated(keys: Sequence[object]) -> object:
-    return next(key for key, times in Counter(keys).items() if times > 1)
 
 
 def parse_yaml(text: str, as_text: bool = False) -> Any:

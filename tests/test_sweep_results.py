@@ -184,7 +184,7 @@ def test_methods_are_called_by_their_titles():
 
 def test_every_run_is_a_row_of_the_csv():
     results = made_up(find_sweep(["table7_heads"]), scattered)
-    rows = list(csv.DictReader(io.StringIO(runs_csv(results))))
+    rows = list(csv.DictReader(io.StringIO(runs_csv(results).decode())))
     assert [row["run"] for row in rows] == [run.label for run in results.runs]
     assert len(rows) == 9
     for row, run in zip(rows, results.runs, strict=True):

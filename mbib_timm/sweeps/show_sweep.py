@@ -3,11 +3,9 @@
 The figure has bars, lines over a parameter, or a heat map of two.
 """
 
-import csv
-import io
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from mbib_timm.drawing import (
     render,
 )
 from mbib_timm.errors import first_line
-from mbib_timm.files import printable_lines, to_json, write_bytes
+from mbib_timm.files import mappings_to_csv, printable_lines, to_json, write_bytes
 from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.results.columns import COLUMNS
@@ -59,26 +57,18 @@ def write_results(folder: Path, results: SweepResults) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown(results)
-    files = {
-        FILE: to_json(results, indent=1),
-        "runs.csv": runs_csv(results).encode(),
-        "table.md": text.encode(),
-    }
-    _write(folder, files)  # before anything is drawn: no figure is worth the numbers
+    files = {FILE: to_json(results, indent=1), "runs.csv": runs_csv(results), "table.md": text.encode()}
+    for name, content in files.items():  # before anything is drawn: no figure is worth the numbers
+        write_bytes(folder / name, content)
     try:
-        drawn = render(lambda: sweep_figure(results), ("png", "pdf"))
-        _write(folder, {f"figure.{form}": content for form, content in drawn.items()})
+        for form, content in render(lambda: sweep_figure(results), ("png", "pdf")).items():
+            write_bytes(folder / f"figure.{form}", content)
     except Exception as error:  # matplotlib's are of many kinds
         print(f"no figure: {first_line(error)}")
     return text
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        write_bytes(folder / name, content)
-
-
-def runs_csv(results: SweepResults) -> str:
+def runs_csv(results: SweepResults) -> bytes:
     """Return a row per run: place, prediction by shot group, each head's top-1 accuracy, choices, seconds, commit."""
     rows = []
     for run in results.runs:
@@ -98,11 +88,7 @@ def runs_csv(results: SweepResults) -> str:
                 "run": run.label,
             }
         )
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
+    return mappings_to_csv(rows)
 
 
 def markdown(results: SweepResults) -> str:
