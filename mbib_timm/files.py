@@ -32,10 +32,6 @@ LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file so that `path` holds either its old content or all of the new. A link stays one, and so do rights.
 
-    Args:
-        path: the file to replace.
-        write: writes the content to the open file it is given.
-
     Raises:
         MbibError: no space left on the device, or nothing to be written there.
     """
@@ -221,10 +217,7 @@ def to_json(content: Any, indent: int = 2) -> bytes:
 def _to_lines(value: Any, indent: int, line: str) -> str:
     """Return plain values as JSON, indented but for long lists of numbers or names, which stand in one line.
 
-    Args:
-        value: to write.
-        indent: spaces a level.
-        line: a line break, and the spaces of this level.
+    `line` is a line break with the spaces of this level.
     """
     inner = line + " " * indent
     if isinstance(value, dict) and value:

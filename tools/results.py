@@ -75,14 +75,7 @@ SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- e
 
 
 def add(run: Path, results: Path) -> Path:
-    """Copy a finished run's results.
-
-    Args:
-        run: the run's folder.
-        results: folder of all results.
-
-    Returns:
-        The folder written.
+    """Copy a finished run's results into a folder among all results, and return it.
 
     Raises:
         MbibError: the run has no final metrics.
@@ -126,10 +119,6 @@ def table(results: Path) -> str:
 
 def shown_groups(results: Path, names: Iterable[str]) -> list[RunGroup]:
     """Return the runs of each recipe by its full schedule: of each the precision with most seeds.
-
-    Args:
-        results: folder of all results.
-        names: of the recipes.
 
     Raises:
         MbibError: no whole run of one of them.

@@ -110,11 +110,7 @@ def moved_plugin(plugin: str) -> str:
 
 
 def imported_code(plugin: str) -> str:
-    """Return the digest of a plugin's code as it was imported: what runs, whatever its file holds by now.
-
-    Args:
-        plugin: as recipes have it: the path of a file, or the name of a module.
-    """
+    """Return the digest of a plugin's code as it was imported: what runs, whatever it holds by now. See `code_of`."""
     return _loaded[plugin] if plugin in _loaded else code_of(plugin)
 
 

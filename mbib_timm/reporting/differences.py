@@ -22,9 +22,6 @@ def differences(group: RunGroup) -> list[str]:
 
     Each says how far it is, and sets it beside what is known of chance: the interval that the test images leave, and
     the spread over seeds where there is one. What may account for the rest is in `known_differences`.
-
-    Args:
-        group: runs of a recipe that the paper reports on.
     """
     if group.is_short:
         epochs = f"{group.epochs} of {group.recipe_epochs} epochs"

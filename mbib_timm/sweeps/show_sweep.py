@@ -46,15 +46,7 @@ PAPER = "the paper"
 
 
 def write_results(folder: Path, results: SweepResults) -> str:
-    """Write ``sweep.json``, ``runs.csv``, ``table.md``, ``figure.png`` and ``figure.pdf``.
-
-    Args:
-        folder: of the sweep's results.
-        results: what the sweep has found so far.
-
-    Returns:
-        The text of ``table.md``.
-    """
+    """Write ``sweep.json``, ``runs.csv``, ``table.md`` and the figure as PNG and PDF; return the text of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown(results)
     files = {FILE: to_json(results, indent=1), "runs.csv": runs_csv(results), "table.md": text.encode()}
@@ -171,11 +163,7 @@ def _seeds_differ(rows: Sequence[Cell]) -> bool:
 
 
 def sweep_figure(results: SweepResults) -> Any:
-    """Draw the mean accuracy of every configuration, with the standard deviation where there are several seeds.
-
-    Args:
-        results: of one finished run or more.
-    """
+    """Draw the mean accuracy of every configuration, with the standard deviation where there are several seeds."""
     draw = {"bars": _bars, "lines": _lines, "heatmap": _heatmap}[results.figure["kind"]]
     figure = draw(results, cells(results))
     figure.suptitle(_wrapped(short_headline(results), int(10 * figure.get_figwidth())))

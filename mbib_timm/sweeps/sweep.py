@@ -212,13 +212,7 @@ class Sweep:
 
 
 def check_figure(figure: Mapping[str, str], axes: Mapping[str, Any], heads: Mapping[str, str]) -> None:
-    """Raise ValueError for a figure of no known kind, and for roles that are none or whose axes there are not.
-
-    Args:
-        figure: its kind, and the axes' roles.
-        axes: by name.
-        heads: rows for the heads of a run.
-    """
+    """Raise ValueError for a figure of no known kind, and for roles that are none or whose axes there are not."""
     kind = figure.get("kind", "")
     if kind not in FIGURE_ROLES:
         raise ValueError(unknown_name("kind of figure", kind, FIGURE_ROLES))

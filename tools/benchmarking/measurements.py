@@ -393,13 +393,7 @@ class Start(NamedTuple):
 
 
 def to_first_step(settings: Settings, *flags: str, whole: bool) -> Start:
-    """Run `mbib train` until its first step.
-
-    Args:
-        settings: device.
-        flags: of `mbib train`.
-        whole: run the step too.
-    """
+    """Run `mbib train` until its first step, and the step too for the `whole`."""
     with tempfile.TemporaryDirectory() as folder:
         own = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
         command = [sys.executable, "-c", START, "whole" if whole else "begin", *flags, *own]

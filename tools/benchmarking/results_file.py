@@ -101,14 +101,7 @@ class Results:
 
 
 def build_row(name: str, machine: Machine, values: list[float] | None, commit: str | None) -> MeasuredRow:
-    """Return a row of the table.
-
-    Args:
-        name: in `ROWS`.
-        machine: that the row is for.
-        values: one per repeat; None where the row was not measured.
-        commit: that they were measured at.
-    """
+    """Return a row of `ROWS` on a machine; without values where it was not measured."""
     row = ROWS[name]
     target, bound = row.target(machine), "at least" if row.at_least else "at most"
     if values is None:
@@ -158,13 +151,7 @@ def require_same_machine(results: Results, environment: Environment, file: Path)
 
 
 def merge(old: Results | None, environment: Environment, records: Iterable[Record]) -> Results:
-    """Return new results with what an earlier file holds besides.
-
-    Args:
-        old: content of the file, or None.
-        environment: of the new ones.
-        records: what was measured.
-    """
+    """Return new results with what an earlier file holds besides."""
     commit, machine = environment.commit, Machine(environment.device, environment.hardware)
     kept = dict(old.records) if old else {}
     rows = old.measured() if old else {}
