@@ -236,11 +236,10 @@ def listing(phases: Sequence[Phase]) -> str:
     """Return the plan, a line for each phase."""
     lines = []
     for number, phase in enumerate(phases, start=1):
-        recipes = [phase.recipes] if isinstance(phase.recipes, str) else phase.recipes
         amount = ""
-        if recipes and not isinstance(phase.recipes, str):
-            epochs = max(longest_epochs(load_recipe(find_recipe(recipe))) for recipe in recipes)
-            amount = f": {len(recipes)} recipes x {len(phase.seeds)} seeds, {epochs} epochs at most"
+        if phase.recipes and not isinstance(phase.recipes, str):
+            epochs = max(longest_epochs(load_recipe(find_recipe(recipe))) for recipe in phase.recipes)
+            amount = f": {len(phase.recipes)} recipes x {len(phase.seeds)} seeds, {epochs} epochs at most"
         lines.append(f"{number:2}. {phase.name:14} {phase.what}{amount}")
     return "\n".join(lines)
 

@@ -45,13 +45,10 @@ from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep import find_sweep
 from mbib_timm.sweeps.sweep_plan import on_recipe, plan
-from mbib_timm.sweeps.sweep_results import SweepResults, epochs_run, listed
+from mbib_timm.sweeps.sweep_results import epochs_run, listed
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep
 
 ROOT = Path(__file__).parents[1]
-RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
-RECIPES = ("<!-- recipes: tools/results.py table -->\n", "<!-- end of recipes -->")
-MEASURED = ("<!-- measured: tools/results.py table -->\n", "<!-- end of measured -->")
 # The README's figure, and what it and the README's table show: CIFAR-100-LT with imbalance factor 100. First ResNet-32
 # from scratch; then, in tables of their own, what may not be compared with it: ResNet-32 with strong augmentation and
 # another optimisation, and EfficientNet-Lite0 with ImageNet-1k weights.
@@ -71,7 +68,8 @@ PRETRAINED = {
     "mbib_efficientnet_lite0.frozen_cifar100_lt_if100": "MBIB heads, backbone frozen",
     "mbib_efficientnet_lite0.finetune_cifar100_lt_if100": "MBIB, all fine-tuned",
 }
-SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- end of sweep -->)", re.DOTALL)
+# A table in a page, between markers that say what it is of, and of which sweep.
+TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?: tools/results\.py table -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
 def add(run: Path, results: Path) -> Path:
@@ -255,22 +253,17 @@ def measured_tables(results: Path) -> str:
     return "\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
 
 
-def sweep_table(sweep: SweepResults) -> str:
-    """Return the table of a sweep, without its title."""
-    return sweep_markdown(sweep).partition("\n\n")[2]
+def with_tables(text: str, results: Path) -> str:
+    """Return a page's text with the tables of today between their markers."""
 
+    def replaced(found: re.Match[str]) -> str:
+        if found[2] == "sweep":
+            made = sweep_markdown(read_sweep(results / found[3])).partition("\n\n")[2]  # without its title
+        else:
+            made = {"results": readme_table, "recipes": recipes_table, "measured": measured_tables}[found[2]](results)
+        return f"{found[1]}\n{made}\n{found[4]}"
 
-def write_table(page: Path, markers: tuple[str, str], table: str) -> None:
-    """Replace the table between a page's markers."""
-    begin, end = markers
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
-
-
-def with_sweeps(text: str, results: Path) -> str:
-    """Return text with the tables of sweeps between their markers."""
-    return SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(read_sweep(results / found[2]))}\n{found[3]}", text)
+    return TABLE.sub(replaced, text)
 
 
 def main() -> None:
@@ -293,11 +286,8 @@ def main() -> None:
             draw(file.parent)
         for file in (ROOT / "results").glob("*/sweep.json"):
             write_results(file.parent, read_sweep(file))
-    write_table(ROOT / "README.md", RUNS, readme_table(ROOT / "results"))
-    write_table(ROOT / "recipes" / "README.md", RECIPES, recipes_table(ROOT / "results"))
-    write_table(ROOT / "results" / "README.md", MEASURED, measured_tables(ROOT / "results"))
-    for page in (ROOT / "docs").glob("*.md"):
-        page.write_text(with_sweeps(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
+    for page in (*(ROOT / "docs").glob("*.md"), *(ROOT / place / "README.md" for place in ("", "recipes", "results"))):
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
 
 
 if __name__ == "__main__":
