@@ -241,9 +241,9 @@ def mean_bar(
     values: Sequence[float | None],
     width: float,
     color: str,
-    hatch: str = "",
-    marked: float | None = None,
-    lying: bool = False,
+    hatch: str,
+    marked: float | None,
+    lying: bool,
 ) -> tuple[Any, Any]:
     """Draw the mean of percentages as a bar with its number, its standard deviation, and a diamond beside it.
 

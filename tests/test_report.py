@@ -1185,7 +1185,7 @@ def test_long_names_stay_inside_the_figure(draw):
     drawn = []
 
     def measured():
-        figure = draw(groups)
+        figure = draw(groups, [group.title for group in groups])
         FigureCanvasAgg(figure).draw()
         texts = [*figure.legends[0].get_texts(), *figure.axes[0].get_yticklabels()]
         drawn.extend((text.get_window_extent(), figure.bbox.width) for text in texts)
