@@ -50,6 +50,29 @@ def test_the_table_of_runs_has_the_epochs_of_every_stage():
     assert results.epochs(replace(run, recipe=run.recipe.replace(epochs=20))) == "20 of 200"
 
 
+def test_runs_of_sweeps_count_with_any_seed_and_those_of_values_that_are_gone_do_not(tmp_path):
+    kept = json.loads((ROOT / "results" / "table9_rebalancing" / "sweep.json").read_text(encoding="utf-8"))
+    kept["axes"]["rebalancing"].append("gone")
+    (run,) = kept["runs"]
+    kept["runs"] = []
+    for value, seed in (("both", 7), ("gone", 0)):
+        configuration = run["configuration"].replace("=none", f"={value}")
+        own = {"coordinates": {"rebalancing": value}, "seed": seed, "settings": {}}
+        kept["runs"].append({**run, **own, "configuration": configuration, "label": f"{configuration}-seed{seed}"})
+    (tmp_path / "table9_rebalancing").mkdir()
+    (tmp_path / "table9_rebalancing" / "sweep.json").write_text(json.dumps(kept), encoding="utf-8")
+    accuracy = run["heads"]["prediction"]["overall"]
+    assert results.runs_of_sweeps(tmp_path) == {"mbib_resnet32.cifar100_lt_if100": [accuracy]}
+
+
+def test_notes_that_are_no_text_are_named(tmp_path):
+    kept = ROOT / "results" / "cifar_resnet20.ce_digits-60e-seed0"
+    run = shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+    (run / "notes.md").write_bytes("Für später".encode("latin-1"))
+    with pytest.raises(MbibError, match=r"notes\.md: byte 1 is not UTF-8"):
+        print(read_run(run).notes)
+
+
 def test_a_recipe_without_a_whole_run_is_named(tmp_path):
     with pytest.raises(MbibError, match=r"no whole run of cifar_resnet32\.ce_cifar100_lt_if100"):
         results.readme_table(tmp_path)

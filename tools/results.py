@@ -214,10 +214,11 @@ def runs_of_sweeps(results: Path) -> dict[str, list[float | None]]:
         packaged = next((name for name in list_sweeps() if kept.name.startswith(name)), None)
         if packaged is None:  # of recipes by their names, or of a file
             continue
-        planned = {run.label: run.recipe for run in plan(on_recipe(find_sweep([packaged]), kept.recipe), {})}
+        planned = {run.configuration: run.recipe for run in plan(on_recipe(find_sweep([packaged]), kept.recipe), {})}
         own: dict[str, list[float | None]] = {}
         for run in kept.runs:
-            name = names.get(_computed(planned[run.label]))
+            recipe = planned.get(run.configuration)  # None where the sweep has this value no longer
+            name = None if recipe is None else names.get(_computed(recipe))
             if name is not None and run.epochs == run.recipe_epochs and not set(run.settings) - SAME_RESULT:
                 own.setdefault(name, []).append(run.heads[PREDICTION]["overall"])
         found = {**own, **found}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbib_timm.errors import MbibError
+from mbib_timm.files import read_text
 from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text, start_name
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
@@ -246,7 +247,7 @@ class FinishedRun:
     def notes(self) -> tuple[str, ...]:
         """Paragraphs of ``notes.md``, by whoever ran it."""
         file = self.folder / "notes.md"
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = read_text(file, "notes of a run") if file.is_file() else ""
         return tuple(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
 
 
