@@ -229,11 +229,7 @@ def text_on(color: str) -> str:
 
 
 def outline(width: float = 2.5) -> list[Any]:
-    """Return the effect that sets lines and letters off from what is behind them by a rim of paper.
-
-    Args:
-        width: of the rim and what is inside it, in points.
-    """
+    """Return the effect that sets off lines and letters from what is behind by a rim, both of a width in points."""
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=width, foreground=background())]
@@ -245,9 +241,9 @@ def mean_bar(
     values: Sequence[float | None],
     width: float,
     color: str,
-    hatch: str = "",
-    marked: float | None = None,
-    lying: bool = False,
+    hatch: str,
+    marked: float | None,
+    lying: bool,
 ) -> tuple[Any, Any]:
     """Draw the mean of percentages as a bar with its number, its standard deviation, and a diamond beside it.
 
@@ -287,17 +283,7 @@ def mean_bar(
 def _write_number(
     axes: Any, at: float, mean: float, deviation: float, marked: float | None, color: str, lying: bool
 ) -> None:
-    """Write a bar's mean past its end; into it where the paper's mark is in the way.
-
-    Args:
-        axes: with the bar.
-        at: the bar's place.
-        mean: its height, in percent.
-        deviation: half the length of its error bar.
-        marked: height of the paper's mark; None for none.
-        color: of the bar.
-        lying: the bar grows to the right.
-    """
+    """Write a bar's mean past its end; into it where the paper's mark is in the way. See `mean_bar`."""
     inside = marked is not None and -2 < marked - mean - deviation < 6
     height = min(mean - deviation, marked) if inside and marked is not None else mean + deviation
     style = dict(color=text_on(color), bbox=dict(facecolor=color, linewidth=0, pad=0.5)) if inside else {}

@@ -133,12 +133,6 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def leave_world() -> None:
-    """Take this process out of its group."""
-    if is_distributed():
-        torch.distributed.destroy_process_group()
-
-
 @contextlib.contextmanager
 def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
     """Join the group of processes, see `join_world`, and leave it at the end; a group of the caller's stays.
@@ -166,8 +160,8 @@ def joined_world(device: str | None, advice: str = "") -> Iterator[World]:
             f"above, or in that process's output{advice}"
         ) from None
     finally:
-        if not of_caller:
-            leave_world()
+        if is_distributed() and not of_caller:
+            torch.distributed.destroy_process_group()
 
 
 def _is_lost_device(error: RuntimeError) -> bool:

@@ -32,10 +32,6 @@ LARGEST = 64 * 2**20  # bytes of a text file that is read whole
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file so that `path` holds either its old content or all of the new. A link stays one, and so do rights.
 
-    Args:
-        path: the file to replace.
-        write: writes the content to the open file it is given.
-
     Raises:
         MbibError: no space left on the device, or nothing to be written there.
     """
@@ -221,10 +217,7 @@ def to_json(content: Any, indent: int = 2) -> bytes:
 def _to_lines(value: Any, indent: int, line: str) -> str:
     """Return plain values as JSON, indented but for long lists of numbers or names, which stand in one line.
 
-    Args:
-        value: to write.
-        indent: spaces a level.
-        line: a line break, and the spaces of this level.
+    `line` is a line break with the spaces of this level.
     """
     inner = line + " " * indent
     if isinstance(value, dict) and value:
@@ -269,6 +262,12 @@ def to_csv(rows: Iterable[Sequence[object]], exact: bool = False) -> bytes:
     for row in rows:
         writer.writerow(row if exact else [to_cell(cell) if isinstance(cell, str) else cell for cell in row])
     return text.getvalue().encode(errors="backslashreplace")
+
+
+def mappings_to_csv(rows: Sequence[Mapping[str, object]], first: Iterable[str] = ()) -> bytes:
+    """Return rows by column as CSV, for programs: columns that are said to be first, then all others of any row."""
+    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+    return to_csv([columns, *([row.get(name) for name in columns] for row in rows)], exact=True)
 
 
 def csv_rows(text: str, separator: str, where: str) -> Iterator[tuple[int, list[str]]]:
@@ -346,12 +345,9 @@ def _refuse(name: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"key {_repeated([key for key, _ in pairs])!r} occurs twice")
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"key {repeated!r} occurs twice")
     return found
-
-
-def _repeated(keys: Sequence[object]) -> object:
-    return next(key for key, times in Counter(keys).items() if times > 1)
 
 
 def parse_yaml(text: str, as_text: bool = False) -> Any:

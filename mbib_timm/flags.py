@@ -134,12 +134,7 @@ def flag(key: str) -> str:
 
 
 def add_recipe_flags(parser: Parser, keys: Iterable[str]) -> None:
-    """Add the flags of recipe keys, in groups; those that are not given leave the recipe's value.
-
-    Args:
-        parser: of a command.
-        keys: which have an effect on it.
-    """
+    """Add the flags of keys that a command reads, in groups; those that are not given leave the recipe's value."""
     shown = parser.shown
     stages = [] if shown is None else shown.chain()
     for title, names in itertools.groupby(keys, key=lambda name: KEYS[name].metadata["group"]):

@@ -128,13 +128,7 @@ def check_options(instance: Any, where: str) -> None:
 
 
 def check_option(item: dataclasses.Field, expected: Any, value: Any, where: str) -> Any:
-    """Return a value of an option as its type.
-
-    Args:
-        item: the option.
-        expected: its type, see `option_types`.
-        value: to check.
-        where: names the option in messages.
+    """Return a value of an option as its type, see `option_types`; `where` names the option in messages.
 
     Raises:
         MbibError: a value of another type, or out of range.

@@ -559,7 +559,7 @@ def test_a_sweep_of_both_kinds_is_refused(tmp_path, capsys):
 
 def test_a_sweep_from_weights_says_so_and_stands_beside_no_number_of_the_paper():
     paper = made_up(Sweep("s", "mbib_resnet32.cifar100_lt_if100", {"method.beta": [1, 2]}))
-    assert "started from" not in markdown(paper) + runs_csv(paper)
+    assert "started from" not in markdown(paper) + runs_csv(paper).decode()
     sweep = Sweep("s", "finetune/mbib_resnet50", {"method.beta": [1, 2]}, seeds=[0, 1])
     results = made_up(sweep)
     text = markdown(results)
@@ -567,7 +567,7 @@ def test_a_sweep_from_weights_says_so_and_stands_beside_no_number_of_the_paper()
     assert "started from resnet50.a1_in1k (ImageNet-1k)" in text.splitlines()[0]
     assert "**Not from scratch**: started from resnet50.a1_in1k (ImageNet-1k). " in text
     assert "| started from |" not in text, "all from the same: the title has it"
-    assert runs_csv(results).splitlines()[0].split(",").count("started_from") == 1
+    assert runs_csv(results).splitlines()[0].split(b",").count(b"started_from") == 1
     other = replace(results.runs[0], origin=Origin([Weights("file", "w.pt", None, [UNKNOWN])]))
     mixed = replace(results, runs=[other, *results.runs[1:]])
     assert "| started from | n |" in markdown(mixed)

@@ -1004,7 +1004,7 @@ def test_an_older_record_describes_the_same_data_in_the_same_words():
 def test_text_is_escaped():
     assert inline("a < b & `x <y>`") == "a &lt; b &amp; <code>x &lt;y&gt;</code>"
     section = Section('<img src=x onerror="alert(1)">')
-    section.paragraphs(["<script>alert(1)</script>"])
+    section.paragraphs("<script>alert(1)</script>")
     section.table(Table(["<b>"], [["</table>"]]))
     page = render_page("<title>", "</p>", [section, section])
     assert "<script" not in page
@@ -1151,7 +1151,7 @@ def test_curves_side_by_side_show_every_seed_and_which_weights(undrawn):
     expected = [[row.val["top1"] for row in run.history if row.val] for run in groups[0].runs]
     assert thin == expected
     assert shown[label] == pytest.approx(np.mean(expected, axis=0).tolist())
-    shown, thin = labelled(comparison_curves(groups[:1]))
+    shown, thin = labelled(comparison_curves(groups[:1], [groups[0].title]))
     assert [*shown] == [f"{groups[0].title} (n = 2)"]
     page = html_of(comparison_section(groups))
     assert "Each line is a run, thin for each seed where there are several, and thick for their mean; where" in page
@@ -1185,7 +1185,7 @@ def test_long_names_stay_inside_the_figure(draw):
     drawn = []
 
     def measured():
-        figure = draw(groups)
+        figure = draw(groups, [group.title for group in groups])
         FigureCanvasAgg(figure).draw()
         texts = [*figure.legends[0].get_texts(), *figure.axes[0].get_yticklabels()]
         drawn.extend((text.get_window_extent(), figure.bbox.width) for text in texts)

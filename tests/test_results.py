@@ -15,22 +15,12 @@ from mbib_timm.results.runs import read_run
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    ("page", "markers", "table"),
-    [
-        ("README.md", results.RUNS, results.readme_table),
-        ("recipes/README.md", results.RECIPES, results.recipes_table),
-        ("results/README.md", results.MEASURED, results.measured_tables),
-    ],
-    ids=["readme", "recipes", "results"],
-)
-def test_pages_tables_are_those_of_the_results(page, markers, table, tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "results/README.md", "docs/pretrained.md"])
+def test_pages_tables_are_those_of_the_results(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert all(text.count(marker) == 1 for marker in markers)
-    copy = tmp_path / "README.md"
-    copy.write_text(text, encoding="utf-8")
-    results.write_table(copy, markers, table(ROOT / "results"))
-    assert copy.read_text(encoding="utf-8") == text
+    bare = results.TABLE.sub(r"\1\4", text)
+    assert len(bare) < len(text)
+    assert results.with_tables(bare, ROOT / "results") == text
 
 
 def test_the_readmes_table_has_the_numbers_of_the_records_and_of_the_paper():
@@ -58,6 +48,29 @@ def test_the_table_of_runs_has_the_epochs_of_every_stage():
     assert epochs["cifar_resnet32.bsce_cifar100_lt_if100"] == "200"
     run = read_run(ROOT / "results" / "cifar_resnet32.ce_cifar100_lt_if100-200e-seed0-bfloat16")
     assert results.epochs(replace(run, recipe=run.recipe.replace(epochs=20))) == "20 of 200"
+
+
+def test_runs_of_sweeps_count_with_any_seed_and_those_of_values_that_are_gone_do_not(tmp_path):
+    kept = json.loads((ROOT / "results" / "table9_rebalancing" / "sweep.json").read_text(encoding="utf-8"))
+    kept["axes"]["rebalancing"].append("gone")
+    (run,) = kept["runs"]
+    kept["runs"] = []
+    for value, seed in (("both", 7), ("gone", 0)):
+        configuration = run["configuration"].replace("=none", f"={value}")
+        own = {"coordinates": {"rebalancing": value}, "seed": seed, "settings": {}}
+        kept["runs"].append({**run, **own, "configuration": configuration, "label": f"{configuration}-seed{seed}"})
+    (tmp_path / "table9_rebalancing").mkdir()
+    (tmp_path / "table9_rebalancing" / "sweep.json").write_text(json.dumps(kept), encoding="utf-8")
+    accuracy = run["heads"]["prediction"]["overall"]
+    assert results.runs_of_sweeps(tmp_path) == {"mbib_resnet32.cifar100_lt_if100": [accuracy]}
+
+
+def test_notes_that_are_no_text_are_named(tmp_path):
+    kept = ROOT / "results" / "cifar_resnet20.ce_digits-60e-seed0"
+    run = shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+    (run / "notes.md").write_bytes("Für später".encode("latin-1"))
+    with pytest.raises(MbibError, match=r"notes\.md: byte 1 is not UTF-8"):
+        print(read_run(run).notes)
 
 
 def test_a_recipe_without_a_whole_run_is_named(tmp_path):

@@ -29,7 +29,7 @@ from mbib_timm.sweeps.show_sweep import (
 )
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, list_sweeps
 from mbib_timm.sweeps.sweep_plan import on_recipe
-from mbib_timm.sweeps.sweep_results import read_results
+from mbib_timm.sweeps.sweep_results import read_results, row_name
 
 pytestmark = pytest.mark.figures
 GROUPS = ("overall", "many", "medium", "few")
@@ -106,11 +106,18 @@ def test_what_some_rows_had_more_of_is_said():
     first, *others = results.runs
     more = replace(first, stage_epochs=[200, 10], chosen={"tau": 0.5}, chosen_on="990 held-out images")
     said = what_was_run(replace(results, runs=[more, *(replace(run, stage_epochs=[200]) for run in others)]))
-    row = "factor 100 beta 0"
+    row = "factor 100, beta 0"
     assert f"Stages of 200 + 10 epochs: {row}." in said
     assert f"**Chosen with labels of further images**: tau of {row}, on 990 held-out images." in said
     untrained = replace(results, runs=[replace(run, stage_epochs=[200, 0]) for run in results.runs])
     assert not any("Stages of" in sentence for sentence in what_was_run(untrained)), "nothing is trained there"
+
+
+def test_an_axis_of_heads_keeps_a_label_of_its_own():
+    sweep = replace(find_sweep(["frozen_imbalance"]), labels={"head": "classifier"}, seeds=[0])
+    results = made_up(sweep)
+    assert row_name(results, results.runs[0].coordinates) == "imbalance factor 50, classifier BSCE, linear"
+    assert set(table_of(results)[0]) >= {"imbalance factor", "classifier"}
 
 
 def test_a_group_without_classes_is_a_dash():
@@ -177,7 +184,7 @@ def test_methods_are_called_by_their_titles():
 
 def test_every_run_is_a_row_of_the_csv():
     results = made_up(find_sweep(["table7_heads"]), scattered)
-    rows = list(csv.DictReader(io.StringIO(runs_csv(results))))
+    rows = list(csv.DictReader(io.StringIO(runs_csv(results).decode())))
     assert [row["run"] for row in rows] == [run.label for run in results.runs]
     assert len(rows) == 9
     for row, run in zip(rows, results.runs, strict=True):

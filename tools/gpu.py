@@ -102,16 +102,7 @@ DRY = (
 
 
 def command(phase: Phase, out: Path, data: Path | None, jobs: int, epochs: int | None, dry: bool) -> list[str]:
-    """Return the command of a phase; writes the file of its sweep.
-
-    Args:
-        phase: what to do.
-        out: folder of everything.
-        data: the packed images; None in a dry run.
-        jobs: runs at once.
-        epochs: of each run; its own when None.
-        dry: a dry run on the CPU.
-    """
+    """Return the command of a phase, whose sweep's file it writes. Without `epochs` each run has its own."""
     python = [sys.executable, "-u"]
     if phase.name == "checks":
         # Without a device the same checks on emulated graphs.
@@ -157,13 +148,7 @@ def require_whole(packed: Path) -> None:
 
 
 def run_phase(call: Sequence[str], log: Path, ends: float, renew: "Archives") -> int | None:
-    """Run a command until it ends, or is interrupted when the time is nearly up.
-
-    Args:
-        call: the command.
-        log: takes its output.
-        ends: when it must have ended, by `time.monotonic`.
-        renew: the archives.
+    """Run a command until it ends, or interrupt it when the time that `ends`, by `time.monotonic`, is nearly up.
 
     Returns:
         Its exit status; None if it was interrupted.
@@ -191,11 +176,7 @@ def run_phase(call: Sequence[str], log: Path, ends: float, renew: "Archives") ->
 
 
 class Archives:
-    """What comes back from the machine.
-
-    Args:
-        out: folder of everything.
-    """
+    """What comes back from the machine, out of the folder of everything."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.last = out, time.monotonic()
@@ -255,11 +236,10 @@ def listing(phases: Sequence[Phase]) -> str:
     """Return the plan, a line for each phase."""
     lines = []
     for number, phase in enumerate(phases, start=1):
-        recipes = [phase.recipes] if isinstance(phase.recipes, str) else phase.recipes
         amount = ""
-        if recipes and not isinstance(phase.recipes, str):
-            epochs = max(longest_epochs(load_recipe(find_recipe(recipe))) for recipe in recipes)
-            amount = f": {len(recipes)} recipes x {len(phase.seeds)} seeds, {epochs} epochs at most"
+        if phase.recipes and not isinstance(phase.recipes, str):
+            epochs = max(longest_epochs(load_recipe(find_recipe(recipe))) for recipe in phase.recipes)
+            amount = f": {len(phase.recipes)} recipes x {len(phase.seeds)} seeds, {epochs} epochs at most"
         lines.append(f"{number:2}. {phase.name:14} {phase.what}{amount}")
     return "\n".join(lines)
 

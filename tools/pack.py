@@ -66,15 +66,12 @@ def main() -> None:
 
 
 def pack(recipe: Recipe, file: Path, image_format: str) -> int:
-    """Write a recipe's data as one archive, as a whole or not at all.
+    """Write a recipe's data as one archive, as a whole or not at all, and return the number of images.
 
     Args:
         recipe: names the data and the subset.
         file: compressed unless its name ends in ``.tar``.
         image_format: ``png`` or ``webp``.
-
-    Returns:
-        The number of images.
 
     Raises:
         MbibError: another name, no such folder, or a file that cannot be written.

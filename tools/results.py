@@ -45,13 +45,10 @@ from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep import find_sweep
 from mbib_timm.sweeps.sweep_plan import on_recipe, plan
-from mbib_timm.sweeps.sweep_results import SweepResults, epochs_run, listed
+from mbib_timm.sweeps.sweep_results import epochs_run, listed
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep
 
 ROOT = Path(__file__).parents[1]
-RUNS = ("<!-- results: tools/results.py table -->\n", "<!-- end of results -->")
-RECIPES = ("<!-- recipes: tools/results.py table -->\n", "<!-- end of recipes -->")
-MEASURED = ("<!-- measured: tools/results.py table -->\n", "<!-- end of measured -->")
 # The README's figure, and what it and the README's table show: CIFAR-100-LT with imbalance factor 100. First ResNet-32
 # from scratch; then, in tables of their own, what may not be compared with it: ResNet-32 with strong augmentation and
 # another optimisation, and EfficientNet-Lite0 with ImageNet-1k weights.
@@ -71,18 +68,12 @@ PRETRAINED = {
     "mbib_efficientnet_lite0.frozen_cifar100_lt_if100": "MBIB heads, backbone frozen",
     "mbib_efficientnet_lite0.finetune_cifar100_lt_if100": "MBIB, all fine-tuned",
 }
-SWEEP = re.compile(r"(<!-- sweep (\S+): tools/results\.py table -->\n).*?(<!-- end of sweep -->)", re.DOTALL)
+# A table in a page, between markers that say what it is of, and of which sweep.
+TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?: tools/results\.py table -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
 def add(run: Path, results: Path) -> Path:
-    """Copy a finished run's results.
-
-    Args:
-        run: the run's folder.
-        results: folder of all results.
-
-    Returns:
-        The folder written.
+    """Copy a finished run's results into a folder among all results, and return it.
 
     Raises:
         MbibError: the run has no final metrics.
@@ -127,10 +118,6 @@ def table(results: Path) -> str:
 def shown_groups(results: Path, names: Iterable[str]) -> list[RunGroup]:
     """Return the runs of each recipe by its full schedule: of each the precision with most seeds.
 
-    Args:
-        results: folder of all results.
-        names: of the recipes.
-
     Raises:
         MbibError: no whole run of one of them.
     """
@@ -173,7 +160,9 @@ def readme_table(results: Path) -> str:
     """
     titles = {**SHOWN, **STRONG, **PRETRAINED}
     groups = dict(zip(titles, shown_groups(results, titles), strict=True))
-    compared = [[*_row(title, groups[name]), _papers(groups[name])] for name, title in SHOWN.items()]
+    compared = [
+        [*_row(title, groups[name]), percent(groups[name].papers_number("overall"))] for name, title in SHOWN.items()
+    ]
     strong, pretrained = ([_row(title, groups[name]) for name, title in of.items()] for of in (STRONG, PRETRAINED))
     tables = (
         Table(["ResNet-32 from scratch", "n", *COLUMNS, "paper"], compared),
@@ -185,11 +174,6 @@ def readme_table(results: Path) -> str:
 
 def _row(title: str, group: RunGroup) -> list[str]:
     return [title, str(len(group.runs)), *(mean_and_deviation(group.values(column)) for column in COLUMNS)]
-
-
-def _papers(group: RunGroup) -> str:
-    """Return the paper's overall accuracy of such a run; a dash where it has none."""
-    return percent(group.paper[0].accuracies["overall"]) if group.is_papers else NOTHING
 
 
 def epochs(run: FinishedRun) -> str:
@@ -230,10 +214,11 @@ def runs_of_sweeps(results: Path) -> dict[str, list[float | None]]:
         packaged = next((name for name in list_sweeps() if kept.name.startswith(name)), None)
         if packaged is None:  # of recipes by their names, or of a file
             continue
-        planned = {run.label: run.recipe for run in plan(on_recipe(find_sweep([packaged]), kept.recipe), {})}
+        planned = {run.configuration: run.recipe for run in plan(on_recipe(find_sweep([packaged]), kept.recipe), {})}
         own: dict[str, list[float | None]] = {}
         for run in kept.runs:
-            name = names.get(_computed(planned[run.label]))
+            recipe = planned.get(run.configuration)  # None where the sweep has this value no longer
+            name = None if recipe is None else names.get(_computed(recipe))
             if name is not None and run.epochs == run.recipe_epochs and not set(run.settings) - SAME_RESULT:
                 own.setdefault(name, []).append(run.heads[PREDICTION]["overall"])
         found = {**own, **found}
@@ -269,22 +254,17 @@ def measured_tables(results: Path) -> str:
     return "\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
 
 
-def sweep_table(sweep: SweepResults) -> str:
-    """Return the table of a sweep, without its title."""
-    return sweep_markdown(sweep).partition("\n\n")[2]
+def with_tables(text: str, results: Path) -> str:
+    """Return a page's text with the tables of today between their markers."""
 
+    def replaced(found: re.Match[str]) -> str:
+        if found[2] == "sweep":
+            made = sweep_markdown(read_sweep(results / found[3])).partition("\n\n")[2]  # without its title
+        else:
+            made = {"results": readme_table, "recipes": recipes_table, "measured": measured_tables}[found[2]](results)
+        return f"{found[1]}\n{made}\n{found[4]}"
 
-def write_table(page: Path, markers: tuple[str, str], table: str) -> None:
-    """Replace the table between a page's markers."""
-    begin, end = markers
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
-
-
-def with_sweeps(text: str, results: Path) -> str:
-    """Return text with the tables of sweeps between their markers."""
-    return SWEEP.sub(lambda found: f"{found[1]}\n{sweep_table(read_sweep(results / found[2]))}\n{found[3]}", text)
+    return TABLE.sub(replaced, text)
 
 
 def main() -> None:
@@ -307,11 +287,8 @@ def main() -> None:
             draw(file.parent)
         for file in (ROOT / "results").glob("*/sweep.json"):
             write_results(file.parent, read_sweep(file))
-    write_table(ROOT / "README.md", RUNS, readme_table(ROOT / "results"))
-    write_table(ROOT / "recipes" / "README.md", RECIPES, recipes_table(ROOT / "results"))
-    write_table(ROOT / "results" / "README.md", MEASURED, measured_tables(ROOT / "results"))
-    for page in (ROOT / "docs").glob("*.md"):
-        page.write_text(with_sweeps(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
+    for page in (*(ROOT / "docs").glob("*.md"), *(ROOT / place / "README.md" for place in ("", "recipes", "results"))):
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), ROOT / "results"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,6 @@ def add(run: Path, data_dir: str | None = None) -> Path:
         run: the run's folder.
         data_dir: folder of its data, where they are no longer where the run found them.
 
-    Returns:
-        The folder written.
-
     Raises:
         MbibError: a run that is no recipe's, or not finished, or shorter than its recipe; or data that are missing, for
             the rounded weights are evaluated.

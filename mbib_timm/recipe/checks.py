@@ -50,15 +50,7 @@ WEIGHT_FILES = (".csv", ".json", ".yaml", ".yml")
 
 
 def check_recipe(recipe: "Recipe", method: DeclaredMethod) -> None:
-    """Check a recipe whose values have their types and lie in their ranges.
-
-    Args:
-        recipe: of a stage.
-        method: of the recipe.
-
-    Raises:
-        MbibError: names the key at fault.
-    """
+    """Raise MbibError, with the key at fault, for a stage whose values have their types and lie in their ranges."""
     _check_data(recipe)
     _check_sampler(recipe, method)
     _check_mixing(recipe, method)
@@ -227,15 +219,7 @@ def _check_values(recipe: "Recipe") -> None:
 
 
 def check_part(where: str, part: str) -> re.Pattern[str]:
-    """Return the expression that names a part of a network, or of a path.
-
-    Args:
-        where: names the option in messages, such as ``recipe key 'train'``.
-        part: the expression.
-
-    Raises:
-        MbibError: it is none.
-    """
+    """Return the expression that names a part of a network, or of a path. Raises MbibError where it is none."""
     try:
         return re.compile(part)
     except (re.error, OverflowError, RecursionError) as error:
@@ -373,13 +357,7 @@ def _check_views(recipe: "Recipe", method: DeclaredMethod) -> None:
 
 
 def check_view_keys(number: int, differing: Mapping[str, Any], keys: Iterable[dataclasses.Field]) -> None:
-    """Raise MbibError for a key in which no view of an image may differ.
-
-    Args:
-        number: of the view, from 1.
-        differing: values by key.
-        keys: of a recipe.
-    """
+    """Raise MbibError for a key in which no view of an image may differ."""
     allowed = [
         item.name
         for item in keys
@@ -391,11 +369,7 @@ def check_view_keys(number: int, differing: Mapping[str, Any], keys: Iterable[da
 
 
 def view_of(recipe: "Recipe", differing: Mapping[str, Any]) -> "Recipe":
-    """Return a recipe with the augmentation of a view of each image.
-
-    Args:
-        recipe: of the run.
-        differing: values of the augmentation's keys in which the view differs.
+    """Return a recipe with the augmentation of a view of each image, which differs in some keys.
 
     Raises:
         MbibError: values that cannot be, or that have no effect.

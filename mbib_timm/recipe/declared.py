@@ -147,9 +147,6 @@ def find_method(name: str) -> DeclaredMethod:
 def resolve_settings(method: Mapping[str, Any]) -> tuple[DeclaredMethod, dict[str, Any]]:
     """Return a recipe's method and all of its settings, checked.
 
-    Args:
-        method: ``name``, and settings by name.
-
     Raises:
         MbibError: no name, an unknown one, or a setting that the method has not or does not take.
     """

@@ -31,18 +31,8 @@ OPEN_CHOICES = {"loader": "auto", "amp": None, "cuda_graph": None, **dict.fromke
 # What is known of a key beside its type and range. `location`: it says where a run happens and not what it computes;
 # a run may be resumed with other values. `evaluation`: an evaluation of a trained model depends on it too.
 _data, _input, _augmentation, _mixing, _model, _method, _optimisation, _machine, _output = (
-    partial(option, group=group, location=False, evaluation=evaluation)
-    for group, evaluation in (
-        ("data", True),
-        ("input", False),
-        ("augmentation", False),
-        ("mixing", False),
-        ("model", False),
-        ("method", False),
-        ("optimisation", False),
-        ("machine", False),
-        ("output", False),
-    )
+    partial(option, group=group, location=False, evaluation=group == "data")
+    for group in ("data", "input", "augmentation", "mixing", "model", "method", "optimisation", "machine", "output")
 )
 
 

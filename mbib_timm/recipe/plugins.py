@@ -43,9 +43,8 @@ def load_plugin(plugin: str) -> str:
     if is_file and not Path(where).is_file():
         near = nearest(Path(where).name, [file.name for file in Path(where).parent.glob("*.py")], most=1)
         raise MbibError(f"plugin {plugin}: there is no such file{f'; did you mean {near[0]!r}?' if near else ''}")
-    if is_file and Path(where).suffix != ".py":
-        raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
-    if not is_file and (plugin.startswith(".") or Path(plugin).name != plugin):
+    is_name = not plugin.startswith(".") and Path(plugin).name == plugin
+    if not (Path(where).suffix == ".py" if is_file else is_name):
         raise MbibError(f"plugin {plugin}: expected a file whose name ends in .py, or the name of a module")
     if not is_file and module in sys.modules and _registers(module) and _changed_at(module) > IMPORTED:
         _forget(module)  # somebody has imported it before: perhaps from other code than is there now
@@ -111,11 +110,7 @@ def moved_plugin(plugin: str) -> str:
 
 
 def imported_code(plugin: str) -> str:
-    """Return the digest of a plugin's code as it was imported: what runs, whatever its file holds by now.
-
-    Args:
-        plugin: as recipes have it: the path of a file, or the name of a module.
-    """
+    """Return the digest of a plugin's code as it was imported: what runs, whatever it holds by now. See `code_of`."""
     return _loaded[plugin] if plugin in _loaded else code_of(plugin)
 
 
@@ -227,12 +222,9 @@ def _place(plugin: str) -> tuple[str, str]:
     """Return the name by which a plugin is found from anywhere, and that of its module."""
     path = Path(plugin)
     if path.suffix == ".py" or path.is_file():
-        return str(path.resolve()), _module_name(path.resolve())
+        where = str(path.resolve())
+        return where, f"mbib_timm_plugin_{Path(where).stem}_{zlib.crc32(where.encode()):08x}"
     return plugin, plugin
-
-
-def _module_name(path: Path) -> str:
-    return f"mbib_timm_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
 
 
 def _import_file(name: str, path: Path) -> str:

@@ -263,20 +263,16 @@ def _shorten(content: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[
     stages = content.get(STAGES, [content])
     for number, stage in enumerate(stages, start=1):
         prefix = f"stage{number}." if STAGES in content else ""
-
-        def is_given(key: str, stage: dict[str, Any] = stage, prefix: str = prefix) -> bool:
-            return f"{prefix}{key}" in overrides or (key in overrides and key not in stage)
-
-        def value(key: str, stage: dict[str, Any] = stage) -> Any:
-            return stage.get(key, content.get(key, default_of(KEYS[key])))
-
-        epochs = value("epochs")
-        if not is_given("epochs") or not isinstance(epochs, int) or epochs < 1:
+        counts = ("epochs", "warmup_epochs", "mixup_off_epochs")
+        given = [key for key in counts if f"{prefix}{key}" in overrides or (key in overrides and key not in stage)]
+        values = {key: stage.get(key, content.get(key, default_of(KEYS[key]))) for key in counts}
+        epochs = values["epochs"]
+        if "epochs" not in given or not isinstance(epochs, int) or epochs < 1:
             continue
         shortened = []
         for key, most in (("warmup_epochs", epochs - 1), ("mixup_off_epochs", (epochs - 1) // 2)):
-            before = value(key)
-            if not is_given(key) and isinstance(before, int) and before > most:
+            before = values[key]
+            if key not in given and isinstance(before, int) and before > most:
                 stage[key] = most
                 shortened.append(f"{key} shortened from {before} to {most}")
         if shortened:

@@ -11,7 +11,7 @@ from mbib_timm.reporting.findings import evaluated_alike
 from mbib_timm.reporting.report_figures import comparison_bars, comparison_curves
 from mbib_timm.reporting.sections import SEEDS, Section
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
-from mbib_timm.reporting.training_setups import capitalised, differing_settings, setup_names, setups
+from mbib_timm.reporting.training_setups import capitalised, differing_settings, setup_names
 from mbib_timm.results.columns import COLUMNS, macro_is_overall
 from mbib_timm.results.record import HeadMetrics, is_averaged
 from mbib_timm.results.runs import RunGroup
@@ -38,24 +38,22 @@ def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults
     """Return runs of several recipes side by side: those from scratch, then those that started from weights, and of
     each those that were trained alike. `sweeps` are those of the report, see `known_differences`."""
     section = Section("Side by side")
-    alike = evaluated_alike(groups)
-    if not alike:
+    if not evaluated_alike(groups):
         section.paragraphs(
-            [
-                "These runs were not evaluated on the same images, and so their numbers do not compare: each run's own "
-                "section says on which."
-            ]
+            "These runs were not evaluated on the same images, and so their numbers do not compare: each run's own "
+            "section says on which."
         )
-    numbers, names = setups(groups), setup_names(groups)
-    if max(numbers) > 1:
-        section.paragraphs([NOT_ALIKE])
+    names = setup_names(groups)
+    several = len(set(names)) > 1
+    if several:
+        section.paragraphs(NOT_ALIKE)
         section.table(differing_settings(groups))
     parts: list[tuple[str, str, list[RunGroup]]] = []
     for said, kind in split_by_start(groups, lambda group: group.origin):
-        own = {number: [group for group in kind if numbers[groups.index(group)] == number] for number in numbers}
-        own = {number: members for number, members in own.items() if members}
+        own = {name: [group for group in kind if names[groups.index(group)] == name] for name in names}
+        own = {name: members for name, members in own.items() if members}
         if len(own) < len(kind) or len(own) == 1:
-            headings = [capitalised(names[number - 1].phrase) * (len(names) > 1) for number in own]
+            headings = [capitalised(name.phrase) * several for name in own]
             starts = [[group.origin for group in members] for members in own.values()]
             above = [said if origins[0].is_scratch else from_weights(origins) for origins in starts]
             parts += zip(above, headings, own.values(), strict=True)
@@ -63,7 +61,8 @@ def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults
             parts.append((said, "", kind))
     before = ""
     for place, (said, heading, members) in enumerate(parts, start=1):
-        section.paragraphs([said] if said not in ("", before) else [])
+        if said not in ("", before):
+            section.paragraphs(said)
         before = said
         if heading:
             section.heading(heading)
@@ -71,7 +70,7 @@ def comparison_section(groups: Sequence[RunGroup], sweeps: Sequence[SweepResults
         _compare(section, members, titles, groups, f"-{place}" if len(parts) > 1 else "")
     if known := known_differences(groups, sweeps):
         section.heading("What is known to differ from the paper")
-        section.paragraphs(known)
+        section.paragraphs(*known)
     return section
 
 
@@ -86,37 +85,26 @@ def _compare(
     has_paper = any(group.is_papers for group in groups)
     rows = []
     for group, title in zip(groups, short_titles(groups, of, ("epochs", "precision")), strict=True):
-        result = group.paper[0] if group.is_papers else None
-        number = None if result is None else result.accuracies.get("overall")
-        paper = percent(number) if result is None or number is None else f"{percent(number)} ({result.source})"
+        number = group.papers_number("overall")
+        paper = NOTHING if number is None else f"{percent(number)} ({group.paper[0].source})"
         accuracies = [mean_and_deviation(group.values(column)) for column in columns]
-        beside = [paper, difference(group.mean("overall"), number) if number is not None else NOTHING] * has_paper
+        beside = [paper, difference(group.mean("overall"), number)] * has_paper
         cells = [title, epochs_of(group), group.first.precision, str(len(group.runs)), *accuracies, *beside]
         rows.append((group.origin, cells))
     papers = ["paper", "difference"] * has_paper
     for _, table in tables_by_start(["method", "epochs", "precision", "n", *columns, *papers], rows):
         section.table(table)
-    section.paragraphs(_uncertainty(results))
-    section.figure(
-        Illustration(
-            f"accuracy{suffix}",
-            "Accuracy by shot group",
-            _how_to_read_bars(groups),
-            partial(comparison_bars, groups, titles),
-        )
-    )
+    section.paragraphs(*_uncertainty(results))
+    reading = _how_to_read_bars(groups)
+    bars = partial(comparison_bars, groups, titles)
+    section.figure(Illustration(f"accuracy{suffix}", "Accuracy by shot group", reading, bars))
     histories = [run.history for group in groups for run in group.runs]
     if any(row.val is not None for history in histories for row in history):
         seeds = SEEDS * _has_several_seeds(groups)
         said = "; the legend says which weights a line is of" * any(map(is_averaged, histories))
-        section.figure(
-            Illustration(
-                f"curves{suffix}",
-                "Accuracy over the epochs",
-                f"Each line is a run{seeds}; where lines cross, the ranking depends on when training stops{said}.",
-                partial(comparison_curves, groups, titles),
-            )
-        )
+        reading = f"Each line is a run{seeds}; where lines cross, the ranking depends on when training stops{said}."
+        curves = partial(comparison_curves, groups, titles)
+        section.figure(Illustration(f"curves{suffix}", "Accuracy over the epochs", reading, curves))
     analyzed = [
         (group, replace(analysis, name=title))
         for group, title in zip(groups, titles, strict=True)

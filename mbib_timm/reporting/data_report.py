@@ -47,11 +47,7 @@ IN_FILES = ("folder", "table", "list", "inat2018")
 
 
 def find_data(target: str, overrides: Mapping[str, Any]) -> Recipe:
-    """Return the recipe that names the data.
-
-    Args:
-        target: a folder or archive of images, a table of them, or a recipe.
-        overrides: recipe keys to replace.
+    """Return the recipe that names the data: a folder or archive of images, a table of them, or a recipe's own.
 
     Raises:
         MbibError: nothing of the kind, or values that cannot be.
@@ -98,7 +94,7 @@ def data_report(
     figure: Path | None = None,
     split_file: Path | None = None,
 ) -> Inspection:
-    """Look at every image of some data, and print what there is to know.
+    """Look at every image of some data, print what there is to know, and return what was found.
 
     Args:
         target: a folder or archive of images, a table of them, or a recipe.
@@ -106,9 +102,6 @@ def data_report(
         csv_file: where to write a line per image.
         figure: where to draw the images of each class.
         split_file: where to write which image is in which split, as a table that ``dataset: table`` reads.
-
-    Returns:
-        What was found.
 
     Raises:
         MbibError: data that are missing or malformed, or files that cannot be written or hold something else.

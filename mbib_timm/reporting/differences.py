@@ -10,7 +10,7 @@ from mbib_timm.results.paper import PaperResult
 from mbib_timm.results.run_text import extended_text, stages_text
 from mbib_timm.results.runs import SAME_RESULT, RunGroup
 from mbib_timm.results.tables import NOTHING, difference, mean_of, percent
-from mbib_timm.sweeps.sweep_results import Cell, SweepResults, cells, epochs_run, listed
+from mbib_timm.sweeps.sweep_results import SweepResults, cells, epochs_run, listed, row_name
 
 # Differences beyond this many points get a paragraph.
 NOTABLE = 1.0
@@ -22,9 +22,6 @@ def differences(group: RunGroup) -> list[str]:
 
     Each says how far it is, and sets it beside what is known of chance: the interval that the test images leave, and
     the spread over seeds where there is one. What may account for the rest is in `known_differences`.
-
-    Args:
-        group: runs of a recipe that the paper reports on.
     """
     if group.is_short:
         epochs = f"{group.epochs} of {group.recipe_epochs} epochs"
@@ -112,7 +109,7 @@ def _compared(results: SweepResults) -> str:
     apart = [difference(mean, cell.paper.get("overall") if beside else None) for mean, cell in rows]
     if len(rows) <= NAMED:
         found = "; ".join(
-            f"{_row_name(results, cell)} {percent(mean)} %" + f" ({points})" * (points != NOTHING)
+            f"{row_name(results, cell.coordinates)} {percent(mean)} %" + f" ({points})" * (points != NOTHING)
             for (mean, cell), points in zip(rows, apart, strict=True)
         )
     else:
@@ -129,11 +126,6 @@ def _compared(results: SweepResults) -> str:
     brackets = " In brackets are the points from the paper's number." * (len(rows) <= NAMED)
     within = f" {near or 'None'} of them {'is' if near < 2 else 'are'} within a point of the paper's number."
     return f"{text}{brackets}{within * (len(known) > 1)}"
-
-
-def _row_name(results: SweepResults, cell: Cell) -> str:
-    """Return what tells a row of a sweep from others, as ``departure beta 1``."""
-    return ", ".join(f"{results.labels.get(axis, axis)} {value}" for axis, value in cell.coordinates.items() if value)
 
 
 def _facts(group: RunGroup) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from mbib_timm.files import counted
 from mbib_timm.models.origin import origin_text
 from mbib_timm.reporting.short_titles import epochs_of, short_titles
-from mbib_timm.reporting.training_setups import capitalised, data_title, setup_names, setups
+from mbib_timm.reporting.training_setups import capitalised, data_title, setup_names
 from mbib_timm.results.run_text import stages_text
 from mbib_timm.results.runs import RunGroup
 from mbib_timm.results.tables import difference, percent
@@ -52,10 +52,6 @@ def comparable_sets(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     return sets
 
 
-def _methods(groups: Sequence[RunGroup]) -> list[str]:
-    return list(dict.fromkeys(stages_text(group.first.record.stages) for group in groups))
-
-
 def _first_two(groups: Sequence[RunGroup], column: str) -> list[tuple[float, RunGroup]]:
     """Return the group with the highest mean and the best of another method, or of other settings where there is one
     method alone; none where fewer than two have been measured."""
@@ -74,7 +70,7 @@ def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup], is_first: bool
     (mean, best), (number, other) = _first_two(own, "overall")
     titles = dict(zip(map(id, own), short_titles(own, own), strict=True))
     name, rival = titles[id(best)], titles[id(other)]
-    methods = _methods(own)
+    methods = list(dict.fromkeys(stages_text(group.first.record.stages) for group in own))
     kinds = f"{len(methods)} methods" if len(methods) > 1 else f"{len(own)} settings of {methods[0]}"
     result = best.first.record.result
     images = f"the {result.prediction.images:,} images of the split `{result.split}`"
@@ -103,9 +99,9 @@ def _ranking(own: Sequence[RunGroup], groups: Sequence[RunGroup], is_first: bool
 
 def _where(group: RunGroup, groups: Sequence[RunGroup], is_first: bool = True) -> str:
     """Return on what data runs were trained, and how, as far as that is not the same for all of a report or short."""
-    numbers, names = setups(groups), setup_names(groups)
-    setup = names[numbers[list(groups).index(group)] - 1]
-    words = [setup.phrase] * (len(names) > 1 and not setup.phrase.startswith("on "))
+    names = setup_names(groups)
+    setup = names[list(groups).index(group)]
+    words = [setup.phrase] * (len(set(names)) > 1 and not setup.phrase.startswith("on "))
     words += [f"after {epochs_of(group)} epochs"] * (group.is_short or len({epochs_of(each) for each in groups}) > 1)
     words += [] if group.origin.is_scratch else [f"started from {origin_text(group.origin)}"]
     if is_first or not words or len({data_title(each) for each in groups}) > 1:
@@ -175,7 +171,7 @@ def _from_paper(own: Sequence[RunGroup], best: RunGroup, titles: dict[int, str])
     others = [found[2] for key, found in apart.items() if found and key != id(best)]
     said = f" The paper has {percent(number)} % for {titles[id(best)]} ({source}); ours is {_apart(points)}"
     if others:
-        low, high = (f"{value:+.1f}".replace("-", "−") for value in (min(others), max(others)))
+        low, high = difference(min(others), 0.0), difference(max(others), 0.0)
         span = f"{low} points" if low == high else f"{low} to {high} points"
         said += f", and {'the other is' if len(others) == 1 else 'the others are'} {span} from the paper's"
     return f"{said}."
@@ -183,8 +179,7 @@ def _from_paper(own: Sequence[RunGroup], best: RunGroup, titles: dict[int, str])
 
 def _paper_difference(group: RunGroup) -> tuple[str, float, float] | None:
     """Return the table, the paper's number and how far ours is from it in points; None where they do not compare."""
-    number = group.paper[0].accuracies.get("overall") if group.is_papers else None
-    mean = group.mean("overall")
+    number, mean = group.papers_number("overall"), group.mean("overall")
     if number is None or mean is None:
         return None
     points = float(percent(mean)) - float(percent(number))

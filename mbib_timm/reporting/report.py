@@ -25,15 +25,12 @@ from mbib_timm.sweeps.sweep_results import FILE, SweepResults, read_results
 
 
 def report(names: Sequence[str], output: Path, title: str | None = None) -> Path:
-    """Write a report, and print where it is. It opens with what was found.
+    """Write a report, print where it is, and return the file. It opens with what was found.
 
     Args:
         names: folders of runs, of kept results and of sweeps' results; names of published models.
         output: HTML file to write; its figures go into a folder ``<stem>_figures`` beside it.
         title: of the page; what it holds by default.
-
-    Returns:
-        The file.
 
     Raises:
         MbibError: something that is no result, no matplotlib, or a file that cannot be written, or would be replaced

@@ -43,14 +43,8 @@ def _counted(colors: Sequence[str]) -> list[tuple[str, int]]:
     return [(color, colors[:place].count(color)) for place, color in enumerate(colors)]
 
 
-def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> Any:
-    """Draw the mean accuracy of each group of runs, a row each, by shot group; the paper's numbers as diamonds.
-
-    Args:
-        groups: of which recipe each.
-        titles: of the groups; their own when empty.
-    """
-    titles = titles or [group.title for group in groups]
+def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str]) -> Any:
+    """Draw the mean accuracy of each group of runs, a row each, by shot group; the paper's numbers as diamonds."""
     titles = [fill(f"{title} (n = {len(group.runs)})", NARROW) for title, group in zip(titles, groups, strict=True)]
     columns = [name for name in COLUMNS if any(group.mean(name) is not None for group in groups)]
     lines = sum(max(1.8, 0.8 + title.count("\n")) for title in titles)
@@ -64,17 +58,9 @@ def comparison_bars(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> A
             mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
             axes.barh(row, mean, 0.72, color=color, xerr=deviation, ecolor=foreground(), capsize=2)
             end = mean + (deviation or 0.0)
-            marked = group.paper[0].accuracies.get(column) if group.is_papers else None
-            if marked is not None:
-                (mark,) = axes.plot(
-                    marked,
-                    row,
-                    marker="D",
-                    linestyle="",
-                    color=foreground(),
-                    markerfacecolor=background(),
-                    markersize=5,
-                )
+            if (marked := group.papers_number(column)) is not None:
+                look = dict(marker="D", linestyle="", color=foreground(), markerfacecolor=background(), markersize=5)
+                (mark,) = axes.plot(marked, row, **look)
                 end = max(end, marked)
             # To the right of all that could be in its way.
             axes.annotate(f"{mean:.1f}", (end, row), (7, 0), textcoords="offset points", va="center")
@@ -109,14 +95,8 @@ class _Curve(NamedTuple):
     averaged: bool | None
 
 
-def comparison_curves(groups: Sequence[RunGroup], titles: Sequence[str] = ()) -> Any:
-    """Draw the accuracy after each evaluated epoch, of every run of each group, and of several the mean.
-
-    Args:
-        groups: of which recipe each.
-        titles: of the groups; their own when empty.
-    """
-    titles = titles or [group.title for group in groups]
+def comparison_curves(groups: Sequence[RunGroup], titles: Sequence[str]) -> Any:
+    """Draw the accuracy after each evaluated epoch, of every run of each group, and of several the mean."""
     curves = []
     for group, title, (color, sibling) in zip(groups, titles, group_colors(groups), strict=True):
         histories = [run.history for run in group.runs]

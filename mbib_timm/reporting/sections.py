@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -96,7 +96,7 @@ class Section:
         """Add a heading within the section."""
         self.blocks.append(Block("heading", text))
 
-    def paragraphs(self, texts: Iterable[str]) -> None:
+    def paragraphs(self, *texts: str) -> None:
         """Add paragraphs."""
         self.blocks.extend(Block("paragraph", text) for text in texts)
 
@@ -200,9 +200,9 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True, sweeps: Se
         section.command(command)
     if run.command_today:
         said = f"The command is as that version recorded it. Today, `{run.command_today}` trains this recipe."
-        section.paragraphs([said])
+        section.paragraphs(said)
     if run.command_lacks_data:
-        section.paragraphs(["The command is without the folder of the images: add `--data-dir FOLDER`."])
+        section.paragraphs("The command is without the folder of the images: add `--data-dir FOLDER`.")
 
     section.heading("Result")
     result = run.record.result
@@ -210,7 +210,7 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True, sweeps: Se
     when = method_title(run.record.method) if result.epoch is None else f"epoch {result.epoch}, the last"
     spread = f": mean ± sample standard deviation over n = {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     images = result.prediction.images
-    section.paragraphs([f"In percent on {images:,} images of the split `{result.split}` after {when}{spread}."])
+    section.paragraphs(f"In percent on {images:,} images of the split `{result.split}` after {when}{spread}.")
     titles = labelled_heads(group.heads)
 
     def cell(head: str, column: str) -> str:
@@ -219,28 +219,27 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True, sweeps: Se
     section.table(table_by_head(group.heads, cell, titles=titles))
     for member in group.runs:
         if chosen := chosen_text(member.record):
-            section.paragraphs([f"{chosen} (seed {member.record.seed})."])
+            section.paragraphs(f"{chosen} (seed {member.record.seed}).")
         if raw := raw_text(member.record):
-            section.paragraphs([f"{raw} (seed {member.record.seed})."])
+            section.paragraphs(f"{raw} (seed {member.record.seed}).")
     if best is not None:
-        epochs = _by_seed(
-            group,
-            lambda record: (
-                f"{own.epoch} with {own.prediction.top1:.1f} %" if (own := other_best(record)) else "the last"
-            ),
-        )
+
+        def of_record(record: RunRecord) -> str:
+            own = other_best(record)
+            return "the last" if own is None else f"{own.epoch} with {own.prediction.top1:.1f} %"
+
+        epochs = _by_seed(group, of_record)
         section.paragraphs(
-            [
-                f"The best of the evaluated epochs was {epochs}{before_finish_text(run.record)}; it was chosen on the "
-                f"split `{best.split}`, and is not the result."
-            ]
+            f"The best of the evaluated epochs was {epochs}{before_finish_text(run.record)}; it was chosen on the "
+            f"split `{best.split}`, and is not the result."
         )
     if group.paper:
         section.heading("Beside the paper")
         section.table(_beside_the_paper(group))
-        section.paragraphs(differences(group))
-        section.paragraphs(known_differences([group], sweeps) if alone else [])
-    section.paragraphs(run.notes)
+        section.paragraphs(*differences(group))
+        if alone:
+            section.paragraphs(*known_differences([group], sweeps))
+    section.paragraphs(*run.notes)
     others = [member.history for member in group.runs[1:]]
     mean = replace(run.record, result=replace(result, heads=dict(group.heads)))
     illustrations, analysis = run_figures(run.history, mean, others), read_analysis(run.folder)
@@ -261,20 +260,18 @@ def run_section(group: RunGroup, title: str = "", alone: bool = True, sweeps: Se
             illustrations = [figure for figure in illustrations if figure.name != "shot_groups"]
         else:
             section.paragraphs(
-                [
-                    f"The figures from `{of_analysis[0].title}` on are of the analysis{_of_seed(group)}, in float32 on "
-                    f"{analysis.images:,} images of the split `{analysis.split}`; those before, and the tables, are of "
-                    f"the result, in {run.precision} on {images:,} images of the split `{result.split}`."
-                ]
+                f"The figures from `{of_analysis[0].title}` on are of the analysis{_of_seed(group)}, in float32 on "
+                f"{analysis.images:,} images of the split `{analysis.split}`; those before, and the tables, are of "
+                f"the result, in {run.precision} on {images:,} images of the split `{result.split}`."
             )
         illustrations += of_analysis
         if analysis.trained_on:
-            section.paragraphs([f"In the analysis, {analysis.trained_on}."])
+            section.paragraphs(f"In the analysis, {analysis.trained_on}.")
     for illustration in illustrations:
         section.figure(illustration)
     _errors(section, group)
     if analysis is None:
-        section.paragraphs(["`mbib analyze` of the run adds posteriors, distances, t-SNE, calibration and costs."])
+        section.paragraphs("`mbib analyze` of the run adds posteriors, distances, t-SNE, calibration and costs.")
     return section
 
 
@@ -309,15 +306,13 @@ def _errors(section: Section, group: RunGroup) -> None:
         )
     elif matrix is not None and len(rows := _confused(matrix)):
         section.heading("Most confused classes")
-        section.paragraphs([f"The pairs of classes with the most errors{of_seed}; all are in `confusion.csv`."])
+        section.paragraphs(f"The pairs of classes with the most errors{of_seed}; all are in `confusion.csv`.")
         section.table(Table(["class", "taken for", "images", "of the class, %"], rows))
     if errors:
         section.heading("Most confident errors")
         section.paragraphs(
-            [
-                f"The wrong predictions with the highest probability{of_seed}, each with the true class. All "
-                "predictions are in `predictions.csv`."
-            ]
+            f"The wrong predictions with the highest probability{of_seed}, each with the true class. All "
+            "predictions are in `predictions.csv`."
         )
         section.gallery(errors)
 
@@ -390,29 +385,17 @@ def _beside_the_paper(group: RunGroup) -> Table:
 def sweep_section(results: SweepResults) -> Section:
     """Return what a sweep has found: its figure, its table, its curves, and by which commands."""
     section = Section(": ".join(dict.fromkeys(filter(None, (results.name, results.title)))))
-    section.paragraphs(text.replace("**", "") for text in what_was_run(results))
-    section.figure(
-        Illustration(
-            "figure",
-            results.title or results.name,
-            _how_to_read(results),
-            partial(sweep_figure, results),
-        )
-    )
+    section.paragraphs(*(text.replace("**", "") for text in what_was_run(results)))
+    title, reading = results.title or results.name, _how_to_read(results)
+    section.figure(Illustration("figure", title, reading, partial(sweep_figure, results)))
     rows = cells(results)
     section.table(sweep_table(results, rows))
-    section.paragraphs(f"Failed: {label}: {reason}" for label, reason in results.failed.items())
+    section.paragraphs(*(f"Failed: {label}: {reason}" for label, reason in results.failed.items()))
     configurations = {run.configuration for run in results.runs}
     if len(configurations) <= CURVES:
         seeds = SEEDS * (len(results.runs) > len(configurations))
-        section.figure(
-            Illustration(
-                "curves",
-                "Accuracy over the epochs",
-                f"Each line is a configuration after each evaluated epoch{seeds}; {_last_point(results)}.",
-                partial(sweep_curves, results),
-            )
-        )
+        reading = f"Each line is a configuration after each evaluated epoch{seeds}; {_last_point(results)}."
+        section.figure(Illustration("curves", "Accuracy over the epochs", reading, partial(sweep_curves, results)))
     section.heading("Commands")
     for command in dict.fromkeys(_command(run.environment) for run in results.runs):
         section.command(command)
@@ -424,8 +407,7 @@ def _last_point(results: SweepResults) -> str:
     last = [(run.curve.val_top1[-1:], run.heads["prediction"]["overall"]) for run in results.runs]
     if all(point == [result] for point, result in last):
         return "the last point is the result"
-    splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
-    return f"the last point is not the result, which is on split {splits}"
+    return f"the last point is not the result, which is on split {listed(run.split for run in results.runs)}"
 
 
 def _command(environment: Environment) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mbib_timm.reporting.training_setups import data_title, setup_names, setups
+from mbib_timm.reporting.training_setups import data_title, setup_names
 from mbib_timm.results.redact import last_part
 from mbib_timm.results.run_text import epochs_text, extended_text, stages_text
 from mbib_timm.results.runs import FinishedRun, RunGroup
@@ -17,14 +17,14 @@ def short_titles(groups: Sequence[RunGroup], of: Sequence[RunGroup] = (), in_col
         in_columns: of ``epochs`` and ``precision`` what columns of their own say.
     """
     of = of or groups
-    numbers, names = setups(of), setup_names(of)
+    names = setup_names(of)
     told = [
         {
             "method": stages_text(group.first.record.stages),
             "data": data_title(group),
             "model": group.first.network,
             "img_size": f"{group.first.training['img_size']} pixels",
-            "setup": names[numbers[of.index(group)] - 1].short,
+            "setup": names[of.index(group)].short,
             **_class_balance(group),
             "epochs": f"{epochs_of(group)} epochs",
             "precision": group.first.precision,

@@ -54,23 +54,15 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def setups(groups: Sequence[RunGroup]) -> list[int]:
-    """Return for each group the number of its training setup, from 1: groups of a number were trained alike."""
-    return _numbered([_setup(group) for group in groups])
-
-
 def _setup(group: RunGroup) -> dict[str, Any]:
-    """Return what runs of a number have in common: keys of recipes with their values."""
+    """Return what runs that were trained alike have in common: keys of recipes with their values."""
     return {"model": group.first.network, **group.first.training}
 
 
-def _numbered(values: Sequence[Any]) -> list[int]:
-    """Return for each value, which need not hash, the number of those that equal it, from 1 in order of appearance."""
-    kinds: list[Any] = []
-    for value in values:
-        if value not in kinds:
-            kinds.append(value)
-    return [1 + kinds.index(value) for value in values]
+def _setups(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
+    """Return the training setups, each once, in order of appearance."""
+    setups = [_setup(group) for group in groups]
+    return [setup for place, setup in enumerate(setups) if setup not in setups[:place]]
 
 
 def data_title(group: RunGroup) -> str:
@@ -79,13 +71,17 @@ def data_title(group: RunGroup) -> str:
 
 
 def setup_names(groups: Sequence[RunGroup]) -> list[SetupName]:
-    """Return the name of each training setup, by its number: after its data, its recipe, the few settings that set it
-    apart, or its network, whichever tells all of them apart; ``setup 1`` where nothing does."""
-    numbers = setups(groups)
-    members = [
-        [group for group, own in zip(groups, numbers, strict=True) if own == number]
-        for number in range(1, max(numbers) + 1)
-    ]
+    """Return for each group the name of its training setup: groups of one name were trained alike.
+
+    It is named after its data, its recipe, the few settings that set it apart, or its network, whichever tells all
+    setups apart; ``setup 1`` where nothing does.
+    """
+    kinds = _setups(groups)
+    names = _names(kinds, [[group for group in groups if _setup(group) == kind] for kind in kinds])
+    return [names[kinds.index(_setup(group))] for group in groups]
+
+
+def _names(kinds: Sequence[dict[str, Any]], members: Sequence[Sequence[RunGroup]]) -> list[SetupName]:
     data = [{data_title(group) for group in own} for own in members]
     by_data = ["".join(titles) if len(titles) == 1 else "" for titles in data]
     if _tell_apart(by_data):
@@ -93,7 +89,6 @@ def setup_names(groups: Sequence[RunGroup]) -> list[SetupName]:
     by_recipe = [_recipe_word(own) for own in members]
     if _tell_apart(by_recipe):
         return [SetupName(f"{word} recipe", f"with the {word} recipe") for word in by_recipe]
-    kinds = [_setup(own[0]) for own in members]
     if len(keys := _differing_keys(kinds)) <= NAMED_BY:
         by_settings = [", ".join(_said(key, kind[key]) for key in keys) for kind in kinds]
         if _tell_apart(by_settings):
@@ -122,8 +117,7 @@ def _recipe_word(groups: Sequence[RunGroup]) -> str:
 
 def differing_settings(groups: Sequence[RunGroup]) -> Table:
     """Return the settings in which training setups differ, in words and by their keys, with their values in each."""
-    numbers = setups(groups)
-    kinds = [_setup(groups[numbers.index(number)]) for number in range(1, max(numbers) + 1)]
+    kinds = _setups(groups)
     rows = [
         [
             f"{_LABELS.get(key, KEYS[key].metadata['help'])} (`{key}`)",
@@ -131,7 +125,7 @@ def differing_settings(groups: Sequence[RunGroup]) -> Table:
         ]
         for key in _differing_keys(kinds)
     ]
-    return Table(["setting", *(name.short for name in setup_names(groups))], rows)
+    return Table(["setting", *dict.fromkeys(name.short for name in setup_names(groups))], rows)
 
 
 def _differing_keys(kinds: Sequence[dict[str, Any]]) -> list[str]:

@@ -68,11 +68,7 @@ class Entry:
 
 
 def catalogue(trained_only: bool = False) -> list[Entry]:
-    """Return the models of the zoo, those with weights first; sizes are counted without memory for weights.
-
-    Args:
-        trained_only: leave out those without.
-    """
+    """Return the models of the zoo, those with weights first or alone; sizes are counted without memory for weights."""
     entries, sizes = [], dict[str, tuple[int, int, tuple[int, int, int]]]()
     for model in sorted(ZOO, key=lambda model: not model.is_trained):
         if trained_only and not model.is_trained:

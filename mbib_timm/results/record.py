@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mbib_timm.environment import Environment
 from mbib_timm.errors import MbibError, few, shown
-from mbib_timm.files import printable, read_json, read_text, to_json, write_bytes
+from mbib_timm.files import mappings_to_csv, printable, read_json, read_text, to_json, write_bytes
 from mbib_timm.models.pretraining import NOT_RECORDED, Origin
 from mbib_timm.results.columns import COLUMNS, MODEL_COLUMNS
 
@@ -345,11 +345,5 @@ def _epoch(row: dict[str, float | None]) -> Epoch:
 
 def write_history(folder: Path, history: Sequence[Epoch]) -> None:
     """Write ``summary.csv`` anew, so that a resumed run has every epoch once."""
-    rows = [epoch.row() for epoch in history]
     columns = ["epoch", "lr", "train_loss", *(f"val_{name}" for name in EPOCH_METRICS), "seconds"]
-    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
-    write_bytes(folder / HISTORY, text.getvalue().encode())
+    write_bytes(folder / HISTORY, mappings_to_csv([epoch.row() for epoch in history], first=columns))

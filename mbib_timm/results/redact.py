@@ -92,14 +92,13 @@ def redact_command(command: str) -> str:
         words = command.split(" ")
     skip = False
     for word in words:
-        flag, equals, _ = word.partition("=")
-        flag = re.sub(r"^--stage\d+\.", "--", flag)
+        name, equals, value = word.partition("=")
+        flag = re.sub(r"^--(stage\d+\.)?(no-)?", "--", name)
         if skip:
             skip = False
-        elif flag.replace("--no-", "--") in places:
-            skip = not equals and places[flag.replace("--no-", "--")] not in (bool, bool | None)
+        elif flag in places:
+            skip = not equals and places[flag] not in (bool, bool | None)
         else:
-            name, equals, value = word.partition("=")
             kept.append(f"{_redact_setting(name)}{equals}{_redact_setting(value)}")
     return shlex.join(kept)
 

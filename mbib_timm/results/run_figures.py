@@ -41,13 +41,7 @@ AVERAGE, RAW = "moving average of the weights", "raw weights"
 
 
 def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> None:
-    """Draw a run's figures under ``figures/``; says so where one cannot be drawn: the numbers are there without it.
-
-    Args:
-        folder: the run's.
-        history: its epochs.
-        record: of the run.
-    """
+    """Draw a run's figures under ``figures/``; says so where one cannot be drawn: the numbers are there without it."""
     target = folder / "figures"
     for illustration in run_figures(history, record):
         try:
@@ -60,13 +54,7 @@ def draw_figures(folder: Path, history: Sequence[Epoch], record: RunRecord) -> N
 def run_figures(
     history: Sequence[Epoch], record: RunRecord, others: Sequence[Sequence[Epoch]] = ()
 ) -> list[Illustration]:
-    """Return the figures of a run; the curves where there is a history.
-
-    Args:
-        history: its epochs.
-        record: of the run.
-        others: the epochs of runs that differ in the seed alone, which the curves show too.
-    """
+    """Return the figures of a run: curves where there is a history, with those of others that differ in the seed."""
     heads, counts = record.result.heads, np.array(record.class_counts)
     others = [each for each in others if each]
     seeds = f" Thin lines are the {1 + len(others)} seeds, and thick ones their mean." if others else ""
@@ -359,11 +347,7 @@ def name_classes(axes: Any, class_counts: np.ndarray, class_names: Sequence[str]
 
 
 def drawn_heads(names: Iterable[str]) -> list[str]:
-    """Return the heads that a figure has room for: of experts with several heads each, the experts alone.
-
-    Args:
-        names: of all heads.
-    """
+    """Return the heads that a figure has room for: of experts with several heads each, the experts alone."""
     names = list(names)
     if len(names) <= len(HEAD_COLORS):
         return names
@@ -372,11 +356,7 @@ def drawn_heads(names: Iterable[str]) -> list[str]:
 
 
 def head_colors(names: Iterable[str]) -> dict[str, str]:
-    """Return the colours of heads, and of the features `POOLED`, which are what the head on the last map sees.
-
-    Args:
-        names: of all heads; only those of `drawn_heads` have a colour.
-    """
+    """Return the colours of the heads of `drawn_heads`, and of `POOLED`, the features that the last map's head sees."""
     heads = drawn_heads(name for name in names if name != PREDICTION)
     colors = {name: HEAD_COLORS[place % len(HEAD_COLORS)] for place, name in enumerate(heads)}
     of_maps = [color for name, color in colors.items() if re.fullmatch(rf"{POOLED}\d+", name)]
@@ -384,11 +364,7 @@ def head_colors(names: Iterable[str]) -> dict[str, str]:
 
 
 def shot_groups_figure(results: Mapping[str, HeadMetrics]) -> Any:
-    """Draw the accuracy of the heads, see `drawn_heads`, on all classes and on each shot group.
-
-    Args:
-        results: metrics by head.
-    """
+    """Draw the accuracy of the heads, see `drawn_heads`, on all classes and on each shot group."""
     columns = {name: column.metric for name, column in MODEL_COLUMNS.items() if column.kind == "accuracy"}
     if macro_is_overall((each.top1, each.macro) for each in results.values()):
         del columns["macro"]

@@ -20,12 +20,7 @@ UNMEASURED = "classes that are not measured, for their evaluated images are all 
 
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:
-    """Return an epoch's numbers as one line.
-
-    Args:
-        epoch: the epoch.
-        epochs: epochs of the run.
-    """
+    """Return the numbers of one of a run's epochs as a line."""
     line = f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  lr {epoch.lr:.2e}  loss {epoch.losses['loss']:.3f}"
     if epoch.val is not None:
         line += "".join(f"  {name} {percent(epoch.val.get(each.metric))}" for name, each in MODEL_COLUMNS.items())
@@ -33,12 +28,7 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
 
 
 def print_report(folder: Path, record: RunRecord) -> None:
-    """Print the result's table, what is particular about the run, the best epoch for what it is, and where all lies.
-
-    Args:
-        folder: the run's.
-        record: of the run.
-    """
+    """Print the result's table, what is particular about the run, the best epoch for what it is, and where all lies."""
     print(f"\n{_when(record)}, on {record.result.split}:")
     print(accuracy_table(record.result.heads, np.array(record.class_counts)))
     if start := start_text(record.origin):

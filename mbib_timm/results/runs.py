@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbib_timm.errors import MbibError
+from mbib_timm.files import read_text
 from mbib_timm.models.origin import OwnData, origin_of, origin_text, overlap_text, start_name
 from mbib_timm.models.pretraining import Origin
 from mbib_timm.models.zoo import Dataset, ZooModel, data_set_of, is_published, split_tag
@@ -19,8 +20,6 @@ from mbib_timm.recipe import (
     COMPUTING,
     KEYS,
     Recipe,
-    find_recipe,
-    list_recipes,
     load_recipe,
     longest_epochs,
     packaged_recipes,
@@ -248,7 +247,7 @@ class FinishedRun:
     def notes(self) -> tuple[str, ...]:
         """Paragraphs of ``notes.md``, by whoever ran it."""
         file = self.folder / "notes.md"
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = read_text(file, "notes of a run") if file.is_file() else ""
         return tuple(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
 
 
@@ -365,6 +364,10 @@ class RunGroup:
         """True if the runs are the paper's: its recipe as it stands, in full. Then a difference from it counts."""
         return bool(self.paper) and not self.is_short and not self.settings
 
+    def papers_number(self, column: str) -> float | None:
+        """Return the paper's accuracy in percent from which a difference counts; None where it has none."""
+        return self.paper[0].accuracies.get(column) if self.is_papers else None
+
     def values(self, column: str, head: str = "prediction") -> list[float | None]:
         """Return a head's number in percent of each run: a column of `MODEL_COLUMNS`."""
         return [run.heads[head].numbers()[column] for run in self.runs]
@@ -430,8 +433,8 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
 
 def packaged_recipe(name: str) -> Recipe | None:
     """Return the packaged recipe that runs of a name are made by; None where there is none."""
-    named = [recipe for recipe in list_recipes() if recipe_name(find_recipe(recipe)) == name]
-    return load_recipe(find_recipe(named[0])) if named else None
+    files = [file for file in packaged_recipes().values() if recipe_name(file) == name]
+    return load_recipe(files[0]) if files else None
 
 
 def _settings(recipe: Recipe, own: Recipe, same_classes: bool) -> dict[str, Any]:

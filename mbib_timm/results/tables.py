@@ -193,13 +193,12 @@ def shown_columns(metrics: Iterable[HeadMetrics]) -> list[str]:
 
 def measured_rows(metrics: HeadMetrics, columns: Sequence[str]) -> list[list[str]]:
     """Return the rows of a table that say how many classes and images a number comes from; none where it is unknown."""
-    behind = [metrics.measured.get(column, metrics.measured.get("overall")) for column in columns]
-    known = [each for each in behind if each is not None]
-    if not known:
+    if not metrics.measured:
         return []
+    behind = [metrics.measured.get(column, metrics.measured["overall"]) for column in columns]
     return [
-        ["evaluated classes", *(f"{classes:,}" for _, classes in known)],
-        ["evaluated images", *(f"{images:,}" for images, _ in known)],
+        ["evaluated classes", *(f"{classes:,}" for _, classes in behind)],
+        ["evaluated images", *(f"{images:,}" for images, _ in behind)],
     ]
 
 

@@ -3,11 +3,9 @@
 The figure has bars, lines over a parameter, or a heat map of two.
 """
 
-import csv
-import io
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from mbib_timm.drawing import (
     render,
 )
 from mbib_timm.errors import first_line
-from mbib_timm.files import printable_lines, to_json, write_bytes
+from mbib_timm.files import mappings_to_csv, printable_lines, to_json, write_bytes
 from mbib_timm.methods import method_title
 from mbib_timm.models.origin import origin_text
 from mbib_timm.results.columns import COLUMNS
@@ -34,10 +32,12 @@ from mbib_timm.sweeps.sweep_results import (
     Cell,
     SweepResults,
     SweepRun,
+    axis_label,
     cells,
     epochs_run,
     headline,
     listed,
+    row_name,
     short_headline,
 )
 
@@ -46,37 +46,21 @@ PAPER = "the paper"
 
 
 def write_results(folder: Path, results: SweepResults) -> str:
-    """Write ``sweep.json``, ``runs.csv``, ``table.md``, ``figure.png`` and ``figure.pdf``.
-
-    Args:
-        folder: of the sweep's results.
-        results: what the sweep has found so far.
-
-    Returns:
-        The text of ``table.md``.
-    """
+    """Write ``sweep.json``, ``runs.csv``, ``table.md`` and the figure as PNG and PDF; return the text of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown(results)
-    files = {
-        FILE: to_json(results, indent=1),
-        "runs.csv": runs_csv(results).encode(),
-        "table.md": text.encode(),
-    }
-    _write(folder, files)  # before anything is drawn: no figure is worth the numbers
+    files = {FILE: to_json(results, indent=1), "runs.csv": runs_csv(results), "table.md": text.encode()}
+    for name, content in files.items():  # before anything is drawn: no figure is worth the numbers
+        write_bytes(folder / name, content)
     try:
-        drawn = render(lambda: sweep_figure(results), ("png", "pdf"))
-        _write(folder, {f"figure.{form}": content for form, content in drawn.items()})
+        for form, content in render(lambda: sweep_figure(results), ("png", "pdf")).items():
+            write_bytes(folder / f"figure.{form}", content)
     except Exception as error:  # matplotlib's are of many kinds
         print(f"no figure: {first_line(error)}")
     return text
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        write_bytes(folder / name, content)
-
-
-def runs_csv(results: SweepResults) -> str:
+def runs_csv(results: SweepResults) -> bytes:
     """Return a row per run: place, prediction by shot group, each head's top-1 accuracy, choices, seconds, commit."""
     rows = []
     for run in results.runs:
@@ -96,11 +80,7 @@ def runs_csv(results: SweepResults) -> str:
                 "run": run.label,
             }
         )
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
+    return mappings_to_csv(rows)
 
 
 def markdown(results: SweepResults) -> str:
@@ -116,7 +96,7 @@ def what_was_run(results: SweepResults) -> list[str]:
     """Return what has to be known to read the table, in sentences."""
     seeds = "as listed" if _seeds_differ(cells(results)) else listed(results.seeds)
     images = sorted({run.images for run in results.runs})
-    splits = listed(list(dict.fromkeys(run.split for run in results.runs)))
+    splits = listed(run.split for run in results.runs)
     machines = sorted({run.environment.machine for run in results.runs})
     recipe = "these recipes" if results.recipe == OF_RECIPES else f"the recipe `{results.recipe}`"
     said = [
@@ -135,81 +115,55 @@ def what_was_run(results: SweepResults) -> list[str]:
             "the rows only with one another."
         )
     if changed := [run for run in results.runs if run.environment.is_dirty]:
-        names = dict.fromkeys(_place(results, run) for run in changed)
-        said.append(f"Trained with uncommitted changes in the code: {listed(list(names))}.")
+        said.append(f"Trained with uncommitted changes in the code: {_row_names(results, changed)}.")
     several = [run for run in results.runs if sum(map(bool, run.stage_epochs)) > 1]
     for epochs in dict.fromkeys(tuple(run.stage_epochs) for run in several):
-        names = dict.fromkeys(_place(results, run) for run in several if tuple(run.stage_epochs) == epochs)
-        said.append(f"Stages of {' + '.join(map(str, epochs))} epochs: {listed(list(names))}.")
+        names = _row_names(results, [run for run in several if tuple(run.stage_epochs) == epochs])
+        said.append(f"Stages of {' + '.join(map(str, epochs))} epochs: {names}.")
     for source in dict.fromkeys(run.chosen_on for run in results.runs if run.chosen_on):
         choosing = [run for run in results.runs if run.chosen_on == source]
-        names = dict.fromkeys(_place(results, run) for run in choosing)
-        chosen = dict.fromkeys(name for run in choosing for name in run.chosen)
-        said.append(
-            f"**Chosen with labels of further images**: {listed(list(chosen))} of {listed(list(names))}, on {source}."
-        )
+        chosen = listed(name for run in choosing for name in run.chosen)
+        names = _row_names(results, choosing)
+        said.append(f"**Chosen with labels of further images**: {chosen} of {names}, on {source}.")
     if (paper := results.paper_beside) is not None and paper.recipe != results.recipe:
         said.append(f"The paper's numbers are for another setting, `{paper.recipe}`.")
     return said
 
 
-def _place(results: SweepResults, run: SweepRun) -> str:
-    """Return what tells a run's row from others, in words; what is no method or recipe stands behind its axis."""
-    values = {axis: method_title(run.coordinates[axis]) for axis in results.axes}
-    return " ".join(
-        value if axis.rpartition(".")[2] in ("method", "recipe") else f"{_label(results, axis)} {value}"
-        for axis, value in values.items()
-    )
+def _row_names(results: SweepResults, runs: Sequence[SweepRun]) -> str:
+    """Return the names of the rows of runs side by side."""
+    return "; ".join(dict.fromkeys(row_name(results, run.coordinates) for run in runs))
 
 
 def sweep_table(results: SweepResults, rows: Sequence[Cell]) -> Table:
     """Return the sweep's table: axes, n, accuracies, the paper's number and the difference from it."""
-    own_seeds = _seeds_differ(rows)
-    return Table(_header(results, own_seeds), [_row(results, row, own_seeds) for row in rows])
+    columns = [
+        (axis_label(results, axis), [method_title(row.coordinates[axis]) for row in rows]) for axis in results.axes
+    ]
+    if results.heads:
+        columns.append((HEAD, [row.coordinates[HEAD] for row in rows]))
+    if len(results.starts) > 1:
+        columns.append((STARTED, [row.start for row in rows]))
+    columns.append(("n", [str(row.n) for row in rows]))
+    if _seeds_differ(rows):
+        columns.append(("seeds", [listed(sorted(row.seeds)) for row in rows]))
+    columns += [(name, [mean_and_deviation(row.values[name]) for row in rows]) for name in COLUMNS]
+    if (paper := results.paper_beside) is not None:
+        numbers = [name for name in COLUMNS if any(name in number for number in paper.numbers)]
+        for name in numbers:
+            columns.append((f"paper: {name} ({paper.source})", [percent(row.paper.get(name)) for row in rows]))
+            if results.is_papers:
+                apart = [difference(mean_of(row.values[name]), row.paper.get(name)) for row in rows]
+                columns.append(("difference" if len(numbers) == 1 else f"difference: {name}", apart))
+    return Table([title for title, _ in columns], [*zip(*(column for _, column in columns), strict=True)])
 
 
 def _seeds_differ(rows: Sequence[Cell]) -> bool:
     return len({tuple(sorted(row.seeds)) for row in rows}) > 1
 
 
-def _header(results: SweepResults, own_seeds: bool) -> list[str]:
-    axes = [results.labels[axis].replace("_", " ") for axis in results.axes]
-    paper = _paper_columns(results)
-    source = results.paper.source if results.paper else ""
-    starts = [STARTED] if len(results.starts) > 1 else []
-    columns = [*axes, *([HEAD] if results.heads else []), *starts, "n", *(["seeds"] if own_seeds else []), *COLUMNS]
-    for column in paper:
-        columns.append(f"paper: {column} ({source})")
-        if results.is_papers:
-            columns.append("difference" if len(paper) == 1 else f"difference: {column}")
-    return columns
-
-
-def _row(results: SweepResults, cell: Cell, own_seeds: bool) -> list[str]:
-    axes = [method_title(cell.coordinates[axis]) for axis in results.axes]
-    starts = [cell.start] if len(results.starts) > 1 else []
-    row = [*axes, *([cell.coordinates[HEAD]] if results.heads else []), *starts, str(cell.n)]
-    row += [listed(sorted(cell.seeds))] if own_seeds else []
-    row += [mean_and_deviation(cell.values[column]) for column in COLUMNS]
-    for column in _paper_columns(results):
-        number = cell.paper.get(column)
-        row.append(percent(number))
-        if results.is_papers:
-            row.append(difference(mean_of(cell.values[column]), number))
-    return row
-
-
-def _paper_columns(results: SweepResults) -> list[str]:
-    numbers = paper.numbers if (paper := results.paper_beside) else []
-    return [column for column in COLUMNS if any(column in number for number in numbers)]
-
-
 def sweep_figure(results: SweepResults) -> Any:
-    """Draw the mean accuracy of every configuration, with the standard deviation where there are several seeds.
-
-    Args:
-        results: of one finished run or more.
-    """
+    """Draw the mean accuracy of every configuration, with the standard deviation where there are several seeds."""
     draw = {"bars": _bars, "lines": _lines, "heatmap": _heatmap}[results.figure["kind"]]
     figure = draw(results, cells(results))
     figure.suptitle(_wrapped(short_headline(results), int(10 * figure.get_figwidth())))
@@ -258,7 +212,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> Any:
     characters = longest if lying else int((figure.get_figwidth() - 2.0) / len(places) / 0.09)
     axes.set(**{
         f"{along}ticks": range(len(places)), f"{along}ticklabels": [_wrapped(place, characters) for place in places],
-        f"{along}label": _label(results, x) if x else "", f"{over}label": ACCURACY,
+        f"{along}label": axis_label(results, x) if x else "", f"{over}label": ACCURACY,
     })  # fmt: skip
     axes.tick_params(axis=along, length=0)
     axes.grid(axis=along, visible=False)
@@ -268,7 +222,7 @@ def _bars(results: SweepResults, rows: Sequence[Cell]) -> Any:
     # The paper's mark comes last; a single kind of bars without a name needs no legend.
     shown = {name: legend[name] for name in (*names, PAPER) if name and name in legend}
     if shown:
-        title = _label(results, by) if by else None
+        title = axis_label(results, by) if by else None
         axes.legend(shown.values(), shown.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title)
     return figure
 
@@ -294,18 +248,14 @@ def _lines(results: SweepResults, rows: Sequence[Cell]) -> Any:
             points = [(at, values) for at, values in sorted(points) if values]
             if not points:
                 continue
-            label = ", ".join(
-                f"{_label(results, axis)} {method_title(name)}" if axis != "method" else method_title(name)
-                for axis, name in ((style, kind), (by, value))
-                if axis
-            )
+            label = row_name(results, {axis: name for axis, name in ((style, kind), (by, value)) if axis})
             axes.errorbar(
                 [at for at, _ in points],
                 [statistics.mean(values) for _, values in points],
                 yerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points],
                 color=colors[method_title(value)], linestyle=line, marker="o", markersize=4, capsize=2, label=label,
             )  # fmt: skip
-    axes.set(xlabel=_label(results, x), ylabel=ACCURACY)
+    axes.set(xlabel=axis_label(results, x), ylabel=ACCURACY)
     if by or style:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -316,9 +266,8 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> Any:
     x, y = results.figure["x"], results.figure["y"]
     grid = np.full((len(results.axes[y]), len(results.axes[x])), np.nan)
     for row in rows:
-        measured = [value for value in row.values["overall"] if value is not None]
         place = results.axes[y].index(row.coordinates[y]), results.axes[x].index(row.coordinates[x])
-        grid[place] = statistics.mean(measured) if measured else np.nan
+        grid[place] = np.nan if (mean := mean_of(row.values["overall"])) is None else mean
     figure, axes = canvas(1.8 + 0.85 * grid.shape[1], 1.2 + 0.65 * grid.shape[0])
     image = axes.imshow(grid, cmap="cividis", origin="lower", aspect="auto")
     low, high = np.nanmin(grid), np.nanmax(grid)
@@ -328,7 +277,7 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> Any:
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(grid.shape[1]), results.axes[x])
     axes.set_yticks(range(grid.shape[0]), results.axes[y])
-    axes.set(xlabel=_label(results, x), ylabel=_label(results, y))
+    axes.set(xlabel=axis_label(results, x), ylabel=axis_label(results, y))
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=ACCURACY)
     return figure
@@ -336,10 +285,6 @@ def _heatmap(results: SweepResults, rows: Sequence[Cell]) -> Any:
 
 def _wrapped(text: str, characters: int) -> str:
     return textwrap.fill(text, max(characters, 1), break_long_words=False, break_on_hyphens=False)
-
-
-def _label(results: SweepResults, axis: str) -> str:
-    return {HEAD: "head", GROUP: "classes"}.get(axis) or results.labels[axis].replace("_", " ")
 
 
 def _joined(row: Cell, axes: Sequence[str]) -> str:

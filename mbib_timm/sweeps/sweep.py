@@ -150,6 +150,10 @@ class Sweep:
             return [Value(n, str(what), {}) if is_place else Value(n, n, dict(what or {})) for n, what in items]
         return [Value(plain(value), plain(value), {} if is_place else {axis: value}) for value in values]
 
+    def recipe_at(self, point: Mapping[str, Value]) -> str:
+        """Return the base recipe where the axes that are parts of its name have values."""
+        return re.sub(r"{(.*?)}", lambda place: point[place[1]].text, self.recipe)
+
     def label(self, axis: str) -> str:
         """Return how an axis is called in tables and figures."""
         return self.labels.get(axis, axis)
@@ -212,13 +216,7 @@ class Sweep:
 
 
 def check_figure(figure: Mapping[str, str], axes: Mapping[str, Any], heads: Mapping[str, str]) -> None:
-    """Raise ValueError for a figure of no known kind, and for roles that are none or whose axes there are not.
-
-    Args:
-        figure: its kind, and the axes' roles.
-        axes: by name.
-        heads: rows for the heads of a run.
-    """
+    """Raise ValueError for a figure of no known kind, and for roles that are none or whose axes there are not."""
     kind = figure.get("kind", "")
     if kind not in FIGURE_ROLES:
         raise ValueError(unknown_name("kind of figure", kind, FIGURE_ROLES))
@@ -299,13 +297,11 @@ def _published(table: str, sweep: Sweep) -> Paper:
         return Paper(table, ABLATIONS[table].recipe, ABLATIONS[table].numbers)
     axes = sweep.placeholders()
     numbers = []
-    for point in itertools.product(*(sweep.values(axis) for axis in axes)):
-        name = sweep.recipe
-        for axis, value in zip(axes, point, strict=True):
-            name = name.replace(f"{{{axis}}}", value.text)
-        for result in RESULTS.get(name, ()):
+    for values in itertools.product(*(sweep.values(axis) for axis in axes)):
+        point = dict(zip(axes, values, strict=True))
+        for result in RESULTS.get(sweep.recipe_at(point), ()):
             if result.source == table:
-                numbers.append({axis: value.name for axis, value in zip(axes, point, strict=True)} | result.accuracies)
+                numbers.append({axis: value.name for axis, value in point.items()} | result.accuracies)
     if not numbers:
         sources = {result.source for results in RESULTS.values() for result in results}
         raise unknown_name(f"table of the paper with numbers for sweep {sweep.name}", table, {*ABLATIONS, *sources})

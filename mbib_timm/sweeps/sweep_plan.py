@@ -213,10 +213,7 @@ def _runs(sweep: Sweep, overrides: Mapping[str, Any]) -> Iterator[PlannedRun]:
     for seed in sweep.seeds:
         for point in itertools.product(*(sweep.values(axis) for axis in sweep.axes)):
             by_axis = dict(zip(sweep.axes, point, strict=True))
-            given = sweep.recipe
-            for place in places:
-                given = given.replace(f"{{{place}}}", by_axis[place].text)
-            path = find_recipe(given)
+            path = find_recipe(sweep.recipe_at(by_axis))
             of_axes = {address: value for each in point for address, value in each.settings.items()}
             given_all = {**overrides, **of_axes}
             own = load_recipe(path, {STAGES: given_all[STAGES]} if STAGES in given_all else {})

@@ -1,6 +1,6 @@
 """What a sweep has found so far: ``sweep.json``, of which its tables, figure and reports are made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mbib_timm.models.pretraining import NOT_RECORDED, Origin
 from mbib_timm.recipe import data_of
 from mbib_timm.results.columns import COLUMNS
 from mbib_timm.results.runs import SAME_RESULT
-from mbib_timm.sweeps.sweep import HEAD, Paper, check_figure
+from mbib_timm.sweeps.sweep import GROUP, HEAD, Paper, check_figure
 
 FILE = "sweep.json"
 
@@ -235,6 +235,22 @@ def _paper_numbers(paper: Paper | None, coordinates: Mapping[str, str]) -> dict[
     return {}
 
 
+def axis_label(results: SweepResults, axis: str) -> str:
+    """Return how an axis is called in tables and figures."""
+    return results.labels.get(axis, "classes" if axis == GROUP else axis).replace("_", " ")
+
+
+def row_name(results: SweepResults, coordinates: Mapping[str, str]) -> str:
+    """Return what tells a row from others: ``MBIB, beta 5``. What is no method or recipe stands behind its axis."""
+    return ", ".join(
+        method_title(value)
+        if axis.rpartition(".")[2] in ("method", "recipe")
+        else f"{axis_label(results, axis)} {method_title(value)}"
+        for axis, value in coordinates.items()
+        if value
+    )
+
+
 def headline(results: SweepResults) -> str:
     """Return the title: name, what it shows, and what was run."""
     return f"{results.name}: {short_headline(results)}"
@@ -261,9 +277,9 @@ def epochs_run(results: SweepResults) -> str:
     return f"{' or '.join(map(str, trained))} epoch{'s' if trained != [1] else ''}{own}{untrained}"
 
 
-def listed(values: Sequence[Any], form: str = "") -> str:
-    """Return values side by side."""
-    return ", ".join(format(value, form) for value in values)
+def listed(values: Iterable[Any], form: str = "") -> str:
+    """Return values side by side, each once."""
+    return ", ".join(format(value, form) for value in dict.fromkeys(values))
 
 
 def read_results(path: Path) -> SweepResults:

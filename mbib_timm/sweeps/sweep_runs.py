@@ -232,15 +232,7 @@ def _require_room(folder: Path, found: Sequence[SweepRun], whole: Sequence[Plann
 
 
 def _collect(sweep: Sweep, name: str, runs: list[SweepRun], planned: int, failed: Mapping[str, str]) -> SweepResults:
-    """Return what a sweep has found.
-
-    Args:
-        sweep: what was run.
-        name: of the folder of its results.
-        runs: the finished ones, in the order of the plan.
-        planned: how many the whole sweep has.
-        failed: why others did not finish, by label.
-    """
+    """Return what a sweep has found: its finished runs, in the order of the plan, and why others did not finish."""
     paper = sweep.paper
     return SweepResults(
         name=name,

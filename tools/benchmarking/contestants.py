@@ -248,12 +248,7 @@ def resident_contestant(recipe: Recipe, pass_images: int | None, world: World) -
 
 
 class WholeRuns:
-    """Whole runs of `mbib train` on noise, one after another in this process; a short one has compiled what they need.
-
-    Args:
-        recipe: of the runs.
-        pass_images: images of each split at most.
-    """
+    """Whole runs of `mbib train` on noise, one after another in this process; a short one has compiled for them."""
 
     def __init__(self, recipe: Recipe, pass_images: int | None) -> None:
         self.recipe = recipe

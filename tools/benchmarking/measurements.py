@@ -57,6 +57,7 @@ from mbib_timm.recipe import DEFAULT_RECIPE, Recipe
 
 # In the second, the optimizer has its buffers.
 MEMORY_STEPS = 2
+EPOCHS = 200  # of whole runs
 PREDICTED_BATCH = 64
 
 
@@ -321,26 +322,26 @@ def runs_recipe(settings: Settings) -> Recipe:
     return subject_recipe("resnet32", "mbib", settings.world, settings.torchcompile).replace(val_interval=5)
 
 
-def epochs(settings: Settings, number: int = 200) -> Iterator[Record]:
+def epochs(settings: Settings) -> Iterator[Record]:
     """Measure whole runs of `mbib train`, without compiling: a short run has done that."""
     recipe = runs_recipe(settings)
     runs = WholeRuns(recipe, settings.pass_images)
     inside: list[float] = []
-    whole = timed(lambda: inside.append(runs.train(number)), settings.world.device)
+    whole = timed(lambda: inside.append(runs.train(EPOCHS)), settings.world.device)
     figures = take_turns({"whole run": whole}, settings.repeats, warm_ups=0)
     figures["training and evaluation"] = inside
     rows = {"epochs-200": inside, "epochs-200-whole": figures["whole run"]}
-    described = replace(Conditions.of(recipe), epochs=number, val_interval=recipe.val_interval)
+    described = replace(Conditions.of(recipe), epochs=EPOCHS, val_interval=recipe.val_interval)
     yield Record("epochs-200", "seconds", figures, rows, described)
 
 
-def epochs_in_a_sweep(settings: Settings, number: int = 200) -> Iterator[Record]:
+def epochs_in_a_sweep(settings: Settings) -> Iterator[Record]:
     """Measure such runs several at a time on one device, in a process each, start, checkpoints and figures included."""
     recipe = runs_recipe(settings)
-    runs = AtOnce(SWEEP_JOBS, run_contestant, recipe, settings.pass_images, number, threads=1)
+    runs = AtOnce(SWEEP_JOBS, run_contestant, recipe, settings.pass_images, EPOCHS, threads=1)
     figures = take_turns({"a run": runs.seconds_each}, settings.repeats, warm_ups=0)
     runs.end()
-    described = replace(Conditions.of(recipe), epochs=number, val_interval=recipe.val_interval, jobs=SWEEP_JOBS)
+    described = replace(Conditions.of(recipe), epochs=EPOCHS, val_interval=recipe.val_interval, jobs=SWEEP_JOBS)
     yield Record("epochs-200-sweep", "seconds a run", figures, {"epochs-200-sweep": figures["a run"]}, described)
 
 
@@ -393,13 +394,7 @@ class Start(NamedTuple):
 
 
 def to_first_step(settings: Settings, *flags: str, whole: bool) -> Start:
-    """Run `mbib train` until its first step.
-
-    Args:
-        settings: device.
-        flags: of `mbib train`.
-        whole: run the step too.
-    """
+    """Run `mbib train` until its first step, and the step too for the `whole`."""
     with tempfile.TemporaryDirectory() as folder:
         own = ["--device", str(settings.world.device), "--no-torchcompile", "--no-cuda-graph", "--output", folder]
         command = [sys.executable, "-c", START, "whole" if whole else "begin", *flags, *own]

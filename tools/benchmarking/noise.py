@@ -20,10 +20,9 @@ def class_counts(subject: str) -> np.ndarray:
 
 
 def cifar_like(limit: int | None) -> Splits:
-    """Return noise in the shape of CIFAR-100-LT IF100: 10,847 training and 10,000 evaluation images of 32x32.
+    """Return noise in the shape of CIFAR-100-LT IF100, at most `limit` images of each split.
 
-    Args:
-        limit: images of each split at most.
+    These are 10,847 training and 10,000 evaluation images of 32x32.
     """
     generator = np.random.default_rng(0)
 
@@ -57,12 +56,9 @@ def normalized_noise(batch_size: int, size: int, classes: int, device: torch.dev
 
 
 def photographs(folder: Path, images: int, size: tuple[int, int]) -> None:
-    """Write files about as large as photographs are: smooth colours with some noise, PNG below 100 pixels, else JPEG.
+    """Make a folder of files about as large as photographs of a width and height are.
 
-    Args:
-        folder: where; made.
-        images: their number.
-        size: width and height.
+    They are smooth colours with some noise, PNG below 100 pixels, else JPEG.
     """
     folder.mkdir()
     generator = np.random.default_rng(0)

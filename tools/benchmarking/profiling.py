@@ -38,12 +38,7 @@ class Operation(NamedTuple):
 
 
 def write_profile(settings: Settings, header: str) -> str:
-    """Return the profiles before and after, as Markdown.
-
-    Args:
-        settings: device, steps, and whether to compile.
-        header: says where and when.
-    """
+    """Return the profiles before and after, as Markdown, under a header that says where and when."""
     world = settings.world
     # Kernels of the compiled code appear by name.
     torch._inductor.config.cpp.enable_kernel_profile = True

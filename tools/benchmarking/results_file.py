@@ -100,43 +100,21 @@ class Results:
         return {row.row: row for row in self.rows if row.values is not None}
 
 
-def build_row(name: str, machine: Machine, values: list[float] | None, commit: str | None) -> MeasuredRow:
-    """Return a row of the table.
-
-    Args:
-        name: in `ROWS`.
-        machine: that the row is for.
-        values: one per repeat; None where the row was not measured.
-        commit: that they were measured at.
-    """
+def build_row(name: str, machine: Machine, values: list[float] | None = None, commit: str | None = None) -> MeasuredRow:
+    """Return a row of `ROWS` on a machine; without values where it was not measured."""
     row = ROWS[name]
     target, bound = row.target(machine), "at least" if row.at_least else "at most"
     if values is None:
         return MeasuredRow(name, row.what, target, bound, verdict(row, None, machine))
     told = Figures.of(values)
-    return MeasuredRow(
-        name,
-        row.what,
-        target,
-        bound,
-        verdict(row, told.median, machine),
-        values,
-        told.median,
-        told.min,
-        told.max,
-        told.n,
-        commit,
-    )
+    measured = (values, told.median, told.min, told.max, told.n, commit)
+    return MeasuredRow(name, row.what, target, bound, verdict(row, told.median, machine), *measured)
 
 
 def build_rows(measured: Mapping[str, MeasuredRow], machine: Machine) -> list[MeasuredRow]:
     """Return every row of `ROWS`, those that were measured with the targets of today."""
-    return [
-        build_row(name, machine, measured[name].values, measured[name].commit)
-        if name in measured
-        else build_row(name, machine, None, None)
-        for name in ROWS
-    ]
+    kept = {name: (row.values, row.commit) for name, row in measured.items()}
+    return [build_row(name, machine, *kept.get(name, ())) for name in ROWS]
 
 
 def read_results(file: Path) -> Results:
@@ -158,13 +136,7 @@ def require_same_machine(results: Results, environment: Environment, file: Path)
 
 
 def merge(old: Results | None, environment: Environment, records: Iterable[Record]) -> Results:
-    """Return new results with what an earlier file holds besides.
-
-    Args:
-        old: content of the file, or None.
-        environment: of the new ones.
-        records: what was measured.
-    """
+    """Return new results with what an earlier file holds besides."""
     commit, machine = environment.commit, Machine(environment.device, environment.hardware)
     kept = dict(old.records) if old else {}
     rows = old.measured() if old else {}

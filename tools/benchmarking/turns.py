@@ -175,14 +175,7 @@ def _figure() -> float:
 
 
 class AtOnce:
-    """Several contestants of one kind, each in a process of its own, at the same time.
-
-    Args:
-        number: of them.
-        build: see `OwnProcess`, and so are the others.
-        arguments: of `build`.
-        threads: of each process.
-    """
+    """A number of contestants of one kind, each in a process of its own, see `OwnProcess`, at the same time."""
 
     def __init__(
         self, number: int, build: Callable[..., Callable[[], float]], *arguments: Any, threads: int | None = None
