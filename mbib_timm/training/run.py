@@ -344,7 +344,8 @@ class Run:
                 round_learning_rates(self.optimizer)
         if steps < len(self.loaders.train) and self._is_due(updates):
             self.method.synchronize()
-            self.done.part = PartOfEpoch(steps, learning_rate, log.read_sums(), time.perf_counter() - start)
+            log.read()
+            self.done.part = PartOfEpoch(steps, learning_rate, log.sums, time.perf_counter() - start)
             generators = of_all(generator_states(self.world.device))
             if self.world.is_main:
                 self._save(generators)
