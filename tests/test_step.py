@@ -56,7 +56,7 @@ def setup(recipe, device="cpu", drop=0.0):
     model = TwoHeads().to(device)
     model.drop.p = drop
     kind, settings = resolve_method(recipe.method)
-    method = kind(model, kind.Settings(**settings), Facts(np.array(COUNTS), 10), torch.device(device)).to(device)
+    method = kind(model, settings, Facts(np.array(COUNTS), 10), torch.device(device)).to(device)
     method.train()
     return method, create_optimizer(recipe, method)
 

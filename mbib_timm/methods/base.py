@@ -534,10 +534,11 @@ def register(name: str) -> Callable[[M], M]:
     return decorate
 
 
-def resolve_method(method: Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
-    """Return the class of a recipe's method and all of its settings, checked; see `resolve_settings`."""
-    declared, settings = resolve_settings(method)
-    return METHODS[declared.name], settings
+def resolve_method(method: Mapping[str, Any]) -> tuple[type[Method], Any]:
+    """Return the class of a recipe's method and its `Settings`, checked; see `resolve_settings`."""
+    declared, given = resolve_settings(method)
+    kind = METHODS[declared.name]
+    return kind, kind.Settings(**given)
 
 
 def method_title(name: object) -> str:
