@@ -350,7 +350,8 @@ class Method(TrainingTask):
             if parameter.requires_grad:
                 parameter.register_hook(average)
         network = self.trainable_module
-        self.trainable_module = nn.parallel.DistributedDataParallel(network, device_ids=device_ids, **ddp_kwargs)
+        if any(parameter.requires_grad for parameter in network.parameters()):  # torch refuses one that does not train
+            self.trainable_module = nn.parallel.DistributedDataParallel(network, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
