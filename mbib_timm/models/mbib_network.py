@@ -157,7 +157,8 @@ class MBIB(PooledModel, MultiHeadModel):
         )
         # Without a classifier of its own the last observation is what z is made of.
         observed_classes = num_classes if self.predicts_from_v else 0
-        self.observation = Observation(channels[-1], observed_classes, True, drop_rate, create, raw_observations, **dd)
+        norm = self.predicts_from_v or not raw_observations  # of a raw one without classifier nothing uses it
+        self.observation = Observation(channels[-1], observed_classes, norm, drop_rate, create, raw_observations, **dd)
         self.bottleneck: nn.Module = nn.Identity()
         if self.predicts_from_z:
             width = channels[-1] if bottleneck_features is None else bottleneck_features
