@@ -442,7 +442,7 @@ def create_loss(
         raise MbibError(f"the model has {classes} classes, and there are class counts of {len(counts)}")
     network = nn.Module() if model is None else _Heads(model)
     try:
-        method = kind(network, kind.Settings(**given), Facts(counts, epochs=1), torch.device("cpu"))
+        method = kind(network, given, Facts(counts, epochs=1), torch.device("cpu"))
     except MbibError as error:
         hint = f"; give the model: create_loss({name!r}, class_counts, model)" if model is None else ""
         raise MbibError(f"{error}{hint}") from None

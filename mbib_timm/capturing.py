@@ -26,18 +26,15 @@ class Graphs:
 
     Args:
         device: CUDA device.
+
+    Attributes:
+        functions: captured ones that serve more than once, by a key of what they compute.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.functions: dict[Hashable, CapturedFunction] = {}
-
-    def function(self, key: Hashable, build: Callable[[], "CapturedFunction"]) -> "CapturedFunction":
-        """Return the captured function of a key, built when it is first asked for."""
-        if key not in self.functions:
-            self.functions[key] = build()
-        return self.functions[key]
 
     def run(self, function: Function, arguments: Any) -> tuple[dict[str, Tensor], list[str]]:
         """Call a function on the stream that captures; return its result, and where it waited for the device."""

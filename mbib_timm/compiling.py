@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
@@ -36,11 +37,7 @@ class CompileOrEager(Generic[Inputs, Output]):
 
     def on(self, device: torch.device) -> Callable[Inputs, Output]:
         """Return the function for inputs on a device."""
-
-        def call(*arguments: Inputs.args, **named: Inputs.kwargs) -> Output:
-            return self._call(device.type, *arguments, **named)
-
-        return call
+        return partial(self._call, device.type)
 
     def _call(self, device_type: str, *arguments: Inputs.args, **named: Inputs.kwargs) -> Output:
         if self.failed:
@@ -56,7 +53,7 @@ class CompileOrEager(Generic[Inputs, Output]):
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self.failed = True
             inner = getattr(error, "inner_exception", error)
-            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {first_line(inner)}", stacklevel=3)
+            warnings.warn(f"{self.what} cannot be compiled, and runs eagerly: {first_line(inner)}", stacklevel=2)
             return self.function(*arguments, **named)
 
 

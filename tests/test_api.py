@@ -497,7 +497,7 @@ def test_a_loss_is_that_of_a_training_step(name, settings, soft):
     images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1, 0])
     targets = torch.nn.functional.one_hot(labels, 3).float() * 0.9 + 0.1 / 3 if soft else labels
     kind, given = resolve_method({"name": name, **settings})
-    method = kind(model, kind.Settings(**given), Facts(np.array(COUNTS), 1), torch.device("cpu"))
+    method = kind(model, given, Facts(np.array(COUNTS), 1), torch.device("cpu"))
     expected = method(Batch((images,), targets, torch.arange(6)))
     parts = create_loss(name, COUNTS, model, **settings).parts(model(images), targets)
     assert parts.keys() == expected.keys()

@@ -1413,3 +1413,23 @@ def test_a_wrapper_trains_in_part_and_keeps_what_its_model_spares():
     (decay,) = (g["weight_decay"] for g in groups for p in g["params"] if p is model.pos_embed)
     assert decay == 0
     assert method.get_eval_model() is network
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "part"), [("bib", "mbib_resnet20", "all"), ("toy", "cifar_resnet20", "none")]
+)
+def test_several_processes_wait_for_no_gradient_that_does_not_come(name, model, part, tmp_path):
+    """Of heads that the loss leaves out; of a network that does not train at all."""
+    kind = METHODS[name]
+    method = kind(timm.create_model(model, num_classes=5), kind.Settings(), Facts(np.array(COUNTS), EPOCHS), CPU)
+    method.freeze_all_but(part, "eval")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        method.prepare_distributed().train()
+        for step in batches((4, 4, 4), size=8):
+            method(*step)["loss"].backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    trained = dict(method.trainable_parameters())
+    assert trained
+    assert [each for each, parameter in trained.items() if parameter.grad is None] == []

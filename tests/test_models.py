@@ -696,16 +696,17 @@ def test_how_the_linear_layers_of_the_heads_start():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "prediction", "heads"),
+    ("name", "prediction", "heads", "raw"),
     [
-        ("bib_resnet20", "v", ("v1",)),
-        ("bib_resnet20", "z", ("z",)),
-        ("mbib_resnet20", "v", ("v1", "v2", "v3")),
-        ("mbib_resnet20", "z", ("v1", "v2", "z")),
+        ("bib_resnet20", "v", ("v1",), False),
+        ("bib_resnet20", "z", ("z",), False),
+        ("bib_resnet20", "z", ("z",), True),
+        ("mbib_resnet20", "v", ("v1", "v2", "v3"), False),
+        ("mbib_resnet20", "z", ("v1", "v2", "z"), False),
     ],
 )
-def test_a_network_that_predicts_by_one_head(name, prediction, heads):
-    model = create(name, prediction=prediction)
+def test_a_network_that_predicts_by_one_head(name, prediction, heads, raw):
+    model = create(name, prediction=prediction, raw_observations=raw)
     x = images(name, 4)
     outputs = model(x)
     assert model.head_names == heads
@@ -721,7 +722,7 @@ def test_a_network_that_predicts_by_one_head(name, prediction, heads):
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
     torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x))
-    both = create(name).eval()
+    both = create(name, raw_observations=raw).eval()
     both.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(both.forward_heads(x)[-2 if prediction == "v" else -1], model(x))
     model.remove_training_heads()

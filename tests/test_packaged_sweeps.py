@@ -78,7 +78,7 @@ def create_method(recipe):
     kind, settings = resolve_method(recipe.method)
     network = build_network(recipe if recipe.pretrained else recipe.replace(reset="none"), CLASSES)
     facts = Facts(np.arange(CLASSES, 0, -1), 1, previous_run(CLASSES))
-    return kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
+    return kind(network, settings, facts, torch.device("cpu"))
 
 
 def distinct():

@@ -124,7 +124,7 @@ def test_settings_of_a_method_are_not_repeated_either():
         for part in (content, *content.get(STAGES, [])):
             if "method" in part:
                 given = method_of(part)
-                defaults = resolve_method({"name": given["name"]})[1]
+                defaults = vars(resolve_method({"name": given["name"]})[1])
                 assert not [key for key, value in given.items() if key != "name" and defaults[key] == value], name
 
 
@@ -143,7 +143,7 @@ def test_model_method_and_optimisation_of_every_stage_fit_together(name):
             network = build_network(recipe, num_classes)
         kind, settings = resolve_method(recipe.method)
         facts = Facts(1000 * np.arange(num_classes, 0, -1), recipe.epochs, previous_run(num_classes))
-        method = kind(network, kind.Settings(**settings), facts, torch.device("cpu"))
+        method = kind(network, settings, facts, torch.device("cpu"))
         method.freeze_all_but(recipe.choice("train"), recipe.choice("frozen_bn"))
         optimizer = create_optimizer(recipe, method)
         create_schedule(recipe, optimizer)

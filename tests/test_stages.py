@@ -1,9 +1,12 @@
 """Runs of several stages on the digits: what each starts from, what it leaves alone, and how it resumes."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import sleep
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,7 @@ from mbib_timm.training import run as run_module
 from mbib_timm.training import train
 from mbib_timm.training.checkpoint import load_checkpoint, save_checkpoint
 from mbib_timm.training.run import TrainState
+from mbib_timm.training.run_folder import RunFolder
 from mbib_timm.training.stages import _described, _find_folder, _finished
 
 TOY = str(Path(__file__).parent / "toy_method.py")
@@ -91,6 +95,20 @@ def crt(tmp_path_factory):
 @pytest.mark.parametrize(("epochs", "text"), [(1, "ce, 1 epoch"), (2, "ce, 2 epochs")])
 def test_a_stage_is_announced_with_its_epochs(epochs, text):
     assert _described(Recipe(method="ce", model="cifar_resnet20", epochs=epochs, warmup_epochs=0)) == text
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_second_waits_for_the_weights_that_the_first_writes(tmp_path, monkeypatch):
+    original = RunFolder.write_model
+
+    def slowly(*args, **kwargs):
+        sleep(1 if os.environ["RANK"] == "0" else 0)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(RunFolder, "write_model", slowly)
+    keys = dict(imbalance_max=24, epochs=1, warmup_epochs=0, val_interval=1)
+    argv = ["train", str(write(tmp_path, CE_CRT, **keys)), "--experiment", "run", "--output", str(tmp_path)]
+    assert faults.run(argv, tmp_path / "log", ranks=2) == [0, 0], (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

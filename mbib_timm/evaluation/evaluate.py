@@ -142,7 +142,7 @@ def evaluate(
     if graphs is not None:
         assert shift is None
         key = (model, amp_dtype, compile)
-        count = graphs.function(key, lambda: CapturedFunction(whole, eager, graphs, "the evaluation"))
+        count = graphs.functions.setdefault(key, CapturedFunction(whole, eager, graphs, "the evaluation"))
     names = (PREDICTION, *reported_heads(model))
     # Of each layer: a loop may keep some in evaluation mode, such as frozen BatchNorm.
     modes = [(module, module.training) for module in model.modules()]

@@ -28,7 +28,8 @@ from mbib_timm.models.parts import part_of
 from mbib_timm.recipe.declared import resolve_settings
 from mbib_timm.registry import Registry, is_inside
 
-NETWORK, NETWORK_EMA = "trainable_module", "trainable_module_ema"
+# In the names of a method's parameters and buffers, what says that they are its network's, or of the average of that.
+NETWORKS = ("trainable_module.", "trainable_module_ema.")
 # Class weights up to n^-0.1, MBIB's own, leave logits for the frequencies that they would be for without.
 NEGLIGIBLE_POWER = 0.1
 
@@ -295,8 +296,7 @@ class Method(TrainingTask):
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the method's own parameters, which the network does not have, by name."""
-        inside = (f"{NETWORK}.", f"{NETWORK_EMA}.")
-        return ((name, value) for name, value in self.named_parameters() if not name.startswith(inside))
+        return ((name, value) for name, value in self.named_parameters() if not name.startswith(NETWORKS))
 
     def freeze_all_but(self, part: str, frozen_bn: str | None) -> None:
         """Freeze the network outside a part: its parameters, and with ``eval`` the statistics of its BatchNorm layers.
@@ -350,7 +350,8 @@ class Method(TrainingTask):
             if parameter.requires_grad:
                 parameter.register_hook(average)
         network = self.trainable_module
-        self.trainable_module = nn.parallel.DistributedDataParallel(network, device_ids=device_ids, **ddp_kwargs)
+        if any(parameter.requires_grad for parameter in network.parameters()):  # torch refuses one that does not train
+            self.trainable_module = nn.parallel.DistributedDataParallel(network, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
@@ -381,7 +382,7 @@ class Method(TrainingTask):
         model = self.get_eval_model(ema=ema)
         inside = next((f"{name}." if name else "" for name, each in network.named_modules() if each is model), None)
         rest = {k: v for k, v in network.state_dict().items() if inside is None or not k.startswith(inside)}
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith((f"{NETWORK}.", f"{NETWORK_EMA}."))}
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith(NETWORKS)}
         state = {"network": rest, "method": {} if ema else own}
         return state if rest or own else {}
 
@@ -422,8 +423,8 @@ def require_average(method: Method) -> None:
 
 def unkept_buffers(method: Method) -> dict[str, Tensor]:
     """Return a method's own buffers that its state does not hold, since they are not persistent, by name."""
-    inside, kept = (f"{NETWORK}.", f"{NETWORK_EMA}."), method.state_dict().keys()
-    return {k: v for k, v in method.named_buffers() if not k.startswith(inside) and k not in kept}
+    kept = method.state_dict().keys()
+    return {k: v for k, v in method.named_buffers() if not k.startswith(NETWORKS) and k not in kept}
 
 
 # Attributes of every module; and values that a loss may be computed with.
@@ -534,10 +535,11 @@ def register(name: str) -> Callable[[M], M]:
     return decorate
 
 
-def resolve_method(method: Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
-    """Return the class of a recipe's method and all of its settings, checked; see `resolve_settings`."""
-    declared, settings = resolve_settings(method)
-    return METHODS[declared.name], settings
+def resolve_method(method: Mapping[str, Any]) -> tuple[type[Method], Any]:
+    """Return the class of a recipe's method and its `Settings`, checked; see `resolve_settings`."""
+    declared, given = resolve_settings(method)
+    kind = METHODS[declared.name]
+    return kind, kind.Settings(**given)
 
 
 def method_title(name: object) -> str:

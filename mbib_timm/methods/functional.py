@@ -139,7 +139,8 @@ def adjusted_cross_entropy(
     def soft(logits: Tensor, targets: Tensor) -> Tensor:
         logits = _full_precision(logits)
         each = _loss_of_each_label(logits, offset, divisor, margin, smoothing)
-        return (_shares(targets, weight, each.dtype) * each).sum(dim=-1)
+        shares = targets.to(each.dtype) if weight is None else _weights(targets, weight, each.dtype)
+        return (shares * each).sum(dim=-1)
 
     def hard(logits: Tensor, targets: Tensor) -> Tensor:
         logits = _full_precision(logits)
@@ -149,29 +150,22 @@ def adjusted_cross_entropy(
         if divisor is not None:
             logits = logits / divisor
         log_probabilities = F.log_softmax(logits if offset is None else logits + offset, dim=-1)
-        negative_log = -log_probabilities.gather(-1, labels).squeeze(-1)
+        losses = -log_probabilities.gather(-1, labels).squeeze(-1)
         if smoothing is not None:
-            eps = smoothing.to(negative_log.dtype)[targets]
-            negative_log = (1 - eps) * negative_log - eps * log_probabilities.mean(dim=-1)
-        return negative_log
+            eps = smoothing.to(losses.dtype)[targets]
+            losses = (1 - eps) * losses - eps * log_probabilities.mean(dim=-1)
+        return losses if weight is None else losses * _weights(targets, weight, losses.dtype)
 
     with torch.autocast(logits.device.type, enabled=False):
-        if targets.is_floating_point():
-            losses = by_image(soft, logits, targets)
-            if weight is None or not normalize:
-                return losses.mean(dim=-1)
-            return losses.sum(dim=-1) / _shares(targets, weight, losses.dtype).sum()
-        negative_log = by_image(hard, logits, targets)
-        if weight is None:
-            return negative_log.mean(dim=-1)
-        weights = weight.to(negative_log.dtype)[targets]
-        weighted = negative_log * weights
-        return weighted.sum(dim=-1) / weights.sum() if normalize else weighted.mean(dim=-1)
+        losses = by_image(soft if targets.is_floating_point() else hard, logits, targets)
+        if weight is None or not normalize:
+            return losses.mean(dim=-1)
+        return losses.sum(dim=-1) / _weights(targets, weight, losses.dtype).sum()
 
 
-def _shares(targets: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return what each label of soft targets (B, K) counts, with its class's weight, (B, K)."""
-    return targets.to(dtype) if weight is None else targets.to(dtype) * weight.to(dtype)
+def _weights(targets: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the class weights of labels (B,), or of soft targets (B, K) the weighted share of each label."""
+    return targets.to(dtype) * weight.to(dtype) if targets.is_floating_point() else weight.to(dtype)[targets]
 
 
 def _loss_of_each_label(
@@ -266,13 +260,11 @@ def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weight: Tensor | N
         return (targets.to(each.dtype) * each).sum(dim=-1)
 
     def hard(logits: Tensor, targets: Tensor) -> Tensor:
-        return _focal(F.cross_entropy(_full_precision(logits), targets, reduction="none"), gamma)
+        losses = _focal(F.cross_entropy(_full_precision(logits), targets, reduction="none"), gamma)
+        return losses if weight is None else losses * weight.to(losses.dtype)[targets]
 
     with torch.autocast(logits.device.type, enabled=False):
-        if targets.is_floating_point():
-            return by_image(soft, logits, targets).mean()
-        losses = by_image(hard, logits, targets)
-        return (losses if weight is None else losses * weight.to(losses.dtype)[targets]).mean()
+        return by_image(soft if targets.is_floating_point() else hard, logits, targets).mean()
 
 
 def _focal(negative_log: Tensor, gamma: float) -> Tensor:

@@ -30,6 +30,7 @@ from mbib_timm.methods.functional import (
     self_distillation,
     tempered_log_probabilities,
 )
+from mbib_timm.models.weights import TRAINING_HEADS
 from mbib_timm.options import option
 
 CITATION = "Mixture of Balanced Information Bottlenecks for Long-Tailed Visual Recognition, TMLR 2025"
@@ -161,6 +162,15 @@ class Bottleneck(Method):
     def head_offsets(self) -> Tensor:
         """Return what is added to logits (eq. 4), (K,); or for each head of `head_weights`, (H, 1, K)."""
         return as_counts(self.facts.class_counts).log().float()
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Method":
+        """Wrap the network for several processes. Heads that no edge names, which `bib` leaves as they are on a network
+        of several observations, are frozen: torch would wait for their gradients."""
+        idle = tuple(f"{TRAINING_HEADS}{head}." for head in self.head_names if head not in self.head_weights)
+        for name, parameter in self.trainable_module.named_parameters():
+            if name.startswith(idle):
+                parameter.requires_grad_(False)
+        return super().prepare_distributed(device_ids, **ddp_kwargs)
 
     def _constant(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)

@@ -136,10 +136,6 @@ class MomentumCopy(nn.Module):
         for own, other in zip(self.network.modules(), network.modules(), strict=True):
             own.training = other.training
 
-    def synchronize(self) -> None:
-        """Take the first process's buffers in all of them, as a resumed run does, which has these alone."""
-        share_buffers(self.network)
-
 
 class Queue(nn.Module):
     """The last Q features of other batches and their labels: a ring buffer. An empty place has the label `NO_LABEL`.
@@ -297,8 +293,8 @@ class Paco(Method):
         return {"loss": loss, "bsce": adjusted_cross_entropy(logits.detach(), targets, offset=self.log_prior)}
 
     def synchronize(self) -> None:
-        """Let the key networks of several processes agree."""
-        self.key.synchronize()
+        """Take the first process's buffers of the key network in all, as a resumed run does, which has these alone."""
+        share_buffers(self.key.network)
 
     def after_step(self) -> None:
         """Let the key network follow."""

@@ -377,9 +377,11 @@ class MultiHeadModel(BackboneModel):
         global_pool: that pooling.
         feature_info: the backbone's levels, up to the last that is used.
         head_init: how linear layers of the heads start.
+        ends_with_backbone: the last map is what the backbone ends with, and may lie behind its last level.
     """
 
     head_init: str = KAIMING
+    ends_with_backbone: bool = False
 
     if TYPE_CHECKING:
         global_pool: Any
@@ -530,10 +532,10 @@ class MultiHeadModel(BackboneModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Return the last map and the maps of the chosen levels (all of them by default), as timm's models do.
-
-        The levels are those of `feature_info`.
-        """
+        """Return what `forward_features` does and the maps of the chosen levels (all of them by default), as timm's
+        models do. The levels are those of `feature_info`."""
+        if self.ends_with_backbone and not stop_early:
+            return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
         take, last = feature_take_indices(len(self.feature_info), indices)
         kwargs: dict[str, Any] = dict(norm=norm, stop_early=stop_early, output_fmt=output_fmt, intermediates_only=True)
         if intermediates_only:

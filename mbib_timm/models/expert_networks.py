@@ -112,21 +112,7 @@ def share_trunk(backbones: Sequence[Any], own: Sequence[str]) -> Any:
 
 
 class _ExpertModel(MultiHeadModel):
-    """Experts on a shared trunk, without their heads.
-
-    Args:
-        backbone: a CIFAR ResNet, or a ResNet or ResNeXt of timm's.
-        experts: their number E.
-        reduced: give the experts' stages 3/4 of the usual channels.
-        num_classes: classes K; 0 for none.
-        in_chans: channels of the images.
-        global_pool: timm pooling type; those that keep the width.
-        training_logits: ``"all"``, or ``"mean"`` to return the mean in training too; see `set_training_logits`.
-        drop_rate: dropout before the classifiers.
-        drop_path_rate: stochastic depth of the backbone.
-        classifier: kind of every classifier, see `create_classifier`.
-        classifier_scale: of cosine classifiers.
-        backbone_args: further keyword arguments of the backbone.
+    """Experts on a shared trunk, without their heads; `Experts` says what the arguments are.
 
     Attributes:
         expert_heads: the names of each expert's heads, in order of depth, by the expert's name.
@@ -265,7 +251,7 @@ class MBIBExperts(_ExpertModel):
     logits of v3 and z, (B, K).
 
     Args:
-        kwargs: those of `_ExpertModel`.
+        kwargs: those of `Experts`.
         bottleneck_features: width of z; that of v3 when None.
         training_heads: build the classifiers that serve training only.
         classifier: kind of every classifier, see `create_classifier`.

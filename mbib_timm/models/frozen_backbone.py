@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError
-from mbib_timm.models.backbones import PooledModel, StoredFeatures, weights_digest
+from mbib_timm.models.backbones import PREFIX, PooledModel, StoredFeatures, weights_digest
 from mbib_timm.models.head_outputs import cache_sized
 
 
@@ -59,7 +59,7 @@ class FrozenBackbone:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the backbone's weights under the model's keys."""
-        return {f"backbone.{name}": value for name, value in self.backbone.state_dict().items()}
+        return {PREFIX + name: value for name, value in self.backbone.state_dict().items()}
 
 
 def _model_in(network: nn.Module) -> Any:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mbib_timm.errors import MbibError, unknown_name
 from mbib_timm.models.backbones import (
-    BackboneModel,
     MultiHeadModel,
     PooledModel,
     Taps,
@@ -134,7 +133,7 @@ class MBIB(PooledModel, MultiHeadModel):
         levels = prefixed_levels(self.backbone.feature_info)
         last = self.taps[-1]
         self.feature_info = levels[: last + 1] if isinstance(last, int) else levels
-        self.reads_tokens = self.tapping.tokens
+        self.reads_tokens, self.ends_with_backbone = self.tapping.tokens, self.tapping.ends_with_backbone
         self.set_pool(self.default_pool() if global_pool is None else global_pool, num_classes)
 
         channels = [self.tapping.width(tap, self.backbone) for tap in self.taps]
@@ -158,7 +157,8 @@ class MBIB(PooledModel, MultiHeadModel):
         )
         # Without a classifier of its own the last observation is what z is made of.
         observed_classes = num_classes if self.predicts_from_v else 0
-        self.observation = Observation(channels[-1], observed_classes, True, drop_rate, create, raw_observations, **dd)
+        norm = self.predicts_from_v or not raw_observations  # of a raw one without classifier nothing uses it
+        self.observation = Observation(channels[-1], observed_classes, norm, drop_rate, create, raw_observations, **dd)
         self.bottleneck: nn.Module = nn.Identity()
         if self.predicts_from_z:
             width = channels[-1] if bottleneck_features is None else bottleneck_features
@@ -262,21 +262,6 @@ class MBIB(PooledModel, MultiHeadModel):
         return self._observe_pooled(pooled)[0] if self._gives_all_heads() else self._predict(pooled[-1])
 
     @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return what `forward_features` does and the maps of the chosen levels, as timm's models do."""
-        ends = self.tapping.ends_with_backbone and not stop_early
-        kind = BackboneModel if ends else MultiHeadModel
-        return kind.forward_intermediates(self, x, indices, norm, stop_early, output_fmt, intermediates_only)
-
-    @torch.jit.ignore
     def _observe(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
         return self._observe_pooled(self.pool_features(x))
 
@@ -297,7 +282,7 @@ class MBIB(PooledModel, MultiHeadModel):
     def _replace_heads(self, head: Observation, level: int) -> None:
         """Leave a single observation, of a level."""
         self.tapping, self.observes_input = Taps((level,), tokens=False, norm=False, prefix=False), False
-        self.reads_tokens = False
+        self.reads_tokens = self.ends_with_backbone = False
         self.training_heads = nn.ModuleDict()
         self.observation, self.bottleneck = head, nn.Identity()
         self.predicts_from_v, self.predicts_from_z, self.bottleneck_head = True, False, None

@@ -37,16 +37,9 @@ class LossLog:
         self, epoch: int, method: str, sums: Mapping[str, float] | None = None, steps: int = 0, amp: bool = False
     ) -> None:
         self.epoch, self.method, self.amp = epoch, method, amp
-        sums = sums or {}
-        self.names = tuple(sums)
+        self.sums, self.steps = dict(sums or {}), steps
+        self.names = tuple(self.sums)
         self.pending: list[Tensor] = []
-        self.sums = list(sums.values())
-        self.steps = steps
-
-    def read_sums(self) -> dict[str, float]:
-        """Return the sums so far; as `read`."""
-        self.read()
-        return dict(zip(self.names, self.sums, strict=True))
 
     def add(self, parts: dict[str, Tensor]) -> None:
         """Add a step's scalars; nothing waits for the device.
@@ -82,9 +75,9 @@ class LossLog:
             raise error
         for step in zip(*rows_of_all, strict=True):
             values = [sum(part) / len(step) for part in zip(*step, strict=True)]
-            self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(values), values, strict=True)]
+            self.sums = {name: self.sums.get(name, 0.0) + v for name, v in zip(self.names, values, strict=True)}
         self.steps += len(rows)
-        return {name: total / self.steps for name, total in zip(self.names, self.sums, strict=True)}
+        return {name: total / self.steps for name, total in self.sums.items()}
 
     def _problem(self, step: int, values: list[float]) -> NonFiniteLossError | None:
         """Return an error of what is wrong with the loss parts of a step, counted from 0; None for nothing."""

@@ -81,16 +81,12 @@ def create_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     for name, parameter in own.items():
         spared = recipe.filter_bias_and_bn and (parameter.ndim <= 1 or name.endswith(".bias"))  # timm's rule
         by_decay.setdefault(0.0 if spared else decays, []).append(parameter)
-    of_method: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()
-    ]
+    for decay, parameters in by_decay.items():
+        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
     if recipe.param_groups:
         parts = _parts(recipe, network, own)
-        _require_decays(recipe, parts, [*optimizer.param_groups, *of_method])
+        _require_decays(recipe, parts, optimizer.param_groups)
         optimizer.param_groups = _divided(optimizer.param_groups, recipe, parts)
-        of_method = _divided(of_method, recipe, parts)
-    for group in of_method:
-        optimizer.add_param_group(group)
     return optimizer
 
 

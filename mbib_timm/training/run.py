@@ -149,7 +149,8 @@ class Run:
                 print(line, flush=True)
         self.setup = setup = set_up(recipe, self.splits, world, previous, pool)
         if world.is_main:
-            shrunk = self._shrunk_note(setup.input_size)
+            side = min(setup.input_size[1:])
+            shrunk = None if side > SMALL_INPUT else shrunk_note(median_size(self.splits.train), side)
             for line in (*setup.notes, *pool.first_time(shrunk), *pool.first_time(setup.advice)):
                 print(line, flush=True)
         self.method, self.input_size, self.precision = setup.method, setup.input_size, setup.precision
@@ -343,7 +344,8 @@ class Run:
                 round_learning_rates(self.optimizer)
         if steps < len(self.loaders.train) and self._is_due(updates):
             self.method.synchronize()
-            self.done.part = PartOfEpoch(steps, learning_rate, log.read_sums(), time.perf_counter() - start)
+            log.read()
+            self.done.part = PartOfEpoch(steps, learning_rate, log.sums, time.perf_counter() - start)
             generators = of_all(generator_states(self.world.device))
             if self.world.is_main:
                 self._save(generators)
@@ -360,10 +362,6 @@ class Run:
     def _passes(self) -> Passes:
         """The images for a method that looks at them beside training."""
         return Passes(self.splits, self.recipe, self.input_size, self.world, self.pool, self.store)
-
-    def _shrunk_note(self, input_size: tuple[int, int, int]) -> str | None:
-        side = min(input_size[1:])
-        return None if side > SMALL_INPUT else shrunk_note(median_size(self.splits.train), side)
 
     def _last_epoch_is_result(self) -> bool:
         """Whether the result is what the last epoch's evaluation finds: on its split, of weights that stay."""
@@ -434,8 +432,7 @@ class Run:
                 f"{self.folder.path} was trained on different data: its class counts differ; train "
                 "these in another folder (--experiment)"
             )
-        with self._fitting():
-            reached = TrainState.of(state)
+        reached = TrainState.of(state)
         reached.ends = reached.ends or [self.folder.recipe(self.recipe.plugin).epochs]  # of an older checkpoint
         reached.ends = reached.ends_with(self.recipe.epochs)
         self._take_inputs(state, reached)

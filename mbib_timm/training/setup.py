@@ -133,8 +133,7 @@ def require_fit(recipe: Recipe) -> None:
     """
     if ":" in recipe.model or "/" in recipe.model or recipe.initial_checkpoint is not None:
         return
-    kind, given = resolve_method(recipe.method)
-    settings = kind.Settings(**given)
+    kind, settings = resolve_method(recipe.method)
     for name in ("meta", "cpu"):  # some networks cannot be built of shapes
         try:
             with (device := torch.device(name)):
@@ -172,8 +171,8 @@ def set_up(
     """
     recipe = inherited(recipe)
     check_sampler(recipe.choice("sampler"), splits, recipe.cutmix_sampler)
-    kind, given = resolve_method(recipe.method)
-    settings, chosen_on = kind.Settings(**given), None
+    kind, settings = resolve_method(recipe.method)
+    chosen_on = None
     if kind.needs_held_out(settings):
         splits.require_held_out()
         chosen_on = held_out_line(splits) if recipe.holdout == 0 else None  # else it is said of the data
@@ -381,7 +380,7 @@ def build_network(recipe: Recipe, num_classes: int, previous: Path | None = None
             add_adapters(model, adapters, part_of(model, "heads"), size)
         return model
 
-    return kind.build_network(kind.Settings(**settings), build)
+    return kind.build_network(settings, build)
 
 
 def _with_start(recipe: Recipe, num_classes: int, previous: Path | None, kwargs: dict[str, Any]) -> nn.Module:

@@ -137,6 +137,7 @@ def _train(
             print_report(folder.path, finished.record)
     finally:
         folder.end()
+    world.gather([])  # the next stage, or the caller, reads in every process what the first one has written
     return finished
 
 

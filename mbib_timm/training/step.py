@@ -97,20 +97,8 @@ def create_step(
         precision: autocast and scaler.
         graphs: capture it; see `find_graphs`.
     """
-
-    def with_losses(compute: LossParts) -> TrainingStep:
-        return partial(
-            training_step,
-            method,
-            optimizer,
-            precision,
-            compute=compute,
-            clip_grad=recipe.clip_grad,
-            clip_mode=recipe.clip_mode,
-        )
-
-    eager = with_losses(loss_parts)
-    step = with_losses(compiled_loss_parts.on(method.device)) if recipe.torchcompile else eager
+    eager = partial(training_step, method, optimizer, precision, clip_grad=recipe.clip_grad, clip_mode=recipe.clip_mode)
+    step = partial(eager, compute=compiled_loss_parts.on(method.device)) if recipe.torchcompile else eager
     return step if graphs is None else CapturedStep(step, eager, optimizer, graphs)
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,9 +47,18 @@ class TensorBoard:
 
 
 class RunOfTracker:
-    """A run of a package whose runs are those of Weights & Biases: ``log`` and ``finish``."""
+    """A run of Weights & Biases, or of Trackio, whose runs are alike.
 
-    run: Any
+    Args:
+        package: the module.
+        name: of the run.
+        recipe: what is trained.
+        given: further arguments of the package's ``init``.
+    """
+
+    def __init__(self, package: str, name: str, recipe: Recipe, **given: Any) -> None:
+        init = importlib.import_module(package).init
+        self.run: Any = init(project="mbib_timm", name=name, config=recipe.to_dict(), **given)
 
     def log(self, epoch: Epoch) -> None:
         """Record an epoch's numbers."""
@@ -59,29 +67,6 @@ class RunOfTracker:
     def close(self) -> None:
         """Flush and end."""
         self.run.finish()
-
-
-class Trackio(RunOfTracker):
-    """Logs to a Trackio run of the same name, on this machine or where ``TRACKIO_SPACE_ID`` says.
-
-    A training run that resumes goes on in its Trackio run.
-    """
-
-    def __init__(self, name: str, config: Mapping[str, Any], resumed: bool) -> None:
-        import trackio
-
-        self.run: Any = trackio.init(
-            project="mbib_timm", name=name, config=dict(config), resume="allow" if resumed else "never"
-        )
-
-
-class WeightsAndBiases(RunOfTracker):
-    """Logs to a Weights & Biases run of the same name."""
-
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self.run: Any = wandb.init(project="mbib_timm", name=name, dir=str(folder), config=dict(config))
 
 
 def require_trackers(recipe: Recipe) -> None:
@@ -101,14 +86,14 @@ def create_trackers(recipe: Recipe, folder: Path, resumed: bool) -> list[Tracker
     Args:
         recipe: what is trained, and where its folders lie (``output``).
         folder: the run's folder.
-        resumed: whether the run goes on from a checkpoint.
+        resumed: whether the run goes on from a checkpoint; so does its Trackio run then.
     """
     name = Path(os.path.relpath(folder, recipe.output)).as_posix()
     trackers: list[Tracker] = []
     if recipe.log_tensorboard:
         trackers.append(TensorBoard(folder))
     if recipe.log_trackio:
-        trackers.append(Trackio(name, recipe.to_dict(), resumed))
+        trackers.append(RunOfTracker("trackio", name, recipe, resume="allow" if resumed else "never"))
     if recipe.log_wandb:
-        trackers.append(WeightsAndBiases(folder, name, recipe.to_dict()))
+        trackers.append(RunOfTracker("wandb", name, recipe, dir=str(folder)))
     return trackers
