@@ -398,6 +398,7 @@ def test_two_processes_train_the_same_adapters(tmp_path, start):
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "two"))
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert moved == {k for k, v in before.items() if k.startswith("head.") or (k.startswith("blocks.") and v.ndim == 2)}
+    assert (tmp_path / "log").read_text().count(f"\n{tmp_path / 'two'}\n") == 1, "one process writes and prints"
     record = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert record["environment"]["processes"] == 2
     alone = evaluate(tmp_path / "two", device="cpu", workers=0)

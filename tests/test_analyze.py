@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mbib_timm import drawing
 from mbib_timm.analysis import analyze as analyze_module
 from mbib_timm.analysis.analysis_record import analysis_figures, comparison_figures, read_analysis
 from mbib_timm.analysis.analyze import RHO, analyze, comparison_text, summary_text
@@ -99,8 +100,14 @@ def test_the_parts_agree_with_one_another(result):
     assert result.efficiency.input_size == [3, 16, 16], "640 pixels are for the ResNet-32 of the paper"
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Files of figures that take no time: what is in them, those of `result` show."""
+    monkeypatch.setattr(drawing, "render", lambda draw, formats, *_, **__: dict.fromkeys(formats, b"-"))
+
+
 @pytest.mark.slow
-def test_two_runs_are_compared(run, result, tmp_path, capsys):
+def test_two_runs_are_compared(run, result, undrawn, tmp_path, capsys):
     recipe = load_recipe(
         find_recipe("cifar_resnet20.ce_digits"),
         dict(epochs=1, warmup_epochs=0, device="cpu", output=str(tmp_path / "runs"), seed=5),
@@ -230,7 +237,7 @@ def test_without_scikit_learn_nothing_is_started(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):
+def test_the_command_writes_where_it_is_told(run, undrawn, tmp_path, capsys):
     """Into a folder of the analysis, which is not where runs go."""
     own = shutil.copytree(run, tmp_path / "own", ignore=shutil.ignore_patterns("analysis"))
     command = ["analyze", str(own), "--device", "cpu", "--images-per-class", "5"]

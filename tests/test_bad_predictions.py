@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from archive_images import write
-from test_bad_input import ROWS, a_zip, damaged, empty, of_model, refused, truncated, with_file
+from test_bad_input import ROWS, a_zip, empty, of_model, refused, truncated, with_file
 
 # Class names of the digits, on which the run is trained.
 DIGITS = [str(i) for i in range(10)]
@@ -52,18 +52,7 @@ def input_for_output(root, run):
 CASES = {
     # Priors
     "prior: neither word nor file": (predict("--prior", "unifrom"), "'unifrom': did you mean 'uniform'"),
-    "prior: no file": (predict("--prior", "gone.csv"), r"prior gone\.csv"),
-    "prior: class left out": (prior(SHARES.replace("7,1\n", "")), r"prior\.csv has no share for '7'; .*share 0"),
     "prior: unknown class": (prior(SHARES + "fox,1\n"), r"prior\.csv: unknown class 'fox'"),
-    "prior: negative": (prior(SHARES.replace("7,1\n", "7,-1\n")), r"prior\.csv: class '7': .*at least 0, got '-1'"),
-    "prior: all zero": (prior(SHARES.replace(",1", ",0")), r"prior\.csv: every class has share 0; give"),
-    "prior: no number": (prior(SHARES.replace("7,1\n", "7,many\n")), r"prior\.csv: class '7': .*got 'many'"),
-    "prior: class twice": (prior(SHARES + "7,2\n"), r"prior\.csv, line 11: class '7' is listed twice"),
-    "prior: length": (prior("1 2 3\n", "prior.txt"), r"prior\.txt: expected a share for each of the 10 classes, got 3"),
-    "prior: not UTF-8": (prior(b"\xe4,1\n"), r"prior\.csv: byte 0 is not UTF-8"),
-    "prior: long field": (prior("a" * 200_000 + ",1\n"), r"prior\.csv, line 1: field larger than"),
-    "prior: JSON": (prior("{", "p.json"), r"p\.json: .*; expected a share for each class"),
-    "prior: words": (prior("many foxes\n", "prior.yaml"), r"prior\.yaml: expected a share for each class"),
     "prior: estimate and resume": (
         predict("--prior", "estimate", "--resume", "--output", "x.csv"),
         "--prior estimate needs all images at once; omit --resume",
@@ -89,6 +78,14 @@ CASES = {
         r"cannot make the folder notes\.txt: notes\.txt is a file",
     ),
     "predict: probabilities in a table": (predict("--probabilities"), "--probabilities needs --format"),
+    "predict: resume a table": (
+        predict("--resume", "--output", "x.parquet"),
+        "--resume continues a CSV or JSON lines file",
+    ),
+    "predict: resume with embeddings": (
+        predict("--resume", "--output", "x.csv", "--embeddings", "x.npy"),
+        "--embeddings needs all images at once",
+    ),
     "predict: parquet to the terminal": (predict("--format", "parquet"), "--format parquet needs --output"),
     "predict: suffix of embeddings": (predict("--embeddings", "x.csv"), r"--embeddings x\.csv.*\.npy or \.parquet"),
     "predict: resume without output": (predict("--resume"), "--resume continues .*--output"),
@@ -152,17 +149,19 @@ CASES = {
         predict("--output", "x.parquet", "--embeddings", "x.parquet"),
         r"--output and --embeddings are both x\.parquet",
     ),
-    "predict: damaged weights": (
-        lambda root, run: ["predict", damaged(root, run, "model.safetensors"), "images"],
-        "model.safetensors is not a weights file",
-    ),
     "predict: threshold": (predict("--threshold", "1.5"), r"--threshold.*from 0 to 1, got '1\.5'"),
     "predict: head": (predict("--head", "y"), "'y'.*'v1'|'y'.*prediction"),
+    "predict: no rows": (with_file("t.csv", "path,label\n", of_model("predict", "t.csv")), r"t\.csv names no images"),
+    "predict: rows of nothing": (
+        with_file("t.csv", "path\n1.png\n2.png\n", of_model("predict", "t.csv")),
+        r"t\.csv names 2 images, and none is there",
+    ),
     "predict: label column": (
         with_file("t.csv", ROWS, of_model("predict", "t.csv", "--label-column", "species")),
         r"t\.csv has no column 'species'",
     ),
     "predict: cam": (with_file("notes.txt", "", predict("--cam", "notes.txt")), r"--cam notes\.txt: expected a folder"),
+    "predict: cam of a head": (predict("--cam", "x", "--head", "z"), "--cam shows what the prediction rests on; omit"),
     "predict: cam over the images": (predict("--cam", "images"), "--cam images lies in images, whose images are"),
     "predict: cam among the images": (predict("--cam", "images/cam"), "--cam images/cam lies in images"),
     "predict: a pipe": (with_pipe("x.png", of_model("predict", "x.png")), r"no image, .* at x\.png"),
@@ -224,7 +223,6 @@ CASES = {
     "predict: a zip": (lambda root, run: ["predict", str(run), a_zip(root)], r"x\.zip is an archive .*; unpack it$"),
     "predict: top k": (predict("--top-k", "-3"), "--top-k"),
     "predict: workers": (predict("--workers", "1000"), "--workers: expected a whole number from 0 to 128"),
-    "predict: threshold that is none": (predict("--threshold", "nan"), "--threshold: expected a number from 0 to 1"),
     "predict: resume other columns": (
         resumed(HEADER.replace("label", "class")),
         "it lacks label and has class",

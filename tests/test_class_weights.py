@@ -165,14 +165,6 @@ def test_ldam_multiplies_the_weights_that_set_in_late():
         assert method.loss(logits, targets)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ce", "bsce", "focal", "ldam_drw", "mbib", "sade"])
-def test_weights_of_one_change_nothing(name):
-    heads = {"mbib": OBSERVATIONS, "sade": EXPERTS}.get(name, ("logits",))
-    logits, targets = batch(heads)
-    weighted, plain = (method_with(name, weights, heads).loss(logits, targets) for weights in (np.ones(5), None))
-    assert weighted["loss"].item() == pytest.approx(plain["loss"].item(), rel=1e-6)
-
-
 def test_weights_are_no_part_of_a_checkpoint():
     assert "label_weights" not in method_with("ce", WEIGHTS).state_dict()
 

@@ -55,14 +55,11 @@ BAD_FLAGS = [
     (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
     (["train", "--epochs", "-1"], "recipe key 'epochs': expected at least 0, got -1"),
     (["train", "--epochs", "0"], "recipe key 'epochs': 0 trains nothing"),
-    (["train", "--imbalance-factor", "-3"], "recipe key 'imbalance_factor': expected at least 1, got -3"),
-    (["train", "--imbalance-factor", "nan"], "recipe key 'imbalance_factor': expected a finite number, got nan"),
     (["train", "--imbalance", "expo"], "unknown value of recipe key 'imbalance' 'expo': did you mean 'exp'"),
     (["train", "--model-kwargs", "taps"], "expected name=value"),
     (["train", "--model-kwargs", "taps=[1"], "'[1' is not a valid value"),
     (["train", "--loss", "mbib"], "unknown flag of mbib train '--loss'"),
     (["train", "--beta", "3"], "unknown flag of mbib train '--beta'"),
-    (["train", "--method", "mbibb"], "unknown method 'mbibb': did you mean 'mbib'"),
     (["train", "--method.betta", "1"], "unknown setting of method 'mbib': 'betta': did you mean 'beta'"),
     (["train", "--method.beta", "much"], "setting 'beta' of method 'mbib': expected float, got 'much'"),
     (["train", "--method.beta", "-1"], "setting 'beta' of method 'mbib': expected at least 0, got -1"),
@@ -80,22 +77,16 @@ BAD_FLAGS = [
         "say which: --stage1.method VALUE or --stage2.method VALUE",
     ),
     (["train", "cifar_resnet32.crt_digits", "--stage2.methd", "ce"], "unknown recipe key 'methd'"),
-    (["train", "cifar_resnet32.crt_digits", "--stage3.lr", "1"], "crt_digits.yaml has 2 stages"),
     (["train", "cifar_resnet32.crt_digits", "--stage2.method.tau", "1"], "unknown setting 'tau': method 'crt' has"),
-    (["train", "--sampler", "balance"], "unknown sampler 'balance': did you mean 'balanced'"),
-    (["train", "--sampler", "sqrt+sqrt+sqrt"], "expected one sampler, or two side by side, got 3"),
     (["train", "--sampler", "instance+reverse"], "method 'mbib' takes one stream of images"),
     (["train", "--frozen-bn", "evil"], "did you mean 'eval'"),
-    (["train", "--holdout", "1"], "recipe key 'holdout': expected at most 0.9, got 1"),
     (["train", "--aa", "cifar"], "recipe key 'aa': unknown policy 'cifar'"),
-    (["train", "--method", "paco", "--mixup", "1"], "methods that take soft targets: bsce, ce"),
     (["train", "--views", "8"], "argument --views: expected a mapping such as {cutout: 8}, got '8'"),
     (["train", "--views", "{cutout: [}"], "argument --views: expected a mapping"),
     (["train", "--views", "{cutot: 8}"], "unknown key of view 1 'cutot'"),
     (["train", "--plugin", "no/such/plugin.py"], "plugin no/such/plugin.py: there is no such file"),
     (["train", "--plugin", "no_such_module"], "plugin no_such_module cannot be imported"),
     (["train", "--task", "classification"], "unknown flag of mbib train '--task'"),
-    (["train", "--warmup-epochs", "999"], "warmup_epochs"),
     (["train", "extra", "words"], "words"),
     (["trian"], "invalid choice: 'trian'"),
     ([], "the following arguments are required: COMMAND"),
@@ -111,7 +102,6 @@ BAD_FLAGS = [
 # Errors that data, model, timm or the machine tell.
 BAD_RUNS = [
     (["train", "--model", "mbib_resnet33"], "did you mean 'mbib_resnet3"),
-    (["train", "--model-kwargs", "tap=3"], "unexpected keyword argument 'tap'"),
     (["train", "--model-kwargs", "taps=[1,99]"], "unknown tap 99"),
     (["train", "--model-kwargs", "num_classes=5"], "the number of classes is that of the data"),
     (["train", "--method.observation-weights", "[1, 2]"], "expected 3 numbers, one for each of v1, v2, v3"),
@@ -121,20 +111,11 @@ BAD_RUNS = [
         ["train", "--model", "mbib_resnet32.cifar100_lt_if100", "--pretrained", "--epochs", "0"],
         "recipe key 'epochs': 0 trains nothing, and classifiers start anew: expected 1 or more, or",
     ),
-    (["train", "cifar_resnet32.crt_digits", "--stage2.epochs", "0"], "0 trains nothing, and classifiers start anew"),
     (["train", "--sampler", "class_aware:x"], "class_aware:x"),
-    (["train", "--aa", "rand-x9"], "recipe key 'aa': unknown policy 'rand-x9'"),
-    (["train", "--train", "layer9"], "recipe key 'train': 'layer9' matches no parameter's name"),
-    (["train", "--train", "classifier"], "recipe key 'frozen_bn': with train: classifier"),
-    (["train", "--opt", "sdg"], "did you mean 'sgd"),
-    (["train", "--opt-kwargs", "nope=1"], "opt_kwargs"),
-    (["train", "--sched", "cosin"], "did you mean 'cosine'"),
     (["train", "--dataset", "cifar100"], "did you mean 'torch/cifar100'"),
-    (["train", "--dataset", "folder", "--data-dir", "no/such/folder"], "no/such/folder"),
     (["train", "--dataset", "folder"], "data_dir"),
     (["train", "--num-classes", "11"], "11"),
     (["train", "--num-classes", "9"], "9"),
-    (["train", "--resume", "no/such/run"], "nothing to resume at no/such/run"),
     (["train", "--device", "cuda:99"], "CUDA"),
     (["train", "--device", "tpu9"], "tpu9"),
     (["train", "--initial-checkpoint", "no/weights.safetensors"], "no weights at no/weights.safetensors"),
@@ -144,7 +125,6 @@ BAD_RUNS = [
         ["sweep", "figure3_beta", "--method.betta", "1"],
         "unknown setting of method 'mbib': 'betta': did you mean 'beta'",
     ),
-    (["validate", "no_such_model"], "unknown model or folder 'no_such_model'"),
     (["validate", "mbib_resnet20"], "does not say which data to use"),
 ]
 
@@ -236,11 +216,12 @@ def test_help_and_lists_are_given_without_torch_and_timm(tmp_path):
         assert out
 
 
-@pytest.mark.parametrize("words", [["--version"], ["train", "--lrr", "1"]])
-def test_nor_does_the_command_itself_import_them(tmp_path, words):
+@pytest.mark.parametrize(("words", "status"), [(["train", "--help"], 0), (["train", "--lrr", "1"], 2)])
+def test_nor_does_the_command_itself_import_them(tmp_path, words, status):
     command = [sys.executable, "-X", "importtime", "-m", "mbib_timm", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment_here(), capture_output=True, text=True)
-    assert "mbib_timm" in done.stdout + done.stderr
+    assert done.returncode == status
+    assert ("--imbalance-factor" in done.stdout) == (status == 0)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "yaml" in imported
     assert not imported & {"torch", "timm", "numpy"}
@@ -256,17 +237,11 @@ def test_every_recipe_key_is_a_flag():
     }  # fmt: skip
 
 
-def test_recipes_lists_what_train_accepts(capsys):
-    assert main(["recipes"]) == 0
-    names = capsys.readouterr().out.split()
-    assert {"mbib_resnet20.digits", "mbib_resnet32.cifar100_lt_if100", "finetune/mbib_resnet50"} <= set(names)
-    assert "figure3_beta" in names
-
-
 def test_recipes_says_what_the_keys_of_a_recipe_say(capsys):
     assert main(["recipes"]) == 0
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines() if line}
     assert lines["mbib_resnet20.digits"] == "digits, exp 24 mbib 60"
+    assert "figure3_beta" in lines
     assert lines["cifar_resnet32.crt_cifar100_lt_if50"] == "torch/cifar100, exp 50 ce + crt 200 + 30"
     for name, path in packaged_recipes().items():
         recipe = load_recipe(path)
@@ -424,34 +399,6 @@ def test_settings_and_stages_are_flags():
     assert recipe_overrides(parse(["train", "--train", "classifier", "--reset", "none"])) == {
         "train": "classifier", "reset": "none",
     }  # fmt: skip
-
-
-def test_the_installed_command_answers(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "mbib_timm", "train", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "--imbalance-factor" in done.stdout
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-
-
-@pytest.mark.slow
-def test_torchrun_with_two_processes_trains_and_counts_every_sample_once(tmp_path):
-    """Two gloo processes; the evaluation of 340 images must not depend on how many processes share it."""
-    script = os.path.join(os.path.dirname(__file__), "..", "tools", "train.py")
-    flags = ["--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "mbib_resnet20.digits"
-    assert done.stdout.count(str(folder)) == 1, "one process writes and prints"
-    assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "one.json")]) == 0
-    alone = json.loads((tmp_path / "one.json").read_text())["heads"]
-    shared = json.loads((folder / "metrics.json").read_text())
-    assert shared["environment"]["processes"] == 2
-    for head, values in shared["result"]["heads"].items():
-        assert values["per_class"] == alone[head]["per_class"]
 
 
 def test_a_folder_that_may_not_be_written_is_an_error(monkeypatch, capsys):

@@ -164,7 +164,7 @@ def test_images_of_a_group_count_as_one_in_the_intervals_of_every_head(model):
 
 
 def test_the_answers_of_several_processes_come_together(model, monkeypatch):
-    """The other process has the first batch; tests/test_cli.py runs two real ones."""
+    """The other process has the first batch; tests/test_adapters.py runs two real ones."""
     loader, _, _ = noise_batches()
     whole, share, other = AnswerLog(), AnswerLog(), AnswerLog()
     evaluate(model, loader, COUNTS, device=CPU, answers=whole)
@@ -199,7 +199,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_heads(model):
 
 
 def test_a_process_without_images_adds_zeros_in_the_others_order(model, monkeypatch):
-    """The other process has everything; tests/test_cli.py runs two real ones."""
+    """The other process has everything; tests/test_adapters.py runs two real ones."""
     loader, _, _ = noise_batches()
     sent = []
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)

@@ -31,8 +31,6 @@ SETTINGS = {
     "two processes with a queue within epochs": (
         dict(method={"name": "paco", "queue": 32, "features": 8}, checkpoint_steps=1), 2,
     ),
-    "two processes": (dict(method="ce", model_ema=True, model_ema_decay=0.5), 2),
-    "two processes with a queue": (dict(method={"name": "paco", "queue": 32, "features": 8}), 2),
 }  # fmt: skip
 CALLS = ("replace", "fsync")
 

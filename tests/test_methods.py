@@ -763,9 +763,6 @@ def test_invariance_to_a_constant_in_the_logits_and_to_the_order_of_the_classes(
         torch.testing.assert_close(loss_of(name, permuted, moved, counts=counts), loss)
 
 
-# Cross-entropy, balanced softmax, focal loss: numbers computed elsewhere
-
-
 # LDAM-DRW
 
 
@@ -790,27 +787,6 @@ def test_ldam_on_three_classes_before_and_after_the_weights_set_in():
         assert method.head_loss(logits, TARGETS).item() == pytest.approx(weighted, rel=1e-6)
     method.start_epoch(3)  # an epoch's constants are a function of its number
     assert method.weights.tolist() == [1.0, 1.0, 1.0]
-
-
-def test_ldams_margins_are_in_units_of_the_cosine_and_the_scale_counts_once():
-    for scale in (1.0, 30.0):
-        method = make("ldam_drw", counts=FEW, scale=scale).double()
-        assert method.trainable_module.classifiers["logits"].scale == scale
-        assert method.margins.tolist() == pytest.approx([scale * m for m in (0.158114, 0.281171, 0.5)], rel=1e-5)
-        shifted = scale * (COSINES - F.one_hot(TARGETS, 3) * method.margins / scale)
-        torch.testing.assert_close(method.head_loss(scale * COSINES, TARGETS), F.cross_entropy(shifted, TARGETS))
-
-
-def test_ldams_logits_know_directions_only():
-    method = make("ldam_drw")
-    method.eval()
-    network, images = method.trainable_module, batches((8,))[0][0].images
-    before = network(images)
-    assert before.abs().max() <= 30 * (1 + 1e-6)
-    with torch.no_grad():
-        for parameter in (network.classifiers["logits"].weight, *network.mixed["logits"].parameters()):
-            parameter.mul_(3.7)
-    torch.testing.assert_close(network(images), before)
 
 
 # cRT
@@ -1030,12 +1006,6 @@ def test_the_parts_are_the_unweighted_terms_and_loss_comes_first():
     assert set(parts) == {"loss", "bsc_v1", "bsc_v2", "bsc_v3", "bsc_z", "vsd_v1_z", "vsd_v2_z", "vsd_v3_z"}
     assert parts["bsc_v2"].item() == pytest.approx(naive_bsc(logits["v2"], targets, COUNTS, 0.1), rel=1e-6)
     assert parts["vsd_v2_z"].item() == pytest.approx(naive_vsd(logits["v2"], logits["z"], COUNTS, 0), rel=1e-6)
-
-
-def test_mbib_without_a_and_b_is_bib():
-    logits, targets = random_logits()
-    mbib = loss_of("mbib", logits, targets, observation_weights=[0, 0, 1])
-    torch.testing.assert_close(mbib, loss_of("bib", logits, targets))
 
 
 def test_the_bottleneck_weighs_a_plus_b_plus_1():

@@ -300,12 +300,6 @@ def test_torchscript_ends_at_the_last_tap():
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-def test_torchscript_says_what_it_cannot_follow():
-    model = create("mbib", backbone="swin_tiny_patch4_window7_224", img_size=64).eval()
-    with pytest.raises(MbibError, match="forward_features of backbone 'swin_tiny_patch4_window7_224' is not its last"):
-        torch.jit.script(model)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mbib_resnet20", "experts_resnet20", "mbib_experts_resnet20"])
 def test_training_compiles_without_a_graph_break(name):
@@ -352,13 +346,6 @@ def test_parameter_groups_follow_depth(name, coarse):
     assert order == sorted(order)
     assert order[0] == 0
     assert max(order) >= 4
-
-
-def test_mean_in_training_serves_loops_that_expect_a_tensor():
-    model = create("mbib_resnet20", training_logits="mean")
-    assert model(images("mbib_resnet20")).shape == (2, 7)
-    model.set_training_logits("all")
-    assert len(model(images("mbib_resnet20"))) == 4
 
 
 def test_without_training_heads_the_prediction_is_the_same():
@@ -490,13 +477,6 @@ def test_taps_block_by_block_and_the_input():
     assert model.eval()(images("mbib_resnet20")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("observations", [2, 3, 4, 5, 6])
-def test_two_to_six_observations(observations):
-    taps = [3, 6, 9, 12, 14, 15][6 - observations :]
-    model = create("mbib_resnet32", taps=taps)
-    assert len(model(images("mbib_resnet32"))) == observations + 1
-
-
 def test_tapped_maps_are_the_backbones_own():
     model = create("mbib_resnet32", taps=(3, "layer2.1", 14)).eval()
     plain = create("cifar_resnet32").eval()
@@ -607,31 +587,6 @@ BACKBONES = {
 def test_backbones_that_timm_does_not_know_are_named(architecture, pretrained, backbone, message):
     with pytest.raises(MbibError, match=message):
         timm.create_model(architecture, backbone=backbone, pretrained=pretrained)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_wraps_timm_backbones(backbone):
-    model = create("mbib", backbone=backbone, **BACKBONES[backbone])
-    size = BACKBONES[backbone].get("img_size", 64)
-    x = torch.randn(2, 3, size, size)
-    outputs = model(x)
-    assert model.head_names == ("v1", "v2", "v3", "z")
-    assert len(outputs) == 4
-    sum(output.sum() for output in outputs).backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    plain = timm.create_model(backbone, **BACKBONES[backbone])
-    weights = prefix_backbone(plain.state_dict(), model)
-    assert weights.keys() == {key for key in model.state_dict() if key.startswith("backbone.")}
-    model.load_state_dict(weights, strict=False)
-    last = [len(plain.feature_info) - 1]
-    expected = plain.eval().forward_intermediates(x, indices=last, intermediates_only=True)
-    given = model.eval().forward_intermediates(x, indices=last, intermediates_only=True)
-    torch.testing.assert_close(given, expected)
-    ends = model.tapping.ends_with_backbone
-    torch.testing.assert_close(model.forward_features(x), plain.forward_features(x) if ends else expected[0])
-    group_of = group_parameters(model, model.group_matcher(), reverse=True)
-    assert len(set(group_of.values())) > 3
 
 
 # One head: BSCE and BSCE_MLP of Tables 5 and 7.

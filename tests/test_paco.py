@@ -13,13 +13,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import yaml
 from crashes import crash, differing, weights
-from emulated_graphs import EmulatedGraphs
 from tiny import Tiny, batches, previous_run
 from torch import nn
 
-from mbib_timm.capturing import WARM_UP_CALLS
 from mbib_timm.data.batch import Batch
-from mbib_timm.environment import World
 from mbib_timm.errors import MbibError
 from mbib_timm.methods import METHODS, Facts
 from mbib_timm.methods.paco import NO_LABEL, MomentumCopy, Projected, Queue, paco_loss
@@ -27,34 +24,31 @@ from mbib_timm.options import build_options
 from mbib_timm.recipe import Recipe, find_recipe, load_recipe
 from mbib_timm.training import train
 from mbib_timm.training.optimization import Precision, create_optimizer, create_schedule, round_learning_rates
-from mbib_timm.training.step import create_step, find_graphs
+from mbib_timm.training.step import create_step
 
 CPU = torch.device("cpu")
 COUNTS = np.array([500, 120, 40, 9, 3])
 
 
-def paco(seed=0, device=CPU, facts=None, **settings):
+def paco(seed=0, **settings):
     kind = METHODS["paco"]
     built = build_options(kind.Settings, {"queue": 20, "features": 6, **settings}, "method 'paco'")
     torch.manual_seed(seed)
-    network = kind.build_network(built, lambda: Tiny(5)).to(device)
-    method = kind(network, built, facts or Facts(COUNTS, 10), device).to(device)
+    method = kind(kind.build_network(built, lambda: Tiny(5)), built, Facts(COUNTS, 10), CPU)
     method.train()
     return method
 
 
-def two_views(sizes=(8, 8, 5), device="cpu", **kwargs):
-    return batches(sizes, views=2, device=device, **kwargs)
+def two_views(sizes=(8, 8, 5), **kwargs):
+    return batches(sizes, views=2, **kwargs)
 
 
-def stepper(method, graphs=None, **keys):
-    recipe = Recipe(method="ce", model="resnet18", opt="momentum", lr=0.05, **keys)
+def stepper(method):
+    recipe = Recipe(method="ce", model="resnet18", opt="momentum", lr=0.05)
     method.freeze_all_but("all", None)
     optimizer = create_optimizer(recipe, method)
     round_learning_rates(optimizer)
-    if method.device.type == "cuda":
-        graphs = find_graphs(recipe, optimizer, Precision(None, None), World(method.device))
-    return create_step(recipe, method, optimizer, Precision(None, None), graphs)
+    return create_step(recipe, method, optimizer, Precision(None, None))
 
 
 # The loss
@@ -298,53 +292,16 @@ def test_a_queue_holds_the_last_features_whatever_the_sizes_of_the_batches(sizes
     assert places == [buffer.data_ptr() for buffer in queue.buffers()]
 
 
-# Captured
-
-
-def trained(method, step, epochs, device="cpu"):
-    losses = []
-    for epoch in range(epochs):
-        method.start_epoch(epoch)
-        losses += [step(streams)["loss"].item() for streams in two_views(seed=epoch, device=device)]
-    return losses
-
-
-def test_a_captured_step_gives_the_eager_losses_and_state_to_the_bit():
-    results = []
-    for graphs in (None, EmulatedGraphs()):
-        method = paco()
-        step = stepper(method, graphs, opt_kwargs={"fused": True})
-        results.append((trained(method, step, WARM_UP_CALLS + 3), method.state_dict()))
-    assert graphs.captures == 1
-    assert results[0][0] == results[1][0]
-    assert all(torch.equal(value, results[1][1][key]) for key, value in results[0][1].items())
-    assert (results[0][1]["queue.labels"] != NO_LABEL).all()
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_gives_the_eager_losses_and_state_to_the_bit():
-    device, results = torch.device("cuda", 0), []
-    for graph in (False, True):
-        method = paco(device=device)
-        step = stepper(method, cuda_graph=graph, amp=False)
-        losses = trained(method, step, WARM_UP_CALLS + 3, device="cuda")
-        results.append((losses, [value.tolist() for value in method.state_dict().values()]))
-    assert results[0] == results[1]
-
-
 # Runs on the digits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema", [False, True])
-def test_an_interrupted_run_on_the_digits_resumes_bit_identically(tmp_path, ema):
+def test_an_interrupted_run_on_the_digits_resumes_bit_identically(tmp_path):
     keys = dict(
         base="digits", model="cifar_resnet20", method={"name": "paco", "queue": 100}, imbalance_max=48, epochs=3,
-        warmup_epochs=1, device="cpu", workers=0, checkpoint_seconds=0, val_interval=3, model_ema=ema,
-        output=str(tmp_path),
+        warmup_epochs=1, device="cpu", workers=0, checkpoint_seconds=0, val_interval=3, model_ema=True,
+        model_ema_decay=0.5, output=str(tmp_path),
     )  # fmt: skip
-    if ema:
-        keys["model_ema_decay"] = 0.5
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(keys))
     recipe = load_recipe(tmp_path / "own.yaml")
     whole = train(recipe, "whole")
@@ -360,10 +317,10 @@ def test_an_interrupted_run_on_the_digits_resumes_bit_identically(tmp_path, ema)
     assert (queue != NO_LABEL).all()  # 152 images an epoch
     assert not differing(whole.folder, resumed.folder)
     assert weights(whole.folder).keys() == timm.create_model("cifar_resnet20", num_classes=10).state_dict().keys()
-    if ema:  # of the query network; beside it the key network's, of its own momentum
-        average, key = states[0]["state_dict_ema"], states[0]["task_state"]["method"]
-        assert states[0]["task_state_ema"]["network"].keys() == states[0]["task_state"]["network"].keys()
-        assert not torch.equal(average["conv1.weight"], key["key.network.model.conv1.weight"])
+    # Of the query network; beside it the key network's, of its own momentum.
+    average, key = states[0]["state_dict_ema"], states[0]["task_state"]["method"]
+    assert states[0]["task_state_ema"]["network"].keys() == states[0]["task_state"]["network"].keys()
+    assert not torch.equal(average["conv1.weight"], key["key.network.model.conv1.weight"])
 
 
 def test_the_packaged_recipes():

@@ -74,15 +74,6 @@ def write(tmp_path, monkeypatch):
     plugins._loaded.update(loaded)
 
 
-def run(folder, *arguments, **environment):
-    """Run a command in a process of its own, in which no other test has registered anything."""
-    command = [sys.executable, "-m", "mbib_timm", *arguments]
-    root = str(Path(__file__).parents[1])
-    paths = [root, environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 # A file, a module
 
 
@@ -852,17 +843,19 @@ def test_an_installed_package_makes_its_methods_known_by_itself(tmp_path):
     install(site, "broken = broken_of_methods", "import no_such_library\n", name="broken")
     install(site, "taken = taken_of_methods", METHOD.format(name="focal"), name="taken")
     flags = ["train", "cifar_resnet20.ce_digits", "--method", "outside", *SHORT]
-    done = run(tmp_path, *flags, "--output", str(tmp_path / "runs"), "--experiment", "run", PYTHONPATH=str(site))
+    train = [*flags, "--output", str(tmp_path / "runs"), "--experiment", "run"]
+    program = f"from mbib_timm.cli import main\nassert main({train}) == 0\nprint('---')\nmain(['methods'])"
+    paths = [str(Path(__file__).parents[1]), str(site), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())["method"] == "outside"
+    lines = {line.partition(" ")[0]: line for line in done.stdout.rpartition("---\n")[2].splitlines()}
+    assert "outside" in lines
     # A broken package stops nobody; it is named.
     assert "methods of broken_of_methods cannot be loaded: ModuleNotFoundError" in done.stderr
-    listed = run(tmp_path, "methods", PYTHONPATH=str(site))
-    assert listed.returncode == 0
-    lines = {line.partition(" ")[0]: line for line in listed.stdout.splitlines()}
-    assert "outside" in lines
     # So is one that takes the name of another method, and passed over.
-    assert "method 'focal' is registered already" in listed.stderr
+    assert "method 'focal' is registered already" in done.stderr
     assert "Lin et al." in lines["focal"]
     # Without it the name is unknown; a method of one's own name is not hidden by a package's.
     unknown = forked.mbib(*flags, "--output", str(tmp_path / "other"), folder=tmp_path)

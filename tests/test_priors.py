@@ -124,15 +124,6 @@ def test_shares_and_counts_come_from_a_file_and_not_all_are_zero(tmp_path):
         read_prior(file, NAMES)
 
 
-def test_neither_a_word_nor_a_file(tmp_path):
-    with pytest.raises(MbibError, match="unknown prior, and no file either: 'unifrom': did you mean 'uniform'"):
-        read_prior("unifrom", NAMES)
-    with pytest.raises(DataError, match=r"cannot read the prior .*gone.csv: No such file"):
-        read_prior(tmp_path / "gone.csv", NAMES)
-    with pytest.raises(DataError, match="cannot read the prior"):
-        read_prior(tmp_path, NAMES)
-
-
 def test_validate_has_the_priors_of_predict(finished_run, tmp_path, capsys):
     """Against the logits of the test images, shifted by hand."""
     split = open_digits("test")
@@ -173,12 +164,3 @@ def test_validate_moves_no_expert(tmp_path, capsys):
         found = json.loads(results.read_text())["heads"]
         assert len(found) == heads
         assert "prediction" in found
-
-
-def test_what_validate_says_of_a_prior_that_is_none(finished_run, tmp_path, capsys):
-    (tmp_path / "p.csv").write_text("zero,1\n")
-    for prior, message in (("unifrom", "did you mean 'uniform'"), (tmp_path / "p.csv", "unknown class 'zero'")):
-        results = tmp_path / "results.json"
-        assert main(["validate", str(finished_run), "--prior", str(prior), "--results", str(results)]) == 2
-        assert message in capsys.readouterr().err
-        assert not results.exists()

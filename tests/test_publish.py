@@ -406,19 +406,6 @@ def test_messages_keep_the_last_part_of_a_path(text, expected):
     assert redact_text(text) == expected
 
 
-def test_of_a_folder_that_training_started_from_the_name_is_left(finished_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    for file, quote in (("recipe.yaml", ""), ("metrics.json", '"')):
-        before = (run / file).read_text()
-        after = before.replace(f"{quote}mbib_resnet20{quote}", f"{quote}local-dir:/home/me/start{quote}")
-        (run / file).write_text(after)
-    assert "local-dir:/home" in (run / "recipe.yaml").read_text()
-    published = b"".join(make_release(run, REPOSITORY).files.values())
-    assert b"local-dir:start" in published
-    assert b"/home/me" not in published
-
-
 def test_git_names_contents_as_git_does(tmp_path):
     (tmp_path / "file").write_bytes(b"content\n")
     done = subprocess.run(["git", "hash-object", str(tmp_path / "file")], capture_output=True, text=True)
@@ -680,14 +667,17 @@ def test_no_path_of_the_machine_is_published_whichever_key_holds_it(finished_run
             own_recipe = recipe.replace(dataset="table", table="t.csv", group_by="column")
         if key in ("train_list", "val_list", "test_list", "class_map"):
             own_recipe = recipe.replace(dataset="list", train_list="t.txt", val_list="v.txt")
-        for value in HOLDERS[kind]:
+        turn = len(held) % len(HOLDERS[kind])
+        for value in (*HOLDERS[kind][turn:], *HOLDERS[kind][:turn]):
             given = {"name": "dive", "teacher": value} if key == "method" else value
             try:
                 changed = own_recipe.replace(**{key: given})
             except (MbibError, ImportError, OSError):
                 continue
-            held.add(key)
             published.append(redact_recipe(changed))
+            if key in held:  # cards and titles, which take longer, of one value of each key
+                continue
+            held.add(key)
             own = replace(kept, recipe=changed)
             published.append(render_card(own, REPOSITORY).encode())
             group, _ = group_runs([own, replace(own, recipe=recipe.replace(seed=5, epochs=7))])

@@ -16,13 +16,14 @@ from made_up_results import made_up
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_data import arrays
 
-from mbib_timm.analysis.analyze import analyze
+from mbib_timm.analysis import analyze as analyze_module
 from mbib_timm.cli import main
 from mbib_timm.drawing import Illustration, canvas, render
 from mbib_timm.errors import MbibError
 from mbib_timm.evaluation import Answers
 from mbib_timm.evaluation.answer_files import write_answers, write_errors
 from mbib_timm.evaluation.metrics import wilson_interval
+from mbib_timm.files import to_json
 from mbib_timm.publishing.card import render_card
 from mbib_timm.recipe import packaged_recipes, recipe_name
 from mbib_timm.reporting import sections as sections_module
@@ -41,6 +42,7 @@ from mbib_timm.results.run_text import print_report
 from mbib_timm.results.runs import RunGroup, group_runs, read_run, read_seeds
 from mbib_timm.results.tables import Table
 from mbib_timm.sweeps.sweep import find_sweep
+from mbib_timm.sweeps.sweep_plan import on_recipe
 
 ROOT = Path(__file__).parents[1]
 MBIB = ROOT / "results" / "mbib_resnet32.cifar100_lt_if100-200e-seed0"
@@ -119,24 +121,24 @@ def changed(folder, tmp_path, called, /, **changes):
         place = metrics if key in metrics else metrics["result"]["heads"]["prediction"]
         place[key] = value
     (copy / "metrics.json").write_text(json.dumps(metrics))
-    if "epochs" in changes:
-        recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
-        (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "epochs": changes["epochs"]}))
-    return copy
+    return with_keys(copy, epochs=changes["epochs"]) if "epochs" in changes else copy
 
 
-def with_key(folder, key, value):
-    """Change a key of a result's recipe."""
+def with_keys(folder, **keys):
+    """Change keys of a result's recipe."""
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, key: value}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
     return folder
+
+
+def with_beta(folder, beta):
+    """Change that setting of a result's method."""
+    return with_keys(folder, method={**yaml.safe_load((folder / "recipe.yaml").read_text())["method"], "beta": beta})
 
 
 def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_path):
     second = changed(MBIB, tmp_path, "second", seed=1, top1=46.84)
-    third = changed(MBIB, tmp_path, "third", seed=0)
-    recipe = (third / "recipe.yaml").read_text()
-    (third / "recipe.yaml").write_text(recipe.replace("beta: 5.0", "beta: 1.0"))
+    third = with_beta(changed(MBIB, tmp_path, "third", seed=0), 1.0)
     groups, sweeps = read_inputs([str(second), str(MBIB), str(third)])
     assert not sweeps
     assert [len(group.runs) for group in groups] == [2, 1]
@@ -157,8 +159,7 @@ def test_runs_of_other_seeds_are_one_group_and_of_other_settings_another(tmp_pat
 def test_runs_that_differ_in_what_has_no_name_go_by_those_that_somebody_chose(tmp_path, undrawn):
     runs = [changed(MBIB, tmp_path, f"run{beta}", inputs=[{"data": f"{beta}"}]) for beta in (1, 2)]
     assert short_titles(read_inputs(map(str, runs))[0]) == ["MBIB (run1)", "MBIB (run2)"]
-    recipe = runs[0] / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("beta: 5.0", "beta: 1.0"))
+    with_beta(runs[0], 1.0)
     titles = ["MBIB (mbib_resnet32.cifar100_lt_if100 (method.beta 5.0))", "MBIB (run1 (method.beta 1.0))"]
     assert short_titles(read_inputs([str(MBIB), str(runs[0])])[0]) == titles
 
@@ -320,9 +321,7 @@ def test_paragraphs_are_sentences(tmp_path):
 
 
 def test_a_changed_recipe_is_named_and_compares_with_nothing(tmp_path, undrawn):
-    folder = changed(MBIB, tmp_path, "changed")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("beta: 5.0", "beta: 1.0"))
+    folder = with_beta(changed(MBIB, tmp_path, "changed"), 1.0)
     (own,), (other,) = group_runs([read_run(MBIB)]), group_runs([read_run(folder)])
     assert (own.settings, own.is_papers) == ({}, True)
     assert (other.settings, other.is_papers) == ({"method.beta": 1.0}, False)
@@ -339,9 +338,7 @@ def by_another_method(tmp_path, class_counts=None, **keys):
     counts = {} if class_counts is None else {"class_counts": class_counts}
     named = {"name": "mbib_resnet20.ce_digits", "method": "ce", "stages": ["ce"]}
     folder = changed(DIGITS[0], tmp_path, "mine-ce", **named, **counts)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "method": {"name": "ce"}, **keys}))
-    return folder
+    return with_keys(folder, method={"name": "ce"}, **keys)
 
 
 def test_a_run_by_another_method_is_compared_with_the_recipe_that_it_was_made_from(tmp_path, undrawn):
@@ -406,10 +403,7 @@ def test_a_run_of_a_method_that_trains_nothing_is_reported(post_hoc_run, undrawn
 
 
 def test_figures_of_several_comparisons_and_of_sections_alike_have_files_of_their_own(tmp_path, undrawn):
-    runs = [changed(MBIB, tmp_path, f"run{beta}") for beta in (1, 2, 3)]
-    for beta, run in enumerate(runs):
-        recipe = run / "recipe.yaml"
-        recipe.write_text(recipe.read_text().replace("beta: 5.0", f"beta: {beta}.0"))
+    runs = [with_beta(changed(MBIB, tmp_path, f"run{beta}"), float(beta)) for beta in range(3)]
     page = tmp_path / "r.html"
     assert main(["report", *map(str, runs), "-o", str(page)]) == 0
     assert len(list((tmp_path / "r_figures").glob("*.png"))) == page.read_text().count("<figure>")
@@ -652,9 +646,7 @@ def test_runs_that_were_not_trained_alike_stand_apart_and_it_says_so(table_1, un
 
 def test_networks_and_image_sizes_that_differ_are_said(tmp_path, undrawn):
     for key, value, shown in (("model", "mbib_resnet32", "resnet32"), ("img_size", 32, "32 pixels")):
-        folder = changed(DIGITS[0], tmp_path, key)
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, key: value}))
+        folder = with_keys(changed(DIGITS[0], tmp_path, key), **{key: value})
         groups = group_runs([read_run(DIGITS[1]), read_run(folder)])
         before = {"model": "resnet20", "img_size": "16 pixels"}[key]
         assert short_titles(groups) == [f"CE, {before}", f"MBIB, {shown}"]
@@ -711,7 +703,7 @@ def test_only_runs_of_the_same_data_network_and_length_are_ranked(tmp_path):
         assert said(*apart)[0].startswith("These runs are not ranked")
     # Of another draw of the long-tailed subset, or of a source with another order.
     for key, value in {"subset_seed": 1, "dataset": "torch/cifar100"}.items():
-        other = with_key(changed(CE, tmp_path, key), key, value)
+        other = with_keys(changed(CE, tmp_path, key), **{key: value})
         assert said(other, bfloat16[1])[0].startswith("These runs are not ranked"), key
 
 
@@ -721,7 +713,7 @@ def test_every_set_of_runs_that_compare_has_a_paragraph(tmp_path):
     for run in DIGITS:
         other = changed(run, tmp_path, f"{run.name}-bfloat16")
         (other / "metrics.json").write_text(json.dumps({**metrics_of(other), "precision": "bfloat16"}))
-        with_key(other, "amp", True)
+        with_keys(other, amp=True)
         folders.append(other)
     said = outcome(group_runs([read_run(folder) for folder in folders]))
     assert ["has the highest accuracy of 2 methods" in text for text in said] == [True, True]
@@ -853,7 +845,7 @@ def test_a_method_that_is_not_compared_adds_no_spread(tmp_path):
         for seed, top1 in enumerate(values)
     ]
     for folder in folders:
-        with_key(folder, "method", folder.name[:-1])
+        with_keys(folder, method=folder.name[:-1])
     said = outcome(group_runs([read_run(folder) for folder in folders]))[0]
     assert "of 3 methods" in said
     assert "That is more than chance makes likely" in said
@@ -882,9 +874,7 @@ def test_setups_are_named_after_what_sets_them_apart(tmp_path):
         folders = []
         for seed, keys in enumerate(changes):
             folder = changed(DIGITS[0], tmp_path, f"{len(list(tmp_path.iterdir()))}", seed=seed)
-            recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-            (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
-            folders.append(folder)
+            folders.append(with_keys(folder, **keys))
         return [name.short for name in setup_names(group_runs([read_run(folder) for folder in folders]))]
 
     assert names({}, {"weight_decay": 0.002}) == ["weight decay 0.0005", "weight decay 0.002"]
@@ -1018,16 +1008,17 @@ def reported(tmp_path_factory, finished_run):
     root = tmp_path_factory.mktemp("report")
     run = root / "analyzed"
     shutil.copytree(finished_run, run)
-    analyze([str(run)], images_per_class=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyze_module, "_draw", lambda *_: None)  # the report draws them
+        analyze_module.analyze([str(run)], images_per_class=10)
     (run / "notes.md").write_text("Trained for a test.\n\nIts `few` classes <are> few.\n")
-    flags = ["--epochs", "2", "--device", "cpu", "--output", str(root / "runs"), "--results", str(root / "results")]
-    flags += ["--imbalance-max", "48"]
-    # One seed is enough here: others are for the tests of sweeps.
-    sweep = ["sweep", "figure9_structures", "--recipe", "mbib_resnet20.digits", "--seeds", "0", *flags]
-    assert main(sweep) == 0
+    # What a sweep itself leaves is for the tests of sweeps.
+    sweep = made_up(on_recipe(find_sweep(["figure9_structures"]), "mbib_resnet20.digits"), epochs=2)
+    (root / sweep.name).mkdir()
+    (root / sweep.name / "sweep.json").write_bytes(to_json(sweep))
     plain = root / "not_analyzed"
     shutil.copytree(MBIB, plain, ignore=shutil.ignore_patterns("analysis.json", "figures", "notes.md"))
-    inputs = [run, DIGITS[1], plain, root / "results" / "figure9_structures-mbib_resnet20.digits-2e"]
+    inputs = [run, DIGITS[1], plain, root / sweep.name]
     page = root / "out" / "report.html"
     assert main(["report", *map(str, inputs), "-o", str(page), "--title", "A <report>"]) == 0
     return page, inputs

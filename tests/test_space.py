@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from pages import PROJECT, REPOSITORY, ROOT, blocks
 from PIL import Image
 
 import mbib_timm
+from mbib_timm.inference import demo
 from mbib_timm.licences import LICENCES
 from mbib_timm.models.zoo import ZOO
 
@@ -83,14 +86,14 @@ def test_it_installs_this_release_with_the_demos_extras():
     assert all(extra(name) for name in requirement.extras)
 
 
-def serve(popen, tmp_path, **variables):
+def serve(popen, tmp_path):
     """Start app.py as a Space does, on loopback; returns the process and the page's address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {
         **os.environ, "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1",
         "GRADIO_ANALYTICS_ENABLED": "0", "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1", **variables,
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     server = popen([sys.executable, "app.py"], cwd=SPACE, env=environment, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
@@ -104,24 +107,33 @@ def serve(popen, tmp_path, **variables):
     raise AssertionError("no page after two minutes")
 
 
+@pytest.mark.parametrize("own", [None, "hf-hub:me/digits"])
+def test_its_model_is_that_of_the_variable(own, monkeypatch):
+    pages, page = [], SimpleNamespace(launch=lambda **_: None)
+    monkeypatch.setattr(demo, "build_page", lambda target: (pages.append(target), page)[1])
+    monkeypatch.delenv("MBIB_MODEL", raising=False)
+    if own:
+        monkeypatch.setenv("MBIB_MODEL", own)
+    runpy.run_path(str(SPACE / "app.py"))
+    assert pages == [own or DEFAULT]
+
+
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("own", [False, True], ids=["default", "MBIB_MODEL"])
-def test_its_page_answers_what_predict_says(own, finished_run, popen, tmp_path):
+def test_its_page_answers_what_predict_says(popen, tmp_path):
     pytest.importorskip("gradio", reason="the demo's extra is not installed")
     client = pytest.importorskip("gradio_client")
-    target = str(finished_run) if own else DEFAULT
-    url, config = serve(popen, tmp_path, **({"MBIB_MODEL": target} if own else {}))
-    assert config["title"] == f"mbib_timm: {f'local-dir:{target}' if own else target}"
+    url, config = serve(popen, tmp_path)
+    assert config["title"] == f"mbib_timm: {DEFAULT}"
     picture = tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(picture)
     page = client.Client(url, verbose=False, download_files=str(tmp_path), analytics_enabled=False)
     reason, *answers = page.predict(client.handle_file(picture), api_name="/show")
     assert not reason["visible"]
-    heads = [None, *mbib_timm.load(target).model.module.prediction_heads]
+    heads = [None, *mbib_timm.load(DEFAULT).model.module.prediction_heads]
     assert len(answers) - len(heads) in (0, 1)  # Grad-CAM's picture is the last, where it is installed
     for head, answer in zip(heads, answers, strict=False):
-        predictor = mbib_timm.load(target, **({} if head is None else {"head": head}))
+        predictor = mbib_timm.load(DEFAULT, **({} if head is None else {"head": head}))
         (expected,) = mbib_timm.predict(predictor, picture)
         counts = dict(zip(predictor.model.class_names, predictor.model.class_counts, strict=True))
         assert answer["label"] == f"{expected.name} (n = {counts[expected.name]:,})"

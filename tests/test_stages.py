@@ -142,12 +142,6 @@ def test_crt_leaves_everything_below_the_classifier_but_running_statistics(crt):
     assert buffers(changed) == buffers(weights(folder))  # frozen_bn: train
 
 
-def test_frozen_batch_normalisation_in_evaluation_mode_keeps_its_statistics(tmp_path):
-    stages = [{"method": "ce"}, {"method": "crt", "frozen_bn": "eval"}]
-    folder = train(recipe_of(tmp_path, stages), "eval").folder
-    assert differing(folder / "stage1-ce", folder) == CLASSIFIER
-
-
 @pytest.mark.slow
 def test_a_stage_starts_from_the_weights_before_but_for_what_starts_anew(tmp_path, monkeypatch):
     started = Started(monkeypatch)
@@ -247,7 +241,7 @@ def same_runs(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "epoch", "after"), [(0, 0, True), (0, 2, False), (1, 0, False), (1, 1, True)])
+@pytest.mark.parametrize(("stage", "epoch", "after"), [(0, 0, True), (1, 0, False), (1, 1, True)])
 def test_a_run_that_was_interrupted_in_any_stage_gives_the_same_weights(
     crt, tmp_path, monkeypatch, stage, epoch, after
 ):
@@ -431,17 +425,6 @@ def test_a_stage_does_not_go_on_in_a_run_that_was_extended(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_post_hoc_stage_equals_a_run_that_starts_from_the_weights_by_hand(tmp_path):
-    stages = [{"method": "ce"}, {"method": {"name": "tau_norm", "tau": 0.7}, "epochs": 0}]
-    together = train(recipe_of(tmp_path / "one", stages), "run")
-    ce = train(recipe_of(tmp_path / "two", [stages[0]]), "ce")
-    by_hand = recipe_of(tmp_path / "two", [{**stages[1], "initial_checkpoint": str(ce.folder), "warmup_epochs": 0}])
-    tau = train(by_hand, "tau")
-    assert not differing(together.folder, tau.folder)
-    assert together.record.result == tau.record.result
-
-
-@pytest.mark.slow
 def test_two_stages_equal_two_runs_by_hand(crt, tmp_path, monkeypatch):
     """But for what the stage's number decides: its random order is another one. Here the second run has number 1."""
     ce = train(recipe_of(tmp_path, [{"method": "ce"}]), "ce")
@@ -552,16 +535,11 @@ def test_tau_normalisation_of_mbib_and_crt_of_mbib(tmp_path):
         ([{"method": "ce", "epochs": 0, "warmup_epochs": 0}], {}, r"'epochs': 0 trains nothing, and there are no"),
         ([{"method": "ce"}, {"method": "tau_norm"}], {}, r"stage 2 of own\.yaml: .*'tau_norm' trains nothing"),
         ([{"method": "ce"}, {"method": "crtt"}], {}, r"stage 2 of own\.yaml: unknown method 'crtt': did you"),
-        ([{"method": "ce"}, {"method": "crt", "epoch": 3}], {}, r"stage 2 of own\.yaml: unknown key 'epoch'"),
-        ([{"method": "ce"}, {"method": {"name": "tau_norm", "taw": 1}}], {}, r"stage 2 .*'taw': did you mean 'tau'"),
-        ([{"method": "ce"}, {"method": "crt", "sampler": "balance"}], {}, r"sampler 'balance': did you"),
         ([{"method": "ce"}, {"method": "crt", "train": "head"}], {}, r"'train': 'head' matches no parameter's name"),
-        ([{"method": "ce"}, {"method": "crt", "reset": "("}], {}, r"'reset': '\(' is not a regular expression"),
         ([{"method": "ce"}, {"method": "bsce", "train": "classifier"}], {}, r"'frozen_bn': with train: classifier"),
         ([{"method": "ce"}, {"method": "mbib"}], {}, r"method 'mbib' needs a model with observations"),
         ([{"method": "ce"}, {"method": "crt", "opt": "sdg"}], {}, r"unknown optimizer 'sdg': did you mean 'sgd'"),
         ([{"method": "ce"}, {"method": "crt", "opt_kwargs": {"nope": 1}}], {}, r"'opt_kwargs'"),
-        ([{"method": "ce"}, {"method": "crt", "sched": "cosin"}], {}, r"'sched' 'cosin': did you"),
         ([{"method": "ce"}, {"method": "crt", "model": "cifar_resnet32"}], {}, r"of stage 1 do not fit"),
         ([{"method": "ldam_drw"}, CE_TAU[1]], {}, r"of stage 1 do not fit this stage's model: fc\.bias"),
         ([{"method": "ce"}, {"method": "crt", "initial_checkpoint": "x"}], {}, r"stage 2 starts from the stage before"),

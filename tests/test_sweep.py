@@ -24,7 +24,7 @@ from mbib_timm.data import DataPool
 from mbib_timm.errors import BusyFolderError, CheckpointError, MbibError
 from mbib_timm.recipe import dump_recipe, find_recipe, in_proportion, load_recipe
 from mbib_timm.results.record import read_record, write_record
-from mbib_timm.sweeps import show_sweep, sweep_runs
+from mbib_timm.sweeps import sweep_runs
 from mbib_timm.sweeps.sweep import Paper, Sweep, find_sweep, load_sweep
 from mbib_timm.sweeps.sweep_plan import PlannedRun, on_recipe, plan
 from mbib_timm.sweeps.sweep_results import read_results
@@ -441,7 +441,23 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(finished, tmp_path, monke
         assert result(tmp_path / "runs" / "sweep-1e", label) == result(whole, label)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def untrained(monkeypatch):
+    """Runs that take no time: each leaves its recipe, and what another one has found."""
+    kept = read_record(KEPT)
+
+    def leave(recipe, name, *args, **kwargs):
+        folder = Path(recipe.output, recipe.experiment)
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_bytes(dump_recipe(recipe))
+        shutil.copy(KEPT / "summary.csv", folder)
+        record = made_up_record(kept.result.heads, kept.class_counts, epochs=recipe.epochs)
+        write_record(folder, replace(record, name=name, seed=recipe.seed))
+
+    monkeypatch.setattr(sweep_runs, "train", leave)
+
+
+@pytest.mark.usefixtures("untrained")
 def test_seeds_that_are_run_one_after_another_are_in_one_table(tmp_path):
     sweep = Sweep("s", DIGITS, seeds=[0, 1, 2])
     for seed in (2, 0):
@@ -460,7 +476,7 @@ def test_runs_say_whether_their_accuracies_are_of_averaged_weights(tmp_path):
     assert [run.averaged for run in read_results(tmp_path / "results" / "s-1e").runs] == [False, True]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
 def test_a_sweep_over_named_recipes_has_the_seeds_that_it_is_given(tmp_path):
     sweep = find_sweep([DIGITS, "cifar_resnet20.ce_digits"])
     assert run_sweep(sweep, small(tmp_path), tmp_path / "results", seeds=[1, 2])
@@ -472,7 +488,7 @@ def test_a_sweep_over_named_recipes_has_the_seeds_that_it_is_given(tmp_path):
     assert ([run.seed for run in results.runs], results.planned) == ([3, 1, 1, 2, 2], 6)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
 def test_rows_stay_where_the_folders_of_their_runs_are_gone(tmp_path, capsys):
     """As in a clone that has the results of a sweep, but not its runs."""
     sweep = Sweep("s", DIGITS, {"lr": [0.05, 0.1]})
@@ -490,7 +506,7 @@ def test_rows_stay_where_the_folders_of_their_runs_are_gone(tmp_path, capsys):
     assert [run.coordinates["lr"] for run in read_results(tmp_path / "results" / "s-1e").runs] == ["0.05", "0.1"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
 def test_a_sweep_does_not_replace_the_results_of_another(tmp_path):
     results = tmp_path / "results"
     assert run_sweep(Sweep("s", DIGITS, {"lr": [0.05]}), small(tmp_path), results)
@@ -536,7 +552,7 @@ def test_runs_side_by_side_are_those_of_one_process_interrupted_or_not(finished,
     assert process.exitcode == 128 + number, log.read_text()
     assert "Traceback" not in log.read_text()
     assert not list(folder.glob("*seed1/metrics.json")), "it ended before it was interrupted"
-    done = forked.mbib(*command, "--jobs", "2")  # at once: no lock is left
+    done = forked.mbib(*command)  # at once: no lock is left; one after another, as processes start for seconds
     assert done.returncode == 0, done.stderr
     labels = [run.name for run in whole.iterdir()]
     assert {run.name for run in folder.iterdir()} == set(labels)
@@ -625,15 +641,7 @@ def test_stages_that_are_set_for_all_runs(tmp_path):
         assert run.settings == {"stages": stages, "model": "cifar_resnet20"}
 
 
-@pytest.mark.slow
-def test_a_figure_that_cannot_be_drawn_costs_no_numbers(finished, tmp_path, monkeypatch):
-    results = read_results(finished[1])
-    monkeypatch.setattr(show_sweep, "sweep_figure", lambda results: 1 / 0)
-    show_sweep.write_results(tmp_path, results)
-    assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "runs.csv", "table.md"}
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
 def test_a_run_that_another_process_ends_while_this_one_draws_is_in_the_table(tmp_path, monkeypatch):
     sweep, keys = replace(find_sweep([DIGITS]), seeds=[0, 1]), small(tmp_path)
     theirs = plan(sweep, keys)[1]
@@ -683,7 +691,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, capsys, popen):
     assert "2 of 2 runs" in (tmp_path / "sweep-1e" / "table.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
 def test_a_row_stays_until_its_run_has_been_trained_again(tmp_path, monkeypatch):
     """As in a clone: the results are there, the folders of the runs are not."""
     sweep, keys = find_sweep([DIGITS, "cifar_resnet20.ce_digits"]), small(tmp_path)
@@ -824,7 +832,7 @@ def test_stages_of_an_axis_that_are_none(stages):
         plan(Sweep("s", "cifar_resnet20.ce_digits", {"head": {"two": {"stages": stages}}}), {})
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("untrained")
 def test_the_rows_of_an_unnamed_sweep_give_way_to_those_of_the_next(tmp_path):
     for other in ("cifar_resnet20.ce_digits", "cifar_resnet32.bsce_digits"):
         assert run_sweep(find_sweep([DIGITS, other]), small(tmp_path), tmp_path / "results")

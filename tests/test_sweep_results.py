@@ -19,6 +19,7 @@ from matplotlib.container import BarContainer
 from mbib_timm.drawing import DARK, METHOD_COLORS, render
 from mbib_timm.errors import MbibError
 from mbib_timm.reporting.report_figures import group_colors, sweep_curves
+from mbib_timm.sweeps import show_sweep
 from mbib_timm.sweeps.show_sweep import (
     markdown,
     mean_and_deviation,
@@ -199,15 +200,14 @@ def test_failed_runs_are_named():
     assert "Failed: a-seed0: loss became nan" in markdown(results)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list_sweeps())
-def test_what_is_written_is_read_back(tmp_path, name):
+def test_what_is_written_is_read_back(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(show_sweep, "render", lambda draw, formats: dict.fromkeys(formats, b"-"))  # drawn below
     results = made_up(replace(find_sweep([name]), seeds=[0]), scattered)
     folder = tmp_path / "results" / results.name
     assert write_results(folder, results) == markdown(results) == (folder / "table.md").read_text(encoding="utf-8")
     assert read_results(folder) == read_results(folder / "sweep.json") == results
     assert json.loads((folder / "sweep.json").read_text()) == asdict(results)
-    assert (folder / "figure.png").stat().st_size > 5000
     assert sorted(file.name for file in folder.iterdir()) == [
         "figure.pdf", "figure.png", "runs.csv", "sweep.json", "table.md"
     ]  # fmt: skip

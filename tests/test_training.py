@@ -78,6 +78,7 @@ def test_a_run_leaves_its_results(finished):
     assert set(written["result"]["heads"]) == {"prediction", "v1", "v2", "v3", "z"}
     assert written["result"]["epoch"] == 3
     assert written["best"]["split"] == "test"
+    assert written["raw"] is None, "there is no moving average"
     assert written["environment"]["torch"] == torch.__version__
     with (folder / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -146,16 +147,6 @@ def test_the_first_steps_of_every_method_are_those_of_the_loss_before(tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path):
-    first, again, other = (
-        train(digits(tmp_path, **FEW, epochs=2, seed=seed), name).folder
-        for name, seed in {"first": 0, "again": 0, "other": 1}.items()
-    )
-    assert not differing(first, again)
-    assert differing(first, other)
-
-
-@pytest.mark.slow
 def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys):
     keys = dict(FEW, epochs=2, model_ema=True)
     same = train(digits(tmp_path, **keys, model_ema_decay=0.0), "same")
@@ -169,7 +160,6 @@ def test_raw_weights_are_evaluated_beside_their_moving_average(tmp_path, capsys)
         *_, last = csv.DictReader(file)
     assert float(last["raw_top1"]) == raw.top1
     assert float(last["val_top1"]) == slow.record.result.prediction.top1
-    assert train(digits(tmp_path, **FEW, epochs=2), "plain").record.raw is None
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -588,7 +578,7 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
         dict(grad_accum_steps=3, clip_grad=1.0),
         dict(clip_grad=0.1, clip_mode="agc", layer_decay=0.8),
         dict(amp=True, model_ema=True, model_ema_decay=0.9),
-        dict(method="ce", model="cifar_resnet20", amp=True, amp_dtype="float16", clip_grad=1.0, **FEW),
+        dict(method="ce", model="cifar_resnet20", amp=True, amp_dtype="float16", clip_grad=1.0),
         dict(opt="adamw", lr=1e-3, filter_bias_and_bn=True, sched="multistep", decay_milestones=[1]),
         dict(model="mbib", model_kwargs={"backbone": "convnext_atto", "taps": [1, 2, 3]}, img_size=32, lr=0.01),
     ],
@@ -596,7 +586,7 @@ def test_control_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
 )
 def test_every_way_to_train_runs_and_learns_something(tmp_path, overrides):
     """Every method's first losses are above, or with its run in tests/test_methods.py."""
-    run = train(digits(tmp_path, epochs=2, **overrides), "run")
+    run = train(digits(tmp_path, epochs=2, val_interval=2, **FEW, **overrides), "run")
     assert all(math.isfinite(head.nll) for head in run.heads.values())
     assert run.heads["prediction"].top1 > 0
     first, last = run.history
@@ -781,7 +771,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp
 
 
 @pytest.mark.slow
-def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp_path, capsys):
+def test_validate_an_exported_folder_with_a_recipe(finished, tmp_path):
     folder, record = finished
     exported = tmp_path / "exported"
     exported.mkdir()
@@ -790,21 +780,6 @@ def test_validate_an_exported_folder_with_a_recipe_and_bad_targets(finished, tmp
     arguments = ["--recipe", "mbib_resnet20.digits", "--device", "cpu"]
     assert main(["validate", f"local-dir:{exported}", *arguments, "--results", str(tmp_path / "results.json")]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["heads"] == json.loads(to_json(record.result))["heads"]
-    assert main(["validate", str(tmp_path), *arguments]) == 2
-    assert "is no run's folder; it holds exported: give one of these" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    assert main(["validate", str(tmp_path / "empty"), *arguments]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
-    assert main(["validate", "mbib_resnet20", *arguments]) == 2
-    assert "mbib_resnet20 has no weights of its own" in capsys.readouterr().err
-    config = json.loads((exported / "config.json").read_text())
-    (exported / "config.json").write_text(json.dumps({**config, "class_counts": [3, 2, 1]}))
-    assert main(["validate", str(exported), *arguments]) == 2
-    assert "class_counts: expected 10 entries, as num_classes says, got 3" in capsys.readouterr().err
-    (exported / "config.json").write_text(json.dumps(config))
-    (exported / "model.safetensors").write_bytes(b"nonsense")
-    assert main(["validate", str(exported), *arguments]) == 2
-    assert "model.safetensors is not a weights file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
