@@ -488,10 +488,10 @@ from mbib_timm.data import Batch
 
 torch.set_num_threads(1)
 imported = peak()
-N, K, C = 24_426, 8_142, 512
+N, K, C = 24_426, 8_142, 2_048
 
 class Wide(nn.Module):
-    # 512 features of every image and a logit of every class, at no cost
+    # 2,048 features of every image and a logit of every class, at no cost
     def forward_features(self, x):
         return x.flatten(1).repeat(1, C // 64)
     def forward_head(self, x, pre_logits=False):
@@ -520,10 +520,10 @@ print((peak() - imported) * 1024)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_inaturalist_takes_little_more_than_its_features():
-    """24,426 images, 8,142 classes, 512 features of v and of z: 0.05 GB each, twice while distances are taken.
+    """24,426 images, 8,142 classes, 2,048 features of v and of z: 0.2 GB each, twice while distances are taken.
 
-    All logits would take 0.8 GB. What the libraries take by themselves depends on their versions.
+    All logits would take 0.8 GB more. What the libraries take by themselves depends on their versions.
     """
     done = subprocess.run([sys.executable, "-c", INATURALIST], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) < 0.7e9
+    assert int(done.stdout) < 1.5e9

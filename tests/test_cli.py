@@ -401,6 +401,28 @@ def test_settings_and_stages_are_flags():
     }  # fmt: skip
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_trains_and_counts_every_sample_once(tmp_path):
+    """Two gloo processes; the evaluation of 340 images must not depend on how many processes share it."""
+    script = os.path.join(os.path.dirname(__file__), "..", "tools", "train.py")
+    flags = ["--epochs", "1", "--warmup-epochs", "0", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script, *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "mbib_resnet20.digits"
+    assert done.stdout.count(str(folder)) == 1, "one process writes and prints"
+    assert main(["validate", str(folder), "--device", "cpu", "--results", str(tmp_path / "one.json")]) == 0
+    alone = json.loads((tmp_path / "one.json").read_text())["heads"]
+    shared = json.loads((folder / "metrics.json").read_text())
+    assert shared["environment"]["processes"] == 2
+    for head, values in shared["result"]["heads"].items():
+        assert values["per_class"] == alone[head]["per_class"]
+
+
 def test_a_folder_that_may_not_be_written_is_an_error(monkeypatch, capsys):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", "runs/x")

@@ -45,7 +45,7 @@ from mbib_timm.sweeps.show_sweep import markdown as sweep_markdown
 from mbib_timm.sweeps.show_sweep import write_results
 from mbib_timm.sweeps.sweep import find_sweep
 from mbib_timm.sweeps.sweep_plan import on_recipe, plan
-from mbib_timm.sweeps.sweep_results import epochs_run, listed
+from mbib_timm.sweeps.sweep_results import SweepResults, epochs_run, listed
 from mbib_timm.sweeps.sweep_results import read_results as read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -254,12 +254,17 @@ def measured_tables(results: Path) -> str:
     return "\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
 
 
+def sweep_table(sweep: SweepResults) -> str:
+    """Return the table of a sweep, without its title."""
+    return sweep_markdown(sweep).partition("\n\n")[2]
+
+
 def with_tables(text: str, results: Path) -> str:
     """Return a page's text with the tables of today between their markers."""
 
     def replaced(found: re.Match[str]) -> str:
         if found[2] == "sweep":
-            made = sweep_markdown(read_sweep(results / found[3])).partition("\n\n")[2]  # without its title
+            made = sweep_table(read_sweep(results / found[3]))
         else:
             made = {"results": readme_table, "recipes": recipes_table, "measured": measured_tables}[found[2]](results)
         return f"{found[1]}\n{made}\n{found[4]}"
