@@ -80,7 +80,7 @@ def test_one_seed_has_no_deviation_and_unequal_numbers_of_seeds_are_told():
     results = made_up(SMALL, scattered)
     fewer = replace(results, runs=[run for run in results.runs if run.label != results.runs[0].label])
     assert [row["n"] for row in table_of(fewer)] == ["2", "3", "3", "3"]
-    assert title_of(fewer) == "# small: A trial (cifar100_lt, 200 epochs, n = 2, 3, 11 of 12 runs)"
+    assert title_of(fewer) == "# small: A trial (cifar100_lt, 200 epochs, n = 2 to 3; 11 of 12 runs)"
     assert "11 of 12 runs" in markdown(fewer)
 
 
@@ -286,7 +286,8 @@ def test_bars_are_the_means_and_their_lines_the_deviations():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "50", "10"]
     assert [round(x) for x, *_ in bars] == [0] * 8 + [1] * 8 + [2] * 8
     assert axes.get_ylabel() == "top-1 accuracy, %"
-    assert axes.figure.get_suptitle() == "Methods and imbalance factors (cifar100_lt, 200 epochs, n = 3)"
+    title = " ".join(axes.figure.get_suptitle().split())
+    assert title == "Methods and imbalance factors (cifar100_lt, 200 epochs, n = 3)"
     written = sorted(text.get_text() for text in axes.texts)
     assert written == sorted(f"{statistics.mean(v):.1f}" for v in values)
 
@@ -474,7 +475,7 @@ def test_a_sweep_that_has_just_begun_can_be_drawn(name):
     results = made_up(find_sweep([name]))
     figure = draw(replace(results, runs=results.runs[:1]))
     assert re.search(
-        r"\d+ epochs, n = 1, 1 of \d+ runs(, started from \S+ \((ImageNet-1k|the same data)\))?\)$",
+        r"\d+ epochs, n = 1; 1 of \d+ runs(, started from \S+ \((ImageNet-1k|the same data)\))?\)$",
         " ".join(figure.get_suptitle().split()),
     )
 

@@ -166,7 +166,8 @@ def sweep_figure(results: SweepResults) -> Any:
     """Draw the mean accuracy of every configuration, with the standard deviation where there are several seeds."""
     draw = {"bars": _bars, "lines": _lines, "heatmap": _heatmap}[results.figure["kind"]]
     figure = draw(results, cells(results))
-    figure.suptitle(_wrapped(short_headline(results), int(10 * figure.get_figwidth())))
+    title = short_headline(results).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    figure.suptitle(_wrapped(title, int(10 * figure.get_figwidth())))
     return figure
 
 

@@ -258,12 +258,13 @@ def headline(results: SweepResults) -> str:
 
 def short_headline(results: SweepResults) -> str:
     """Return what a sweep shows, and what was run: ``Structures (cifar100_lt_if100, 20 epochs of 200, n = 1)``."""
-    numbers = sorted({row.n for row in cells(results)})
+    numbers = [row.n for row in cells(results)]
+    seeds = " to ".join(map(str, sorted({min(numbers, default=0), max(numbers, default=0)})))
     done = len(results.runs)
-    some = f", {done} of {results.planned} runs" if done < results.planned else ""
+    some = f"; {done} of {results.planned} runs" if done < results.planned else ""
     data = data_of(results.recipe)
     start = f", started from {'; '.join(results.starts)}" if results.starts else ""
-    said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {listed(numbers)}{some}{start}"
+    said = f"{f'{data}, ' if data else ''}{epochs_run(results)}, n = {seeds}{some}{start}"
     return f"{results.title} ({said})" if results.title else said
 
 
