@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mbib_timm.capturing import Graphs
 from mbib_timm.cli import main
 from mbib_timm.compiling import CompileOrEager, _with_backward
+from mbib_timm.data import Batch
 from mbib_timm.environment import World
 from mbib_timm.errors import LostDeviceError, MbibError
 from mbib_timm.evaluation import AnswerLog, evaluate
@@ -180,7 +181,8 @@ def on_contentless_cuda(method, batches):
             method.device = CUDA
             method.train()
             method.start_epoch(EPOCHS - 1)
-            parts = loss_parts(method, tuple(batch.map(on_cuda) for batch in batches), None)
+            there = tuple(Batch(tuple(map(on_cuda, b.views)), on_cuda(b.targets), on_cuda(b.index)) for b in batches)
+            parts = loss_parts(method, there, None)
             assert all(value.device == CUDA for value in parts.values())
             with torch.no_grad():
                 method.after_step()

@@ -14,9 +14,10 @@ from mbib_timm.data.images import channelwise
 from mbib_timm.environment import is_distributed
 from mbib_timm.errors import MbibError
 from mbib_timm.methods.base import Facts, Method
-from mbib_timm.models.origin import PREVIOUS
 from mbib_timm.models.weights import LoadedModel, load_model
 from mbib_timm.options import option
+
+PREVIOUS = "previous"  # a literal here, as the command line reads it without importing this file
 
 
 @dataclass(frozen=True)
