@@ -10,6 +10,7 @@ from torch import nn
 
 from mbib_timm.cli import main
 from mbib_timm.errors import CheckpointError, MbibError
+from mbib_timm.inference.export import for_inference, largest_difference
 from mbib_timm.models import count_macs, count_parameters
 from mbib_timm.models.head_outputs import head_logits, head_titles, logits_and_features, reported_heads
 from mbib_timm.models.heads import Bottleneck, Observation
@@ -276,6 +277,13 @@ def test_a_figure_of_many_heads_shows_the_experts():
         assert drawn_heads(few) == few
 
 
+def test_export_leaves_the_training_heads_out():
+    model = for_inference(create("mbib_experts_resnet20"))
+    assert not len(model.training_heads)
+    traced = torch.jit.trace(model, torch.randn(2, 3, 32, 32))
+    assert largest_difference(model, traced, (3, 32, 32)) < 1e-4
+
+
 # Weights and refusals.
 
 
@@ -310,6 +318,11 @@ def test_imagenet_networks_know_the_weights_of_their_backbones():
 def test_reduced_width_refuses_the_backbones_weights(name, kwargs):
     with pytest.raises(CheckpointError, match="do not fit experts of reduced width; pass reduced=False"):
         timm.create_model(name, pretrained=True, **kwargs)
+
+
+def test_networks_without_weights_say_so():
+    with pytest.raises(CheckpointError, match="experts_resnet20 has no weights of its own"):
+        timm.create_model("experts_resnet20", pretrained=True)
 
 
 @pytest.mark.parametrize(

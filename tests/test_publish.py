@@ -406,6 +406,19 @@ def test_messages_keep_the_last_part_of_a_path(text, expected):
     assert redact_text(text) == expected
 
 
+def test_of_a_folder_that_training_started_from_the_name_is_left(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for file, quote in (("recipe.yaml", ""), ("metrics.json", '"')):
+        before = (run / file).read_text()
+        after = before.replace(f"{quote}mbib_resnet20{quote}", f"{quote}local-dir:/home/me/start{quote}")
+        (run / file).write_text(after)
+    assert "local-dir:/home" in (run / "recipe.yaml").read_text()
+    published = b"".join(make_release(run, REPOSITORY).files.values())
+    assert b"local-dir:start" in published
+    assert b"/home/me" not in published
+
+
 def test_git_names_contents_as_git_does(tmp_path):
     (tmp_path / "file").write_bytes(b"content\n")
     done = subprocess.run(["git", "hash-object", str(tmp_path / "file")], capture_output=True, text=True)
