@@ -151,6 +151,10 @@ CASES = {
     ),
     "predict: threshold": (predict("--threshold", "1.5"), r"--threshold.*from 0 to 1, got '1\.5'"),
     "predict: head": (predict("--head", "y"), "'y'.*'v1'|'y'.*prediction"),
+    "predict: a table that is no text": (
+        with_file("t.csv", b"path,label\n\xff.png,a\n", of_model("predict", "t.csv")),
+        "line 2: not UTF-8",
+    ),
     "predict: no rows": (with_file("t.csv", "path,label\n", of_model("predict", "t.csv")), "names no images"),
     "predict: rows of nothing": (
         with_file("t.csv", "path\n1.png\n2.png\n", of_model("predict", "t.csv")),

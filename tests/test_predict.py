@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mbib_timm.cli import main
 from mbib_timm.data.sources import open_digits
@@ -539,6 +540,37 @@ def test_names_that_are_formulas_or_escapes_are_continued(finished_run, photos, 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"1.png\n=cmd.png\n=cmd.png\n\ta.png\n")))
     assert write(finished_run, ["-"], half, "--resume") == 0
     assert apart(half.read_text())[0] == apart(content.decode())[0], "an image that is given twice is there twice"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_that_another_model_has_written_is_not_continued(finished_run, labelled, tmp_path, capsys, kind):
+    output = tmp_path / f"out.{kind}"
+    assert write(finished_run, [labelled], output, "--threshold", "0.6", "--batch-size", "8") == 1
+    content = output.read_bytes()
+    half = content[: len(content) // 2]
+    other = tmp_path / "other"
+    shutil.copytree(finished_run, other)
+    weights = load_file(other / "model.safetensors")
+    changed = {name: 1.2 * weight if weight.ndim == 4 else weight for name, weight in weights.items()}
+    save_file(changed, other / "model.safetensors")
+    capsys.readouterr()
+    for run, flags, message in (
+        (other, [], "was written by another model"),
+        (finished_run, ["--head", "v3"], "or with another --head or --prior"),
+        (finished_run, ["--prior", "train"], "or with another --head or --prior"),
+        (finished_run, ["--threshold", "0.3"], "was written with another --threshold: "),
+        (finished_run, ["--no-labels"], "has the class '0' for "),
+    ):
+        output.write_bytes(half)
+        assert write(run, [labelled], output, "--threshold", "0.6", "--resume", *flags) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.splitlines()) == 1
+        assert output.read_bytes() == half
+    elsewhere = tmp_path / "elsewhere.png"
+    shutil.copy(next(labelled.glob("0/*/*.png")), elsewhere)
+    assert write(finished_run, [elsewhere], output, "--threshold", "0.6", "--resume") == 2
+    assert "holds none of the images given, but " in capsys.readouterr().err
 
 
 def test_a_file_of_other_columns_is_not_continued(finished_run, photos, tmp_path, capsys):
